@@ -52,12 +52,20 @@ class Compressor:
         dense = Dense(self.values)
         return self if self.payload_bytes(m, n) < dense.payload_bytes(m, n) else dense
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__.lower()} {type(self.values).__name__.lower()}"
+    def _name(self) -> str:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """As figures and tables name it: "rank 15% natural"; float32 goes without saying."""
+        exact = isinstance(self.values, Float32)
+        return self._name() if exact else f"{self._name()} {type(self.values).__name__.lower()}"
 
 
 class Dense(Compressor):
     """Every entry is kept; alpha = 1 - omega. `Dense("natural")` is the Natural compressor."""
+
+    def _name(self) -> str:
+        return "identity" if self.lossless else "dense"
 
     @property
     def lossless(self) -> bool:
@@ -98,8 +106,8 @@ class Fraction(Compressor):
         """How many of `total` are kept: the nearest whole number, at least one."""
         return max(1, round(self.fraction * total))
 
-    def __repr__(self) -> str:
-        return f"{super().__repr__()} {self.fraction:.4g}"
+    def _percent(self) -> str:
+        return f"{100 * self.fraction:.4g}%"
 
 
 class TopK(Fraction):
@@ -107,6 +115,9 @@ class TopK(Fraction):
 
     alpha = (1 - omega) k / (m n) with k = fraction m n.
     """
+
+    def _name(self) -> str:
+        return f"top {self._percent()}"
 
     def payload_bytes(self, m: int, n: int) -> int:
         k = self.kept(m * n)
@@ -127,7 +138,7 @@ class TopK(Fraction):
         )
 
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
-        check_length(payload, self.payload_bytes(m, n), f"{self!r} of a {m} x {n} matrix")
+        check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
         k, index_length = self.kept(m * n), index_bytes(m * n, self.kept(m * n))
         indices = unpack_indices(payload[:, :index_length], m * n, k)
         x = torch.zeros(len(payload), m * n, device=payload.device)
@@ -146,6 +157,9 @@ class RankK(Fraction):
     alpha = (2 - (1 + omega)^2) r / min(m, n).
     """
 
+    def _name(self) -> str:
+        return f"rank {self._percent()}"
+
     def payload_bytes(self, m: int, n: int) -> int:
         r = self.kept(min(m, n))
         return self.values.payload_bytes(r * m) + self.values.payload_bytes(r * n)
@@ -163,7 +177,7 @@ class RankK(Fraction):
         return torch.cat([self.values.encode(f.flatten(1), generator) for f in factors], 1)
 
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
-        check_length(payload, self.payload_bytes(m, n), f"{self!r} of a {m} x {n} matrix")
+        check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
         short, long = sorted((m, n))
         rank = self.kept(short)
         basis_length = self.values.payload_bytes(short * rank)

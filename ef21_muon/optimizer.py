@@ -1,6 +1,7 @@
 """EF21-Muon (Gruntkowska et al., arXiv:2510.00643), Algorithm 1, as a torch optimizer."""
 
 import hashlib
+from math import isfinite
 
 import torch
 import torch.distributed as dist
@@ -240,13 +241,15 @@ class EF21Muon(torch.optim.Optimizer):
 
 
 def _check_group(group: dict) -> None:
-    lr, radius, beta = group["lr"], group["radius"], group["beta"]
-    if not lr >= 0:
-        raise ValueError(f"lr={lr} is not allowed: give a number of at least 0")
-    if not radius > 0:
-        raise ValueError(f"radius={radius} is not allowed: give a number above 0")
-    if not 0 < beta <= 1:
-        raise ValueError(f"beta={beta} is not allowed: give a number above 0, at most 1")
+    allowed = {
+        "lr": ("of at least 0", lambda lr: lr >= 0),
+        "radius": ("above 0", lambda radius: radius > 0),
+        "beta": ("above 0, at most 1", lambda beta: 0 < beta <= 1),
+    }
+    for name, (range_, holds) in allowed.items():
+        value = group[name]
+        if not (isinstance(value, float | int) and isfinite(value) and holds(value)):
+            raise ValueError(f"{name}={value} is not allowed: give a number {range_}")
     for name, kind in (("norm", Norm), ("w2s", Compressor), ("s2w", Compressor)):
         if not isinstance(group[name], kind):
             raise ValueError(

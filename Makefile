@@ -1,0 +1,32 @@
+# make train   set up, prepare the data and train (ARGS="KEY=VALUE ..." are Hydra overrides)
+# make test    set up and run the whole test suite (ARGS are passed to pytest)
+# make lint    ruff, check and format
+
+PYTHON ?= python3
+GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c GPU)
+NPROC ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+# One thread a worker: what torchrun would choose too, without its warning.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: train test lint setup data
+
+train: setup data
+	.venv/bin/torchrun --standalone --nproc_per_node=$(NPROC) train.py $(ARGS)
+
+test: setup
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python %d.%d was found, 3.11 or newer is needed: make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[train,test]'
+	touch $@
+
+data: setup
+	.venv/bin/python data/shakespeare.py

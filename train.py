@@ -1,0 +1,273 @@
+"""Train a GPT with EF21-Muon: `torchrun --standalone --nproc_per_node=2 train.py [KEY=VALUE ...]`.
+
+Every process is a worker with its own part of the training tokens. Hydra composes the configuration
+from configs/ (`--help` lists the groups); with `-m`, comma-separated values make a sweep, whose jobs
+run one after the other in the same processes. Each run leaves a directory with its resolved
+configuration, its log metrics.jsonl and a picture of it.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from data.loader import TestWindows, WorkerBatches, open_streams
+from ef21_muon import EF21Muon
+from model import GPT
+from scripts.figures import draw
+from training.config import ROOT, Job, build, compose, parse_arguments, sweep
+from training.log import RunLog, completed
+from training.report import group_table, result_table
+from training.workers import RunError, Workers, one_line
+
+OPTIMIZER_PHASES = ("encode", "exchange", "server", "decode")
+
+
+class Run:
+    """Everything of one run on this worker, built and checked before training starts."""
+
+    def __init__(self, config: DictConfig, workers: Workers):
+        self.config, self.workers = config, workers
+        self.forward_sequences = share_of_batch(config, workers.count)
+        model_config = build(config.model, "model")
+        data = {key: value for key, value in config.data.items() if key != "name"}
+        train_tokens, test_tokens = open_streams(**data, root=ROOT)
+        self.batches = WorkerBatches(
+            train_tokens, model_config.context, workers.rank, workers.count, config.seed
+        )
+        self.test = TestWindows(test_tokens, model_config.context, config.eval.tokens)
+        self.raw_model = GPT(model_config, config.seed).to(workers.device)
+        self.optimizer = build_optimizer(config, self.raw_model)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: lr_factor(step, config)
+        )
+        on_cuda = workers.device.type == "cuda"
+        self.model = torch.compile(self.raw_model) if on_cuda and config.compile else self.raw_model
+        self.autocast = torch.autocast(workers.device.type, torch.bfloat16, enabled=on_cuda)
+        self.label = config.label or optimizer_label(self.optimizer)
+        self.seconds = 0.0
+        self.phases = dict.fromkeys(("data", "forward_backward", *OPTIMIZER_PHASES), 0.0)
+
+    def accumulate_gradient(self) -> torch.Tensor:
+        """This worker's gradient of one step, in forward passes of equal size; the mean loss."""
+        passes = self.config.batch.sequences // self.workers.count // self.forward_sequences
+        total = torch.zeros((), device=self.workers.device)
+        for _ in range(passes):
+            with self.optimizer.timer("data"):
+                inputs, targets = self.to_device(self.batches.next(self.forward_sequences))
+            with self.optimizer.timer("forward_backward"):
+                with self.autocast:
+                    loss = self.model(inputs, targets) / passes
+                loss.backward()
+                total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def test_loss(self) -> float:
+        """Mean loss of W, the model that workers hold, on the test windows of all workers."""
+        total = torch.zeros((), dtype=torch.float64, device=self.workers.device)
+        tokens = 0
+        windows = self.test.batches(self.workers.rank, self.workers.count, self.forward_sequences)
+        for batch in windows:
+            inputs, targets = self.to_device(batch)
+            with self.autocast:
+                total += self.model(inputs, targets).double() * targets.numel()
+            tokens += targets.numel()
+        total, tokens = self.workers.total(total, tokens)
+        return total / tokens
+
+    def to_device(self, tensors):
+        return [tensor.to(self.workers.device, non_blocking=True) for tensor in tensors]
+
+    def position(self, step: int) -> dict:
+        """Where the run is: the fields that all records share. Bytes are per worker."""
+        exchange = self.optimizer.exchange
+        return {
+            "step": step,
+            "tokens": step * self.config.batch.sequences * self.raw_model.config.context,
+            "w2s_bytes": step * exchange.w2s_bytes,
+            "s2w_bytes": step * exchange.s2w_bytes,
+            "wire_tx_bytes": step * exchange.wire_tx_bytes,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def train(self, log: RunLog | None) -> dict:
+        """The training loop; returns the facts of the end record. `log` is None but on rank 0."""
+        config = self.config
+        loss_sum = torch.zeros((), device=self.workers.device)
+        since, steps_since = time.perf_counter(), 0
+        for step in range(1, config.steps + 1):
+            loss_sum += self.accumulate_gradient()
+            lr = self.scheduler.get_last_lr()[0]
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.scheduler.step()
+            steps_since += 1
+            last, evaluate = step == config.steps, step % config.eval.every == 0
+            if log:
+                log.advance()
+            if not (step % config.log_every == 0 or evaluate or last):
+                continue
+
+            self.workers.together(self.optimizer.check_finite)
+            (loss,) = self.workers.total(loss_sum / steps_since / self.workers.count)
+            for phase, seconds in self.optimizer.timer.read().items():
+                self.phases[phase] += seconds
+            elapsed = time.perf_counter() - since
+            self.seconds += elapsed
+            position = self.position(step)
+            if log:
+                phases = {phase: round(seconds, 3) for phase, seconds in self.phases.items()}
+                tokens = steps_since * position["tokens"] / step
+                log.train(position | {"loss": loss, "lr": lr, "phases": phases}, tokens / elapsed)
+            if evaluate or last:
+                test_loss = self.test_loss()
+                if log:
+                    log.eval(position | {"test_loss": test_loss})
+            loss_sum.zero_()
+            since, steps_since = time.perf_counter(), 0
+
+        optimizer_seconds = sum(self.phases[phase] for phase in OPTIMIZER_PHASES)
+        return position | {
+            "test_loss": test_loss,
+            "uncompressed_bytes": config.steps * 4 * self.raw_model.config.parameter_count,
+            "optimizer_share": round(optimizer_seconds / sum(self.phases.values()), 4),
+        }
+
+
+def share_of_batch(config: DictConfig, workers: int) -> int:
+    """Sequences in one forward pass of a worker. Raises RunError if the workers do not divide."""
+    if config.batch.sequences % workers:
+        raise RunError(
+            f"batch.sequences={config.batch.sequences} cannot be split over {workers} workers: "
+            f"give a multiple of {workers}"
+        )
+    own = config.batch.sequences // workers
+    return max(n for n in range(1, min(own, config.batch.per_forward) + 1) if own % n == 0)
+
+
+def build_optimizer(config: DictConfig, model: GPT) -> EF21Muon:
+    """The optimizer, with a parameter group for each role that configs/norm names."""
+    groups = [
+        {
+            "name": role,
+            "params": parameters,
+            "norm": build(config.norm[role].norm, f"norm.{role}.norm"),
+            "radius": config.norm[role].radius,
+        }
+        for role, parameters in model.parameter_roles().items()
+    ]
+    w2s, s2w = build(config.w2s, "w2s"), build(config.s2w, "s2w")
+    optimizer = build(config.optimizer, "optimizer", _partial_=True)
+    return optimizer(groups, w2s=w2s, s2w=s2w, seed=config.seed)
+
+
+def optimizer_label(optimizer: EF21Muon) -> str:
+    """The run's name in figures: what is sent."""
+    w2s, s2w = optimizer.defaults["w2s"], optimizer.defaults["s2w"]
+    return str(w2s) if s2w.lossless else f"{w2s}, back {s2w}"
+
+
+def lr_factor(step: int, config: DictConfig) -> float:
+    """The share of the lr at `step`, counted from 0: trapezoidal."""
+    warmup = config.schedule.warmup * config.steps
+    cooldown = config.schedule.cooldown * config.steps
+    rising = (step + 1) / warmup if step < warmup else 1.0
+    falling = (config.steps - step) / cooldown if config.steps - step < cooldown else 1.0
+    return min(1.0, rising, falling)
+
+
+def run_job(job: Job, directory: Path, workers: Workers) -> None:
+    """One run, from its configuration to its picture. Raises RunError, on all workers alike."""
+    run = workers.together(lambda: Run(job.config, workers))
+    parameters = run.raw_model.config.parameter_count
+    workers.say(f"{workers.count} workers on {workers.device.type}, {parameters:,} parameters\n")
+    workers.say(group_table(run.optimizer) + "\n")
+    facts = {
+        "parameters": parameters,
+        "world_size": workers.count,
+        "device": workers.device.type,
+    }
+    log = workers.together(
+        lambda: RunLog(directory, job, run.label, facts) if workers.first else None
+    )
+    try:
+        end = run.train(log)
+    except BaseException as error:
+        if log:
+            log.end("failed", error=one_line(error))
+        raise
+    if log:
+        log.end("completed", **end)
+        picture = draw([directory], directory)[0]
+        workers.say(f"\n{result_table(end)}\n\nlog      {log.path}\npicture  {picture}")
+
+
+def run_jobs(arguments: argparse.Namespace, workers: Workers) -> list[RunError]:
+    """Run what the command line asks for; returns the errors of jobs that were passed over.
+
+    All jobs are composed before the first one starts. In a sweep, jobs that are completed already
+    are skipped, and others start anew in their directory; a single run gets a directory of its own.
+    """
+    jobs = [compose_or_error(one) for one in sweep(arguments.overrides, arguments.multirun)]
+    fail_fast = all(job.config.fail_fast for job in jobs if isinstance(job, Job))
+    errors = [job for job in jobs if isinstance(job, RunError)]
+    if errors and fail_fast:
+        raise errors[0]
+    jobs = [job for job in jobs if isinstance(job, Job)]
+    if arguments.cfg:
+        workers.say("---\n".join(OmegaConf.to_yaml(job.config) for job in jobs))
+        return errors
+    for number, job in enumerate(jobs, 1):
+        directory = workers.broadcast(run_directory(job, workers, arguments.multirun))
+        if arguments.multirun:
+            workers.say(f"\njob {number} of {len(jobs)}: {directory}")
+        if arguments.multirun and workers.broadcast(completed(directory)):
+            workers.say("already completed: skipped")
+            continue
+        try:
+            run_job(job, directory, workers)
+        except RunError as error:
+            if fail_fast:
+                raise
+            workers.say(f"error: {error}: passed over", error=True)
+            errors.append(RunError(f"{directory.name}: {error}"))
+    return errors
+
+
+def compose_or_error(overrides: tuple[str, ...]) -> Job | RunError:
+    try:
+        return compose(overrides)
+    except RunError as error:
+        return RunError(f"{error} (in {' '.join(overrides)})")
+
+
+def run_directory(job: Job, workers: Workers, multirun: bool) -> Path:
+    """Where the run goes: no earlier run is overwritten, but a sweep finds its own again."""
+    path = Path(job.config.runs) / job.name(workers.count)
+    if multirun:
+        return path
+    candidates = (path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 10_000)))
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    workers = Workers()
+    try:
+        errors = run_jobs(arguments, workers)
+    except RunError as error:
+        workers.say(f"error: {error}", error=True)
+        return 1
+    finally:
+        workers.close()
+    if errors:
+        workers.say("\n".join([f"\n{len(errors)} jobs failed:", *map(str, errors)]), error=True)
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What train.py needs around the loop: configuration, workers, logs and tables."""

@@ -1,0 +1,125 @@
+"""A run's log: metrics.jsonl, the progress bar, and wandb when asked for. Rank 0 only."""
+
+import json
+import platform
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy
+import torch
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from training.config import ROOT, Job
+
+SCHEMA = 1
+
+
+class RunLog:
+    """Writes `metrics.jsonl` into a new, empty `directory` and shows progress.
+
+    Byte fields are cumulative and per worker; `seconds` is training time without evaluations. The
+    file is flushed at every evaluation and at the end.
+    """
+
+    def __init__(self, directory: Path, job: Job, label: str, facts: dict):
+        config = OmegaConf.to_container(job.config, resolve=True)
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        OmegaConf.save(job.config, directory / "config.yaml", resolve=True)
+        self.path = directory / "metrics.jsonl"
+        self._file = self.path.open("w")
+        self._wandb = _start_wandb(config, directory, label)
+        self._bar = tqdm(total=config["steps"], unit="step", dynamic_ncols=True)
+        self._write(
+            {
+                "record": "run",
+                "schema": SCHEMA,
+                "label": label,
+                "overrides": list(job.overrides),
+                "config": config,
+                **facts,
+                "versions": {
+                    "python": platform.python_version(),
+                    "torch": torch.__version__,
+                    "numpy": numpy.__version__,
+                },
+                "commit": _commit(),
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+        )
+
+    def advance(self) -> None:
+        """One step more on the progress bar."""
+        self._bar.update()
+
+    def train(self, record: dict, tokens_per_second: float) -> None:
+        """A record of training since the last one."""
+        self._write({"record": "train", **record})
+        self._bar.set_postfix_str(
+            f"loss {record['loss']:.3f}, {tokens_per_second / 1000:.1f}k tokens/s, "
+            f"{record['w2s_bytes'] / 1e6:.1f} MB sent"
+        )
+
+    def eval(self, record: dict) -> None:
+        """An evaluation on the test set."""
+        self._write({"record": "eval", **record})
+        self._file.flush()
+        tqdm.write(
+            f"step {record['step']:>6}  test loss {record['test_loss']:.4f}  "
+            f"{record['w2s_bytes'] / 1e6:.2f} MB sent per worker"
+        )
+
+    def end(self, status: str, **facts) -> None:
+        """The last record: `completed`, or `failed` with an `error`."""
+        self._write({"record": "end", "status": status, **facts})
+        self._file.close()
+        self._bar.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=0 if status == "completed" else 1)
+
+    def _write(self, record: dict) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        if self._wandb and record["record"] in ("train", "eval"):
+            numbers = {key: value for key, value in record.items() if key not in ("record", "step")}
+            self._wandb.log(numbers, step=record["step"])
+
+
+def completed(directory: Path) -> bool:
+    """Whether a run directory's log has its end record, `completed`."""
+    path = directory / "metrics.jsonl"
+    if not path.exists():
+        return False
+    last = path.read_text().splitlines()[-1:]
+    try:
+        end = json.loads(last[0]) if last else {}
+    except json.JSONDecodeError:
+        return False
+    return end.get("record") == "end" and end.get("status") == "completed"
+
+
+def _start_wandb(config: dict, directory: Path, label: str):
+    if config["wandb"]["mode"] == "disabled":
+        return None
+    import wandb
+
+    return wandb.init(
+        project=config["wandb"]["project"],
+        mode=config["wandb"]["mode"],
+        name=label,
+        dir=directory,
+        config=config,
+    )
+
+
+def _commit() -> str | None:
+    """The commit of the code, with `+` behind it if files differ from it; None outside git."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,55 @@
+"""The tables that a run prints: its parameter groups first, its bytes last."""
+
+from collections.abc import Sequence
+
+from ef21_muon import EF21Muon
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns; the first row is the heading."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def group_table(optimizer: EF21Muon) -> str:
+    """What is sent for which layers, in bytes a step."""
+    rows = [["group", "layers", "shape", "norm", "radius", "lr", "w2s", "bytes", "s2w", "bytes"]]
+    for batch in optimizer.batches:
+        group = optimizer.param_groups[batch.group]
+        layers = len(batch.params)
+        rows.append(
+            [
+                group["name"],
+                str(layers),
+                "x".join(map(str, batch.shape)),
+                type(group["norm"]).__name__,
+                f"{group['radius']:g}",
+                f"{group['lr']:g}",
+                str(batch.w2s),
+                f"{layers * batch.w2s.payload_bytes(*batch.shape):,}",
+                str(batch.s2w),
+                f"{layers * batch.s2w.payload_bytes(*batch.shape):,}",
+            ]
+        )
+    return table(rows)
+
+
+def result_table(end: dict) -> str:
+    """The end of a run: `end` is its end record."""
+    sent, uncompressed = end["w2s_bytes"], end["uncompressed_bytes"]
+    return table(
+        [
+            ["result", ""],
+            ["test loss", f"{end['test_loss']:.4f}"],
+            ["tokens", f"{end['tokens']:,}"],
+            ["bytes sent per worker", f"{sent:,}"],
+            ["uncompressed (float32)", f"{uncompressed:,}"],
+            ["ratio", f"{uncompressed / sent:.1f}x fewer"],
+            ["bytes received per worker", f"{end['s2w_bytes']:,}"],
+            ["training time", f"{end['seconds']:.0f} s, {end['optimizer_share']:.0%} optimizer"],
+        ]
+    )
