@@ -1,8 +1,8 @@
 """Train a GPT with EF21-Muon: `torchrun --standalone --nproc_per_node=2 train.py [KEY=VALUE ...]`.
 
 Every process is a worker with its own part of the training tokens. Hydra composes the configuration
-from configs/ (`--help` lists the groups); with `-m`, comma-separated values make a sweep, whose jobs
-run one after the other in the same processes. Each run leaves a directory with its resolved
+from configs/ (`--help` lists the groups); with `-m`, comma-separated values make a sweep of jobs
+that run one after the other in the same processes. Each run leaves a directory with its resolved
 configuration, its log metrics.jsonl and a picture of it.
 """
 
@@ -261,6 +261,9 @@ def main() -> int:
         errors = run_jobs(arguments, workers)
     except RunError as error:
         workers.say(f"error: {error}", error=True)
+        return 1
+    except (ValueError, OSError) as error:  # of this worker alone: torchrun ends the others
+        print(f"error: rank {workers.rank}: {one_line(error)}", file=sys.stderr)
         return 1
     finally:
         workers.close()

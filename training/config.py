@@ -127,12 +127,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def sweep(overrides: list[str], multirun: bool) -> list[tuple[str, ...]]:
     """The overrides of every job: the product of all comma-separated values with `multirun`.
 
-    Raises RunError for an override that Hydra cannot parse.
+    Those that vary come first, so that a run's name begins with what sets it apart. Raises RunError
+    for an override that Hydra cannot parse.
     """
     if not multirun:
         return [tuple(overrides)]
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
+        parsed.sort(key=lambda one: not one.is_sweep_override())
         choices = [
             [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
             if one.is_sweep_override()
@@ -203,8 +205,8 @@ def _one_line(error: BaseException) -> str:
     unknown = re.search(r"Key '(\w+)' (?:is not in struct|not in)", text)
     message = lines[0]
     if "Available options in" in text:
-        options = text.split("Available options in", 1)[1].splitlines()[1:]
-        message += f": choose from {', '.join(o.strip() for o in options if o.strip())}"
+        options = re.findall(r"^\t(\S+)$", text.split("Config search path")[0], re.MULTILINE)
+        message += f": choose from {', '.join(options)}"
     if message.startswith("Ambiguous value"):
         message += ": add -m to sweep over it, or write a list as [a,b]"
     if unknown:

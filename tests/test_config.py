@@ -1,0 +1,145 @@
+"""Configurations: presets compose, sweeps expand, mistakes end in one clear line."""
+
+import re
+
+import pytest
+import torch
+
+import train
+from model import GPT
+from training.config import build, compose, sweep
+from training.workers import RunError
+
+
+@pytest.fixture
+def run_train(monkeypatch, capsys, tmp_path, small):
+    """Call train.py in this process; returns its exit status and what it printed to stderr."""
+
+    def run(*overrides: str):
+        arguments = ["train.py", *small, f"runs={tmp_path}", *overrides]
+        monkeypatch.setattr("sys.argv", arguments)
+        status = train.main()
+        return status, capsys.readouterr().err
+
+    return run
+
+
+MISTAKES = {
+    "stepz=3": "stepz is not a key of this configuration: did you mean steps?",
+    "+unheard=3": "unheard is not a key",
+    "w2s.fractoin=0.1": "did you mean fraction?",
+    "optimizer.unheard=1": "unheard is not a key",
+    "steps=abc": "steps: Value 'abc'",
+    "steps=0": "steps=0 is not allowed: give a whole number of at least 1",
+    "steps=[1": "no viable alternative",
+    "steps=1,2": "add -m to sweep",
+    "seed=-1": "seed=-1 is not allowed",
+    "batch.sequences=0": "batch.sequences=0 is not allowed",
+    "log_every=0": "log_every=0 is not allowed",
+    "eval.every=-5": "eval.every=-5 is not allowed",
+    "eval.tokens=1": "1 test tokens wanted",
+    "eval.tokens=100000": "100000 test tokens wanted",
+    "schedule.cooldown=1.5": "schedule.cooldown=1.5 is not allowed",
+    "wandb.mode=on": "choose disabled, offline or online",
+    "compressor@w2s=unheard": "choose from identity, natural, rank, topk",
+    "w2s.fraction=0": "w2s: RankK got fraction=0: give a number above 0, at most 1",
+    "w2s.fraction=2": "w2s: RankK got fraction=2",
+    "w2s.fraction=many": "w2s: RankK got fraction=many",
+    "w2s.values=float8": "'float8' is not a value format: choose from float32, bfloat16, natural",
+    "optimizer.lr=-1": "lr=-1 is not allowed: give a number of at least 0",
+    "optimizer.lr=fast": "lr=fast is not allowed",
+    "optimizer.beta=0": "beta=0 is not allowed",
+    "optimizer.server=moon": "server='moon' is not a placement: choose rank0 or sharded",
+    "norm.hidden.radius=0": "radius=0 is not allowed: give a number above 0",
+    "norm.hidden.norm.steps=0": "Spectral got steps=0",
+    "model.heads=3": "width must be a multiple of 2 * heads = 6",
+    "model.width=wide": "model.width is 'wide'",
+    "model.vocab_size=255": "smaller than the 256 tokens of data=shakespeare",
+    "data.vocab_size=8": "is outside the vocabulary of 8",
+    "data.train=/nowhere/*.bin": "0 matching files, expected 1; rebuild with: python data/",
+    "data.train_shards=2": "1 matching files, expected 2",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_is_one_line(run_train, tmp_path, override):
+    status, errors = run_train(override)
+    assert status == 1
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert MISTAKES[override] in line
+    assert "Traceback" not in errors
+    assert not any((path / "test_loss.png").exists() for path in tmp_path.iterdir())
+
+
+def test_more_workers_than_windows():
+    from data.loader import WorkerBatches
+
+    with pytest.raises(ValueError, match="use at most 3 workers"):
+        WorkerBatches(range(100), 32, worker=0, workers=4, seed=0)
+
+
+def test_workers_must_divide_the_batch(small):
+    config = compose((*small, "batch.sequences=3")).config
+    with pytest.raises(RunError, match=r"batch\.sequences=3 cannot be split over 2 workers"):
+        train.share_of_batch(config, 2)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "per_forward", "workers", "expected"),
+    [(16, 8, 2, 8), (16, 8, 1, 8), (12, 4, 2, 3), (256, 16, 8, 16), (2, 8, 2, 1), (14, 4, 2, 1)],
+)
+def test_forward_passes_are_equal_and_as_large_as_allowed(
+    small, sequences, per_forward, workers, expected
+):
+    overrides = (f"batch.sequences={sequences}", f"batch.per_forward={per_forward}")
+    assert train.share_of_batch(compose((*small, *overrides)).config, workers) == expected
+
+
+def test_sweep_is_the_product_in_order():
+    assert sweep(["steps=5", "compressor@w2s=identity,topk", "seed=0,1"], multirun=True) == [
+        ("compressor@w2s=identity", "seed=0", "steps=5"),
+        ("compressor@w2s=identity", "seed=1", "steps=5"),
+        ("compressor@w2s=topk", "seed=0", "steps=5"),
+        ("compressor@w2s=topk", "seed=1", "steps=5"),
+    ]
+    assert sweep(["seed=range(0,3)"], multirun=True) == [("seed=0",), ("seed=1",), ("seed=2",)]
+
+
+def test_names_tell_overrides_and_tell_configurations_apart(small):
+    def name(*overrides, workers=2):
+        return compose(overrides).name(workers)
+
+    overrides = ("compressor@w2s=topk", "w2s.fraction=0.05")
+    assert re.fullmatch(r"w2s=topk,w2s\.fraction=0\.05-[0-9a-f]{8}", name(*overrides))
+    assert name(*overrides) == name(*overrides)
+    assert name(*overrides) != name(*overrides, workers=4)
+    assert name("seed=1") != name("seed=2")
+    assert name("runs=elsewhere", "wandb.mode=offline", "log_every=5") == name()
+    assert name().startswith("default-")
+    assert "/" not in name("data.train=/some/where/*.bin")
+    assert len(name(*(f"data.name={'x' * 300}",))) < 120
+
+
+@pytest.mark.parametrize("compressor", ["identity", "natural", "topk", "rank"])
+@pytest.mark.parametrize("direction", ["w2s", "s2w"])
+def test_every_compressor_composes(compressor, direction):
+    config = compose((f"compressor@{direction}={compressor}",)).config
+    assert 0 < build(config[direction], direction).alpha(64, 32) <= 1
+
+
+def test_the_papers_setting_composes():
+    config = compose(("experiment=paper", "w2s.fraction=0.1", "w2s.values=float32")).config
+    assert (config.batch.sequences, config.model.context) == (256, 1024)
+    assert (config.eval.every, config.eval.tokens) == (125, 10_485_760)
+    assert config.data.rebuild == "python data/fineweb.py download --shards 103"
+    with torch.device("meta"):
+        model = GPT(build(config.model, "model"))
+    assert sum(p.numel() for p in model.parameters()) == 123_568_128
+    assert train.share_of_batch(config, 8) == 16
+
+
+def test_the_learning_rate_is_a_trapezoid(small):
+    overrides = ("steps=10", "schedule.warmup=0.2", "schedule.cooldown=0.5")
+    config = compose((*small, *overrides)).config
+    factors = [train.lr_factor(step, config) for step in range(11)]
+    assert factors == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2, 0])
