@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from ef21_muon.compressors import Compressor, Identity
 from ef21_muon.exchange import Exchange
+from ef21_muon.fingerprint import fingerprint
 from ef21_muon.layers import LayerBatch, batch_layers
 from ef21_muon.norms import Norm, Spectral
 from ef21_muon.timing import PhaseTimer
@@ -208,10 +209,14 @@ class EF21Muon(torch.optim.Optimizer):
             group.update({key: value for key, value in saved.items() if key != "params"})
             for parameter, index in zip(group["params"], saved["params"], strict=True):
                 state, saved_state = self.state[parameter], state_dict["state"][index]
-                if state.keys() != saved_state.keys():
+                shapes, saved_shapes = (
+                    {key: tuple(tensor.shape) for key, tensor in sorted(one.items())}
+                    for one in (state, saved_state)
+                )
+                if shapes != saved_shapes:
                     raise ValueError(
-                        f"the state holds {sorted(saved_state)} where this optimizer needs "
-                        f"{sorted(state)}: load on the same rank, placement and compressors"
+                        f"the state holds {saved_shapes} where this optimizer needs {shapes}: "
+                        "load on the same rank, model, placement and compressors"
                     )
                 for key, tensor in saved_state.items():
                     state[key].copy_(tensor)
@@ -226,8 +231,7 @@ class EF21Muon(torch.optim.Optimizer):
     def _require_equal_parameters(self) -> None:
         if self.exchange.ranks == 1:
             return
-        sums = [p.detach().double().sum() for batch in self.batches for p in batch.params]
-        mine = torch.stack(sums)
+        mine = torch.stack([fingerprint(p) for batch in self.batches for p in batch.params])
         every = [torch.empty_like(mine) for _ in range(self.exchange.ranks)]
         dist.all_gather(every, mine, group=self.exchange.group)
         differs = (torch.stack(every) != every[0]).nonzero().tolist()

@@ -1,0 +1,69 @@
+"""What the README says works: its code runs, its overrides compose, its files exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from training.config import build, compose, sweep
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_loop_runs_as_printed(capsys):
+    loop, _ = blocks("python")
+    scope = {}
+    exec(loop, scope)
+    sent = int(capsys.readouterr().out.split()[0])
+    optimizer = scope["optimizer"]
+    assert sent == 20 * optimizer.exchange.w2s_bytes > 0
+    assert scope["loss"] < 4  # log(64) = 4.16 at the start
+
+
+def test_the_compressor_is_one(monkeypatch):
+    _, code = blocks("python")
+    scope = {}
+    exec(code, scope)
+    node = OmegaConf.create(blocks("yaml")[0])
+    assert node.pop("_target_") == "my_module.TopRows"
+    compressor = scope["TopRows"](**node)
+    x = torch.randn(3, 16, 10, generator=torch.Generator().manual_seed(0))
+    payload = compressor.encode(x)
+    assert payload.shape == (3, compressor.payload_bytes(16, 10))
+    error = (compressor.decode(payload, 16, 10) - x).square().sum((1, 2))
+    assert (error <= (1 - compressor.alpha(16, 10)) * x.square().sum((1, 2))).all()
+    assert str(compressor) == "top rows 25% natural"
+
+
+OVERRIDES = [
+    line
+    for line in re.findall(r"`([^`\n]+)`", README.split("## Cheat sheet")[1].split("A run dir")[0])
+    if re.match(r"(-m )?[\w@.]+=", line)
+]
+
+
+@pytest.mark.parametrize("line", OVERRIDES)
+def test_the_cheat_sheet_composes(line):
+    words = shlex.split(line.replace("...", ""))
+    multirun = "-m" in words
+    overrides = [word for word in words if word != "-m"]
+    for job in sweep(overrides, multirun):
+        config = compose(("compressor@s2w=topk", *job) if "s2w." in line else job).config
+        assert build(config.w2s, "w2s") and build(config.s2w, "s2w")
+
+
+def test_the_files_it_names_exist():
+    root = Path(__file__).resolve().parent.parent
+    names = re.findall(r"`((?:[\w.]+/)*[\w.]+\.py|\w+/)`", README)
+    assert len(names) > 8
+    library = {path.name for path in (root / "ef21_muon").iterdir()}
+    assert [n for n in names if not (root / n).exists() and n not in library] == []
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (root / picture).exists(), picture
