@@ -90,7 +90,7 @@ class Run:
             "tokens": step * self.config.batch.sequences * self.raw_model.config.context,
             "w2s_bytes": step * exchange.w2s_bytes,
             "s2w_bytes": step * exchange.s2w_bytes,
-            "wire_tx_bytes": step * exchange.wire_tx_bytes,
+            "wire_tx_bytes": step * exchange.wire_tx_bytes(self.workers.rank),
             "seconds": round(self.seconds, 3),
         }
 

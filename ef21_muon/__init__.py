@@ -4,10 +4,18 @@ The optimizer of "Error Feedback for Muon and Friends" (arXiv:2510.00643) as a l
 on torch alone.
 """
 
-from ef21_muon.compressors import Compressor, Dense, Identity, RankK, TopK
+from ef21_muon.compressors import Compressor, Dense, Identity, RandK, RankK, TopK
 from ef21_muon.norms import Norm, Sign, Spectral
 from ef21_muon.optimizer import EF21Muon
-from ef21_muon.values import BFloat16, Float32, Natural, Values
+from ef21_muon.values import (
+    BFloat16,
+    Float32,
+    Integer,
+    Natural,
+    NaturalWindow,
+    SignScale,
+    Values,
+)
 
 __all__ = [
     "BFloat16",
@@ -16,10 +24,14 @@ __all__ = [
     "EF21Muon",
     "Float32",
     "Identity",
+    "Integer",
     "Natural",
+    "NaturalWindow",
     "Norm",
+    "RandK",
     "RankK",
     "Sign",
+    "SignScale",
     "Spectral",
     "TopK",
     "Values",

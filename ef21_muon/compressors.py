@@ -9,6 +9,9 @@ with the `alpha` that they document (Frobenius norm), where omega is that of the
 Matrices come in batches (L, m, n); every matrix is a message of its own, a row of the payload.
 """
 
+from functools import cache
+from math import gcd, sqrt
+
 import torch
 from torch import Generator, Tensor
 
@@ -58,7 +61,7 @@ class Compressor:
     def __str__(self) -> str:
         """As figures and tables name it: "rank 15% natural"; float32 goes without saying."""
         exact = isinstance(self.values, Float32)
-        return self._name() if exact else f"{self._name()} {type(self.values).__name__.lower()}"
+        return self._name() if exact else f"{self._name()} {self.values}"
 
 
 class Dense(Compressor):
@@ -72,16 +75,16 @@ class Dense(Compressor):
         return isinstance(self.values, Float32)
 
     def payload_bytes(self, m: int, n: int) -> int:
-        return self.values.payload_bytes(m * n)
+        return self.values.payload_bytes(m, n)
 
     def alpha(self, m: int, n: int) -> float:
-        return 1 - self.values.omega
+        return 1 - self.values.omega(m, n)
 
     def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
-        return self.values.encode(x.flatten(1), generator)
+        return self.values.encode(x, generator)
 
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
-        return self.values.decode(payload, m * n).view(-1, m, n)
+        return self.values.decode(payload, m, n)
 
 
 class Identity(Dense):
@@ -121,40 +124,89 @@ class TopK(Fraction):
 
     def payload_bytes(self, m: int, n: int) -> int:
         k = self.kept(m * n)
-        return index_bytes(m * n, k) + self.values.payload_bytes(k)
+        return index_bytes(m * n, k) + self.values.payload_bytes(1, k)
 
     def alpha(self, m: int, n: int) -> float:
-        return (1 - self.values.omega) * self.kept(m * n) / (m * n)
+        k = self.kept(m * n)
+        return (1 - self.values.omega(1, k)) * k / (m * n)
 
     def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         x = x.flatten(1)
         indices = x.abs().topk(self.kept(x.shape[1]), sorted=False).indices.sort().values
+        values = x.gather(1, indices)[:, None]
         return torch.cat(
-            [
-                pack_indices(indices, x.shape[1]),
-                self.values.encode(x.gather(1, indices), generator),
-            ],
-            1,
+            [pack_indices(indices, x.shape[1]), self.values.encode(values, generator)], 1
         )
 
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
         check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
         k, index_length = self.kept(m * n), index_bytes(m * n, self.kept(m * n))
         indices = unpack_indices(payload[:, :index_length], m * n, k)
-        x = torch.zeros(len(payload), m * n, device=payload.device)
-        x.scatter_(1, indices, self.values.decode(payload[:, index_length:], k))
-        return x.view(-1, m, n)
+        values = self.values.decode(payload[:, index_length:], 1, k)[:, 0]
+        return _scatter(indices, values, m, n)
+
+
+class RandK(Fraction):
+    """k entries at random positions that follow from a seed of 9 bytes; no indices are sent.
+
+    The positions are start + i stride modulo m n for i < k: a uniform start, and a stride, coprime
+    to m n, out of 256. So every entry is kept with probability k / (m n), which is all that the
+    contraction needs: alpha = (1 - omega) k / (m n) with k = fraction m n.
+    """
+
+    SEED_BYTES = 9
+
+    def _name(self) -> str:
+        return f"random {self._percent()}"
+
+    def payload_bytes(self, m: int, n: int) -> int:
+        return self.SEED_BYTES + self.values.payload_bytes(1, self.kept(m * n))
+
+    def alpha(self, m: int, n: int) -> float:
+        k = self.kept(m * n)
+        return (1 - self.values.omega(1, k)) * k / (m * n)
+
+    def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        x = x.flatten(1)
+        options = {"generator": generator, "device": x.device}
+        start = torch.randint(x.shape[1], (len(x), 1), **options)
+        stride = torch.randint(256, (len(x), 1), **options)
+        values = x.gather(1, self._positions(start, stride, x.shape[1]))[:, None]
+        seed = [stride.to(torch.uint8), start.view(torch.uint8)]
+        return torch.cat([*seed, self.values.encode(values, generator)], 1)
+
+    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
+        check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
+        stride = payload[:, :1].to(torch.int64)
+        start = payload[:, 1 : self.SEED_BYTES].contiguous().clone().view(torch.int64)
+        positions = self._positions(start, stride, m * n)
+        values = self.values.decode(payload[:, self.SEED_BYTES :], 1, self.kept(m * n))[:, 0]
+        return _scatter(positions, values, m, n)
+
+    def _positions(self, start: Tensor, stride: Tensor, total: int) -> Tensor:
+        strides = torch.tensor(_coprimes(total), device=start.device)[stride]
+        steps = torch.arange(self.kept(total), device=start.device)
+        return (start + strides * steps) % total
 
 
 class RankK(Fraction):
     """The projection of x on r directions of its shorter side, r = fraction min(m, n), as factors.
 
     For m <= n: P is an orthonormal basis of range(x x^T S) for a Gaussian m x r sketch S (range
-    finder with one power step, Halko et al., arXiv:0909.4061), Q = P^T x, and P and Q are sent;
-    C(x) = P Q. For m > n the same of x^T. A projection, so contractive for any basis; over random
-    sketches it keeps at least the share r / min(m, n) of ||x||^2. Rounding both factors with an
-    unbiased format costs (1 + omega)^2 - 1 of what is kept, so
-    alpha = (2 - (1 + omega)^2) r / min(m, n).
+    finder with one power step, Halko et al., arXiv:0909.4061), Q = P^T x, and P^T and Q are sent,
+    so that a row of either belongs to one direction; C(x) = P Q. For m > n the same of x^T.
+
+    A projection, so contractive for any basis; over random sketches it keeps at least the share
+    c = r / min(m, n) of ||x||^2. Unbiased rounding of the factors, by omega_P and omega_Q a row,
+    costs (1 + omega_P) (1 + omega_Q) - 1 of what is kept, so
+
+        alpha = (2 - (1 + omega_P) (1 + omega_Q)) c,
+
+    and biased rounding is only bounded by the triangle inequality,
+
+        alpha = 1 - (sqrt(1 - c) + d sqrt(c))^2,  1 + d = (1 + sqrt(omega_P)) (1 + sqrt(omega_Q)).
+
+    Below 0 it promises nothing. Formats with a scale keep these promises with a scale a row.
     """
 
     def _name(self) -> str:
@@ -162,10 +214,16 @@ class RankK(Fraction):
 
     def payload_bytes(self, m: int, n: int) -> int:
         r = self.kept(min(m, n))
-        return self.values.payload_bytes(r * m) + self.values.payload_bytes(r * n)
+        return self.values.payload_bytes(r, m) + self.values.payload_bytes(r, n)
 
     def alpha(self, m: int, n: int) -> float:
-        return (2 - (1 + self.values.omega) ** 2) * self.kept(min(m, n)) / min(m, n)
+        r = self.kept(min(m, n))
+        share = r / min(m, n)
+        omegas = self.values.omega(r, m), self.values.omega(r, n)
+        if self.values.unbiased:
+            return (2 - (1 + omegas[0]) * (1 + omegas[1])) * share
+        error = (1 + sqrt(omegas[0])) * (1 + sqrt(omegas[1])) - 1
+        return 1 - (sqrt(1 - share) + error * sqrt(share)) ** 2
 
     def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         x = x if x.shape[1] <= x.shape[2] else x.mT
@@ -173,14 +231,32 @@ class RankK(Fraction):
         sketch = torch.randn(len(x), x.shape[1], rank, generator=generator, device=x.device)
         unit = unit_largest(x)
         basis = torch.linalg.qr(unit @ (unit.mT @ sketch)).Q
-        factors = basis, basis.mT @ x
-        return torch.cat([self.values.encode(f.flatten(1), generator) for f in factors], 1)
+        factors = basis.mT, basis.mT @ x
+        return torch.cat([self.values.encode(factor, generator) for factor in factors], 1)
 
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
         check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
         short, long = sorted((m, n))
         rank = self.kept(short)
-        basis_length = self.values.payload_bytes(short * rank)
-        basis = self.values.decode(payload[:, :basis_length], short * rank).view(-1, short, rank)
-        rows = self.values.decode(payload[:, basis_length:], rank * long).view(-1, rank, long)
-        return basis @ rows if m <= n else rows.mT @ basis.mT
+        split = self.values.payload_bytes(rank, short)
+        basis = self.values.decode(payload[:, :split], rank, short)
+        rows = self.values.decode(payload[:, split:], rank, long)
+        return basis.mT @ rows if m <= n else rows.mT @ basis
+
+
+def _scatter(indices: Tensor, values: Tensor, m: int, n: int) -> Tensor:
+    """Matrices (L, m, n) that are zero but for `values` (L, k) at `indices` (L, k)."""
+    x = torch.zeros(len(values), m * n, device=values.device)
+    return x.scatter_(1, indices, values).view(-1, m, n)
+
+
+@cache
+def _coprimes(total: int) -> list[int]:
+    """256 numbers coprime to `total`, spread over its range; repeated where it has fewer."""
+    found = []
+    for place in range(256):
+        number = max(1, total * place // 256)
+        while gcd(number, total) > 1:
+            number += 1
+        found.append(number)
+    return found

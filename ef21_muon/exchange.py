@@ -1,29 +1,25 @@
-"""Who is the server of which layer, and the two collectives of a step.
+"""Who is the server of which layer, and the collectives of a step.
 
-Every layer has an owner, the rank that plays the server for it. A step is at most two uneven
-`all_to_all_single` calls on uint8 buffers: workers to servers (w2s) and servers to workers (s2w).
-All sizes follow from shapes, so no sizes travel. A message to oneself never leaves the rank.
+Every layer has owners, the ranks that play the server for it. All messages are uint8 buffers that
+uneven `all_to_all_single` calls carry: from workers to servers (w2s) and back (s2w), one call each
+way for a bucket of batches. All sizes follow from shapes, so no sizes travel. A message to oneself
+never leaves the rank.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PLACEMENTS = ("rank0", "sharded")
+PLACEMENTS = ("rank0", "sharded", "replicated")
 
 
-def assign_owners(costs: list[int], placement: str, ranks: int) -> list[int]:
-    """The owner of each layer.
+def spread(costs: list[int], ranks: int) -> list[int]:
+    """A rank for each layer: dealt out by decreasing cost, each to the rank with the least so far.
 
-    `rank0`: rank 0 owns all. `sharded`: layers are dealt out by decreasing cost (LMO
-    multiplications), each to the rank with the least so far. Raises ValueError for another name.
+    costs: what the LMO of each layer takes, in multiplications.
     """
-    if placement not in PLACEMENTS:
-        raise ValueError(
-            f"server={placement!r} is not a placement: choose {' or '.join(PLACEMENTS)}"
-        )
-    if placement == "rank0":
-        return [0] * len(costs)
     load = [0] * ranks
     owners = [0] * len(costs)
     for layer in sorted(range(len(costs)), key=lambda layer: -costs[layer]):
@@ -33,17 +29,45 @@ def assign_owners(costs: list[int], placement: str, ranks: int) -> list[int]:
     return owners
 
 
+def owned_layers(spread_over: list[int], server: str, ranks: int) -> list[slice]:
+    """The layers of a batch that each rank owns, by placement.
+
+    spread_over: the rank that `spread` chose for each layer, in increasing order. `rank0`: rank 0
+    owns all; `sharded`: as spread; `replicated`: every rank owns all. Raises ValueError for another
+    name.
+    """
+    if server not in PLACEMENTS:
+        raise ValueError(f"server={server!r} is not a placement: choose {', '.join(PLACEMENTS)}")
+    layers = len(spread_over)
+    if server == "replicated":
+        return [slice(0, layers)] * ranks
+    if server == "rank0":
+        return [slice(0, layers)] + [slice(layers, layers)] * (ranks - 1)
+    bounds = [sum(owner < rank for owner in spread_over) for rank in range(ranks + 1)]
+    return [slice(*bounds[rank : rank + 2]) for rank in range(ranks)]
+
+
+def cut(sizes: list[int], parts: int) -> list[range]:
+    """Cut a sequence into at most `parts` runs, each with about the same sum of sizes."""
+    ends, total, done = [], sum(sizes), 0
+    for place, size in enumerate(sizes, 1):
+        done += size
+        if done * parts >= total * (len(ends) + 1):
+            ends.append(place)
+    return [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
 class Exchange:
     """The collectives of one round, for batches of layers with fixed payload sizes.
 
-    counts[b][r]: layers of batch b that rank r owns; within a batch, layers are ordered by owner.
-    w2s_sizes[b], s2w_sizes[b]: payload bytes of one layer of batch b in either direction.
-    Without an initialised process group there is one rank, and nothing is sent.
+    owned[b][r]: the layers of batch b that rank r owns; w2s_sizes[b], s2w_sizes[b]: payload bytes
+    of one layer of batch b in either direction. Without an initialised process group there is one
+    rank, and nothing is sent. Where every rank owns every layer, nothing is sent back.
     """
 
     def __init__(
         self,
-        counts: list[list[int]],
+        owned: list[list[slice]],
         w2s_sizes: list[int],
         s2w_sizes: list[int],
         group: dist.ProcessGroup | None = None,
@@ -51,81 +75,87 @@ class Exchange:
         self.group = group
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
         self.ranks = dist.get_world_size(group) if dist.is_initialized() else 1
-        self.counts, self.w2s_sizes, self.s2w_sizes = counts, w2s_sizes, s2w_sizes
+        self.owned, self.w2s_sizes, self.s2w_sizes = owned, w2s_sizes, s2w_sizes
+        layers = [max(part.stop for part in parts) for parts in owned]
+        self.replicated = all(
+            part == slice(0, count)
+            for count, parts in zip(layers, owned, strict=True)
+            for part in parts
+        )
+        # Of one worker's message to the servers, and of the servers' message to every worker.
+        self.w2s_bytes = sum(c * size for c, size in zip(layers, w2s_sizes, strict=True))
+        self.s2w_bytes = sum(c * size for c, size in zip(layers, s2w_sizes, strict=True))
+        if self.replicated and self.ranks > 1:
+            self.s2w_bytes = 0
 
-    def _owned_bytes(self, sizes: list[int], rank: int) -> int:
-        return sum(count[rank] * size for count, size in zip(self.counts, sizes, strict=True))
+    def wire_tx_bytes(self, rank: int) -> int:
+        """Bytes that a rank hands to the network in one round."""
+        every = range(len(self.owned))
+        others = [other for other in range(self.ranks) if other != rank]
+        to_servers = sum(sum(self._lengths(self.w2s_sizes, other, every)) for other in others)
+        if self.replicated:
+            return to_servers
+        return to_servers + len(others) * sum(self._lengths(self.s2w_sizes, rank, every))
 
-    @property
-    def w2s_bytes(self) -> int:
-        """Bytes of one worker's message to the servers, all layers."""
-        return sum(self._owned_bytes(self.w2s_sizes, rank) for rank in range(self.ranks))
+    def to_servers(self, payloads: list[Tensor], bucket: range) -> Callable[[], list[Tensor]]:
+        """Start to send every layer's payload to its owners.
 
-    @property
-    def s2w_bytes(self) -> int:
-        """Bytes of the servers' message that every worker receives, all layers."""
-        return sum(self._owned_bytes(self.s2w_sizes, rank) for rank in range(self.ranks))
-
-    @property
-    def wire_tx_bytes(self) -> int:
-        """Bytes that this rank hands to the network in one round."""
-        to_others = self.w2s_bytes - self._owned_bytes(self.w2s_sizes, self.rank)
-        return to_others + (self.ranks - 1) * self._owned_bytes(self.s2w_sizes, self.rank)
-
-    def to_servers(self, payloads: list[Tensor]) -> list[Tensor]:
-        """Send every layer's payload to its owner.
-
-        payloads[b]: uint8 (layers of b, w2s_sizes[b]); returns for every batch
-        (workers, layers of b owned here, w2s_sizes[b]).
+        payloads: for every batch of the bucket uint8 (layers, w2s size). Returns a function that
+        waits and gives for every batch of the bucket (workers, layers owned here, w2s size).
         """
         if self.ranks == 1:
-            return [payload[None] for payload in payloads]
-        pieces = zip(
-            *(payload.split(count) for payload, count in zip(payloads, self.counts, strict=True)),
-            strict=True,
+            return lambda: [payload[None] for payload in payloads]
+        message = torch.cat(
+            [
+                payload[self.owned[b][rank]].flatten()
+                for rank in range(self.ranks)
+                for b, payload in zip(bucket, payloads, strict=True)
+            ]
         )
-        message = torch.cat([piece.flatten() for owner in pieces for piece in owner])
-        owned = self._owned_bytes(self.w2s_sizes, self.rank)
-        received = message.new_empty(self.ranks * owned)
-        dist.all_to_all_single(
-            received,
-            message,
-            [owned] * self.ranks,
-            [self._owned_bytes(self.w2s_sizes, rank) for rank in range(self.ranks)],
-            group=self.group,
-        )
-        return self._rows(received.view(self.ranks, owned), self.w2s_sizes, self.rank)
+        lengths = [sum(self._lengths(self.w2s_sizes, rank, bucket)) for rank in range(self.ranks)]
+        received, work = self._all_to_all(message, lengths, [lengths[self.rank]] * self.ranks)
 
-    def to_workers(self, payloads: list[Tensor]) -> list[Tensor]:
-        """Send the payloads of the layers owned here to every rank.
+        def receive() -> list[Tensor]:
+            work.wait()
+            return self._rows(received.view(self.ranks, -1), self.w2s_sizes, self.rank, bucket)
 
-        payloads[b]: uint8 (layers of b owned here, s2w_sizes[b]); returns for every batch
-        (layers of b, s2w_sizes[b]).
+        return receive
+
+    def to_workers(self, payloads: list[Tensor], bucket: range) -> Callable[[], list[Tensor]]:
+        """Start to send the payloads of the layers owned here to every rank.
+
+        payloads: for every batch of the bucket uint8 (layers owned here, s2w size). Returns a
+        function that waits and gives for every batch of the bucket (layers, s2w size).
         """
-        if self.ranks == 1:
-            return payloads
-        message = torch.cat([payload.flatten() for payload in payloads])
-        owned = [self._owned_bytes(self.s2w_sizes, rank) for rank in range(self.ranks)]
-        received = message.new_empty(sum(owned))
-        dist.all_to_all_single(
-            received,
-            message.repeat(self.ranks),
-            owned,
-            [owned[self.rank]] * self.ranks,
-            group=self.group,
-        )
-        by_owner = [
-            self._rows(part[None], self.s2w_sizes, rank)
-            for rank, part in enumerate(received.split(owned))
-        ]
-        return [torch.cat([rows[0] for rows in batch]) for batch in zip(*by_owner, strict=True)]
+        if self.replicated:
+            return lambda: payloads
+        message = torch.cat([payload.flatten() for payload in payloads]).repeat(self.ranks)
+        lengths = [sum(self._lengths(self.s2w_sizes, rank, bucket)) for rank in range(self.ranks)]
+        received, work = self._all_to_all(message, [lengths[self.rank]] * self.ranks, lengths)
 
-    def _rows(self, received: Tensor, sizes: list[int], owner: int) -> list[Tensor]:
+        def receive() -> list[Tensor]:
+            work.wait()
+            by_owner = [
+                self._rows(part[None], self.s2w_sizes, rank, bucket)
+                for rank, part in enumerate(received.split(lengths))
+            ]
+            return [torch.cat([rows[0] for rows in batch]) for batch in zip(*by_owner, strict=True)]
+
+        return receive
+
+    def _all_to_all(self, message: Tensor, sent: list[int], received: list[int]):
+        buffer = message.new_empty(sum(received))
+        work = dist.all_to_all_single(
+            buffer, message, received, sent, group=self.group, async_op=True
+        )
+        return buffer, work
+
+    def _lengths(self, sizes: list[int], rank: int, bucket: range) -> list[int]:
+        """Bytes of what `rank` owns of each batch of the bucket."""
+        owned = [self.owned[b][rank] for b in bucket]
+        return [(o.stop - o.start) * sizes[b] for o, b in zip(owned, bucket, strict=True)]
+
+    def _rows(self, received: Tensor, sizes: list[int], owner: int, bucket: range) -> list[Tensor]:
         """Split what `owner` owns, (senders, bytes), into (senders, layers, size) per batch."""
-        lengths = [count[owner] * size for count, size in zip(self.counts, sizes, strict=True)]
-        return [
-            part.unflatten(1, (count[owner], size))
-            for part, count, size in zip(
-                received.split(lengths, 1), self.counts, sizes, strict=True
-            )
-        ]
+        parts = received.split(self._lengths(sizes, owner, bucket), 1)
+        return [part.unflatten(1, (-1, sizes[b])) for part, b in zip(parts, bucket, strict=True)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ef21_muon.compressors import Compressor
-from ef21_muon.exchange import assign_owners
+from ef21_muon.exchange import owned_layers, spread
 
 
 @dataclass
@@ -26,7 +26,7 @@ class LayerBatch:
     shape: tuple[int, int]
     w2s: Compressor
     s2w: Compressor
-    counts: list[int]
+    owned_by: list[slice]
     owned: slice
     momentum: Tensor
     gradient_estimate: Tensor
@@ -66,24 +66,22 @@ def batch_layers(groups: list[dict], server: str, rank: int, ranks: int) -> list
         for name, parameter in zip(_names(group, index), group["params"], strict=True)
     ]
     costs = [groups[index]["norm"].cost(*shape) for index, _, _, shape in layers]
-    owners = assign_owners(costs, server, ranks)
-    order = assign_owners(costs, "sharded", ranks)
+    spread_over = spread(costs, ranks)
     batched = defaultdict(list)
-    for layer in sorted(range(len(layers)), key=order.__getitem__):
+    for layer in sorted(range(len(layers)), key=spread_over.__getitem__):
         index, name, parameter, shape = layers[layer]
-        batched[index, shape].append((name, parameter, owners[layer]))
+        batched[index, shape].append((name, parameter, spread_over[layer]))
     batches = []
     for (index, shape), members in batched.items():
         names, params, of_layer = (list(column) for column in zip(*members, strict=True))
-        counts = [of_layer.count(r) for r in range(ranks)]
-        batches.append(_new_batch(index, groups[index], shape, names, params, counts, rank))
+        owned_by = owned_layers(of_layer, server, ranks)
+        batches.append(_new_batch(index, groups[index], shape, names, params, owned_by, rank))
     return batches
 
 
-def _new_batch(index, group, shape, names, params, counts: list[int], rank: int) -> LayerBatch:
+def _new_batch(index, group, shape, names, params, owned_by: list[slice], rank: int) -> LayerBatch:
     device = params[0].device
-    first = sum(counts[:rank])
-    owned = slice(first, first + counts[rank])
+    owned = owned_by[rank]
     s2w = group["s2w"].fit(*shape)
     model = [p.detach().reshape(shape).float() for p in params[owned]]
     return LayerBatch(
@@ -93,11 +91,11 @@ def _new_batch(index, group, shape, names, params, counts: list[int], rank: int)
         shape=shape,
         w2s=group["w2s"].fit(*shape),
         s2w=s2w,
-        counts=counts,
+        owned_by=owned_by,
         owned=owned,
         momentum=torch.zeros(len(params), *shape, device=device),
         gradient_estimate=torch.zeros(len(params), *shape, device=device),
-        server_gradient=torch.zeros(counts[rank], *shape, device=device),
+        server_gradient=torch.zeros(len(model), *shape, device=device),
         server_model=torch.stack(model) if model and not s2w.lossless else None,
         broken_at=torch.zeros(len(params), dtype=torch.int64, device=device),
     )

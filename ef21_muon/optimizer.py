@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Generator, Tensor
 
 from ef21_muon.compressors import Compressor, Identity
-from ef21_muon.exchange import Exchange
+from ef21_muon.exchange import Exchange, cut
 from ef21_muon.fingerprint import fingerprint
 from ef21_muon.layers import LayerBatch, batch_layers
 from ef21_muon.norms import Norm, Spectral
@@ -29,8 +29,10 @@ class EF21Muon(torch.optim.Optimizer):
     own. `lr` times `radius` is the radius t^k of line 3, so schedulers act on `lr`; `beta` in
     (0, 1] is the weight of the new gradient in the momentum (line 9); `norm` gives the LMO; `w2s`
     and `s2w` are the workers' and the servers' compressors C_j and C. `server` places the servers
-    (`ef21_muon.exchange`); `seed` drives what is random in compressors. A parameter of n entries in
-    one dimension is an (n, 1) matrix, one of more than two dimensions is flattened to (d_0, rest).
+    (`ef21_muon.exchange`); batches of layers travel in up to `buckets` messages each way, so that
+    one is on its way while the next is encoded, with the same numbers for any value. `seed` drives
+    what is random in compressors. A parameter of n entries in one dimension is an (n, 1) matrix,
+    one of more than two dimensions is flattened to (d_0, rest).
 
     G_j starts at zero: the first message is C_j(M_j^0), never an uncompressed gradient.
 
@@ -50,6 +52,7 @@ class EF21Muon(torch.optim.Optimizer):
         w2s: Compressor | None = None,
         s2w: Compressor | None = None,
         server: str = "sharded",
+        buckets: int = 1,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
     ):
@@ -61,7 +64,11 @@ class EF21Muon(torch.optim.Optimizer):
             "w2s": w2s or Identity(),
             "s2w": s2w or Identity(),
         }
+        if not (type(buckets) is int and buckets > 0):
+            raise ValueError(f"buckets={buckets} is not allowed: give a whole number above 0")
         super().__init__(params, defaults)
+        if server == "replicated":
+            self._refuse_compressed_shifts()
         self.timer = PhaseTimer()
         self.round = 0
         distributed = dist.is_initialized()
@@ -75,10 +82,13 @@ class EF21Muon(torch.optim.Optimizer):
         for batch in self.batches:
             self.state.update(batch.state())
         self.exchange = Exchange(
-            [batch.counts for batch in self.batches],
+            [batch.owned_by for batch in self.batches],
             [batch.w2s.payload_bytes(*batch.shape) for batch in self.batches],
             [batch.s2w.payload_bytes(*batch.shape) for batch in self.batches],
             process_group,
+        )
+        self.buckets = cut(
+            [len(b.params) * b.w2s.payload_bytes(*b.shape) for b in self.batches], buckets
         )
         self._require_equal_parameters()
 
@@ -96,20 +106,29 @@ class EF21Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self.timer("encode"):
-            messages = [self._compress_gradient(batch) for batch in self.batches]
-        with self.timer("exchange"):
-            messages = self.exchange.to_servers(messages)  # line 12
-        with self.timer("decode"):
-            for batch, from_workers in zip(self.batches, messages, strict=True):
-                self._update_server_gradient(batch, from_workers)
-        with self.timer("server"):
-            shifts = [self._server_step(batch) for batch in self.batches]
-        with self.timer("exchange"):
-            shifts = self.exchange.to_workers(shifts)  # line 6
-        with self.timer("decode"):
-            for batch, shift in zip(self.batches, shifts, strict=True):
-                self._update_parameters(batch, shift)
+        to_servers = []
+        for bucket in self.buckets:
+            with self.timer("encode"):
+                messages = [self._compress_gradient(self.batches[b]) for b in bucket]
+            with self.timer("exchange"):
+                to_servers.append(self.exchange.to_servers(messages, bucket))  # line 12
+        to_workers = []
+        for bucket, receive in zip(self.buckets, to_servers, strict=True):
+            with self.timer("exchange"):
+                messages = receive()
+            with self.timer("decode"):
+                for b, from_workers in zip(bucket, messages, strict=True):
+                    self._update_server_gradient(self.batches[b], from_workers)
+            with self.timer("server"):
+                shifts = [self._server_step(self.batches[b]) for b in bucket]
+            with self.timer("exchange"):
+                to_workers.append(self.exchange.to_workers(shifts, bucket))  # line 6
+        for bucket, receive in zip(self.buckets, to_workers, strict=True):
+            with self.timer("exchange"):
+                shifts = receive()
+            with self.timer("decode"):
+                for b, shift in zip(bucket, shifts, strict=True):
+                    self._update_parameters(self.batches[b], shift)
         self.round += 1
         return loss
 
@@ -227,6 +246,14 @@ class EF21Muon(torch.optim.Optimizer):
     def _new_generator(self, seed: int, rank: int, purpose: str) -> Generator:
         digest = hashlib.sha256(f"{seed}/{rank}/{purpose}".encode()).digest()
         return Generator(self._device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+    def _refuse_compressed_shifts(self) -> None:
+        for group in self.param_groups:
+            if not group["s2w"].lossless:
+                raise ValueError(
+                    f"server='replicated' sends nothing back to compress with s2w={group['s2w']}: "
+                    "use s2w=identity, or server=sharded or rank0"
+                )
 
     def _require_equal_parameters(self) -> None:
         if self.exchange.ranks == 1:

@@ -9,7 +9,7 @@ import reference
 import torch
 from run import torchrun
 from workers import rounds
-from workers.rounds import BETA, FRACTION, PAIRS, PLACEMENTS, ROUNDS, SHAPES, STOCHASTIC_PAIRS
+from workers.rounds import BETA, FRACTION, PAIRS, ROUNDS, SETUPS, SHAPES, STOCHASTIC_PAIRS
 
 COMPRESSORS = {
     "identity": reference.dense(reference.float32),
@@ -120,12 +120,14 @@ def recordings(tmp_path_factory):
     return result
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="/".join)
-@pytest.mark.parametrize("server", PLACEMENTS)
+@pytest.mark.parametrize(
+    ("setup", "pair"),
+    [(setup, pair) for setup in SETUPS for pair in rounds.pairs_of(setup) if pair in PAIRS],
+)
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_rounds_agree_with_the_reference(recordings, workers, server, pair):
+def test_rounds_agree_with_the_reference(recordings, workers, setup, pair):
     arrays, layouts, _ = recordings[workers]
-    case = f"{server} {'/'.join(pair)}"
+    case = f"{setup} {'/'.join(pair)}"
     models = arrays[0][f"{case} model"]
     expected = run_reference(pair, layouts[case], workers)
     assert distance(models[0], expected[0]) < ONE_ROUND
@@ -145,7 +147,7 @@ def test_error_feedback_changes_the_rounds(recordings, pair):
 def test_all_workers_hold_the_same_model(recordings, workers):
     first, *others = recordings[workers][0]
     models = [name for name in first if name.endswith("model")]
-    assert len(models) == len(PLACEMENTS) * (len(PAIRS) + len(STOCHASTIC_PAIRS) + 1)
+    assert len(models) == sum(len(rounds.pairs_of(setup)) + 1 for setup in SETUPS)
     for name in models:
         for other in others:
             np.testing.assert_array_equal(first[name], other[name], name)
@@ -155,11 +157,12 @@ def test_all_workers_hold_the_same_model(recordings, workers):
 def test_the_servers_gradient_is_the_mean_of_the_workers(recordings, workers):
     """Every round adds at most workers + 2 roundings of 2^-24 of what is added up."""
     arrays, layouts, _ = recordings[workers]
-    for case in [*layouts, *(f"{server} few" for server in PLACEMENTS)]:
+    for case in [*layouts, *(f"{setup} few" for setup in SETUPS)]:
         estimates = np.stack([of_rank[f"{case} estimate"] for of_rank in arrays]).astype(float)
         servers = np.stack([of_rank[f"{case} server"] for of_rank in arrays])
-        assert (np.isfinite(servers).sum(0) == 1).all(), "every layer has one server"
-        error = np.abs(np.nansum(servers, 0) - estimates.mean(0))
+        expected = workers if "replicated" in case else 1
+        assert (np.isfinite(servers).sum(0) == expected).all(), "every layer has its servers"
+        error = np.nanmax(np.abs(servers - estimates.mean(0)), 0)
         allowed = ROUNDS * (workers + 2) * 2.0**-24 * np.abs(estimates).max((0, 1))
         assert (error <= allowed).all(), case
 
@@ -171,8 +174,8 @@ def test_without_compression_one_process_gets_the_same(recordings, workers, laye
     names = rounds.FEW_LAYERS if layers == "few" else tuple(SHAPES)
     of_rank = recordings[workers][0][0]
     alone, _ = rounds.record(PAIRS[0], "rank0", range(workers), names)
-    for server in PLACEMENTS:
-        models = of_rank[f"{server} {layers} model"]
+    for setup in SETUPS:
+        models = of_rank[f"{setup} {layers} model"]
         assert distance(models[0], alone["model"][0]) < ONE_ROUND
         assert distance(models[-1], alone["model"][-1]) < MANY_ROUNDS[PAIRS[0]]
 
@@ -181,8 +184,17 @@ def test_without_compression_one_process_gets_the_same(recordings, workers, laye
 @pytest.mark.parametrize("workers", [2, 3])
 def test_placement_does_not_change_a_bit(recordings, workers, pair):
     arrays = recordings[workers][0][0]
-    rank0, sharded = (arrays[f"{server} {'/'.join(pair)} model"] for server in PLACEMENTS)
-    np.testing.assert_array_equal(rank0, sharded)
+    first, *others = (arrays[f"{setup} {'/'.join(pair)} model"] for setup in SETUPS)
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+
+
+@pytest.mark.parametrize("pair", PAIRS + STOCHASTIC_PAIRS, ids="/".join)
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_buckets_do_not_change_a_bit(recordings, workers, pair):
+    arrays = recordings[workers][0][0]
+    one, three = (arrays[f"{setup} {'/'.join(pair)} model"] for setup in ("sharded", "bucketed"))
+    np.testing.assert_array_equal(one, three)
 
 
 @pytest.mark.parametrize("difference", rounds.DIFFERENCES)

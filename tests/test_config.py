@@ -41,7 +41,7 @@ MISTAKES = {
     "eval.tokens=100000": "100000 test tokens wanted",
     "schedule.cooldown=1.5": "schedule.cooldown=1.5 is not allowed",
     "wandb.mode=on": "choose disabled, offline or online",
-    "compressor@w2s=unheard": "choose from identity, natural, rank, topk",
+    "compressor@w2s=unheard": "choose from identity, natural, randk, rank, sign, topk",
     "w2s.fraction=0": "w2s: RankK got fraction=0: give a number above 0, at most 1",
     "w2s.fraction=2": "w2s: RankK got fraction=2",
     "w2s.fraction=many": "w2s: RankK got fraction=many",
@@ -49,7 +49,8 @@ MISTAKES = {
     "optimizer.lr=-1": "lr=-1 is not allowed: give a number of at least 0",
     "optimizer.lr=fast": "lr=fast is not allowed",
     "optimizer.beta=0": "beta=0 is not allowed",
-    "optimizer.server=moon": "server='moon' is not a placement: choose rank0 or sharded",
+    "optimizer.server=moon": "server='moon' is not a placement: choose rank0, sharded, replicated",
+    "optimizer.buckets=0": "buckets=0 is not allowed: give a whole number above 0",
     "norm.hidden.radius=0": "radius=0 is not allowed: give a number above 0",
     "norm.hidden.norm.steps=0": "Spectral got steps=0",
     "model.heads=3": "width must be a multiple of 2 * heads = 6",
@@ -120,11 +121,17 @@ def test_names_tell_overrides_and_tell_configurations_apart(small):
     assert len(name(*(f"data.name={'x' * 300}",))) < 120
 
 
-@pytest.mark.parametrize("compressor", ["identity", "natural", "topk", "rank"])
+@pytest.mark.parametrize("compressor", ["identity", "natural", "randk", "rank", "sign", "topk"])
 @pytest.mark.parametrize("direction", ["w2s", "s2w"])
 def test_every_compressor_composes(compressor, direction):
     config = compose((f"compressor@{direction}={compressor}",)).config
     assert 0 < build(config[direction], direction).alpha(64, 32) <= 1
+
+
+def test_what_is_not_sent_cannot_be_compressed(run_train):
+    status, errors = run_train("optimizer.server=replicated", "compressor@s2w=topk")
+    assert status == 1
+    assert "server='replicated' sends nothing back to compress with s2w=top 15% natural" in errors
 
 
 def test_the_papers_setting_composes():

@@ -102,11 +102,12 @@ def test_s2w_keeps_the_servers_model_apart_but_near():
             step = 1.21 * lr * (d_out / d_in * min(d_out, d_in)) ** 0.5
             assert 0 < apart <= step * rest / (1 - rest)
     optimizer.param_groups[0]["lr"] = 0.0
+    lossy = {name: parameter for name, parameter in parameters.items() if name != "scale"}
+    server_models = states(lossy, optimizer, "server_model")
     for _ in range(60):
         optimizer.step()
-    for name in ("query", "key", "kernel", "bias"):
-        server_model = optimizer.state[parameters[name]]["server_model"]
-        torch.testing.assert_close(parameters[name].detach().view_as(server_model), server_model)
+    for parameter, server_model in zip(lossy.values(), server_models, strict=True):
+        torch.testing.assert_close(parameter.detach().view_as(server_model), server_model)
     assert "server_model" not in optimizer.state[parameters["scale"]], "one entry is sent dense"
 
 
@@ -261,7 +262,7 @@ def test_impossible_options_are_refused(option, value):
 def test_options_of_a_group_are_checked(option):
     build(lr=0.0, radius=1e-9, beta=1.0)  # the edges are allowed
     for wrong in (-1.0, "0.1"):
-        with pytest.raises((TypeError, ValueError)):
+        with pytest.raises(ValueError, match=f"{option}={wrong}"):
             EF21Muon([{"params": [torch.nn.Parameter(torch.ones(3))], option: wrong}])
 
 

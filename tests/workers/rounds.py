@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ef21_muon import Dense, EF21Muon, Identity, Natural, RankK, Sign, TopK
+from ef21_muon.exchange import PLACEMENTS
 
 ROUNDS = 20
 LR, DECAY, BETA, SEED = 1.0, 0.9, 0.3, 11
@@ -53,8 +54,15 @@ PAIRS = [  # w2s, s2w
     ("rank", "topk nearest"),
 ]
 STOCHASTIC_PAIRS = [("natural", "identity"), ("rank natural", "identity")]
-PLACEMENTS = ("rank0", "sharded")
+SETUPS = {server: {"server": server} for server in PLACEMENTS}
+SETUPS["bucketed"] = {"server": "sharded", "buckets": 3}
 DIFFERENCES = ("larger", "swapped")
+
+
+def pairs_of(setup):
+    """The compressors that go with it: nothing is sent back to compress where all serve all."""
+    pairs = PAIRS + STOCHASTIC_PAIRS
+    return [pair for pair in pairs if setup != "replicated" or pair[1] == "identity"]
 
 
 def matrix_shape(name):
@@ -96,7 +104,7 @@ def loss(parameters, worker):
     return total
 
 
-def build(names, pair=PAIRS[0], server="rank0", differing=lambda matrix: matrix):
+def build(names, pair=PAIRS[0], setup="rank0", differing=lambda matrix: matrix):
     """Parameters and optimizer. `differing` changes layer "key"."""
     matrices = {name: torch.from_numpy(start(name)) for name in names}
     if "key" in matrices:
@@ -118,19 +126,19 @@ def build(names, pair=PAIRS[0], server="rank0", differing=lambda matrix: matrix)
         beta=BETA,
         w2s=COMPRESSORS[pair[0]],
         s2w=COMPRESSORS[pair[1]],
-        server=server,
         seed=SEED,
+        **SETUPS[setup],
     )
     return parameters, optimizer
 
 
-def record(pair, server, workers, names=tuple(SHAPES)):
+def record(pair, setup, workers, names=tuple(SHAPES)):
     """ROUNDS rounds in which this rank minimises the mean loss of `workers`.
 
     Returns (ROUNDS, entries) arrays of W, G_j and G, layer after layer, with NaN in G for layers
     that another rank serves; and, for every batch, (names, owners' counts).
     """
-    parameters, optimizer = build(names, pair, server)
+    parameters, optimizer = build(names, pair, setup)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: DECAY**step)
     recorded = {"model": [], "estimate": [], "server": []}
     for _ in range(ROUNDS):
@@ -145,7 +153,10 @@ def record(pair, server, workers, names=tuple(SHAPES)):
         served = zip(states, not_served, strict=True)
         recorded["server"].append(_flat(s.get("server_gradient", nan) for s, nan in served))
     optimizer.check_finite()
-    layout = [(batch.names, batch.counts) for batch in optimizer.batches]
+    layout = [
+        (batch.names, [part.stop - part.start for part in batch.owned_by])
+        for batch in optimizer.batches
+    ]
     return {kind: np.stack(rows) for kind, rows in recorded.items()}, layout
 
 
@@ -171,15 +182,15 @@ def construction_error(difference, rank):
 
 
 def collect(rank):
-    """Recordings of all cases as arrays named "server w2s/s2w kind", and the batches' layouts."""
+    """Recordings of all cases as arrays named "setup w2s/s2w kind", and the batches' layouts."""
     arrays, layouts = {}, {}
-    for server in PLACEMENTS:
-        for pair in PAIRS + STOCHASTIC_PAIRS:
-            case = f"{server} {'/'.join(pair)}"
-            recorded, layouts[case] = record(pair, server, [rank])
+    for setup in SETUPS:
+        for pair in pairs_of(setup):
+            case = f"{setup} {'/'.join(pair)}"
+            recorded, layouts[case] = record(pair, setup, [rank])
             arrays |= {f"{case} {kind}": rows for kind, rows in recorded.items()}
-        recorded, _ = record(PAIRS[0], server, [rank], FEW_LAYERS)
-        arrays |= {f"{server} few {kind}": rows for kind, rows in recorded.items()}
+        recorded, _ = record(PAIRS[0], setup, [rank], FEW_LAYERS)
+        arrays |= {f"{setup} few {kind}": rows for kind, rows in recorded.items()}
     return arrays, layouts
 
 
