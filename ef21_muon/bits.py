@@ -57,6 +57,11 @@ def check_length(payload: Tensor, expected: int, what: str) -> None:
         )
 
 
+def reinterpret(payload: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of bytes, at any offset of a larger buffer, read as rows of numbers."""
+    return payload.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
 def _word(width: int) -> torch.dtype:
     """The integer that holds eight codes of `width` bits."""
     return {1: torch.uint8, 2: torch.int16}.get(width, torch.int32 if width <= 4 else torch.int64)

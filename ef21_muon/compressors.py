@@ -15,7 +15,7 @@ from math import gcd, sqrt
 import torch
 from torch import Generator, Tensor
 
-from ef21_muon.bits import check_length, index_bytes, pack_indices, unpack_indices
+from ef21_muon.bits import check_length, index_bytes, pack_indices, reinterpret, unpack_indices
 from ef21_muon.newton_schulz import unit_largest
 from ef21_muon.values import Float32, Values, value_format
 
@@ -178,7 +178,7 @@ class RandK(Fraction):
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
         check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
         stride = payload[:, :1].to(torch.int64)
-        start = payload[:, 1 : self.SEED_BYTES].contiguous().clone().view(torch.int64)
+        start = reinterpret(payload[:, 1 : self.SEED_BYTES], torch.int64)
         positions = self._positions(start, stride, m * n)
         values = self.values.decode(payload[:, self.SEED_BYTES :], 1, self.kept(m * n))[:, 0]
         return _scatter(positions, values, m, n)
@@ -204,9 +204,10 @@ class RankK(Fraction):
 
     and biased rounding is only bounded by the triangle inequality,
 
-        alpha = 1 - (sqrt(1 - c) + d sqrt(c))^2,  1 + d = (1 + sqrt(omega_P)) (1 + sqrt(omega_Q)).
+        alpha = 1 - (sqrt(1 - c) + d sqrt(c))^2,  1 + d = (1 + sqrt(omega_P)) (1 + sqrt(omega_Q)),
 
-    Below 0 it promises nothing. Formats with a scale keep these promises with a scale a row.
+    with c at least d^2 / (1 + d^2), where this is worst. Below 0 it promises nothing. Formats with
+    a scale keep these promises with a scale a row.
     """
 
     def _name(self) -> str:
@@ -223,6 +224,7 @@ class RankK(Fraction):
         if self.values.unbiased:
             return (2 - (1 + omegas[0]) * (1 + omegas[1])) * share
         error = (1 + sqrt(omegas[0])) * (1 + sqrt(omegas[1])) - 1
+        share = max(share, error**2 / (1 + error**2))
         return 1 - (sqrt(1 - share) + error * sqrt(share)) ** 2
 
     def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:

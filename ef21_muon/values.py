@@ -12,7 +12,7 @@ from math import sqrt
 import torch
 from torch import Generator, Tensor
 
-from ef21_muon.bits import check_length, pack, packed_bytes, unpack
+from ef21_muon.bits import check_length, pack, packed_bytes, reinterpret, unpack
 
 MANTISSA = 1 << 23  # a float32 is a sign, 8 bits of exponent and 23 bits of mantissa
 
@@ -66,7 +66,7 @@ class Float32(Values):
 
     def decode(self, payload: Tensor, rows: int, columns: int) -> Tensor:
         self._check(payload, rows, columns)
-        return _reinterpret(payload, torch.float32).view(-1, rows, columns)
+        return reinterpret(payload, torch.float32).view(-1, rows, columns)
 
 
 class BFloat16(Values):
@@ -91,7 +91,7 @@ class BFloat16(Values):
 
     def decode(self, payload: Tensor, rows: int, columns: int) -> Tensor:
         self._check(payload, rows, columns)
-        return _reinterpret(payload, torch.bfloat16).float().view(-1, rows, columns)
+        return reinterpret(payload, torch.bfloat16).float().view(-1, rows, columns)
 
 
 class Natural(Values):
@@ -173,7 +173,7 @@ class Blockwise(Values):
         count = rows * columns
         blocks, length = self.blocks(rows, columns)
         split = blocks * self.scale_dtype.itemsize
-        scales = _reinterpret(payload[:, :split], self.scale_dtype).view(-1, blocks, 1)
+        scales = reinterpret(payload[:, :split], self.scale_dtype).view(-1, blocks, 1)
         codes = unpack(payload[:, split:], count, self.width)
         codes = torch.nn.functional.pad(codes, (0, blocks * length - count))
         values = self._restore(scales, codes.view(-1, blocks, length))
@@ -353,8 +353,3 @@ def _carry(bits: Tensor, stochastic: bool, generator: Generator | None) -> Tenso
             MANTISSA, bits.shape, generator=generator, dtype=torch.int32, device=bits.device
         )
     return torch.full_like(bits, MANTISSA // 2)
-
-
-def _reinterpret(payload: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes at any offset of a larger buffer read as rows of numbers."""
-    return payload.clone(memory_format=torch.contiguous_format).view(dtype)

@@ -9,7 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ef21_muon import BFloat16, Dense, Float32, Identity, Natural, RankK, TopK
+from ef21_muon import (
+    BFloat16,
+    Dense,
+    Float32,
+    Identity,
+    Integer,
+    Natural,
+    NaturalWindow,
+    RandK,
+    RankK,
+    SignScale,
+    TopK,
+)
 
 ALWAYS_THE_SAME = settings(derandomize=True, deadline=None)
 FORMATS = {
@@ -17,6 +29,14 @@ FORMATS = {
     "bfloat16": BFloat16(),
     "natural": Natural(),
     "nearest": Natural(stochastic=False),
+    "window": NaturalWindow(4),
+    "narrow window": NaturalWindow(3, block=16),
+    "nearest window": NaturalWindow(4, stochastic=False),
+    "int8": Integer(8, block=100),
+    "int4": Integer(4),
+    "nearest int4": Integer(4, stochastic=False),
+    "sign": SignScale(),
+    "sign by block": SignScale(7),
 }
 REFERENCE_ROUNDING = {
     "float32": reference.float32,
@@ -26,9 +46,10 @@ REFERENCE_ROUNDING = {
 COMPRESSORS = {"identity": Identity()}
 for format_name, values in FORMATS.items():
     COMPRESSORS[f"dense {format_name}"] = Dense(values)
-    for fraction in (0.05, 0.3, 1.0):
+    for fraction in (0.05, 0.3, 1.0) if format_name in ("float32", "natural") else (0.3,):
         COMPRESSORS[f"topk {fraction} {format_name}"] = TopK(fraction, values)
         COMPRESSORS[f"rank {fraction} {format_name}"] = RankK(fraction, values)
+        COMPRESSORS[f"random {fraction} {format_name}"] = RandK(fraction, values)
 
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS.values(), ids=COMPRESSORS)
 
@@ -71,12 +92,11 @@ def lost(compressed, x):
 
 
 def is_random(compressor):
-    stochastic = isinstance(compressor.values, Natural) and compressor.values.stochastic
-    return stochastic or isinstance(compressor, RankK)
+    return getattr(compressor.values, "stochastic", False) or isinstance(compressor, RankK | RandK)
 
 
 @every_compressor
-@settings(ALWAYS_THE_SAME, max_examples=30)
+@settings(ALWAYS_THE_SAME, max_examples=12)
 @given(x=batches(), seed=st.integers(0, 99))
 def test_messages_have_their_size_and_come_back_in_shape(compressor, x, seed):
     layers, m, n = x.shape
@@ -100,25 +120,21 @@ def test_messages_have_their_size_and_come_back_in_shape(compressor, x, seed):
     [c for c in COMPRESSORS.values() if not is_random(c)],
     ids=[name for name, c in COMPRESSORS.items() if not is_random(c)],
 )
-@settings(ALWAYS_THE_SAME, max_examples=60)
+@settings(ALWAYS_THE_SAME, max_examples=30)
 @given(x=batches())
 def test_deterministic_compressors_contract(compressor, x):
     m, n = x.shape[1:]
     bound = 1 - compressor.alpha(m, n)
-    assert 0 <= bound < 1
+    assert 0 <= bound <= 1
     assert (lost(compressor.decode(compressor.encode(x), m, n), x) <= bound * (1 + 1e-9)).all()
 
 
-# The factors of RankK in a biased format are not covered by the documented alpha.
-CONTRACTING = {
-    name: c
-    for name, c in COMPRESSORS.items()
-    if is_random(c) and not (isinstance(c, RankK) and not c.values.unbiased)
-}
-
-
-@pytest.mark.parametrize("compressor", CONTRACTING.values(), ids=CONTRACTING)
-@settings(ALWAYS_THE_SAME, max_examples=25)
+@pytest.mark.parametrize(
+    "compressor",
+    [c for c in COMPRESSORS.values() if is_random(c)],
+    ids=[name for name, c in COMPRESSORS.items() if is_random(c)],
+)
+@settings(ALWAYS_THE_SAME, max_examples=10)
 @given(x=batches())
 def test_random_compressors_contract_in_expectation(compressor, x):
     """Over 256 draws of one matrix, which are one batch. 1e-6 is the rounding of factors."""
@@ -126,12 +142,12 @@ def test_random_compressors_contract_in_expectation(compressor, x):
     draws = x[:1].expand(256, m, n)
     losses = lost(compressor.decode(compressor.encode(draws, seeded()), m, n), draws)
     bound = 1 - compressor.alpha(m, n)
-    assert 0 <= bound < 1
+    assert bound >= 0
     assert losses.mean() <= bound + 6 * losses.std() / 16 + 1e-6
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 1.0])
-@settings(ALWAYS_THE_SAME, max_examples=60)
+@settings(ALWAYS_THE_SAME, max_examples=30)
 @given(x=batches(), seed=st.integers(0, 99))
 def test_rank_never_adds_whatever_the_sketch(fraction, x, seed):
     m, n = x.shape[1:]
@@ -140,7 +156,7 @@ def test_rank_never_adds_whatever_the_sketch(fraction, x, seed):
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "nearest"])
-@settings(ALWAYS_THE_SAME, max_examples=60)
+@settings(ALWAYS_THE_SAME, max_examples=30)
 @given(x=batches(), seed=st.integers(0, 99))
 def test_rank_in_biased_formats_does_not_blow_up(name, x, seed):
     """Each factor is off by a share sqrt(omega) of its norm, sqrt(r) and at most ||x||."""
@@ -169,6 +185,7 @@ def test_rank_draws_another_sketch_for_every_matrix():
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 1.0])
 def test_top_and_dense_agree_with_numpy(fraction, name):
     x = torch.randn(2, 13, 17, generator=seeded())
+    x[:, 0, :3] = torch.tensor([1.5, 1 + 2**-8, 1 + 3 * 2**-8])  # halfway
     rounding = REFERENCE_ROUNDING[name]
     for compressor, expected in [
         (TopK(fraction, FORMATS[name]), reference.top_k(fraction, rounding)),

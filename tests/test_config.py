@@ -45,7 +45,7 @@ MISTAKES = {
     "w2s.fraction=0": "w2s: RankK got fraction=0: give a number above 0, at most 1",
     "w2s.fraction=2": "w2s: RankK got fraction=2",
     "w2s.fraction=many": "w2s: RankK got fraction=many",
-    "w2s.values=float8": "'float8' is not a value format: choose from float32, bfloat16, natural",
+    "w2s.values=float8": "values=float8 is not a value format: choose from float32, bfloat16",
     "optimizer.lr=-1": "lr=-1 is not allowed: give a number of at least 0",
     "optimizer.lr=fast": "lr=fast is not allowed",
     "optimizer.beta=0": "beta=0 is not allowed",
