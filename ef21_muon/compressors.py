@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 
 from ef21_muon.bits import check_length, index_bytes, pack_indices, reinterpret, unpack_indices
 from ef21_muon.newton_schulz import unit_largest
+from ef21_muon.selection import largest
 from ef21_muon.values import Float32, Values, value_format
 
 
@@ -132,7 +133,7 @@ class TopK(Fraction):
 
     def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         x = x.flatten(1)
-        indices = x.abs().topk(self.kept(x.shape[1]), sorted=False).indices.sort().values
+        indices = largest(x, self.kept(x.shape[1]))
         values = x.gather(1, indices)[:, None]
         return torch.cat(
             [pack_indices(indices, x.shape[1]), self.values.encode(values, generator)], 1
@@ -231,8 +232,8 @@ class RankK(Fraction):
         x = x if x.shape[1] <= x.shape[2] else x.mT
         rank = self.kept(x.shape[1])
         sketch = torch.randn(len(x), x.shape[1], rank, generator=generator, device=x.device)
-        unit = unit_largest(x)
-        basis = torch.linalg.qr(unit @ (unit.mT @ sketch)).Q
+        sketch = unit_largest(x @ unit_largest(x.mT @ sketch))
+        basis = torch.linalg.qr(sketch).Q
         factors = basis.mT, basis.mT @ x
         return torch.cat([self.values.encode(factor, generator) for factor in factors], 1)
 

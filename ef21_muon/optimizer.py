@@ -106,6 +106,7 @@ class EF21Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._require_gradients()
         to_servers = []
         for bucket in self.buckets:
             with self.timer("encode"):
@@ -142,13 +143,17 @@ class EF21Muon(torch.optim.Optimizer):
         batch.gradient_estimate += batch.w2s.decode(message, *batch.shape)
         return message
 
+    def _require_gradients(self) -> None:
+        """Before anything changes: the other workers would wait for this one's message."""
+        for batch in self.batches:
+            for name, parameter in zip(batch.names, batch.params, strict=True):
+                if parameter.grad is None:
+                    raise RuntimeError(
+                        f"{name} has no gradient: every parameter given to EF21Muon takes part in "
+                        "every round; leave out those that the loss does not reach"
+                    )
+
     def _gradients(self, batch: LayerBatch) -> list[Tensor]:
-        for name, parameter in zip(batch.names, batch.params, strict=True):
-            if parameter.grad is None:
-                raise RuntimeError(
-                    f"{name} has no gradient: every parameter given to EF21Muon takes part in "
-                    "every round; leave out those that the loss does not reach"
-                )
         gradients = batch.matrices(p.grad.float() for p in batch.params)
         finite = torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite()
         batch.broken_at.masked_fill_(~finite & (batch.broken_at == 0), self.round + 1)
@@ -216,29 +221,35 @@ class EF21Muon(torch.optim.Optimizer):
 
         Raises ValueError when it does not fit.
         """
-        groups = state_dict["param_groups"]
-        sizes = [len(group["params"]) for group in groups]
-        expected = [len(group["params"]) for group in self.param_groups]
-        if sizes != expected:
+        saved_groups = state_dict["param_groups"]
+        layout = [(len(g["params"]), g.get("param_names")) for g in self.param_groups]
+        saved_layout = [(len(g["params"]), g.get("param_names")) for g in saved_groups]
+        if layout != saved_layout:
             raise ValueError(
-                f"the state has groups of {sizes} parameters, this optimizer of {expected}: "
-                "build it from the same parameter groups"
+                f"the state has parameter groups {saved_layout}, this optimizer {layout}: "
+                "build it from the same groups"
             )
-        for group, saved in zip(self.param_groups, groups, strict=True):
-            group.update({key: value for key, value in saved.items() if key != "params"})
-            for parameter, index in zip(group["params"], saved["params"], strict=True):
-                state, saved_state = self.state[parameter], state_dict["state"][index]
-                shapes, saved_shapes = (
-                    {key: tuple(tensor.shape) for key, tensor in sorted(one.items())}
-                    for one in (state, saved_state)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        indices = [index for group in saved_groups for index in group["params"]]
+        pairs = [
+            (self.state[parameter], state_dict["state"][index])
+            for parameter, index in zip(parameters, indices, strict=True)
+        ]
+        for state, saved in pairs:
+            shapes, saved_shapes = (
+                {key: tuple(tensor.shape) for key, tensor in sorted(one.items())}
+                for one in (state, saved)
+            )
+            if shapes != saved_shapes:
+                raise ValueError(
+                    f"the state holds {saved_shapes} where this optimizer needs {shapes}: "
+                    "load on the same rank, model, placement and compressors"
                 )
-                if shapes != saved_shapes:
-                    raise ValueError(
-                        f"the state holds {saved_shapes} where this optimizer needs {shapes}: "
-                        "load on the same rank, model, placement and compressors"
-                    )
-                for key, tensor in saved_state.items():
-                    state[key].copy_(tensor)
+        for state, saved in pairs:
+            for key, tensor in saved.items():
+                state[key].copy_(tensor)
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})
         self.round = state_dict["round"]
         for purpose, generator in self._generators.items():
             generator.set_state(state_dict["generators"][purpose].cpu())

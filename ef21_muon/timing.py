@@ -1,7 +1,7 @@
 """Where the time of a step goes, without making the device wait."""
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from contextlib import contextmanager
 
 import torch
@@ -10,12 +10,13 @@ import torch
 class PhaseTimer:
     """Seconds spent in named phases: `with timer("encode"): ...`.
 
-    On CUDA a phase is timed by events on the current stream, which are read only by `read()`.
+    On CUDA a phase is timed by events on the current stream, which are read only by `read()`; of
+    the phases that nobody reads the last 10,000 are kept.
     """
 
     def __init__(self):
         self._seconds: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=10_000)
 
     @contextmanager
     def __call__(self, phase: str):

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from ef21_muon.bits import check_length, pack, packed_bytes, reinterpret, unpack
 
+CHUNK = 1 << 22  # values that a format with many temporaries takes at a time
 MANTISSA = 1 << 23  # a float32 is a sign, 8 bits of exponent and 23 bits of mantissa
 
 
@@ -98,8 +99,9 @@ class Natural(Values):
     """Sign and power-of-two exponent, 9 bits a value (Horvath et al., arXiv:1905.10988).
 
     |v| in [2^e, 2^(e+1)] becomes 2^(e+1) with probability |v| 2^-e - 1, else 2^e: unbiased with
-    omega = 1/8. Below 2^-126 it rounds to 0 or 2^-126, still unbiased; above 2^127 it may round to
-    infinity. `stochastic=False` rounds to the nearer power: deterministic, biased, omega = 1/9.
+    omega = 1/8. Below 2^-126 it rounds to 0 or 2^-126, still unbiased but by more than omega; above
+    2^127 it may round to infinity. `stochastic=False` rounds to the nearer power: deterministic,
+    biased, omega = 1/9.
     """
 
     def __init__(self, stochastic: bool = True):
@@ -116,8 +118,8 @@ class Natural(Values):
 
     def encode(self, values: Tensor, generator: Generator | None = None) -> Tensor:
         bits = values.flatten(1).contiguous().view(torch.int32)
-        carry = _carry(bits, self.stochastic, generator)
-        exponent = (carry.add_(bits) >> 23).to(torch.uint8)
+        rounded = _carry(bits, self.stochastic, generator).add_(bits)
+        exponent = rounded.bitwise_right_shift_(23).to(torch.uint8)
         return torch.cat([exponent, pack((bits < 0).to(torch.uint8), 1)], 1)
 
     def decode(self, payload: Tensor, rows: int, columns: int) -> Tensor:
@@ -164,7 +166,10 @@ class Blockwise(Values):
         count = values.shape[1] * values.shape[2]
         blocks, length = self.blocks(*values.shape[1:])
         padded = torch.nn.functional.pad(values.flatten(1), (0, blocks * length - count))
-        scales, codes = self._quantise(padded.view(-1, blocks, length), generator)
+        padded = padded.view(-1, blocks, length)
+        step = max(1, CHUNK // (len(padded) * length))  # blocks at a time, to bound temporaries
+        pieces = [self._quantise(piece, generator) for piece in padded.split(step, 1)]
+        scales, codes = (torch.cat(parts, 1) for parts in zip(*pieces, strict=True))
         scales = scales.to(self.scale_dtype).flatten(1).view(torch.uint8)
         return torch.cat([scales, pack(codes.flatten(1)[:, :count], self.width)], 1)
 

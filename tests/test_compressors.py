@@ -172,7 +172,7 @@ def test_rank_finds_a_matrix_of_that_rank(shape):
     left = torch.randn(2, shape[0], 3, generator=seeded(1))
     x = left @ torch.randn(2, 3, shape[1], generator=seeded(2))
     compressor = RankK(3 / min(shape))
-    assert (lost(compressor.decode(compressor.encode(x, seeded()), *shape), x) < 1e-11).all()
+    assert (lost(compressor.decode(compressor.encode(x, seeded()), *shape), x) < 1e-10).all()
 
 
 def test_rank_draws_another_sketch_for_every_matrix():
