@@ -29,7 +29,7 @@ OPTIMIZER_PHASES = ("encode", "exchange", "server", "decode")
 class Run:
     """Everything of one run on this worker, built and checked before training starts."""
 
-    def __init__(self, config: DictConfig, workers: Workers):
+    def __init__(self, config: DictConfig, workers: Workers, process_group=None):
         self.config, self.workers = config, workers
         self.forward_sequences = share_of_batch(config, workers.count)
         model_config = build(config.model, "model")
@@ -40,7 +40,7 @@ class Run:
         )
         self.test = TestWindows(test_tokens, model_config.context, config.eval.tokens)
         self.raw_model = GPT(model_config, config.seed).to(workers.device)
-        self.optimizer = build_optimizer(config, self.raw_model)
+        self.optimizer = build_optimizer(config, self.raw_model, process_group)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(step, config)
         )
@@ -149,8 +149,11 @@ def share_of_batch(config: DictConfig, workers: int) -> int:
     return max(n for n in range(1, min(own, config.batch.per_forward) + 1) if own % n == 0)
 
 
-def build_optimizer(config: DictConfig, model: GPT) -> EF21Muon:
-    """The optimizer, with a parameter group for each role that configs/norm names."""
+def build_optimizer(config: DictConfig, model: GPT, process_group=None) -> EF21Muon:
+    """The optimizer, with a parameter group for each role that configs/norm names.
+
+    process_group: of the workers that it talks to; all of them by default.
+    """
     groups = [
         {
             "name": role,
@@ -162,7 +165,7 @@ def build_optimizer(config: DictConfig, model: GPT) -> EF21Muon:
     ]
     w2s, s2w = build(config.w2s, "w2s"), build(config.s2w, "s2w")
     optimizer = build(config.optimizer, "optimizer", _partial_=True)
-    return optimizer(groups, w2s=w2s, s2w=s2w, seed=config.seed)
+    return optimizer(groups, w2s=w2s, s2w=s2w, seed=config.seed, process_group=process_group)
 
 
 def optimizer_label(optimizer: EF21Muon) -> str:

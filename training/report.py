@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ef21_muon import EF21Muon
+from ef21_muon import Compressor, EF21Muon
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -29,13 +29,18 @@ def group_table(optimizer: EF21Muon) -> str:
                 type(group["norm"]).__name__,
                 f"{group['radius']:g}",
                 f"{group['lr']:g}",
-                str(batch.w2s),
+                _fitted(batch.w2s, group["w2s"]),
                 f"{layers * batch.w2s.payload_bytes(*batch.shape):,}",
-                str(batch.s2w),
+                _fitted(batch.s2w, group["s2w"]),
                 f"{layers * batch.s2w.payload_bytes(*batch.shape):,}",
             ]
         )
     return table(rows)
+
+
+def _fitted(used: Compressor, chosen: Compressor) -> str:
+    """What is used, and what for: a compressor that would save no byte gives way to dense."""
+    return str(used) if used is chosen else f"{used} (smaller than {chosen})"
 
 
 def result_table(end: dict) -> str:

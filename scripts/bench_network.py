@@ -1,0 +1,233 @@
+"""Step times over slow links: EF21-Muon beside DDP, on nodes joined at a given rate.
+
+    python scripts/bench_network.py [--rates 100mbit,1gbit] [--nodes 2] [--steps 5] [KEY=VALUE ...]
+
+Needs root on Linux and iproute2 (scripts/netns.py). Every node is a namespace with one worker of
+one thread. The model is the tiny one widened to 9.7 M parameters; a method's time to communicate is
+what a step takes beyond the same step without the network: for EF21-Muon the time in its exchange,
+for DDP the step time less that of the same steps under `no_sync`. `--redraw` draws the picture and
+the table again from network.jsonl.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from scripts.netns import Network, requirements_missing
+from train import Run
+from training.config import ROOT, compose
+from training.workers import Workers
+
+OUTPUT = ROOT / "results" / "network"
+MODEL = ["model.width=448", "model.heads=4", "batch.per_forward=1", "schedule.cooldown=0"]
+RANK = 0.15
+DDP = {"DDP + Muon": None, f"DDP + PowerSGD rank {RANK:.0%} + Muon": RANK}
+LEVELS = {
+    "identity": ["compressor@w2s=identity"],
+    "rank 15% natural": ["compressor@w2s=rank", f"w2s.fraction={RANK}"],
+    "rank 5% natural4": ["compressor@w2s=rank", "w2s.fraction=0.05", "w2s.values=natural4"],
+    "top 5% natural4": ["compressor@w2s=topk", "w2s.fraction=0.05", "w2s.values=natural4"],
+}
+BACK = ["compressor@s2w=rank", "s2w.fraction=0.15"]
+METHODS = {
+    **{f"{level}, {server}": [*how, f"optimizer.server={server}"]
+       for level, how in LEVELS.items() for server in ("sharded", "replicated")},
+    "rank 15% natural both ways, sharded": [*LEVELS["rank 15% natural"], *BACK],
+    "rank 15% natural both ways, sharded, 4 buckets":
+        [*LEVELS["rank 15% natural"], *BACK, "optimizer.buckets=4"],
+    "rank 15% natural, replicated, 4 buckets":
+        [*LEVELS["rank 15% natural"], "optimizer.server=replicated", "optimizer.buckets=4"],
+}  # fmt: skip
+
+
+def overrides(options: argparse.Namespace, *method: str) -> tuple[str, ...]:
+    """One sequence a worker, and as many steps as are taken: 1 to warm up (PowerSGD: 3)."""
+    return (*MODEL, f"batch.sequences={options.nodes}", f"steps={options.steps + 9}",
+            *options.overrides, *method)  # fmt: skip
+
+
+def time_ef21(options: argparse.Namespace, workers: Workers, method: list[str]) -> dict:
+    """Seconds and bytes a step of EF21-Muon."""
+    run = Run(compose(overrides(options, *method)).config, workers)
+    ef21_step(run)
+    run.optimizer.timer.read()
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(options.steps):
+        ef21_step(run)
+    seconds = (time.perf_counter() - start) / options.steps
+    phases = {name: s / options.steps for name, s in run.optimizer.timer.read().items()}
+    return {
+        "seconds": seconds,
+        "communication": phases["exchange"],
+        "compute": seconds - phases["exchange"],
+        "phases": phases,
+        "bytes": run.optimizer.exchange.wire_tx_bytes(workers.rank),
+        "tokens": run.position(1)["tokens"],
+    }
+
+
+def ef21_step(run: Run) -> None:
+    run.accumulate_gradient()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+
+
+def time_ddp(options: argparse.Namespace, workers: Workers, fraction: float | None) -> dict:
+    """Seconds and bytes a step of DDP with this library's Muon step on every rank.
+
+    The optimizer is alone in its process group, so that only DDP communicates. fraction: of the
+    rank, for torch's PowerSGD hook; None is the plain all-reduce.
+    """
+    alone = [dist.new_group([rank]) for rank in range(workers.count)][workers.rank]
+    config = compose(overrides(options, "compressor@w2s=identity")).config
+    run = Run(config, workers, process_group=alone)
+    model = DistributedDataParallel(run.raw_model)
+    width = run.raw_model.config.width
+    sent = 4 * run.raw_model.config.parameter_count * 2 * (workers.count - 1) / workers.count
+    if fraction:
+        rank = round(fraction * width)
+        state = powerSGD_hook.PowerSGDState(
+            None, matrix_approximation_rank=rank, start_powerSGD_iter=2
+        )
+        model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        factors = sum(
+            rank * sum(p.shape) if rank * sum(p.shape) * 2 <= p.numel() else p.numel()
+            for p in model.parameters()
+        )
+        sent *= factors / run.raw_model.config.parameter_count
+    run.model = model
+    for _ in range(4):
+        ef21_step(run)
+    times = {}
+    for name, quiet in (("seconds", nullcontext), ("compute", model.no_sync)):
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(options.steps):
+            with quiet():
+                ef21_step(run)
+        times[name] = (time.perf_counter() - start) / options.steps
+    return times | {
+        "communication": times["seconds"] - times["compute"],
+        "bytes": round(sent),
+        "tokens": run.position(1)["tokens"],
+    }
+
+
+def job(options: argparse.Namespace) -> None:
+    """On every node: time all methods; rank 0 writes them, in the order given."""
+    workers = Workers()
+    timed = [(name, lambda f=f: time_ddp(options, workers, f)) for name, f in DDP.items()]
+    timed += [(name, lambda m=m: time_ef21(options, workers, m)) for name, m in METHODS.items()]
+    for name, measure in timed:
+        record = {"rate": options.rates, "nodes": options.nodes, "method": name} | measure()
+        every = [None] * workers.count
+        dist.all_gather_object(every, record["communication"])
+        # The rank that came last has waited least: its time is the network's.
+        record["communication"] = min(every)
+        workers.say(f"{options.rates:>8}  {name:<48} {record['seconds']:.2f} s a step, "
+                    f"{record['communication']:.2f} s of it communicating")  # fmt: skip
+        if workers.first:
+            with (options.out / "network.jsonl").open("a") as log:
+                log.write(json.dumps(record) + "\n")
+    workers.close()
+
+
+def read(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "network.jsonl").read_text().splitlines()]
+
+
+def write_table(records: list[dict], directory: Path) -> None:
+    """README.md: one table a rate."""
+    text = [
+        "# Step times over slow links\n",
+        "`sudo python scripts/bench_network.py`: nodes are network namespaces of one machine, one",
+        "worker of one thread each; 9.7 M parameters, a sequence of 256 tokens a worker and step.",
+        "Communicating: the exchange of EF21-Muon on the rank that waits least, or what a DDP step",
+        "takes beyond the same step under `no_sync`. MB are what a rank hands to the network (DDP:",
+        "of a ring all-reduce).\n",
+    ]
+    for rate in dict.fromkeys(record["rate"] for record in records):
+        of_rate = [record for record in records if record["rate"] == rate]
+        base = of_rate[0]["communication"]
+        text += [
+            f"## {rate}, {of_rate[0]['nodes']} nodes\n",
+            "| method | MB a step | s a step | communicating | less than DDP + Muon | tokens/s |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+            *(
+                f"| {r['method']} | {r['bytes'] / 1e6:.2f} | {r['seconds']:.2f} | "
+                f"{r['communication']:.3f} | {base / r['communication']:.1f}x | "
+                f"{r['tokens'] / r['seconds']:.0f} |"
+                for r in of_rate
+            ),
+            "",
+        ]
+    (directory / "README.md").write_text("\n".join(text))
+
+
+def draw(records: list[dict], directory: Path) -> None:
+    """network.png and .svg: a bar a method and rate, computing and communicating."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rates = list(dict.fromkeys(record["rate"] for record in records))
+    with matplotlib.rc_context({"svg.hashsalt": "network", "font.size": 9}):
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
+        for axes, rate in zip(figure.subplots(1, len(rates), sharey=True, squeeze=False)[0], rates,
+                              strict=True):  # fmt: skip
+            of_rate = [record for record in records if record["rate"] == rate][::-1]
+            names = [record["method"] for record in of_rate]
+            compute = [record["compute"] for record in of_rate]
+            waiting = [max(0, record["seconds"] - record["compute"]) for record in of_rate]
+            axes.barh(names, compute, color="#56B4E9", label="computing")
+            axes.barh(names, waiting, left=compute, color="#D55E00", label="communicating")
+            axes.set(title=rate, xlabel="seconds a step")
+            axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+        for ending in ("png", "svg"):
+            metadata = {"Date": None} if ending == "svg" else {"Software": None}
+            figure.savefig(directory / f"network.{ending}", dpi=160, metadata=metadata)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
+    parser.add_argument("--rates", default="100mbit,1gbit", help="(default %(default)s)")
+    parser.add_argument("--nodes", type=int, default=2, help="(default %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=OUTPUT, help="folder (default %(default)s)")
+    parser.add_argument("--redraw", action="store_true", help="from network.jsonl")
+    options = parser.parse_intermixed_args()
+    if "RANK" in os.environ:
+        job(options)
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.redraw:
+        if missing := requirements_missing():
+            print(f"error: {missing}", file=sys.stderr)
+            return 1
+        (options.out / "network.jsonl").unlink(missing_ok=True)
+        for rate in options.rates.split(","):
+            own = [f"--rates={rate}", f"--nodes={options.nodes}", f"--steps={options.steps}"]
+            with Network(options.nodes, rate) as network:
+                network.torchrun(__file__, *own, f"--out={options.out.resolve()}",
+                                 *options.overrides, show=True)  # fmt: skip
+    records = read(options.out)
+    write_table(records, options.out)
+    draw(records, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
