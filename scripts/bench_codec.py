@@ -1,0 +1,318 @@
+"""Measure every compressor on the message of one worker: time, bytes, error and memory.
+
+    python scripts/bench_codec.py [--out DIR] [--quick] [--redraw] [KEY=VALUE ...]
+
+One thread encodes and decodes the whole model in the batches of equal shapes that the optimizer
+makes. The inputs are a momentum difference M_j - G_j, taken from a short training run that
+KEY=VALUE configures (Hydra overrides, as of train.py), and Gaussian noise of the same shapes. The
+records go to codec.jsonl in DIR, and from them come README.md, codec.png and codec.svg. Linux only.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from omegaconf import DictConfig
+from torch import Tensor
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.loader import WorkerBatches, open_streams
+from ef21_muon.compressors import Compressor, Dense, Identity, RandK, RankK, TopK
+from model import GPT
+from scripts.figures import COLOURS, STYLE
+from train import build_optimizer
+from training.config import ROOT, build, compose
+from training.workers import RunError
+
+DEFAULTS = ("model=gpt2-124m", "model.context=256", "batch.sequences=2", "steps=5")
+REPEATS = 3
+INPUTS = {"momentum": "momentum difference", "noise": "Gaussian noise"}
+DENSE = ("bfloat16", "natural", "natural4", "natural3", "int8", "int4", "int2", "sign")
+SPARSE = ("natural", "natural4", "int4@128")
+LOW_RANK = ("natural", "natural4", "int4")
+COMPRESSORS = (
+    Identity(),
+    *(Dense(values) for values in DENSE),
+    *(TopK(fraction, values) for fraction in (0.15, 0.05) for values in SPARSE),
+    RandK(0.15, "natural"),
+    RankK(0.15, "float32"),
+    *(RankK(fraction, values) for fraction in (0.15, 0.1, 0.05) for values in LOW_RANK),
+    RankK(0.15, "int3"),
+)
+FAMILIES = {"dense": "#000000", "top": COLOURS[1], "random": COLOURS[2], "rank": COLOURS[0]}
+MARKERS = dict(
+    zip(
+        ("float32", "natural", "natural4", "natural3", *DENSE[4:], "int3", "int4@128", "bfloat16"),
+        "osDP^v>X<dh",
+        strict=True,
+    )
+)
+
+
+def momentum_difference(config: DictConfig) -> list[Tensor]:
+    """M_j - G_j of a worker that trains alone, as its message of round `config.steps` + 1 has it.
+
+    float32 (L, m, n) for every batch of the optimizer.
+    """
+    model = GPT(build(config.model, "model"), config.seed)
+    optimizer = build_optimizer(config, model)
+    data = {key: value for key, value in config.data.items() if key != "name"}
+    tokens, _ = open_streams(**data, root=ROOT)
+    windows = WorkerBatches(tokens, config.model.context, 0, 1, config.seed)
+    for _ in range(config.steps):
+        model(*windows.next(config.batch.sequences)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model(*windows.next(config.batch.sequences)).backward()
+    differences = []
+    for batch in optimizer.batches:
+        gradient = torch.stack(batch.matrices(parameter.grad for parameter in batch.params))
+        beta = optimizer.param_groups[batch.group]["beta"]
+        differences.append(batch.momentum.lerp(gradient, beta) - batch.gradient_estimate)
+    return differences
+
+
+def measure(compressor: Compressor, batches: Sequence[Tensor], repeats: int) -> dict:
+    """Encode and decode float32 batches (L, m, n); the fields that a codec record has of it.
+
+    Seconds are those of the whole model, for each batch the best of `repeats`. `extra_bytes` is how
+    far resident memory rose above where it stood when `encode` was called, message included, for
+    the worst batch. Alphas are 1 - ||C(x) - x||^2 / ||x||^2, of all layers together and their mean.
+    """
+    generator = torch.Generator().manual_seed(0)
+    totals = {"encode_seconds": 0.0, "decode_seconds": 0.0, "payload_bytes": 0}
+    extra_bytes, errors, norms = 0, [], []
+    for x in batches:
+        fitted = compressor.fit(*x.shape[1:])
+        encode_seconds, decode_seconds = [], []
+        for _ in range(repeats):
+            before = reset_peak_memory()
+            start = time.perf_counter()
+            payload = fitted.encode(x, generator)
+            encode_seconds.append(time.perf_counter() - start)
+            extra_bytes = max(extra_bytes, peak_memory() - before)
+            start = time.perf_counter()
+            decoded = fitted.decode(payload, *x.shape[1:])
+            decode_seconds.append(time.perf_counter() - start)
+        totals["encode_seconds"] += min(encode_seconds)
+        totals["decode_seconds"] += min(decode_seconds)
+        totals["payload_bytes"] += payload.numel()
+        norms.append(squared_norms(x))
+        errors.append(squared_norms(decoded - x))
+    errors, norms = torch.cat(errors), torch.cat(norms)
+    bits = 8 * totals["payload_bytes"] / sum(x.numel() for x in batches)
+    return totals | {
+        "bits_per_parameter": bits,
+        "alpha": float(1 - errors.sum() / norms.sum()),
+        "alpha_layer_mean": float((1 - errors / norms).mean()),
+        "alpha_bound": shannon_alpha(bits),
+        "extra_bytes": extra_bytes,
+    }
+
+
+def squared_norms(x: Tensor) -> Tensor:
+    """Of every matrix of (L, m, n), float64 (L,)."""
+    return torch.stack([matrix.double().square().sum() for matrix in x])
+
+
+def shannon_alpha(bits_per_parameter: float) -> float:
+    """The largest alpha that any code reaches on Gaussian noise: 1 - 2^(-2 R)."""
+    return 1 - 4.0**-bits_per_parameter
+
+
+def reset_peak_memory() -> int:
+    """Forget the peak of resident memory, and return what is resident now, in bytes."""
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still resident would hide a rise
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory()
+
+
+def peak_memory() -> int:
+    """The most resident memory since `reset_peak_memory`, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown processor"
+
+
+def run_records(config: DictConfig, command: str, repeats: int):
+    """Yield the run record, then a codec record for every compressor and input."""
+    torch.set_num_threads(1)
+    differences = momentum_difference(config)
+    layers = [(x[0].numel(), len(x)) for x in differences]
+    yield {
+        "record": "run",
+        "schema": 1,
+        "command": command,
+        "parameters": sum(size * count for size, count in layers),
+        "layers": sum(count for _, count in layers),
+        "largest_layer_bytes": 4 * max(size for size, _ in layers),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "repeats": repeats,
+        "rounds": config.steps,
+        "sequences": config.batch.sequences,
+        "context": config.model.context,
+        "data": config.data.name,
+        "w2s": str(build(config.w2s, "w2s")),
+    }
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(x.shape, generator=generator) for x in differences]
+    for compressor in COMPRESSORS:
+        for kind, batches in zip(INPUTS, (differences, noise), strict=True):
+            name = str(compressor)
+            family = name.split()[0].replace("identity", "dense")
+            labels = {"compressor": name, "family": family, "values": str(compressor.values)}
+            measured = measure(compressor, batches, repeats)
+            yield {"record": "codec", **labels, "input": kind, **measured}
+
+
+def codec_rows(records: Sequence[dict], kind: str) -> list[dict]:
+    return [record for record in records[1:] if record["input"] == kind]
+
+
+def table(records: Sequence[dict]) -> str:
+    """The measurements in Markdown, a compressor a line; times are those of the momentum."""
+    lines = [
+        "| compressor | bits a parameter | encode s | decode s | extra memory "
+        "| alpha, momentum | mean of layers | alpha, noise | Shannon bound |",
+        "| --- |" + 8 * " ---: |",
+    ]
+    rows = zip(*(codec_rows(records, kind) for kind in INPUTS), strict=True)
+    for momentum, noise in rows:
+        cells = [
+            momentum["compressor"],
+            f"{momentum['bits_per_parameter']:.3f}",
+            f"{momentum['encode_seconds']:.2f}",
+            f"{momentum['decode_seconds']:.2f}",
+            f"{momentum['extra_bytes'] / records[0]['largest_layer_bytes']:.2f}",
+            *(f"{momentum[alpha]:.4f}" for alpha in ("alpha", "alpha_layer_mean")),
+            *(f"{noise[alpha]:.4f}" for alpha in ("alpha", "alpha_bound")),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def report(records: Sequence[dict]) -> str:
+    """README.md: how it was measured, and the table."""
+    run = records[0]
+    return f"""# What the compressors cost
+
+`{run["command"]}`: {run["threads"]} thread on {run["processor"]}, {run["cores"]} cores, torch
+{run["torch"]}. One worker's message for {run["parameters"]:,} parameters in {run["layers"]} layers.
+
+![Error against bits a parameter](codec.png)
+
+{table(records)}
+
+Seconds: the whole model, the best of {run["repeats"]} for each batch of equal layers, on the
+momentum difference. Extra memory: the most that resident memory rose during the encoding of a
+batch, message included, in sizes of the largest layer
+({run["largest_layer_bytes"] / 1e6:.1f} MB in float32). Alpha: 1 - ||C(x) - x||^2 / ||x||^2 of the
+whole model, and the mean of the layers' alphas.
+
+The momentum difference M_j - G_j is that of a worker alone, after {run["rounds"]} rounds of
+{run["sequences"]} x {run["context"]} tokens from {run["data"]} with {run["w2s"]} to the server.
+The noise is Gaussian, and on it no code of R bits a parameter has an alpha above 1 - 2^(-2R), the
+Shannon bound; the momentum difference has structure and is not bound by it.
+"""
+
+
+def build_figure(records: Sequence[dict]) -> Figure:
+    """1 - alpha against bits per parameter, a panel for each input, and the bound.
+
+    Codes of one family and value format are joined; what loses nothing is left out.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 4.6), layout="constrained")
+        panels = figure.subplots(1, 2, sharex=True, sharey=True)
+        for axes, (kind, title) in zip(panels, INPUTS.items(), strict=True):
+            rows = [row for row in codec_rows(records, kind) if row["alpha"] < 1]
+            for family, values in dict.fromkeys((row["family"], row["values"]) for row in rows):
+                joined = [row for row in rows if (row["family"], row["values"]) == (family, values)]
+                axes.plot(
+                    [row["bits_per_parameter"] for row in joined],
+                    [1 - row["alpha"] for row in joined],
+                    color=FAMILIES[family],
+                    marker=MARKERS[values],
+                    linewidth=0.7,
+                )
+            bits = [2 ** (step / 20) for step in range(-40, 61)]
+            axes.plot(
+                bits, [1 - shannon_alpha(rate) for rate in bits], color="#777777", dashes=(4, 2)
+            )
+            axes.set(title=title, xlabel="bits per parameter", xscale="log", yscale="log")
+            axes.xaxis.set_major_formatter("{x:g}")
+        panels[0].set_ylabel("1 - alpha")
+        values = dict.fromkeys(row["values"] for row in records[1:] if row["alpha"] < 1)
+        handles = [
+            *(Line2D([], [], color=colour, linewidth=3, label=f) for f, colour in FAMILIES.items()),
+            *(
+                Line2D([], [], color="#777777", linestyle="", marker=MARKERS[v], label=v)
+                for v in values
+            ),
+            Line2D([], [], color="#777777", dashes=(4, 2), label="$2^{-2R}$, Shannon"),
+        ]
+        figure.legend(handles=handles, loc="outside right center")
+    return figure
+
+
+def draw(records: Sequence[dict], directory: Path) -> list[Path]:
+    """Write README.md, codec.png and codec.svg, which follow from the records alone."""
+    readme, png, svg = (directory / name for name in ("README.md", "codec.png", "codec.svg"))
+    readme.write_text(report(records))
+    figure = build_figure(records)
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(png)
+        figure.savefig(svg, metadata={"Date": None})
+    return [readme, png, svg]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the training run")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "results" / "codec")
+    parser.add_argument("--quick", action="store_true", help="measure once, not best of 3")
+    parser.add_argument("--redraw", action="store_true", help="from DIR/codec.jsonl, no measuring")
+    options = parser.parse_intermixed_args(arguments)
+    log = options.out / "codec.jsonl"
+    try:
+        if not options.redraw:
+            config = compose((*DEFAULTS, *options.overrides)).config
+            command = shlex.join(["python", "scripts/bench_codec.py", *arguments])
+            options.out.mkdir(parents=True, exist_ok=True)
+            with log.open("w") as file:
+                for record in run_records(config, command, 1 if options.quick else REPEATS):
+                    file.write(json.dumps(record) + "\n")
+                    file.flush()
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        draw(records, options.out)
+    except (RunError, ValueError, OSError) as error:
+        print(f"bench_codec.py: {error}", file=sys.stderr)
+        return 1
+    print(table(records))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
