@@ -8,6 +8,8 @@ little-endian, as on every machine that torch runs on.
 import torch
 from torch import Tensor
 
+CHUNK = 1 << 18  # indices of a row to code at a time, so that temporaries stay small
+
 
 def packed_bytes(count: int, width: int) -> int:
     """Bytes that `count` integers of `width` bits take: whole bytes apart, the rest bit-packed."""
@@ -121,9 +123,13 @@ def pack_indices(indices: Tensor, universe: int) -> Tensor:
     bitmap = torch.zeros(
         rows, count + (universe - 1 >> width), dtype=torch.uint8, device=indices.device
     )
-    place = (indices >> width).add_(torch.arange(count, device=indices.device))
-    bitmap.scatter_(1, place, 1)
-    return torch.cat([pack(indices & (1 << width) - 1, width), pack(bitmap, 1)], 1)
+    low = torch.empty(rows, count, dtype=torch.int32, device=indices.device)
+    for first in range(0, count, CHUNK):
+        piece = indices[:, first : first + CHUNK]
+        places = torch.arange(first, first + piece.shape[1], device=indices.device)
+        bitmap.scatter_(1, places + (piece >> width), 1)
+        low[:, first : first + CHUNK] = piece & (1 << width) - 1
+    return torch.cat([pack(low, width), pack(bitmap, 1)], 1)
 
 
 def unpack_indices(packed: Tensor, universe: int, count: int) -> Tensor:

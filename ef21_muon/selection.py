@@ -32,15 +32,15 @@ def largest(x: Tensor, k: int) -> Tensor:
     masked = ((piece & LOW, high_bits(piece) == high) for piece in pieces)
     low, missing = _bin_of_kth(_histogram(masked, len(bits), x.device), missing)
     kth = high << LOW_BITS | low
-    chosen = []
-    for piece in pieces:
+    chosen = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+    for piece, chosen_piece in zip(pieces, chosen.split(pieces[0].shape[1], 1), strict=True):
         magnitude = piece & MAGNITUDE
         equal = magnitude == kth
         place = equal.cumsum(1, dtype=torch.int32)
-        chosen.append((magnitude > kth).logical_or_(equal.logical_and_(place <= missing)))
+        chosen_piece.copy_((magnitude > kth).logical_or_(equal.logical_and_(place <= missing)))
         missing = missing - place[:, -1:]
     rows = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    return torch.cat(chosen, 1).flatten().nonzero_static(size=len(x) * k).view(-1, k).sub_(rows)
+    return chosen.flatten().nonzero_static(size=len(x) * k).view(-1, k).sub_(rows)
 
 
 def high_bits(bits: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from ef21_muon.bits import check_length, pack, packed_bytes, reinterpret, unpack
 
-CHUNK = 1 << 22  # values that a format with many temporaries takes at a time
+CHUNK = 1 << 20  # values to encode at a time, so that temporaries stay small
 MANTISSA = 1 << 23  # a float32 is a sign, 8 bits of exponent and 23 bits of mantissa
 
 
@@ -118,9 +118,12 @@ class Natural(Values):
 
     def encode(self, values: Tensor, generator: Generator | None = None) -> Tensor:
         bits = values.flatten(1).contiguous().view(torch.int32)
-        rounded = _carry(bits, self.stochastic, generator).add_(bits)
-        exponent = rounded.bitwise_right_shift_(23).to(torch.uint8)
-        return torch.cat([exponent, pack((bits < 0).to(torch.uint8), 1)], 1)
+        exponents, signs = [], []
+        for piece in bits.split(_chunk(len(bits)), 1):
+            rounded = _carry(piece, self.stochastic, generator).add_(piece)
+            exponents.append(rounded.bitwise_right_shift_(23).to(torch.uint8))
+            signs.append(pack((piece < 0).to(torch.uint8), 1))
+        return torch.cat(exponents + signs, 1)
 
     def decode(self, payload: Tensor, rows: int, columns: int) -> Tensor:
         self._check(payload, rows, columns)
@@ -165,13 +168,19 @@ class Blockwise(Values):
     def encode(self, values: Tensor, generator: Generator | None = None) -> Tensor:
         count = values.shape[1] * values.shape[2]
         blocks, length = self.blocks(*values.shape[1:])
-        padded = torch.nn.functional.pad(values.flatten(1), (0, blocks * length - count))
+        padding = blocks * length - count
+        flat = values.flatten(1)
+        padded = torch.nn.functional.pad(flat, (0, padding)) if padding else flat
         padded = padded.view(-1, blocks, length)
-        step = max(1, CHUNK // (len(padded) * length))  # blocks at a time, to bound temporaries
-        pieces = [self._quantise(piece, generator) for piece in padded.split(step, 1)]
-        scales, codes = (torch.cat(parts, 1) for parts in zip(*pieces, strict=True))
-        scales = scales.to(self.scale_dtype).flatten(1).view(torch.uint8)
-        return torch.cat([scales, pack(codes.flatten(1)[:, :count], self.width)], 1)
+        # Eight blocks at a time fill whole bytes of codes, so that pieces can be packed.
+        step = max(8, _chunk(len(padded)) // length // 8 * 8)
+        scales, codes = [], []
+        for piece in padded.split(step, 1):
+            piece_scales, piece_codes = self._quantise(piece, generator)
+            scales.append(piece_scales.to(self.scale_dtype).flatten(1).view(torch.uint8))
+            kept = min(piece_codes[0].numel(), count - len(codes) * step * length)
+            codes.append(pack(piece_codes.flatten(1)[:, :kept], self.width))
+        return torch.cat(scales + codes, 1)
 
     def decode(self, payload: Tensor, rows: int, columns: int) -> Tensor:
         self._check(payload, rows, columns)
@@ -346,6 +355,11 @@ def value_format(values: Values | str | Mapping) -> Values:
     except TypeError:
         told = ", ".join(f"{key}={value}" for key, value in options.items())
         raise ValueError(f"values={kind} does not take {told}: choose from {NAMES}") from None
+
+
+def _chunk(messages: int) -> int:
+    """Values of each of so many messages to encode at a time, a multiple of 8."""
+    return max(8, CHUNK // max(1, messages) // 8 * 8)
 
 
 def _carry(bits: Tensor, stochastic: bool, generator: Generator | None) -> Tensor:
