@@ -52,7 +52,7 @@ class EF21Muon(torch.optim.Optimizer):
         w2s: Compressor | None = None,
         s2w: Compressor | None = None,
         server: str = "sharded",
-        buckets: int = 1,
+        buckets: int = 4,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
     ):

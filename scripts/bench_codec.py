@@ -12,16 +12,19 @@ import argparse
 import ctypes
 import json
 import os
+import platform
+import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -37,7 +40,7 @@ from training.config import ROOT, build, compose
 from training.workers import RunError
 
 DEFAULTS = ("model=gpt2-124m", "model.context=256", "batch.sequences=2", "steps=5")
-REPEATS = 3
+REPEATS = 2
 INPUTS = {"momentum": "momentum difference", "noise": "Gaussian noise"}
 DENSE = ("bfloat16", "natural", "natural4", "natural3", "int8", "int4", "int2", "sign")
 SPARSE = ("natural", "natural4", "int4@128")
@@ -52,13 +55,8 @@ COMPRESSORS = (
     RankK(0.15, "int3"),
 )
 FAMILIES = {"dense": "#000000", "top": COLOURS[1], "random": COLOURS[2], "rank": COLOURS[0]}
-MARKERS = dict(
-    zip(
-        ("float32", "natural", "natural4", "natural3", *DENSE[4:], "int3", "int4@128", "bfloat16"),
-        "osDP^v>X<dh",
-        strict=True,
-    )
-)
+MARKERS = "osDP^v>X<dh"  # of the value formats
+LEAST_DRAWN = 1e-5  # of 1 - alpha
 
 
 def momentum_difference(config: DictConfig) -> list[Tensor]:
@@ -92,8 +90,8 @@ def measure(compressor: Compressor, batches: Sequence[Tensor], repeats: int) -> 
     the worst batch. Alphas are 1 - ||C(x) - x||^2 / ||x||^2, of all layers together and their mean.
     """
     generator = torch.Generator().manual_seed(0)
-    totals = {"encode_seconds": 0.0, "decode_seconds": 0.0, "payload_bytes": 0}
-    extra_bytes, errors, norms = 0, [], []
+    encode_total, decode_total, payload_bytes, extra_bytes = 0.0, 0.0, 0, 0
+    errors, norms = [], []
     for x in batches:
         fitted = compressor.fit(*x.shape[1:])
         encode_seconds, decode_seconds = [], []
@@ -106,14 +104,17 @@ def measure(compressor: Compressor, batches: Sequence[Tensor], repeats: int) -> 
             start = time.perf_counter()
             decoded = fitted.decode(payload, *x.shape[1:])
             decode_seconds.append(time.perf_counter() - start)
-        totals["encode_seconds"] += min(encode_seconds)
-        totals["decode_seconds"] += min(decode_seconds)
-        totals["payload_bytes"] += payload.numel()
+        encode_total += min(encode_seconds)
+        decode_total += min(decode_seconds)
+        payload_bytes += payload.numel()
         norms.append(squared_norms(x))
         errors.append(squared_norms(decoded - x))
     errors, norms = torch.cat(errors), torch.cat(norms)
-    bits = 8 * totals["payload_bytes"] / sum(x.numel() for x in batches)
-    return totals | {
+    bits = 8 * payload_bytes / sum(x.numel() for x in batches)
+    return {
+        "encode_seconds": encode_total,
+        "decode_seconds": decode_total,
+        "payload_bytes": payload_bytes,
         "bits_per_parameter": bits,
         "alpha": float(1 - errors.sum() / norms.sum()),
         "alpha_layer_mean": float((1 - errors / norms).mean()),
@@ -146,27 +147,24 @@ def peak_memory() -> int:
 
 
 def processor() -> str:
-    """The name of this machine's processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown processor"
+    """The name of this machine's processor, or its architecture where the kernel tells no name."""
+    name = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return name[1] if name else platform.machine()
 
 
-def run_records(config: DictConfig, command: str, repeats: int):
+def run_records(config: DictConfig, command: str, repeats: int) -> Iterator[dict]:
     """Yield the run record, then a codec record for every compressor and input."""
     torch.set_num_threads(1)
     differences = momentum_difference(config)
-    layers = [(x[0].numel(), len(x)) for x in differences]
     yield {
         "record": "run",
         "schema": 1,
         "command": command,
-        "parameters": sum(size * count for size, count in layers),
-        "layers": sum(count for _, count in layers),
-        "largest_layer_bytes": 4 * max(size for size, _ in layers),
+        "parameters": sum(x.numel() for x in differences),
+        "layers": sum(len(x) for x in differences),
+        "largest_layer_bytes": 4 * max(x[0].numel() for x in differences),
         "processor": processor(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "repeats": repeats,
         "rounds": config.steps,
@@ -179,32 +177,26 @@ def run_records(config: DictConfig, command: str, repeats: int):
     noise = [torch.randn(x.shape, generator=generator) for x in differences]
     for compressor in COMPRESSORS:
         for kind, batches in zip(INPUTS, (differences, noise), strict=True):
-            name = str(compressor)
+            name, values = str(compressor), str(compressor.values)
             family = name.split()[0].replace("identity", "dense")
-            labels = {"compressor": name, "family": family, "values": str(compressor.values)}
-            measured = measure(compressor, batches, repeats)
-            yield {"record": "codec", **labels, "input": kind, **measured}
-
-
-def codec_rows(records: Sequence[dict], kind: str) -> list[dict]:
-    return [record for record in records[1:] if record["input"] == kind]
+            what = {"compressor": name, "family": family, "values": values, "input": kind}
+            yield {"record": "codec", **what, **measure(compressor, batches, repeats)}
 
 
 def table(records: Sequence[dict]) -> str:
     """The measurements in Markdown, a compressor a line; times are those of the momentum."""
+    run, measured = records[0], records[1:]
     lines = [
         "| compressor | bits a parameter | encode s | decode s | extra memory "
         "| alpha, momentum | mean of layers | alpha, noise | Shannon bound |",
         "| --- |" + 8 * " ---: |",
     ]
-    rows = zip(*(codec_rows(records, kind) for kind in INPUTS), strict=True)
-    for momentum, noise in rows:
+    for momentum, noise in zip(measured[::2], measured[1::2], strict=True):
         cells = [
             momentum["compressor"],
             f"{momentum['bits_per_parameter']:.3f}",
-            f"{momentum['encode_seconds']:.2f}",
-            f"{momentum['decode_seconds']:.2f}",
-            f"{momentum['extra_bytes'] / records[0]['largest_layer_bytes']:.2f}",
+            *(f"{momentum[seconds]:.2f}" for seconds in ("encode_seconds", "decode_seconds")),
+            f"{momentum['extra_bytes'] / run['largest_layer_bytes']:.2f}",
             *(f"{momentum[alpha]:.4f}" for alpha in ("alpha", "alpha_layer_mean")),
             *(f"{noise[alpha]:.4f}" for alpha in ("alpha", "alpha_bound")),
         ]
@@ -217,7 +209,7 @@ def report(records: Sequence[dict]) -> str:
     run = records[0]
     return f"""# What the compressors cost
 
-`{run["command"]}`: {run["threads"]} thread on {run["processor"]}, {run["cores"]} cores, torch
+`{run["command"]}`: one thread on {run["processor"]}, {run["cores"]} cores, torch
 {run["torch"]}. One worker's message for {run["parameters"]:,} parameters in {run["layers"]} layers.
 
 ![Error against bits a parameter](codec.png)
@@ -233,58 +225,51 @@ whole model, and the mean of the layers' alphas.
 The momentum difference M_j - G_j is that of a worker alone, after {run["rounds"]} rounds of
 {run["sequences"]} x {run["context"]} tokens from {run["data"]} with {run["w2s"]} to the server.
 The noise is Gaussian, and on it no code of R bits a parameter has an alpha above 1 - 2^(-2R), the
-Shannon bound; the momentum difference has structure and is not bound by it.
+Shannon bound; the momentum difference has structure and is not bound by it. The picture leaves out
+what loses less than {LEAST_DRAWN:g}.
 """
 
 
 def build_figure(records: Sequence[dict]) -> Figure:
     """1 - alpha against bits per parameter, a panel for each input, and the bound.
 
-    Codes of one family and value format are joined; what loses nothing is left out.
+    Messages of one family and value format are joined. What loses next to nothing is left out.
     """
+    drawn = [record for record in records[1:] if 1 - record["alpha"] > LEAST_DRAWN]
+    markers = dict(zip(dict.fromkeys(r["values"] for r in drawn), MARKERS, strict=False))
+    bound = {"color": "#777777", "linestyle": "--"}
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 4.6), layout="constrained")
+        figure = Figure(figsize=(10, 5.5), layout="constrained")
         panels = figure.subplots(1, 2, sharex=True, sharey=True)
         for axes, (kind, title) in zip(panels, INPUTS.items(), strict=True):
-            rows = [row for row in codec_rows(records, kind) if row["alpha"] < 1]
-            for family, values in dict.fromkeys((row["family"], row["values"]) for row in rows):
-                joined = [row for row in rows if (row["family"], row["values"]) == (family, values)]
-                axes.plot(
-                    [row["bits_per_parameter"] for row in joined],
-                    [1 - row["alpha"] for row in joined],
-                    color=FAMILIES[family],
-                    marker=MARKERS[values],
-                    linewidth=0.7,
-                )
+            rows = [record for record in drawn if record["input"] == kind]
+            for family, values in dict.fromkeys((r["family"], r["values"]) for r in rows):
+                joined = [r for r in rows if (r["family"], r["values"]) == (family, values)]
+                points = [(r["bits_per_parameter"], 1 - r["alpha"]) for r in joined]
+                look = {"color": FAMILIES[family], "marker": markers[values], "linewidth": 0.6}
+                axes.plot(*zip(*points, strict=True), **look)
             bits = [2 ** (step / 20) for step in range(-40, 61)]
-            axes.plot(
-                bits, [1 - shannon_alpha(rate) for rate in bits], color="#777777", dashes=(4, 2)
-            )
+            axes.plot(bits, [1 - shannon_alpha(rate) for rate in bits], **bound)
             axes.set(title=title, xlabel="bits per parameter", xscale="log", yscale="log")
-            axes.xaxis.set_major_formatter("{x:g}")
         panels[0].set_ylabel("1 - alpha")
-        values = dict.fromkeys(row["values"] for row in records[1:] if row["alpha"] < 1)
-        handles = [
-            *(Line2D([], [], color=colour, linewidth=3, label=f) for f, colour in FAMILIES.items()),
-            *(
-                Line2D([], [], color="#777777", linestyle="", marker=MARKERS[v], label=v)
-                for v in values
-            ),
-            Line2D([], [], color="#777777", dashes=(4, 2), label="$2^{-2R}$, Shannon"),
-        ]
+        panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[0].xaxis.set_minor_locator(NullLocator())
+        panels[0].xaxis.set_major_formatter("{x:g}")
+        handles = [Line2D([], [], color=colour, label=name) for name, colour in FAMILIES.items()]
+        look = {"color": "#777777", "linestyle": ""}
+        handles += [Line2D([], [], marker=markers[name], label=name, **look) for name in markers]
+        handles.append(Line2D([], [], label="$2^{-2R}$, Shannon", **bound))
         figure.legend(handles=handles, loc="outside right center")
     return figure
 
 
-def draw(records: Sequence[dict], directory: Path) -> list[Path]:
+def draw(records: Sequence[dict], directory: Path) -> None:
     """Write README.md, codec.png and codec.svg, which follow from the records alone."""
-    readme, png, svg = (directory / name for name in ("README.md", "codec.png", "codec.svg"))
-    readme.write_text(report(records))
+    (directory / "README.md").write_text(report(records))
     figure = build_figure(records)
     with matplotlib.rc_context(STYLE):
-        figure.savefig(png)
-        figure.savefig(svg, metadata={"Date": None})
-    return [readme, png, svg]
+        figure.savefig(directory / "codec.png")
+        figure.savefig(directory / "codec.svg", metadata={"Date": None})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -292,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the training run")
     parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "results" / "codec")
-    parser.add_argument("--quick", action="store_true", help="measure once, not best of 3")
+    parser.add_argument("--quick", action="store_true", help=f"measure once, not best of {REPEATS}")
     parser.add_argument("--redraw", action="store_true", help="from DIR/codec.jsonl, no measuring")
     options = parser.parse_intermixed_args(arguments)
     log = options.out / "codec.jsonl"

@@ -44,10 +44,10 @@ METHODS = {
     **{f"{level}, {server}": [*how, f"optimizer.server={server}"]
        for level, how in LEVELS.items() for server in ("sharded", "replicated")},
     "rank 15% natural both ways, sharded": [*LEVELS["rank 15% natural"], *BACK],
-    "rank 15% natural both ways, sharded, 4 buckets":
-        [*LEVELS["rank 15% natural"], *BACK, "optimizer.buckets=4"],
-    "rank 15% natural, replicated, 4 buckets":
-        [*LEVELS["rank 15% natural"], "optimizer.server=replicated", "optimizer.buckets=4"],
+    "rank 15% natural both ways, sharded, 1 bucket":
+        [*LEVELS["rank 15% natural"], *BACK, "optimizer.buckets=1"],
+    "rank 15% natural, replicated, 1 bucket":
+        [*LEVELS["rank 15% natural"], "optimizer.server=replicated", "optimizer.buckets=1"],
 }  # fmt: skip
 
 
@@ -198,7 +198,8 @@ def draw(records: list[dict], directory: Path) -> None:
             axes.barh(names, waiting, left=compute, color="#D55E00", label="communicating")
             axes.set(title=rate, xlabel="seconds a step")
             axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower right", ncols=2, frameon=False)
         for ending in ("png", "svg"):
             metadata = {"Date": None} if ending == "svg" else {"Software": None}
             figure.savefig(directory / f"network.{ending}", dpi=160, metadata=metadata)

@@ -55,7 +55,7 @@ PAIRS = [  # w2s, s2w
 ]
 STOCHASTIC_PAIRS = [("natural", "identity"), ("rank natural", "identity")]
 SETUPS = {server: {"server": server} for server in PLACEMENTS}
-SETUPS["bucketed"] = {"server": "sharded", "buckets": 3}
+SETUPS["unbucketed"] = {"server": "sharded", "buckets": 1}
 DIFFERENCES = ("larger", "swapped")
 
 
