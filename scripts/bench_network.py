@@ -160,7 +160,8 @@ def write_table(records: list[dict], directory: Path) -> None:
         "worker of one thread each; 9.7 M parameters, a sequence of 256 tokens a worker and step.",
         "Communicating: the exchange of EF21-Muon, on the rank that waits least in each step, or",
         "what a DDP step takes beyond the same step under `no_sync`. MB are what a rank hands to",
-        "the network (DDP: of a ring all-reduce).\n",
+        "the network (DDP: of a ring all-reduce). DDP's time is a difference of two measurements",
+        "and as noisy as the machine; where it is below 0, it is lost in that noise.\n",
     ]
     for rate in dict.fromkeys(record["rate"] for record in records):
         of_rate = [record for record in records if record["rate"] == rate]
@@ -171,13 +172,18 @@ def write_table(records: list[dict], directory: Path) -> None:
             "| --- | ---: | ---: | ---: | ---: | ---: |",
             *(
                 f"| {r['method']} | {r['bytes'] / 1e6:.2f} | {r['seconds']:.2f} | "
-                f"{r['communication']:.3f} | {base / r['communication']:.1f}x | "
+                f"{r['communication']:.3f} | {ratio(base, r['communication'])} | "
                 f"{r['tokens'] / r['seconds']:.0f} |"
                 for r in of_rate
             ),
             "",
         ]
     (directory / "README.md").write_text("\n".join(text))
+
+
+def ratio(base: float, seconds: float) -> str:
+    """How often `seconds` goes into `base`; a difference within the noise has no ratio."""
+    return f"{base / seconds:.1f}x" if seconds > 0.001 else "-"
 
 
 def draw(records: list[dict], directory: Path) -> None:
