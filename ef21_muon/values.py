@@ -172,14 +172,17 @@ class Blockwise(Values):
         flat = values.flatten(1)
         padded = torch.nn.functional.pad(flat, (0, padding)) if padding else flat
         padded = padded.view(-1, blocks, length)
-        # Eight blocks at a time fill whole bytes of codes, so that pieces can be packed.
-        step = max(8, _chunk(len(padded)) // length // 8 * 8)
-        scales, codes = [], []
-        for piece in padded.split(step, 1):
-            piece_scales, piece_codes = self._quantise(piece, generator)
-            scales.append(piece_scales.to(self.scale_dtype).flatten(1).view(torch.uint8))
-            kept = min(piece_codes[0].numel(), count - len(codes) * step * length)
-            codes.append(pack(piece_codes.flatten(1)[:, :kept], self.width))
+        # Pieces of eight blocks, or of a multiple of eight values of a single block, fill whole
+        # bytes of codes.
+        chunk = _chunk(len(padded))
+        scales, codes, left = [], [], count
+        for piece in padded.split(max(8, chunk // length // 8 * 8), 1):
+            scale = self._scale(piece)
+            scales.append(scale.to(self.scale_dtype).flatten(1).view(torch.uint8))
+            for part in piece.split(chunk if piece.shape[1] == 1 else length, 2):
+                part_codes = self._quantise(part, scale, generator).flatten(1)[:, :left]
+                left -= part_codes.shape[1]
+                codes.append(pack(part_codes, self.width))
         return torch.cat(scales + codes, 1)
 
     def decode(self, payload: Tensor, rows: int, columns: int) -> Tensor:
@@ -193,8 +196,12 @@ class Blockwise(Values):
         values = self._restore(scales, codes.view(-1, blocks, length))
         return values.flatten(1)[:, :count].reshape(-1, rows, columns)
 
-    def _quantise(self, values: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
-        """(L, blocks, length) -> scales (L, blocks, 1) and codes of the same shape, uint8."""
+    def _scale(self, values: Tensor) -> Tensor:
+        """(L, blocks, length) -> (L, blocks, 1)."""
+        raise NotImplementedError
+
+    def _quantise(self, values: Tensor, scale: Tensor, generator: Generator | None) -> Tensor:
+        """Codes of values (L, blocks, any part of the length), uint8 of the same shape."""
         raise NotImplementedError
 
     def _restore(self, scales: Tensor, codes: Tensor) -> Tensor:
@@ -232,22 +239,25 @@ class NaturalWindow(Blockwise):
             return 1 / 8 + min(length / 4 * smallest**2, sqrt(length) * smallest)
         return min(1.0, 1 / 9 + length / 4 * smallest**2)
 
-    def _quantise(self, values: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
+    def _scale(self, values: Tensor) -> Tensor:
+        """The exponent of the least power of two that no magnitude exceeds."""
+        largest = values.abs().amax(2, keepdim=True).view(torch.int32)
+        return (largest + (MANTISSA - 1)) >> 23
+
+    def _quantise(self, values: Tensor, scale: Tensor, generator: Generator | None) -> Tensor:
         bits = values.contiguous().view(torch.int32)
         magnitude = bits & 0x7FFFFFFF
         carry = _carry(bits, self.stochastic, generator)
-        exponent = (magnitude + carry) >> 23
-        largest = exponent.amax(2, keepdim=True)
-        smallest = self._smallest(largest)
+        smallest = self._smallest(scale)
         share = values.abs() / (smallest << 23).view(torch.float32)
         # A uniform carry is below share * 2^23 with probability share; the constant one of rounding
         # to nearest where the share is over a half.
         level = torch.where(
             magnitude < smallest << 23,
             (carry < share * MANTISSA).to(torch.int32),
-            exponent - smallest + 1,
+            ((magnitude + carry) >> 23) - smallest + 1,
         )
-        return largest, (level << 1 | (bits < 0)).to(torch.uint8)
+        return (level << 1 | (bits < 0)).to(torch.uint8)
 
     def _restore(self, scales: Tensor, codes: Tensor) -> Tensor:
         level = (codes >> 1).to(torch.int32)
@@ -288,15 +298,17 @@ class Integer(Blockwise):
         spread = length / (4 * self.levels**2)
         return min(spread, sqrt(length) / self.levels) if self.stochastic else min(1.0, spread)
 
-    def _quantise(self, values: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
-        scales = values.abs().amax(2, keepdim=True)
-        steps = values / scales.masked_fill(scales == 0, 1) * self.levels
+    def _scale(self, values: Tensor) -> Tensor:
+        return values.abs().amax(2, keepdim=True)
+
+    def _quantise(self, values: Tensor, scale: Tensor, generator: Generator | None) -> Tensor:
+        steps = values / scale.masked_fill(scale == 0, 1) * self.levels
         if self.stochastic:
             steps += torch.rand(steps.shape, generator=generator, device=steps.device)
         else:
             steps += 0.5
         codes = steps.floor_().clamp_(-self.levels, self.levels).add_(self.levels)
-        return scales, codes.to(torch.uint8)
+        return codes.to(torch.uint8)
 
     def _restore(self, scales: Tensor, codes: Tensor) -> Tensor:
         return codes.float().sub_(self.levels).mul_(scales / self.levels)
@@ -319,8 +331,11 @@ class SignScale(Blockwise):
     def omega(self, rows: int, columns: int) -> float:
         return 1 - 1 / self.blocks(rows, columns)[1]
 
-    def _quantise(self, values: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
-        return values.abs().mean(2, keepdim=True), (values < 0).to(torch.uint8)
+    def _scale(self, values: Tensor) -> Tensor:
+        return values.abs().mean(2, keepdim=True)
+
+    def _quantise(self, values: Tensor, scale: Tensor, generator: Generator | None) -> Tensor:
+        return (values < 0).to(torch.uint8)
 
     def _restore(self, scales: Tensor, codes: Tensor) -> Tensor:
         return codes.float().mul_(-2).add_(1).mul_(scales)

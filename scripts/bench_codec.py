@@ -9,8 +9,8 @@ records go to codec.jsonl in DIR, and from them come README.md, codec.png and co
 """
 
 import argparse
-import ctypes
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -18,6 +18,8 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -85,22 +87,18 @@ def momentum_difference(config: DictConfig) -> list[Tensor]:
 def measure(compressor: Compressor, batches: Sequence[Tensor], repeats: int) -> dict:
     """Encode and decode float32 batches (L, m, n); the fields that a codec record has of it.
 
-    Seconds are those of the whole model, for each batch the best of `repeats`. `extra_bytes` is how
-    far resident memory rose above where it stood when `encode` was called, message included, for
-    the worst batch. Alphas are 1 - ||C(x) - x||^2 / ||x||^2, of all layers together and their mean.
+    Seconds are those of the whole model, for each batch the best of `repeats`. Alphas are
+    1 - ||C(x) - x||^2 / ||x||^2, of all layers together and their mean.
     """
     generator = torch.Generator().manual_seed(0)
-    encode_total, decode_total, payload_bytes, extra_bytes = 0.0, 0.0, 0, 0
-    errors, norms = [], []
+    encode_total, decode_total, payload_bytes, errors, norms = 0.0, 0.0, 0, [], []
     for x in batches:
         fitted = compressor.fit(*x.shape[1:])
         encode_seconds, decode_seconds = [], []
         for _ in range(repeats):
-            before = reset_peak_memory()
             start = time.perf_counter()
             payload = fitted.encode(x, generator)
             encode_seconds.append(time.perf_counter() - start)
-            extra_bytes = max(extra_bytes, peak_memory() - before)
             start = time.perf_counter()
             decoded = fitted.decode(payload, *x.shape[1:])
             decode_seconds.append(time.perf_counter() - start)
@@ -119,7 +117,6 @@ def measure(compressor: Compressor, batches: Sequence[Tensor], repeats: int) -> 
         "alpha": float(1 - errors.sum() / norms.sum()),
         "alpha_layer_mean": float((1 - errors / norms).mean()),
         "alpha_bound": shannon_alpha(bits),
-        "extra_bytes": extra_bytes,
     }
 
 
@@ -133,17 +130,36 @@ def shannon_alpha(bits_per_parameter: float) -> float:
     return 1 - 4.0**-bits_per_parameter
 
 
-def reset_peak_memory() -> int:
-    """Forget the peak of resident memory, and return what is resident now, in bytes."""
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still resident would hide a rise
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory()
+def extra_memory(compressor: Compressor, shapes: Sequence[torch.Size]) -> int:
+    """How far resident memory rises while a batch is encoded, in bytes, for the worst of `shapes`.
+
+    The message counts, the input does not. To be called in a process of `memory_process`.
+    """
+    torch.set_num_threads(1)
+    compressor.encode(torch.randn(1, 64, 64))  # loads what is loaded once
+    worst = 0
+    for shape in shapes:
+        x = torch.randn(shape)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
+        before = peak_memory()
+        compressor.fit(*shape[1:]).encode(x)
+        worst = max(worst, peak_memory() - before)
+    return worst
 
 
 def peak_memory() -> int:
-    """The most resident memory since `reset_peak_memory`, in bytes."""
+    """The most memory that was resident, in bytes."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+@contextmanager
+def memory_process() -> Iterator[ProcessPoolExecutor]:
+    """A process in which freed tensors leave resident memory at once: glibc keeps none of them."""
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        yield process
+    del os.environ["MALLOC_MMAP_THRESHOLD_"]
 
 
 def processor() -> str:
@@ -175,12 +191,15 @@ def run_records(config: DictConfig, command: str, repeats: int) -> Iterator[dict
     }
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randn(x.shape, generator=generator) for x in differences]
-    for compressor in COMPRESSORS:
-        for kind, batches in zip(INPUTS, (differences, noise), strict=True):
+    with memory_process() as process:
+        for compressor in COMPRESSORS:
             name, values = str(compressor), str(compressor.values)
             family = name.split()[0].replace("identity", "dense")
-            what = {"compressor": name, "family": family, "values": values, "input": kind}
-            yield {"record": "codec", **what, **measure(compressor, batches, repeats)}
+            what = {"record": "codec", "compressor": name, "family": family, "values": values}
+            extra = process.submit(extra_memory, compressor, [x.shape for x in noise]).result()
+            for kind, batches in zip(INPUTS, (differences, noise), strict=True):
+                measured = measure(compressor, batches, repeats)
+                yield what | {"input": kind, **measured, "extra_bytes": extra}
 
 
 def table(records: Sequence[dict]) -> str:
@@ -217,10 +236,9 @@ def report(records: Sequence[dict]) -> str:
 {table(records)}
 
 Seconds: the whole model, the best of {run["repeats"]} for each batch of equal layers, on the
-momentum difference. Extra memory: the most that resident memory rose during the encoding of a
-batch, message included, in sizes of the largest layer
-({run["largest_layer_bytes"] / 1e6:.1f} MB in float32). Alpha: 1 - ||C(x) - x||^2 / ||x||^2 of the
-whole model, and the mean of the layers' alphas.
+momentum difference. Extra memory: the most that resident memory rises while a batch is encoded,
+message included, in sizes of the largest layer ({run["largest_layer_bytes"] / 1e6:.1f} MB in
+float32). Alpha: 1 - ||C(x) - x||^2 / ||x||^2 of the whole model, and the mean of its layers.
 
 The momentum difference M_j - G_j is that of a worker alone, after {run["rounds"]} rounds of
 {run["sequences"]} x {run["context"]} tokens from {run["data"]} with {run["w2s"]} to the server.

@@ -156,3 +156,16 @@ def test_what_is_no_format_is_refused_in_one_line(wrong):
     with pytest.raises(ValueError, match=r"give|choose") as caught:
         value_format(wrong)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["natural4", "int4", "sign", "sign@5", "int4@message"])
+def test_pieces_do_not_show(monkeypatch, name):
+    """Encoded eight blocks, or eight values, at a time: the same message."""
+    formats = value_format(name)
+    formats.stochastic = False
+    for rows, columns in ((1, 45), (3, 7), (21, 5), (9, 16)):
+        x = torch.randn(2, rows, columns, generator=seeded())
+        whole = formats.encode(x)
+        with monkeypatch.context() as patch:
+            patch.setattr("ef21_muon.values.CHUNK", 16)
+            assert torch.equal(formats.encode(x), whole)
