@@ -21,7 +21,7 @@ from scripts.figures import draw
 from training.config import ROOT, Job, build, compose, parse_arguments, sweep
 from training.log import RunLog, completed
 from training.report import group_table, result_table
-from training.workers import RunError, Workers, one_line
+from training.workers import RunError, Workers, leave, one_line
 
 OPTIMIZER_PHASES = ("encode", "exchange", "server", "decode")
 
@@ -276,4 +276,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

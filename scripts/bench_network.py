@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from scripts.netns import Network, requirements_missing
 from train import Run
 from training.config import ROOT, compose
-from training.workers import Workers
+from training.workers import Workers, leave
 
 OUTPUT = ROOT / "results" / "network"
 MODEL = ["model.width=448", "model.heads=4", "batch.per_forward=1", "schedule.cooldown=0"]
@@ -241,4 +241,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

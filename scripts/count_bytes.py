@@ -23,7 +23,7 @@ if not __package__:
 from train import Run
 from training.config import compose
 from training.report import table
-from training.workers import RunError, Workers, one_line
+from training.workers import RunError, Workers, leave, one_line
 
 INTERFACES = Path("/sys/class/net")
 COUNTERS = ("tx_bytes", "tx_packets", "rx_bytes")
@@ -153,4 +153,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

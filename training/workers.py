@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,17 @@ class RunError(Exception):
 def one_line(error: BaseException) -> str:
     """The error's message without line breaks, or its kind if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def leave(status: int) -> NoReturn:
+    """End the process, without the interpreter's teardown.
+
+    Threads of gloo may still let go of tensors then, which needs the interpreter and aborts the
+    process ("terminate called without an active exception") after all its work is done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class Workers:

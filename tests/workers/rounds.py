@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ef21_muon import Dense, EF21Muon, Identity, Natural, RankK, Sign, TopK
 from ef21_muon.exchange import PLACEMENTS
+from training.workers import leave
 
 ROUNDS = 20
 LR, DECAY, BETA, SEED = 1.0, 0.9, 0.3, 11
@@ -207,3 +208,4 @@ def main(directory):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)
