@@ -7,14 +7,13 @@ configuration, its log metrics.jsonl and a picture of it.
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from data.loader import TestWindows, WorkerBatches, open_streams
+from data.loader import TestWindows, TokenStream, WorkerBatches, open_streams
 from ef21_muon import EF21Muon
 from model import GPT
 from scripts.figures import draw
@@ -33,8 +32,7 @@ class Run:
         self.config, self.workers = config, workers
         self.forward_sequences = share_of_batch(config, workers.count)
         model_config = build(config.model, "model")
-        data = {key: value for key, value in config.data.items() if key != "name"}
-        train_tokens, test_tokens = open_streams(**data, root=ROOT)
+        train_tokens, test_tokens = open_data(config)
         self.batches = WorkerBatches(
             train_tokens, model_config.context, workers.rank, workers.count, config.seed
         )
@@ -50,6 +48,14 @@ class Run:
         self.label = config.label or optimizer_label(self.optimizer)
         self.seconds = 0.0
         self.phases = dict.fromkeys(("data", "forward_backward", *OPTIMIZER_PHASES), 0.0)
+
+    def step(self) -> torch.Tensor:
+        """A training step; returns this worker's mean loss before it."""
+        loss = self.accumulate_gradient()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        return loss
 
     def accumulate_gradient(self) -> torch.Tensor:
         """This worker's gradient of one step, in forward passes of equal size; the mean loss."""
@@ -100,11 +106,8 @@ class Run:
         loss_sum = torch.zeros((), device=self.workers.device)
         since, steps_since = time.perf_counter(), 0
         for step in range(1, config.steps + 1):
-            loss_sum += self.accumulate_gradient()
             lr = self.scheduler.get_last_lr()[0]
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.scheduler.step()
+            loss_sum += self.step()
             steps_since += 1
             last, evaluate = step == config.steps, step % config.eval.every == 0
             if log:
@@ -136,6 +139,12 @@ class Run:
             "uncompressed_bytes": config.steps * 4 * self.raw_model.config.parameter_count,
             "optimizer_share": round(optimizer_seconds / sum(self.phases.values()), 4),
         }
+
+
+def open_data(config: DictConfig) -> tuple[TokenStream, TokenStream]:
+    """The training and the test tokens that the configuration names."""
+    options = {key: value for key, value in config.data.items() if key != "name"}
+    return open_streams(**options, root=ROOT)
 
 
 def share_of_batch(config: DictConfig, workers: int) -> int:
@@ -257,22 +266,18 @@ def run_directory(job: Job, workers: Workers, multirun: bool) -> Path:
     return next(candidate for candidate in candidates if not candidate.exists())
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    workers = Workers()
-    try:
-        errors = run_jobs(arguments, workers)
-    except RunError as error:
-        workers.say(f"error: {error}", error=True)
-        return 1
-    except (ValueError, OSError) as error:  # of this worker alone: torchrun ends the others
-        print(f"error: rank {workers.rank}: {one_line(error)}", file=sys.stderr)
-        return 1
-    finally:
-        workers.close()
+def run_all(arguments: argparse.Namespace, workers: Workers) -> int:
+    """Run the jobs and tell of those that failed; returns the exit status."""
+    errors = run_jobs(arguments, workers)
     if errors:
         workers.say("\n".join([f"\n{len(errors)} jobs failed:", *map(str, errors)]), error=True)
     return 1 if errors else 0
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    workers = Workers()
+    return workers.finish(lambda: run_all(arguments, workers))
 
 
 if __name__ == "__main__":

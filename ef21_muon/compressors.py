@@ -56,19 +56,20 @@ class Compressor:
         dense = Dense(self.values)
         return self if self.payload_bytes(m, n) < dense.payload_bytes(m, n) else dense
 
-    def _name(self) -> str:
+    def title(self) -> str:
+        """What is kept, as figures and tables name it."""
         raise NotImplementedError
 
     def __str__(self) -> str:
         """As figures and tables name it: "rank 15% natural"; float32 goes without saying."""
         exact = isinstance(self.values, Float32)
-        return self._name() if exact else f"{self._name()} {self.values}"
+        return self.title() if exact else f"{self.title()} {self.values}"
 
 
 class Dense(Compressor):
     """Every entry is kept; alpha = 1 - omega. `Dense("natural")` is the Natural compressor."""
 
-    def _name(self) -> str:
+    def title(self) -> str:
         return "identity" if self.lossless else "dense"
 
     @property
@@ -113,26 +114,34 @@ class Fraction(Compressor):
         """How many of `total` are kept: the nearest whole number, at least one."""
         return max(1, round(self.fraction * total))
 
-    def _percent(self) -> str:
+    def percent(self) -> str:
+        """The fraction, for the title."""
         return f"{100 * self.fraction:.4g}%"
 
 
-class TopK(Fraction):
-    """The k entries of largest magnitude, their positions as Elias-Fano coded indices.
-
-    alpha = (1 - omega) k / (m n) with k = fraction m n.
-    """
-
-    def _name(self) -> str:
-        return f"top {self._percent()}"
-
-    def payload_bytes(self, m: int, n: int) -> int:
-        k = self.kept(m * n)
-        return index_bytes(m * n, k) + self.values.payload_bytes(1, k)
+class Entries(Fraction):
+    """A compressor that keeps k = fraction m n entries; alpha = (1 - omega) k / (m n)."""
 
     def alpha(self, m: int, n: int) -> float:
         k = self.kept(m * n)
         return (1 - self.values.omega(1, k)) * k / (m * n)
+
+    def _scatter(self, positions: Tensor, payload: Tensor, m: int, n: int) -> Tensor:
+        """Matrices (L, m, n) that are zero but at `positions` (L, k), where payload's values go."""
+        x = torch.zeros(len(payload), m * n, device=payload.device)
+        values = self.values.decode(payload, 1, self.kept(m * n))[:, 0]
+        return x.scatter_(1, positions, values).view(-1, m, n)
+
+
+class TopK(Entries):
+    """The k entries of largest magnitude, their positions as Elias-Fano coded indices."""
+
+    def title(self) -> str:
+        return f"top {self.percent()}"
+
+    def payload_bytes(self, m: int, n: int) -> int:
+        k = self.kept(m * n)
+        return index_bytes(m * n, k) + self.values.payload_bytes(1, k)
 
     def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         x = x.flatten(1)
@@ -144,31 +153,26 @@ class TopK(Fraction):
 
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
         check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
-        k, index_length = self.kept(m * n), index_bytes(m * n, self.kept(m * n))
-        indices = unpack_indices(payload[:, :index_length], m * n, k)
-        values = self.values.decode(payload[:, index_length:], 1, k)[:, 0]
-        return _scatter(indices, values, m, n)
+        k = self.kept(m * n)
+        split = index_bytes(m * n, k)
+        return self._scatter(unpack_indices(payload[:, :split], m * n, k), payload[:, split:], m, n)
 
 
-class RandK(Fraction):
+class RandK(Entries):
     """k entries at random positions that follow from a seed of 9 bytes; no indices are sent.
 
     The positions are start + i stride modulo m n for i < k: a uniform start, and a stride, coprime
     to m n, out of 256. So every entry is kept with probability k / (m n), which is all that the
-    contraction needs: alpha = (1 - omega) k / (m n) with k = fraction m n.
+    contraction needs.
     """
 
     SEED_BYTES = 9
 
-    def _name(self) -> str:
-        return f"random {self._percent()}"
+    def title(self) -> str:
+        return f"random {self.percent()}"
 
     def payload_bytes(self, m: int, n: int) -> int:
         return self.SEED_BYTES + self.values.payload_bytes(1, self.kept(m * n))
-
-    def alpha(self, m: int, n: int) -> float:
-        k = self.kept(m * n)
-        return (1 - self.values.omega(1, k)) * k / (m * n)
 
     def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         x = x.flatten(1)
@@ -184,11 +188,10 @@ class RandK(Fraction):
         stride = payload[:, :1].to(torch.int64)
         start = reinterpret(payload[:, 1 : self.SEED_BYTES], torch.int64)
         positions = self._positions(start, stride, m * n)
-        values = self.values.decode(payload[:, self.SEED_BYTES :], 1, self.kept(m * n))[:, 0]
-        return _scatter(positions, values, m, n)
+        return self._scatter(positions, payload[:, self.SEED_BYTES :], m, n)
 
     def _positions(self, start: Tensor, stride: Tensor, total: int) -> Tensor:
-        strides = torch.tensor(_coprimes(total), device=start.device)[stride]
+        strides = _coprimes(total, start.device)[stride]
         steps = torch.arange(self.kept(total), device=start.device)
         return (start + strides * steps) % total
 
@@ -214,8 +217,8 @@ class RankK(Fraction):
     a scale keep these promises with a scale a row.
     """
 
-    def _name(self) -> str:
-        return f"rank {self._percent()}"
+    def title(self) -> str:
+        return f"rank {self.percent()}"
 
     def payload_bytes(self, m: int, n: int) -> int:
         r = self.kept(min(m, n))
@@ -250,14 +253,8 @@ class RankK(Fraction):
         return basis.mT @ rows if m <= n else rows.mT @ basis
 
 
-def _scatter(indices: Tensor, values: Tensor, m: int, n: int) -> Tensor:
-    """Matrices (L, m, n) that are zero but for `values` (L, k) at `indices` (L, k)."""
-    x = torch.zeros(len(values), m * n, device=values.device)
-    return x.scatter_(1, indices, values).view(-1, m, n)
-
-
 @cache
-def _coprimes(total: int) -> list[int]:
+def _coprimes(total: int, device: torch.device) -> Tensor:
     """256 numbers coprime to `total`, spread over its range; repeated where it has fewer."""
     found = []
     for place in range(256):
@@ -265,4 +262,4 @@ def _coprimes(total: int) -> list[int]:
         while gcd(number, total) > 1:
             number += 1
         found.append(number)
-    return found
+    return torch.tensor(found, device=device)

@@ -59,6 +59,13 @@ def cut(sizes: list[int], parts: int) -> list[range]:
     return [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
+def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """This process's rank in the group and the group's size; alone without a process group."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
 class Exchange:
     """The collectives of one round, for batches of layers with fixed payload sizes.
 
@@ -75,8 +82,7 @@ class Exchange:
         group: dist.ProcessGroup | None = None,
     ):
         self.group = group
-        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
-        self.ranks = dist.get_world_size(group) if dist.is_initialized() else 1
+        self.rank, self.ranks = place_in(group)
         self.owned, self.w2s_sizes, self.s2w_sizes = owned, w2s_sizes, s2w_sizes
         layers = [max(part.stop for part in parts) for parts in owned]
         self.replicated = all(

@@ -1,5 +1,7 @@
 """Short numbers that tell large tensors apart."""
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -14,12 +16,17 @@ def fingerprint(tensor: Tensor) -> Tensor:
     sums of chunks are combined as a polynomial. Does not wait for the device.
     """
     bits = tensor.detach().reshape(-1).view(INTEGERS[tensor.element_size()])
-    generator = torch.Generator(tensor.device).manual_seed(0)
-    limits = torch.iinfo(torch.int64)
-    weights = torch.randint(
-        limits.min, limits.max, (CHUNK,), generator=generator, device=tensor.device
-    ).bitwise_or_(1)
+    weights = _weights(tensor.device)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for chunk in bits.split(CHUNK):
         total = total * 6364136223846793005 + (chunk * weights[: len(chunk)]).sum()
     return total
+
+
+@cache
+def _weights(device: torch.device) -> Tensor:
+    """CHUNK odd int64 numbers, the same in every process."""
+    generator = torch.Generator(device).manual_seed(0)
+    limits = torch.iinfo(torch.int64)
+    weights = torch.randint(limits.min, limits.max, (CHUNK,), generator=generator, device=device)
+    return weights.bitwise_or_(1)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Generator, Tensor
 
 from ef21_muon.compressors import Compressor, Identity
-from ef21_muon.exchange import Exchange, cut
+from ef21_muon.exchange import Exchange, cut, place_in
 from ef21_muon.fingerprint import fingerprint
 from ef21_muon.layers import LayerBatch, batch_layers
 from ef21_muon.norms import Norm, Spectral
@@ -71,13 +71,11 @@ class EF21Muon(torch.optim.Optimizer):
             self._refuse_compressed_shifts()
         self.timer = PhaseTimer()
         self.round = 0
-        distributed = dist.is_initialized()
-        rank = dist.get_rank(process_group) if distributed else 0
+        rank, ranks = place_in(process_group)
         self._device = self.param_groups[0]["params"][0].device
         self._generators = {
             purpose: self._new_generator(seed, rank, purpose) for purpose in ("w2s", "s2w")
         }
-        ranks = dist.get_world_size(process_group) if distributed else 1
         self.batches = batch_layers(self.param_groups, server, rank, ranks)
         for batch in self.batches:
             self.state.update(batch.state())

@@ -27,9 +27,9 @@ def largest(x: Tensor, k: int) -> Tensor:
     bits = x.contiguous().view(torch.int32)
     pieces = bits.split(max(1, CHUNK // max(1, len(bits))), 1)
     missing = torch.full((len(bits), 1), k, device=x.device)
-    counts = _histogram(((high_bits(piece), None) for piece in pieces), len(bits), x.device)
+    counts = _histogram(((_high_bits(piece), None) for piece in pieces), len(bits), x.device)
     high, missing = _bin_of_kth(counts, missing)
-    masked = ((piece & LOW, high_bits(piece) == high) for piece in pieces)
+    masked = ((piece & LOW, _high_bits(piece) == high) for piece in pieces)
     low, missing = _bin_of_kth(_histogram(masked, len(bits), x.device), missing)
     kth = high << LOW_BITS | low
     chosen = torch.empty(x.shape, dtype=torch.bool, device=x.device)
@@ -43,7 +43,7 @@ def largest(x: Tensor, k: int) -> Tensor:
     return chosen.flatten().nonzero_static(size=len(x) * k).view(-1, k).sub_(rows)
 
 
-def high_bits(bits: Tensor) -> Tensor:
+def _high_bits(bits: Tensor) -> Tensor:
     return (bits & MAGNITUDE) >> LOW_BITS
 
 

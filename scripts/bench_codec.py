@@ -33,11 +33,11 @@ from torch import Tensor
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.loader import WorkerBatches, open_streams
+from data.loader import WorkerBatches
 from ef21_muon.compressors import Compressor, Dense, Identity, RandK, RankK, TopK
 from model import GPT
-from scripts.figures import COLOURS, STYLE
-from train import build_optimizer
+from scripts.figures import COLOURS, STYLE, save
+from train import build_optimizer, open_data
 from training.config import ROOT, build, compose
 from training.workers import RunError
 
@@ -68,8 +68,7 @@ def momentum_difference(config: DictConfig) -> list[Tensor]:
     """
     model = GPT(build(config.model, "model"), config.seed)
     optimizer = build_optimizer(config, model)
-    data = {key: value for key, value in config.data.items() if key != "name"}
-    tokens, _ = open_streams(**data, root=ROOT)
+    tokens, _ = open_data(config)
     windows = WorkerBatches(tokens, config.model.context, 0, 1, config.seed)
     for _ in range(config.steps):
         model(*windows.next(config.batch.sequences)).backward()
@@ -284,10 +283,7 @@ def build_figure(records: Sequence[dict]) -> Figure:
 def draw(records: Sequence[dict], directory: Path) -> None:
     """Write README.md, codec.png and codec.svg, which follow from the records alone."""
     (directory / "README.md").write_text(report(records))
-    figure = build_figure(records)
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(directory / "codec.png")
-        figure.savefig(directory / "codec.svg", metadata={"Date": None})
+    save(build_figure(records), directory / "codec")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

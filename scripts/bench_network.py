@@ -1,6 +1,6 @@
 """Step times over slow links: EF21-Muon beside DDP, on nodes joined at a given rate.
 
-    python scripts/bench_network.py [--rates 100mbit,1gbit] [--nodes 2] [--steps 5] [KEY=VALUE ...]
+    python scripts/bench_network.py [--rates 100mbit,1gbit] [--nodes 2] [--steps 3] [KEY=VALUE ...]
 
 Needs root on Linux and iproute2 (scripts/netns.py). Every node is a namespace with one worker of
 one thread. The model is the tiny one widened to 9.7 M parameters; a method's time to communicate is
@@ -20,10 +20,13 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import matplotlib
 import torch.distributed as dist
+from matplotlib.figure import Figure
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from scripts.figures import COLOURS, STYLE, save
 from scripts.netns import Network, requirements_missing
 from train import Run
 from training.config import ROOT, compose
@@ -31,6 +34,7 @@ from training.workers import Workers, leave
 
 OUTPUT = ROOT / "results" / "network"
 MODEL = ["model.width=448", "model.heads=4", "batch.per_forward=1", "schedule.cooldown=0"]
+WARM_UP = 4  # steps before DDP is timed: the PowerSGD hook starts to compress in the third
 RANK = 0.15
 DDP = {"DDP + Muon": None, f"DDP + PowerSGD rank {RANK:.0%} + Muon": RANK}
 LEVELS = {
@@ -52,21 +56,22 @@ METHODS = {
 
 
 def overrides(options: argparse.Namespace, *method: str) -> tuple[str, ...]:
-    """One sequence a worker, and as many steps as are taken: 1 to warm up (PowerSGD: 3)."""
-    return (*MODEL, f"batch.sequences={options.nodes}", f"steps={options.steps + 9}",
+    """One sequence a worker, and no fewer steps than are taken: DDP warms up and is timed twice."""
+    steps = WARM_UP + 2 * options.steps
+    return (*MODEL, f"batch.sequences={options.nodes}", f"steps={steps}",
             *options.overrides, *method)  # fmt: skip
 
 
 def time_ef21(options: argparse.Namespace, workers: Workers, method: list[str]) -> dict:
     """Seconds and bytes a step of EF21-Muon."""
     run = Run(compose(overrides(options, *method)).config, workers)
-    ef21_step(run)
+    run.step()
     run.optimizer.timer.read()
     dist.barrier()
     phases = []
     start = time.perf_counter()
     for _ in range(options.steps):
-        ef21_step(run)
+        run.step()
         phases.append(run.optimizer.timer.read())
     seconds = (time.perf_counter() - start) / options.steps
     exchange = [phase["exchange"] for phase in phases]
@@ -77,12 +82,6 @@ def time_ef21(options: argparse.Namespace, workers: Workers, method: list[str]) 
         "bytes": run.optimizer.exchange.wire_tx_bytes(workers.rank),
         "tokens": run.position(1)["tokens"],
     }
-
-
-def ef21_step(run: Run) -> None:
-    run.accumulate_gradient()
-    run.optimizer.step()
-    run.optimizer.zero_grad()
 
 
 def time_ddp(options: argparse.Namespace, workers: Workers, fraction: float | None) -> dict:
@@ -111,15 +110,15 @@ def time_ddp(options: argparse.Namespace, workers: Workers, fraction: float | No
         )
         sent *= factors / run.raw_model.config.parameter_count
     run.model = model
-    for _ in range(4):
-        ef21_step(run)
+    for _ in range(WARM_UP):
+        run.step()
     times = {}
     for name, quiet in (("seconds", nullcontext), ("compute", model.no_sync)):
         dist.barrier()
         start = time.perf_counter()
         for _ in range(options.steps):
             with quiet():
-                ef21_step(run)
+                run.step()
         times[name] = (time.perf_counter() - start) / options.steps
     return times | {
         "communication": [times["seconds"] - times["compute"]],
@@ -128,9 +127,8 @@ def time_ddp(options: argparse.Namespace, workers: Workers, fraction: float | No
     }
 
 
-def job(options: argparse.Namespace) -> None:
+def job(options: argparse.Namespace, workers: Workers) -> int:
     """On every node: time all methods; rank 0 writes them, in the order given."""
-    workers = Workers()
     timed = [(name, lambda f=f: time_ddp(options, workers, f)) for name, f in DDP.items()]
     timed += [(name, lambda m=m: time_ef21(options, workers, m)) for name, m in METHODS.items()]
     for name, measure in timed:
@@ -145,7 +143,7 @@ def job(options: argparse.Namespace) -> None:
         if workers.first:
             with (options.out / "network.jsonl").open("a") as log:
                 log.write(json.dumps(record) + "\n")
-    workers.close()
+    return 0
 
 
 def read(directory: Path) -> list[dict]:
@@ -188,11 +186,8 @@ def ratio(base: float, seconds: float) -> str:
 
 def draw(records: list[dict], directory: Path) -> None:
     """network.png and .svg: a bar a method and rate, computing and communicating."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     rates = list(dict.fromkeys(record["rate"] for record in records))
-    with matplotlib.rc_context({"svg.hashsalt": "network", "font.size": 9}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 4.2), layout="constrained")
         for axes, rate in zip(figure.subplots(1, len(rates), sharey=True, squeeze=False)[0], rates,
                               strict=True):  # fmt: skip
@@ -200,15 +195,13 @@ def draw(records: list[dict], directory: Path) -> None:
             names = [record["method"] for record in of_rate]
             compute = [record["compute"] for record in of_rate]
             waiting = [max(0, record["seconds"] - record["compute"]) for record in of_rate]
-            axes.barh(names, compute, color="#56B4E9", label="computing")
-            axes.barh(names, waiting, left=compute, color="#D55E00", label="communicating")
-            axes.set(title=rate, xlabel="seconds a step")
-            axes.spines[["top", "right"]].set_visible(False)
+            axes.barh(names, compute, color=COLOURS[6], label="computing")
+            axes.barh(names, waiting, left=compute, color=COLOURS[1], label="communicating")
+            axes.set(title=rate, xlabel="seconds a step", axisbelow=True)
+            axes.grid(axis="y", visible=False)
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower right", ncols=2, frameon=False)
-        for ending in ("png", "svg"):
-            metadata = {"Date": None} if ending == "svg" else {"Software": None}
-            figure.savefig(directory / f"network.{ending}", dpi=160, metadata=metadata)
+    save(figure, directory / "network")
 
 
 def main() -> int:
@@ -216,13 +209,13 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     parser.add_argument("--rates", default="100mbit,1gbit", help="(default %(default)s)")
     parser.add_argument("--nodes", type=int, default=2, help="(default %(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps (default %(default)s)")
     parser.add_argument("--out", type=Path, default=OUTPUT, help="folder (default %(default)s)")
     parser.add_argument("--redraw", action="store_true", help="from network.jsonl")
     options = parser.parse_intermixed_args()
     if "RANK" in os.environ:
-        job(options)
-        return 0
+        workers = Workers()
+        return workers.finish(lambda: job(options, workers))
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.redraw:
         if missing := requirements_missing():

@@ -23,7 +23,7 @@ if not __package__:
 from train import Run
 from training.config import compose
 from training.report import table
-from training.workers import RunError, Workers, leave, one_line
+from training.workers import RunError, Workers, leave
 
 INTERFACES = Path("/sys/class/net")
 COUNTERS = ("tx_bytes", "tx_packets", "rx_bytes")
@@ -37,13 +37,13 @@ def count(run: Run, interface: Path, steps: int) -> dict:
     `log_bytes`, `kernel_bytes` and `kernel_packets` are sent, `kernel_received_bytes` received;
     `seconds` is the time of all `steps`.
     """
-    step(run)  # the first one makes connections
+    run.step()  # the first one makes connections
     dist.barrier()
     before = counters_when_quiet(interface)
     dist.barrier()  # none starts before all have read
     start = time.perf_counter()
     for _ in range(steps):
-        step(run)
+        run.step()
     dist.barrier()
     seconds = time.perf_counter() - start
     after = counters_when_quiet(interface)
@@ -56,14 +56,6 @@ def count(run: Run, interface: Path, steps: int) -> dict:
         "kernel_received_bytes": received,
         "seconds": seconds,
     }
-
-
-def step(run: Run) -> None:
-    """A training step as in train.py."""
-    run.accumulate_gradient()
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    run.scheduler.step()
 
 
 def counters_when_quiet(interface: Path) -> dict[str, int]:
@@ -110,7 +102,7 @@ def count_table(rows: list[dict]) -> str:
     return table(lines)
 
 
-def count_all(options: argparse.Namespace, workers: Workers) -> None:
+def count_all(options: argparse.Namespace, workers: Workers) -> int:
     """Count for every placement of the servers, print the table and write the numbers."""
     interface = INTERFACES / options.interface
     workers.together(lambda: check_launch(workers, interface, options.steps))
@@ -128,6 +120,7 @@ def count_all(options: argparse.Namespace, workers: Workers) -> None:
     if options.json and workers.first:
         facts = {"nodes": workers.count, "interface": options.interface, "steps": options.steps}
         options.json.write_text(json.dumps(facts | {"rows": rows}) + "\n")
+    return 0
 
 
 def main() -> int:
@@ -139,17 +132,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     options = parser.parse_intermixed_args()
     workers = Workers()
-    try:
-        count_all(options, workers)
-    except RunError as error:
-        workers.say(f"error: {error}", error=True)
-        return 1
-    except (ValueError, OSError) as error:  # of this rank alone: torchrun ends the others
-        print(f"error: rank {workers.rank}: {one_line(error)}", file=sys.stderr)
-        return 1
-    finally:
-        workers.close()
-    return 0
+    return workers.finish(lambda: count_all(options, workers))
 
 
 if __name__ == "__main__":

@@ -199,7 +199,12 @@ def draw(run_directories: Sequence[Path], output_directory: Path) -> list[Path]:
     figure = build_figure(logs, unique_labels(logs, run_directories))
     output_directory = Path(output_directory)
     output_directory.mkdir(parents=True, exist_ok=True)
-    png, svg = output_directory / "test_loss.png", output_directory / "test_loss.svg"
+    return save(figure, output_directory / "test_loss")
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write stem.png and stem.svg, the same bytes for the same figure; returns the two files."""
+    png, svg = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
     with matplotlib.rc_context(STYLE):
         figure.savefig(png)
         figure.savefig(svg, metadata={"Date": None})

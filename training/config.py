@@ -6,14 +6,14 @@ import hashlib
 import itertools
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from training.workers import RunError
@@ -26,59 +26,59 @@ INCIDENTAL = ("runs", "log_every", "fail_fast", "wandb", "label")
 
 @dataclass
 class Batch:
-    sequences: int = MISSING
-    per_forward: int = MISSING
+    sequences: int
+    per_forward: int
 
 
 @dataclass
 class Schedule:
-    warmup: float = MISSING
-    cooldown: float = MISSING
+    warmup: float
+    cooldown: float
 
 
 @dataclass
 class Eval:
-    every: int = MISSING
-    tokens: int = MISSING
+    every: int
+    tokens: int
 
 
 @dataclass
 class Data:
-    name: str = MISSING
-    vocab_size: int = MISSING
-    train: str = MISSING
-    train_shards: int = MISSING
-    test: str = MISSING
-    rebuild: str = MISSING
+    name: str
+    vocab_size: int
+    train: str
+    train_shards: int
+    test: str
+    rebuild: str
 
 
 @dataclass
 class Wandb:
-    mode: str = MISSING
-    project: str = MISSING
+    mode: str
+    project: str
 
 
 @dataclass
 class Config:
     """The types of configs/config.yaml. `Any` nodes name a class, which checks its own values."""
 
-    model: Any = MISSING
-    optimizer: Any = MISSING
-    norm: Any = MISSING
-    w2s: Any = MISSING
-    s2w: Any = MISSING
-    seed: int = MISSING
-    steps: int = MISSING
-    log_every: int = MISSING
-    compile: bool = MISSING
-    label: str | None = MISSING
-    runs: str = MISSING
-    fail_fast: bool = MISSING
-    data: Data = field(default_factory=Data)
-    batch: Batch = field(default_factory=Batch)
-    schedule: Schedule = field(default_factory=Schedule)
-    eval: Eval = field(default_factory=Eval)
-    wandb: Wandb = field(default_factory=Wandb)
+    model: Any
+    optimizer: Any
+    norm: Any
+    w2s: Any
+    s2w: Any
+    seed: int
+    steps: int
+    log_every: int
+    compile: bool
+    label: str | None
+    runs: str
+    fail_fast: bool
+    data: Data
+    batch: Batch
+    schedule: Schedule
+    eval: Eval
+    wandb: Wandb
 
 
 @dataclass(frozen=True)

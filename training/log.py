@@ -12,9 +12,8 @@ import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from scripts.figures import LOG_NAME, SCHEMA
 from training.config import ROOT, Job
-
-SCHEMA = 1
 
 
 class RunLog:
@@ -29,7 +28,7 @@ class RunLog:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
         OmegaConf.save(job.config, directory / "config.yaml", resolve=True)
-        self.path = directory / "metrics.jsonl"
+        self.path = directory / LOG_NAME
         self._file = self.path.open("w")
         self._wandb = _start_wandb(config, directory, label)
         self._bar = tqdm(total=config["steps"], unit="step", dynamic_ncols=True)
@@ -89,7 +88,7 @@ class RunLog:
 
 def completed(directory: Path) -> bool:
     """Whether a run directory's log has its end record, `completed`."""
-    path = directory / "metrics.jsonl"
+    path = directory / LOG_NAME
     if not path.exists():
         return False
     last = path.read_text().splitlines()[-1:]

@@ -93,7 +93,19 @@ class Workers:
             dist.all_reduce(sums)
         return sums.tolist()
 
-    def close(self) -> None:
-        """Leave the process group."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    def finish(self, work: Callable[[], int]) -> int:
+        """Do the work of this process and leave the process group; returns the exit status.
+
+        An expected error is one line and status 1: a RunError, which all workers raise, on rank 0;
+        another of this worker alone on this worker, whose end torchrun takes for the end of all.
+        """
+        try:
+            return work()
+        except RunError as error:
+            self.say(f"error: {error}", error=True)
+        except (ValueError, OSError) as error:
+            print(f"error: rank {self.rank}: {one_line(error)}", file=sys.stderr)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        return 1
