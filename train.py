@@ -8,11 +8,13 @@ configuration, its log metrics.jsonl and a picture of it.
 
 import argparse
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from baselines import AllReduced
 from data.loader import TestWindows, TokenStream, WorkerBatches, open_streams
 from ef21_muon import EF21Muon
 from model import GPT
@@ -39,13 +41,22 @@ class Run:
         self.test = TestWindows(test_tokens, model_config.context, config.eval.tokens)
         self.raw_model = GPT(model_config, config.seed).to(workers.device)
         self.optimizer = build_optimizer(config, self.raw_model, process_group)
+        if config.diagnostics_every and not isinstance(self.optimizer, EF21Muon):
+            raise RunError(
+                f"diagnostics_every={config.diagnostics_every} needs optimizer=ef21_muon: "
+                "baselines have no error feedback to look at; set it to 0"
+            )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: lr_factor(step, config)
         )
         on_cuda = workers.device.type == "cuda"
-        self.model = torch.compile(self.raw_model) if on_cuda and config.compile else self.raw_model
+        reduced = isinstance(self.optimizer, AllReduced)
+        self.model = self.optimizer.wrap(self.raw_model) if reduced else self.raw_model
+        self.without_sync = self.model.no_sync if reduced else nullcontext
+        if on_cuda and config.compile:
+            self.model = torch.compile(self.model)
         self.autocast = torch.autocast(workers.device.type, torch.bfloat16, enabled=on_cuda)
-        self.label = config.label or optimizer_label(self.optimizer)
+        self.label = config.label or run_label(self.optimizer)
         self.seconds = 0.0
         self.phases = dict.fromkeys(("data", "forward_backward", *OPTIMIZER_PHASES), 0.0)
 
@@ -61,10 +72,11 @@ class Run:
         """This worker's gradient of one step, in forward passes of equal size; the mean loss."""
         passes = self.config.batch.sequences // self.workers.count // self.forward_sequences
         total = torch.zeros((), device=self.workers.device)
-        for _ in range(passes):
+        for forward in range(1, passes + 1):
             with self.optimizer.timer("data"):
                 inputs, targets = self.to_device(self.batches.next(self.forward_sequences))
-            with self.optimizer.timer("forward_backward"):
+            sync = nullcontext() if forward == passes else self.without_sync()
+            with self.optimizer.timer("forward_backward"), sync:
                 with self.autocast:
                     loss = self.model(inputs, targets) / passes
                 loss.backward()
@@ -90,13 +102,12 @@ class Run:
 
     def position(self, step: int) -> dict:
         """Where the run is: the fields that all records share. Bytes are per worker."""
-        exchange = self.optimizer.exchange
         return {
             "step": step,
             "tokens": step * self.config.batch.sequences * self.raw_model.config.context,
-            "w2s_bytes": step * exchange.w2s_bytes,
-            "s2w_bytes": step * exchange.s2w_bytes,
-            "wire_tx_bytes": step * exchange.wire_tx_bytes(self.workers.rank),
+            "w2s_bytes": self.optimizer.w2s_bytes,
+            "s2w_bytes": self.optimizer.s2w_bytes,
+            "wire_tx_bytes": self.optimizer.wire_tx_bytes,
             "seconds": round(self.seconds, 3),
         }
 
@@ -107,8 +118,12 @@ class Run:
         since, steps_since = time.perf_counter(), 0
         for step in range(1, config.steps + 1):
             lr = self.scheduler.get_last_lr()[0]
+            diagnose = config.diagnostics_every and step % config.diagnostics_every == 0
+            self.optimizer.watch = diagnose
             loss_sum += self.step()
             steps_since += 1
+            if diagnose and log:
+                log.diagnostics(step, self.optimizer.diagnostics())
             last, evaluate = step == config.steps, step % config.eval.every == 0
             if log:
                 log.advance()
@@ -158,27 +173,33 @@ def share_of_batch(config: DictConfig, workers: int) -> int:
     return max(n for n in range(1, min(own, config.batch.per_forward) + 1) if own % n == 0)
 
 
-def build_optimizer(config: DictConfig, model: GPT, process_group=None) -> EF21Muon:
+def build_optimizer(config: DictConfig, model: GPT, process_group=None) -> torch.optim.Optimizer:
     """The optimizer, with a parameter group for each role that configs/norm names.
 
     process_group: of the workers that it talks to; all of them by default.
     """
+    make = build(config.optimizer, "optimizer", _partial_=True)
     groups = [
-        {
-            "name": role,
-            "params": parameters,
-            "norm": build(config.norm[role].norm, f"norm.{role}.norm"),
-            "radius": config.norm[role].radius,
-        }
-        for role, parameters in model.parameter_roles().items()
+        {"name": role, "params": parameters} for role, parameters in model.parameter_roles().items()
     ]
-    w2s, s2w = build(config.w2s, "w2s"), build(config.s2w, "s2w")
-    optimizer = build(config.optimizer, "optimizer", _partial_=True)
-    return optimizer(groups, w2s=w2s, s2w=s2w, seed=config.seed, process_group=process_group)
+    options = {"process_group": process_group}
+    if issubclass(make.func, EF21Muon):
+        for group in groups:
+            rule = config.norm[group["name"]]
+            group["norm"] = build(rule.norm, f"norm.{group['name']}.norm")
+            group["radius"] = rule.radius
+            if isinstance(rule.radius, DictConfig):
+                group["radius"] = build(rule.radius, f"norm.{group['name']}.radius")
+    if make.func is EF21Muon:
+        options |= {"w2s": build(config.w2s, "w2s"), "s2w": build(config.s2w, "s2w")}
+        options["seed"] = config.seed
+    return make(groups, **options)
 
 
-def optimizer_label(optimizer: EF21Muon) -> str:
-    """The run's name in figures: what is sent."""
+def run_label(optimizer: torch.optim.Optimizer) -> str:
+    """The run's name in figures: the method, or what EF21-Muon sends."""
+    if type(optimizer) is not EF21Muon:
+        return optimizer.title
     w2s, s2w = optimizer.defaults["w2s"], optimizer.defaults["s2w"]
     return str(w2s) if s2w.lossless else f"{w2s}, back {s2w}"
 

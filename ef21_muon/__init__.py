@@ -5,7 +5,8 @@ on torch alone.
 """
 
 from ef21_muon.compressors import Compressor, Dense, Identity, RandK, RankK, TopK
-from ef21_muon.norms import Norm, Sign, Spectral
+from ef21_muon.noneuclidean import Damping, Dropout, TopColumns, TopSingular
+from ef21_muon.norms import AdaptiveRadius, Norm, Sign, Spectral
 from ef21_muon.optimizer import EF21Muon
 from ef21_muon.values import (
     BFloat16,
@@ -18,9 +19,12 @@ from ef21_muon.values import (
 )
 
 __all__ = [
+    "AdaptiveRadius",
     "BFloat16",
     "Compressor",
+    "Damping",
     "Dense",
+    "Dropout",
     "EF21Muon",
     "Float32",
     "Identity",
@@ -33,6 +37,8 @@ __all__ = [
     "Sign",
     "SignScale",
     "Spectral",
+    "TopColumns",
     "TopK",
+    "TopSingular",
     "Values",
 ]

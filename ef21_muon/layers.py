@@ -14,10 +14,11 @@ from ef21_muon.exchange import owned_layers, spread
 class LayerBatch:
     """Layers of one shape (m, n) and one rule, ordered by owner and processed as one batch.
 
-    Worker state, (L, m, n) float32: `momentum` M_j and `gradient_estimate` G_j. Server state of the
-    layers `owned` by this rank: `server_gradient` G and, where s2w loses anything, the iterate
-    `server_model` X; the model shift W is the parameters themselves. `broken_at` (L,) is the first
-    step, counted from 1, whose gradient was not finite, 0 if there was none.
+    Worker state, (L, m, n) float32: `momentum` M_j and `gradient_estimate` G_j (or what other kinds
+    of feedback remember). Server state of the layers `owned` by this rank: `server_gradient` G and,
+    where s2w loses anything, the iterate `server_model` X; the model shift W is the parameters
+    themselves. `broken_at` (L,) is the first step, counted from 1, whose gradient was not finite, 0
+    if there was none. `contraction` and `estimator_error` (L,) are those of a watched step.
     """
 
     group: int
@@ -33,10 +34,16 @@ class LayerBatch:
     server_gradient: Tensor
     server_model: Tensor | None
     broken_at: Tensor
+    contraction: Tensor | None = None
+    estimator_error: Tensor | None = None
 
     def matrices(self, tensors) -> list[Tensor]:
         """Tensors of these layers' parameters as m x n matrices."""
         return [tensor.reshape(self.shape) for tensor in tensors]
+
+    def served_parameters(self) -> Tensor:
+        """W of the layers owned here, (owned layers, m, n) in the parameters' dtype."""
+        return torch.stack(self.matrices(self.params[self.owned]))
 
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Views of each parameter's part of the state."""
@@ -77,6 +84,12 @@ def batch_layers(groups: list[dict], server: str, rank: int, ranks: int) -> list
         owned_by = owned_layers(of_layer, server, ranks)
         batches.append(_new_batch(index, groups[index], shape, names, params, owned_by, rank))
     return batches
+
+
+def relative_error(estimate: Tensor, of: Tensor) -> Tensor:
+    """||estimate - of|| / ||of|| for every matrix of a batch (L, m, n); 0 where both are zero."""
+    error = torch.linalg.matrix_norm(estimate - of)
+    return torch.where(error == 0, 0.0, error / torch.linalg.matrix_norm(of))
 
 
 def _new_batch(index, group, shape, names, params, owned_by: list[slice], rank: int) -> LayerBatch:

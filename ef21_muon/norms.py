@@ -5,6 +5,8 @@ that <G, lmo(G)> = -dual(G). All take batches of matrices (..., d_out, d_in), as
 stores its weight; the optimizer passes a vector of n entries as an (n, 1) matrix.
 """
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
@@ -70,3 +72,26 @@ class Sign(Norm):
 
     def cost(self, d_out: int, d_in: int) -> int:
         return d_out * d_in
+
+
+class AdaptiveRadius:
+    """Gluon's layer-wise radius t_i = ||G_i||_* / (l0 + l1 ||G_i||_*) (arXiv:2505.13416).
+
+    l0, l1: at least 0, not both 0; ValueError otherwise. With l1 = 0 it is the step of the L-smooth
+    theorem of arXiv:2510.00643, gamma ||G||_* with gamma = 1 / l0.
+    """
+
+    def __init__(self, l0: float, l1: float):
+        for name, value in (("l0", l0), ("l1", l1)):
+            if not (isinstance(value, float | int) and isfinite(value) and value >= 0):
+                raise ValueError(f"AdaptiveRadius got {name}={value}: give a number of at least 0")
+        if l0 == l1 == 0:
+            raise ValueError("AdaptiveRadius got l0=0 and l1=0: give one above 0")
+        self.l0, self.l1 = l0, l1
+
+    def __call__(self, dual: Tensor) -> Tensor:
+        """Dual norms (L,) of the layers -> radii (L,); 0 where the dual norm is 0."""
+        return torch.where(dual > 0, dual / (self.l0 + self.l1 * dual), 0.0)
+
+    def __repr__(self) -> str:
+        return f"AdaptiveRadius(l0={self.l0:g}, l1={self.l1:g})"

@@ -1,20 +1,27 @@
 """EF21-Muon (Gruntkowska et al., arXiv:2510.00643), Algorithm 1, as a torch optimizer."""
 
 import hashlib
-from math import isfinite
 
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
 
+from ef21_muon.checks import (
+    check_group,
+    choice,
+    refuse_compressed_shifts,
+    require_equal_parameters,
+    require_gradients,
+)
 from ef21_muon.compressors import Compressor, Identity
 from ef21_muon.exchange import Exchange, cut, place_in
-from ef21_muon.fingerprint import fingerprint
-from ef21_muon.layers import LayerBatch, batch_layers
-from ef21_muon.norms import Norm, Spectral
+from ef21_muon.feedback import FEEDBACK
+from ef21_muon.layers import LayerBatch, batch_layers, relative_error
+from ef21_muon.norms import AdaptiveRadius, Norm, Spectral
 from ef21_muon.timing import PhaseTimer
 
-RULE = ("norm", "w2s", "s2w")  # the entries of a parameter group that are objects, not numbers
+# The entries of a parameter group that are objects, not numbers.
+RULE = ("norm", "radius", "w2s", "s2w")
 
 
 class EF21Muon(torch.optim.Optimizer):
@@ -26,15 +33,22 @@ class EF21Muon(torch.optim.Optimizer):
     sent and the mathematics is the same.
 
     params: parameters, (name, parameter) pairs, or groups with any of the entries below of their
-    own. `lr` times `radius` is the radius t^k of line 3, so schedulers act on `lr`; `beta` in
-    (0, 1] is the weight of the new gradient in the momentum (line 9); `norm` gives the LMO; `w2s`
-    and `s2w` are the workers' and the servers' compressors C_j and C. `server` places the servers
-    (`ef21_muon.exchange`); batches of layers travel in up to `buckets` messages each way, so that
-    one is on its way while the next is encoded, with the same numbers for any value. `seed` drives
-    what is random in compressors. A parameter of n entries in one dimension is an (n, 1) matrix,
-    one of more than two dimensions is flattened to (d_0, rest).
+    own, from `lr` to `weight_decay`. `lr` times `radius` is the radius t^k of line 3, so schedulers
+    act on `lr`; an AdaptiveRadius makes it follow each layer's dual norm. `beta` in (0, 1] is the
+    weight of the new gradient in the momentum (line 9); `norm` gives the LMO; `w2s` and `s2w` are
+    the workers' and the servers' compressors C_j and C. With `nesterov` workers send
+    beta grad_j + (1 - beta) M_j in place of M_j. `weight_decay` subtracts lr weight_decay X with
+    the step (Muon; 1 is Scion's constraint to a ball).
 
-    G_j starts at zero: the first message is C_j(M_j^0), never an uncompressed gradient.
+    `feedback`: "ef21", or "ef14" or "none" for comparison (`ef21_muon.feedback`). `momentum_start`:
+    M_j^0 is the first "gradient", or beta times it, the average with "zero", as in Muon and Scion.
+    `first_message`: "compressed", so that G_j^0 = C_j(M_j^0) and no gradient is ever sent whole, or
+    "exact", so that G_j^0 = M_j^0 as the L-smooth theorem has it, in float32.
+
+    `server` places the servers (`ef21_muon.exchange`); batches of layers travel in up to `buckets`
+    messages each way, so that one is on its way while the next is encoded, with the same numbers
+    for any value. `seed` drives what is random in compressors. A parameter of n entries in one
+    dimension is an (n, 1) matrix, one of more than two dimensions is flattened to (d_0, rest).
 
     Raises ValueError for hyperparameters outside their range and for parameters that differ
     between ranks, RuntimeError from `step` for a parameter without a gradient. Gradients that are
@@ -48,9 +62,14 @@ class EF21Muon(torch.optim.Optimizer):
         *,
         beta: float = 0.1,
         norm: Norm | None = None,
-        radius: float = 1.0,
+        radius: float | AdaptiveRadius = 1.0,
         w2s: Compressor | None = None,
         s2w: Compressor | None = None,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        feedback: str = "ef21",
+        momentum_start: str = "gradient",
+        first_message: str = "compressed",
         server: str = "sharded",
         buckets: int = 4,
         seed: int = 0,
@@ -63,13 +82,21 @@ class EF21Muon(torch.optim.Optimizer):
             "radius": radius,
             "w2s": w2s or Identity(),
             "s2w": s2w or Identity(),
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
         }
         if not (type(buckets) is int and buckets > 0):
             raise ValueError(f"buckets={buckets} is not allowed: give a whole number above 0")
+        self.feedback = FEEDBACK[choice("feedback", feedback, FEEDBACK)]
+        starts = ("gradient", "zero")
+        self._momentum_from_zero = choice("momentum_start", momentum_start, starts) == "zero"
+        first_messages = ("compressed", "exact")
+        self._first_exact = choice("first_message", first_message, first_messages) == "exact"
         super().__init__(params, defaults)
         if server == "replicated":
-            self._refuse_compressed_shifts()
+            refuse_compressed_shifts(self.param_groups)
         self.timer = PhaseTimer()
+        self.watch = False
         self.round = 0
         rank, ranks = place_in(process_group)
         self._device = self.param_groups[0]["params"][0].device
@@ -79,23 +106,39 @@ class EF21Muon(torch.optim.Optimizer):
         self.batches = batch_layers(self.param_groups, server, rank, ranks)
         for batch in self.batches:
             self.state.update(batch.state())
-        self.exchange = Exchange(
-            [batch.owned_by for batch in self.batches],
-            [batch.w2s.payload_bytes(*batch.shape) for batch in self.batches],
-            [batch.s2w.payload_bytes(*batch.shape) for batch in self.batches],
-            process_group,
-        )
+        self.exchange = self._new_exchange([b.w2s for b in self.batches], process_group)
+        self._first_exchange = self.exchange
+        if self._first_exact:
+            whole = [Identity() for _ in self.batches]
+            self._first_exchange = self._new_exchange(whole, process_group)
         self.buckets = cut(
             [len(b.params) * b.w2s.payload_bytes(*b.shape) for b in self.batches], buckets
         )
-        self._require_equal_parameters()
+        named = [pair for b in self.batches for pair in zip(b.names, b.params, strict=True)]
+        require_equal_parameters(named, self.exchange.ranks, self.exchange.group)
 
     def add_param_group(self, param_group: dict) -> None:
         """Used by the constructor; later groups are refused, since layers are already placed."""
         if hasattr(self, "batches"):
             raise RuntimeError("EF21Muon places its layers once: pass all groups when it is built")
         super().add_param_group(param_group)
-        _check_group(self.param_groups[-1])
+        check_group(self.param_groups[-1])
+
+    @property
+    def w2s_bytes(self) -> int:
+        """Bytes that this worker has sent to the servers so far."""
+        return self._so_far(self._first_exchange.w2s_bytes, self.exchange.w2s_bytes)
+
+    @property
+    def s2w_bytes(self) -> int:
+        """Bytes that this worker has received from the servers so far."""
+        return self._so_far(self._first_exchange.s2w_bytes, self.exchange.s2w_bytes)
+
+    @property
+    def wire_tx_bytes(self) -> int:
+        """Bytes that this rank has handed to the network so far: a message to itself is not."""
+        exchanges = self._first_exchange, self.exchange
+        return self._so_far(*(exchange.wire_tx_bytes(exchange.rank) for exchange in exchanges))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -104,13 +147,14 @@ class EF21Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._require_gradients()
+        require_gradients(self.batches)
+        exchange = self.exchange if self.round else self._first_exchange
         to_servers = []
         for bucket in self.buckets:
             with self.timer("encode"):
                 messages = [self._compress_gradient(self.batches[b]) for b in bucket]
             with self.timer("exchange"):
-                to_servers.append(self.exchange.to_servers(messages, bucket))  # line 12
+                to_servers.append(exchange.to_servers(messages, bucket))  # line 12
         to_workers = []
         for bucket, receive in zip(self.buckets, to_servers, strict=True):
             with self.timer("exchange"):
@@ -121,7 +165,7 @@ class EF21Muon(torch.optim.Optimizer):
             with self.timer("server"):
                 shifts = [self._server_step(self.batches[b]) for b in bucket]
             with self.timer("exchange"):
-                to_workers.append(self.exchange.to_workers(shifts, bucket))  # line 6
+                to_workers.append(exchange.to_workers(shifts, bucket))  # line 6
         for bucket, receive in zip(self.buckets, to_workers, strict=True):
             with self.timer("exchange"):
                 shifts = receive()
@@ -134,22 +178,24 @@ class EF21Muon(torch.optim.Optimizer):
     def _compress_gradient(self, batch: LayerBatch) -> Tensor:
         """Lines 9-11: returns the payload of R_j, one row a layer."""
         gradients = self._gradients(batch)
-        beta = self.param_groups[batch.group]["beta"] if self.round else 1.0  # M_j^0 = gradient
+        group = self.param_groups[batch.group]
+        first = self.round == 0 and not self._momentum_from_zero
+        beta = 1.0 if first else group["beta"]  # M_j^0 = gradient
         torch._foreach_lerp_(list(batch.momentum.unbind()), gradients, beta)
-        difference = batch.momentum - batch.gradient_estimate
-        message = batch.w2s.encode(difference, self._generators["w2s"])
-        batch.gradient_estimate += batch.w2s.decode(message, *batch.shape)
+        target = batch.momentum
+        if group["nesterov"]:
+            target = torch.stack(gradients).lerp_(batch.momentum, 1 - beta)
+        difference = self.feedback.difference(target, batch.gradient_estimate)
+        compressor = self._w2s(batch)
+        message = compressor.encode(difference, self._generators["w2s"])
+        sent = compressor.decode(message, *batch.shape)
+        self.feedback.remember(batch.gradient_estimate, difference, sent)
+        batch.contraction = None
+        if self.watch:
+            estimate = self.feedback.estimate(batch.gradient_estimate, sent)
+            batch.contraction = 1 - relative_error(sent, difference).square_()
+            batch.estimator_error = relative_error(estimate, target)
         return message
-
-    def _require_gradients(self) -> None:
-        """Before anything changes: the other workers would wait for this one's message."""
-        for batch in self.batches:
-            for name, parameter in zip(batch.names, batch.params, strict=True):
-                if parameter.grad is None:
-                    raise RuntimeError(
-                        f"{name} has no gradient: every parameter given to EF21Muon takes part in "
-                        "every round; leave out those that the loss does not reach"
-                    )
 
     def _gradients(self, batch: LayerBatch) -> list[Tensor]:
         gradients = batch.matrices(p.grad.float() for p in batch.params)
@@ -161,27 +207,71 @@ class EF21Muon(torch.optim.Optimizer):
         """Line 14. from_workers: payloads (workers, layers owned here, bytes)."""
         if len(batch.server_gradient) == 0:
             return
+        if not self.feedback.accumulates:
+            batch.server_gradient.zero_()
         for message in from_workers:
-            difference = batch.w2s.decode(message, *batch.shape)
-            batch.server_gradient.add_(difference, alpha=1 / len(from_workers))
+            received = self._w2s(batch).decode(message, *batch.shape)
+            batch.server_gradient.add_(received, alpha=1 / len(from_workers))
 
     def _server_step(self, batch: LayerBatch) -> Tensor:
         """Lines 3-5: returns the payload of S for the layers owned here."""
         if len(batch.server_gradient) == 0:
             size = batch.s2w.payload_bytes(*batch.shape)
             return torch.empty(0, size, dtype=torch.uint8, device=self._device)
-        group = self.param_groups[batch.group]
-        shift = group["norm"].lmo(batch.server_gradient).mul_(group["lr"] * group["radius"])
+        shift = self._lmo_step(batch)
         if batch.server_model is not None:
             batch.server_model += shift
-            shift = batch.server_model - torch.stack(batch.matrices(batch.params[batch.owned]))
+            shift = batch.server_model - batch.served_parameters()
         return batch.s2w.encode(shift, self._generators["s2w"])
+
+    def _lmo_step(self, batch: LayerBatch) -> Tensor:
+        """Line 3: X^{k+1} - X^k for the layers owned here."""
+        group = self.param_groups[batch.group]
+        step = group["norm"].lmo(batch.server_gradient)
+        if isinstance(group["radius"], AdaptiveRadius):
+            rows, columns = batch.server_gradient.flatten(1)[:, None], step.flatten(1)[..., None]
+            dual = -torch.bmm(rows, columns).flatten()  # of an exact LMO, the dual norm
+            step.mul_(group["radius"](dual)[:, None, None]).mul_(group["lr"])
+        else:
+            step.mul_(group["lr"] * group["radius"])
+        if group["weight_decay"]:
+            model = batch.server_model
+            model = batch.served_parameters() if model is None else model
+            step.sub_(model, alpha=group["lr"] * group["weight_decay"])
+        return step
 
     def _update_parameters(self, batch: LayerBatch, message: Tensor) -> None:
         """Line 8: W <- W + S."""
         shift = batch.s2w.decode(message, *batch.shape)
         shifts = [s.view_as(p) for s, p in zip(shift, batch.params, strict=True)]
         torch._foreach_add_(batch.params, shifts)
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        """What compression did to each layer in the last step, for which `watch` was set to True.
+
+        `w2s_contraction`: 1 - ||C_j(x) - x||^2 / ||x||^2 of this worker's message, the alpha that
+        it achieved. `estimator_error`: ||M_j - G_j|| / ||M_j||. `model_shift_error`, of the layers
+        served here: ||X - W|| / ||X||. Waits for the device. RuntimeError if it was not watched.
+        """
+        result = {}
+        for batch in self.batches:
+            if batch.contraction is None:
+                raise RuntimeError("nothing was recorded: set watch=True before the step")
+            columns = {
+                "w2s_contraction": batch.contraction.tolist(),
+                "estimator_error": batch.estimator_error.tolist(),
+            }
+            for layer, name in enumerate(batch.names):
+                result[name] = {key: values[layer] for key, values in columns.items()}
+            model = batch.server_model
+            served = batch.names[batch.owned]
+            errors = [0.0] * len(served)
+            if model is not None:
+                errors = relative_error(batch.served_parameters(), model).tolist()
+            for name, error in zip(served, errors, strict=True):
+                result[name]["model_shift_error"] = error
+        return result
 
     def check_finite(self) -> None:
         """Raise FloatingPointError if a gradient of this worker was NaN or infinite so far.
@@ -256,42 +346,17 @@ class EF21Muon(torch.optim.Optimizer):
         digest = hashlib.sha256(f"{seed}/{rank}/{purpose}".encode()).digest()
         return Generator(self._device).manual_seed(int.from_bytes(digest[:7], "little"))
 
-    def _refuse_compressed_shifts(self) -> None:
-        for group in self.param_groups:
-            if not group["s2w"].lossless:
-                raise ValueError(
-                    f"server='replicated' sends nothing back to compress with s2w={group['s2w']}: "
-                    "use s2w=identity, or server=sharded or rank0"
-                )
+    def _new_exchange(self, w2s: list[Compressor], group: dist.ProcessGroup | None) -> Exchange:
+        return Exchange(
+            [batch.owned_by for batch in self.batches],
+            [c.payload_bytes(*b.shape) for c, b in zip(w2s, self.batches, strict=True)],
+            [batch.s2w.payload_bytes(*batch.shape) for batch in self.batches],
+            group,
+        )
 
-    def _require_equal_parameters(self) -> None:
-        if self.exchange.ranks == 1:
-            return
-        mine = torch.stack([fingerprint(p) for batch in self.batches for p in batch.params])
-        every = [torch.empty_like(mine) for _ in range(self.exchange.ranks)]
-        dist.all_gather(every, mine, group=self.exchange.group)
-        differs = (torch.stack(every) != every[0]).nonzero().tolist()
-        if differs:
-            rank, layer = differs[0]
-            name = [name for batch in self.batches for name in batch.names][layer]
-            raise ValueError(
-                f"{name} differs between rank 0 and rank {rank}: all workers start from the same "
-                "parameters; build the model from one seed or broadcast it first"
-            )
+    def _w2s(self, batch: LayerBatch) -> Compressor:
+        """The workers' compressor of this round."""
+        return Identity() if self._first_exact and self.round == 0 else batch.w2s
 
-
-def _check_group(group: dict) -> None:
-    allowed = {
-        "lr": ("of at least 0", lambda lr: lr >= 0),
-        "radius": ("above 0", lambda radius: radius > 0),
-        "beta": ("above 0, at most 1", lambda beta: 0 < beta <= 1),
-    }
-    for name, (range_, holds) in allowed.items():
-        value = group[name]
-        if not (isinstance(value, float | int) and isfinite(value) and holds(value)):
-            raise ValueError(f"{name}={value} is not allowed: give a number {range_}")
-    for name, kind in (("norm", Norm), ("w2s", Compressor), ("s2w", Compressor)):
-        if not isinstance(group[name], kind):
-            raise ValueError(
-                f"{name}={group[name]!r} is not allowed: give a {kind.__name__} of ef21_muon"
-            )
+    def _so_far(self, first: int, later: int) -> int:
+        return first + (self.round - 1) * later if self.round else 0

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:
@@ -23,8 +23,6 @@ if not __package__:
 import matplotlib
 import torch.distributed as dist
 from matplotlib.figure import Figure
-from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from scripts.figures import COLOURS, STYLE, save
 from scripts.netns import Network, requirements_missing
@@ -33,10 +31,15 @@ from training.config import ROOT, compose
 from training.workers import Workers, leave
 
 OUTPUT = ROOT / "results" / "network"
-MODEL = ["model.width=448", "model.heads=4", "batch.per_forward=1", "schedule.cooldown=0"]
+WIDTH = 448
+MODEL = [f"model.width={WIDTH}", "model.heads=4", "batch.per_forward=1", "schedule.cooldown=0"]
 WARM_UP = 4  # steps before DDP is timed: the PowerSGD hook starts to compress in the third
 RANK = 0.15
-DDP = {"DDP + Muon": None, f"DDP + PowerSGD rank {RANK:.0%} + Muon": RANK}
+DDP = {
+    "DDP + Muon": ["optimizer=muon"],
+    f"DDP + PowerSGD rank {RANK:.0%} + Muon":
+        ["optimizer=muon_powersgd", f"optimizer.rank={round(RANK * WIDTH)}"],
+}  # fmt: skip
 LEVELS = {
     "identity": ["compressor@w2s=identity"],
     "rank 15% natural": ["compressor@w2s=rank", f"w2s.fraction={RANK}"],
@@ -67,69 +70,51 @@ def time_ef21(options: argparse.Namespace, workers: Workers, method: list[str]) 
     run = Run(compose(overrides(options, *method)).config, workers)
     run.step()
     run.optimizer.timer.read()
-    dist.barrier()
     phases = []
-    start = time.perf_counter()
-    for _ in range(options.steps):
-        run.step()
-        phases.append(run.optimizer.timer.read())
-    seconds = (time.perf_counter() - start) / options.steps
+    seconds, sent = time_steps(
+        run, options.steps, lambda: phases.append(run.optimizer.timer.read())
+    )
     exchange = [phase["exchange"] for phase in phases]
     return {
         "seconds": seconds,
         "communication": exchange,
         "compute": seconds - sum(exchange) / options.steps,
-        "bytes": run.optimizer.exchange.wire_tx_bytes(workers.rank),
+        "bytes": sent,
         "tokens": run.position(1)["tokens"],
     }
 
 
-def time_ddp(options: argparse.Namespace, workers: Workers, fraction: float | None) -> dict:
-    """Seconds and bytes a step of DDP with this library's Muon step on every rank.
-
-    The optimizer is alone in its process group, so that only DDP communicates. fraction: of the
-    rank, for torch's PowerSGD hook; None is the plain all-reduce.
-    """
-    alone = [dist.new_group([rank]) for rank in range(workers.count)][workers.rank]
-    config = compose(overrides(options, "compressor@w2s=identity")).config
-    run = Run(config, workers, process_group=alone)
-    # The PowerSGD hook starts collectives from callbacks; on gloo with several buckets the ranks
-    # start them in different orders and wait for one another for ever. So it gets a single bucket.
-    model = DistributedDataParallel(run.raw_model, bucket_cap_mb=1024 if fraction else None)
-    width = run.raw_model.config.width
-    sent = 4 * run.raw_model.config.parameter_count * 2 * (workers.count - 1) / workers.count
-    if fraction:
-        rank = round(fraction * width)
-        state = powerSGD_hook.PowerSGDState(
-            None, matrix_approximation_rank=rank, start_powerSGD_iter=2
-        )
-        model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-        factors = sum(
-            rank * sum(p.shape) if rank * sum(p.shape) * 2 <= p.numel() else p.numel()
-            for p in model.parameters()
-        )
-        sent *= factors / run.raw_model.config.parameter_count
-    run.model = model
+def time_ddp(options: argparse.Namespace, workers: Workers, method: list[str]) -> dict:
+    """Seconds and bytes a step of a baseline behind DDP."""
+    run = Run(compose(overrides(options, *method)).config, workers)
     for _ in range(WARM_UP):
         run.step()
-    times = {}
-    for name, quiet in (("seconds", nullcontext), ("compute", model.no_sync)):
-        dist.barrier()
-        start = time.perf_counter()
-        for _ in range(options.steps):
-            with quiet():
-                run.step()
-        times[name] = (time.perf_counter() - start) / options.steps
-    return times | {
-        "communication": [times["seconds"] - times["compute"]],
-        "bytes": round(sent),
+    seconds, sent = time_steps(run, options.steps)
+    with run.without_sync():
+        compute, _ = time_steps(run, options.steps)
+    return {
+        "seconds": seconds,
+        "communication": [seconds - compute],
+        "compute": compute,
+        "bytes": sent,
         "tokens": run.position(1)["tokens"],
     }
+
+
+def time_steps(run: Run, steps: int, after_each: Callable = lambda: None) -> tuple[float, float]:
+    """Seconds and bytes handed to the network, a step."""
+    dist.barrier()
+    start, sent = time.perf_counter(), run.optimizer.wire_tx_bytes
+    for _ in range(steps):
+        run.step()
+        after_each()
+    seconds = time.perf_counter() - start
+    return seconds / steps, (run.optimizer.wire_tx_bytes - sent) / steps
 
 
 def job(options: argparse.Namespace, workers: Workers) -> int:
     """On every node: time all methods; rank 0 writes them, in the order given."""
-    timed = [(name, lambda f=f: time_ddp(options, workers, f)) for name, f in DDP.items()]
+    timed = [(name, lambda m=m: time_ddp(options, workers, m)) for name, m in DDP.items()]
     timed += [(name, lambda m=m: time_ef21(options, workers, m)) for name, m in METHODS.items()]
     for name, measure in timed:
         record = {"rate": options.rates, "nodes": options.nodes, "method": name} | measure()

@@ -39,18 +39,20 @@ def count(run: Run, interface: Path, steps: int) -> dict:
     """
     run.step()  # the first one makes connections
     dist.barrier()
-    before = counters_when_quiet(interface)
+    before = counters_when_quiet(interface) | {"log": run.optimizer.wire_tx_bytes}
     dist.barrier()  # none starts before all have read
     start = time.perf_counter()
     for _ in range(steps):
         run.step()
     dist.barrier()
     seconds = time.perf_counter() - start
-    after = counters_when_quiet(interface)
-    sent, packets, received = ((after[counter] - before[counter]) / steps for counter in COUNTERS)
+    after = counters_when_quiet(interface) | {"log": run.optimizer.wire_tx_bytes}
+    log, sent, packets, received = (
+        (after[counter] - before[counter]) / steps for counter in ("log", *COUNTERS)
+    )
     return {
         "rank": run.workers.rank,
-        "log_bytes": run.optimizer.exchange.wire_tx_bytes(run.workers.rank),
+        "log_bytes": log,
         "kernel_bytes": sent,
         "kernel_packets": packets,
         "kernel_received_bytes": received,
@@ -112,7 +114,8 @@ def count_all(options: argparse.Namespace, workers: Workers) -> int:
     for choice in choices:
         job = compose((*options.overrides, *choice, f"steps={options.steps + 1}"))
         run = workers.together(lambda job=job: Run(job.config, workers))
-        own = {"server": job.config.optimizer.server} | count(run, interface, options.steps)
+        server = job.config.optimizer.get("server", "all-reduce")
+        own = {"server": server} | count(run, interface, options.steps)
         every = [None] * workers.count
         dist.all_gather_object(every, own)
         rows += every

@@ -21,7 +21,7 @@ from training.workers import RunError
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 # What does not change a run's numbers, and so not its name.
-INCIDENTAL = ("runs", "log_every", "fail_fast", "wandb", "label")
+INCIDENTAL = ("runs", "log_every", "diagnostics_every", "fail_fast", "wandb", "label")
 
 
 @dataclass
@@ -70,6 +70,7 @@ class Config:
     seed: int
     steps: int
     log_every: int
+    diagnostics_every: int
     compile: bool
     label: str | None
     runs: str
@@ -183,8 +184,9 @@ def _check_ranges(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if not 0 <= value <= 1:
             raise RunError(f"{key}={value} is not allowed: give a share of the steps, 0 to 1")
-    if config.seed < 0:
-        raise RunError(f"seed={config.seed} is not allowed: give a whole number of at least 0")
+    for key in ("seed", "diagnostics_every"):
+        if config[key] < 0:
+            raise RunError(f"{key}={config[key]} is not allowed: give a whole number of at least 0")
     if config.wandb.mode not in ("disabled", "offline", "online"):
         raise RunError(
             f"wandb.mode={config.wandb.mode} is not allowed: choose disabled, offline or online"

@@ -62,6 +62,10 @@ class RunLog:
             f"{record['w2s_bytes'] / 1e6:.1f} MB sent"
         )
 
+    def diagnostics(self, step: int, layers: dict[str, dict[str, float]]) -> None:
+        """What compression did to each layer in a step."""
+        self._write({"record": "diagnostics", "step": step, "layers": layers})
+
     def eval(self, record: dict) -> None:
         """An evaluation on the test set."""
         self._write({"record": "eval", **record})

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from ef21_muon import Compressor, EF21Muon
+import torch
+
+from ef21_muon import AdaptiveRadius, Compressor, EF21Muon
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -15,8 +17,21 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def group_table(optimizer: EF21Muon) -> str:
-    """What is sent for which layers, in bytes a step."""
+def group_table(optimizer: torch.optim.Optimizer) -> str:
+    """What is sent for which layers, in bytes a step; of a baseline, what it trains."""
+    return _layers(optimizer) if type(optimizer) is EF21Muon else _parameters(optimizer)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> str:
+    rows = [["group", "tensors", "parameters", "lr", "method"]]
+    for group in optimizer.param_groups:
+        count = sum(parameter.numel() for parameter in group["params"])
+        tensors = str(len(group["params"]))
+        rows.append([group["name"], tensors, f"{count:,}", f"{group['lr']:g}", optimizer.title])
+    return table(rows)
+
+
+def _layers(optimizer: EF21Muon) -> str:
     rows = [["group", "layers", "shape", "norm", "radius", "lr", "w2s", "bytes", "s2w", "bytes"]]
     for batch in optimizer.batches:
         group = optimizer.param_groups[batch.group]
@@ -26,8 +41,8 @@ def group_table(optimizer: EF21Muon) -> str:
                 group["name"],
                 str(layers),
                 "x".join(map(str, batch.shape)),
-                type(group["norm"]).__name__,
-                f"{group['radius']:g}",
+                str(group["norm"]),
+                _radius(group["radius"]),
                 f"{group['lr']:g}",
                 _fitted(batch.w2s, group["w2s"]),
                 f"{layers * batch.w2s.payload_bytes(*batch.shape):,}",
@@ -36,6 +51,10 @@ def group_table(optimizer: EF21Muon) -> str:
             ]
         )
     return table(rows)
+
+
+def _radius(radius: float | AdaptiveRadius) -> str:
+    return str(radius) if isinstance(radius, AdaptiveRadius) else f"{radius:g}"
 
 
 def _fitted(used: Compressor, chosen: Compressor) -> str:

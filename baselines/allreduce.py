@@ -1,0 +1,164 @@
+"""Optimizers of all-reduced gradients: DistributedDataParallel with torch's communication hooks.
+
+What is counted is what the hooks hand to the collective: `w2s_bytes` and `s2w_bytes` are its size,
+once each way, and `wire_tx_bytes` what a ring all-reduce of it sends, 2 (n - 1) / n of the size.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed import GradBucket, ProcessGroup
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from ef21_muon.checks import choice
+from ef21_muon.optimizer import EF21Muon
+from ef21_muon.timing import PhaseTimer
+
+HOOKS = ("float32", "float16", "bfloat16", "powersgd")
+
+
+class AllReduced:
+    """Mixed into an optimizer: it works on gradients that DistributedDataParallel has averaged.
+
+    hook: "float32" is the plain all-reduce, "float16" and "bfloat16" (NCCL alone) halve it, and
+    "powersgd" (Vogels et al., arXiv:1905.13727) sends factors of rank `rank`, in float32, from the
+    third step on. Raises ValueError for a hook that there is not, and without a process group.
+    """
+
+    name: str
+
+    def _reduce_with(self, hook: str, rank: int, process_group: ProcessGroup | None) -> None:
+        self.hook, self.rank = choice("hook", hook, HOOKS), rank
+        if not dist.is_initialized():
+            raise ValueError("an all-reduce needs a process group: launch with torchrun")
+        if hook == "bfloat16" and dist.get_backend(process_group) == "gloo":
+            raise ValueError("hook='bfloat16' is not allowed on gloo: use float16, or NCCL")
+        if not (type(rank) is int and rank > 0):
+            raise ValueError(f"rank={rank} is not allowed: give a whole number above 0")
+        self.reduced_over = process_group
+        self.reduced_bytes = 0
+        self.timer = PhaseTimer()
+
+    @property
+    def title(self) -> str:
+        """The method's name in figures."""
+        how = {"float32": "all-reduce", "powersgd": f"PowerSGD rank {self.rank}"}
+        return f"{self.name}, {how.get(self.hook, f'all-reduce {self.hook}')}"
+
+    def wrap(self, model: nn.Module) -> DistributedDataParallel:
+        """The module to call in place of `model`, whose backward pass averages the gradients."""
+        powersgd = self.hook == "powersgd"
+        # The PowerSGD hook starts collectives from callbacks; on gloo with several buckets ranks
+        # start them in different orders and wait for one another for ever. So it gets one bucket.
+        wrapped = DistributedDataParallel(
+            model,
+            process_group=self.reduced_over,
+            forward_sync_buffers=False,
+            bucket_cap_mb=1024 if powersgd else None,
+        )
+        wrapped.register_comm_hook(None, self._powersgd() if powersgd else self._plain())
+        return wrapped
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if a parameter is NaN or infinite. Waits for the device."""
+        for group in self.param_groups:
+            finite = torch.stack([p.isfinite().all() for p in group["params"]])
+            if not finite.all():
+                raise FloatingPointError(
+                    f"a parameter of group {group['name']} is not finite: lower the learning rate"
+                )
+
+    @property
+    def w2s_bytes(self) -> int:
+        """Bytes that this worker has handed to all-reduces so far."""
+        return self.reduced_bytes
+
+    @property
+    def s2w_bytes(self) -> int:
+        """Bytes of the results of all-reduces so far."""
+        return self.reduced_bytes
+
+    @property
+    def wire_tx_bytes(self) -> int:
+        """Bytes that this rank has handed to the network so far, by a ring."""
+        ranks = dist.get_world_size(self.reduced_over)
+        return 2 * self.reduced_bytes * (ranks - 1) // ranks
+
+    def _plain(self) -> Callable:
+        names = {"float16": "fp16_compress_hook", "bfloat16": "bf16_compress_hook"}
+        hook = getattr(default_hooks, names.get(self.hook, "allreduce_hook"))
+        size = 4 if self.hook == "float32" else 2
+
+        def counted(state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+            self.reduced_bytes += size * bucket.buffer().numel()
+            return hook(self.reduced_over, bucket)
+
+        return counted
+
+    def _powersgd(self) -> Callable:
+        powersgd = powerSGD_hook.PowerSGDState(
+            self.reduced_over, matrix_approximation_rank=self.rank, start_powerSGD_iter=2
+        )
+
+        def counted(state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+            whole = powersgd.iter < powersgd.start_powerSGD_iter
+            before = powersgd.total_numel_after_compression
+            result = powerSGD_hook.powerSGD_hook(powersgd, bucket)
+            sent = powersgd.total_numel_after_compression - before
+            self.reduced_bytes += 4 * (bucket.buffer().numel() if whole else sent)
+            return result
+
+        return counted
+
+
+class AdamW(AllReduced, torch.optim.AdamW):
+    """torch.optim.AdamW (Loshchilov and Hutter, arXiv:1711.05101) behind DDP."""
+
+    name = "AdamW"
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        hook: str = "float32",
+        rank: int = 4,
+        process_group: ProcessGroup | None = None,
+    ):
+        super().__init__(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
+        self._reduce_with(hook, rank, process_group)
+
+    def step(self, closure=None):
+        with self.timer("server"):
+            return super().step(closure)
+
+
+class Muon(AllReduced, EF21Muon):
+    """The LMO step of this library on every rank, behind DDP.
+
+    It is EF21Muon alone in its process group: with the same norms and without compression the same
+    method, so that only communication differs.
+    """
+
+    name = "Muon"
+
+    def __init__(
+        self,
+        params,
+        lr: float = 0.02,
+        *,
+        beta: float = 0.1,
+        hook: str = "float32",
+        rank: int = 4,
+        process_group: ProcessGroup | None = None,
+    ):
+        alone = None
+        if dist.is_initialized():
+            alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        super().__init__(params, lr, beta=beta, process_group=alone)
+        self._reduce_with(hook, rank, process_group)

@@ -1,0 +1,81 @@
+"""What the optimizer refuses, before it changes anything."""
+
+from math import isfinite
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ef21_muon.compressors import Compressor
+from ef21_muon.fingerprint import fingerprint
+from ef21_muon.norms import AdaptiveRadius, Norm
+
+NUMBERS = {
+    "lr": ("of at least 0", lambda lr: lr >= 0),
+    "radius": ("above 0, or an AdaptiveRadius", lambda radius: radius > 0),
+    "beta": ("above 0, at most 1", lambda beta: 0 < beta <= 1),
+    "weight_decay": ("of at least 0", lambda weight_decay: weight_decay >= 0),
+}
+
+
+def choice(name: str, value: str, allowed) -> str:
+    """The value, or ValueError if it is not among those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not allowed: choose {', '.join(allowed)}")
+    return value
+
+
+def check_group(group: dict) -> None:
+    """Raise ValueError for an entry of a parameter group that is out of range."""
+    for name, (range_, holds) in NUMBERS.items():
+        value = group[name]
+        if name == "radius" and isinstance(value, AdaptiveRadius):
+            continue
+        if not (isinstance(value, float | int) and isfinite(value) and holds(value)):
+            raise ValueError(f"{name}={value} is not allowed: give a number {range_}")
+    if not isinstance(group["nesterov"], bool):
+        raise ValueError(f"nesterov={group['nesterov']!r} is not allowed: give True or False")
+    for name, kind in (("norm", Norm), ("w2s", Compressor), ("s2w", Compressor)):
+        if not isinstance(group[name], kind):
+            raise ValueError(
+                f"{name}={group[name]!r} is not allowed: give a {kind.__name__} of ef21_muon"
+            )
+
+
+def refuse_compressed_shifts(groups: list[dict]) -> None:
+    """Raise ValueError for an s2w compressor where the servers send nothing back."""
+    for group in groups:
+        if not group["s2w"].lossless:
+            raise ValueError(
+                f"server='replicated' sends nothing back to compress with s2w={group['s2w']}: "
+                "use s2w=identity, or server=sharded or rank0"
+            )
+
+
+def require_gradients(batches) -> None:
+    """Raise RuntimeError for a missing gradient: other workers would wait for its message."""
+    for batch in batches:
+        for name, parameter in zip(batch.names, batch.params, strict=True):
+            if parameter.grad is None:
+                raise RuntimeError(
+                    f"{name} has no gradient: every parameter given to EF21Muon takes part in "
+                    "every round; leave out those that the loss does not reach"
+                )
+
+
+def require_equal_parameters(
+    named: list[tuple[str, Tensor]], ranks: int, group: dist.ProcessGroup | None
+) -> None:
+    """Raise ValueError, on all ranks, for the first parameter that differs between them."""
+    if ranks == 1:
+        return
+    mine = torch.stack([fingerprint(parameter) for _, parameter in named])
+    every = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(every, mine, group=group)
+    differs = (torch.stack(every) != every[0]).nonzero().tolist()
+    if differs:
+        rank, layer = differs[0]
+        raise ValueError(
+            f"{named[layer][0]} differs between rank 0 and rank {rank}: all workers start from "
+            "the same parameters; build the model from one seed or broadcast it first"
+        )

@@ -1,0 +1,71 @@
+"""Error feedback: what a worker compresses, and what it remembers of the rest.
+
+A worker's `target` is its momentum M_j, its `memory` starts at zero, and its message is R = C(d) of
+a difference d of the two. The server's G is the mean of what the workers `estimate` has told it.
+"""
+
+from torch import Tensor
+
+
+class EF21:
+    """d = M_j - G_j, G_j <- G_j + R_j, and the server adds the mean of R_j to G.
+
+    Lines 10, 11 and 14 of Algorithm 1; Richtarik et al., arXiv:2106.05203. The memory is G_j.
+    """
+
+    accumulates = True
+
+    @staticmethod
+    def difference(target: Tensor, memory: Tensor) -> Tensor:
+        """What is compressed, a new tensor."""
+        return target - memory
+
+    @staticmethod
+    def remember(memory: Tensor, difference: Tensor, sent: Tensor) -> None:
+        """Update the memory in place; `sent` is C(difference)."""
+        memory += sent
+
+    @staticmethod
+    def estimate(memory: Tensor, sent: Tensor) -> Tensor:
+        """What the server now knows of this worker's target."""
+        return memory
+
+
+class EF14(EF21):
+    """d = e_j + M_j, e_j <- d - R_j, and the server's G is the mean of R_j.
+
+    The classic form of Seide et al. (2014), here with M_j for the gradient. The memory is the error
+    e_j; the step size does not enter it, since an LMO does not see the scale of G.
+    """
+
+    accumulates = False
+
+    @staticmethod
+    def difference(target: Tensor, memory: Tensor) -> Tensor:
+        return target + memory
+
+    @staticmethod
+    def remember(memory: Tensor, difference: Tensor, sent: Tensor) -> None:
+        memory.copy_(difference).sub_(sent)
+
+    @staticmethod
+    def estimate(memory: Tensor, sent: Tensor) -> Tensor:
+        return sent
+
+
+class NoFeedback(EF14):
+    """d = M_j, and the server's G is the mean of R_j: compressed gradient descent.
+
+    The memory is R_j, and is not used.
+    """
+
+    @staticmethod
+    def difference(target: Tensor, memory: Tensor) -> Tensor:
+        return target
+
+    @staticmethod
+    def remember(memory: Tensor, difference: Tensor, sent: Tensor) -> None:
+        memory.copy_(sent)
+
+
+FEEDBACK = {"ef21": EF21, "ef14": EF14, "none": NoFeedback}
