@@ -19,9 +19,11 @@ from data.loader import TestWindows, TokenStream, WorkerBatches, open_streams
 from ef21_muon import EF21Muon
 from model import GPT
 from scripts.figures import draw
+from training.checkpoint import Checkpoints
 from training.config import ROOT, Job, build, compose, parse_arguments, sweep
 from training.log import RunLog, completed
 from training.report import group_table, result_table
+from training.resume import BYTES, checkpoint_of, go_on, go_on_elastic
 from training.workers import RunError, Workers, leave, one_line
 
 OPTIMIZER_PHASES = ("encode", "exchange", "server", "decode")
@@ -46,9 +48,12 @@ class Run:
                 f"diagnostics_every={config.diagnostics_every} needs optimizer=ef21_muon: "
                 "baselines have no error feedback to look at; set it to 0"
             )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: lr_factor(step, config)
-        )
+        if config.checkpoint.every and getattr(self.optimizer, "hook", None) == "powersgd":
+            raise RunError(
+                f"checkpoint.every={config.checkpoint.every} is not allowed with hook=powersgd: "
+                "torch keeps its state to itself; set it to 0"
+            )
+        self.start_schedule(0)
         on_cuda = workers.device.type == "cuda"
         reduced = isinstance(self.optimizer, AllReduced)
         self.model = self.optimizer.wrap(self.raw_model) if reduced else self.raw_model
@@ -57,12 +62,22 @@ class Run:
             self.model = torch.compile(self.model)
         self.autocast = torch.autocast(workers.device.type, torch.bfloat16, enabled=on_cuda)
         self.label = config.label or run_label(self.optimizer)
-        self.seconds = 0.0
+        self.first_step, self.seconds = 1, 0.0
+        self.bytes_before = dict.fromkeys(BYTES, 0)  # of what the optimizer does not count itself
         self.phases = dict.fromkeys(("data", "forward_backward", *OPTIMIZER_PHASES), 0.0)
+
+    def start_schedule(self, steps: int) -> None:
+        """The schedule after `steps` steps."""
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group.get("initial_lr", group["lr"])
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: lr_factor(step, self.config), last_epoch=steps - 1
+        )
 
     def step(self) -> torch.Tensor:
         """A training step; returns this worker's mean loss before it."""
         loss = self.accumulate_gradient()
+        self.stop_requested = self.workers.stop_requested()  # on its way while the round is
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
@@ -100,34 +115,45 @@ class Run:
     def to_device(self, tensors):
         return [tensor.to(self.workers.device, non_blocking=True) for tensor in tensors]
 
-    def position(self, step: int) -> dict:
+    def position(self) -> dict:
         """Where the run is: the fields that all records share. Bytes are per worker."""
+        step = self.scheduler.last_epoch
         return {
             "step": step,
-            "tokens": step * self.config.batch.sequences * self.raw_model.config.context,
-            "w2s_bytes": self.optimizer.w2s_bytes,
-            "s2w_bytes": self.optimizer.s2w_bytes,
-            "wire_tx_bytes": self.optimizer.wire_tx_bytes,
+            "tokens": step * self.tokens_per_step,
+            **{key: self.bytes_before[key] + getattr(self.optimizer, key) for key in BYTES},
             "seconds": round(self.seconds, 3),
         }
 
-    def train(self, log: RunLog | None) -> dict:
-        """The training loop; returns the facts of the end record. `log` is None but on rank 0."""
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch.sequences * self.raw_model.config.context
+
+    def train(self, log: RunLog | None, checkpoints: Checkpoints) -> dict | None:
+        """The training loop; returns the facts of the end record, None if it was asked to stop.
+
+        `log` is None but on rank 0.
+        """
         config = self.config
         loss_sum = torch.zeros((), device=self.workers.device)
         since, steps_since = time.perf_counter(), 0
-        for step in range(1, config.steps + 1):
+        test_loss = stop = None
+        for step in range(self.first_step, config.steps + 1):
             lr = self.scheduler.get_last_lr()[0]
-            diagnose = config.diagnostics_every and step % config.diagnostics_every == 0
-            self.optimizer.watch = diagnose
+            self.optimizer.watch = due(step, config.diagnostics_every)
             loss_sum += self.step()
             steps_since += 1
-            if diagnose and log:
-                log.diagnostics(step, self.optimizer.diagnostics())
-            last, evaluate = step == config.steps, step % config.eval.every == 0
+            stop = self.stop_requested()
+            last = step == config.steps
+            evaluate = last or due(step, config.eval.every)
+            save = last or stop or due(step, config.checkpoint.every)
             if log:
                 log.advance()
-            if not (step % config.log_every == 0 or evaluate or last):
+                if self.optimizer.watch:
+                    log.diagnostics(step, self.optimizer.diagnostics())
+            if save or due(step, config.check_every):
+                self.check()
+            if not (evaluate or save or due(step, config.log_every)):
                 continue
 
             self.workers.together(self.optimizer.check_finite)
@@ -136,24 +162,51 @@ class Run:
                 self.phases[phase] += seconds
             elapsed = time.perf_counter() - since
             self.seconds += elapsed
-            position = self.position(step)
+            position = self.position()
             if log:
                 phases = {phase: round(seconds, 3) for phase, seconds in self.phases.items()}
-                tokens = steps_since * position["tokens"] / step
+                tokens = steps_since * self.tokens_per_step
                 log.train(position | {"loss": loss, "lr": lr, "phases": phases}, tokens / elapsed)
-            if evaluate or last:
+            if evaluate:
                 test_loss = self.test_loss()
                 if log:
                     log.eval(position | {"test_loss": test_loss})
+            if save and config.checkpoint.every:
+                self.save(log, checkpoints)
+            checkpoints.poll()
+            if stop and not last:
+                break
             loss_sum.zero_()
             since, steps_since = time.perf_counter(), 0
+        checkpoints.settle()
+        if stop and not last:
+            return None
+        return self.summary(self.test_loss() if test_loss is None else test_loss)
 
+    def check(self) -> None:
+        """Raise RunError if workers have parted or state was lost."""
+        if hasattr(self.optimizer, "check_agreement"):
+            self.workers.together(self.optimizer.check_agreement)
+
+    def save(self, log: RunLog | None, checkpoints: Checkpoints) -> None:
+        """Write a checkpoint of this moment."""
+        tensors, facts = checkpoint_of(self)
+        log_bytes = self.workers.together(lambda: log.size() if log else None)
+        checkpoints.save(self.scheduler.last_epoch, tensors, facts | {"log_bytes": log_bytes})
+
+    def summary(self, test_loss: float) -> dict:
+        """The facts of the end record."""
         optimizer_seconds = sum(self.phases[phase] for phase in OPTIMIZER_PHASES)
-        return position | {
+        return self.position() | {
             "test_loss": test_loss,
-            "uncompressed_bytes": config.steps * 4 * self.raw_model.config.parameter_count,
+            "uncompressed_bytes": self.config.steps * 4 * self.raw_model.config.parameter_count,
             "optimizer_share": round(optimizer_seconds / sum(self.phases.values()), 4),
         }
+
+
+def due(step: int, every: int) -> bool:
+    """Whether a step is one of every `every`; 0 is never."""
+    return every > 0 and step % every == 0
 
 
 def open_data(config: DictConfig) -> tuple[TokenStream, TokenStream]:
@@ -213,9 +266,13 @@ def lr_factor(step: int, config: DictConfig) -> float:
     return min(1.0, rising, falling)
 
 
-def run_job(job: Job, directory: Path, workers: Workers) -> None:
-    """One run, from its configuration to its picture. Raises RunError, on all workers alike."""
-    run = workers.together(lambda: Run(job.config, workers))
+def run_job(job: Job, directory: Path, workers: Workers) -> bool:
+    """One run, from its configuration to its picture; whether it came to its end.
+
+    Raises RunError, on all workers alike.
+    """
+    config = job.config
+    run = workers.together(lambda: Run(config, workers))
     parameters = run.raw_model.config.parameter_count
     workers.say(f"{workers.count} workers on {workers.device.type}, {parameters:,} parameters\n")
     workers.say(group_table(run.optimizer) + "\n")
@@ -224,19 +281,32 @@ def run_job(job: Job, directory: Path, workers: Workers) -> None:
         "world_size": workers.count,
         "device": workers.device.type,
     }
+    checkpoints = Checkpoints(
+        directory / "checkpoints", workers, config.checkpoint.keep, config.checkpoint.asynchronous
+    )
+    resumed = None
+    if config.resume != "none" and (newest := checkpoints.newest()):
+        elastic = config.resume == "elastic"
+        resumed = workers.together(lambda: (go_on_elastic if elastic else go_on)(run, newest))
+        workers.say(f"going on from {newest}\n")
     log = workers.together(
-        lambda: RunLog(directory, job, run.label, facts) if workers.first else None
+        lambda: RunLog(directory, job, run.label, facts, resumed) if workers.first else None
     )
     try:
-        end = run.train(log)
+        with workers.stoppable():
+            end = run.train(log, checkpoints)
     except BaseException as error:
         if log:
             log.end("failed", error=one_line(error))
         raise
-    if log:
+    if log and end:
         log.end("completed", **end)
         picture = draw([directory], directory)[0]
         workers.say(f"\n{result_table(end)}\n\nlog      {log.path}\npicture  {picture}")
+    elif log:
+        log.end("stopped", step=run.scheduler.last_epoch)
+        workers.say(f"\nstopped as asked: go on with resume=auto directory={directory}")
+    return end is not None
 
 
 def run_jobs(arguments: argparse.Namespace, workers: Workers) -> list[RunError]:
@@ -254,15 +324,19 @@ def run_jobs(arguments: argparse.Namespace, workers: Workers) -> list[RunError]:
     if arguments.cfg:
         workers.say("---\n".join(OmegaConf.to_yaml(job.config) for job in jobs))
         return errors
+    if len(jobs) > 1 and any(job.config.directory for job in jobs):
+        raise RunError("directory= names a single run: use runs= for the folder of a sweep")
     for number, job in enumerate(jobs, 1):
         directory = workers.broadcast(run_directory(job, workers, arguments.multirun))
         if arguments.multirun:
             workers.say(f"\njob {number} of {len(jobs)}: {directory}")
-        if arguments.multirun and workers.broadcast(completed(directory)):
+        again = arguments.multirun or job.config.resume != "none"
+        if again and workers.broadcast(completed(directory)):
             workers.say("already completed: skipped")
             continue
         try:
-            run_job(job, directory, workers)
+            if not run_job(job, directory, workers):
+                break
         except RunError as error:
             if fail_fast:
                 raise
@@ -279,9 +353,18 @@ def compose_or_error(overrides: tuple[str, ...]) -> Job | RunError:
 
 
 def run_directory(job: Job, workers: Workers, multirun: bool) -> Path:
-    """Where the run goes: no earlier run is overwritten, but a sweep finds its own again."""
-    path = Path(job.config.runs) / job.name(workers.count)
-    if multirun:
+    """Where the run goes: nothing is overwritten, but a sweep and a resumed run find their own."""
+    config = job.config
+    again = multirun or config.resume != "none"
+    if config.directory is not None:
+        path = Path(config.directory)
+        if path.exists() and not again:
+            raise RunError(
+                f"directory={path} exists already: go on with resume=auto, or give another"
+            )
+        return path
+    path = Path(config.runs) / job.name(workers.count)
+    if again:
         return path
     candidates = (path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 10_000)))
     return next(candidate for candidate in candidates if not candidate.exists())
@@ -297,7 +380,7 @@ def run_all(arguments: argparse.Namespace, workers: Workers) -> int:
 
 def main() -> int:
     arguments = parse_arguments()
-    workers = Workers()
+    workers = Workers(arguments.timeout)
     return workers.finish(lambda: run_all(arguments, workers))
 
 

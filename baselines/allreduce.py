@@ -132,6 +132,10 @@ class AdamW(AllReduced, torch.optim.AdamW):
     ):
         super().__init__(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
         self._reduce_with(hook, rank, process_group)
+        for group in self.param_groups:
+            for p in group["params"]:  # now, and not in the first step: a checkpoint needs places
+                moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[p] = {"step": torch.tensor(0.0), **moments}
 
     def step(self, closure=None):
         with self.timer("server"):

@@ -74,7 +74,8 @@ class WorkerBatches:
         self.context = context
         self.start = worker * part
         self.stop = self.start + part
-        self.generator = np.random.default_rng(np.random.SeedSequence([seed, worker]))
+        self.seed = [seed, worker]
+        self.generator = np.random.default_rng(np.random.SeedSequence(self.seed))
 
     def next(self, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and targets, int64 of shape (sequences, context): the next token of each.
@@ -83,6 +84,10 @@ class WorkerBatches:
         """
         starts = self.generator.integers(self.start, self.stop - self.context, size=sequences)
         return _windows(self.stream, starts, self.context)
+
+    def restart(self, step: int) -> None:
+        """Go on after `step` steps with windows that do not follow from those before."""
+        self.generator = np.random.default_rng(np.random.SeedSequence([*self.seed, step]))
 
     def state_dict(self) -> dict:
         """Return the generator's state: nested dictionaries of strings and integers."""

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ef21_muon.compressors import Compressor
-from ef21_muon.fingerprint import fingerprint
+from ef21_muon.fingerprint import fingerprint, projection
 from ef21_muon.norms import AdaptiveRadius, Norm
 
 NUMBERS = {
@@ -76,6 +76,33 @@ def require_equal_parameters(
     if differs:
         rank, layer = differs[0]
         raise ValueError(
-            f"{named[layer][0]} differs between rank 0 and rank {rank}: all workers start from "
-            "the same parameters; build the model from one seed or broadcast it first"
+            f"{named[layer][0]} differs between rank 0 and rank {rank}: all workers hold the same "
+            "parameters; build the model from one seed or broadcast it first, or go on from a "
+            "checkpoint if they parted during training"
         )
+
+
+def require_mean_estimate(batches, ranks: int, group: dist.ProcessGroup | None) -> None:
+    """Raise ValueError for a layer served here whose G is not the mean of all workers' G_j.
+
+    Compares a random projection of either, to a thousandth of the norms: rounding is far below,
+    a lost or a foreign G_j far above.
+    """
+    mine = torch.cat([projection(batch.gradient_estimate) for batch in batches])
+    every = [torch.empty_like(mine) for _ in range(ranks)]
+    if ranks > 1:
+        dist.all_gather(every, mine, group=group)
+    else:
+        every = [mine]
+    means = torch.stack(every).mean(0).split([len(batch.names) for batch in batches])
+    for batch, mean in zip(batches, means, strict=True):
+        served = batch.owned
+        error = (projection(batch.server_gradient) - mean[served]).abs()
+        norms = torch.linalg.matrix_norm(batch.server_gradient)
+        norms += torch.linalg.matrix_norm(batch.gradient_estimate[served])
+        for name, wrong in zip(batch.names[served], (error > 1e-3 * norms).tolist(), strict=True):
+            if wrong:
+                raise ValueError(
+                    f"the servers' gradient estimate of {name} is not the mean of the workers': "
+                    "a worker's state was lost or damaged; go on from a checkpoint"
+                )

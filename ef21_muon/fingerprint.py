@@ -23,6 +23,19 @@ def fingerprint(tensor: Tensor) -> Tensor:
     return total
 
 
+def projection(matrices: Tensor) -> Tensor:
+    """The inner product of every matrix of a batch (L, m, n) with one of random signs, (L,).
+
+    In float64. Of a matrix of independent errors it has about the size of their Frobenius norm.
+    """
+    rows = matrices.flatten(1)
+    signs = _weights(matrices.device).sign().double()
+    total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    for chunk in rows.split(CHUNK, 1):
+        total += chunk.double() @ signs[: chunk.shape[1]]
+    return total
+
+
 @cache
 def _weights(device: torch.device) -> Tensor:
     """CHUNK odd int64 numbers, the same in every process."""

@@ -12,6 +12,7 @@ from ef21_muon.checks import (
     refuse_compressed_shifts,
     require_equal_parameters,
     require_gradients,
+    require_mean_estimate,
 )
 from ef21_muon.compressors import Compressor, Identity
 from ef21_muon.exchange import Exchange, cut, place_in
@@ -100,7 +101,7 @@ class EF21Muon(torch.optim.Optimizer):
         self.round = 0
         rank, ranks = place_in(process_group)
         self._device = self.param_groups[0]["params"][0].device
-        self._generators = {
+        self.generators = {
             purpose: self._new_generator(seed, rank, purpose) for purpose in ("w2s", "s2w")
         }
         self.batches = batch_layers(self.param_groups, server, rank, ranks)
@@ -114,8 +115,7 @@ class EF21Muon(torch.optim.Optimizer):
         self.buckets = cut(
             [len(b.params) * b.w2s.payload_bytes(*b.shape) for b in self.batches], buckets
         )
-        named = [pair for b in self.batches for pair in zip(b.names, b.params, strict=True)]
-        require_equal_parameters(named, self.exchange.ranks, self.exchange.group)
+        require_equal_parameters(self._named(), self.exchange.ranks, self.exchange.group)
 
     def add_param_group(self, param_group: dict) -> None:
         """Used by the constructor; later groups are refused, since layers are already placed."""
@@ -187,7 +187,7 @@ class EF21Muon(torch.optim.Optimizer):
             target = torch.stack(gradients).lerp_(batch.momentum, 1 - beta)
         difference = self.feedback.difference(target, batch.gradient_estimate)
         compressor = self._w2s(batch)
-        message = compressor.encode(difference, self._generators["w2s"])
+        message = compressor.encode(difference, self.generators["w2s"])
         sent = compressor.decode(message, *batch.shape)
         self.feedback.remember(batch.gradient_estimate, difference, sent)
         batch.contraction = None
@@ -222,7 +222,7 @@ class EF21Muon(torch.optim.Optimizer):
         if batch.server_model is not None:
             batch.server_model += shift
             shift = batch.server_model - batch.served_parameters()
-        return batch.s2w.encode(shift, self._generators["s2w"])
+        return batch.s2w.encode(shift, self.generators["s2w"])
 
     def _lmo_step(self, batch: LayerBatch) -> Tensor:
         """Line 3: X^{k+1} - X^k for the layers owned here."""
@@ -291,6 +291,16 @@ class EF21Muon(torch.optim.Optimizer):
                 "or look at that step's data"
             )
 
+    def check_agreement(self) -> None:
+        """Raise ValueError if workers hold different W, or if G is not the mean of their G_j.
+
+        Names rank and layer; to be called on all ranks. Waits for the device. The second is told
+        from random projections, so that a few bytes a layer are sent.
+        """
+        require_equal_parameters(self._named(), self.exchange.ranks, self.exchange.group)
+        if self.feedback is not FEEDBACK["ef14"]:  # which remembers the error in place of G_j
+            require_mean_estimate(self.batches, self.exchange.ranks, self.exchange.group)
+
     def state_dict(self) -> dict:
         """This rank's state alone: ranks differ in M_j and G_j, and in the layers that they serve.
 
@@ -300,7 +310,7 @@ class EF21Muon(torch.optim.Optimizer):
         for group in state["param_groups"]:
             for entry in RULE:
                 del group[entry]
-        generators = {purpose: g.get_state() for purpose, g in self._generators.items()}
+        generators = {purpose: g.get_state() for purpose, g in self.generators.items()}
         return {**state, "round": self.round, "generators": generators}
 
     @torch.no_grad()
@@ -339,12 +349,15 @@ class EF21Muon(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
         self.round = state_dict["round"]
-        for purpose, generator in self._generators.items():
+        for purpose, generator in self.generators.items():
             generator.set_state(state_dict["generators"][purpose].cpu())
 
     def _new_generator(self, seed: int, rank: int, purpose: str) -> Generator:
         digest = hashlib.sha256(f"{seed}/{rank}/{purpose}".encode()).digest()
         return Generator(self._device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        return [pair for b in self.batches for pair in zip(b.names, b.params, strict=True)]
 
     def _new_exchange(self, w2s: list[Compressor], group: dist.ProcessGroup | None) -> Exchange:
         return Exchange(

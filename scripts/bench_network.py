@@ -80,7 +80,7 @@ def time_ef21(options: argparse.Namespace, workers: Workers, method: list[str]) 
         "communication": exchange,
         "compute": seconds - sum(exchange) / options.steps,
         "bytes": sent,
-        "tokens": run.position(1)["tokens"],
+        "tokens": run.tokens_per_step,
     }
 
 
@@ -97,7 +97,7 @@ def time_ddp(options: argparse.Namespace, workers: Workers, method: list[str]) -
         "communication": [seconds - compute],
         "compute": compute,
         "bytes": sent,
-        "tokens": run.position(1)["tokens"],
+        "tokens": run.tokens_per_step,
     }
 
 

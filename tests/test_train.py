@@ -103,7 +103,8 @@ def test_a_run_leaves_its_configuration_and_pictures(two_workers):
     runs, stdout = two_workers
     (directory,) = runs.iterdir()
     names = {path.name for path in directory.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "test_loss.png", "test_loss.svg"}
+    files = {"config.yaml", "metrics.jsonl", "test_loss.png", "test_loss.svg"}
+    assert names == files | {"checkpoints"}
     assert f"log      {directory}/metrics.jsonl" in stdout
     assert f"picture  {directory}/test_loss.png" in stdout
     assert "top 10% natural" in stdout

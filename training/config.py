@@ -21,7 +21,10 @@ from training.workers import RunError
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 # What does not change a run's numbers, and so not its name.
-INCIDENTAL = ("runs", "log_every", "diagnostics_every", "fail_fast", "wandb", "label")
+INCIDENTAL = (
+    *("runs", "directory", "log_every", "diagnostics_every", "check_every", "fail_fast"),
+    *("wandb", "label", "checkpoint", "resume"),
+)
 
 
 @dataclass
@@ -40,6 +43,13 @@ class Schedule:
 class Eval:
     every: int
     tokens: int
+
+
+@dataclass
+class Checkpoint:
+    every: int
+    keep: int
+    asynchronous: bool
 
 
 @dataclass
@@ -71,14 +81,18 @@ class Config:
     steps: int
     log_every: int
     diagnostics_every: int
+    check_every: int
     compile: bool
     label: str | None
     runs: str
+    directory: str | None
+    resume: str
     fail_fast: bool
     data: Data
     batch: Batch
     schedule: Schedule
     eval: Eval
+    checkpoint: Checkpoint
     wandb: Wandb
 
 
@@ -92,8 +106,9 @@ class Job:
     def name(self, workers: int) -> str:
         """What was overridden, and a short hash of the configuration and the number of workers."""
         resolved = OmegaConf.to_container(self.config, resolve=True)
-        facts = {key: value for key, value in resolved.items() if key not in INCIDENTAL}
-        digest = hashlib.sha256(json.dumps([facts, workers], sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(
+            json.dumps([_essential(resolved), workers], sort_keys=True).encode()
+        ).hexdigest()
         told = [
             override.removeprefix("compressor@")
             for override in self.overrides
@@ -101,6 +116,22 @@ class Job:
         ]
         readable = re.sub(r"[^\w.=,@+~-]+", "-", ",".join(told) or "default")[:100]
         return f"{readable}-{digest[:8]}"
+
+
+def what_matters(config: dict) -> dict:
+    """What a run's numbers follow from: values by dotted key."""
+    flat, left = {}, list(_essential(config).items())
+    while left:
+        key, value = left.pop()
+        if isinstance(value, dict):
+            left += [(f"{key}.{name}", inner) for name, inner in value.items()]
+        else:
+            flat[key] = value
+    return flat
+
+
+def _essential(config: dict) -> dict:
+    return {key: value for key, value in config.items() if key not in INCIDENTAL}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -118,6 +149,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     parser.add_argument(
         "-m", "--multirun", action="store_true", help="sweep over comma-separated values"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=600,
+        metavar="SECONDS",
+        help="the longest wait for another worker (default %(default)s)",
     )
     parser.add_argument(
         "--cfg", action="store_true", help="print the resolved configuration of each job and stop"
@@ -176,7 +214,8 @@ def build(node: DictConfig, key: str, **options):
 
 
 def _check_ranges(config: DictConfig) -> None:
-    for key in ("steps", "log_every", "batch.sequences", "batch.per_forward", "eval.every"):
+    for key in ("steps", "log_every", "batch.sequences", "batch.per_forward", "eval.every",
+                "checkpoint.keep"):  # fmt: skip
         value = OmegaConf.select(config, key)
         if value < 1:
             raise RunError(f"{key}={value} is not allowed: give a whole number of at least 1")
@@ -184,9 +223,14 @@ def _check_ranges(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if not 0 <= value <= 1:
             raise RunError(f"{key}={value} is not allowed: give a share of the steps, 0 to 1")
-    for key in ("seed", "diagnostics_every"):
-        if config[key] < 0:
-            raise RunError(f"{key}={config[key]} is not allowed: give a whole number of at least 0")
+    for key in ("seed", "diagnostics_every", "check_every", "checkpoint.every"):
+        value = OmegaConf.select(config, key)
+        if value < 0:
+            raise RunError(f"{key}={value} is not allowed: give a whole number of at least 0")
+    if config.resume not in ("none", "auto", "elastic"):
+        raise RunError(f"resume={config.resume} is not allowed: choose none, auto or elastic")
+    if config.resume == "elastic" and config.directory is None:
+        raise RunError("resume=elastic needs directory=: say which run goes on")
     if config.wandb.mode not in ("disabled", "offline", "online"):
         raise RunError(
             f"wandb.mode={config.wandb.mode} is not allowed: choose disabled, offline or online"

@@ -1,6 +1,8 @@
 """A run's log: metrics.jsonl, the progress bar, and wandb when asked for. Rank 0 only."""
 
+import hashlib
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -17,21 +19,32 @@ from training.config import ROOT, Job
 
 
 class RunLog:
-    """Writes `metrics.jsonl` into a new, empty `directory` and shows progress.
+    """Writes `metrics.jsonl` into `directory` and shows progress.
 
     Byte fields are cumulative and per worker; `seconds` is training time without evaluations. The
-    file is flushed at every evaluation and at the end.
+    file is flushed at every evaluation, before every checkpoint and at the end.
+
+    A new log replaces an old one and its checkpoints. With `resumed`, the facts of a checkpoint, it
+    goes on behind the records that the checkpoint knew, and those after it are cut off; ValueError
+    if they are not there.
     """
 
-    def __init__(self, directory: Path, job: Job, label: str, facts: dict):
+    def __init__(self, directory: Path, job: Job, label: str, facts: dict, resumed: dict | None):
         config = OmegaConf.to_container(job.config, resolve=True)
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        OmegaConf.save(job.config, directory / "config.yaml", resolve=True)
         self.path = directory / LOG_NAME
-        self._file = self.path.open("w")
+        if resumed:
+            self._file = _cut(self.path, resumed["log_bytes"])
+        else:
+            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("w")
+        OmegaConf.save(job.config, directory / "config.yaml", resolve=True)
         self._wandb = _start_wandb(config, directory, label)
-        self._bar = tqdm(total=config["steps"], unit="step", dynamic_ncols=True)
+        done = resumed["step"] if resumed else 0
+        self._bar = tqdm(total=config["steps"], initial=done, unit="step", dynamic_ncols=True)
+        if resumed:
+            self._note_resumption(resumed, facts)
+            return
         self._write(
             {
                 "record": "run",
@@ -49,6 +62,25 @@ class RunLog:
                 "started": datetime.now(UTC).isoformat(timespec="seconds"),
             }
         )
+
+    def _note_resumption(self, resumed: dict, facts: dict) -> None:
+        """With other workers the log says so; going on exactly leaves no trace."""
+        if "resync_bytes" in resumed:
+            self._write(
+                {
+                    "record": "elastic",
+                    "step": resumed["step"],
+                    "world_size_before": resumed["workers"],
+                    "world_size": facts["world_size"],
+                    "resync_bytes": resumed["resync_bytes"],
+                }
+            )
+
+    def size(self) -> int:
+        """Bytes of the records so far, all of them on disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def advance(self) -> None:
         """One step more on the progress bar."""
@@ -76,12 +108,12 @@ class RunLog:
         )
 
     def end(self, status: str, **facts) -> None:
-        """The last record: `completed`, or `failed` with an `error`."""
+        """The last record: `completed`, `stopped`, or `failed` with an `error`."""
         self._write({"record": "end", "status": status, **facts})
         self._file.close()
         self._bar.close()
         if self._wandb:
-            self._wandb.finish(exit_code=0 if status == "completed" else 1)
+            self._wandb.finish(exit_code=1 if status == "failed" else 0)
 
     def _write(self, record: dict) -> None:
         self._file.write(json.dumps(record) + "\n")
@@ -103,6 +135,19 @@ def completed(directory: Path) -> bool:
     return end.get("record") == "end" and end.get("status") == "completed"
 
 
+def _cut(path: Path, size: int):
+    """The file, open for writing behind its first `size` bytes, which it must have."""
+    if not path.exists() or path.stat().st_size < size:
+        raise ValueError(
+            f"{path} is shorter than the {size} bytes that the checkpoint knew: put it back, or "
+            "start anew with resume=none"
+        )
+    file = path.open("r+")
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
 def _start_wandb(config: dict, directory: Path, label: str):
     if config["wandb"]["mode"] == "disabled":
         return None
@@ -114,6 +159,8 @@ def _start_wandb(config: dict, directory: Path, label: str):
         name=label,
         dir=directory,
         config=config,
+        id=hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16],
+        resume="allow",
     )
 
 

@@ -1,8 +1,12 @@
 """The processes of a launch: who am I, and how do we agree."""
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import NoReturn
 
 import torch
@@ -32,18 +36,62 @@ def leave(status: int) -> NoReturn:
 class Workers:
     """This process among the workers that torchrun started; alone without torchrun.
 
-    `rank`, `count`, `device`: CUDA with NCCL where there is a GPU, else the CPU with gloo.
+    `rank`, `count`, `device`: CUDA with NCCL where there is a GPU, else the CPU with gloo. To wait
+    more than `timeout` seconds for another worker is an error.
     """
 
-    def __init__(self):
+    REPORT_SECONDS = 10  # for workers to say that they are there, once one of them waited in vain
+
+    def __init__(self, timeout: float = 600):
         self.rank = int(os.environ.get("RANK", 0))
         self.count = int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
+        self.control = self._store = None
+        self._stop_requested = False
+        self.timeout = timedelta(seconds=timeout)
         if "RANK" in os.environ:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            self._meet()
+
+    def _meet(self) -> None:
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        self._store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("workers", self._store),
+            rank=self.rank,
+            world_size=self.count,
+            timeout=self.timeout,
+        )
+        # On the CPU, and beside the training's own collectives.
+        self.control = dist.new_group(backend="gloo", timeout=self.timeout)
+
+    @contextmanager
+    def stoppable(self):
+        """In it, SIGTERM and SIGINT do nothing but request a stop."""
+        numbers = signal.SIGTERM, signal.SIGINT
+        before = [signal.signal(number, self._request_stop) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+    def _request_stop(self, number: int, frame: object) -> None:
+        self._stop_requested = True
+
+    def stop_requested(self) -> Callable[[], bool]:
+        """Start to ask whether a stop was requested of any worker, on all of them.
+
+        Returns a function that waits for the answer, the same on all.
+        """
+        flag = torch.tensor([int(self._stop_requested)])
+        if self.control is None:
+            return lambda: bool(flag)
+        work = dist.all_reduce(flag, group=self.control, async_op=True)
+        return lambda: work.wait() and bool(flag)
 
     @property
     def first(self) -> bool:
@@ -66,23 +114,24 @@ class Workers:
             result = action()
         except (RunError, ValueError, OSError, ArithmeticError) as error:
             problem = one_line(error)
-        problems = [problem]
-        if dist.is_initialized():
-            problems = [None] * self.count
-            dist.all_gather_object(problems, problem)
+        problems = self.gather(problem)
         failed = [rank for rank, problem in enumerate(problems) if problem is not None]
         if failed:
             prefix = "" if len(failed) == self.count else f"rank {failed[0]}: "
             raise RunError(prefix + problems[failed[0]])
         return result
 
+    def gather(self, value) -> list:
+        """The value of every worker, on all of them."""
+        if self.control is None:
+            return [value]
+        values = [None] * self.count
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def broadcast(self, value):
         """Rank 0's value, on all workers."""
-        if not dist.is_initialized():
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, device=self.device)
-        return values[0]
+        return self.gather(value if self.first else None)[0]
 
     def total(self, *numbers: float | torch.Tensor) -> list[float]:
         """The sums of the numbers over all workers, in float64."""
@@ -97,15 +146,44 @@ class Workers:
         """Do the work of this process and leave the process group; returns the exit status.
 
         An expected error is one line and status 1: a RunError, which all workers raise, on rank 0;
-        another of this worker alone on this worker, whose end torchrun takes for the end of all.
+        another of this worker alone on this worker, whose end torchrun takes for the end of all. If
+        other workers were lost, the line says which.
         """
+        status = 1
         try:
-            return work()
+            status = work()
         except RunError as error:
             self.say(f"error: {error}", error=True)
         except (ValueError, OSError) as error:
             print(f"error: rank {self.rank}: {one_line(error)}", file=sys.stderr)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        return 1
+            return status
+        except RuntimeError as error:
+            lost = self._lost() if _of_communication(error) else []
+            if not lost:
+                raise
+            print(
+                f"error: rank {self.rank}: lost rank {', '.join(map(str, lost))}: see that "
+                f"process or its node, and go on with resume=auto ({one_line(error)})",
+                file=sys.stderr,
+            )
+            return status
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return status
+
+    def _lost(self) -> list[int]:
+        """The ranks that do not say that they are there, when this one has met an error."""
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        present = dist.PrefixStore(f"present after {attempt} restarts", self._store)
+        present.set(str(self.rank), "")
+        until = time.monotonic() + self.REPORT_SECONDS
+        while lost := [rank for rank in range(self.count) if not present.check([str(rank)])]:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.1)
+        return lost
+
+
+def _of_communication(error: RuntimeError) -> bool:
+    """Gloo's errors have no type of their own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)

@@ -1,0 +1,241 @@
+"""Checkpoints: folders that appear under their name when complete, and are checked before use.
+
+A checkpoint is what torch.distributed.checkpoint writes (every rank its own file, tensors alone)
+and checkpoint.json: schema, step, facts of the run, and the SHA-256 of every other file. The folder
+of checkpoints is one for all ranks: on several nodes it lies on a file system that they share.
+Loading unpickles nothing but tensors and the tables of torch.distributed.checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from concurrent.futures import Future
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+
+from training.workers import RunError, Workers, one_line
+
+SCHEMA = 1
+FACTS = "checkpoint.json"
+PARTIAL = ".partial"
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `folder`; the last `keep` of them are kept.
+
+    With `asynchronous`, `save` copies the state and returns; the checkpoint appears at the first
+    `poll`, at a later `save` or at `settle` that finds it written.
+    """
+
+    def __init__(self, folder: Path, workers: Workers, keep: int, asynchronous: bool = False):
+        self.folder, self.workers = folder, workers
+        self.keep, self.asynchronous = keep, asynchronous
+        self._pending: tuple[Path, dict, Future] | None = None
+        # A group of their own: an asynchronous save talks while the training does.
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+    def save(self, step: int, tensors: dict[str, Tensor], facts: dict) -> None:
+        """Write a checkpoint of all ranks. Raises RunError, and leaves the others as they are.
+
+        tensors: equal names hold equal tensors on all ranks. facts: of rank 0, for JSON.
+        """
+        self.settle()
+        partial = self.folder / f"step-{step:08}{PARTIAL}"
+        facts = {"schema": SCHEMA, "step": step, **facts}
+        try:
+            self.workers.together(lambda: self._make(partial))
+            if self.asynchronous:
+                future = dcp.async_save(tensors, **self._where(partial))
+                self._pending = partial, facts, future
+            else:
+                self.workers.together(lambda: self._write(tensors, partial))
+                self._publish(partial, facts)
+        except RunError as error:
+            self._give_up(partial, error)
+
+    def poll(self) -> None:
+        """Let an asynchronous checkpoint appear if all ranks have written it; else do nothing."""
+        if self._pending:
+            (waiting,) = self.workers.total(float(not self._pending[2].done()))
+            if not waiting:
+                self.settle()
+
+    def settle(self) -> None:
+        """Wait for an asynchronous checkpoint under way."""
+        if not self._pending:
+            return
+        partial, facts, future = self._pending
+        self._pending = None
+        try:
+            self.workers.together(lambda: _without_checkpoint_exception(future.result))
+            self._publish(partial, facts)
+        except RunError as error:
+            self._give_up(partial, error)
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint, on all ranks alike; damaged ones are named and ignored.
+
+        None if there is none yet. Raises RunError if all that there are are damaged.
+        """
+        names = self.workers.broadcast([path.name for path in self._complete()])
+        for name in reversed(names):
+            try:
+                self.workers.together(lambda path=self.folder / name: self._verify(path))
+                return self.folder / name
+            except RunError as error:
+                self.workers.say(f"ignored a damaged checkpoint: {error}", error=True)
+        if names:
+            raise RunError(f"no checkpoint in {self.folder} is whole: start anew with resume=none")
+        return None
+
+    def _complete(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if path.suffix != PARTIAL)
+
+    def _make(self, partial: Path) -> None:
+        if self.workers.first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def _where(self, partial: Path) -> dict:
+        return {
+            "storage_writer": dcp.FileSystemWriter(partial),
+            "process_group": self._group,
+            "no_dist": self._group is None,
+        }
+
+    def _write(self, tensors: dict[str, Tensor], partial: Path) -> None:
+        _without_checkpoint_exception(lambda: dcp.save(tensors, **self._where(partial)))
+
+    def _publish(self, partial: Path, facts: dict) -> None:
+        """Hash the files, add the facts, and give the folder its name."""
+        mine = self.workers.together(
+            lambda: {path.name: _sha256(path) for path in self._my_files(partial)}
+        )
+        hashes = {
+            name: digest for part in self.workers.gather(mine) for name, digest in part.items()
+        }
+        self.workers.together(lambda: self._rename(partial, facts | {"files": hashes}))
+
+    def _rename(self, partial: Path, facts: dict) -> None:
+        if not self.workers.first:
+            return
+        with (partial / FACTS).open("w") as file:
+            json.dump(facts, file)
+            file.flush()
+            os.fsync(file.fileno())
+        final = partial.with_name(partial.name.removesuffix(PARTIAL))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync_folder(self.folder)
+        for old in [*self._complete()[: -self.keep], *self.folder.glob(f"step-*{PARTIAL}")]:
+            shutil.rmtree(old)
+
+    def _give_up(self, partial: Path, error: RunError) -> None:
+        if self.workers.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(
+            f"the checkpoint {partial.name.removesuffix(PARTIAL)} could not be written: {error}; "
+            f"earlier ones in {self.folder} are as they were: make room, and go on with resume=auto"
+        ) from error
+
+    def _verify(self, path: Path) -> None:
+        """Raises RunError or OSError unless this rank's share of the files is as it was written."""
+        facts = read_facts(path)
+        for name in sorted(facts["files"])[self.workers.rank :: self.workers.count]:
+            if Path(name).name != name or _sha256(path / name) != facts["files"][name]:
+                raise RunError(f"{path / name} is not what was written")
+
+    def _my_files(self, partial: Path) -> list[Path]:
+        own = sorted(partial.glob(f"__{self.workers.rank}_*"))
+        return [*own, partial / ".metadata"] if self.workers.first else own
+
+
+def read_facts(path: Path) -> dict:
+    """checkpoint.json of a checkpoint. Raises RunError if it is damaged or of another schema."""
+    try:
+        facts = json.loads((path / FACTS).read_text())
+        schema, _ = facts["schema"], facts["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path / FACTS} is damaged: {one_line(error)}") from error
+    if schema != SCHEMA:
+        raise RunError(
+            f"{path} has schema {schema}, this version reads {SCHEMA}: "
+            "use the version that wrote it"
+        )
+    return facts
+
+
+def load(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill the tensors, in place, from a checkpoint. Raises RunError for one that it has not."""
+    try:
+        dcp.load(tensors, storage_reader=TensorReader(path), no_dist=True)
+    except (CheckpointException, KeyError, RuntimeError) as error:
+        cause = _first_failure(error) if isinstance(error, CheckpointException) else error
+        raise RunError(f"{path} does not fit this run: {one_line(cause)}") from error
+
+
+class TensorReader(dcp.FileSystemReader):
+    """Reads checkpoints that hold tensors alone, without unpickling anything else."""
+
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _TableUnpickler(file).load()
+        for stored in metadata.storage_data.values():
+            if Path(stored.relative_path).name != str(stored.relative_path):
+                raise RunError(f"{self.path} refers to {stored.relative_path}, outside of it")
+        return metadata
+
+
+class _TableUnpickler(pickle.Unpickler):
+    """Knows the tables of torch.distributed.checkpoint, and nothing that could run code."""
+
+    TABLES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
+    NAMES = (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "_StorageInfo"),
+        *("TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    )
+
+    def find_class(self, module: str, name: str):
+        if module in self.TABLES and name in self.NAMES:
+            return super().find_class(module, name)
+        if (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout")):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) in (("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")):
+            return Path
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+
+
+def _without_checkpoint_exception(action) -> None:
+    """Call it; torch.distributed.checkpoint's own exception becomes the RunError of one rank."""
+    try:
+        action()
+    except CheckpointException as error:
+        raise RunError(one_line(_first_failure(error))) from error
+
+
+def _first_failure(error: CheckpointException) -> BaseException:
+    rank = min(error.failures)
+    return error.failures[rank][0]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,134 @@
+"""What of a run is in a checkpoint, and how another run goes on from it."""
+
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from ef21_muon.feedback import EF21
+from training.checkpoint import load, read_facts
+from training.config import what_matters
+from training.workers import RunError
+
+# Cumulative byte counts go on from those of the checkpoint, whoever counts.
+BYTES = ("w2s_bytes", "s2w_bytes", "wire_tx_bytes")
+SERVER = "server_"  # what the names of a server's state begin with
+
+
+def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and the facts of a checkpoint of a train.Run, after a whole step."""
+    facts = {
+        "config": OmegaConf.to_container(run.config, resolve=True),
+        "workers": run.workers.count,
+        "data": run.workers.gather(run.batches.state_dict()),
+        "round": getattr(run.optimizer, "round", None),
+        "position": run.position(),
+        "phases": run.phases,
+    }
+    return _tensors(run) | _generator_states(run), facts
+
+
+def go_on(run, path: Path) -> dict:
+    """Continue exactly from a checkpoint of the same configuration and number of workers.
+
+    Returns its facts. Raises RunError with the keys that differ.
+    """
+    facts = read_facts(path)
+    _require_same_config(run.config, facts["config"], path)
+    if facts["workers"] != run.workers.count:
+        raise RunError(
+            f"{path} is of {facts['workers']} workers, this run has {run.workers.count}: start as "
+            "many, or give resume=elastic"
+        )
+    states = _generator_states(run)
+    load(path, _tensors(run) | states)
+    for state, generator in zip(states.values(), _generators(run).values(), strict=True):
+        generator.set_state(state)
+    run.batches.load_state_dict(facts["data"][run.workers.rank])
+    _continue(run, facts)
+    return facts
+
+
+def go_on_elastic(run, path: Path) -> dict:
+    """Continue from a checkpoint of any number of workers and any placement of the servers.
+
+    Every new G_j is the servers' G, which keeps G the mean of all G_j; every M_j is the mean of the
+    saved ones. The workers' random numbers start anew. Returns the facts, with `resync_bytes`: what
+    a worker needs for it, G and the mean M_j in float32.
+    """
+    facts = read_facts(path)
+    _require_same_config(run.config, facts["config"], path, free=("optimizer.server",))
+    tensors = _tensors(run)
+    worker = f"worker.{run.workers.rank}."
+    load(path, {name: tensor for name, tensor in tensors.items() if not name.startswith(worker)})
+    resync_bytes = 0
+    for name, tensor in tensors.items():
+        if not name.startswith(worker):
+            continue
+        layer, _, key = name.removeprefix(worker).rpartition(".")
+        if key == "gradient_estimate" and run.optimizer.feedback is EF21:
+            load(path, {f"server.{layer}.server_gradient": tensor})
+        elif key == "momentum":
+            _load_mean(path, [f"worker.{j}.{layer}.{key}" for j in range(facts["workers"])], tensor)
+        else:
+            raise RunError(f"resume=elastic needs ef21_muon with feedback=ef21, {path} has {key}")
+        resync_bytes += tensor.nbytes
+    run.batches.restart(facts["position"]["step"])
+    _continue(run, facts)
+    return facts | {"resync_bytes": resync_bytes}
+
+
+def _load_mean(path: Path, names: list[str], tensor: Tensor) -> None:
+    one, total = torch.empty_like(tensor), torch.zeros_like(tensor)
+    for name in names:
+        load(path, {name: one})
+        total += one
+    tensor.copy_(total / len(names))
+
+
+def _tensors(run) -> dict[str, Tensor]:
+    """Parameters, and the optimizer's state by the worker or the server that holds it."""
+    names = {parameter: name for name, parameter in run.raw_model.named_parameters()}
+    tensors = {f"parameter.{name}": parameter.detach() for parameter, name in names.items()}
+    for parameter, state in run.optimizer.state.items():
+        for key, tensor in state.items():
+            holder = "server" if key.startswith(SERVER) else f"worker.{run.workers.rank}"
+            tensors[f"{holder}.{names[parameter]}.{key}"] = tensor
+    return tensors
+
+
+def _generators(run) -> dict[str, torch.Generator]:
+    return getattr(run.optimizer, "generators", {})
+
+
+def _generator_states(run) -> dict[str, Tensor]:
+    return {
+        f"worker.{run.workers.rank}.generator.{purpose}": generator.get_state()
+        for purpose, generator in _generators(run).items()
+    }
+
+
+def _continue(run, facts: dict) -> None:
+    """Counters, schedule and times of the checkpoint."""
+    if facts["round"] is not None:
+        run.optimizer.round = facts["round"]
+    position = facts["position"]
+    run.first_step, run.seconds = position["step"] + 1, position["seconds"]
+    run.bytes_before = {key: position[key] - getattr(run.optimizer, key) for key in BYTES}
+    run.phases = facts["phases"]
+    run.start_schedule(position["step"])
+
+
+def _require_same_config(config, saved: dict, path: Path, free: tuple[str, ...] = ()) -> None:
+    mine, theirs = what_matters(OmegaConf.to_container(config, resolve=True)), what_matters(saved)
+    differing = [
+        f"{key}={mine.get(key)!r} (it has {theirs.get(key)!r})"
+        for key in sorted(mine.keys() | theirs.keys())
+        if mine.get(key) != theirs.get(key) and key not in free
+    ]
+    if differing:
+        raise RunError(
+            f"{path} was made with another configuration: {', '.join(differing)}; "
+            "give the same values, or another directory"
+        )
