@@ -8,7 +8,7 @@ configuration, its log metrics.jsonl and a picture of it.
 
 import argparse
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -16,12 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from baselines import AllReduced
 from data.loader import TestWindows, TokenStream, WorkerBatches, open_streams
-from ef21_muon import EF21Muon
+from ef21_muon.checks import require_equal_parameters
 from model import GPT
 from scripts.figures import draw
 from training.checkpoint import Checkpoints
 from training.config import ROOT, Job, build, compose, parse_arguments, sweep
 from training.log import RunLog, completed
+from training.method import build_optimizer, is_ef21, run_label
+from training.plan import plan
 from training.report import group_table, result_table
 from training.resume import BYTES, checkpoint_of, go_on, go_on_elastic
 from training.workers import RunError, Workers, leave, one_line
@@ -32,7 +34,7 @@ OPTIMIZER_PHASES = ("encode", "exchange", "server", "decode")
 class Run:
     """Everything of one run on this worker, built and checked before training starts."""
 
-    def __init__(self, config: DictConfig, workers: Workers, process_group=None):
+    def __init__(self, config: DictConfig, workers: Workers):
         self.config, self.workers = config, workers
         self.forward_sequences = share_of_batch(config, workers.count)
         model_config = build(config.model, "model")
@@ -42,8 +44,8 @@ class Run:
         )
         self.test = TestWindows(test_tokens, model_config.context, config.eval.tokens)
         self.raw_model = GPT(model_config, config.seed).to(workers.device)
-        self.optimizer = build_optimizer(config, self.raw_model, process_group)
-        if config.diagnostics_every and not isinstance(self.optimizer, EF21Muon):
+        self.optimizer = build_optimizer(config, self.raw_model)
+        if config.diagnostics_every and not is_ef21(self.optimizer):
             raise RunError(
                 f"diagnostics_every={config.diagnostics_every} needs optimizer=ef21_muon: "
                 "baselines have no error feedback to look at; set it to 0"
@@ -79,7 +81,7 @@ class Run:
         loss = self.accumulate_gradient()
         self.stop_requested = self.workers.stop_requested()  # on its way while the round is
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.raw_model.zero_grad()  # of all layers, also those that another rank steps
         self.scheduler.step()
         return loss
 
@@ -185,8 +187,11 @@ class Run:
 
     def check(self) -> None:
         """Raise RunError if workers have parted or state was lost."""
-        if hasattr(self.optimizer, "check_agreement"):
+        if is_ef21(self.optimizer):
             self.workers.together(self.optimizer.check_agreement)
+            return
+        named = list(self.raw_model.named_parameters())
+        self.workers.together(lambda: require_equal_parameters(named, self.workers.count, None))
 
     def save(self, log: RunLog | None, checkpoints: Checkpoints) -> None:
         """Write a checkpoint of this moment."""
@@ -226,37 +231,6 @@ def share_of_batch(config: DictConfig, workers: int) -> int:
     return max(n for n in range(1, min(own, config.batch.per_forward) + 1) if own % n == 0)
 
 
-def build_optimizer(config: DictConfig, model: GPT, process_group=None) -> torch.optim.Optimizer:
-    """The optimizer, with a parameter group for each role that configs/norm names.
-
-    process_group: of the workers that it talks to; all of them by default.
-    """
-    make = build(config.optimizer, "optimizer", _partial_=True)
-    groups = [
-        {"name": role, "params": parameters} for role, parameters in model.parameter_roles().items()
-    ]
-    options = {"process_group": process_group}
-    if issubclass(make.func, EF21Muon):
-        for group in groups:
-            rule = config.norm[group["name"]]
-            group["norm"] = build(rule.norm, f"norm.{group['name']}.norm")
-            group["radius"] = rule.radius
-            if isinstance(rule.radius, DictConfig):
-                group["radius"] = build(rule.radius, f"norm.{group['name']}.radius")
-    if make.func is EF21Muon:
-        options |= {"w2s": build(config.w2s, "w2s"), "s2w": build(config.s2w, "s2w")}
-        options["seed"] = config.seed
-    return make(groups, **options)
-
-
-def run_label(optimizer: torch.optim.Optimizer) -> str:
-    """The run's name in figures: the method, or what EF21-Muon sends."""
-    if type(optimizer) is not EF21Muon:
-        return optimizer.title
-    w2s, s2w = optimizer.defaults["w2s"], optimizer.defaults["s2w"]
-    return str(w2s) if s2w.lossless else f"{w2s}, back {s2w}"
-
-
 def lr_factor(step: int, config: DictConfig) -> float:
     """The share of the lr at `step`, counted from 0: trapezoidal."""
     warmup = config.schedule.warmup * config.steps
@@ -274,11 +248,14 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
     config = job.config
     run = workers.together(lambda: Run(config, workers))
     parameters = run.raw_model.config.parameter_count
-    workers.say(f"{workers.count} workers on {workers.device.type}, {parameters:,} parameters\n")
-    workers.say(group_table(run.optimizer) + "\n")
+    count = f"{workers.count // config.worker_size} workers"
+    count += f" of {config.worker_size} ranks" if config.worker_size > 1 else ""
+    workers.say(f"{count} on {workers.device.type}, {parameters:,} parameters\n")
+    workers.say(group_table(run.optimizer, workers) + "\n")
     facts = {
         "parameters": parameters,
         "world_size": workers.count,
+        "worker_size": config.worker_size,
         "device": workers.device.type,
     }
     checkpoints = Checkpoints(
@@ -296,8 +273,11 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
         with workers.stoppable():
             end = run.train(log, checkpoints)
     except BaseException as error:
-        if log:
-            log.end("failed", error=one_line(error))
+        with suppress(OSError):  # of a disk that is full, which the error says
+            if log:
+                log.end("failed", error=one_line(error))
+        if isinstance(error, RunError):  # of all workers
+            checkpoints.settle()
         raise
     if log and end:
         log.end("completed", **end)
@@ -323,6 +303,10 @@ def run_jobs(arguments: argparse.Namespace, workers: Workers) -> list[RunError]:
     jobs = [job for job in jobs if isinstance(job, Job)]
     if arguments.cfg:
         workers.say("---\n".join(OmegaConf.to_yaml(job.config) for job in jobs))
+        return errors
+    if any(job.config.dry_run for job in jobs):
+        for job in jobs:
+            workers.say(f"{' '.join(job.overrides)}\n\n{plan(job.config)}\n")
         return errors
     if len(jobs) > 1 and any(job.config.directory for job in jobs):
         raise RunError("directory= names a single run: use runs= for the folder of a sweep")

@@ -5,9 +5,22 @@ on torch alone.
 """
 
 from ef21_muon.compressors import Compressor, Dense, Identity, RandK, RankK, TopK
+from ef21_muon.hierarchy import HierarchicalEF21Muon
 from ef21_muon.noneuclidean import Damping, Dropout, TopColumns, TopSingular
-from ef21_muon.norms import AdaptiveRadius, Norm, Sign, Spectral
+from ef21_muon.norms import (
+    L1,
+    AdaptiveRadius,
+    BiasRMS,
+    ColumnNorm,
+    Euclidean,
+    Norm,
+    Nuclear,
+    RowNorm,
+    Sign,
+    Spectral,
+)
 from ef21_muon.optimizer import EF21Muon
+from ef21_muon.presets import param_groups
 from ef21_muon.values import (
     BFloat16,
     Float32,
@@ -19,21 +32,28 @@ from ef21_muon.values import (
 )
 
 __all__ = [
+    "L1",
     "AdaptiveRadius",
     "BFloat16",
+    "BiasRMS",
+    "ColumnNorm",
     "Compressor",
     "Damping",
     "Dense",
     "Dropout",
     "EF21Muon",
+    "Euclidean",
     "Float32",
+    "HierarchicalEF21Muon",
     "Identity",
     "Integer",
     "Natural",
     "NaturalWindow",
     "Norm",
+    "Nuclear",
     "RandK",
     "RankK",
+    "RowNorm",
     "Sign",
     "SignScale",
     "Spectral",
@@ -41,4 +61,5 @@ __all__ = [
     "TopK",
     "TopSingular",
     "Values",
+    "param_groups",
 ]

@@ -13,6 +13,7 @@ class EF21:
     Lines 10, 11 and 14 of Algorithm 1; Richtarik et al., arXiv:2106.05203. The memory is G_j.
     """
 
+    title = "EF21"
     accumulates = True
 
     @staticmethod
@@ -38,6 +39,7 @@ class EF14(EF21):
     e_j; the step size does not enter it, since an LMO does not see the scale of G.
     """
 
+    title = "EF14"
     accumulates = False
 
     @staticmethod
@@ -58,6 +60,8 @@ class NoFeedback(EF14):
 
     The memory is R_j, and is not used.
     """
+
+    title = "no feedback"
 
     @staticmethod
     def difference(target: Tensor, memory: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def projection(matrices: Tensor) -> Tensor:
     In float64. Of a matrix of independent errors it has about the size of their Frobenius norm.
     """
     rows = matrices.flatten(1)
-    signs = _weights(matrices.device).sign().double()
+    signs = _weights(matrices.device)[: rows.shape[1]].sign().double()
     total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
     for chunk in rows.split(CHUNK, 1):
         total += chunk.double() @ signs[: chunk.shape[1]]

@@ -29,9 +29,9 @@ class TopSingular(RankK):
     In the spectral norm (p = infinity) the error is sigma_{K+1}: it never exceeds sigma_1, but
     reaches it where those are equal, so alpha = 0 there, as for every compressor of rank below r.
 
-    No message of its rank has a smaller error (Eckart and Young), in any of these norms, where
-    RankK's sketch keeps the share K / r in expectation only. On a CPU the SVD takes 5 to 20 times as
-    long as the sketch, so this is for small layers and for measuring what a sketch loses.
+    No message of its rank has a smaller error in any of these norms (Eckart and Young; Mirsky),
+    where RankK's sketch keeps the share K / r in expectation only. On a CPU the SVD takes 5 to 20
+    times as long as the sketch, so this is for small layers and for telling what a sketch loses.
     """
 
     def title(self) -> str:
@@ -115,9 +115,9 @@ class Damping(Modified):
         alpha = c (2 scale - scale^2 (1 + omega)),
 
     which is largest, c / (1 + omega), for scale = 1 / (1 + omega), the default. For values that are
-    biased give the scale; then, by the triangle inequality and in every norm in which the
-    compressor has its alpha, 1 - alpha' = (scale sqrt(1 - alpha) + 1 - scale)^2. Damping(Identity(),
-    scale) is scale * x, with 1 - alpha = (1 - scale)^2 in every norm.
+    biased give the scale; 1 - alpha is then (scale sqrt(1 - a) + 1 - scale)^2 for the compressor's
+    own alpha a, by the triangle inequality, in every norm in which it has one. Of the identity it
+    is a plain multiple, with 1 - alpha = (1 - scale)^2 in every norm.
     """
 
     def __init__(self, compressor: Compressor, scale: float | None = None):
@@ -129,7 +129,9 @@ class Damping(Modified):
                 f"Damping has no default scale for {compressor}, whose values are biased: give one"
             )
         if scale is not None and not (isinstance(scale, float | int) and 0 < scale <= 1):
-            raise ValueError(f"Damping got scale={scale}: give a number above 0, at most 1, or None")
+            raise ValueError(
+                f"Damping got scale={scale}: give a number above 0, at most 1, or None"
+            )
         self.scale = scale
 
     def title(self) -> str:
@@ -188,7 +190,7 @@ class Dropout(Modified):
     def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         draws = torch.rand(len(x), 1, generator=generator, device=x.device)
         sent = (draws < self.probability).to(torch.uint8)
-        return torch.cat([sent, self.compressor.encode(x, generator) * sent], 1)
+        return torch.cat([sent, self.compressor.encode(x, generator)], 1)
 
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
         check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")

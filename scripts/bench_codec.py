@@ -37,8 +37,9 @@ from data.loader import WorkerBatches
 from ef21_muon.compressors import Compressor, Dense, Identity, RandK, RankK, TopK
 from model import GPT
 from scripts.figures import COLOURS, STYLE, save
-from train import build_optimizer, open_data
+from train import open_data
 from training.config import ROOT, build, compose
+from training.method import build_optimizer
 from training.workers import RunError
 
 DEFAULTS = ("model=gpt2-124m", "model.context=256", "batch.sequences=2", "steps=5")

@@ -27,6 +27,8 @@ NEEDED_FIELDS = {
     "train": (),
     "eval": ("tokens", "test_loss", "w2s_bytes"),
     "end": (),
+    "diagnostics": (),
+    "elastic": (),
 }
 BYTES_PER_PARAMETER = 4
 

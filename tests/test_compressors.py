@@ -20,7 +20,9 @@ from ef21_muon import (
     RandK,
     RankK,
     SignScale,
+    TopColumns,
     TopK,
+    TopSingular,
 )
 
 ALWAYS_THE_SAME = settings(derandomize=True, deadline=None)
@@ -50,6 +52,8 @@ for format_name, values in FORMATS.items():
         COMPRESSORS[f"topk {fraction} {format_name}"] = TopK(fraction, values)
         COMPRESSORS[f"rank {fraction} {format_name}"] = RankK(fraction, values)
         COMPRESSORS[f"random {fraction} {format_name}"] = RandK(fraction, values)
+        COMPRESSORS[f"columns {fraction} {format_name}"] = TopColumns(fraction, values)
+        COMPRESSORS[f"singular {fraction} {format_name}"] = TopSingular(fraction, values)
 
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS.values(), ids=COMPRESSORS)
 

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from training.workers import RunError, Workers, one_line
 SCHEMA = 1
 FACTS = "checkpoint.json"
 PARTIAL = ".partial"
+# A process without a group saves alone, and every process loads alone: no news to the user.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
 class Checkpoints:
@@ -39,8 +42,10 @@ class Checkpoints:
         self.folder, self.workers = folder, workers
         self.keep, self.asynchronous = keep, asynchronous
         self._pending: tuple[Path, dict, Future] | None = None
-        # A group of their own: an asynchronous save talks while the training does.
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._damaged: set[str] = set()
+        self._group = workers.control
+        if asynchronous and dist.is_initialized():  # which talks while the training does
+            self._group = dist.new_group(backend="gloo", timeout=workers.timeout)
 
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict) -> None:
         """Write a checkpoint of all ranks. Raises RunError, and leaves the others as they are.
@@ -92,8 +97,9 @@ class Checkpoints:
                 return self.folder / name
             except RunError as error:
                 self.workers.say(f"ignored a damaged checkpoint: {error}", error=True)
+                self._damaged.add(name)
         if names:
-            raise RunError(f"no checkpoint in {self.folder} is whole: start anew with resume=none")
+            raise RunError(f"no checkpoint in {self.folder} is whole: remove it to start anew")
         return None
 
     def _complete(self) -> list[Path]:
@@ -106,7 +112,7 @@ class Checkpoints:
 
     def _where(self, partial: Path) -> dict:
         return {
-            "storage_writer": dcp.FileSystemWriter(partial),
+            "storage_writer": TensorWriter(partial),
             "process_group": self._group,
             "no_dist": self._group is None,
         }
@@ -131,11 +137,14 @@ class Checkpoints:
             json.dump(facts, file)
             file.flush()
             os.fsync(file.fileno())
+        _sync_folder(partial)
         final = partial.with_name(partial.name.removesuffix(PARTIAL))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         _sync_folder(self.folder)
-        for old in [*self._complete()[: -self.keep], *self.folder.glob(f"step-*{PARTIAL}")]:
+        self._damaged.discard(final.name)
+        whole = [path for path in self._complete() if path.name not in self._damaged]
+        for old in set(self.folder.glob("step-*")).difference(whole[-self.keep :]):
             shutil.rmtree(old)
 
     def _give_up(self, partial: Path, error: RunError) -> None:
@@ -143,14 +152,15 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
         raise RunError(
             f"the checkpoint {partial.name.removesuffix(PARTIAL)} could not be written: {error}; "
-            f"earlier ones in {self.folder} are as they were: make room, and go on with resume=auto"
+            f"earlier ones in {self.folder} are as they were: see to the disk, and go on with "
+            "resume=auto"
         ) from error
 
     def _verify(self, path: Path) -> None:
         """Raises RunError or OSError unless this rank's share of the files is as it was written."""
         facts = read_facts(path)
         for name in sorted(facts["files"])[self.workers.rank :: self.workers.count]:
-            if Path(name).name != name or _sha256(path / name) != facts["files"][name]:
+            if not _inside(path, name) or _sha256(path / name) != facts["files"][name]:
                 raise RunError(f"{path / name} is not what was written")
 
     def _my_files(self, partial: Path) -> list[Path]:
@@ -162,8 +172,8 @@ def read_facts(path: Path) -> dict:
     """checkpoint.json of a checkpoint. Raises RunError if it is damaged or of another schema."""
     try:
         facts = json.loads((path / FACTS).read_text())
-        schema, _ = facts["schema"], facts["files"]
-    except (ValueError, KeyError, TypeError) as error:
+        schema, _ = facts["schema"], facts["files"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path / FACTS} is damaged: {one_line(error)}") from error
     if schema != SCHEMA:
         raise RunError(
@@ -182,6 +192,18 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
         raise RunError(f"{path} does not fit this run: {one_line(cause)}") from error
 
 
+class TensorWriter(dcp.FileSystemWriter):
+    """Says what the disk said, where torch.save complains of its own confusion after it."""
+
+    def write_data(self, *args, **kwargs):
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
 class TensorReader(dcp.FileSystemReader):
     """Reads checkpoints that hold tensors alone, without unpickling anything else."""
 
@@ -189,7 +211,7 @@ class TensorReader(dcp.FileSystemReader):
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = _TableUnpickler(file).load()
         for stored in metadata.storage_data.values():
-            if Path(stored.relative_path).name != str(stored.relative_path):
+            if not _inside(Path(self.path), stored.relative_path):
                 raise RunError(f"{self.path} refers to {stored.relative_path}, outside of it")
         return metadata
 
@@ -226,6 +248,10 @@ def _without_checkpoint_exception(action) -> None:
 def _first_failure(error: CheckpointException) -> BaseException:
     rank = min(error.failures)
     return error.failures[rank][0]
+
+
+def _inside(folder: Path, name: str) -> bool:
+    return (folder / name).resolve().parent == folder.resolve()
 
 
 def _sha256(path: Path) -> str:

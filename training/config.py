@@ -23,7 +23,7 @@ CONFIGS = ROOT / "configs"
 # What does not change a run's numbers, and so not its name.
 INCIDENTAL = (
     *("runs", "directory", "log_every", "diagnostics_every", "check_every", "fail_fast"),
-    *("wandb", "label", "checkpoint", "resume"),
+    *("wandb", "label", "checkpoint", "resume", "dry_run"),
 )
 
 
@@ -77,6 +77,8 @@ class Config:
     norm: Any
     w2s: Any
     s2w: Any
+    worker_size: int
+    dry_run: bool
     seed: int
     steps: int
     log_every: int
@@ -195,7 +197,7 @@ def compose(overrides: tuple[str, ...]) -> Job:
             composed = hydra.compose("config", list(overrides))
         config = OmegaConf.merge(OmegaConf.structured(Config), composed)
         OmegaConf.resolve(config)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise RunError(_one_line(error)) from error
     _check_ranges(config)
     return Job(tuple(overrides), config)
@@ -215,7 +217,7 @@ def build(node: DictConfig, key: str, **options):
 
 def _check_ranges(config: DictConfig) -> None:
     for key in ("steps", "log_every", "batch.sequences", "batch.per_forward", "eval.every",
-                "checkpoint.keep"):  # fmt: skip
+                "checkpoint.keep", "worker_size"):  # fmt: skip
         value = OmegaConf.select(config, key)
         if value < 1:
             raise RunError(f"{key}={value} is not allowed: give a whole number of at least 1")

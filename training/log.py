@@ -43,7 +43,7 @@ class RunLog:
         done = resumed["step"] if resumed else 0
         self._bar = tqdm(total=config["steps"], initial=done, unit="step", dynamic_ncols=True)
         if resumed:
-            self._note_resumption(resumed, facts)
+            self._note_resumption(resumed, facts, config["optimizer"].get("server"))
             return
         self._write(
             {
@@ -63,7 +63,7 @@ class RunLog:
             }
         )
 
-    def _note_resumption(self, resumed: dict, facts: dict) -> None:
+    def _note_resumption(self, resumed: dict, facts: dict, placement: str | None) -> None:
         """With other workers the log says so; going on exactly leaves no trace."""
         if "resync_bytes" in resumed:
             self._write(
@@ -72,13 +72,15 @@ class RunLog:
                     "step": resumed["step"],
                     "world_size_before": resumed["workers"],
                     "world_size": facts["world_size"],
+                    "placement_before": resumed["placement"],
+                    "placement": placement,
                     "resync_bytes": resumed["resync_bytes"],
                 }
             )
 
     def size(self) -> int:
         """Bytes of the records so far, all of them on disk."""
-        self._file.flush()
+        self._flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
 
@@ -101,7 +103,7 @@ class RunLog:
     def eval(self, record: dict) -> None:
         """An evaluation on the test set."""
         self._write({"record": "eval", **record})
-        self._file.flush()
+        self._flush()
         tqdm.write(
             f"step {record['step']:>6}  test loss {record['test_loss']:.4f}  "
             f"{record['w2s_bytes'] / 1e6:.2f} MB sent per worker"
@@ -114,6 +116,12 @@ class RunLog:
         self._bar.close()
         if self._wandb:
             self._wandb.finish(exit_code=1 if status == "failed" else 0)
+
+    def _flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def _write(self, record: dict) -> None:
         self._file.write(json.dumps(record) + "\n")
@@ -140,7 +148,7 @@ def _cut(path: Path, size: int):
     if not path.exists() or path.stat().st_size < size:
         raise ValueError(
             f"{path} is shorter than the {size} bytes that the checkpoint knew: put it back, or "
-            "start anew with resume=none"
+            "remove the checkpoints to start anew"
         )
     file = path.open("r+")
     file.truncate(size)

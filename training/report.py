@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from ef21_muon import AdaptiveRadius, Compressor, EF21Muon
+from training.method import is_ef21
+from training.workers import Workers
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -17,22 +19,26 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def group_table(optimizer: torch.optim.Optimizer) -> str:
-    """What is sent for which layers, in bytes a step; of a baseline, what it trains."""
-    return _layers(optimizer) if type(optimizer) is EF21Muon else _parameters(optimizer)
+def group_table(optimizer: torch.optim.Optimizer, workers: Workers) -> str:
+    """What a worker sends for which layers, in bytes a step; of a baseline, what it trains."""
+    if not is_ef21(optimizer):
+        return table([["group", "tensors", "parameters", "lr", "method"], *_parameters(optimizer)])
+    heading = ["group", "layers", "shape", "norm", "radius", "lr", "w2s", "bytes", "s2w", "bytes"]
+    of_ranks = workers.gather(_layers(optimizer))[: getattr(optimizer, "worker_size", 1)]
+    return table([heading, *(row for rows in of_ranks for row in rows)])
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> str:
-    rows = [["group", "tensors", "parameters", "lr", "method"]]
+def _parameters(optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    rows = []
     for group in optimizer.param_groups:
         count = sum(parameter.numel() for parameter in group["params"])
         tensors = str(len(group["params"]))
         rows.append([group["name"], tensors, f"{count:,}", f"{group['lr']:g}", optimizer.title])
-    return table(rows)
+    return rows
 
 
-def _layers(optimizer: EF21Muon) -> str:
-    rows = [["group", "layers", "shape", "norm", "radius", "lr", "w2s", "bytes", "s2w", "bytes"]]
+def _layers(optimizer: EF21Muon) -> list[list[str]]:
+    rows = []
     for batch in optimizer.batches:
         group = optimizer.param_groups[batch.group]
         layers = len(batch.params)
@@ -50,7 +56,7 @@ def _layers(optimizer: EF21Muon) -> str:
                 f"{layers * batch.s2w.payload_bytes(*batch.shape):,}",
             ]
         )
-    return table(rows)
+    return rows
 
 
 def _radius(radius: float | AdaptiveRadius) -> str:

@@ -1,11 +1,14 @@
 """What of a run is in a checkpoint, and how another run goes on from it."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from ef21_muon import EF21Muon
 from ef21_muon.feedback import EF21
 from training.checkpoint import load, read_facts
 from training.config import what_matters
@@ -18,9 +21,12 @@ SERVER = "server_"  # what the names of a server's state begin with
 
 def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
     """The tensors and the facts of a checkpoint of a train.Run, after a whole step."""
+    config = OmegaConf.to_container(run.config, resolve=True)
     facts = {
-        "config": OmegaConf.to_container(run.config, resolve=True),
+        "config": config,
+        "config_hash": _hash(config),
         "workers": run.workers.count,
+        "placement": run.config.optimizer.get("server"),
         "data": run.workers.gather(run.batches.state_dict()),
         "round": getattr(run.optimizer, "round", None),
         "position": run.position(),
@@ -55,8 +61,14 @@ def go_on_elastic(run, path: Path) -> dict:
 
     Every new G_j is the servers' G, which keeps G the mean of all G_j; every M_j is the mean of the
     saved ones. The workers' random numbers start anew. Returns the facts, with `resync_bytes`: what
-    a worker needs for it, G and the mean M_j in float32.
+    a worker needs for it, G and the mean M_j in float32. Raises RunError for a configuration that
+    differs, and for optimizers without G_j.
     """
+    if not (type(run.optimizer) is EF21Muon and run.optimizer.feedback is EF21):
+        raise RunError(
+            f"resume=elastic is not allowed for {run.label}: it needs optimizer=ef21_muon with "
+            "feedback=ef21 and worker_size=1; start as many workers as before, with resume=auto"
+        )
     facts = read_facts(path)
     _require_same_config(run.config, facts["config"], path, free=("optimizer.server",))
     tensors = _tensors(run)
@@ -67,12 +79,10 @@ def go_on_elastic(run, path: Path) -> dict:
         if not name.startswith(worker):
             continue
         layer, _, key = name.removeprefix(worker).rpartition(".")
-        if key == "gradient_estimate" and run.optimizer.feedback is EF21:
+        if key == "gradient_estimate":
             load(path, {f"server.{layer}.server_gradient": tensor})
-        elif key == "momentum":
-            _load_mean(path, [f"worker.{j}.{layer}.{key}" for j in range(facts["workers"])], tensor)
         else:
-            raise RunError(f"resume=elastic needs ef21_muon with feedback=ef21, {path} has {key}")
+            _load_mean(path, [f"worker.{j}.{layer}.{key}" for j in range(facts["workers"])], tensor)
         resync_bytes += tensor.nbytes
     run.batches.restart(facts["position"]["step"])
     _continue(run, facts)
@@ -118,6 +128,11 @@ def _continue(run, facts: dict) -> None:
     run.bytes_before = {key: position[key] - getattr(run.optimizer, key) for key in BYTES}
     run.phases = facts["phases"]
     run.start_schedule(position["step"])
+
+
+def _hash(config: dict) -> str:
+    text = json.dumps(what_matters(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _require_same_config(config, saved: dict, path: Path, free: tuple[str, ...] = ()) -> None:

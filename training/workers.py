@@ -1,8 +1,10 @@
 """The processes of a launch: who am I, and how do we agree."""
 
 import os
+import secrets
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -36,11 +38,13 @@ def leave(status: int) -> NoReturn:
 class Workers:
     """This process among the workers that torchrun started; alone without torchrun.
 
-    `rank`, `count`, `device`: CUDA with NCCL where there is a GPU, else the CPU with gloo. To wait
-    more than `timeout` seconds for another worker is an error.
+    `rank`, `count`, `device`: CUDA with NCCL where there is a GPU, else the CPU with gloo. They
+    meet in `finish`. To wait more than `timeout` seconds for another worker is an error.
     """
 
-    REPORT_SECONDS = 10  # for workers to say that they are there, once one of them waited in vain
+    # For workers to say that they are there, once one of them waited in vain; less than `timeout`.
+    REPORT_SECONDS = 10
+    ENDING_SECONDS = 2  # for the same, once torchrun ends them
 
     def __init__(self, timeout: float = 600):
         self.rank = int(os.environ.get("RANK", 0))
@@ -52,15 +56,13 @@ class Workers:
         self.control = self._store = None
         self._stop_requested = False
         self.timeout = timedelta(seconds=timeout)
-        if "RANK" in os.environ:
-            self._meet()
 
     def _meet(self) -> None:
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        self._store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
+        store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
+        self._store = dist.PrefixStore(self._agree_on_name(store), store)
         dist.init_process_group(
-            backend,
-            store=dist.PrefixStore("workers", self._store),
+            "nccl" if self.device.type == "cuda" else "gloo",
+            store=self._store,
             rank=self.rank,
             world_size=self.count,
             timeout=self.timeout,
@@ -68,16 +70,43 @@ class Workers:
         # On the CPU, and beside the training's own collectives.
         self.control = dist.new_group(backend="gloo", timeout=self.timeout)
 
+    def _agree_on_name(self, store: dist.Store) -> str:
+        """A name for what these processes store, which no earlier start of workers has used.
+
+        After a restart torchrun's store still holds what the ended processes left, and nodes need
+        not agree on the number of restarts (https://github.com/pytorch/pytorch/issues/135712). So
+        every process draws a number of its own, and a name made of all numbers holds as soon as all
+        have confirmed it: none confirms one with the number that an ended process drew for it.
+        """
+        ranks = [str(rank) for rank in range(self.count)]
+        store.set(str(self.rank), secrets.token_hex(8))
+        until = time.monotonic() + self.timeout.total_seconds()
+        while True:
+            drawn = [rank for rank in ranks if store.check([rank])]
+            name = " ".join(store.get(rank).decode() for rank in drawn)
+            confirmed = dist.PrefixStore(name, store)
+            confirmed.set(str(self.rank), "")
+            missing = [rank for rank in ranks if not confirmed.check([rank])]
+            if not missing:
+                return name
+            if time.monotonic() > until:
+                raise RunError(
+                    f"rank {', '.join(missing)} did not start within {self.timeout.total_seconds():g}"
+                    " s: see that process or its node, or give a longer --timeout"
+                )
+            time.sleep(0.05)
+
     @contextmanager
     def stoppable(self):
-        """In it, SIGTERM and SIGINT do nothing but request a stop."""
+        """In it, SIGTERM and SIGINT do nothing but request a stop; nor after an error.
+
+        For when a worker is lost, torchrun ends the others, who have yet to say so.
+        """
         numbers = signal.SIGTERM, signal.SIGINT
         before = [signal.signal(number, self._request_stop) for number in numbers]
-        try:
-            yield
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
+        yield
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
     def _request_stop(self, number: int, frame: object) -> None:
         self._stop_requested = True
@@ -143,7 +172,7 @@ class Workers:
         return sums.tolist()
 
     def finish(self, work: Callable[[], int]) -> int:
-        """Do the work of this process and leave the process group; returns the exit status.
+        """Meet the other workers, do the work of this process; returns the exit status.
 
         An expected error is one line and status 1: a RunError, which all workers raise, on rank 0;
         another of this worker alone on this worker, whose end torchrun takes for the end of all. If
@@ -151,6 +180,8 @@ class Workers:
         """
         status = 1
         try:
+            if "RANK" in os.environ:
+                self._meet()
             status = work()
         except RunError as error:
             self.say(f"error: {error}", error=True)
@@ -172,15 +203,28 @@ class Workers:
         return status
 
     def _lost(self) -> list[int]:
-        """The ranks that do not say that they are there, when this one has met an error."""
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        present = dist.PrefixStore(f"present after {attempt} restarts", self._store)
-        present.set(str(self.rank), "")
-        until = time.monotonic() + self.REPORT_SECONDS
-        while lost := [rank for rank in range(self.count) if not present.check([str(rank)])]:
-            if time.monotonic() > until:
-                break
-            time.sleep(0.1)
+        """The ranks that do not say that they are there, when this one has met an error.
+
+        Rank 0, whose node has the store, if the store does not answer.
+        """
+        lost, since = [0], time.monotonic()
+
+        def patience() -> float:
+            longest = self.ENDING_SECONDS if self._stop_requested else self.REPORT_SECONDS
+            return min(longest, self.timeout.total_seconds()) - (time.monotonic() - since)
+
+        def ask() -> None:
+            nonlocal lost
+            present = dist.PrefixStore("present", self._store)
+            present.set(str(self.rank), "")
+            ranks = range(self.count)
+            while lost := [rank for rank in ranks if not present.check([str(rank)])]:
+                time.sleep(0.1)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        while asking.is_alive() and patience() > 0:
+            asking.join(0.1)
         return lost
 
 

@@ -1,0 +1,179 @@
+"""DeMo: Decoupled Momentum Optimization (Peng et al., arXiv:2411.19870)."""
+
+from math import pi
+
+import torch
+import torch.distributed as dist
+from torch import Generator, Tensor
+
+from baselines.common import LocalOptimizer
+from ef21_muon.bits import index_bytes, pack, pack_indices, packed_bytes, unpack, unpack_indices
+from ef21_muon.values import Float32, Values, value_format
+
+
+class DeMo(LocalOptimizer):
+    """Every worker sends its momentum's largest DCT coefficients, and all step along their sign.
+
+    Algorithm 1 with the step of Signum: worker j keeps M_j, and a step is
+
+        M_j = decay M_j + G_j                      accumulate
+        q_j = the k largest coefficients, by magnitude, of every chunk of DCT(M_j)
+        M_j = M_j - IDCT(q_j)                      what is sent leaves the momentum
+        Q   = mean of q_j, for each coefficient over the workers that sent it
+        X   = (1 - lr weight_decay) X - lr sign(IDCT(Q))
+
+    for all parameters alike. The authors' code adds lr G_j to M_j, which is the same for a constant
+    lr: neither top k nor the sign sees the scale. A group may have an `lr`, `decay` and
+    `weight_decay` of its own. Chunks are `chunk` x `chunk`, or as large as divisors of the matrix's
+    sides allow (`Chunks`).
+
+    values: the format that coefficients are sent in, with a chunk for a row; q_j is what was sent,
+    so the momentum keeps the rounding. The authors' code sends float32 and indices of 64 bits, 12
+    bytes a coefficient; for 32 of 4096 it is 5.125 here with float32, and 2.25 with int8.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 0.003,
+        *,
+        decay: float = 0.999,
+        k: int = 32,
+        chunk: int = 64,
+        weight_decay: float = 0.0,
+        values: Values | str = "float32",
+        seed: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+    ):
+        for name, value in (("k", k), ("chunk", chunk)):
+            if not (type(value) is int and value > 0):
+                raise ValueError(f"{name}={value} is not allowed: give a whole number above 0")
+        self.k, self.chunk, self.values = k, chunk, value_format(values)
+        defaults = {"lr": lr, "decay": decay, "weight_decay": weight_decay}
+        super().__init__(params, defaults, seed, process_group)
+        device = self.param_groups[0]["params"][0].device
+        self.chunks = [Chunks(*b.shape, chunk, k, self.values, device) for b in self.batches]
+        for batch in self.batches:
+            batch.state["momentum"] = batch.zeros()
+        self._share_state()
+
+    @property
+    def title(self) -> str:
+        """The method's name in figures."""
+        told = "" if isinstance(self.values, Float32) else f" {self.values}"
+        return f"DeMo top {self.k} of {self.chunk}x{self.chunk}{told}"
+
+    def _round(self) -> None:
+        with self.timer("encode"):
+            messages = []
+            for batch, chunks in zip(self.batches, self.chunks, strict=True):
+                momentum = batch.state["momentum"]
+                momentum *= self.param_groups[batch.group]["decay"]
+                torch._foreach_add_(list(momentum.unbind()), self._gradients(batch))
+                message = chunks.encode(chunks.transform(momentum), self.generators["values"])
+                momentum -= chunks.inverse(chunks.mean(message[None]))
+                messages.append(message)
+        with self.timer("exchange"):
+            gathered = self.collectives.gather(messages)
+        with self.timer("decode"):
+            means = [
+                chunks.mean(of_workers)
+                for chunks, of_workers in zip(self.chunks, gathered, strict=True)
+            ]
+        with self.timer("server"):
+            for batch, chunks, mean in zip(self.batches, self.chunks, means, strict=True):
+                length = self.param_groups[batch.group]["lr"]
+                self._move(batch, chunks.inverse(mean).sign_(), length)
+
+
+class Chunks:
+    """m x n matrices as chunks of DCT coefficients, and the messages of the k largest of each.
+
+    Chunks have the sides `largest_divisor(m, chunk)` and `largest_divisor(n, chunk)`, as in the
+    authors' code, and `count` of them, of `size` coefficients each, cover the matrix. Their DCT-II
+    is orthonormal and two-dimensional; for a vector, (n, 1), that is one-dimensional. A smaller
+    chunk than k is sent whole.
+
+    A message holds the positions, as indices of fixed width in their chunk or Elias-Fano coded over
+    the whole matrix, whichever is shorter for these sizes, and then the values.
+    """
+
+    def __init__(self, m: int, n: int, chunk: int, k: int, values: Values, device: torch.device):
+        self.m, self.n, self.values = m, n, values
+        self.sides = largest_divisor(m, chunk), largest_divisor(n, chunk)
+        self.bases = [dct_basis(side).to(device) for side in self.sides]
+        self.size = self.sides[0] * self.sides[1]
+        self.count = m * n // self.size
+        self.k = min(k, self.size)
+        self.width = (self.size - 1).bit_length()
+        fixed = packed_bytes(self.count * self.k, self.width)
+        coded = index_bytes(m * n, self.count * self.k)
+        self.fixed_width = fixed <= coded
+        self.index_bytes = min(fixed, coded)
+        self.payload_bytes = self.index_bytes + values.payload_bytes(self.count, self.k)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """(L, m, n) -> coefficients (L, count, size)."""
+        tall, wide = self.sides
+        tiles = x.reshape(len(x), self.m // tall, tall, self.n // wide, wide)
+        coefficients = torch.einsum("hi,lyixj,wj->lyxhw", self.bases[0], tiles, self.bases[1])
+        return coefficients.reshape(len(x), self.count, self.size)
+
+    def inverse(self, coefficients: Tensor) -> Tensor:
+        """Undo `transform`."""
+        grid = self.m // self.sides[0], self.n // self.sides[1]
+        tiles = coefficients.reshape(-1, *grid, *self.sides)
+        x = torch.einsum("hi,lyxhw,wj->lyixj", self.bases[0], tiles, self.bases[1])
+        return x.reshape(-1, self.m, self.n)
+
+    def encode(self, coefficients: Tensor, generator: Generator | None = None) -> Tensor:
+        """The k largest of every chunk: (L, count, size) -> uint8 (L, payload_bytes)."""
+        places = coefficients.abs().topk(self.k, dim=2, sorted=False).indices.sort(2).values
+        values = self.values.encode(coefficients.gather(2, places), generator)
+        if self.fixed_width:
+            return torch.cat([pack(places.flatten(1), self.width), values], 1)
+        positions = self._in_matrix(places)
+        return torch.cat([pack_indices(positions, self.m * self.n), values], 1)
+
+    def mean(self, of_workers: Tensor) -> Tensor:
+        """uint8 (workers, L, payload_bytes) -> mean coefficients (L, count, size).
+
+        The mean of a coefficient is over the workers that sent it, 0 where none did.
+        """
+        layers = of_workers.shape[1]
+        total = torch.zeros(layers, self.m * self.n, device=of_workers.device)
+        senders = torch.zeros_like(total)
+        for payload in of_workers:
+            positions, values = self._decode(payload)
+            total.scatter_add_(1, positions, values)
+            senders.scatter_add_(1, positions, torch.ones_like(values))
+        return (total / senders.clamp_min_(1)).view(layers, self.count, self.size)
+
+    def _decode(self, payload: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions in the matrix's coefficients, increasing, and values, both (L, count k)."""
+        indices, kept = payload[:, : self.index_bytes], self.count * self.k
+        if self.fixed_width:
+            places = unpack(indices, kept, self.width).to(torch.int64)
+            positions = self._in_matrix(places.view(-1, self.count, self.k))
+        else:
+            positions = unpack_indices(indices, self.m * self.n, kept)
+        values = self.values.decode(payload[:, self.index_bytes :], self.count, self.k)
+        return positions, values.flatten(1)
+
+    def _in_matrix(self, places: Tensor) -> Tensor:
+        """Positions in chunks, (L, count, k), as positions in the matrix, (L, count k)."""
+        starts = torch.arange(0, self.m * self.n, self.size, device=places.device)
+        return (places + starts[:, None]).flatten(1)
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`."""
+    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
+
+
+def dct_basis(size: int) -> Tensor:
+    """The orthonormal DCT-II as a matrix (size, size): row i is sampled from the i-th cosine."""
+    steps = torch.arange(size, dtype=torch.float64)
+    basis = torch.cos(pi / size * steps[:, None] * (steps + 0.5)) * (2 / size) ** 0.5
+    basis[0] /= 2**0.5
+    return basis.float()

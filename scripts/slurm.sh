@@ -1,0 +1,26 @@
+#!/bin/bash
+# Train on several nodes under SLURM, one process a GPU (or NPROC processes a node without GPUs):
+#
+#   sbatch --nodes=4 --gpus-per-node=8 scripts/slurm.sh experiment=paper worker_size=8
+#
+# Arguments are Hydra overrides. The run directory lies in the folder that sbatch was called from,
+# on a file system that all nodes share. A node that fails is waited for, and the run goes on from
+# its newest checkpoint; so does a job that is requeued, when it is preempted.
+#SBATCH --job-name=ef21-muon
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --signal=TERM@120
+#SBATCH --output=slurm-%j.log
+
+set -euo pipefail
+processes=${NPROC:-${SLURM_GPUS_ON_NODE:-1}}
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+srun .venv/bin/torchrun \
+    --nnodes="$SLURM_JOB_NUM_NODES" \
+    --nproc_per_node="$processes" \
+    --rdzv_id="$SLURM_JOB_ID" \
+    --rdzv_backend=c10d \
+    --rdzv_endpoint="$first:29500" \
+    --max-restarts=3 \
+    train.py directory="runs/slurm-$SLURM_JOB_ID" resume=auto "$@"

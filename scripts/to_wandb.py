@@ -1,0 +1,51 @@
+"""Rebuild a wandb run from a run's log: `python scripts/to_wandb.py RUN_DIR [--mode offline]`."""
+
+import argparse
+import sys
+from itertools import groupby
+from pathlib import Path
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import wandb
+
+from scripts.figures import LOG_NAME, Log, read_log
+
+
+def history(log: Log) -> list[tuple[int, dict]]:
+    """What train.py mirrors to wandb: for every step logged, the numbers of its records."""
+    records = sorted([*log.train, *log.evals], key=lambda record: record["step"])
+    numbers = []
+    for step, of_step in groupby(records, key=lambda record: record["step"]):
+        merged = {key: value for record in of_step for key, value in record.items()}
+        numbers.append((step, {k: v for k, v in merged.items() if k not in ("record", "step")}))
+    return numbers
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument("--project", default="ef21-muon", help="(default %(default)s)")
+    parser.add_argument("--mode", choices=("online", "offline"), default="online")
+    options = parser.parse_args()
+    try:
+        log = read_log(options.run / LOG_NAME)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    run = wandb.init(
+        project=options.project,
+        mode=options.mode,
+        name=log.run["label"],
+        dir=options.run,
+        config=log.run["config"],
+    )
+    for step, numbers in history(log):
+        run.log(numbers, step=step)
+    run.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

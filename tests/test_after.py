@@ -1,0 +1,93 @@
+"""What is done with a finished run: its model loaded, text sampled, its log mirrored to wandb."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import ROOT, launch
+
+from data.loader import TestWindows
+from sample import generate, load_model
+from scripts.figures import read_log
+from scripts.to_wandb import history
+from train import open_data
+from training.config import compose
+
+
+@pytest.fixture(scope="module")
+def run(small, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("after") / "run"
+    launch(0, *small, "checkpoint.every=2", f"directory={directory}")
+    return directory
+
+
+def script(*arguments, expect=0):
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == expect, result.stderr
+    return result
+
+
+def test_the_loaded_model_is_the_trained_one(run, small):
+    """Its loss on the test windows is the one that the run logged last."""
+    model = load_model(run)
+    config = compose(tuple(small)).config
+    _, tokens = open_data(config)
+    windows = TestWindows(tokens, config.model.context, config.eval.tokens)
+    with torch.no_grad():
+        losses = [model(*batch).item() for batch in windows.batches(0, 1, 1)]
+    logged = read_log(run / "metrics.jsonl").evals[-1]["test_loss"]
+    assert sum(losses) / len(losses) == pytest.approx(logged, rel=1e-5)
+
+
+def test_sampling_follows_the_models_probabilities(run):
+    model = load_model(run)
+    draws = [
+        generate(model, [5], 1, 1.0, torch.Generator().manual_seed(seed))[0] for seed in range(400)
+    ]
+    with torch.no_grad():
+        expected = model(torch.tensor([[5]]))[0, -1].softmax(-1)
+    counts = torch.bincount(torch.tensor(draws), minlength=256)
+    likely = expected.topk(20).indices
+    deviation = (400 * expected[likely] * (1 - expected[likely])).sqrt()
+    # 20 entries within 5 deviations: a false alarm in fewer than 1 of 10^4 seeds of the model
+    assert ((counts[likely] - 400 * expected[likely]).abs() <= 5 * deviation + 1).all()
+
+
+def test_text_is_longer_than_the_context_and_repeats_with_the_seed(run):
+    arguments = ["sample.py", run, "To be", "--tokens", "50"]
+    first, again = (script(*arguments).stdout for _ in range(2))
+    other = script(*arguments, "--seed", "1").stdout
+    assert first.startswith("To be") and len(first) > 40
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda path: None, "is not a run"),
+        (lambda path: (path / "config.yaml").write_text("model: {}"), "has no checkpoint"),
+    ],
+)
+def test_a_directory_without_a_model_is_refused(tmp_path, prepare, message):
+    prepare(tmp_path)
+    result = script("sample.py", tmp_path, "x", expect=1)
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_log_becomes_a_wandb_run(run, tmp_path):
+    script("scripts/to_wandb.py", run, "--mode", "offline")
+    (mirror,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"test_loss" in mirror.read_bytes()
+    steps = dict(history(read_log(run / "metrics.jsonl")))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (last_eval,) = [line for line in lines if line["record"] == "eval" and line["step"] == 4]
+    (last_train,) = [line for line in lines if line["record"] == "train" and line["step"] == 4]
+    assert steps[4]["test_loss"] == last_eval["test_loss"]
+    assert steps[4]["loss"] == last_train["loss"]
+    missing = script("scripts/to_wandb.py", tmp_path, "--mode", "offline", expect=1)
+    assert "does not exist" in missing.stderr
