@@ -1,4 +1,5 @@
 # make train   set up, prepare the data and train (ARGS="KEY=VALUE ..." are Hydra overrides)
+# make verify  set up and check what the README promises, on this machine (NPROC=workers)
 # make test    set up and run the whole test suite (ARGS are passed to pytest)
 # make lint    ruff, check and format
 
@@ -8,10 +9,13 @@ NPROC ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 # One thread a worker: what torchrun would choose too, without its warning.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test lint setup data
+.PHONY: train verify test lint setup data
 
 train: setup data
 	.venv/bin/torchrun --standalone --nproc_per_node=$(NPROC) train.py $(ARGS)
+
+verify: setup
+	.venv/bin/torchrun --standalone --nproc_per_node=$(NPROC) scripts/verify.py
 
 test: setup
 	.venv/bin/python -m pytest $(ARGS)

@@ -41,7 +41,7 @@ MISTAKES = {
     "eval.tokens=100000": "100000 test tokens wanted",
     "schedule.cooldown=1.5": "schedule.cooldown=1.5 is not allowed",
     "wandb.mode=on": "choose disabled, offline or online",
-    "compressor@w2s=unheard": "choose from identity, natural, randk, rank, sign, topk",
+    "compressor@w2s=unheard": "choose from damping, dropout, identity, natural, randk",
     "w2s.fraction=0": "w2s: RankK got fraction=0: give a number above 0, at most 1",
     "w2s.fraction=2": "w2s: RankK got fraction=2",
     "w2s.fraction=many": "w2s: RankK got fraction=many",

@@ -108,6 +108,10 @@ def test_a_context_as_long_as_the_model_is_wide_makes_no_heads(tied):
     assert ("lm_head.weight" in groups["embedding"]) == (not tied)
 
 
+def test_a_tied_head_leaves_no_other_layer_unclear():
+    assert names(param_groups(GPT2(vocabulary=32, width=32))) == GPT2_ROLES
+
+
 @pytest.mark.parametrize("name", ["tiny", "gpt2-124m"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_split_of_the_projects_gpt_is_its_own(name, preset):

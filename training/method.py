@@ -23,7 +23,7 @@ def parameter_groups(config: DictConfig, model: nn.Module) -> list[dict]:
         }
         for role, rule in config.norm.items()
     }
-    return param_groups(model, rules)
+    return param_groups(model, rules, roles={"blocks.*": "hidden"})  # the head is the embedding
 
 
 def build_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
