@@ -167,13 +167,6 @@ class GPT(nn.Module):
             values = torch.randn(weight.shape, generator=generator, device="cpu")
             weight.copy_(deviation * values)
 
-    def parameter_roles(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Every parameter once, with its name: "embedding" (also the head) and "hidden"."""
-        return {
-            "embedding": [("embedding.weight", self.embedding.weight)],
-            "hidden": [(f"blocks.{name}", p) for name, p in self.blocks.named_parameters()],
-        }
-
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) float32 of `tokens` (B, T) int64, or their loss against `targets`.
 

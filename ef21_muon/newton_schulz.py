@@ -63,8 +63,8 @@ def newton_schulz(
     smaller ones come out smaller, and zero stays zero.
 
     `dtype` is the dtype of the iteration: by default bfloat16 on CUDA and float32 elsewhere
-    (bfloat16 matrix products are ~50x slower on CPUs without bf16 units). In bfloat16 "jordan"
-    rounds where torch.optim.Muon rounds.
+    (bfloat16 matrix products are ~50x slower on CPUs without bf16 units, and a few times faster on
+    those with them). In bfloat16 "jordan" rounds where torch.optim.Muon rounds.
     """
     if dtype is None:
         dtype = torch.bfloat16 if matrices.is_cuda else torch.float32

@@ -253,11 +253,10 @@ class BiasRMS(Euclidean):
 class Nuclear(Norm):
     """The sum of singular values; lmo(G) = -u v^T of the largest one; the dual is sigma_max(G).
 
-    u comes of squaring the Gram matrix of the short side `SQUARINGS` times, which is as good as
-    2^17 power iterations on G: <G, lmo(G)> is within 1e-4 of -sigma_max(G), whatever the gap to the
-    next singular value, and mostly within 1e-6. Unlike an eigensolver this never waits for the
-    device, passes NaN on, and takes batches at once; where several singular values are largest, any
-    unit vector of their space is a minimiser.
+    u is found by squaring the Gram matrix of the short side `SQUARINGS` times, which is as good as
+    2^16 power iterations: relative to sigma_max(G), <G, lmo(G)> is within 1e-4 of the minimum
+    whatever the gap to the next singular value, and mostly within 1e-6. Unlike an eigensolver this
+    never waits for the device, and it passes NaN on instead of raising.
     """
 
     SQUARINGS = 16

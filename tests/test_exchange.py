@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ef21_muon import EF21Muon, Identity, Sign, Spectral
+from ef21_muon import EF21Muon, Identity, param_groups
 from ef21_muon.exchange import PLACEMENTS, Exchange, cut, owned_layers, spread
 from model import GPT
 from training.config import build, compose
@@ -29,9 +29,9 @@ def test_the_load_of_124m_is_balanced(ranks, largest):
     """Largest over mean LMO cost."""
     with torch.device("meta"):
         model = GPT(build(compose(("model=gpt2-124m",)).config.model, "model"))
-    roles = model.parameter_roles()
-    costs = [Sign().cost(*p.shape) for _, p in roles["embedding"]]
-    costs += [Spectral().cost(*p.shape) for _, p in roles["hidden"]]
+    costs = [
+        group["norm"].cost(*p.shape) for group in param_groups(model) for _, p in group["params"]
+    ]
     of_rank = loads(costs, ranks)
     assert max(of_rank) * ranks / sum(of_rank) <= largest
 
