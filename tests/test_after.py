@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_readme import blocks
 from test_train import ROOT, launch
 
 from data.loader import TestWindows
@@ -42,6 +43,13 @@ def test_the_loaded_model_is_the_trained_one(run, small):
         losses = [model(*batch).item() for batch in windows.batches(0, 1, 1)]
     logged = read_log(run / "metrics.jsonl").evals[-1]["test_loss"]
     assert sum(losses) / len(losses) == pytest.approx(logged, rel=1e-5)
+
+
+def test_the_two_lines_of_the_readme_load_it(run):
+    scope = {}
+    lines = next(code for code in blocks("python") if "load_model" in code)
+    exec(lines.replace("runs/mine", str(run)), scope)
+    assert torch.equal(scope["model"].embedding.weight, load_model(run).embedding.weight)
 
 
 def test_sampling_follows_the_models_probabilities(run):

@@ -18,17 +18,17 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_loop_runs_as_printed(capsys):
-    loop, _ = blocks("python")
+    _, loop, _ = blocks("python")
     scope = {}
     exec(loop, scope)
     sent = int(capsys.readouterr().out.split()[0])
     optimizer = scope["optimizer"]
-    assert sent == 20 * optimizer.exchange.w2s_bytes > 0
+    assert sent == optimizer.w2s_bytes == 20 * optimizer.exchange.w2s_bytes > 0
     assert scope["loss"] < 4  # log(64) = 4.16 at the start
 
 
 def test_the_compressor_is_one(monkeypatch):
-    _, code = blocks("python")
+    _, _, code = blocks("python")
     scope = {}
     exec(code, scope)
     node = OmegaConf.create(blocks("yaml")[0])
