@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 PLACEMENTS = ("rank0", "sharded", "replicated")
+# Its name from torch 2.13 on, and before.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def spread(costs: list[int], ranks: int) -> list[int]:
@@ -124,7 +126,7 @@ class Exchange:
         received = messages[0].new_empty(self.ranks, mine)
         if self.replicated:
             flat = received.view(-1)
-            works = [dist.all_gather_into_tensor(flat, messages[0], self.group, async_op=True)]
+            works = [all_gather(flat, messages[0], self.group, async_op=True)]
         else:
             works = self._swap(messages, list(received))
 
