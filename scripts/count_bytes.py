@@ -2,7 +2,8 @@
 
     python scripts/netns.py --nodes 2 scripts/count_bytes.py [--servers rank0,sharded] [KEY=VALUE]
 
-Takes the overrides of train.py. Every node has one rank, and one interface for nothing but the job.
+Takes the overrides of train.py. Every node is a worker, of one rank or, with worker_size, of
+several, and has one interface for nothing but the job.
 The kernel counts whole frames: payload, headers, retransmissions, and the acknowledgements of what
 the rank received. Its counters are read while the links are quiet; what they see besides the steps
 are two barriers and the heartbeat of torchrun, some kilobytes in all.
@@ -32,7 +33,7 @@ HEADERS = 14 + 20 + 32  # bytes of a packet that are Ethernet's, IPv4's and TCP'
 
 
 def count(run: Run, interface: Path, steps: int) -> dict:
-    """Counts of this rank, a step: what the log says and what the kernel says.
+    """Counts, a step: what the log says of this rank and what the kernel says of its node.
 
     `log_bytes`, `kernel_bytes` and `kernel_packets` are sent, `kernel_received_bytes` received;
     `seconds` is the time of all `steps`.
@@ -73,12 +74,19 @@ def read_counters(interface: Path) -> dict[str, int]:
     return {name: int((interface / "statistics" / name).read_text()) for name in COUNTERS}
 
 
+def of_nodes(ranks: list[dict], ranks_per_node: int) -> list[dict]:
+    """Of every node its first rank's counts, with what the log says of all its ranks."""
+    firsts = range(0, len(ranks), ranks_per_node)
+    nodes = [ranks[first : first + ranks_per_node] for first in firsts]
+    return [node[0] | {"log_bytes": sum(rank["log_bytes"] for rank in node)} for node in nodes]
+
+
 def check_launch(workers: Workers, interface: Path, steps: int) -> None:
-    """Raise RunError where the counters would not be those of one rank among several."""
+    """Raise RunError where the counters would not be those of one node among several."""
     if steps < 1:
         raise RunError(f"--steps={steps} is not allowed: give a whole number of at least 1")
-    if workers.count < 2 or os.environ.get("LOCAL_WORLD_SIZE") != "1":
-        raise RunError("several nodes with one rank each are needed: start with scripts/netns.py")
+    if workers.count < 2 or workers.count == int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        raise RunError("several nodes are needed: start with scripts/netns.py")
     if not interface.is_dir():
         names = ", ".join(sorted(os.listdir(INTERFACES)))
         raise RunError(f"--interface={interface.name} is not allowed: choose from {names}")
@@ -113,12 +121,16 @@ def count_all(options: argparse.Namespace, workers: Workers) -> int:
     rows = []
     for choice in choices:
         job = compose((*options.overrides, *choice, f"steps={options.steps + 1}"))
+        ranks_per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+        if job.config.worker_size != ranks_per_node:
+            raise RunError(
+                f"worker_size={job.config.worker_size} is not the number of ranks of a node: set "
+                f"it to {ranks_per_node}, so that the log is of what leaves a node"
+            )
         run = workers.together(lambda job=job: Run(job.config, workers))
         server = job.config.optimizer.get("server", "all-reduce")
         own = {"server": server} | count(run, interface, options.steps)
-        every = [None] * workers.count
-        dist.all_gather_object(every, own)
-        rows += every
+        rows += of_nodes(workers.gather(own), ranks_per_node)
     workers.say(f"MB a step on {workers.count} nodes\n\n{count_table(rows)}")
     if options.json and workers.first:
         facts = {"nodes": workers.count, "interface": options.interface, "steps": options.steps}

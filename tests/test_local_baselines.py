@@ -8,7 +8,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from baselines import DeMo, Dion
-from ef21_muon import param_groups
 from model import GPT, GPTConfig
 
 KINDS = {"dion": Dion, "demo": DeMo}

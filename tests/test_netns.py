@@ -117,6 +117,27 @@ def test_kernel_confirms_the_log(nodes, small, tmp_path, nothing_left):
         assert re.search(rf"{row['server']} +{row['rank']} +{log / 1e6:.3f} ", outputs[0])
 
 
+def test_a_node_of_two_ranks_sends_what_one_would(small, tmp_path, nothing_left):
+    """Gradients inside a node do not cross the link, by the log and by the kernel."""
+    rows = {}
+    for ranks in (1, 2):
+        out = tmp_path / f"count{ranks}.json"
+        overrides = [*small, *WIDENED, "batch.sequences=4", f"worker_size={ranks}"]
+        with Network(2) as network:
+            network.torchrun(
+                SCRIPTS / "count_bytes.py",
+                *("--steps=3", f"--json={out}", *overrides),
+                ranks_per_node=ranks,
+                timeout=120,
+            )
+        rows[ranks] = json.loads(out.read_text())["rows"]
+    assert [len(of_node) for of_node in rows.values()] == [2, 2]
+    logs = [sum(row["log_bytes"] for row in of_node) for of_node in rows.values()]
+    assert logs[0] == logs[1] > 2e6
+    for row in rows[2]:
+        assert row["log_bytes"] < row["kernel_bytes"] < 1.03 * row["log_bytes"], row
+
+
 def test_ranks_follow_the_nodes(tmp_path, nothing_left):
     script = tmp_path / "ranks.py"
     script.write_text("import os, sys; print(os.environ['RANK'], os.environ['WORD'], sys.argv[1])")
@@ -230,9 +251,7 @@ def test_counting_needs_nodes(small):
         [sys.executable, SCRIPTS / "count_bytes.py", *small], capture_output=True, text=True
     )
     assert result.returncode == 1
-    assert result.stderr == (
-        "error: several nodes with one rank each are needed: start with scripts/netns.py\n"
-    )
+    assert result.stderr == "error: several nodes are needed: start with scripts/netns.py\n"
 
 
 @pytest.mark.parametrize(
