@@ -285,7 +285,10 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
         workers.say(f"\n{result_table(end)}\n\nlog      {log.path}\npicture  {picture}")
     elif log:
         log.end("stopped", step=run.scheduler.last_epoch)
-        workers.say(f"\nstopped as asked: go on with resume=auto directory={directory}")
+        how = f"go on with resume=auto directory={directory}"
+        if not config.checkpoint.every:
+            how = "without a checkpoint, since checkpoint.every=0"
+        workers.say(f"\nstopped as asked: {how}")
     return end is not None
 
 

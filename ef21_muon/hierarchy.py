@@ -18,7 +18,7 @@ class HierarchicalEF21Muon(EF21Muon):
 
     groups: parameter groups of (name, parameter) pairs, alike on all ranks, with entries and other
     options as in EF21Muon. A rank's own `param_groups` hold the layers of its lane alone; `step`
-    overwrites the gradients of the others. `w2s_bytes` and `s2w_bytes` are of the whole worker,
+    drops the gradients of the others. `w2s_bytes` and `s2w_bytes` are of the whole worker,
     `wire_tx_bytes` what this rank sends to other workers. Raises ValueError where `worker_size`
     does not divide the ranks or leaves one without a layer, or without a process group.
     """
@@ -83,8 +83,11 @@ class HierarchicalEF21Muon(EF21Muon):
         ]
         for work in works:
             work.wait()
-        own = [p.grad for group in self.param_groups for p in group["params"]]
-        torch._foreach_div_(own, self.worker_size)
+        own = {p for group in self.param_groups for p in group["params"]}
+        for parameter, _ in self.holders:
+            if parameter not in own:
+                parameter.grad = None
+        torch._foreach_div_([parameter.grad for parameter in own], self.worker_size)
 
     def _share_parameters(self) -> None:
         works = [

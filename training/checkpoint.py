@@ -1,9 +1,9 @@
 """Checkpoints: folders that appear under their name when complete, and are checked before use.
 
 A checkpoint is what torch.distributed.checkpoint writes (every rank its own file, tensors alone)
-and checkpoint.json: schema, step, facts of the run, and the SHA-256 of every other file. The folder
-of checkpoints is one for all ranks: on several nodes it lies on a file system that they share.
-Loading unpickles nothing but tensors and the tables of torch.distributed.checkpoint.
+and checkpoint.json: schema, step, facts of the run, and the SHA-256 of these and of every other
+file. The folder of checkpoints is one for all ranks: on several nodes it lies on a file system that
+they share. Loading unpickles nothing but tensors and the tables of torch.distributed.checkpoint.
 """
 
 import hashlib
@@ -134,7 +134,7 @@ class Checkpoints:
         if not self.workers.first:
             return
         with (partial / FACTS).open("w") as file:
-            json.dump(facts, file)
+            json.dump(seal(facts), file)
             file.flush()
             os.fsync(file.fileno())
         _sync_folder(partial)
@@ -180,7 +180,15 @@ def read_facts(path: Path) -> dict:
             f"{path} has schema {schema}, this version reads {SCHEMA}: "
             "use the version that wrote it"
         )
+    if seal(facts) != facts:
+        raise RunError(f"{path / FACTS} is not what was written")
     return facts
+
+
+def seal(facts: dict) -> dict:
+    """The facts, with the SHA-256 of the others among them."""
+    others = {key: value for key, value in facts.items() if key != "sha256"}
+    return others | {"sha256": hashlib.sha256(json.dumps(others).encode()).hexdigest()}
 
 
 def load(path: Path, tensors: dict[str, Tensor]) -> None:

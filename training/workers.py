@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NoReturn
 
@@ -90,9 +90,10 @@ class Workers:
             if not missing:
                 return name
             if time.monotonic() > until:
-                raise RunError(
-                    f"rank {', '.join(missing)} did not start within {self.timeout.total_seconds():g}"
-                    " s: see that process or its node, or give a longer --timeout"
+                raise TimeoutError(
+                    f"rank {', '.join(missing)} did not start within "
+                    f"{self.timeout.total_seconds():g} s: see that process or its node, or give a "
+                    "longer --timeout"
                 )
             time.sleep(0.05)
 
@@ -208,6 +209,8 @@ class Workers:
         Rank 0, whose node has the store, if the store does not answer.
         """
         lost, since = [0], time.monotonic()
+        if self._store is None:
+            return lost
 
         def patience() -> float:
             longest = self.ENDING_SECONDS if self._stop_requested else self.REPORT_SECONDS
@@ -216,10 +219,11 @@ class Workers:
         def ask() -> None:
             nonlocal lost
             present = dist.PrefixStore("present", self._store)
-            present.set(str(self.rank), "")
             ranks = range(self.count)
-            while lost := [rank for rank in ranks if not present.check([str(rank)])]:
-                time.sleep(0.1)
+            with suppress(dist.DistError):
+                present.set(str(self.rank), "")
+                while lost := [rank for rank in ranks if not present.check([str(rank)])]:
+                    time.sleep(0.1)
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()

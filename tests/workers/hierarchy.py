@@ -66,8 +66,7 @@ def train(case: str, worker_size: int) -> dict[str, np.ndarray]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     parts = range(4)[rank * 4 // ranks : (rank + 1) * 4 // ranks]
     for _ in range(STEPS):
-        for p in model.values():
-            p.grad = None
+        optimizer.zero_grad()
         (sum(loss(model, part) for part in parts) / len(parts)).backward()
         optimizer.step()
     flat = torch.cat([p.detach().flatten() for p in model.values()])
