@@ -1,69 +1,241 @@
-"""FineWeb-10B, already tokenised for GPT-2 (`python data/fineweb.py download --shards N`)."""
+"""FineWeb-10B as shards of GPT-2 tokens: fetched ready-made, checked, or made from the text.
+
+    python data/fineweb.py download [--shards N]    the published shards, 200 MB each
+    python data/fineweb.py verify                   compare the files with manifest.json
+    python data/fineweb.py tokenize                 the same from the text (27 GB)
+
+All three can be stopped and started again. `--help` after a command lists its options.
+"""
 
 import argparse
+import os
+import re
+import shlex
 import sys
+import time
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
+import httpx2
+from huggingface_hub import HfFileMetadata, constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 from tqdm import tqdm
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.manifest import Manifest, sha256, shard_paths
 from data.shards import ShardError, open_shard
 
 DIRECTORY = Path(__file__).resolve().parent / "fineweb10B"
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 TRAIN_SHARDS = 103
+ATTEMPTS = 5  # of a shard whose transfer breaks or whose content is wrong
 
 
-def shard_paths(directory: Path, shards: int) -> tuple[list[Path], list[Path]]:
-    """Return the paths of the first `shards` training shards, and of the test shard in a list."""
-    train = [directory / f"fineweb_train_{index:06d}.bin" for index in range(1, shards + 1)]
-    return train, [directory / "fineweb_val_000000.bin"]
+def download(directory: Path, shards: int, rebuild: str) -> Manifest:
+    """Fetch the test shard and the first `shards` training shards; keep those already right.
 
-
-def download(directory: Path, shards: int) -> None:
-    """Fetch the test shard and the first `shards` training shards; keep those already valid.
-
-    Raises ShardError if a fetched file is not a valid shard, OSError if the hub cannot be reached.
+    A shard that the manifest lists is checked against it, without the network; the others against
+    the hub. `rebuild` is the command that does the same again. Raises RuntimeError if a shard
+    cannot be fetched, ShardError if the hub's file is no shard, ValueError if `directory` holds
+    shards of another source.
     """
-    rebuild = f"python data/fineweb.py download --shards {shards}"
+    directory.mkdir(parents=True, exist_ok=True)
+    manifest = Manifest.start(directory, {"repository": REPOSITORY}, rebuild)
+    manifest.train_shards = max(shards, len(manifest.shards) - 1)
+    manifest.save()
     train, test = shard_paths(directory, shards)
     for path in tqdm(test + train, unit="shard"):
-        if path.exists():
+        if path.name in manifest.shards:
             try:
-                open_shard(path, rebuild)
+                manifest.check(path.name)
                 continue
             except ShardError as error:
                 tqdm.write(f"fetching again: {error}", file=sys.stderr)
-        hf_hub_download(
-            REPOSITORY,
-            path.name,
-            repo_type="dataset",
-            local_dir=directory,
-            force_download=path.exists(),
+        try:
+            revision = fetch(path, rebuild)
+        except HfHubHTTPError as error:
+            answer = f"the hub answers HTTP {error.response.status_code}"
+            raise _failure(path, answer, rebuild) from error
+        except httpx2.TransportError as error:
+            raise _failure(path, f"no connection ({error})", rebuild) from error
+        manifest.record(path.name, revision=revision)
+    return manifest
+
+
+def fetch(path: Path, rebuild: str) -> str:
+    """Fetch one shard from the hub unless it is there; return the hub's revision.
+
+    The bytes go to a file beside it with `.partial` added, where a later call goes on. It gets its
+    name when length, SHA-256 and header are right. Raises RuntimeError if they still are not after
+    ATTEMPTS attempts, ShardError if the hub's file is no shard, HfHubHTTPError if the hub refuses
+    (429 and 5xx only after the tries and waits, Retry-After included, of its own client).
+    """
+    url = hf_hub_url(REPOSITORY, path.name, repo_type="dataset")
+    expected = get_hf_file_metadata(url, retry_on_errors=True)
+    if expected.size is None or not re.fullmatch("[0-9a-f]{64}", expected.etag or ""):
+        raise _failure(path, "the hub gives no length or no SHA-256", rebuild)
+    if path.exists():
+        problem = _difference(path, expected)
+        if problem is None:
+            return expected.commit_hash
+        tqdm.write(f"fetching again: {path}: {problem}", file=sys.stderr)
+
+    url = hf_hub_url(REPOSITORY, path.name, repo_type="dataset", revision=expected.commit_hash)
+    partial = path.with_name(path.name + ".partial")
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            _transfer(url, partial, expected.size)
+            problem = _difference(partial, expected)
+        except httpx2.TransportError as error:
+            problem = f"the transfer broke ({error})"
+        if problem is None:
+            break
+        if _size(partial) >= expected.size:  # nothing to go on from
+            partial.unlink()
+        tqdm.write(f"{path.name}, attempt {attempt} of {ATTEMPTS}: {problem}", file=sys.stderr)
+        if attempt < ATTEMPTS:
+            time.sleep(2 ** (attempt - 1))
+    else:
+        raise _failure(path, f"{problem}, after {ATTEMPTS} attempts", rebuild)
+    try:
+        open_shard(partial, rebuild)
+    except ShardError:
+        partial.unlink()
+        raise
+    partial.replace(path)
+    return expected.commit_hash
+
+
+def _transfer(url: str, partial: Path, size: int) -> None:
+    """Append to `partial` what it lacks of `size` bytes, as far as the server gives it."""
+    start = _size(partial)
+    if start >= size:
+        return
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={start}-"}
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with http_stream_backoff(
+        "GET", url, headers=headers, timeout=timeout, retry_on_exceptions=()
+    ) as response:
+        if response.status_code == 416:  # the server's file ends at or before `start`
+            return
+        hf_raise_for_status(response)
+        resumed = response.status_code == 206
+        bar = tqdm(
+            total=size,
+            initial=start if resumed else 0,
+            desc=partial.stem,
+            unit="B",
+            unit_scale=True,
+            leave=False,
         )
-        open_shard(path, rebuild)
+        with bar, partial.open("ab" if resumed else "wb") as file:
+            for chunk in response.iter_bytes():
+                file.write(chunk)
+                bar.update(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _difference(path: Path, expected: HfFileMetadata) -> str | None:
+    size = _size(path)
+    if size != expected.size:
+        return f"{size} bytes, expected {expected.size}"
+    digest = sha256(path)
+    return None if digest == expected.etag else f"SHA-256 {digest}, expected {expected.etag}"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _failure(path: Path, problem: str, rebuild: str) -> RuntimeError:
+    return RuntimeError(
+        f"{path.name} of {REPOSITORY}: {problem}; to go on from here, run again: {rebuild}"
+    )
+
+
+def verify(directory: Path) -> Manifest:
+    """Check every file against the manifest: present, header, length, tokens, SHA-256.
+
+    Prints each problem. Raises ShardError if there is no manifest, and at the end if there was a
+    problem or the set is not complete.
+    """
+    manifest = Manifest.read(directory)
+    names = manifest.names()
+    problems = 0
+    for name in tqdm(names, unit="shard"):
+        try:
+            manifest.check(name)
+        except ShardError as error:
+            problems += 1
+            tqdm.write(f"error: {error}", file=sys.stderr)
+    if manifest.train_shards is None:
+        raise ShardError(directory, "not all shards are made yet", manifest.rebuild)
+    if problems:
+        problem = f"{problems} of {len(names)} shards missing or wrong"
+        raise ShardError(directory, problem, manifest.rebuild)
+    return manifest
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fetch the FineWeb-10B shards.")
-    command = parser.add_subparsers(required=True).add_parser("download")
-    command.add_argument(
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    fetching = commands.add_parser("download", help="fetch the published shards")
+    fetching.add_argument(
         "--shards",
         type=int,
         default=TRAIN_SHARDS,
         help=f"training shards of 100 million tokens (200 MB) each, 1 to {TRAIN_SHARDS} (default)",
     )
+    checking = commands.add_parser("verify", help="compare the files with manifest.json")
+    making = commands.add_parser("tokenize", help="make the shards from the text")
+    making.add_argument(
+        "--parquet",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="read the column `text` of these files, in this order, instead of the hub's data set",
+    )
+    making.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="default: the processors, %(default)s"
+    )
+    making.add_argument(
+        "--shard-tokens", type=int, default=10**8, help="tokens of a shard, default %(default)s"
+    )
+    for command in (fetching, checking, making):
+        command.add_argument(
+            "--out", type=Path, default=DIRECTORY, help="folder of the shards, default %(default)s"
+        )
     arguments = parser.parse_args()
-    if not 1 <= arguments.shards <= TRAIN_SHARDS:
-        parser.error(f"--shards is {arguments.shards}: use 1 to {TRAIN_SHARDS}")
+    for name, most in (("shards", TRAIN_SHARDS), ("processes", 1024), ("shard_tokens", 2**31 - 1)):
+        value = getattr(arguments, name, 1)
+        if not 1 <= value <= most:
+            parser.error(f"--{name.replace('_', '-')} is {value}: use 1 to {most}")
     try:
-        download(DIRECTORY, arguments.shards)
-    except (ShardError, OSError) as error:
-        sys.exit(f"error: {str(error).splitlines()[0]}")
-    print(f"{DIRECTORY}: 1 test shard and {arguments.shards} training shards")
+        manifest = _run(arguments)
+    except (ShardError, RuntimeError, OSError, ValueError, httpx2.HTTPError) as error:
+        sys.exit(f"error: {next(filter(None, str(error).splitlines()), type(error).__name__)}")
+    tokens = sum(shard["tokens"] for shard in manifest.shards.values())
+    shards = f"1 test shard and {manifest.train_shards} training shards"
+    print(f"{arguments.out}: {shards}, {tokens:,} tokens")
+
+
+def _run(arguments: argparse.Namespace) -> Manifest:
+    directory = arguments.out
+    rebuild = shlex.join(["python", "data/fineweb.py", *sys.argv[1:]])
+    if arguments.command == "download":
+        return download(directory, arguments.shards, rebuild)
+    if arguments.command == "verify":
+        return verify(directory)
+
+    from data.tokenize_fineweb import hub_files, local_files, tokenize
+
+    files = local_files(arguments.parquet) if arguments.parquet else hub_files(directory)
+    return tokenize(directory, files, arguments.shard_tokens, arguments.processes, rebuild)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,15 @@
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
-from data import fineweb
 from data.loader import TestWindows, TokenStream, WorkerBatches, open_streams
 from data.shards import ShardError, write_shard
 
 REBUILD = "python make_the_shards.py"
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "data"
 
 
 def make_stream(directory, *shards, vocab_size=65536):
@@ -213,49 +209,3 @@ def test_missing_shards_name_pattern_and_command(tmp_path, train_shards, test, p
 def test_no_training_shards_wanted(tmp_path):
     with pytest.raises(ValueError, match="train_shards is 0: use at least 1"):
         open_streams("train_*.bin", "test_*.bin", 0, 256, REBUILD, tmp_path)
-
-
-def test_fineweb_download_gives_what_its_configuration_reads(tmp_path, monkeypatch):
-    fetched = []
-
-    def fetch(repository, name, *, repo_type, local_dir, force_download):
-        assert (repository, repo_type) == ("kjj0/fineweb10B-gpt2", "dataset")
-        fetched.append((name, force_download))
-        write_numbered_shards(local_dir, [name])
-
-    monkeypatch.setattr(fineweb, "hf_hub_download", fetch)
-    directory = tmp_path / "data" / "fineweb10B"
-    directory.mkdir(parents=True)
-    fineweb.download(directory, 2)
-    val, first, second = [
-        "fineweb_val_000000.bin",
-        "fineweb_train_000001.bin",
-        "fineweb_train_000002.bin",
-    ]
-    assert fetched == [(val, False), (first, False), (second, False)]
-
-    fetched.clear()
-    (directory / first).write_bytes(b"damaged")
-    fineweb.download(directory, 2)
-    assert fetched == [(first, True)]
-
-    config = OmegaConf.create({"data": OmegaConf.load(CONFIGS / "fineweb10b.yaml")})
-    assert (config.data.vocab_size, config.data.train_shards) == (50257, 103)
-    config.data.train_shards = 3
-    options = OmegaConf.to_container(config.data, resolve=True)
-    assert options.pop("name") == "fineweb10b"
-    with pytest.raises(ShardError, match=r"2 matching files, .*fineweb.py download --shards 3$"):
-        open_streams(**options, root=tmp_path)
-    train, test = open_streams(**{**options, "train_shards": 2}, root=tmp_path)
-    assert (len(train), len(test)) == (20, 10)
-
-
-def test_fineweb_download_refuses_a_foreign_file(tmp_path, monkeypatch):
-    def fetch(repository, name, *, local_dir, **_):
-        (local_dir / name).write_bytes(b"no such page")
-
-    monkeypatch.setattr(fineweb, "hf_hub_download", fetch)
-    with pytest.raises(
-        ShardError, match=r"fineweb_val_000000.bin: 12 bytes, shorter .* --shards 1$"
-    ):
-        fineweb.download(tmp_path, 1)
