@@ -223,6 +223,8 @@ class Workers:
             with suppress(dist.DistError):
                 present.set(str(self.rank), "")
                 while lost := [rank for rank in ranks if not present.check([str(rank)])]:
+                    if patience() <= 0:
+                        return
                     time.sleep(0.1)
 
         asking = threading.Thread(target=ask, daemon=True)
