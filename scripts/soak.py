@@ -352,7 +352,7 @@ def table(records: list[dict]) -> str:
     ]
     for fault in faults:
         resumed = [line[-8:] for line in fault["said"] if line.startswith("going on from")]
-        said = [re.sub(r": (see|go on) .*|; earlier .*", "", line) for line in fault["said"]]
+        said = [re.sub(r": (see|go on|start) .*|; earlier .*", "", line) for line in fault["said"]]
         said = [line for line in said if not line.startswith("going on from")]
         cells = [fault["seconds"], fault["round"], fault["kind"], fault["rank"]]
         cells += [", ".join(names) or "-" for names in (fault["newest"], resumed, said)]
