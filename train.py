@@ -9,7 +9,9 @@ configuration, its log metrics.jsonl and a picture of it.
 import argparse
 import time
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -25,7 +27,7 @@ from training.log import RunLog, completed
 from training.method import build_optimizer, is_ef21, run_label
 from training.plan import plan
 from training.report import group_table, result_table
-from training.resume import BYTES, checkpoint_of, go_on, go_on_elastic
+from training.resume import BYTES, checkpoint_of, go_on, go_on_elastic, require_same_config
 from training.workers import RunError, Workers, leave, one_line
 
 OPTIMIZER_PHASES = ("encode", "exchange", "server", "decode")
@@ -45,16 +47,6 @@ class Run:
         self.test = TestWindows(test_tokens, model_config.context, config.eval.tokens)
         self.raw_model = GPT(model_config, config.seed).to(workers.device)
         self.optimizer = build_optimizer(config, self.raw_model)
-        if config.diagnostics_every and not is_ef21(self.optimizer):
-            raise RunError(
-                f"diagnostics_every={config.diagnostics_every} needs optimizer=ef21_muon: "
-                "baselines have no error feedback to look at; set it to 0"
-            )
-        if config.checkpoint.every and getattr(self.optimizer, "hook", None) == "powersgd":
-            raise RunError(
-                f"checkpoint.every={config.checkpoint.every} is not allowed with hook=powersgd: "
-                "torch keeps its state to itself; set it to 0"
-            )
         self.start_schedule(0)
         on_cuda = workers.device.type == "cuda"
         reduced = isinstance(self.optimizer, AllReduced)
@@ -298,7 +290,8 @@ def run_jobs(arguments: argparse.Namespace, workers: Workers) -> list[RunError]:
     All jobs are composed before the first one starts. In a sweep, jobs that are completed already
     are skipped, and others start anew in their directory; a single run gets a directory of its own.
     """
-    jobs = [compose_or_error(one) for one in sweep(arguments.overrides, arguments.multirun)]
+    all_overrides = sweep(arguments.overrides, arguments.multirun)
+    jobs = [compose_or_error(one, told=len(all_overrides) > 1) for one in all_overrides]
     fail_fast = all(job.config.fail_fast for job in jobs if isinstance(job, Job))
     errors = [job for job in jobs if isinstance(job, RunError)]
     if errors and fail_fast:
@@ -309,7 +302,8 @@ def run_jobs(arguments: argparse.Namespace, workers: Workers) -> list[RunError]:
         return errors
     if any(job.config.dry_run for job in jobs):
         for job in jobs:
-            workers.say(f"{' '.join(job.overrides)}\n\n{plan(job.config)}\n")
+            tables = workers.together(lambda job=job: plan(job.config))
+            workers.say(f"{' '.join(job.overrides)}\n\n{tables}\n")
         return errors
     if len(jobs) > 1 and any(job.config.directory for job in jobs):
         raise RunError("directory= names a single run: use runs= for the folder of a sweep")
@@ -318,7 +312,8 @@ def run_jobs(arguments: argparse.Namespace, workers: Workers) -> list[RunError]:
         if arguments.multirun:
             workers.say(f"\njob {number} of {len(jobs)}: {directory}")
         again = arguments.multirun or job.config.resume != "none"
-        if again and workers.broadcast(completed(directory)):
+        if again and (done := workers.broadcast(completed(directory))):
+            require_same_config(job.config, done, directory, free=("optimizer.server",))
             workers.say("already completed: skipped")
             continue
         try:
@@ -332,11 +327,13 @@ def run_jobs(arguments: argparse.Namespace, workers: Workers) -> list[RunError]:
     return errors
 
 
-def compose_or_error(overrides: tuple[str, ...]) -> Job | RunError:
+def compose_or_error(overrides: tuple[str, ...], told: bool) -> Job | RunError:
+    """The job, or what is wrong with it, with all its overrides if these are to be told."""
     try:
         return compose(overrides)
     except RunError as error:
-        return RunError(f"{error} (in {' '.join(overrides)})")
+        where = f" (in {' '.join(overrides)})" if told else ""
+        return RunError(str(error).removesuffix(where) + where)
 
 
 def run_directory(job: Job, workers: Workers, multirun: bool) -> Path:
@@ -345,6 +342,8 @@ def run_directory(job: Job, workers: Workers, multirun: bool) -> Path:
     again = multirun or config.resume != "none"
     if config.directory is not None:
         path = Path(config.directory)
+        if path.exists() and not path.is_dir():
+            raise RunError(f"directory={path} is a file: give a folder")
         if path.exists() and not again:
             raise RunError(
                 f"directory={path} exists already: go on with resume=auto, or give another"
@@ -366,9 +365,16 @@ def run_all(arguments: argparse.Namespace, workers: Workers) -> int:
 
 
 def main() -> int:
-    arguments = parse_arguments()
+    try:
+        arguments = parse_arguments()
+    except RunError as error:
+        return Workers().finish(partial(refuse, error))
     workers = Workers(arguments.timeout)
     return workers.finish(lambda: run_all(arguments, workers))
+
+
+def refuse(error: RunError) -> NoReturn:
+    raise error
 
 
 if __name__ == "__main__":

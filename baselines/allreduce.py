@@ -4,7 +4,7 @@ What is counted is what the hooks hand to the collective: `w2s_bytes` and `s2w_b
 once each way, and `wire_tx_bytes` what a ring all-reduce of it sends, 2 (n - 1) / n of the size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch.distributed import GradBucket, ProcessGroup
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from baselines.common import check_number
 from ef21_muon.checks import choice
 from ef21_muon.optimizer import EF21Muon
 from ef21_muon.timing import PhaseTimer
@@ -130,6 +131,12 @@ class AdamW(AllReduced, torch.optim.AdamW):
         rank: int = 4,
         process_group: ProcessGroup | None = None,
     ):
+        if not (isinstance(betas, Sequence) and len(betas) == 2):
+            raise ValueError(f"betas={betas} is not allowed: give two numbers")
+        check_number("lr", lr)
+        check_number("weight_decay", weight_decay)
+        for beta in betas:
+            check_number("betas", beta)
         super().__init__(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
         self._reduce_with(hook, rank, process_group)
         for group in self.param_groups:

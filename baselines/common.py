@@ -4,13 +4,12 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
 
-from ef21_muon.checks import require_equal_parameters
+from ef21_muon.checks import is_number, require_equal_parameters, require_gradients
 from ef21_muon.exchange import place_in
 from ef21_muon.timing import PhaseTimer
 
@@ -22,6 +21,7 @@ RANGES = {  # of hyperparameters, told and checked
     "weight_decay": AT_LEAST_0,
     "mu": BELOW_1,
     "decay": BELOW_1,
+    "betas": BELOW_1,
     "lion_betas": BELOW_1,
     "rank_fraction": ("above 0, at most 1", lambda value: 0 < value <= 1),
 }
@@ -96,8 +96,8 @@ class LocalOptimizer(torch.optim.Optimizer):
     Do not wrap the model in DistributedDataParallel. A subclass takes a step in `_round`.
 
     Raises ValueError for hyperparameters outside their range and for parameters that differ between
-    ranks, RuntimeError from `step` for a parameter without a gradient. Gradients that are not
-    finite are noticed by `check_finite`.
+    ranks, RuntimeError from `step` for a parameter whose gradient is missing or does not fit.
+    Gradients that are not finite are noticed by `check_finite`.
     """
 
     def __init__(self, params, defaults: dict, seed: int, process_group: dist.ProcessGroup | None):
@@ -153,23 +153,13 @@ class LocalOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._require_gradients()
+        require_gradients(self.batches, type(self).__name__)
         self._round()
         self.round += 1
         return loss
 
     def _round(self) -> None:
         raise NotImplementedError
-
-    def _require_gradients(self) -> None:
-        """Before anything changes: the other workers would wait for this one's message."""
-        for batch in self.batches:
-            for name, parameter in zip(batch.names, batch.params, strict=True):
-                if parameter.grad is None:
-                    raise RuntimeError(
-                        f"{name} has no gradient: every parameter given to {type(self).__name__} "
-                        "takes part in every step; leave out those that the loss does not reach"
-                    )
 
     def _gradients(self, batch: Batch) -> list[Tensor]:
         """Of this worker, float32 (m, n) each."""
@@ -255,7 +245,7 @@ class LocalOptimizer(torch.optim.Optimizer):
 def check_number(name: str, value: float) -> None:
     """Raise ValueError unless the value is a finite number in its range."""
     range_, holds = RANGES[name]
-    if not (isinstance(value, float | int) and isfinite(value) and holds(value)):
+    if not (is_number(value) and holds(value)):
         raise ValueError(f"{name}={value} is not allowed: give a number {range_}")
 
 

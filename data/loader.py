@@ -1,13 +1,14 @@
 """Reading token shards: random training windows of a worker's own part, fixed test windows."""
 
 import glob
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.shards import ShardError, open_shard
+from data.shards import HEADER_BYTES, TOKEN_BYTES, ShardError, open_shard
 
 
 class TokenStream:
@@ -30,7 +31,8 @@ class TokenStream:
     def read(self, start: int, length: int) -> np.ndarray:
         """Return the tokens start .. start + length - 1 as int64 of shape (length,).
 
-        Raises IndexError outside the stream, ShardError at a token outside the vocabulary.
+        Raises IndexError outside the stream, ShardError at a token outside the vocabulary and for
+        a file that is no longer what was opened.
         """
         if start < 0 or length < 1 or start + length > len(self):
             raise IndexError(
@@ -41,6 +43,7 @@ class TokenStream:
         filled = 0
         index = int(np.searchsorted(self.bounds, start, side="right")) - 1
         while filled < length:
+            self._require_unchanged(index)
             offset = start + filled - int(self.bounds[index])
             piece = self.shards[index][offset : offset + length - filled]
             if piece.max() >= self.vocab_size:
@@ -50,6 +53,18 @@ class TokenStream:
             filled += len(piece)
             index += 1
         return tokens
+
+    def _require_unchanged(self, index: int) -> None:
+        """To read behind the end of a file that was cut would kill the process."""
+        path, expected = self.paths[index], HEADER_BYTES + TOKEN_BYTES * len(self.shards[index])
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            problem = f"vanished during the run ({error.strerror})"
+            raise ShardError(path, problem, self.rebuild) from error
+        if size != expected:
+            problem = f"{size} bytes, {expected} when the run began"
+            raise ShardError(path, problem, self.rebuild)
 
 
 class WorkerBatches:

@@ -56,16 +56,21 @@ def open_shard(path: Path | str, rebuild: str) -> np.ndarray:
     """Return the tokens of a shard as a read-only uint16 memory map of shape (tokens,).
 
     `rebuild` is the command that makes the file again. Raises ShardError if the file is missing,
-    is no shard, holds no tokens, or is longer or shorter than its header says.
+    cannot be read, is no shard, holds no tokens, or is longer or shorter than its header says.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ShardError(path, "no such file", rebuild)
-    size = path.stat().st_size
-    if size < HEADER_BYTES:
+    try:
+        with path.open("rb") as file:
+            header = np.frombuffer(file.read(HEADER_BYTES), dtype=np.uint8)
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError as error:
+        raise ShardError(path, "no such file", rebuild) from error
+    except OSError as error:
+        raise ShardError(path, f"cannot be read ({error.strerror})", rebuild) from error
+    if len(header) < HEADER_BYTES:
         problem = f"{size} bytes, shorter than the header of {HEADER_BYTES} bytes"
         raise ShardError(path, problem, rebuild)
-    magic, version, count = (int(entry) for entry in np.fromfile(path, dtype="<i4", count=3))
+    magic, version, count = header.view("<i4")[:3].tolist()
     if magic != MAGIC:
         raise ShardError(path, f"magic number {magic}, expected {MAGIC}", rebuild)
     if version != VERSION:

@@ -1,6 +1,6 @@
 """What the optimizer refuses, before it changes anything."""
 
-from math import isfinite
+from math import isfinite, prod
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,15 @@ NUMBERS = {
 }
 
 
+class GradientError(RuntimeError, ValueError):
+    """A gradient is missing or does not fit its parameter."""
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number; True and False are none."""
+    return isinstance(value, float | int) and not isinstance(value, bool) and isfinite(value)
+
+
 def choice(name: str, value: str, allowed) -> str:
     """The value, or ValueError if it is not among those allowed."""
     if value not in allowed:
@@ -27,18 +36,19 @@ def choice(name: str, value: str, allowed) -> str:
 
 def check_group(group: dict) -> None:
     """Raise ValueError for an entry of a parameter group that is out of range."""
+    where = f" (group {group['name']})" if "name" in group else ""
     for name, (range_, holds) in NUMBERS.items():
         value = group[name]
         if name == "radius" and isinstance(value, AdaptiveRadius):
             continue
-        if not (isinstance(value, float | int) and isfinite(value) and holds(value)):
-            raise ValueError(f"{name}={value} is not allowed: give a number {range_}")
+        if not (is_number(value) and holds(value)):
+            raise ValueError(f"{name}={value} is not allowed: give a number {range_}{where}")
     if not isinstance(group["nesterov"], bool):
         raise ValueError(f"nesterov={group['nesterov']!r} is not allowed: give True or False")
     for name, kind in (("norm", Norm), ("w2s", Compressor), ("s2w", Compressor)):
         if not isinstance(group[name], kind):
             raise ValueError(
-                f"{name}={group[name]!r} is not allowed: give a {kind.__name__} of ef21_muon"
+                f"{name}={group[name]!r} is not allowed: give a {kind.__name__} of ef21_muon{where}"
             )
 
 
@@ -52,14 +62,22 @@ def refuse_compressed_shifts(groups: list[dict]) -> None:
             )
 
 
-def require_gradients(batches) -> None:
-    """Raise RuntimeError for a missing gradient: other workers would wait for its message."""
+def require_gradients(batches, optimizer: str) -> None:
+    """Raise GradientError before anything changes: other workers would wait for the message."""
     for batch in batches:
         for name, parameter in zip(batch.names, batch.params, strict=True):
-            if parameter.grad is None:
-                raise RuntimeError(
-                    f"{name} has no gradient: every parameter given to EF21Muon takes part in "
-                    "every round; leave out those that the loss does not reach"
+            gradient = parameter.grad
+            if gradient is None:
+                raise GradientError(
+                    f"{name} has no gradient: every parameter given to {optimizer} takes part in "
+                    "every step; leave out those that the loss does not reach"
+                )
+            fits = gradient.shape == parameter.shape and gradient.numel() == prod(batch.shape)
+            if not (fits and gradient.is_floating_point()):
+                raise GradientError(
+                    f"the gradient of {name} has shape {tuple(gradient.shape)} and type "
+                    f"{gradient.dtype}: give floating-point numbers, and the shape that the "
+                    f"parameter had when {optimizer} was built"
                 )
 
 

@@ -52,8 +52,8 @@ class EF21Muon(torch.optim.Optimizer):
     dimension is an (n, 1) matrix, one of more than two dimensions is flattened to (d_0, rest).
 
     Raises ValueError for hyperparameters outside their range and for parameters that differ
-    between ranks, RuntimeError from `step` for a parameter without a gradient. Gradients that are
-    not finite are noticed by `check_finite`.
+    between ranks, RuntimeError from `step` for a parameter whose gradient is missing or does not
+    fit. Gradients that are not finite are noticed by `check_finite`.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class EF21Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        require_gradients(self.batches)
+        require_gradients(self.batches, "EF21Muon")
         exchange = self.exchange if self.round else self._first_exchange
         to_servers = []
         for bucket in self.buckets:

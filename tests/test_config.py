@@ -1,4 +1,4 @@
-"""Configurations: presets compose, sweeps expand, mistakes end in one clear line."""
+"""Configurations: presets compose, sweeps expand, names tell them apart."""
 
 import re
 
@@ -9,67 +9,6 @@ import train
 from model import GPT
 from training.config import CONFIGS, build, compose, sweep
 from training.workers import RunError
-
-
-@pytest.fixture
-def run_train(monkeypatch, capsys, tmp_path, small):
-    """Call train.py in this process; returns its exit status and what it printed to stderr."""
-
-    def run(*overrides: str):
-        arguments = ["train.py", *small, f"runs={tmp_path}", *overrides]
-        monkeypatch.setattr("sys.argv", arguments)
-        status = train.main()
-        return status, capsys.readouterr().err
-
-    return run
-
-
-MISTAKES = {
-    "stepz=3": "stepz is not a key of this configuration: did you mean steps?",
-    "+unheard=3": "unheard is not a key",
-    "w2s.fractoin=0.1": "did you mean fraction?",
-    "optimizer.unheard=1": "unheard is not a key",
-    "steps=abc": "steps: Value 'abc'",
-    "steps=0": "steps=0 is not allowed: give a whole number of at least 1",
-    "steps=[1": "no viable alternative",
-    "steps=1,2": "add -m to sweep",
-    "seed=-1": "seed=-1 is not allowed",
-    "batch.sequences=0": "batch.sequences=0 is not allowed",
-    "log_every=0": "log_every=0 is not allowed",
-    "eval.every=-5": "eval.every=-5 is not allowed",
-    "eval.tokens=1": "1 test tokens wanted",
-    "eval.tokens=100000": "100000 test tokens wanted",
-    "schedule.cooldown=1.5": "schedule.cooldown=1.5 is not allowed",
-    "wandb.mode=on": "choose disabled, offline or online",
-    "compressor@w2s=unheard": "choose from damping, dropout, identity, natural, randk",
-    "w2s.fraction=0": "w2s: RankK got fraction=0: give a number above 0, at most 1",
-    "w2s.fraction=2": "w2s: RankK got fraction=2",
-    "w2s.fraction=many": "w2s: RankK got fraction=many",
-    "w2s.values=float8": "values=float8 is not a value format: choose from float32, bfloat16",
-    "optimizer.lr=-1": "lr=-1 is not allowed: give a number of at least 0",
-    "optimizer.lr=fast": "lr=fast is not allowed",
-    "optimizer.beta=0": "beta=0 is not allowed",
-    "optimizer.server=moon": "server='moon' is not a placement: choose rank0, sharded, replicated",
-    "optimizer.buckets=0": "buckets=0 is not allowed: give a whole number above 0",
-    "norm.hidden.radius=0": "radius=0 is not allowed: give a number above 0",
-    "norm.hidden.norm.steps=0": "Spectral got steps=0",
-    "model.heads=3": "width must be a multiple of 2 * heads = 6",
-    "model.width=wide": "model.width is 'wide'",
-    "model.vocab_size=255": "smaller than the 256 tokens of data=shakespeare",
-    "data.vocab_size=8": "is outside the vocabulary of 8",
-    "data.train=/nowhere/*.bin": "0 matching files, expected 1; rebuild with: python data/",
-    "data.train_shards=2": "1 matching files, expected 2",
-}
-
-
-@pytest.mark.parametrize("override", MISTAKES)
-def test_a_mistake_is_one_line(run_train, tmp_path, override):
-    status, errors = run_train(override)
-    assert status == 1
-    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert MISTAKES[override] in line
-    assert "Traceback" not in errors
-    assert not any((path / "test_loss.png").exists() for path in tmp_path.iterdir())
 
 
 def test_more_workers_than_windows():
@@ -126,12 +65,6 @@ def test_names_tell_overrides_and_tell_configurations_apart(small):
 def test_every_compressor_composes(compressor, direction):
     config = compose((f"compressor@{direction}={compressor}",)).config
     assert 0 < build(config[direction], direction).alpha(64, 32) <= 1
-
-
-def test_what_is_not_sent_cannot_be_compressed(run_train):
-    status, errors = run_train("optimizer.server=replicated", "compressor@s2w=topk")
-    assert status == 1
-    assert "server='replicated' sends nothing back to compress with s2w=top 15% natural" in errors
 
 
 def test_the_papers_setting_composes():

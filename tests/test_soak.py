@@ -45,7 +45,8 @@ def start(small, tmp_path):
 
 
 def left_behind(process: subprocess.Popen, tmp_path: Path) -> list[str]:
-    mounts = [line for line in Path("/proc/mounts").read_text().splitlines() if "soak" in line]
+    lines = Path("/proc/mounts").read_text().splitlines()
+    mounts = [line for line in lines if str(tmp_path) in line]
     namespaces = Path("/var/run/netns").glob(f"ef21-{process.pid}-*")
     return [*mounts, *map(str, namespaces), *map(str, (tmp_path / "tmp").iterdir())]
 

@@ -197,7 +197,9 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
         dcp.load(tensors, storage_reader=TensorReader(path), no_dist=True)
     except (CheckpointException, KeyError, RuntimeError) as error:
         cause = _first_failure(error) if isinstance(error, CheckpointException) else error
-        raise RunError(f"{path} does not fit this run: {one_line(cause)}") from error
+        raise RunError(
+            f"{path} does not fit this run: {one_line(cause)}; give this run's own directory"
+        ) from error
 
 
 class TensorWriter(dcp.FileSystemWriter):

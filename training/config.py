@@ -6,17 +6,19 @@ import hashlib
 import itertools
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
+from yaml import YAMLError
 
-from training.workers import RunError
+from training.workers import RunError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -25,6 +27,15 @@ INCIDENTAL = (
     *("runs", "directory", "log_every", "diagnostics_every", "check_every", "fail_fast"),
     *("wandb", "label", "checkpoint", "resume", "dry_run"),
 )
+# The nodes that describe an object, and the override that chooses a file for each.
+CHOICES = {
+    "model": "model",
+    "optimizer": "optimizer",
+    "w2s": "compressor@w2s",
+    "s2w": "compressor@s2w",
+}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+MOST_SECONDS = 1_000_000
 
 
 @dataclass
@@ -136,13 +147,18 @@ def _essential(config: dict) -> dict:
     return {key: value for key, value in config.items() if key not in INCIDENTAL}
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise RunError(f"{message}: see train.py --help")
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line of train.py."""
+    """The command line of train.py. Raises RunError for one that cannot be read."""
     groups = "\n".join(
         f"  {folder.name:<12}{', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}"
         for folder in sorted(path for path in CONFIGS.iterdir() if path.is_dir())
     )
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="train.py",
         description="Train a GPT with EF21-Muon. Launch with torchrun, one process a worker.",
         epilog=f"config groups (compressor@w2s=, compressor@s2w= pick a direction):\n{groups}",
@@ -154,7 +170,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=seconds,
         default=600,
         metavar="SECONDS",
         help="the longest wait for another worker (default %(default)s)",
@@ -163,6 +179,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--cfg", action="store_true", help="print the resolved configuration of each job and stop"
     )
     return parser.parse_intermixed_args(arguments)
+
+
+def seconds(text: str) -> float:
+    """The value of --timeout."""
+    number = float(text)
+    if not 0 < number <= MOST_SECONDS:
+        raise argparse.ArgumentTypeError(
+            f"{text} s is not allowed: give a number above 0, at most {MOST_SECONDS}"
+        )
+    return number
 
 
 def sweep(overrides: list[str], multirun: bool) -> list[tuple[str, ...]]:
@@ -183,7 +209,7 @@ def sweep(overrides: list[str], multirun: bool) -> list[tuple[str, ...]]:
             for one in parsed
         ]
     except HydraException as error:
-        raise RunError(_one_line(error)) from error
+        raise RunError(_explain(error, overrides)) from error
     return list(itertools.product(*choices))
 
 
@@ -192,15 +218,25 @@ def compose(overrides: tuple[str, ...]) -> Job:
 
     Raises RunError for unknown keys, for values of the wrong type and for those out of range.
     """
+    for override in overrides:
+        if override.lstrip("+~").startswith("hydra."):
+            raise RunError(f"{override} has no effect here: give runs= or directory=")
     try:
-        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = hydra.compose("config", list(overrides))
-        config = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        config = OmegaConf.merge(OmegaConf.structured(Config), _composed(overrides))
         OmegaConf.resolve(config)
+        OmegaConf.to_container(config, throw_on_missing=True)
+    except YAMLError as error:
+        raise RunError(f"{one_line(error)}: correct that file") from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise RunError(_one_line(error)) from error
+        raise RunError(_explain(error, overrides)) from error
+    _check_nodes(config)
     _check_ranges(config)
     return Job(tuple(overrides), config)
+
+
+def _composed(overrides: Iterable[str]) -> DictConfig:
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra.compose("config", list(overrides))
 
 
 def build(node: DictConfig, key: str, **options):
@@ -212,12 +248,33 @@ def build(node: DictConfig, key: str, **options):
         return hydra.utils.instantiate(node, **options)
     except InstantiationException as error:
         cause = error.__cause__ or error
-        raise RunError(f"{key}: {_one_line(cause)}") from error
+        hint = ""
+        if isinstance(cause, ImportError):
+            hint = ": give the dotted name of a class that can be imported"
+        elif isinstance(cause, TypeError):
+            hint = ": give what that class takes, see train.py --cfg"
+        raise RunError(f"{key}: {_first_line(cause).removesuffix(':')}{hint}") from error
+
+
+def _check_nodes(config: DictConfig) -> None:
+    for key, choice in CHOICES.items():
+        node = config[key]
+        if not (isinstance(node, DictConfig) and isinstance(node.get("_target_"), str)):
+            group = choice.split("@")[0]
+            names = ", ".join(sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")))
+            raise RunError(f"{key} describes no class: give {choice}=NAME, one of {names}")
+    for role, rule in config.norm.items():
+        if not (isinstance(rule, DictConfig) and {"norm", "radius"} <= rule.keys()):
+            raise RunError(
+                f"norm.{role} lacks a norm or a radius: give norm.{role}.norm and "
+                f"norm.{role}.radius, as in configs/norm"
+            )
 
 
 def _check_ranges(config: DictConfig) -> None:
     for key in ("steps", "log_every", "batch.sequences", "batch.per_forward", "eval.every",
-                "checkpoint.keep", "worker_size"):  # fmt: skip
+                "checkpoint.keep", "worker_size", "data.vocab_size",
+                "data.train_shards"):  # fmt: skip
         value = OmegaConf.select(config, key)
         if value < 1:
             raise RunError(f"{key}={value} is not allowed: give a whole number of at least 1")
@@ -229,6 +286,8 @@ def _check_ranges(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value < 0:
             raise RunError(f"{key}={value} is not allowed: give a whole number of at least 0")
+    if config.seed >= 2**63:
+        raise RunError(f"seed={config.seed} is not allowed: give a whole number below 2^63")
     if config.resume not in ("none", "auto", "elastic"):
         raise RunError(f"resume={config.resume} is not allowed: choose none, auto or elastic")
     if config.resume == "elastic" and config.directory is None:
@@ -237,33 +296,81 @@ def _check_ranges(config: DictConfig) -> None:
         raise RunError(
             f"wandb.mode={config.wandb.mode} is not allowed: choose disabled, offline or online"
         )
-    if config.data.vocab_size > config.model.vocab_size:
+    entries = config.model.get("vocab_size")
+    if isinstance(entries, int) and entries < config.data.vocab_size:
         raise RunError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the "
+            f"model.vocab_size={entries} is smaller than the "
             f"{config.data.vocab_size} tokens of data={config.data.name}: "
             f"set model.vocab_size to at least {config.data.vocab_size}"
         )
 
 
-def _one_line(error: BaseException) -> str:
-    """Hydra's and OmegaConf's messages without their continuation lines, with the key they miss."""
-    text = str(error.__cause__ or error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    full_key = next((line.split(": ", 1)[1] for line in lines if line.startswith("full_key:")), "")
-    unknown = re.search(r"Key '(\w+)' (?:is not in struct|not in)", text)
-    message = lines[0]
+def _explain(error: BaseException, overrides: Iterable[str]) -> str:
+    """Hydra's and OmegaConf's errors in one line: what was given, and what is allowed."""
+    if isinstance(error, OverrideParseException):
+        *_, reason = (line for line in error.message.splitlines()[:-1] if line.strip(" ^"))
+        return (
+            f"{error.override!r} cannot be read ({reason}): write KEY=VALUE, a list as [a,b], and "
+            "text with other signs in quotes"
+        )
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no value: give {error.full_key}=VALUE"
+    if isinstance(error, ValidationError):
+        return f"{error.full_key}={error.value} is not allowed: give {_allowed(error.full_key)}"
+    cause = error.__cause__ or error
+    unknown = re.search(r"Key '(.+?)' (?:is not in struct|not in)", str(cause))
+    if unknown:
+        key = getattr(cause, "full_key", None) or unknown[1]
+        return f"{key} is not a key of this configuration: {_hint(key, overrides)}"
+    text = str(error)
+    message = _first_line(error)
     if "Available options in" in text:
         options = re.findall(r"^\t(\S+)$", text.split("Config search path")[0], re.MULTILINE)
-        message += f": choose from {', '.join(options)}"
+        return f"{message}: choose from {', '.join(options)}"
     if message.startswith("Ambiguous value"):
-        message += ": add -m to sweep over it, or write a list as [a,b]"
-    if unknown:
-        near = difflib.get_close_matches(unknown[1], _known_keys(), n=1)
-        hint = f"did you mean {near[0]}?" if near else "see train.py --cfg for the keys there are"
-        return f"{full_key or unknown[1]} is not a key of this configuration: {hint}"
-    return f"{full_key}: {message}" if full_key else message
+        return f"{message}: add -m to sweep over it, or write a list as [a,b]"
+    meant = re.search("^Did you mean.*$", text, re.MULTILINE)
+    if meant:
+        return f"{message} {meant[0]}"
+    return f"{message}: see train.py --help (in {' '.join(overrides)})"
 
 
-def _known_keys() -> set[str]:
-    text = "\n".join(path.read_text() for path in CONFIGS.rglob("*.yaml"))
-    return set(re.findall(r"^\s*(\w+):", text, re.MULTILINE))
+def _first_line(error: BaseException) -> str:
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
+def _allowed(key: str) -> str:
+    """The kind of value that Config declares for a key."""
+    kind: Any = Config
+    for name in key.split("."):
+        kind = get_type_hints(kind)[name]
+    if is_dataclass(kind):
+        return f"its keys {', '.join(f'{key}.{field.name}' for field in fields(kind))}"
+    return KINDS.get(kind, "text or null")
+
+
+def _hint(key: str, overrides: Iterable[str]) -> str:
+    """What might be meant by a key that is not there."""
+    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    chosen = [one for one in overrides if re.split("[@=]", one)[0] in groups]
+    known = list(_dotted_keys(OmegaConf.to_container(_composed(chosen))))
+    parent, _, name = key.rpartition(".")
+    siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == parent]
+    near = [f"{parent}.{one}".lstrip(".") for one in difflib.get_close_matches(name, siblings, n=1)]
+    near += [other for other in known if other.rpartition(".")[2] == name]
+    if near:
+        return f"did you mean {near[0]}?"
+    if siblings and parent:
+        return f"{parent} has {', '.join(siblings)}; if its class takes it, write +{key}=VALUE"
+    if parent:
+        return f"{parent} has no keys"
+    return "see train.py --cfg for the keys there are"
+
+
+def _dotted_keys(node: dict, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if not key.startswith("_"):
+            yield prefix + key
+        if isinstance(value, dict):
+            yield from _dotted_keys(value, f"{prefix}{key}.")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from scripts.figures import LOG_NAME, SCHEMA
 from training.config import ROOT, Job
+from training.workers import RunError, one_line
 
 
 class RunLog:
@@ -26,20 +27,26 @@ class RunLog:
 
     A new log replaces an old one and its checkpoints. With `resumed`, the facts of a checkpoint, it
     goes on behind the records that the checkpoint knew, and those after it are cut off; ValueError
-    if they are not there.
+    if they are not there. RunError, before anything changes, if wandb does not start.
     """
 
     def __init__(self, directory: Path, job: Job, label: str, facts: dict, resumed: dict | None):
         config = OmegaConf.to_container(job.config, resolve=True)
         self.path = directory / LOG_NAME
-        if resumed:
-            self._file = _cut(self.path, resumed["log_bytes"])
-        else:
-            shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+        try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("w")
-        OmegaConf.save(job.config, directory / "config.yaml", resolve=True)
-        self._wandb = _start_wandb(config, directory, label)
+            self._wandb = _start_wandb(config, directory, label)
+            if resumed:
+                self._file = _cut(self.path, resumed["log_bytes"])
+            else:
+                self._file = self.path.open("w")
+                shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+            OmegaConf.save(job.config, directory / "config.yaml", resolve=True)
+        except OSError as error:
+            raise RunError(
+                f"the run directory {directory} cannot be written ({error.strerror}): give another "
+                "with directory= or runs="
+            ) from error
         done = resumed["step"] if resumed else 0
         self._bar = tqdm(total=config["steps"], initial=done, unit="step", dynamic_ncols=True)
         if resumed:
@@ -130,17 +137,17 @@ class RunLog:
             self._wandb.log(numbers, step=record["step"])
 
 
-def completed(directory: Path) -> bool:
-    """Whether a run directory's log has its end record, `completed`."""
+def completed(directory: Path) -> dict | None:
+    """The configuration of the run if its log has its end record, `completed`; else None."""
     path = directory / LOG_NAME
     if not path.exists():
-        return False
-    last = path.read_text().splitlines()[-1:]
+        return None
     try:
-        end = json.loads(last[0]) if last else {}
-    except json.JSONDecodeError:
-        return False
-    return end.get("record") == "end" and end.get("status") == "completed"
+        records = path.read_bytes().splitlines()
+        run, end = json.loads(records[0]), json.loads(records[-1])
+        return run["config"] if (end["record"], end["status"]) == ("end", "completed") else None
+    except (ValueError, LookupError, TypeError):  # it was cut off, or damaged
+        return None
 
 
 def _cut(path: Path, size: int):
@@ -161,15 +168,21 @@ def _start_wandb(config: dict, directory: Path, label: str):
         return None
     import wandb
 
-    return wandb.init(
-        project=config["wandb"]["project"],
-        mode=config["wandb"]["mode"],
-        name=label,
-        dir=directory,
-        config=config,
-        id=hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16],
-        resume="allow",
-    )
+    try:
+        return wandb.init(
+            project=config["wandb"]["project"],
+            mode=config["wandb"]["mode"],
+            name=label,
+            dir=directory,
+            config=config,
+            id=hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16],
+            resume="allow",
+        )
+    except wandb.Error as error:
+        raise RunError(
+            f"wandb.mode={config['wandb']['mode']} does not start ({one_line(error)}): give "
+            "wandb.mode=offline, and upload later with scripts/to_wandb.py"
+        ) from error
 
 
 def _commit() -> str | None:

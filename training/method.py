@@ -1,15 +1,22 @@
 """The method of a run: the optimizer that its configuration describes."""
 
 from functools import partial
+from inspect import signature
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
 
 from baselines import AllReduced
+from baselines.common import LocalOptimizer
 from ef21_muon import EF21Muon, HierarchicalEF21Muon, param_groups
+from ef21_muon.feedback import EF21
 from training.config import build
 from training.workers import RunError
+
+METHODS = (EF21Muon, AllReduced, LocalOptimizer)  # what train.py can use
+# What optimizers get from elsewhere than configs/optimizer.
+ELSEWHERE = {"params", "norm", "radius", "w2s", "s2w", "seed", "process_group"}
 
 
 def parameter_groups(config: DictConfig, model: nn.Module) -> list[dict]:
@@ -29,6 +36,7 @@ def parameter_groups(config: DictConfig, model: nn.Module) -> list[dict]:
 def build_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of all workers. Raises RunError for choices that contradict one another."""
     make = build(config.optimizer, "optimizer", _partial_=True)
+    _require_arguments(make)
     groups = parameter_groups(config, model)
     options = {}
     if not issubclass(make.func, EF21Muon):
@@ -41,7 +49,43 @@ def build_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimiz
             make = partial(HierarchicalEF21Muon, **make.keywords, worker_size=config.worker_size)
     elif config.worker_size > 1:
         raise RunError(f"worker_size={config.worker_size} needs optimizer=ef21_muon: set it to 1")
-    return make(groups, **options)
+    optimizer = make(groups, **options)
+    _require_accord(config, optimizer)
+    return optimizer
+
+
+def _require_arguments(make: partial) -> None:
+    """Raise RunError for a class that is none of METHODS, and for what it does not take."""
+    if not (isinstance(make.func, type) and issubclass(make.func, METHODS)):
+        raise RunError(
+            f"optimizer._target_={make.func.__qualname__} is not allowed: give "
+            "ef21_muon.EF21Muon, a class of baselines, or one derived from them"
+        )
+    taken = signature(make.func).parameters.keys() - ELSEWHERE
+    for key in make.keywords.keys() - taken:
+        raise RunError(
+            f"optimizer.{key} is not allowed: {make.func.__name__} has {', '.join(sorted(taken))}"
+        )
+
+
+def _require_accord(config: DictConfig, optimizer: torch.optim.Optimizer) -> None:
+    if config.diagnostics_every and not is_ef21(optimizer):
+        raise RunError(
+            f"diagnostics_every={config.diagnostics_every} needs optimizer=ef21_muon: "
+            "baselines have no error feedback to look at; set it to 0"
+        )
+    if config.checkpoint.every and getattr(optimizer, "hook", None) == "powersgd":
+        raise RunError(
+            f"checkpoint.every={config.checkpoint.every} is not allowed with hook=powersgd: "
+            "torch keeps its state to itself; set it to 0"
+        )
+    with_estimates = type(optimizer) is EF21Muon and optimizer.feedback is EF21
+    if config.resume == "elastic" and not with_estimates:
+        raise RunError(
+            f"resume=elastic is not allowed for {run_label(optimizer)}: it needs "
+            "optimizer=ef21_muon with feedback=ef21 and worker_size=1; start as many workers as "
+            "before, with resume=auto"
+        )
 
 
 def is_ef21(optimizer: torch.optim.Optimizer) -> bool:

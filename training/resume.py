@@ -8,8 +8,6 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ef21_muon import EF21Muon
-from ef21_muon.feedback import EF21
 from training.checkpoint import load, read_facts
 from training.config import what_matters
 from training.workers import RunError
@@ -41,7 +39,7 @@ def go_on(run, path: Path) -> dict:
     Returns its facts. Raises RunError with the keys that differ.
     """
     facts = read_facts(path)
-    _require_same_config(run.config, facts["config"], path)
+    require_same_config(run.config, facts["config"], path)
     if facts["workers"] != run.workers.count:
         raise RunError(
             f"{path} is of {facts['workers']} workers, this run has {run.workers.count}: start as "
@@ -62,15 +60,10 @@ def go_on_elastic(run, path: Path) -> dict:
     Every new G_j is the servers' G, which keeps G the mean of all G_j; every M_j is the mean of the
     saved ones. The workers' random numbers start anew. Returns the facts, with `resync_bytes`: what
     a worker needs for it, G and the mean M_j in float32. Raises RunError for a configuration that
-    differs, and for optimizers without G_j.
+    differs. For EF21Muon with feedback "ef21" alone.
     """
-    if not (type(run.optimizer) is EF21Muon and run.optimizer.feedback is EF21):
-        raise RunError(
-            f"resume=elastic is not allowed for {run.label}: it needs optimizer=ef21_muon with "
-            "feedback=ef21 and worker_size=1; start as many workers as before, with resume=auto"
-        )
     facts = read_facts(path)
-    _require_same_config(run.config, facts["config"], path, free=("optimizer.server",))
+    require_same_config(run.config, facts["config"], path, free=("optimizer.server",))
     tensors = _tensors(run)
     worker = f"worker.{run.workers.rank}."
     load(path, {name: tensor for name, tensor in tensors.items() if not name.startswith(worker)})
@@ -135,7 +128,8 @@ def _hash(config: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _require_same_config(config, saved: dict, path: Path, free: tuple[str, ...] = ()) -> None:
+def require_same_config(config, saved: dict, path: Path, free: tuple[str, ...] = ()) -> None:
+    """Raise RunError with what differs in a configuration that `path` was made with."""
     mine, theirs = what_matters(OmegaConf.to_container(config, resolve=True)), what_matters(saved)
     differing = [
         f"{key}={mine.get(key)!r} (it has {theirs.get(key)!r})"

@@ -14,6 +14,15 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+# What errors that torch raises mean, by a part of their message.
+MEANINGS = {
+    "EADDRINUSE": "the port is taken: give a free --master-port, and start rank 0 once",
+    "Unable to find address": "no such network interface: set GLOO_SOCKET_IFNAME to one that is up",
+    "no socket interface": "no such network interface: set NCCL_SOCKET_IFNAME to one that is up",
+    "allocate memory": "the memory does not suffice: give a smaller model or batch.per_forward",
+    "out of memory": "the memory does not suffice: give a smaller model or batch.per_forward",
+}
+
 
 class RunError(Exception):
     """A run cannot start or go on. One line: what was given, what is allowed, what to do."""
@@ -42,20 +51,40 @@ class Workers:
     meet in `finish`. To wait more than `timeout` seconds for another worker is an error.
     """
 
+    ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # by which torchrun says it
+
     # For workers to say that they are there, once one of them waited in vain; less than `timeout`.
     REPORT_SECONDS = 10
     ENDING_SECONDS = 2  # for the same, once torchrun ends them
 
     def __init__(self, timeout: float = 600):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.count = int(os.environ.get("WORLD_SIZE", 1))
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
+        self.rank, self.count, local_rank = (
+            int(text) if (text := os.environ.get(name, "")).isdecimal() else default
+            for name, default in zip(self.ENVIRONMENT, (0, 1, 0), strict=True)
+        )
+        on_cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
         self.control = self._store = None
         self._stop_requested = False
         self.timeout = timedelta(seconds=timeout)
+
+    def _take_place(self) -> None:
+        """Use the device. Raises ValueError for an environment that makes no sense."""
+        for name in (*self.ENVIRONMENT, "MASTER_PORT"):
+            if not (text := os.environ.get(name, "0")).isdecimal():
+                raise ValueError(f"{name}={text} is not a whole number: launch with torchrun")
+        if self.rank >= self.count or (self.count > 1 and "RANK" not in os.environ):
+            raise ValueError(
+                f"RANK={os.environ.get('RANK', '')} does not go with WORLD_SIZE={self.count}: "
+                "launch with torchrun, or unset both"
+            )
+        if self.device.type == "cuda":
+            if self.device.index >= torch.cuda.device_count():
+                raise ValueError(
+                    f"LOCAL_RANK={self.device.index} has no GPU: start at most "
+                    f"{torch.cuda.device_count()} workers on this machine"
+                )
+            torch.cuda.set_device(self.device)
 
     def _meet(self) -> None:
         store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
@@ -77,13 +106,17 @@ class Workers:
         not agree on the number of restarts (https://github.com/pytorch/pytorch/issues/135712). So
         every process draws a number of its own, and a name made of all numbers holds as soon as all
         have confirmed it: none confirms one with the number that an ended process drew for it.
+        Raises ValueError if another process took this one's place.
         """
         ranks = [str(rank) for rank in range(self.count)]
-        store.set(str(self.rank), secrets.token_hex(8))
+        number = secrets.token_hex(8)
+        store.set(str(self.rank), number)
         until = time.monotonic() + self.timeout.total_seconds()
         while True:
-            drawn = [rank for rank in ranks if store.check([rank])]
-            name = " ".join(store.get(rank).decode() for rank in drawn)
+            drawn = {rank: store.get(rank).decode() for rank in ranks if store.check([rank])}
+            if drawn[str(self.rank)] != number:
+                raise ValueError("this rank was started twice: start every rank once")
+            name = " ".join(drawn.values())
             confirmed = dist.PrefixStore(name, store)
             confirmed.set(str(self.rank), "")
             missing = [rank for rank in ranks if not confirmed.check([rank])]
@@ -181,6 +214,7 @@ class Workers:
         """
         status = 1
         try:
+            self._take_place()
             if "RANK" in os.environ:
                 self._meet()
             status = work()
@@ -190,18 +224,31 @@ class Workers:
             print(f"error: rank {self.rank}: {one_line(error)}", file=sys.stderr)
             return status
         except RuntimeError as error:
-            lost = self._lost() if _of_communication(error) else []
-            if not lost:
+            meaning = self._meaning(error)
+            if not meaning:
                 raise
-            print(
-                f"error: rank {self.rank}: lost rank {', '.join(map(str, lost))}: see that "
-                f"process or its node, and go on with resume=auto ({one_line(error)})",
-                file=sys.stderr,
-            )
+            print(f"error: rank {self.rank}: {meaning} ({one_line(error)})", file=sys.stderr)
             return status
         if dist.is_initialized():
             dist.destroy_process_group()
         return status
+
+    def _meaning(self, error: RuntimeError) -> str | None:
+        """What has happened and what to do, None if that is not known."""
+        for part, meaning in MEANINGS.items():
+            if part in str(error):
+                return meaning
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            return None  # gloo's errors have no type of their own
+        if self._store is None:
+            return (
+                f"no meeting at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: start all "
+                f"{self.count} ranks, where they reach this address, or give a longer --timeout"
+            )
+        lost = ", ".join(map(str, self._lost()))
+        return lost and (
+            f"lost rank {lost}: see that process or its node, and go on with resume=auto"
+        )
 
     def _lost(self) -> list[int]:
         """The ranks that do not say that they are there, when this one has met an error.
@@ -209,8 +256,6 @@ class Workers:
         Rank 0, whose node has the store, if the store does not answer.
         """
         lost, since = [0], time.monotonic()
-        if self._store is None:
-            return lost
 
         def patience() -> float:
             longest = self.ENDING_SECONDS if self._stop_requested else self.REPORT_SECONDS
@@ -232,8 +277,3 @@ class Workers:
         while asking.is_alive() and patience() > 0:
             asking.join(0.1)
         return lost
-
-
-def _of_communication(error: RuntimeError) -> bool:
-    """Gloo's errors have no type of their own."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
