@@ -20,6 +20,7 @@ from ef21_muon.norms import (
     Spectral,
 )
 from ef21_muon.optimizer import EF21Muon
+from ef21_muon.phases import Switch
 from ef21_muon.presets import param_groups
 from ef21_muon.values import (
     BFloat16,
@@ -57,6 +58,7 @@ __all__ = [
     "Sign",
     "SignScale",
     "Spectral",
+    "Switch",
     "TopColumns",
     "TopK",
     "TopSingular",

@@ -9,6 +9,7 @@ from torch import Tensor
 from ef21_muon.compressors import Compressor
 from ef21_muon.fingerprint import fingerprint, projection
 from ef21_muon.norms import AdaptiveRadius, Norm
+from ef21_muon.phases import Switch
 
 NUMBERS = {
     "lr": ("of at least 0", lambda lr: lr >= 0),
@@ -45,10 +46,11 @@ def check_group(group: dict) -> None:
             raise ValueError(f"{name}={value} is not allowed: give a number {range_}{where}")
     if not isinstance(group["nesterov"], bool):
         raise ValueError(f"nesterov={group['nesterov']!r} is not allowed: give True or False")
-    for name, kind in (("norm", Norm), ("w2s", Compressor), ("s2w", Compressor)):
-        if not isinstance(group[name], kind):
+    for name, kinds in (("norm", (Norm,)), ("w2s", (Compressor, Switch)), ("s2w", (Compressor,))):
+        if not isinstance(group[name], kinds):
+            names = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(
-                f"{name}={group[name]!r} is not allowed: give a {kind.__name__} of ef21_muon{where}"
+                f"{name}={group[name]!r} is not allowed: give a {names} of ef21_muon{where}"
             )
 
 

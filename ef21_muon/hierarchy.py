@@ -56,7 +56,7 @@ class HierarchicalEF21Muon(EF21Muon):
             process_group=_group(range(lane, ranks, worker_size)),
             **options,
         )
-        for exchange in {self.exchange, self._first_exchange}:
+        for exchange in (phase.exchange for phase in self.phases):
             sizes = torch.tensor([exchange.w2s_bytes, exchange.s2w_bytes], device=self._device)
             dist.all_reduce(sizes, group=self.worker)
             exchange.w2s_bytes, exchange.s2w_bytes = sizes.tolist()

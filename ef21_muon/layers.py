@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ef21_muon.compressors import Compressor
 from ef21_muon.exchange import owned_layers, spread
+from ef21_muon.phases import in_round
 
 
 @dataclass
@@ -102,7 +103,7 @@ def _new_batch(index, group, shape, names, params, owned_by: list[slice], rank: 
         names=names,
         params=params,
         shape=shape,
-        w2s=group["w2s"].fit(*shape),
+        w2s=in_round(group["w2s"], 0).fit(*shape),
         s2w=s2w,
         owned_by=owned_by,
         owned=owned,

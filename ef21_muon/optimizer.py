@@ -15,10 +15,11 @@ from ef21_muon.checks import (
     require_mean_estimate,
 )
 from ef21_muon.compressors import Compressor, Identity
-from ef21_muon.exchange import Exchange, cut, place_in
+from ef21_muon.exchange import Exchange, place_in
 from ef21_muon.feedback import FEEDBACK
 from ef21_muon.layers import LayerBatch, batch_layers, relative_error
 from ef21_muon.norms import AdaptiveRadius, Norm, Spectral
+from ef21_muon.phases import Switch, current, new_phases, total
 from ef21_muon.timing import PhaseTimer
 
 # The entries of a parameter group that are objects, not numbers.
@@ -37,7 +38,8 @@ class EF21Muon(torch.optim.Optimizer):
     own, from `lr` to `weight_decay`. `lr` times `radius` is the radius t^k of line 3, so schedulers
     act on `lr`; an AdaptiveRadius makes it follow each layer's dual norm. `beta` in (0, 1] is the
     weight of the new gradient in the momentum (line 9); `norm` gives the LMO; `w2s` and `s2w` are
-    the workers' and the servers' compressors C_j and C. With `nesterov` workers send
+    the workers' and the servers' compressors C_j and C; a Switch in place of the first changes it
+    from a round on. With `nesterov` workers send
     beta grad_j + (1 - beta) M_j in place of M_j. `weight_decay` subtracts lr weight_decay X with
     the step (Muon; 1 is Scion's constraint to a ball).
 
@@ -64,7 +66,7 @@ class EF21Muon(torch.optim.Optimizer):
         beta: float = 0.1,
         norm: Norm | None = None,
         radius: float | AdaptiveRadius = 1.0,
-        w2s: Compressor | None = None,
+        w2s: Compressor | Switch | None = None,
         s2w: Compressor | None = None,
         nesterov: bool = False,
         weight_decay: float = 0.0,
@@ -89,10 +91,10 @@ class EF21Muon(torch.optim.Optimizer):
         if not (type(buckets) is int and buckets > 0):
             raise ValueError(f"buckets={buckets} is not allowed: give a whole number above 0")
         self.feedback = FEEDBACK[choice("feedback", feedback, FEEDBACK)]
-        starts = ("gradient", "zero")
-        self._momentum_from_zero = choice("momentum_start", momentum_start, starts) == "zero"
+        momenta = ("gradient", "zero")
+        self._momentum_from_zero = choice("momentum_start", momentum_start, momenta) == "zero"
         first_messages = ("compressed", "exact")
-        self._first_exact = choice("first_message", first_message, first_messages) == "exact"
+        first_exact = choice("first_message", first_message, first_messages) == "exact"
         super().__init__(params, defaults)
         if server == "replicated":
             refuse_compressed_shifts(self.param_groups)
@@ -107,14 +109,10 @@ class EF21Muon(torch.optim.Optimizer):
         self.batches = batch_layers(self.param_groups, server, rank, ranks)
         for batch in self.batches:
             self.state.update(batch.state())
-        self.exchange = self._new_exchange([b.w2s for b in self.batches], process_group)
-        self._first_exchange = self.exchange
-        if self._first_exact:
-            whole = [Identity() for _ in self.batches]
-            self._first_exchange = self._new_exchange(whole, process_group)
-        self.buckets = cut(
-            [len(b.params) * b.w2s.payload_bytes(*b.shape) for b in self.batches], buckets
-        )
+        rules = [self.param_groups[batch.group]["w2s"] for batch in self.batches]
+        if first_exact:
+            rules = [Switch(Identity(), rule, start=1) for rule in rules]
+        self.phases = new_phases(self.batches, rules, buckets, process_group)
         require_equal_parameters(self._named(), self.exchange.ranks, self.exchange.group)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -125,20 +123,26 @@ class EF21Muon(torch.optim.Optimizer):
         check_group(self.param_groups[-1])
 
     @property
+    def exchange(self) -> Exchange:
+        """The collectives of the next round."""
+        return current(self.phases, self.round).exchange
+
+    @property
     def w2s_bytes(self) -> int:
         """Bytes that this worker has sent to the servers so far."""
-        return self._so_far(self._first_exchange.w2s_bytes, self.exchange.w2s_bytes)
+        return total(self.phases, self.round, lambda exchange: exchange.w2s_bytes)
 
     @property
     def s2w_bytes(self) -> int:
         """Bytes that this worker has received from the servers so far."""
-        return self._so_far(self._first_exchange.s2w_bytes, self.exchange.s2w_bytes)
+        return total(self.phases, self.round, lambda exchange: exchange.s2w_bytes)
 
     @property
     def wire_tx_bytes(self) -> int:
         """Bytes that this rank has handed to the network so far: a message to itself is not."""
-        exchanges = self._first_exchange, self.exchange
-        return self._so_far(*(exchange.wire_tx_bytes(exchange.rank) for exchange in exchanges))
+        return total(
+            self.phases, self.round, lambda exchange: exchange.wire_tx_bytes(exchange.rank)
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -148,15 +152,18 @@ class EF21Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         require_gradients(self.batches, "EF21Muon")
-        exchange = self.exchange if self.round else self._first_exchange
+        phase = current(self.phases, self.round)
+        exchange, buckets = phase.exchange, phase.buckets
+        for batch, compressor in zip(self.batches, phase.w2s, strict=True):
+            batch.w2s = compressor
         to_servers = []
-        for bucket in self.buckets:
+        for bucket in buckets:
             with self.timer("encode"):
                 messages = [self._compress_gradient(self.batches[b]) for b in bucket]
             with self.timer("exchange"):
                 to_servers.append(exchange.to_servers(messages, bucket))  # line 12
         to_workers = []
-        for bucket, receive in zip(self.buckets, to_servers, strict=True):
+        for bucket, receive in zip(buckets, to_servers, strict=True):
             with self.timer("exchange"):
                 messages = receive()
             with self.timer("decode"):
@@ -166,7 +173,7 @@ class EF21Muon(torch.optim.Optimizer):
                 shifts = [self._server_step(self.batches[b]) for b in bucket]
             with self.timer("exchange"):
                 to_workers.append(exchange.to_workers(shifts, bucket))  # line 6
-        for bucket, receive in zip(self.buckets, to_workers, strict=True):
+        for bucket, receive in zip(buckets, to_workers, strict=True):
             with self.timer("exchange"):
                 shifts = receive()
             with self.timer("decode"):
@@ -186,9 +193,8 @@ class EF21Muon(torch.optim.Optimizer):
         if group["nesterov"]:
             target = torch.stack(gradients).lerp_(batch.momentum, 1 - beta)
         difference = self.feedback.difference(target, batch.gradient_estimate)
-        compressor = self._w2s(batch)
-        message = compressor.encode(difference, self.generators["w2s"])
-        sent = compressor.decode(message, *batch.shape)
+        message = batch.w2s.encode(difference, self.generators["w2s"])
+        sent = batch.w2s.decode(message, *batch.shape)
         self.feedback.remember(batch.gradient_estimate, difference, sent)
         batch.contraction = None
         if self.watch:
@@ -210,7 +216,7 @@ class EF21Muon(torch.optim.Optimizer):
         if not self.feedback.accumulates:
             batch.server_gradient.zero_()
         for message in from_workers:
-            received = self._w2s(batch).decode(message, *batch.shape)
+            received = batch.w2s.decode(message, *batch.shape)
             batch.server_gradient.add_(received, alpha=1 / len(from_workers))
 
     def _server_step(self, batch: LayerBatch) -> Tensor:
@@ -358,18 +364,3 @@ class EF21Muon(torch.optim.Optimizer):
 
     def _named(self) -> list[tuple[str, Tensor]]:
         return [pair for b in self.batches for pair in zip(b.names, b.params, strict=True)]
-
-    def _new_exchange(self, w2s: list[Compressor], group: dist.ProcessGroup | None) -> Exchange:
-        return Exchange(
-            [batch.owned_by for batch in self.batches],
-            [c.payload_bytes(*b.shape) for c, b in zip(w2s, self.batches, strict=True)],
-            [batch.s2w.payload_bytes(*batch.shape) for batch in self.batches],
-            group,
-        )
-
-    def _w2s(self, batch: LayerBatch) -> Compressor:
-        """The workers' compressor of this round."""
-        return Identity() if self._first_exact and self.round == 0 else batch.w2s
-
-    def _so_far(self, first: int, later: int) -> int:
-        return first + (self.round - 1) * later if self.round else 0

@@ -16,6 +16,7 @@ class Setting:
     family: str
     overrides: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
+    label: str | None = None  # in figures; the log's by default
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ def grid(method: str, overrides: str, **values: tuple[float, ...]) -> list[Setti
 
 
 IDENTITY = "compressor@w2s=identity"
+POWERSGD = "optimizer=muon_powersgd checkpoint.every=0"  # torch keeps its state to itself
+DION = "optimizer=dion optimizer.values=natural optimizer.weight_decay=0"
+DEMO = "optimizer=demo optimizer.values=int8"
 GRIDS = [
     *grid(
         "identity",
@@ -64,6 +68,11 @@ GRIDS = [
         norm__hidden__radius=(0.5, 1, 2),
         norm__embedding__radius=(30, 60, 120),
     ),
+    *grid("identity", IDENTITY, optimizer__beta=(0.05, 0.2)),
+    *grid("adamw", "optimizer=adamw", optimizer__lr=(0.001, 0.002, 0.004, 0.008)),
+    *grid("powersgd", f"{POWERSGD} optimizer.rank=16", optimizer__lr=(0.01, 0.02, 0.04)),
+    *grid("dion", DION, optimizer__lr=(0.01, 0.02, 0.04), optimizer__lion_lr=(0.003, 0.01)),
+    *grid("demo", DEMO, optimizer__lr=(0.003, 0.01, 0.03)),
 ]
 SETTINGS = [
     *GRIDS,

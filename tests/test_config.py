@@ -60,7 +60,10 @@ def test_names_tell_overrides_and_tell_configurations_apart(small):
     assert len(name(*(f"data.name={'x' * 300}",))) < 120
 
 
-@pytest.mark.parametrize("compressor", [path.stem for path in CONFIGS.glob("compressor/*.yaml")])
+COMPRESSORS = {path.stem for path in CONFIGS.glob("compressor/*.yaml")} - {"switch"}  # of others
+
+
+@pytest.mark.parametrize("compressor", sorted(COMPRESSORS))
 @pytest.mark.parametrize("direction", ["w2s", "s2w"])
 def test_every_compressor_composes(compressor, direction):
     config = compose((f"compressor@{direction}={compressor}",)).config

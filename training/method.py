@@ -74,6 +74,11 @@ def _require_accord(config: DictConfig, optimizer: torch.optim.Optimizer) -> Non
             f"diagnostics_every={config.diagnostics_every} needs optimizer=ef21_muon: "
             "baselines have no error feedback to look at; set it to 0"
         )
+    if is_ef21(optimizer) and (last := optimizer.phases[-1].start) >= config.steps:
+        raise RunError(
+            f"w2s.start={last} is not below steps={config.steps}: give a round of the run, or the "
+            "first compressor alone"
+        )
     if config.checkpoint.every and getattr(optimizer, "hook", None) == "powersgd":
         raise RunError(
             f"checkpoint.every={config.checkpoint.every} is not allowed with hook=powersgd: "

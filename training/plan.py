@@ -1,10 +1,13 @@
 """What a run will take, told without training: tokens, bytes, memory, and time on a link."""
 
+from itertools import pairwise
+
 import torch
 from omegaconf import DictConfig
 
 from ef21_muon import EF21Muon
 from ef21_muon.layers import batch_layers
+from ef21_muon.phases import in_round, starts
 from model import GPT
 from training.config import build
 from training.method import parameter_groups
@@ -40,30 +43,37 @@ def plan(config: DictConfig) -> str:
 
 
 def _rounds(config: DictConfig, model: GPT) -> str:
-    heading = ["workers", "w2s a round", "s2w a round", "w2s a run", "of float32", "GB a rank"]
-    rows = [[*heading, *(f"s at {link}" for link in LINKS)]]
+    heading = ["workers", "from step", "w2s a round", "of float32", "s2w a round", "w2s a run"]
+    rows = [[*heading, "GB a rank", *(f"s at {link}" for link in LINKS)]]
     groups = parameter_groups(config, model)
+    w2s = build(config.w2s, "w2s")
     for group in groups:
-        group.setdefault("w2s", build(config.w2s, "w2s"))
-        group.setdefault("s2w", build(config.s2w, "s2w"))
+        group["s2w"] = build(config.s2w, "s2w")
         group["param_names"], group["params"] = zip(*group["params"], strict=True)
+    whole = 4 * sum(p.numel() for p in model.parameters())
+    begins = sorted(start for start in starts(w2s) if start < config.steps)
     for workers in WORKERS:
-        ranks = [_rank(groups, config, rank, workers) for rank in range(workers)]
-        up, down = ranks[0]["w2s"], ranks[0]["s2w"]
-        whole = 4 * sum(p.numel() for p in model.parameters())
-        busiest = max(rank["wire"] for rank in ranks)
-        memory = 2 * whole + max(rank["state"] for rank in ranks)
-        rows.append(
-            [
-                str(workers),
-                f"{up:,}",
-                f"{down:,}",
-                f"{up * config.steps:,}",
-                f"{up / whole:.2%}",
-                f"{memory / 1e9:.2f}",
-                *(f"{8 * busiest / rate:.3g}" for rate in LINKS.values()),
-            ]
-        )
+        phases = []
+        for begin in begins:
+            of_phase = [{**group, "w2s": in_round(w2s, begin)} for group in groups]
+            phases.append([_rank(of_phase, config, rank, workers) for rank in range(workers)])
+        lasting = [end - begin for begin, end in pairwise([*begins, config.steps])]
+        run = sum(n * ranks[0]["w2s"] for n, ranks in zip(lasting, phases, strict=True))
+        for begin, ranks in zip(begins, phases, strict=True):
+            busiest = max(rank["wire"] for rank in ranks)
+            memory = 2 * whole + max(rank["state"] for rank in ranks)
+            rows.append(
+                [
+                    str(workers),
+                    str(begin + 1),
+                    f"{ranks[0]['w2s']:,}",
+                    f"{ranks[0]['w2s'] / whole:.2%}",
+                    f"{ranks[0]['s2w']:,}",
+                    f"{run:,}",
+                    f"{memory / 1e9:.2f}",
+                    *(f"{8 * busiest / rate:.3g}" for rate in LINKS.values()),
+                ]
+            )
     return table(rows)
 
 

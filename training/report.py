@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ef21_muon import AdaptiveRadius, Compressor, EF21Muon
+from ef21_muon import AdaptiveRadius, Compressor, EF21Muon, Switch
+from ef21_muon.phases import in_round
 from training.method import is_ef21
 from training.workers import Workers
 
@@ -39,7 +40,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[list[str]]:
 
 def _layers(optimizer: EF21Muon) -> list[list[str]]:
     rows = []
-    for batch in optimizer.batches:
+    for place, batch in enumerate(optimizer.batches):
         group = optimizer.param_groups[batch.group]
         layers = len(batch.params)
         rows.append(
@@ -50,8 +51,7 @@ def _layers(optimizer: EF21Muon) -> list[list[str]]:
                 str(group["norm"]),
                 _radius(group["radius"]),
                 f"{group['lr']:g}",
-                _fitted(batch.w2s, group["w2s"]),
-                f"{layers * batch.w2s.payload_bytes(*batch.shape):,}",
+                *_over_phases(optimizer, place, group["w2s"]),
                 _fitted(batch.s2w, group["s2w"]),
                 f"{layers * batch.s2w.payload_bytes(*batch.shape):,}",
             ]
@@ -61,6 +61,18 @@ def _layers(optimizer: EF21Muon) -> list[list[str]]:
 
 def _radius(radius: float | AdaptiveRadius) -> str:
     return str(radius) if isinstance(radius, AdaptiveRadius) else f"{radius:g}"
+
+
+def _over_phases(optimizer: EF21Muon, place: int, chosen: Compressor | Switch) -> tuple[str, str]:
+    """What workers send of a batch of layers, and its bytes; one after the other if it changes."""
+    layers, shape = len(optimizer.batches[place].params), optimizer.batches[place].shape
+    names, sizes = [], []
+    for phase in optimizer.phases:
+        used = phase.w2s[place]
+        name = _fitted(used, in_round(chosen, phase.start))
+        names.append(name + (f" from step {phase.start + 1}" if phase.start else ""))
+        sizes.append(f"{layers * used.payload_bytes(*shape):,}")
+    return ", ".join(names), ", ".join(sizes)
 
 
 def _fitted(used: Compressor, chosen: Compressor) -> str:

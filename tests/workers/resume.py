@@ -19,7 +19,8 @@ import train
 from training.config import CONFIGS, Job, compose
 from training.workers import RunError, Workers, leave
 
-COMPRESSORS = sorted(path.stem for path in (CONFIGS / "compressor").glob("*.yaml"))
+NAMES = {path.stem for path in (CONFIGS / "compressor").glob("*.yaml")}
+COMPRESSORS = sorted(NAMES - {"switch"})  # which has cases of its own
 PLACEMENTS = ("sharded", "rank0", "replicated")
 TOP = "compressor@w2s=topk"
 CASES = {
@@ -27,6 +28,9 @@ CASES = {
     "no feedback": (TOP, "optimizer.feedback=none"),
     "other start": (TOP, "optimizer.momentum_start=zero", "optimizer.first_message=exact"),
     "two ranks a worker": (TOP, "worker_size=2"),
+    "switch before": ("compressor@w2s=switch", "w2s.start=1"),
+    "switch as it goes on": ("compressor@w2s=switch", "w2s.start=2"),
+    "switch after": ("compressor@w2s=switch", "w2s.start=3", "optimizer.server=replicated"),
     **{name: (f"optimizer={name}",) for name in ("adamw", "muon", "muon_fp16", "dion", "demo")},
     "dion natural": ("optimizer=dion", "optimizer.values=natural"),
     "demo natural": ("optimizer=demo", "optimizer.values=natural"),
