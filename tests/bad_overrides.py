@@ -143,7 +143,7 @@ CONTRADICTIONS = {
     ),
     "compressor@w2s=switch": "w2s.start=240 is not below steps=4: give a round of the run, or the",
     "compressor@w2s=switch w2s.start=0": "w2s: Switch got start=0: give a round, a whole number",
-    "compressor@s2w=switch": "is not allowed: give a Compressor of ef21_muon (group hidden)",
+    "compressor@s2w=switch": "is not allowed: give a Compressor of ef21_muon (group ",
     "worker_size=2": "worker_size=2 needs a process group: use torchrun",
     "dry_run=true optimizer=adamw": "dry_run=true plans EF21-Muon alone: give optimizer=ef21_muon",
     "data=fineweb10b": "model.vocab_size=256 is smaller than the 50257 ... set model.vocab_size to",
