@@ -1,5 +1,7 @@
 # make train   set up, prepare the data and train (ARGS="KEY=VALUE ..." are Hydra overrides)
 # make verify  set up and check what the README promises, on this machine (NPROC=workers)
+# make study   run what is missing of results/shakespeare (hours; safe to stop and start)
+# make figures redraw every figure and table of results/ from its logs
 # make test    set up and run the whole test suite (ARGS are passed to pytest)
 # make lint    ruff, check and format
 
@@ -9,13 +11,23 @@ NPROC ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 # One thread a worker: what torchrun would choose too, without its warning.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train verify test lint setup data
+.PHONY: train verify study figures test lint setup data
 
 train: setup data
 	.venv/bin/torchrun --standalone --nproc_per_node=$(NPROC) train.py $(ARGS)
 
 verify: setup
 	.venv/bin/torchrun --standalone --nproc_per_node=$(NPROC) scripts/verify.py
+
+study: setup data
+	.venv/bin/python scripts/study.py $(ARGS)
+
+figures: setup
+	.venv/bin/python scripts/figures.py results/quickstart
+	.venv/bin/python scripts/study_figures.py
+	.venv/bin/python scripts/bench_codec.py --redraw
+	.venv/bin/python scripts/bench_network.py --redraw
+	.venv/bin/python scripts/theory.py --redraw
 
 test: setup
 	.venv/bin/python -m pytest $(ARGS)

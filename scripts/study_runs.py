@@ -68,7 +68,7 @@ GRIDS = [
         norm__hidden__radius=(0.5, 1, 2),
         norm__embedding__radius=(30, 60, 120),
     ),
-    *grid("identity", IDENTITY, optimizer__beta=(0.05, 0.2)),
+    *grid("identity", IDENTITY, optimizer__beta=(0.05, 0.2, 0.4)),
     *grid("adamw", "optimizer=adamw", optimizer__lr=(0.001, 0.002, 0.004, 0.008)),
     *grid("powersgd", f"{POWERSGD} optimizer.rank=16", optimizer__lr=(0.01, 0.02, 0.04)),
     *grid("dion", DION, optimizer__lr=(0.01, 0.02, 0.04), optimizer__lion_lr=(0.003, 0.01)),
