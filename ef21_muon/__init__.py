@@ -22,6 +22,7 @@ from ef21_muon.norms import (
 from ef21_muon.optimizer import EF21Muon
 from ef21_muon.phases import Switch
 from ef21_muon.presets import param_groups
+from ef21_muon.residual import Residual
 from ef21_muon.values import (
     BFloat16,
     Float32,
@@ -54,6 +55,7 @@ __all__ = [
     "Nuclear",
     "RandK",
     "RankK",
+    "Residual",
     "RowNorm",
     "Sign",
     "SignScale",
