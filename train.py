@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from baselines import AllReduced
-from data.loader import TestWindows, TokenStream, WorkerBatches, open_streams
+from data.loader import Prefetched, TestWindows, TokenStream, WorkerBatches, open_streams
 from ef21_muon.checks import require_equal_parameters
 from model import GPT
 from scripts.figures import draw
@@ -38,17 +38,20 @@ class Run:
 
     def __init__(self, config: DictConfig, workers: Workers):
         self.config, self.workers = config, workers
+        on_cuda = workers.device.type == "cuda"
+        if on_cuda:  # of what the library compiles
+            torch.compiler.set_stance("default" if config.compile else "force_eager")
         self.forward_sequences = share_of_batch(config, workers.count)
         model_config = build(config.model, "model")
         train_tokens, test_tokens = open_data(config)
-        self.batches = WorkerBatches(
+        batches = WorkerBatches(
             train_tokens, model_config.context, workers.rank, workers.count, config.seed
         )
+        self.batches = Prefetched(batches) if on_cuda else batches
         self.test = TestWindows(test_tokens, model_config.context, config.eval.tokens)
         self.raw_model = GPT(model_config, config.seed).to(workers.device)
         self.optimizer = build_optimizer(config, self.raw_model)
         self.start_schedule(0)
-        on_cuda = workers.device.type == "cuda"
         reduced = isinstance(self.optimizer, AllReduced)
         self.model = self.optimizer.wrap(self.raw_model) if reduced else self.raw_model
         self.without_sync = self.model.no_sync if reduced else nullcontext
@@ -107,6 +110,8 @@ class Run:
         return total / tokens
 
     def to_device(self, tensors):
+        if self.workers.device.type == "cuda":  # else the copy would wait for the device
+            tensors = [tensor.pin_memory() for tensor in tensors]
         return [tensor.to(self.workers.device, non_blocking=True) for tensor in tensors]
 
     def position(self) -> dict:

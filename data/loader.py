@@ -3,6 +3,7 @@
 import glob
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,52 @@ class WorkerBatches:
     def load_state_dict(self, state: dict) -> None:
         """Continue exactly where `state_dict` was called."""
         self.generator.bit_generator.state = state
+
+
+class Prefetched:
+    """The same batches as `batches` gives, each read by a thread while the one before is in use.
+
+    What was read and not handed out counts for nothing: not in `state_dict`, and an error of
+    reading is raised by the `next` that would have read it.
+    """
+
+    def __init__(self, batches: WorkerBatches):
+        self.batches = batches
+        self._thread = ThreadPoolExecutor(1)
+        self._ahead: Future | None = None
+
+    def next(self, sequences: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As WorkerBatches has it."""
+        if self._ahead is None or self._sequences != sequences:
+            self._forget()
+            self._read(sequences)
+        ahead, self._ahead = self._ahead, None
+        batch = ahead.result()
+        self._read(sequences)
+        return batch
+
+    def restart(self, step: int) -> None:
+        self._forget()
+        self.batches.restart(step)
+
+    def state_dict(self) -> dict:
+        self._forget()
+        return self.batches.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self._forget()
+        self.batches.load_state_dict(state)
+
+    def _read(self, sequences: int) -> None:
+        self._before, self._sequences = self.batches.state_dict(), sequences
+        self._ahead = self._thread.submit(self.batches.next, sequences)
+
+    def _forget(self) -> None:
+        """Take back what was read ahead."""
+        if self._ahead is not None:
+            wait([self._ahead])
+            self._ahead = None
+            self.batches.load_state_dict(self._before)
 
 
 class TestWindows:

@@ -107,14 +107,15 @@ class Exchange:
             return to_servers
         return to_servers + len(others) * sum(self._lengths(self.s2w_sizes, rank, every))
 
-    def to_servers(self, payloads: list[Tensor], bucket: range) -> Callable[[], list[Tensor]]:
+    def to_servers(self, payloads: list[Tensor], bucket: range) -> Callable[[], list]:
         """Start to send every layer's payload to its owners.
 
         payloads: for every batch of the bucket uint8 (layers, w2s size). Returns a function that
-        waits and gives for every batch of the bucket (workers, layers owned here, w2s size).
+        waits and gives for every batch of the bucket, of each worker, (layers owned here, w2s
+        size).
         """
         if self.ranks == 1:
-            return lambda: [payload[None] for payload in payloads]
+            return lambda: [(payload,) for payload in payloads]
         receivers = [self.rank] if self.replicated else range(self.ranks)
         messages = [
             torch.cat(
@@ -123,17 +124,21 @@ class Exchange:
             for rank in receivers
         ]
         mine = sum(self._lengths(self.w2s_sizes, self.rank, bucket))
-        received = messages[0].new_empty(self.ranks, mine)
         if self.replicated:
-            flat = received.view(-1)
+            flat = messages[0].new_empty(self.ranks * mine)
             works = [all_gather(flat, messages[0], self.group, async_op=True)]
+            received = list(flat.view(self.ranks, mine))
         else:
-            works = self._swap(messages, list(received))
+            received = [messages[0].new_empty(mine) for _ in range(self.ranks)]
+            works = self._swap(messages, received)
 
-        def receive() -> list[Tensor]:
+        def receive() -> list[tuple[Tensor, ...]]:
             for work in works:
                 work.wait()
-            return self._rows(received, self.w2s_sizes, self.rank, bucket)
+            of_workers = [
+                self._rows(part[None], self.w2s_sizes, self.rank, bucket) for part in received
+            ]
+            return [tuple(r[0] for r in rows) for rows in zip(*of_workers, strict=True)]
 
         return receive
 

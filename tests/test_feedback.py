@@ -4,9 +4,24 @@ import io
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ef21_muon import Dense, EF21Muon, Identity, Natural, RankK, Sign, Spectral, TopK
+from ef21_muon import (
+    L1,
+    AdaptiveRadius,
+    ColumnNorm,
+    Dense,
+    EF21Muon,
+    HierarchicalEF21Muon,
+    Identity,
+    Natural,
+    RankK,
+    Sign,
+    Spectral,
+    TopK,
+    selection,
+)
 
 SHAPES = {"query": (12, 20), "key": (12, 20), "kernel": (8, 3, 5), "bias": (15,), "scale": ()}
 COMPRESSORS = {
@@ -274,26 +289,76 @@ def test_later_groups_and_empty_parameters_are_refused():
         EF21Muon([torch.nn.Parameter(torch.ones(0, 3))])
 
 
+MASKS = (torch.bool, torch.uint8)
+
+
 class NoHostSync(TorchDispatchMode):
     """Fails on operations whose result the host waits for."""
 
-    waiting = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique2")
+    waiting = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
+    indexing = ("index", "index_put", "index_put_", "_index_put_impl_")
 
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
         name = operation.overloadpacket.__name__
         assert name not in self.waiting, f"{name} makes the host wait"
+        if name in self.indexing:  # by a mask, which has to be counted
+            masks = [i for i in arguments[1] if i is not None and i.dtype in MASKS]
+            assert not masks, f"{name} makes the host wait"
         return operation(*arguments, **(options or {}))
 
 
-@every_compressor
-def test_a_step_never_waits_for_the_device(compressor):
-    parameters, optimizer = build(w2s=compressor, s2w=compressor)
+OPTIONS = {
+    "nesterov and weight decay": {"nesterov": True, "weight_decay": 0.1},
+    "adaptive radius": {"radius": AdaptiveRadius(0.5, 1.0)},
+    **{name: {"feedback": name} for name in ("ef14", "none")},
+    "other start": {"momentum_start": "zero", "first_message": "exact"},
+    **{repr(norm): {"norm": norm} for norm in (Spectral("polar_express"), ColumnNorm(), L1())},
+}
+
+
+def steps_without_waiting(parameters, optimizer):
     for seed in (1, 2):
         set_gradients(parameters, seed)
         with NoHostSync():
             optimizer.step()
 
 
-def test_the_guard_against_waiting_notices():
+@every_compressor
+def test_a_step_never_waits_for_the_device(compressor):
+    steps_without_waiting(*build(w2s=compressor, s2w=compressor))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_no_option_makes_a_step_wait_for_the_device(options):
+    compressor = TopK(0.2, "natural")
+    steps_without_waiting(*build(w2s=compressor, s2w=compressor, **options))
+
+
+def test_nor_does_the_selection_in_large_layers(monkeypatch):
+    monkeypatch.setattr(selection, "SORTED_BELOW", 0)
+    steps_without_waiting(*build(w2s=TopK(0.2, "natural"), s2w=TopK(0.2)))
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """Of this process alone."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_nor_do_workers_of_several_ranks(process_group):
+    parameters, _ = build()
+    groups = [{"params": list(parameters.items())}]
+    compressors = {"w2s": TopK(0.2, "natural"), "s2w": RankK(0.2)}
+    optimizer = HierarchicalEF21Muon(groups, worker_size=1, **compressors)
+    steps_without_waiting(parameters, optimizer)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: x.unique(), lambda x: x.nonzero()],
+)
+def test_the_guard_against_waiting_notices(wait):
     with NoHostSync(), pytest.raises(AssertionError, match="makes the host wait"):
-        torch.ones(3).sum().item()
+        wait(torch.ones(3))

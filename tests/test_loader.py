@@ -1,4 +1,6 @@
 import json
+from queue import Queue
+from threading import get_ident
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.loader import TestWindows, TokenStream, WorkerBatches, open_streams
+from data.loader import Prefetched, TestWindows, TokenStream, WorkerBatches, open_streams
 from data.shards import ShardError, write_shard
 
 REBUILD = "python make_the_shards.py"
@@ -97,6 +99,63 @@ def test_restored_state_continues_exactly(positions, before, seed):
     restored = WorkerBatches(positions, 8, 0, 2, seed=0)
     restored.load_state_dict(json.loads(saved))
     assert all(torch.equal(restored.next(len(inputs))[0], inputs) for inputs in expected)
+
+
+OPERATIONS = st.one_of(
+    st.tuples(st.just("next"), st.integers(1, 3)),
+    st.tuples(st.sampled_from(["state_dict", "load_state_dict"]), st.none()),
+    st.tuples(st.just("restart"), st.integers(0, 5)),
+)
+
+
+@given(operations=st.lists(OPERATIONS, max_size=12), seed=st.integers(0, 9))
+def test_reading_ahead_gives_the_same_batches_and_states(positions, operations, seed):
+    plain = WorkerBatches(positions, 8, 0, 2, seed)
+    ahead = Prefetched(WorkerBatches(positions, 8, 0, 2, seed))
+    saved = plain.state_dict()
+    for name, argument in operations:
+        argument = saved if name == "load_state_dict" else argument
+        arguments = () if name == "state_dict" else (argument,)
+        expected, found = (getattr(batches, name)(*arguments) for batches in (plain, ahead))
+        if name == "next":
+            assert all(map(torch.equal, expected, found))
+        else:
+            assert expected == found
+        saved = expected if name == "state_dict" else saved
+    assert plain.state_dict() == ahead.state_dict()
+
+
+def test_the_next_batch_is_read_before_it_is_asked_for(positions):
+    reads = Queue()
+
+    class Told(WorkerBatches):
+        def next(self, sequences):
+            reads.put(get_ident())
+            return super().next(sequences)
+
+    ahead = Prefetched(Told(positions, 8, 0, 1, seed=0))
+    for _ in range(3):
+        ahead.next(2)
+    readers = [reads.get(timeout=10) for _ in range(4)]
+    assert get_ident() not in readers
+
+
+def test_reading_ahead_raises_at_the_batch_that_cannot_be_read(tmp_path):
+    tokens = np.zeros(1000, dtype=int)
+    tokens[700:] = 9  # outside the vocabulary
+    stream = make_stream(tmp_path, tokens, vocab_size=5)
+
+    def batches_before_an_error(batches):
+        for count in range(1000):
+            try:
+                batches.next(1)
+            except ShardError as error:
+                return count, str(error)
+
+    for seed in range(10):
+        plain = WorkerBatches(stream, 8, 0, 1, seed)
+        expected = batches_before_an_error(WorkerBatches(stream, 8, 0, 1, seed))
+        assert batches_before_an_error(Prefetched(plain)) == expected
 
 
 def test_part_of_exactly_one_window_is_enough(positions):

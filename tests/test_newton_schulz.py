@@ -2,11 +2,16 @@ import numpy as np
 import pytest
 import reference
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import ef21_muon.newton_schulz
 from ef21_muon.newton_schulz import (
     GRAM_ASPECT,
+    GRAM_STEPS,
     POLAR_EXPRESS,
     POLYNOMIALS,
+    compiled,
+    iterate,
     length,
     newton_schulz,
     unit_largest,
@@ -201,3 +206,29 @@ def test_lengths_at_the_ends_of_the_range(scale, dim):
     np.testing.assert_allclose(length(unit_length(x, dim), dim)[::2], 1, rtol=1e-6)
     assert not unit_largest(x, dim)[1].any()
     assert not unit_length(x, dim)[1].any()
+
+
+def test_it_compiles_without_a_graph_break_to_the_same_numbers():
+    polynomials = list(POLAR_EXPRESS[:5])
+    for gram_steps, dtype in ((0, torch.bfloat16), (GRAM_STEPS, torch.float32)):
+        x = unit_length(random_matrices(3, 8, 20)).to(dtype)
+        expected = iterate(x, polynomials, gram_steps)
+        assert torch.equal(compiled("aot_eager")(x, polynomials, gram_steps), expected)
+        report = torch._dynamo.explain(iterate)(x, polynomials, gram_steps)
+        assert (report.graph_count, report.graph_break_count) == (1, 0)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_on_cuda_alone_it_is_compiled_and_in_bfloat16(device, monkeypatch):
+    """On tensors that have a device and no values."""
+    seen = []
+
+    def recorded(x, polynomials, gram_steps):
+        seen.append((x.device.type, x.dtype))
+        return iterate(x, polynomials, gram_steps)
+
+    monkeypatch.setattr(ef21_muon.newton_schulz, "compiled", lambda: recorded)
+    with FakeTensorMode():
+        result = newton_schulz(torch.empty(2, 20, 8, device=device))
+    assert (result.device.type, result.dtype, result.shape) == (device, torch.float32, (2, 20, 8))
+    assert seen == ([("cuda", torch.bfloat16)] if device == "cuda" else [])

@@ -66,7 +66,7 @@ def test_memory_is_that_of_the_state():
 
 
 def test_every_preset_can_be_planned():
-    for experiment in ((), ("experiment=paper",)):
+    for experiment in ((), ("experiment=paper",), ("experiment=smoke124m",)):
         for norm in ("scion", "muon", "gluon", "euclidean"):
             text = plan(compose((*experiment, f"norm={norm}")).config)
             assert number(row(text, 8)["of float32"]) < 10

