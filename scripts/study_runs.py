@@ -58,18 +58,15 @@ def grid(method: str, overrides: str, **values: tuple[float, ...]) -> list[Setti
 
 
 IDENTITY = "compressor@w2s=identity"
-RADII = "norm.hidden.radius=1 norm.embedding.radius=60"
+HIDDEN, EMBEDDING = "norm.hidden.radius=1", "norm.embedding.radius=60"
+BETA = "optimizer.beta=0.1"
 POWERSGD = "optimizer=muon_powersgd checkpoint.every=0"  # torch keeps its state to itself
 DION = "optimizer=dion optimizer.values=natural optimizer.weight_decay=0"
 DEMO = "optimizer=demo optimizer.values=int8"
-GRIDS = [
-    *grid(
-        "identity",
-        f"{IDENTITY} optimizer.beta=0.1",
-        norm__hidden__radius=(0.5, 1, 2),
-        norm__embedding__radius=(30, 60, 120),
-    ),
-    *grid("identity", f"{IDENTITY} {RADII}", optimizer__beta=(0.05, 0.2, 0.4)),
+GRIDS = [  # of the uncompressed run a cross: each tuned with the others at their first choice
+    *grid("identity", f"{IDENTITY} {EMBEDDING} {BETA}", norm__hidden__radius=(0.5, 1, 2)),
+    *grid("identity", f"{IDENTITY} {HIDDEN} {BETA}", norm__embedding__radius=(30, 120)),
+    *grid("identity", f"{IDENTITY} {HIDDEN} {EMBEDDING}", optimizer__beta=(0.05, 0.2, 0.4)),
     *grid("adamw", "optimizer=adamw", optimizer__lr=(0.001, 0.002, 0.004, 0.008)),
     *grid("powersgd", f"{POWERSGD} optimizer.rank=16", optimizer__lr=(0.01, 0.02, 0.04)),
     *grid("dion", DION, optimizer__lr=(0.01, 0.02, 0.04), optimizer__lion_lr=(0.003, 0.01)),
