@@ -28,6 +28,8 @@ figures: setup
 	.venv/bin/python scripts/bench_codec.py --redraw
 	.venv/bin/python scripts/bench_network.py --redraw
 	.venv/bin/python scripts/theory.py --redraw
+	.venv/bin/python scripts/soak.py --redraw
+	.venv/bin/python scripts/bench_step.py --redraw model=gpt2-124m
 
 test: setup
 	.venv/bin/python -m pytest $(ARGS)

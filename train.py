@@ -50,7 +50,7 @@ class Run:
         self.batches = Prefetched(batches) if on_cuda else batches
         self.test = TestWindows(test_tokens, model_config.context, config.eval.tokens)
         self.raw_model = GPT(model_config, config.seed).to(workers.device)
-        self.optimizer = build_optimizer(config, self.raw_model)
+        self.optimizer = build_optimizer(config, self.raw_model, workers.timeout)
         self.start_schedule(0)
         reduced = isinstance(self.optimizer, AllReduced)
         self.model = self.optimizer.wrap(self.raw_model) if reduced else self.raw_model

@@ -6,6 +6,8 @@ Algorithm 1 with the ranks of its lane in the other workers. So encoding, server
 between nodes are spread over the ranks of a node, and nothing crosses twice.
 """
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 
@@ -19,11 +21,14 @@ class HierarchicalEF21Muon(EF21Muon):
     groups: parameter groups of (name, parameter) pairs, alike on all ranks, with entries and other
     options as in EF21Muon. A rank's own `param_groups` hold the layers of its lane alone; `step`
     drops the gradients of the others. `w2s_bytes` and `s2w_bytes` are of the whole worker,
-    `wire_tx_bytes` what this rank sends to other workers. Raises ValueError where `worker_size`
+    `wire_tx_bytes` what this rank sends to other workers. To wait longer than `timeout`, by default
+    torch's, for another rank is an error. Raises ValueError where `worker_size`
     does not divide the ranks or leaves one without a layer, or without a process group.
     """
 
-    def __init__(self, groups: list[dict], *, worker_size: int, **options):
+    def __init__(
+        self, groups: list[dict], *, worker_size: int, timeout: timedelta | None = None, **options
+    ):
         if not dist.is_initialized():
             raise ValueError(f"worker_size={worker_size} needs a process group: use torchrun")
         rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -41,7 +46,7 @@ class HierarchicalEF21Muon(EF21Muon):
         worker, lane = divmod(rank, worker_size)
         first = worker * worker_size
         self.worker_size = worker_size
-        self.worker = _group(range(first, first + worker_size))
+        self.worker = _group(range(first, first + worker_size), timeout)
         # Every parameter with the rank of this worker that holds its state.
         self.holders = [
             (parameter, first + of) for (_, parameter), of in zip(pairs, lanes, strict=True)
@@ -53,7 +58,7 @@ class HierarchicalEF21Muon(EF21Muon):
         ]
         super().__init__(
             [group for group in mine if group["params"]],
-            process_group=_group(range(lane, ranks, worker_size)),
+            process_group=_group(range(lane, ranks, worker_size), timeout),
             **options,
         )
         for exchange in (phase.exchange for phase in self.phases):
@@ -98,5 +103,5 @@ class HierarchicalEF21Muon(EF21Muon):
             work.wait()
 
 
-def _group(ranks: range) -> dist.ProcessGroup:
-    return dist.new_group(list(ranks), use_local_synchronization=True)
+def _group(ranks: range, timeout: timedelta | None) -> dist.ProcessGroup:
+    return dist.new_group(list(ranks), timeout, use_local_synchronization=True)

@@ -378,7 +378,13 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     parser.add_argument("--steps", type=int, default=2, help="timed steps (default %(default)s)")
     parser.add_argument("--out", type=Path, default=OUTPUT, help="folder (default %(default)s)")
+    parser.add_argument("--redraw", action="store_true", help="README.md from the records alone")
     options = parser.parse_intermixed_args()
+    if options.redraw:
+        lines = (options.out / log_name(options)).read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        (options.out / "README.md").write_text(report(records, options))
+        return 0
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells when it starts and stops
     workers = Workers()
     return workers.finish(lambda: job(options, workers))

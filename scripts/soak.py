@@ -369,7 +369,12 @@ def main() -> int:
     parser.add_argument("--kinds", default=",".join(KINDS), help="(default %(default)s)")
     parser.add_argument("--out", type=Path, default=OUTPUT, help="folder (default %(default)s)")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--redraw", action="store_true", help="README.md from soak.jsonl alone")
     options = parser.parse_intermixed_args()
+    if options.redraw:
+        lines = (options.out / "soak.jsonl").read_text().splitlines()
+        (options.out / "README.md").write_text(table([json.loads(line) for line in lines]))
+        return 0
     if missing := requirements_missing() or disk.requirements_missing():
         print(f"error: {missing}", file=sys.stderr)
         return 1

@@ -1,5 +1,6 @@
 """The method of a run: the optimizer that its configuration describes."""
 
+from datetime import timedelta
 from functools import partial
 from inspect import signature
 
@@ -33,8 +34,13 @@ def parameter_groups(config: DictConfig, model: nn.Module) -> list[dict]:
     return param_groups(model, rules, roles={"blocks.*": "hidden"})  # the head is the embedding
 
 
-def build_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of all workers. Raises RunError for choices that contradict one another."""
+def build_optimizer(
+    config: DictConfig, model: nn.Module, timeout: timedelta | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of all workers, which wait for each other as long as `timeout`.
+
+    Raises RunError for choices that contradict one another.
+    """
     make = build(config.optimizer, "optimizer", _partial_=True)
     _require_arguments(make)
     groups = parameter_groups(config, model)
@@ -46,7 +52,8 @@ def build_optimizer(config: DictConfig, model: nn.Module) -> torch.optim.Optimiz
     if make.func is EF21Muon:
         options |= {"w2s": build(config.w2s, "w2s"), "s2w": build(config.s2w, "s2w")}
         if config.worker_size > 1:
-            make = partial(HierarchicalEF21Muon, **make.keywords, worker_size=config.worker_size)
+            options |= {"worker_size": config.worker_size, "timeout": timeout}
+            make = partial(HierarchicalEF21Muon, **make.keywords)
     elif config.worker_size > 1:
         raise RunError(f"worker_size={config.worker_size} needs optimizer=ef21_muon: set it to 1")
     optimizer = make(groups, **options)
