@@ -64,7 +64,7 @@ POWERSGD = "optimizer=muon_powersgd checkpoint.every=0"  # torch keeps its state
 DION = "optimizer=dion optimizer.values=natural optimizer.weight_decay=0"
 DEMO = "optimizer=demo optimizer.values=int8"
 GRIDS = [  # of the uncompressed run a cross: each tuned with the others at their first choice
-    *grid("identity", f"{IDENTITY} {EMBEDDING} {BETA}", norm__hidden__radius=(0.5, 1, 2)),
+    *grid("identity", f"{IDENTITY} {EMBEDDING} {BETA}", norm__hidden__radius=(0.5, 1, 2, 4)),
     *grid("identity", f"{IDENTITY} {HIDDEN} {BETA}", norm__embedding__radius=(30, 120)),
     *grid("identity", f"{IDENTITY} {HIDDEN} {EMBEDDING}", optimizer__beta=(0.05, 0.2, 0.4)),
     *grid("adamw", "optimizer=adamw", optimizer__lr=(0.001, 0.002, 0.004, 0.008)),
