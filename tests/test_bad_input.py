@@ -231,7 +231,7 @@ def test_more_workers_than_gpus(refuse, pristine, in_a_process_group, monkeypatc
 
 def test_a_rank_that_is_started_twice_is_told(pristine):
     """As threads, so that the second one surely comes while the first one waits."""
-    store, first, second = dist.HashStore(), Workers(), Workers(0.2)
+    store, first, second = dist.HashStore(), Workers(5), Workers(0.2)
     for worker in (first, second):
         worker.rank, worker.count = 1, 2
     with ThreadPoolExecutor() as pool:
