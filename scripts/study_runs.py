@@ -44,6 +44,11 @@ def top(percent: float, values: str) -> str:
     return f"compressor@w2s=topk w2s.fraction={percent / 100:g} w2s.values={values}"
 
 
+def back(compressor: str) -> str:
+    """The same for what servers send."""
+    return compressor.replace("w2s", "s2w")
+
+
 def grid(method: str, overrides: str, **values: tuple[float, ...]) -> list[Setting]:
     """All combinations of the values of keys, in which __ stands for a dot."""
     points = [(method, f"{overrides} {GRID_STEPS}")]
@@ -57,16 +62,20 @@ def grid(method: str, overrides: str, **values: tuple[float, ...]) -> list[Setti
     return [setting(f"grid/{name}", "grid", given) for name, given in points]
 
 
+INT5 = "{format:int5,stochastic:false}"  # rounded to nearest, a scale a row
 IDENTITY = "compressor@w2s=identity"
 HIDDEN, EMBEDDING = "norm.hidden.radius=1", "norm.embedding.radius=60"
 BETA = "optimizer.beta=0.1"
 POWERSGD = "optimizer=muon_powersgd checkpoint.every=0"  # torch keeps its state to itself
 DION = "optimizer=dion optimizer.values=natural optimizer.weight_decay=0"
 DEMO = "optimizer=demo optimizer.values=int8"
-GRIDS = [  # of the uncompressed run a cross: each tuned with the others at their first choice
+# Of the uncompressed run a cross, each tuned with the others at their first choice, and then the
+# best of each arm together.
+GRIDS = [
     *grid("identity", f"{IDENTITY} {EMBEDDING} {BETA}", norm__hidden__radius=(0.5, 1, 2, 4)),
     *grid("identity", f"{IDENTITY} {HIDDEN} {BETA}", norm__embedding__radius=(30, 120)),
     *grid("identity", f"{IDENTITY} {HIDDEN} {EMBEDDING}", optimizer__beta=(0.05, 0.2, 0.4)),
+    *grid("identity", f"{IDENTITY} {EMBEDDING}", norm__hidden__radius=(2,), optimizer__beta=(0.2,)),
     *grid("adamw", "optimizer=adamw", optimizer__lr=(0.001, 0.002, 0.004, 0.008)),
     *grid("powersgd", f"{POWERSGD} optimizer.rank=16", optimizer__lr=(0.01, 0.02, 0.04)),
     *grid("dion", DION, optimizer__lr=(0.01, 0.02, 0.04), optimizer__lion_lr=(0.003, 0.01)),
@@ -75,12 +84,13 @@ GRIDS = [  # of the uncompressed run a cross: each tuned with the others at thei
 SETTINGS = [
     *GRIDS,
     setting("identity", "identity", IDENTITY, SEEDS),
+    *(setting(f"rank{p}-int5", "rank, int5", rank(p, INT5)) for p in (30, 10, 5, 15, 40)),
     *(setting(f"rank{p}", "rank", rank(p, "float32")) for p in PERCENT),
     *(setting(f"top{p}", "top", top(p, "float32")) for p in PERCENT),
     setting("natural", "dense", "compressor@w2s=natural"),
     *(setting(f"rank{p}-natural", "rank", rank(p, "natural")) for p in (5, 10, 15)),
-    *(setting(f"rank{p}-natural4", "rank", rank(p, "natural4")) for p in (5, 10, 15)),
     *(setting(f"top{p}-natural", "top", top(p, "natural")) for p in (5, 15)),
+    *(setting(f"rank{p}-natural4", "rank", rank(p, "natural4")) for p in (5, 10, 15)),
     *(setting(f"top{p}-natural4", "top", top(p, "natural4")) for p in (5, 15)),
     setting("sign", "dense", "compressor@w2s=sign"),
     *(
@@ -88,6 +98,7 @@ SETTINGS = [
         for kind, message in (("rank5", rank(5, "float32")), ("top5", top(5, "float32")))
         for feedback in ("ef14", "none")
     ),
+    setting("rank10-int5-both", "both ways", f"{rank(10, INT5)} {back(rank(10, INT5))}"),
 ]
 RUNS = [
     StudyRun(f"{one.name}-seed{seed}", (*one.overrides, f"seed={seed}"))

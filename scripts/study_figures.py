@@ -1,0 +1,218 @@
+"""Draw the study of results/shakespeare from its logs: `python scripts/study_figures.py`.
+
+Figures go to results/shakespeare, what they show in words and tables to results/README.md.
+
+Bytes are one worker's to the servers, in sizes of the model (4 bytes a parameter). The target loss
+is fixed by a rule: the uncompressed run's test loss at 75 % of its tokens, mean of its seeds. Where
+a run reaches it is interpolated between evaluations. The same logs always give the same files.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.figures import COLOURS, LINES, MARKERS, STYLE, save
+from scripts.study_report import report
+from scripts.study_results import NETWORK_LOG, RESULTS, Result, read, savings, target_loss, times
+from scripts.study_runs import SETTINGS
+
+PANELS = {  # the paper's family in its first two panels, and in its last two
+    "rank": ("identity", "natural", "rank20", "rank15", "rank10", "rank5", "rank15-natural"),
+    "top": ("identity", "natural", "top20", "top15", "top10", "top5", "top15-natural"),
+}
+
+
+def paper_figure(results: dict[str, Result], target: float) -> Figure:
+    """The paper's four panels: loss against tokens, and bytes to the target, for two families."""
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    axes = figure.subplots(1, 4)
+    saved = savings(results, target)
+    for (family, names), by_tokens, bars in zip(PANELS.items(), axes[::2], axes[1::2], strict=True):
+        shown = [results[name] for name in names if name in results]
+        for index, result in enumerate(shown):
+            plot(by_tokens, result, index, "tokens")
+        by_tokens.axhline(target, color="#888888", linewidth=0.8)
+        by_tokens.set(xlabel="training tokens", ylabel="test loss (nats per token)", yscale="log")
+        by_tokens.set_ylim(0.97 * min(min(r.final) for r in shown), 2.2)
+        by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
+        plain_losses(by_tokens)
+        by_tokens.legend(loc="upper right")
+        reached = [result for result in shown if result.setting.name in saved]
+        for place, result in enumerate(reached):
+            sent = result.sizes(mean(point.w2s for point in result.reach(target)))
+            bars.bar(place, sent, color=COLOURS[shown.index(result) % len(COLOURS)])
+            bars.annotate(f"{saved[result.setting.name]:.1f}x", (place, sent), ha="center")
+        bars.set_xticks(range(len(reached)), [r.label for r in reached], rotation=40, ha="right")
+        bars.set_ylabel(f"bytes sent / model size, to loss {target:.3f}")
+        bars.set_title(f"{family} family", fontsize=9)
+    return figure
+
+
+def bytes_figure(results: dict[str, Result], target: float) -> Figure:
+    """Test loss against bytes, every setting of the study, with seeds as bands."""
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    axes = figure.subplots()
+    shown = [r for r in results.values() if r.setting.family not in ("grid", "feedback")]
+    for index, result in enumerate(shown):
+        plot(axes, result, index, "w2s_bytes")
+    axes.axhline(target, color="#888888", linewidth=0.8)
+    axes.set(
+        xlabel="bytes sent to the servers per worker / model size",
+        ylabel="test loss (nats per token)",
+        xscale="log",
+        yscale="log",
+    )
+    axes.set_ylim(0.97 * min(min(r.final) for r in shown), 2.6)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    plain_losses(axes)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    return figure
+
+
+def rate_figure(results: dict[str, Result]) -> Figure:
+    """Bits a parameter and step against the final loss over the uncompressed run's."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    best = mean(results["identity"].final)
+    families = list(dict.fromkeys(s.family for s in SETTINGS if s.family != "grid"))
+    for index, family in enumerate(families):
+        shown = [r for r in results.values() if r.setting.family == family]
+        if family == "identity" or not shown:
+            continue
+        bits = [result.bits for result in shown]
+        gaps = [100 * (mean(result.final) / best - 1) for result in shown]
+        axes.plot(bits, gaps, MARKERS[index % len(MARKERS)], color=COLOURS[index], label=family)
+        for result, x, y in zip(shown, bits, gaps, strict=True):
+            axes.annotate(f" {result.label}", (x, y), fontsize=6)
+    axes.axhline(0, color="#888888", linewidth=0.8)
+    axes.set(
+        xlabel="bits sent to the servers, a parameter and step",
+        ylabel="final test loss over the uncompressed run's (%)",
+        xscale="log",
+    )
+    axes.set_yscale("symlog", linthresh=1)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_locator(NullLocator())
+    axes.legend()
+    return figure
+
+
+def directions_figure(results: dict[str, Result], target: float) -> Figure:
+    """Bytes of both directions to the target, of settings with and without s2w compression."""
+    shown = [
+        result
+        for name, result in results.items()
+        if (name == "identity" or result.setting.family == "both ways" or _has_both(name, results))
+        and all(result.reach(target))
+    ]
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for place, result in enumerate(shown):
+        points = result.reach(target)
+        up = result.sizes(mean(point.w2s for point in points))
+        down = result.sizes(mean(point.s2w for point in points))
+        first = place == 0
+        axes.bar(place, up, color=COLOURS[0], label="to the servers" if first else None)
+        label = "back to the workers" if first else None
+        axes.bar(place, down, bottom=up, color=COLOURS[5], label=label)
+        axes.annotate(f"{up + down:.0f}", (place, up + down), ha="center")
+    axes.set_xticks(range(len(shown)), [r.label for r in shown], rotation=20, ha="right")
+    axes.set_ylabel(f"bytes / model size, to loss {target:.3f}")
+    axes.legend()
+    return figure
+
+
+def _has_both(name: str, results: dict[str, Result]) -> bool:
+    return f"{name}-both" in results
+
+
+def time_figure(results: dict[str, Result], target: float, log: Path) -> Figure:
+    """Time to the target over slow links, from measured times of a step."""
+    by_rate = times(results, target, log)
+    figure = Figure(figsize=(4.5 * len(by_rate), 4), layout="constrained")
+    for axes, (rate, seconds) in zip(
+        figure.subplots(1, len(by_rate)), by_rate.items(), strict=True
+    ):
+        for place, value in enumerate(seconds.values()):
+            axes.bar(place, value, color=COLOURS[place % len(COLOURS)])
+            axes.annotate(f"{value:.0f} s", (place, value), ha="center")
+        labels = [results[name].label for name in seconds]
+        axes.set_xticks(range(len(labels)), labels, rotation=40, ha="right")
+        axes.set_title(rate, fontsize=9)
+        axes.set_ylabel(f"seconds to loss {target:.3f}")
+    return figure
+
+
+def plot(axes, result: Result, index: int, key: str) -> None:
+    """A line for the mean over seeds, and a band from the least to the most."""
+    rows = list(zip(*(log.evals for log in result.logs), strict=True))
+    x = [row[0][key] for row in rows]
+    x = [result.sizes(value) for value in x] if key != "tokens" else x
+    losses = [[record["test_loss"] for record in row] for row in rows]
+    colour = COLOURS[index % len(COLOURS)]
+    axes.plot(
+        x,
+        [mean(values) for values in losses],
+        color=colour,
+        linestyle=LINES[index % len(LINES)],
+        marker=MARKERS[index % len(MARKERS)],
+        markersize=3,
+        label=result.label,
+    )
+    if len(result.logs) > 1:
+        least, most = [min(values) for values in losses], [max(values) for values in losses]
+        axes.fill_between(x, least, most, color=colour, alpha=0.2, linewidth=0)
+
+
+def plain_losses(axes) -> None:
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def draw(directory: Path, output: Path) -> list[Path]:
+    """Write the figures of the logs in `directory` into `output`; returns the files."""
+    results = read(directory)
+    target = target_loss(results["identity"])
+    output.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, Callable[[], Figure]] = {
+        "paper": lambda: paper_figure(results, target),
+        "bytes": lambda: bytes_figure(results, target),
+        "rate": lambda: rate_figure(results),
+        "directions": lambda: directions_figure(results, target),
+    }
+    if (directory / NETWORK_LOG).exists():
+        figures["time"] = lambda: time_figure(results, target, directory / NETWORK_LOG)
+    with matplotlib.rc_context(STYLE):
+        return [path for name, build in figures.items() for path in save(build(), output / name)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", metavar="DIR", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    try:
+        for path in draw(RESULTS, options.out):
+            print(path)
+        (options.out.parent / "README.md").write_text(report(read(RESULTS)))
+    except (ValueError, OSError) as error:
+        print(f"study_figures.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""results/README.md: the study in words and tables, from its logs."""
+
+from statistics import mean, stdev
+
+from scripts.study_results import TARGET_SHARE, Result, savings, target_loss
+
+
+def report(results: dict[str, Result]) -> str:
+    """The page. What it says in numbers is computed; the rest was written by looking at them."""
+    identity = results["identity"]
+    target = target_loss(identity)
+    log = identity.logs[0]
+    last = log.evals[-1]
+    return f"""# Results
+
+The study of the method on one machine is below. Beside it: [theory](theory/README.md) (both
+theorems beside measured runs), [network](network/README.md) (step times over slow links),
+[codec](codec/README.md) (what each compressor costs and loses), [lmo](lmo/README.md) (what an LMO
+costs), [step124m](step124m/README.md) (time and memory of a step of the paper's model),
+[soak](soak/README.md) (30 faults), and the two runs of the README's picture in `quickstart`.
+`make figures` redraws all of them from their logs.
+
+## Setting
+
+A GPT of {log.run["parameters"]:,} parameters on bytes of Shakespeare's plays, two workers,
+{last["step"]} steps of {last["tokens"] // last["step"]:,} tokens, {last["tokens"] / 1e6:.2f} M
+tokens in all; test loss in nats a byte on the same 65,536 bytes each time. Two CPU cores, torch
+{log.run["versions"]["torch"]}. `make study` runs it, or what is missing of it; the runs are listed
+in `scripts/study_runs.py`, their logs in `shakespeare/`, cut to the records that are used here.
+
+Radii and beta were tuned for the uncompressed run and hold for everything else that takes
+EF21-Muon's step, as in the paper; baselines with other steps have learning rates of their own
+(last table). The target was fixed before the runs: the uncompressed run's test loss at
+{TARGET_SHARE:.0%} of its tokens, mean of its seeds, is **{target:.4f}**. Bytes are what one worker
+sends to the servers, in sizes of the model (4 bytes a parameter).
+
+![The paper's four panels](shakespeare/paper.png)
+
+![Test loss against bytes](shakespeare/bytes.png)
+
+![Rate against final loss](shakespeare/rate.png)
+
+## All settings
+
+± is one standard deviation over seeds.
+
+{table(results, target)}
+
+## Grids
+
+{grid_table(results)}
+"""
+
+
+def table(results: dict[str, Result], target: float) -> str:
+    """Every setting: rate, final loss, and what it takes to the target."""
+    saved = savings(results, target)
+    best = mean(results["identity"].final)
+    lines = [
+        "| setting | seeds | bits a parameter and step | final test loss | over uncompressed "
+        "| tokens to target | bytes / model size to target | fewer than uncompressed |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, result in results.items():
+        if result.setting.family == "grid":
+            continue
+        final = f"{mean(result.final):.4f}"
+        if len(result.final) > 1:
+            final += f" ± {stdev(result.final):.4f}"
+        reached = ["not reached", "", ""]
+        if name in saved:
+            points = result.reach(target)
+            reached = [
+                f"{mean(point.tokens for point in points) / 1e6:.2f} M",
+                f"{result.sizes(mean(point.w2s for point in points)):.2f}",
+                f"{saved[name]:.1f}x",
+            ]
+        over = f"{100 * (mean(result.final) / best - 1):+.2f} %"
+        cells = [result.label, str(len(result.logs)), f"{result.bits:.3g}", final, over, *reached]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def grid_table(results: dict[str, Result]) -> str:
+    """The grids by which radii and learning rates were chosen."""
+    rows = [
+        f"| {name.removeprefix('grid/')} | {result.final[0]:.4f} |"
+        for name, result in results.items()
+        if result.setting.family == "grid"
+    ]
+    return "\n".join(["| grid point, half the steps | final test loss |", "| --- | ---: |", *rows])
