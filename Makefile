@@ -23,7 +23,6 @@ study: setup data
 	.venv/bin/python scripts/study.py $(ARGS)
 
 figures: setup
-	.venv/bin/python scripts/figures.py results/quickstart
 	.venv/bin/python scripts/study_figures.py
 	.venv/bin/python scripts/bench_codec.py --redraw
 	.venv/bin/python scripts/bench_network.py --redraw

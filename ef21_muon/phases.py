@@ -11,9 +11,8 @@ from ef21_muon.exchange import Exchange, cut
 class Switch:
     """`first` in the rounds before `start`, counted from 0, and `later` from it on, for w2s.
 
-    `later` may be a Switch of a later start, for more than two levels. Errors of compression that
-    are left when the radius falls stay in the model, so bytes do more good late than early. Raises
-    ValueError for anything but compressors, and a start that is no round after the first.
+    `later` may be a Switch of a later start, for more than two levels. Raises ValueError for
+    anything but compressors, and a start that is no round after the first.
     """
 
     def __init__(self, first: Compressor, later: "Compressor | Switch", start: int):

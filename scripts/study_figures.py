@@ -54,6 +54,8 @@ def paper_figure(results: dict[str, Result], target: float) -> Figure:
         bars.set_xticks(range(len(reached)), [r.label for r in reached], rotation=40, ha="right")
         bars.set_ylabel(f"bytes sent / model size, to loss {target:.3f}")
         bars.set_title(f"{family} family", fontsize=9)
+        bars.set_axisbelow(True)
+        bars.margins(y=0.1)
     return figure
 
 
@@ -130,6 +132,8 @@ def directions_figure(results: dict[str, Result], target: float) -> Figure:
         axes.bar(place, down, bottom=up, color=COLOURS[5], label=label)
         axes.annotate(f"{up + down:.0f}", (place, up + down), ha="center")
     axes.set_xticks(range(len(shown)), [r.label for r in shown], rotation=20, ha="right")
+    axes.set_axisbelow(True)
+    axes.margins(y=0.1)
     axes.set_ylabel(f"bytes / model size, to loss {target:.3f}")
     axes.legend()
     return figure
@@ -152,6 +156,7 @@ def time_figure(results: dict[str, Result], target: float, log: Path) -> Figure:
         labels = [results[name].label for name in seconds]
         axes.set_xticks(range(len(labels)), labels, rotation=40, ha="right")
         axes.set_title(rate, fontsize=9)
+        axes.set_axisbelow(True)
         axes.set_ylabel(f"seconds to loss {target:.3f}")
     return figure
 
@@ -192,8 +197,9 @@ def draw(directory: Path, output: Path) -> list[Path]:
         "paper": lambda: paper_figure(results, target),
         "bytes": lambda: bytes_figure(results, target),
         "rate": lambda: rate_figure(results),
-        "directions": lambda: directions_figure(results, target),
     }
+    if any(result.setting.family == "both ways" for result in results.values()):
+        figures["directions"] = lambda: directions_figure(results, target)
     if (directory / NETWORK_LOG).exists():
         figures["time"] = lambda: time_figure(results, target, directory / NETWORK_LOG)
     with matplotlib.rc_context(STYLE):

@@ -3,30 +3,33 @@
 from statistics import mean, stdev
 
 from scripts.study_results import TARGET_SHARE, Result, savings, target_loss
+from scripts.study_runs import SETTINGS
 
 
 def report(results: dict[str, Result]) -> str:
     """The page. What it says in numbers is computed; the rest was written by looking at them."""
     identity = results["identity"]
     target = target_loss(identity)
-    log = identity.logs[0]
-    last = log.evals[-1]
+    run, last = identity.logs[0].run, identity.logs[0].evals[-1]
+    parameters, steps, tokens = run["parameters"], last["step"], last["tokens"]
     return f"""# Results
 
 The study of the method on one machine is below. Beside it: [theory](theory/README.md) (both
 theorems beside measured runs), [network](network/README.md) (step times over slow links),
 [codec](codec/README.md) (what each compressor costs and loses), [lmo](lmo/README.md) (what an LMO
 costs), [step124m](step124m/README.md) (time and memory of a step of the paper's model),
-[soak](soak/README.md) (30 faults), and the two runs of the README's picture in `quickstart`.
-`make figures` redraws all of them from their logs.
+[soak](soak/README.md) (30 faults).
+`make figures` redraws all but `lmo` from their logs.
+
+{headline(results)}
 
 ## Setting
 
-A GPT of {log.run["parameters"]:,} parameters on bytes of Shakespeare's plays, two workers,
-{last["step"]} steps of {last["tokens"] // last["step"]:,} tokens, {last["tokens"] / 1e6:.2f} M
-tokens in all; test loss in nats a byte on the same 65,536 bytes each time. Two CPU cores, torch
-{log.run["versions"]["torch"]}. `make study` runs it, or what is missing of it; the runs are listed
-in `scripts/study_runs.py`, their logs in `shakespeare/`, cut to the records that are used here.
+A GPT of {parameters:,} parameters on bytes of Shakespeare's plays, two workers, {steps} steps
+of {tokens // steps:,} tokens, {tokens / 1e6:.2f} M in all; test loss in nats a byte on the same
+65,536 bytes each time. Two CPU cores, torch {run["versions"]["torch"]}. `make study` runs it, or
+what is missing of it; the runs are listed in `scripts/study_runs.py`, their logs in `shakespeare/`,
+cut to the records that are used here.
 
 Radii and beta were tuned for the uncompressed run and hold for everything else that takes
 EF21-Muon's step, as in the paper; baselines with other steps have learning rates of their own
@@ -45,11 +48,40 @@ sends to the servers, in sizes of the model (4 bytes a parameter).
 ± is one standard deviation over seeds.
 
 {table(results, target)}
-
+{missing(results)}
 ## Grids
 
 {grid_table(results)}
 """
+
+
+def headline(results: dict[str, Result]) -> str:
+    """The README's first number: the smallest message to the target, and the closest final loss."""
+    saved = savings(results, target_loss(results["identity"]))
+    fewest = max(saved, key=saved.__getitem__)
+    best = mean(results["identity"].final)
+    close = [
+        result
+        for result in results.values()
+        if result.setting.family not in ("grid", "identity") and result.bits < 3.2
+    ]
+    closest = min(close, key=lambda result: mean(result.final))
+    return (
+        f"To the loss that the uncompressed run has at 75 % of its tokens, {results[fewest].label} "
+        f"takes {saved[fewest]:.0f} times fewer bytes than it; at the end, {closest.label}, which "
+        f"sends {results['identity'].bits / closest.bits:.0f} times fewer, is "
+        f"{100 * (mean(closest.final) / best - 1):.1f} % above it in test loss."
+    )
+
+
+def missing(results: dict[str, Result]) -> str:
+    """What of the study has not been run."""
+    left = []
+    for setting in SETTINGS:
+        done = len(results[setting.name].logs) if setting.name in results else 0
+        if done < len(setting.seeds):
+            left.append(f"{setting.name} ({len(setting.seeds) - done})" if done else setting.name)
+    return f"\nNot run yet (`make study` does): {', '.join(left)}.\n" if left else ""
 
 
 def table(results: dict[str, Result], target: float) -> str:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from scripts import study, study_figures, study_results
 from scripts.figures import LOG_NAME
-from scripts.study_report import report
+from scripts.study_report import headline, report
 from scripts.study_results import Point, reach, read
 from scripts.study_runs import RUNS, SETTINGS, Setting, StudyRun
 from training.config import compose
@@ -137,8 +137,12 @@ def test_the_committed_figures_and_tables_are_up_to_date(tmp_path):
         assert np.abs(mine - theirs).mean() < 0.01
 
 
-def test_the_headline_from_the_logs():
-    """Savings of a setting, from the JSON alone."""
+def test_the_readme_has_the_headline():
+    readme = " ".join((study.ROOT / "README.md").read_text().replace("*", "").split())
+    assert headline(read(study.RESULTS)) in readme
+
+
+def test_savings_from_the_logs_alone():
 
     def evals(name, seed):
         lines = (study.RESULTS / f"{name}-seed{seed}.jsonl").read_text().splitlines()
