@@ -10,7 +10,8 @@ from model import GPT, GPTConfig
 from training.config import compose
 from training.method import build_optimizer
 from training.plan import plan
-from training.workers import RunError
+from training.report import group_table
+from training.workers import RunError, Workers
 
 LEVELS = [RankK(0.1, "natural"), TopK(0.3), Identity()]
 THREE = Switch(LEVELS[0], Switch(LEVELS[1], LEVELS[2], 4), 2)
@@ -110,6 +111,15 @@ def test_a_plan_counts_every_phase():
     assert (first[1], later[1]) == ("1", "4")
     assert int(first[5].replace(",", "")) == 3 * sizes[0] + 7 * sizes[1]
     assert sizes[1] > sizes[0]
+
+
+def test_the_table_of_a_run_says_what_is_sent_when():
+    config = compose(("model=tiny", "compressor@w2s=switch")).config
+    optimizer = build_optimizer(config, GPT(GPTConfig(1, 32, 2, 32, 256)))
+    rank, dense = RankK(0.15, "natural"), Dense("natural")
+    hidden = next(line for line in group_table(optimizer, Workers()).splitlines() if " 32x32 " in line)
+    assert "rank 15% natural, dense natural from step 241" in hidden
+    assert f"{4 * rank.payload_bytes(32, 32):,}, {4 * dense.payload_bytes(32, 32):,}" in hidden
 
 
 def test_a_start_that_is_never_reached_is_refused():
