@@ -44,10 +44,6 @@ def top(percent: float, values: str) -> str:
     return f"compressor@w2s=topk w2s.fraction={percent / 100:g} w2s.values={values}"
 
 
-def singular(percent: float, values: str) -> str:
-    return f"compressor@w2s=top_singular w2s.fraction={percent / 100:g} w2s.values={values}"
-
-
 def back(compressor: str) -> str:
     """The same for what servers send."""
     return compressor.replace("w2s", "s2w")
@@ -90,7 +86,7 @@ SETTINGS = [
     *grid("identity", f"{IDENTITY} {EMBEDDING}", norm__hidden__radius=(2,), optimizer__beta=(0.2,)),
     ours("identity", "identity", IDENTITY, SEEDS),
     *(ours(f"rank{p}-int5", "rank, int5", rank(p, INT5)) for p in (30, 10, 5, 40)),
-    *(ours(f"singular{p}-int5", "singular, int5", singular(p, INT5)) for p in (10, 7)),
+    ours("singular10-int5", "singular, int5", rank(10, INT5).replace("=rank", "=top_singular")),
     *(ours(f"rank{p}", "rank", rank(p, "float32")) for p in PERCENT),
     *(ours(f"top{p}", "top", top(p, "float32")) for p in PERCENT),
     ours("natural", "dense", "compressor@w2s=natural"),
