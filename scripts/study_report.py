@@ -69,8 +69,8 @@ def headline(results: dict[str, Result]) -> str:
     return (
         f"To the loss that the uncompressed run has at 75 % of its tokens, {results[fewest].label} "
         f"takes {saved[fewest]:.0f} times fewer bytes than it; at the end, {closest.label}, which "
-        f"sends {results['identity'].bits / closest.bits:.0f} times fewer, is "
-        f"{100 * (mean(closest.final) / best - 1):.1f} % above it in test loss."
+        f"sends {results['identity'].bits / closest.bits:.0f} times fewer, differs from it by "
+        f"{100 * (mean(closest.final) / best - 1):+.1f} % in test loss."
     )
 
 
