@@ -117,7 +117,8 @@ def test_the_table_of_a_run_says_what_is_sent_when():
     config = compose(("model=tiny", "compressor@w2s=switch")).config
     optimizer = build_optimizer(config, GPT(GPTConfig(1, 32, 2, 32, 256)))
     rank, dense = RankK(0.15, "natural"), Dense("natural")
-    hidden = next(line for line in group_table(optimizer, Workers()).splitlines() if " 32x32 " in line)
+    lines = group_table(optimizer, Workers()).splitlines()
+    hidden = next(line for line in lines if " 32x32 " in line)
     assert "rank 15% natural, dense natural from step 241" in hidden
     assert f"{4 * rank.payload_bytes(32, 32):,}, {4 * dense.payload_bytes(32, 32):,}" in hidden
 
