@@ -5,7 +5,7 @@ import math
 import pytest
 from run import torchrun
 
-from ef21_muon import EF21Muon, Spectral, TopK, optimizer, values
+from ef21_muon import EF21Muon, Spectral, TopK, phases, values
 from ef21_muon.feedback import FEEDBACK
 from ef21_muon.norms import BiasRMS
 from scripts import verify
@@ -44,7 +44,7 @@ def always_to_nearest(patch):
 BROKEN_ALONE = {
     "identity equals Muon": lambda patch: patch.setitem(Spectral.scalings, "muon", math.hypot),
     "identity equals Scion": lambda patch: patch.setitem(BiasRMS.scalings, "scion", math.hypot),
-    "buckets agree": lambda patch: wrap(patch, optimizer, "cut", lambda ranges: ranges[::-1]),
+    "buckets agree": lambda patch: wrap(patch, phases, "cut", lambda ranges: ranges[::-1]),
     "the servers' G": lambda patch: patch.setattr(
         EF21Muon, "_update_server_gradient", lambda self, batch, messages: None
     ),
