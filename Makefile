@@ -1,7 +1,7 @@
 # make train   set up, prepare the data and train (ARGS="KEY=VALUE ..." are Hydra overrides)
 # make verify  set up and check what the README promises, on this machine (NPROC=workers)
 # make study   run what is missing of results/shakespeare (hours; safe to stop and start)
-# make figures redraw every figure and table of results/ from its logs
+# make figures redraw figures and tables of results/ from their logs
 # make test    set up and run the whole test suite (ARGS are passed to pytest)
 # make lint    ruff, check and format
 

@@ -146,12 +146,7 @@ def build_figure(logs: Sequence[Log], labels: Sequence[str]) -> Figure:
         figure = Figure(figsize=size, layout="constrained")
         by_tokens, by_bytes = figure.subplots(1, 2, sharey=True)
         for index, (log, label) in enumerate(zip(logs, labels, strict=True)):
-            look = {
-                "label": label,
-                "color": COLOURS[index % len(COLOURS)],
-                "linestyle": LINES[index % len(LINES)],
-                "marker": MARKERS[index % len(MARKERS)],
-            }
+            look = {"label": label} | line_look(index)
             losses = [record["test_loss"] for record in log.evals]
             tokens = [record["tokens"] for record in log.evals]
             model_bytes = BYTES_PER_PARAMETER * log.run["parameters"]
@@ -169,6 +164,29 @@ def build_figure(logs: Sequence[Log], labels: Sequence[str]) -> Figure:
     return figure
 
 
+def line_look(index: int) -> dict:
+    """Colour, line and marker of a figure's line."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": LINES[index % len(LINES)],
+        "marker": MARKERS[index % len(MARKERS)],
+    }
+
+
+def plain_losses(axes) -> None:
+    """Losses on the left as plain numbers."""
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def plain_sizes(axes, ticks_a_decade: Sequence[float] = (1, 2, 5)) -> None:
+    """Sizes below, on a logarithmic axis, as plain numbers."""
+    axes.xaxis.set_major_locator(LogLocator(subs=ticks_a_decade))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
 def _plot(axes, x: list, y: list, look: dict) -> None:
     step = max(1, len(x) // MARKERS_A_LINE)
     last_marked = ((len(x) - 1) % step, step)
@@ -178,17 +196,13 @@ def _plot(axes, x: list, y: list, look: dict) -> None:
 def _describe(by_tokens, by_bytes) -> None:
     by_tokens.set(xlabel="training tokens", ylabel="test loss (nats per token)", yscale="log")
     by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
-    by_tokens.yaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10]))
-    by_tokens.yaxis.set_major_formatter("{x:g}")
-    by_tokens.yaxis.set_minor_locator(NullLocator())
+    plain_losses(by_tokens)
     by_bytes.set(xlabel="bytes sent to the server per worker / model size")
     if any(len(line.get_xdata()) for line in by_bytes.lines):
         by_bytes.set_xscale("log")
         least, most = by_bytes.get_xlim()
         ticks_a_decade = (1, 2, 5) if most / least < 10_000 else (1,)
-        by_bytes.xaxis.set_major_locator(LogLocator(subs=ticks_a_decade))
-        by_bytes.xaxis.set_major_formatter("{x:g}")
-        by_bytes.xaxis.set_minor_locator(NullLocator())
+        plain_sizes(by_bytes, ticks_a_decade)
     else:
         by_bytes.set_xticks([])
         by_bytes.text(0.5, 0.5, "no bytes sent", ha="center", transform=by_bytes.transAxes)

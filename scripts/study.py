@@ -19,10 +19,10 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.figures import LOG_NAME
+from scripts.study_results import RESULTS
 from scripts.study_runs import RUNS, StudyRun
 from training.config import ROOT, compose, what_matters
 
-RESULTS = ROOT / "results" / "shakespeare"
 WORKERS = 2
 KEPT = ("run", "eval", "diagnostics", "end")  # of the records of a log
 

@@ -15,12 +15,20 @@ from statistics import mean
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, NullLocator
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.figures import COLOURS, LINES, MARKERS, STYLE, save
+from scripts.figures import (
+    COLOURS,
+    MARKERS,
+    STYLE,
+    line_look,
+    plain_losses,
+    plain_sizes,
+    save,
+)
 from scripts.study_report import report
 from scripts.study_results import NETWORK_LOG, RESULTS, Result, read, savings, target_loss, times
 from scripts.study_runs import SETTINGS
@@ -74,9 +82,7 @@ def bytes_figure(results: dict[str, Result], target: float) -> Figure:
         yscale="log",
     )
     axes.set_ylim(0.97 * min(min(r.final) for r in shown), 2.6)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_locator(NullLocator())
+    plain_sizes(axes)
     plain_losses(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     return figure
@@ -104,10 +110,9 @@ def rate_figure(results: dict[str, Result]) -> Figure:
         xscale="log",
     )
     axes.set_yscale("symlog", linthresh=1)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_locator(NullLocator())
+    plain_sizes(axes)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.legend()
     return figure
 
@@ -117,7 +122,7 @@ def directions_figure(results: dict[str, Result], target: float) -> Figure:
     shown = [
         result
         for name, result in results.items()
-        if (name == "identity" or result.setting.family == "both ways" or _has_both(name, results))
+        if (name == "identity" or result.setting.family == "both ways" or f"{name}-both" in results)
         and all(result.reach(target))
     ]
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -137,10 +142,6 @@ def directions_figure(results: dict[str, Result], target: float) -> Figure:
     axes.set_ylabel(f"bytes / model size, to loss {target:.3f}")
     axes.legend()
     return figure
-
-
-def _has_both(name: str, results: dict[str, Result]) -> bool:
-    return f"{name}-both" in results
 
 
 def time_figure(results: dict[str, Result], target: float, log: Path) -> Figure:
@@ -167,25 +168,11 @@ def plot(axes, result: Result, index: int, key: str) -> None:
     x = [row[0][key] for row in rows]
     x = [result.sizes(value) for value in x] if key != "tokens" else x
     losses = [[record["test_loss"] for record in row] for row in rows]
-    colour = COLOURS[index % len(COLOURS)]
-    axes.plot(
-        x,
-        [mean(values) for values in losses],
-        color=colour,
-        linestyle=LINES[index % len(LINES)],
-        marker=MARKERS[index % len(MARKERS)],
-        markersize=3,
-        label=result.label,
-    )
+    look = line_look(index)
+    axes.plot(x, [mean(values) for values in losses], markersize=3, label=result.label, **look)
     if len(result.logs) > 1:
         least, most = [min(values) for values in losses], [max(values) for values in losses]
-        axes.fill_between(x, least, most, color=colour, alpha=0.2, linewidth=0)
-
-
-def plain_losses(axes) -> None:
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
+        axes.fill_between(x, least, most, color=look["color"], alpha=0.2, linewidth=0)
 
 
 def draw(directory: Path, output: Path) -> list[Path]:
@@ -208,12 +195,11 @@ def draw(directory: Path, output: Path) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", metavar="DIR", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
+    parser.parse_args(arguments)
     try:
-        for path in draw(RESULTS, options.out):
+        for path in draw(RESULTS, RESULTS):
             print(path)
-        (options.out.parent / "README.md").write_text(report(read(RESULTS)))
+        (RESULTS.parent / "README.md").write_text(report(read(RESULTS)))
     except (ValueError, OSError) as error:
         print(f"study_figures.py: {error}", file=sys.stderr)
         return 1

@@ -17,13 +17,14 @@ if not __package__:
 
 from scripts.bench_network import WARM_UP, time_steps
 from scripts.netns import Network, requirements_missing
-from scripts.study_results import NETWORK_LOG, RESULTS, TIMED
+from scripts.study_results import NETWORK_LOG, RESULTS
 from scripts.study_runs import SETTINGS, Setting
 from train import Run
 from training.config import compose
 from training.workers import Workers, leave
 
 RATES = ("100mbit", "1gbit")
+TIMED = ("identity", "rank30-int5", "rank10-int5", "rank5-int5")
 
 
 def overrides(setting: Setting) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from scripts.study_runs import SETTINGS, Setting
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "shakespeare"
 TARGET_SHARE = 0.75  # of the uncompressed run's tokens
 NETWORK_LOG = "network.jsonl"
-TIMED = ("identity", "rank30-int5", "rank10-int5", "rank5-int5", "muon", "powersgd16")
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Result:
 
     @property
     def label(self) -> str:
-        return self.setting.label or self.logs[0].run["label"]
+        return self.logs[0].run["label"]
 
     @property
     def final(self) -> list[float]:

@@ -1,8 +1,7 @@
 """The runs of the study in results/shakespeare, as overrides of `experiment=shakespeare`.
 
-The uncompressed run is tuned by GRID, on half the steps; the best radii and beta are in
-configs/experiment/shakespeare.yaml and hold for everything else, as in the paper. Baselines whose
-step is another one have grids of their own.
+The uncompressed run is tuned by a grid, on half the steps; the best radii and beta, TUNED, hold for
+everything else that takes its step, as in the paper. Other baselines have grids of their own.
 """
 
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ class Setting:
     family: str
     overrides: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
-    label: str | None = None  # in figures; the log's by default
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,12 @@ def test_the_table_of_a_run_says_what_is_sent_when():
     assert f"{4 * rank.payload_bytes(32, 32):,}, {4 * dense.payload_bytes(32, 32):,}" in hidden
 
 
+def test_an_exact_first_message_may_be_the_only_one():
+    given = ("model=tiny", "optimizer.first_message=exact", "steps=1")
+    optimizer = build_optimizer(compose(given).config, GPT(GPTConfig(1, 32, 2, 32, 256)))
+    assert [phase.start for phase in optimizer.phases] == [0, 1]
+
+
 def test_a_start_that_is_never_reached_is_refused():
     config = compose(("model=tiny", "compressor@w2s=switch", "steps=240")).config
     with pytest.raises(RunError, match=r"w2s\.start=240 is not below steps=240"):

@@ -12,6 +12,7 @@ from baselines import AllReduced
 from baselines.common import LocalOptimizer
 from ef21_muon import EF21Muon, HierarchicalEF21Muon, param_groups
 from ef21_muon.feedback import EF21
+from ef21_muon.phases import starts
 from training.config import build
 from training.workers import RunError
 
@@ -81,7 +82,7 @@ def _require_accord(config: DictConfig, optimizer: torch.optim.Optimizer) -> Non
             f"diagnostics_every={config.diagnostics_every} needs optimizer=ef21_muon: "
             "baselines have no error feedback to look at; set it to 0"
         )
-    if is_ef21(optimizer) and (last := optimizer.phases[-1].start) >= config.steps:
+    if is_ef21(optimizer) and (last := max(starts(optimizer.defaults["w2s"]))) >= config.steps:
         raise RunError(
             f"w2s.start={last} is not below steps={config.steps}: give a round of the run, or the "
             "first compressor alone"
