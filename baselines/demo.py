@@ -8,7 +8,8 @@ from torch import Generator, Tensor
 
 from baselines.common import LocalOptimizer
 from ef21_muon.bits import index_bytes, pack, pack_indices, packed_bytes, unpack, unpack_indices
-from ef21_muon.values import Float32, Values, value_format
+from ef21_muon.formats import value_format
+from ef21_muon.values import Float32, Values
 
 
 class DeMo(LocalOptimizer):

@@ -10,7 +10,8 @@ from torch import Generator, Tensor
 
 from baselines.common import Batch, LocalOptimizer, check_number
 from ef21_muon.checks import choice
-from ef21_muon.values import Float32, Values, value_format
+from ef21_muon.formats import value_format
+from ef21_muon.values import Float32, Values
 
 EPSILON = 1e-8  # added to the norms of columns, as in the authors' code
 

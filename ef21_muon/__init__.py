@@ -5,8 +5,10 @@ on torch alone.
 """
 
 from ef21_muon.compressors import Compressor, Dense, Identity, RandK, RankK, TopK
+from ef21_muon.fitted import FittedRank
 from ef21_muon.hierarchy import HierarchicalEF21Muon
 from ef21_muon.noneuclidean import Damping, Dropout, TopColumns, TopSingular
+from ef21_muon.normal import Normal
 from ef21_muon.norms import (
     L1,
     AdaptiveRadius,
@@ -45,6 +47,7 @@ __all__ = [
     "Dropout",
     "EF21Muon",
     "Euclidean",
+    "FittedRank",
     "Float32",
     "HierarchicalEF21Muon",
     "Identity",
@@ -52,6 +55,7 @@ __all__ = [
     "Natural",
     "NaturalWindow",
     "Norm",
+    "Normal",
     "Nuclear",
     "RandK",
     "RankK",

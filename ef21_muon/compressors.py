@@ -16,9 +16,10 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.bits import check_length, index_bytes, pack_indices, reinterpret, unpack_indices
+from ef21_muon.formats import value_format
 from ef21_muon.newton_schulz import unit_largest
 from ef21_muon.selection import largest
-from ef21_muon.values import Float32, Values, value_format
+from ef21_muon.values import Float32, Values
 
 
 class Compressor:

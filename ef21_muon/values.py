@@ -5,8 +5,6 @@ and back; each of the L is a message of its own. Formats document their bits a v
 are unbiased (E decode(encode(v)) = v), and `omega`: E ||decode(encode(v)) - v||^2 <= omega ||v||^2.
 """
 
-import re
-from collections.abc import Mapping
 from math import sqrt
 
 import torch
@@ -177,6 +175,7 @@ class Blockwise(Values):
         chunk = _chunk(len(padded))
         scales, codes, left = [], [], count
         for piece in padded.split(max(8, chunk // length // 8 * 8), 1):
+            piece = self._rotate(piece)
             scale = self._scale(piece)
             scales.append(scale.to(self.scale_dtype).flatten(1).view(torch.uint8))
             for part in piece.split(chunk if piece.shape[1] == 1 else length, 2):
@@ -193,8 +192,15 @@ class Blockwise(Values):
         scales = reinterpret(payload[:, :split], self.scale_dtype).view(-1, blocks, 1)
         codes = unpack(payload[:, split:], count, self.width)
         codes = torch.nn.functional.pad(codes, (0, blocks * length - count))
-        values = self._restore(scales, codes.view(-1, blocks, length))
+        values = self._rotate_back(self._restore(scales, codes.view(-1, blocks, length)))
         return values.flatten(1)[:, :count].reshape(-1, rows, columns)
+
+    def _rotate(self, values: Tensor) -> Tensor:
+        """What is done to blocks (L, blocks, length) before they are coded."""
+        return values
+
+    def _rotate_back(self, values: Tensor) -> Tensor:
+        return values
 
     def _scale(self, values: Tensor) -> Tensor:
         """(L, blocks, length) -> (L, blocks, 1)."""
@@ -336,37 +342,6 @@ class SignScale(Blockwise):
 
     def _restore(self, scales: Tensor, codes: Tensor) -> Tensor:
         return codes.float().mul_(-2).add_(1).mul_(scales)
-
-
-NAMES = "float32, bfloat16, natural, natural3 to natural7, int2 to int8, sign"
-
-
-def value_format(values: Values | str | Mapping) -> Values:
-    """A format from what configurations write; a format is returned as it is.
-
-    A name, with a window's or an integer's bits behind it and a block behind @ ("natural4",
-    "int4@128", "sign@message"), or a mapping with such a `format` and further options
-    ({format: natural4, stochastic: false}). Raises ValueError for anything else.
-    """
-    if isinstance(values, Values):
-        return values
-    options = dict(values) if isinstance(values, Mapping) else {"format": values}
-    name = str(options.pop("format", None))
-    match = re.fullmatch(r"(float32|bfloat16|natural|int|sign)(\d?)(?:@(\w+))?", name)
-    if not match or (match[1] == "int") > bool(match[2]):
-        raise ValueError(f"values={name} is not a value format: choose from {NAMES}")
-    kind, bits, block = match.groups()
-    if block:
-        options["block"] = int(block) if block.isdigit() else block
-    if bits:
-        options[{"natural": "exponent_bits", "int": "bits"}.get(kind, "bits")] = int(bits)
-    formats = {"float32": Float32, "bfloat16": BFloat16, "sign": SignScale, "int": Integer}
-    formats["natural"] = NaturalWindow if bits else Natural
-    try:
-        return formats[kind](**options)
-    except TypeError:
-        told = ", ".join(f"{key}={value}" for key, value in options.items())
-        raise ValueError(f"values={kind} does not take {told}: choose from {NAMES}") from None
 
 
 def _chunk(messages: int) -> int:

@@ -35,6 +35,7 @@ if not __package__:
 
 from data.loader import WorkerBatches
 from ef21_muon.compressors import Compressor, Dense, Identity, RandK, RankK, TopK
+from ef21_muon.fitted import FittedRank
 from model import GPT
 from scripts.figures import COLOURS, STYLE, save
 from train import open_data
@@ -45,7 +46,8 @@ from training.workers import RunError
 DEFAULTS = ("model=gpt2-124m", "model.context=256", "batch.sequences=2", "steps=5")
 REPEATS = 2
 INPUTS = {"momentum": "momentum difference", "noise": "Gaussian noise"}
-DENSE = ("bfloat16", "natural", "natural4", "natural3", "int8", "int4", "int2", "sign")
+DENSE = ("bfloat16", "natural", "natural4", "natural3", "int8", "int4", "int2")
+DENSE += ("normal4", "normal2", "sign")
 SPARSE = ("natural", "natural4", "int4@128")
 LOW_RANK = ("natural", "natural4", "int4")
 COMPRESSORS = (
@@ -56,9 +58,11 @@ COMPRESSORS = (
     RankK(0.15, "float32"),
     *(RankK(fraction, values) for fraction in (0.15, 0.1, 0.05) for values in LOW_RANK),
     RankK(0.15, "int3"),
+    *(FittedRank(fraction) for fraction in (0.15, 0.1, 0.05)),
 )
 FAMILIES = {"dense": "#000000", "top": COLOURS[1], "random": COLOURS[2], "rank": COLOURS[0]}
-MARKERS = "osDP^v>X<dh"  # of the value formats
+FAMILIES["fitted"] = COLOURS[3]
+MARKERS = "osDP^v>X<dh*p"  # of the value formats
 LEAST_DRAWN = 1e-5  # of 1 - alpha
 
 

@@ -42,6 +42,10 @@ def top(percent: float, values: str) -> str:
     return f"compressor@w2s=topk w2s.fraction={percent / 100:g} w2s.values={values}"
 
 
+def fitted(percent: float, formats: str = "") -> str:
+    return f"compressor@w2s=fitted_rank w2s.fraction={percent / 100:g} {formats}"
+
+
 def back(compressor: str) -> str:
     """The same for what servers send."""
     return compressor.replace("w2s", "s2w")
@@ -66,6 +70,7 @@ HIDDEN, EMBEDDING = "norm.hidden.radius=1", "norm.embedding.radius=60"
 BETA = "optimizer.beta=0.1"
 POWERSGD = "optimizer=muon_powersgd checkpoint.every=0"  # torch keeps its state to itself
 DION = "optimizer=dion optimizer.values=natural optimizer.weight_decay=0"
+DION32 = "optimizer=dion optimizer.lion_lr=0.01 optimizer.weight_decay=0"  # float32 factors
 DEMO = "optimizer=demo optimizer.values=int8"
 # The best of the grids below, for everything that takes EF21-Muon's step.
 TUNED = "norm.hidden.radius=2 norm.embedding.radius=60 optimizer.beta=0.2"
@@ -85,6 +90,7 @@ SETTINGS = [
     ours("identity", "identity", IDENTITY, SEEDS),
     *(ours(f"rank{p}-int5", "rank, int5", rank(p, INT5)) for p in (30, 10, 5, 40)),
     ours("singular10-int5", "singular, int5", rank(10, INT5).replace("=rank", "=top_singular")),
+    *(ours(f"fitted{p}", "fitted rank", fitted(p)) for p in (4, 9, 12, 20, 30)),
     *(ours(f"rank{p}", "rank", rank(p, "float32")) for p in PERCENT),
     *(ours(f"top{p}", "top", top(p, "float32")) for p in PERCENT),
     ours("natural", "dense", "compressor@w2s=natural"),
@@ -102,7 +108,8 @@ SETTINGS = [
     *grid("adamw", "optimizer=adamw", optimizer__lr=(0.001, 0.002, 0.004, 0.008)),
     *grid("powersgd", f"{POWERSGD} optimizer.rank=16 {TUNED}", optimizer__lr=(0.01, 0.02, 0.04)),
     *grid("dion", DION, optimizer__lr=(0.01, 0.02, 0.04), optimizer__lion_lr=(0.003, 0.01)),
-    *grid("demo", DEMO, optimizer__lr=(0.003, 0.01, 0.03)),
+    *grid("dion32", DION32, optimizer__lr=(0.02, 0.04), optimizer__mu=(0.95, 0.8)),
+    *grid("demo", DEMO, optimizer__lr=(0.001, 0.003, 0.005, 0.01, 0.03)),
 ]
 RUNS = [
     StudyRun(f"{one.name}-seed{seed}", (*one.overrides, f"seed={seed}"))

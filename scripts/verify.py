@@ -27,6 +27,7 @@ from ef21_muon import (
     Dense,
     Dropout,
     EF21Muon,
+    FittedRank,
     Identity,
     RandK,
     RankK,
@@ -35,7 +36,7 @@ from ef21_muon import (
     TopK,
 )
 from ef21_muon.exchange import PLACEMENTS
-from ef21_muon.values import value_format
+from ef21_muon.formats import value_format
 from training import trials
 from training.report import table
 from training.trials import Parameters, ours, train
@@ -50,6 +51,7 @@ COMPRESSORS = (
     TopK(0.1, "natural4"),
     RandK(0.1, "int4@32"),
     RankK(0.2, "bfloat16"),
+    FittedRank(0.2),
     TopColumns(0.2, "natural"),
     Damping(Dense("int4")),
     Dropout(TOP),

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from ef21_muon import (
     BFloat16,
     Dense,
+    FittedRank,
     Float32,
     Identity,
     Integer,
     Natural,
     NaturalWindow,
+    Normal,
     RandK,
     RankK,
     SignScale,
@@ -37,6 +39,8 @@ FORMATS = {
     "int8": Integer(8, block=100),
     "int4": Integer(4),
     "nearest int4": Integer(4, stochastic=False),
+    "normal2": Normal(2),
+    "normal5": Normal(5, block="message"),
     "sign": SignScale(),
     "sign by block": SignScale(7),
 }
@@ -54,6 +58,7 @@ for format_name, values in FORMATS.items():
         COMPRESSORS[f"random {fraction} {format_name}"] = RandK(fraction, values)
         COMPRESSORS[f"columns {fraction} {format_name}"] = TopColumns(fraction, values)
         COMPRESSORS[f"singular {fraction} {format_name}"] = TopSingular(fraction, values)
+        COMPRESSORS[f"fitted {fraction} {format_name}"] = FittedRank(fraction, values)
 
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS.values(), ids=COMPRESSORS)
 
@@ -96,7 +101,8 @@ def lost(compressed, x):
 
 
 def is_random(compressor):
-    return getattr(compressor.values, "stochastic", False) or isinstance(compressor, RankK | RandK)
+    sketched = isinstance(compressor, RankK | RandK | FittedRank)
+    return sketched or getattr(compressor.values, "stochastic", False)
 
 
 @every_compressor

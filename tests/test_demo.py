@@ -14,7 +14,7 @@ from workers.baseline_steps import HIDDEN, LR, LR_DECAY, OPTIONS, SHAPES, STEPS,
 
 from baselines import DeMo
 from baselines.demo import Chunks, dct_basis, largest_divisor
-from ef21_muon.values import value_format
+from ef21_muon.formats import value_format
 
 WORKERS = (1, 2, 3)
 SIDES = st.integers(1, 40)

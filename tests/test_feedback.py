@@ -13,6 +13,7 @@ from ef21_muon import (
     ColumnNorm,
     Dense,
     EF21Muon,
+    FittedRank,
     HierarchicalEF21Muon,
     Identity,
     Natural,
@@ -33,6 +34,7 @@ COMPRESSORS = {
     "topk natural": TopK(0.2, "natural"),
     "rank": RankK(0.2),
     "rank natural": RankK(0.2, "natural"),
+    "fitted": FittedRank(0.2),
 }
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS.values(), ids=COMPRESSORS)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ef21_muon import BFloat16, Float32, Integer, Natural, NaturalWindow, SignScale
-from ef21_muon.values import value_format
+from ef21_muon import BFloat16, Float32, Integer, Natural, NaturalWindow, Normal, SignScale
+from ef21_muon.formats import value_format
 
 DRAWS = 4096
 
@@ -48,7 +48,7 @@ def test_unbiased_formats_are_unbiased(values, gap):
     "values",
     [
         *(Float32(), BFloat16(), Natural(stochastic=False), SignScale()),
-        *(NaturalWindow(4, stochastic=False), Integer(4, stochastic=False)),
+        *(NaturalWindow(4, stochastic=False), Integer(4, stochastic=False), Normal(3)),
     ],
     ids=str,
 )
@@ -104,7 +104,7 @@ def test_sign_is_the_mean_magnitude_of_its_block():
     assert torch.equal(last_of_four, torch.full((2,), 0.25))
 
 
-@pytest.mark.parametrize("kind", [NaturalWindow, Integer, SignScale])
+@pytest.mark.parametrize("kind", [NaturalWindow, Integer, Normal, SignScale])
 def test_blocks_do_not_see_one_another(kind):
     x = torch.randn(1, 4, 6, generator=seeded())
     louder = x.clone()
@@ -124,6 +124,7 @@ def test_blocks_do_not_see_one_another(kind):
         ("natural", 9, 0),
         *((f"natural{b}", b + 1, 64) for b in range(3, 8)),
         *((f"int{b}", b, 4 * 64) for b in range(2, 9)),
+        *((f"normal{b}", b, 2 * 64) for b in range(1, 7)),
         ("sign", 1, 4 * 64),
         ("sign@message", 1, 4),
         ("int4@128", 4, 4 * 48),
@@ -147,7 +148,19 @@ def test_formats_from_mappings():
 @pytest.mark.parametrize(
     "wrong",
     [
-        *("int", "int1", "int9", "natural2", "natural8", "sign4", "float16", "int4@0", "int4@day"),
+        *(
+            "int",
+            "int1",
+            "int9",
+            "natural2",
+            "natural8",
+            "normal",
+            "normal0",
+            "sign4",
+            "float16",
+            "int4@0",
+            "int4@day",
+        ),
         *({"format": "natural", "block": 3}, {"format": "float32", "bits": 4}, {"bits": 4}, None),
         *("natural4@-1", "", 7, {"format": "sign", "stochastic": True}),
     ],
@@ -158,7 +171,9 @@ def test_what_is_no_format_is_refused_in_one_line(wrong):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["natural4", "int4", "sign", "sign@5", "int4@message"])
+@pytest.mark.parametrize(
+    "name", ["natural4", "int4", "normal3", "normal3@message", "sign", "sign@5", "int4@message"]
+)
 def test_pieces_do_not_show(monkeypatch, name):
     """Encoded eight blocks, or eight values, at a time: the same message."""
     formats = value_format(name)

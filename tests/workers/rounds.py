@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ef21_muon import Dense, EF21Muon, Identity, Natural, RankK, Sign, TopK
+from ef21_muon import Dense, EF21Muon, FittedRank, Identity, Natural, RankK, Sign, TopK
 from ef21_muon.exchange import PLACEMENTS
 from training.workers import leave
 
@@ -43,6 +43,7 @@ COMPRESSORS = {
     "rank nearest": RankK(FRACTION, NEAREST),
     "natural": Dense("natural"),
     "rank natural": RankK(FRACTION, "natural"),
+    "fitted": FittedRank(FRACTION),
 }
 PAIRS = [  # w2s, s2w
     ("identity", "identity"),
@@ -54,7 +55,7 @@ PAIRS = [  # w2s, s2w
     ("rank", "topk"),
     ("rank", "topk nearest"),
 ]
-STOCHASTIC_PAIRS = [("natural", "identity"), ("rank natural", "identity")]
+STOCHASTIC_PAIRS = [(name, "identity") for name in ("natural", "rank natural", "fitted")]
 SETUPS = {server: {"server": server} for server in PLACEMENTS}
 SETUPS["unbucketed"] = {"server": "sharded", "buckets": 1}
 DIFFERENCES = ("larger", "swapped")
