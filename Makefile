@@ -2,7 +2,7 @@
 # make verify  set up and check what the README promises, on this machine (NPROC=workers)
 # make study   run what is missing of results/shakespeare (hours; safe to stop and start)
 # make figures redraw figures and tables of results/ from their logs
-# make test    set up and run the whole test suite (ARGS are passed to pytest)
+# make test    set up and run the whole test suite, two files at a time (ARGS go to pytest)
 # make lint    ruff, check and format
 
 PYTHON ?= python3
@@ -31,7 +31,7 @@ figures: setup
 	.venv/bin/python scripts/bench_step.py --redraw model=gpt2-124m
 
 test: setup
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check .

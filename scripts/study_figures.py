@@ -8,6 +8,7 @@ a run reaches it is interpolated between evaluations. The same logs always give 
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,6 @@ if not __package__:
 
 from scripts.figures import (
     COLOURS,
-    MARKERS,
     STYLE,
     line_look,
     plain_losses,
@@ -30,13 +30,28 @@ from scripts.figures import (
     save,
 )
 from scripts.study_report import report
-from scripts.study_results import NETWORK_LOG, RESULTS, Result, read, savings, target_loss, times
-from scripts.study_runs import SETTINGS
+from scripts.study_results import (
+    NETWORK_LOG,
+    REPLAY_LOG,
+    RESULTS,
+    TARGET_SHARE,
+    Result,
+    read,
+    savings,
+    target_loss,
+    times,
+)
 
 PANELS = {  # the paper's family in its first two panels, and in its last two
     "rank": ("identity", "natural", "rank20", "rank15", "rank10", "rank5", "rank15-natural"),
     "top": ("identity", "natural", "top20", "top15", "top10", "top5", "top15-natural"),
 }
+
+METHODS = {  # by family
+    "fitted rank": "EF21-Muon, fitted rank",
+    **{name: name for name in ("Muon", "AdamW", "Muon + PowerSGD", "Dion", "DeMo")},
+}
+METHOD_SHARES = (0.5, TARGET_SHARE)  # of the uncompressed run's tokens
 
 
 def paper_figure(results: dict[str, Result], target: float) -> Figure:
@@ -47,7 +62,7 @@ def paper_figure(results: dict[str, Result], target: float) -> Figure:
     for (family, names), by_tokens, bars in zip(PANELS.items(), axes[::2], axes[1::2], strict=True):
         shown = [results[name] for name in names if name in results]
         for index, result in enumerate(shown):
-            plot(by_tokens, result, index, "tokens")
+            plot(by_tokens, result, index, "tokens", label=result.label)
         by_tokens.axhline(target, color="#888888", linewidth=0.8)
         by_tokens.set(xlabel="training tokens", ylabel="test loss (nats per token)", yscale="log")
         by_tokens.set_ylim(0.97 * min(min(r.final) for r in shown), 2.2)
@@ -71,9 +86,12 @@ def bytes_figure(results: dict[str, Result], target: float) -> Figure:
     """Test loss against bytes, every setting of the study, with seeds as bands."""
     figure = Figure(figsize=(12, 6), layout="constrained")
     axes = figure.subplots()
-    shown = [r for r in results.values() if r.setting.family not in ("grid", "feedback")]
-    for index, result in enumerate(shown):
-        plot(axes, result, index, "w2s_bytes")
+    shown = by_family(results)
+    for index, (family, members) in enumerate(shown.items()):
+        for place, result in enumerate(members):
+            plot(axes, result, index, "w2s_bytes", label=None if place else family)
+            last = result.sizes(result.logs[0].evals[-1]["w2s_bytes"])
+            axes.annotate(f" {result.setting.level}", (last, mean(result.final)), fontsize=6)
     axes.axhline(target, color="#888888", linewidth=0.8)
     axes.set(
         xlabel="bytes sent to the servers per worker / model size",
@@ -81,7 +99,7 @@ def bytes_figure(results: dict[str, Result], target: float) -> Figure:
         xscale="log",
         yscale="log",
     )
-    axes.set_ylim(0.97 * min(min(r.final) for r in shown), 2.6)
+    axes.set_ylim(0.97 * min(min(r.final) for rs in shown.values() for r in rs), 2.6)
     plain_sizes(axes)
     plain_losses(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
@@ -90,19 +108,18 @@ def bytes_figure(results: dict[str, Result], target: float) -> Figure:
 
 def rate_figure(results: dict[str, Result]) -> Figure:
     """Bits a parameter and step against the final loss over the uncompressed run's."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
     axes = figure.subplots()
     best = mean(results["identity"].final)
-    families = list(dict.fromkeys(s.family for s in SETTINGS if s.family != "grid"))
-    for index, family in enumerate(families):
-        shown = [r for r in results.values() if r.setting.family == family]
-        if family == "identity" or not shown:
-            continue
-        bits = [result.bits for result in shown]
-        gaps = [100 * (mean(result.final) / best - 1) for result in shown]
-        axes.plot(bits, gaps, MARKERS[index % len(MARKERS)], color=COLOURS[index], label=family)
-        for result, x, y in zip(shown, bits, gaps, strict=True):
-            axes.annotate(f" {result.label}", (x, y), fontsize=6)
+    for index, (family, members) in enumerate(by_family(results).items()):
+        points = sorted(
+            (result.bits, 100 * (mean(result.final) / best - 1), result.setting.level)
+            for result in members
+        )
+        bits, gaps, levels = zip(*points, strict=True)
+        axes.plot(bits, gaps, label=family, **line_look(index))
+        for x, y, level in zip(bits, gaps, levels, strict=True):
+            axes.annotate(f" {level}", (x, y), fontsize=6)
     axes.axhline(0, color="#888888", linewidth=0.8)
     axes.set(
         xlabel="bits sent to the servers, a parameter and step",
@@ -113,7 +130,62 @@ def rate_figure(results: dict[str, Result]) -> Figure:
     plain_sizes(axes)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    return figure
+
+
+def by_family(results: dict[str, Result]) -> dict[str, list[Result]]:
+    """The settings that figures of all of them show, in the study's order."""
+    families: dict[str, list[Result]] = {}
+    for result in results.values():
+        if result.setting.family not in ("grid", "feedback"):
+            families.setdefault(result.setting.family, []).append(result)
+    return families
+
+
+def methods_figure(results: dict[str, Result]) -> Figure:
+    """Bytes to an early loss and to the target: of each method the level that takes the fewest."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    shown = {name: of for name, of in by_family(results).items() if name in METHODS}
+    for share, axes in zip(METHOD_SHARES, figure.subplots(1, len(METHOD_SHARES)), strict=True):
+        target = target_loss(results["identity"], share)
+        for place, members in enumerate(shown.values()):
+            sent = {
+                result.setting.level: result.sizes(mean(point.w2s for point in points))
+                for result in members
+                if all(points := result.reach(target))
+            }
+            level = min(sent, key=sent.__getitem__, default=None)
+            told = "not reached" if level is None else f"{level} {sent[level]:.3g}".strip()
+            axes.barh(place, sent.get(level, 0), color=line_look(place)["color"])
+            axes.annotate(f" {told}", (sent.get(level, 1), place), va="center", fontsize=8)
+        axes.set_yticks(range(len(shown)), [METHODS[name] for name in shown])
+        axes.invert_yaxis()
+        axes.set(xscale="log", xlim=(1, 2000), title=f"to loss {target:.3f}")
+        axes.set_xlabel("bytes sent to the servers per worker / model size")
+        plain_sizes(axes)
+    return figure
+
+
+def why_figure(results: dict[str, Result], log: Path) -> Figure:
+    """Final loss against what scripts/study_replay.py measured of the same compressors."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    replayed = {record["name"]: record for record in map(json.loads, log.open())}
+    best = mean(results["identity"].final)
+    for index, (family, members) in enumerate(by_family(results).items()):
+        shown = [result for result in members if result.setting.name in replayed]
+        gaps = [100 * (mean(result.final) / best - 1) for result in shown]
+        for panel, key in zip(axes, ("error", "alignment"), strict=True):
+            values = [replayed[result.setting.name][key] for result in shown]
+            look = line_look(index) | {"linestyle": "", "label": family if shown else None}
+            panel.plot(values, gaps, **look)
+    axes[0].set(xlabel="error of the estimator, ||G - M|| / ||M||", yscale="symlog")
+    axes[0].set_ylabel("final test loss over the uncompressed run's (%)")
+    axes[1].set_xlabel("alignment of the LMO's step with the uncompressed one")
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_locator(NullLocator())
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
@@ -162,14 +234,14 @@ def time_figure(results: dict[str, Result], target: float, log: Path) -> Figure:
     return figure
 
 
-def plot(axes, result: Result, index: int, key: str) -> None:
+def plot(axes, result: Result, index: int, key: str, label: str | None) -> None:
     """A line for the mean over seeds, and a band from the least to the most."""
     rows = list(zip(*(log.evals for log in result.logs), strict=True))
     x = [row[0][key] for row in rows]
     x = [result.sizes(value) for value in x] if key != "tokens" else x
     losses = [[record["test_loss"] for record in row] for row in rows]
     look = line_look(index)
-    axes.plot(x, [mean(values) for values in losses], markersize=3, label=result.label, **look)
+    axes.plot(x, [mean(values) for values in losses], markersize=3, label=label, **look)
     if len(result.logs) > 1:
         least, most = [min(values) for values in losses], [max(values) for values in losses]
         axes.fill_between(x, least, most, color=look["color"], alpha=0.2, linewidth=0)
@@ -184,9 +256,12 @@ def draw(directory: Path, output: Path) -> list[Path]:
         "paper": lambda: paper_figure(results, target),
         "bytes": lambda: bytes_figure(results, target),
         "rate": lambda: rate_figure(results),
+        "methods": lambda: methods_figure(results),
     }
     if any(result.setting.family == "both ways" for result in results.values()):
         figures["directions"] = lambda: directions_figure(results, target)
+    if (directory / REPLAY_LOG).exists():
+        figures["why"] = lambda: why_figure(results, directory / REPLAY_LOG)
     if (directory / NETWORK_LOG).exists():
         figures["time"] = lambda: time_figure(results, target, directory / NETWORK_LOG)
     with matplotlib.rc_context(STYLE):

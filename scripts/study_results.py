@@ -11,7 +11,7 @@ from scripts.study_runs import SETTINGS, Setting
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "shakespeare"
 TARGET_SHARE = 0.75  # of the uncompressed run's tokens
-NETWORK_LOG = "network.jsonl"
+NETWORK_LOG, REPLAY_LOG = "network.jsonl", "replay.jsonl"
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ def read(directory: Path, settings: Sequence[Setting] = SETTINGS) -> dict[str, R
     return results
 
 
-def target_loss(identity: Result) -> float:
-    """The uncompressed run's test loss at 75 % of its tokens, mean of its seeds."""
+def target_loss(identity: Result, share: float = TARGET_SHARE) -> float:
+    """The uncompressed run's test loss at a share of its tokens, mean of its seeds."""
     losses = []
     for log in identity.logs:
-        tokens = TARGET_SHARE * log.evals[-1]["tokens"]
+        tokens = share * log.evals[-1]["tokens"]
         losses += [record["test_loss"] for record in log.evals if record["tokens"] == tokens]
     if len(losses) < len(identity.logs):
-        raise ValueError(f"identity has no evaluation at {TARGET_SHARE:.0%} of its tokens")
+        raise ValueError(f"identity has no evaluation at {share:.0%} of its tokens")
     return mean(losses)
 
 

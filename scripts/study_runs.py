@@ -4,17 +4,19 @@ The uncompressed run is tuned by a grid, on half the steps; the best radii and b
 everything else that takes its step, as in the paper. Other baselines have grids of their own.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs that differ in their seed alone. `family` is the part of the study they are in."""
+    """Runs that differ in their seed alone: of a `family` in the study, a `level` of it."""
 
     name: str
     family: str
     overrides: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
+    level: str = ""
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,10 @@ PERCENT = (5, 10, 15, 20)
 GRID_STEPS = "steps=300"
 
 
-def setting(name: str, family: str, overrides: str, seeds: tuple[int, ...] = (0,)) -> Setting:
-    return Setting(name, family, tuple(overrides.split()), seeds)
+def setting(
+    name: str, family: str, overrides: str, seeds: Sequence[int] = (0,), level: str = ""
+) -> Setting:
+    return Setting(name, family, tuple(overrides.split()), tuple(seeds), level)
 
 
 def rank(percent: float, values: str) -> str:
@@ -42,8 +46,8 @@ def top(percent: float, values: str) -> str:
     return f"compressor@w2s=topk w2s.fraction={percent / 100:g} w2s.values={values}"
 
 
-def fitted(percent: float, formats: str = "") -> str:
-    return f"compressor@w2s=fitted_rank w2s.fraction={percent / 100:g} {formats}"
+def fitted(percent: float) -> str:
+    return f"compressor@w2s=fitted_rank w2s.fraction={percent / 100:g}"
 
 
 def back(compressor: str) -> str:
@@ -68,6 +72,7 @@ INT5 = "{format:int5,stochastic:false}"  # rounded to nearest, a scale a row
 IDENTITY = "compressor@w2s=identity"
 HIDDEN, EMBEDDING = "norm.hidden.radius=1", "norm.embedding.radius=60"
 BETA = "optimizer.beta=0.1"
+LOW_RATE = f"{fitted(4)} {EMBEDDING}"
 POWERSGD = "optimizer=muon_powersgd checkpoint.every=0"  # torch keeps its state to itself
 DION = "optimizer=dion optimizer.values=natural optimizer.weight_decay=0"
 DION32 = "optimizer=dion optimizer.lion_lr=0.01 optimizer.weight_decay=0"  # float32 factors
@@ -76,8 +81,22 @@ DEMO = "optimizer=demo optimizer.values=int8"
 TUNED = "norm.hidden.radius=2 norm.embedding.radius=60 optimizer.beta=0.2"
 
 
-def ours(name: str, family: str, overrides: str, seeds: tuple[int, ...] = (0,)) -> Setting:
-    return setting(name, family, f"{overrides} {TUNED}", seeds)
+def ours(name: str, family: str, overrides: str, **more) -> Setting:
+    return setting(name, family, f"{overrides} {TUNED}", **more)
+
+
+def levels(family: str, message: Callable, percents: Sequence[int], format: str) -> list[Setting]:
+    """A low-rank or sparse compressor in one format: a setting for each percentage."""
+    ending = {"float32": "", INT5: " int5"}.get(format, f" {format}")
+    return [
+        ours(
+            f"{family}{percent}{ending.replace(' ', '-')}",
+            f"{family}{ending}",
+            message(percent, format),
+            level=f"{percent}%",
+        )
+        for percent in percents
+    ]
 
 
 SETTINGS = [
@@ -87,24 +106,26 @@ SETTINGS = [
     *grid("identity", f"{IDENTITY} {HIDDEN} {BETA}", norm__embedding__radius=(30, 120)),
     *grid("identity", f"{IDENTITY} {HIDDEN} {EMBEDDING}", optimizer__beta=(0.05, 0.2, 0.4)),
     *grid("identity", f"{IDENTITY} {EMBEDDING}", norm__hidden__radius=(2,), optimizer__beta=(0.2,)),
-    ours("identity", "identity", IDENTITY, SEEDS),
-    *(ours(f"rank{p}-int5", "rank, int5", rank(p, INT5)) for p in (30, 10, 5, 40)),
-    ours("singular10-int5", "singular, int5", rank(10, INT5).replace("=rank", "=top_singular")),
-    *(ours(f"fitted{p}", "fitted rank", fitted(p)) for p in (4, 9, 12, 20, 30)),
-    *(ours(f"rank{p}", "rank", rank(p, "float32")) for p in PERCENT),
-    *(ours(f"top{p}", "top", top(p, "float32")) for p in PERCENT),
-    ours("natural", "dense", "compressor@w2s=natural"),
-    *(ours(f"rank{p}-natural", "rank", rank(p, "natural")) for p in (5, 10, 15)),
-    *(ours(f"top{p}-natural", "top", top(p, "natural")) for p in (5, 15)),
-    *(ours(f"rank{p}-natural4", "rank", rank(p, "natural4")) for p in (5, 10, 15)),
-    *(ours(f"top{p}-natural4", "top", top(p, "natural4")) for p in (5, 15)),
-    ours("sign", "dense", "compressor@w2s=sign"),
+    ours("identity", "identity", IDENTITY, seeds=SEEDS),
+    *(ours(f"fitted{p}", "fitted rank", fitted(p), level=f"{p}%") for p in (4, 9, 12, 20, 30)),
+    *levels("rank", rank, (5, 10, 30, 40), INT5),
+    ours("singular10-int5", "singular int5", rank(10, INT5).replace("=rank", "=top_singular")),
+    *levels("rank", rank, PERCENT, "float32"),
+    *levels("rank", rank, (5, 10, 15), "natural"),
+    *levels("rank", rank, (5, 10, 15), "natural4"),
+    *levels("top", top, PERCENT, "float32"),
+    *levels("top", top, (5, 15), "natural"),
+    *levels("top", top, (5, 15), "natural4"),
+    ours("natural", "natural", "compressor@w2s=natural"),
+    ours("sign", "sign", "compressor@w2s=sign"),
     *(
         ours(f"{kind}-{feedback}", "feedback", f"{message} optimizer.feedback={feedback}")
         for kind, message in (("rank5", rank(5, "float32")), ("top5", top(5, "float32")))
         for feedback in ("ef14", "none")
     ),
-    ours("rank10-int5-both", "both ways", f"{rank(10, INT5)} {back(rank(10, INT5))}"),
+    ours("fitted12-both", "both ways", f"{fitted(12)} {back(fitted(12))}"),
+    *grid("fitted4", LOW_RATE, norm__hidden__radius=(2,), optimizer__beta=(0.05, 0.1, 0.2)),
+    *grid("fitted4", LOW_RATE, norm__hidden__radius=(1,), optimizer__beta=(0.1,)),
     *grid("adamw", "optimizer=adamw", optimizer__lr=(0.001, 0.002, 0.004, 0.008)),
     *grid("powersgd", f"{POWERSGD} optimizer.rank=16 {TUNED}", optimizer__lr=(0.01, 0.02, 0.04)),
     *grid("dion", DION, optimizer__lr=(0.01, 0.02, 0.04), optimizer__lion_lr=(0.003, 0.01)),
