@@ -12,9 +12,9 @@ NAMES = "float32, bfloat16, natural, natural3 to natural7, int2 to int8, normal1
 def value_format(values: Values | str | Mapping) -> Values:
     """A format from what configurations write; a format is returned as it is.
 
-    A name, with a window's or an integer's bits behind it and a block behind @ ("natural4",
-    "int4@128", "sign@message"), or a mapping with such a `format` and further options
-    ({format: natural4, stochastic: false}). Raises ValueError for anything else.
+    A name, with the bits of a window, of integers or of normal levels behind it and a block behind
+    @ ("natural4", "int4@128", "sign@message"), or a mapping with such a `format` and further
+    options ({format: natural4, stochastic: false}). Raises ValueError for anything else.
     """
     if isinstance(values, Values):
         return values
@@ -27,7 +27,7 @@ def value_format(values: Values | str | Mapping) -> Values:
     if block:
         options["block"] = int(block) if block.isdigit() else block
     if bits:
-        options[{"natural": "exponent_bits", "int": "bits"}.get(kind, "bits")] = int(bits)
+        options["exponent_bits" if kind == "natural" else "bits"] = int(bits)
     formats = {"float32": Float32, "bfloat16": BFloat16, "sign": SignScale}
     formats |= {"int": Integer, "normal": Normal, "natural": NaturalWindow if bits else Natural}
     try:

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from ef21_muon.bits import check_length, index_bytes, pack_indices, unpack_indices
 from ef21_muon.compressors import Compressor, Fraction, RankK
+from ef21_muon.fitted import FittedRank
 from ef21_muon.newton_schulz import unit_largest
 from ef21_muon.selection import largest
 from ef21_muon.values import Float32
@@ -128,6 +129,8 @@ class Damping(Modified):
             raise ValueError(
                 f"Damping has no default scale for {compressor}, whose values are biased: give one"
             )
+        if scale is None and isinstance(compressor, FittedRank):
+            raise ValueError(f"Damping has no default scale for {compressor}: give one")
         if scale is not None and not (isinstance(scale, float | int) and 0 < scale <= 1):
             raise ValueError(
                 f"Damping got scale={scale}: give a number above 0, at most 1, or None"

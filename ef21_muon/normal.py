@@ -10,23 +10,29 @@ from torch import Generator, Tensor
 from ef21_muon.values import Blockwise
 
 BITS = range(1, 7)
+LONGEST = 1 << 16  # entries to rotate together
+CPU = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
 class Normal(Blockwise):
     """`bits`-bit values of the quantiser that suits normal numbers best, of rotated blocks.
 
-    As EDEN (Vargaftik et al., arXiv:2108.08842): a block is turned by a fixed pseudo-random
-    rotation, after which a few large values are spread over all and most blocks look normal; each
-    value takes the nearest of the 2^bits levels of Lloyd and Max; the scale is the one of least
-    squares, a bfloat16 a block. Deterministic and biased. Normal values lose 0.36, 0.12, 0.035,
-    0.0095, 0.0025 and 0.0007 of their squares for 1 to 6 bits; the worst block of N values loses no
-    more than omega = 1 - (lowest level / highest level)^2 / N. Raises ValueError for other bits.
+    As EDEN (Vargaftik et al., arXiv:2108.08842): a block, a row or a message, is turned by a fixed
+    pseudo-random rotation, which mixes a few large values with the rest, so that most blocks look
+    normal; each value takes the nearest of the 2^bits levels of Lloyd and Max; the scale is the one
+    of least squares, a bfloat16. Deterministic and biased. Normal values lose 0.36, 0.12, 0.035,
+    0.0095, 0.0025 and 0.0006 of their squares for 1 to 6 bits; the worst block of N values, by
+
+        omega = 1 - (lowest level / highest level)^2 (1 - 2^-16) / N,
+
+    next to all of them. Of float32's range, magnitudes from 1e-37 to 1e35. Raises ValueError for
+    other bits and blocks.
     """
 
     scale_dtype = torch.bfloat16
     unbiased = False
 
-    def __init__(self, bits: int = 4, block: int | str = "row"):
+    def __init__(self, bits: int = 4, block: str = "row"):
         if not (type(bits) is int and bits in BITS):
             raise ValueError(f"normal got bits={bits}: give {BITS[0]} to {BITS[-1]}")
         if block not in ("row", "message"):  # no part of a rotated block can be left out
@@ -39,21 +45,21 @@ class Normal(Blockwise):
 
     def omega(self, rows: int, columns: int) -> float:
         levels = normal_levels(self.width)
-        lowest, highest = levels[len(levels) // 2], levels[-1]
-        return 1 - (lowest / highest) ** 2 / self.blocks(rows, columns)[1]
+        ratio = levels[len(levels) // 2] / levels[-1]
+        return 1 - ratio**2 * (1 - 2**-16) / self.blocks(rows, columns)[1]
 
     def _rotate(self, values: Tensor) -> Tensor:
-        return rotate(values)
+        return rotate_(values.clone())
 
-    def _rotate_back(self, values: Tensor) -> Tensor:
-        return rotate_back(values)
+    def _rotate_back_(self, values: Tensor) -> Tensor:
+        return rotate_back_(values)
 
     def _scale(self, values: Tensor) -> Tensor:
         """Of least squares for the levels that are nearest at the root mean square."""
         largest = values.abs().amax(2, keepdim=True)
         unit = values / largest.masked_fill(largest == 0, 1)
         rms = unit.square().mean(2, keepdim=True).sqrt_()
-        levels = _levels(self.width, values.device)[self._nearest(unit, rms).int()]
+        levels = self._levels_of(self._nearest(unit, rms))
         fit = (unit * levels).sum(2, keepdim=True) / levels.square_().sum(2, keepdim=True)
         return (fit * largest).to(self.scale_dtype).float()
 
@@ -66,8 +72,12 @@ class Normal(Blockwise):
         halfway = (levels[1:] + levels[:-1]) / 2
         return torch.bucketize(steps, halfway, out_int32=True).to(torch.uint8)
 
+    def _levels_of(self, codes: Tensor) -> Tensor:
+        levels = _levels(self.width, codes.device)
+        return levels.index_select(0, codes.flatten().int()).view(codes.shape)
+
     def _restore(self, scales: Tensor, codes: Tensor) -> Tensor:
-        return _levels(self.width, codes.device)[codes.int()].mul_(scales)
+        return self._levels_of(codes).mul_(scales)
 
 
 @cache
@@ -89,37 +99,38 @@ def normal_levels(bits: int) -> tuple[float, ...]:
     return (*(-level for level in reversed(levels)), *levels)
 
 
-def rotate(x: Tensor) -> Tensor:
-    """A fixed pseudo-random rotation of the last dimension of `x`, of any length.
+def rotate_(x: Tensor) -> Tensor:
+    """A fixed pseudo-random rotation of the last dimension of `x`, in place.
 
-    Random signs and a Hadamard transform of the first 2^k entries, then of the last 2^k if they are
-    not all (2^k is the largest power of two that fits).
+    Random signs and Hadamard transforms of its segments of 2^k, the largest power of two that fits,
+    at most 65536; and then of its last 2^k entries, where segments do not cover all.
     """
-    length, part = x.shape[-1], _power_of_two(x.shape[-1])
-    signs = _signs(length, x.device)
-    x = x * signs[0]
-    x[..., :part] = _hadamard(x[..., :part])
-    if part < length:
-        x *= signs[1]
-        x[..., length - part :] = _hadamard(x[..., length - part :])
+    size, covered = _segments(x.shape[-1])
+    first, second = _signs(size, x.device)
+    segments = x[..., :covered].unflatten(-1, (-1, size))
+    segments.copy_(_hadamard(segments * first))
+    if covered < x.shape[-1]:
+        last = x[..., -size:]
+        last.copy_(_hadamard(last * second))
     return x
 
 
-def rotate_back(x: Tensor) -> Tensor:
-    """The inverse of `rotate`."""
-    length, part = x.shape[-1], _power_of_two(x.shape[-1])
-    signs = _signs(length, x.device)
-    x = x.clone()
-    if part < length:
-        x[..., length - part :] = _hadamard(x[..., length - part :])
-        x *= signs[1]
-    x[..., :part] = _hadamard(x[..., :part])
-    return x.mul_(signs[0])
+def rotate_back_(x: Tensor) -> Tensor:
+    """The inverse of `rotate_`, in place."""
+    size, covered = _segments(x.shape[-1])
+    first, second = _signs(size, x.device)
+    if covered < x.shape[-1]:
+        last = x[..., -size:]
+        last.copy_(_hadamard(last)).mul_(second)
+    segments = x[..., :covered].unflatten(-1, (-1, size))
+    segments.copy_(_hadamard(segments)).mul_(first)
+    return x
 
 
-def _power_of_two(length: int) -> int:
-    """The largest one that is not above `length`."""
-    return 1 << length.bit_length() - 1
+def _segments(length: int) -> tuple[int, int]:
+    """Their size, and how many entries they cover."""
+    size = min(LONGEST, 1 << length.bit_length() - 1)
+    return size, length // size * size
 
 
 def _hadamard(x: Tensor) -> Tensor:
@@ -135,21 +146,25 @@ def _hadamard(x: Tensor) -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)
 def _hadamard_matrix(power: int, device: torch.device) -> Tensor:
     """Sylvester's, 2^power to a side, orthonormal."""
-    matrix = torch.ones(1, 1, device=device)
+    matrix, block = torch.ones(1, 1, **CPU), torch.tensor([[1, 1], [1, -1]], **CPU)
     for _ in range(power):
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], device=device), matrix)
-    return matrix / sqrt(len(matrix))
+        matrix = torch.kron(block, matrix)
+    return (matrix / sqrt(len(matrix))).to(device)
 
 
 @cache
-def _signs(length: int, device: torch.device) -> Tensor:
-    """Two rows of `length` random signs, the same on every rank."""
-    generator = torch.Generator().manual_seed(length)
-    return (2.0 * torch.randint(2, (2, length), generator=generator) - 1).to(device)
+@torch.inference_mode(False)
+def _signs(size: int, device: torch.device) -> Tensor:
+    """Two rows of `size` random signs, the same on every rank."""
+    generator = torch.Generator("cpu").manual_seed(size)
+    ones = torch.randint(2, (2, size), generator=generator, dtype=torch.int64, device="cpu")
+    return (2 * ones - 1).to(device, torch.float32)
 
 
 @cache
+@torch.inference_mode(False)
 def _levels(bits: int, device: torch.device) -> Tensor:
-    return torch.tensor(normal_levels(bits), device=device)
+    return torch.tensor(normal_levels(bits), **CPU).to(device)

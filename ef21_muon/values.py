@@ -192,14 +192,15 @@ class Blockwise(Values):
         scales = reinterpret(payload[:, :split], self.scale_dtype).view(-1, blocks, 1)
         codes = unpack(payload[:, split:], count, self.width)
         codes = torch.nn.functional.pad(codes, (0, blocks * length - count))
-        values = self._rotate_back(self._restore(scales, codes.view(-1, blocks, length)))
+        values = self._rotate_back_(self._restore(scales, codes.view(-1, blocks, length)))
         return values.flatten(1)[:, :count].reshape(-1, rows, columns)
 
     def _rotate(self, values: Tensor) -> Tensor:
         """What is done to blocks (L, blocks, length) before they are coded."""
         return values
 
-    def _rotate_back(self, values: Tensor) -> Tensor:
+    def _rotate_back_(self, values: Tensor) -> Tensor:
+        """Its inverse, in place."""
         return values
 
     def _scale(self, values: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ PANELS = {  # the paper's family in its first two panels, and in its last two
 }
 
 METHODS = {  # by family
+    "identity": "EF21-Muon, uncompressed",
     "fitted rank": "EF21-Muon, fitted rank",
     **{name: name for name in ("Muon", "AdamW", "Muon + PowerSGD", "Dion", "DeMo")},
 }
@@ -146,20 +147,22 @@ def by_family(results: dict[str, Result]) -> dict[str, list[Result]]:
 def methods_figure(results: dict[str, Result]) -> Figure:
     """Bytes to an early loss and to the target: of each method the level that takes the fewest."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    shown = {name: of for name, of in by_family(results).items() if name in METHODS}
+    families = by_family(results)
+    looks = {family: line_look(index) for index, family in enumerate(families)}
+    shown = [family for family in METHODS if family in families]
     for share, axes in zip(METHOD_SHARES, figure.subplots(1, len(METHOD_SHARES)), strict=True):
         target = target_loss(results["identity"], share)
-        for place, members in enumerate(shown.values()):
-            sent = {
-                result.setting.level: result.sizes(mean(point.w2s for point in points))
-                for result in members
+        for place, family in enumerate(shown):
+            sent = [
+                (result.sizes(mean(point.w2s for point in points)), result.setting.level)
+                for result in families[family]
                 if all(points := result.reach(target))
-            }
-            level = min(sent, key=sent.__getitem__, default=None)
-            told = "not reached" if level is None else f"{level} {sent[level]:.3g}".strip()
-            axes.barh(place, sent.get(level, 0), color=line_look(place)["color"])
-            axes.annotate(f" {told}", (sent.get(level, 1), place), va="center", fontsize=8)
-        axes.set_yticks(range(len(shown)), [METHODS[name] for name in shown])
+            ]
+            size, level = min(sent, default=(0, "not reached"))
+            axes.barh(place, size, color=looks[family]["color"])
+            told = f" {size:.3g}  {level}" if size else f" {level}"
+            axes.annotate(told, (size or 1, place), va="center", fontsize=8)
+        axes.set_yticks(range(len(shown)), [METHODS[family] for family in shown])
         axes.invert_yaxis()
         axes.set(xscale="log", xlim=(1, 2000), title=f"to loss {target:.3f}")
         axes.set_xlabel("bytes sent to the servers per worker / model size")
@@ -171,7 +174,7 @@ def why_figure(results: dict[str, Result], log: Path) -> Figure:
     """Final loss against what scripts/study_replay.py measured of the same compressors."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    replayed = {record["name"]: record for record in map(json.loads, log.open())}
+    replayed = {record["name"]: record for record in map(json.loads, log.read_text().splitlines())}
     best = mean(results["identity"].final)
     for index, (family, members) in enumerate(by_family(results).items()):
         shown = [result for result in members if result.setting.name in replayed]

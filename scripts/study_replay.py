@@ -40,6 +40,7 @@ LAYERS = (
     "blocks.1.mlp.expand.weight",
     "blocks.2.mlp.project.weight",
 )
+ROUNDS = 200  # all before the cooldown, at the full step
 EVERY = 5  # rounds between two that are measured
 NOT_REPLAYED = ("grid", "feedback", "both ways")
 
@@ -96,28 +97,22 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=200, help="(default %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS / REPLAY_LOG, metavar="FILE")
-    parser.add_argument("--only", metavar="TEXT", default="", help="settings with TEXT in the name")
-    options = parser.parse_args(arguments)
+    parser.parse_args(arguments)
     torch.set_num_threads(1)
-    configs = {
-        setting.name: compose(("experiment=shakespeare", *setting.overrides)).config
-        for setting in SETTINGS
-        if setting.family not in NOT_REPLAYED and options.only in setting.name
-    }
     identity = compose(("experiment=shakespeare", "compressor@w2s=identity", *TUNED.split())).config
-    gradients = worker_gradients(identity, options.rounds)
-    with options.out.open("w") as log:
-        for name, config in configs.items():
-            if not config.optimizer._target_.endswith("EF21Muon"):
-                continue
-            w2s, beta = build(config.w2s, "w2s"), config.optimizer.beta
-            measured = [replay(of_layer, w2s, beta) for of_layer in gradients.values()]
-            error, alignment = (mean(values) for values in zip(*measured, strict=True))
-            record = {"name": name, "error": error, "alignment": alignment}
-            print(f"{name:<20} error {error:.3f}  alignment {alignment:.3f}", flush=True)
-            log.write(json.dumps(record) + "\n")
+    gradients = worker_gradients(identity, ROUNDS)
+    lines = []
+    for setting in SETTINGS:
+        config = compose(("experiment=shakespeare", *setting.overrides)).config
+        if setting.family in NOT_REPLAYED or not config.optimizer._target_.endswith("EF21Muon"):
+            continue
+        w2s, beta = build(config.w2s, "w2s"), config.optimizer.beta
+        measured = [replay(of_layer, w2s, beta) for of_layer in gradients.values()]
+        error, alignment = (mean(values) for values in zip(*measured, strict=True))
+        record = {"name": setting.name, "error": error, "alignment": alignment}
+        print(f"{setting.name:<20} error {error:.3f}  alignment {alignment:.3f}", flush=True)
+        lines.append(json.dumps(record) + "\n")
+    (RESULTS / REPLAY_LOG).write_text("".join(lines))
     return 0
 
 

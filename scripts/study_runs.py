@@ -108,6 +108,7 @@ SETTINGS = [
     *grid("identity", f"{IDENTITY} {EMBEDDING}", norm__hidden__radius=(2,), optimizer__beta=(0.2,)),
     ours("identity", "identity", IDENTITY, seeds=SEEDS),
     *(ours(f"fitted{p}", "fitted rank", fitted(p), level=f"{p}%") for p in (4, 9, 12, 20, 30)),
+    *levels("rank", rank, (11,), "normal3"),
     *levels("rank", rank, (5, 10, 30, 40), INT5),
     ours("singular10-int5", "singular int5", rank(10, INT5).replace("=rank", "=top_singular")),
     *levels("rank", rank, PERCENT, "float32"),
@@ -124,12 +125,14 @@ SETTINGS = [
         for feedback in ("ef14", "none")
     ),
     ours("fitted12-both", "both ways", f"{fitted(12)} {back(fitted(12))}"),
-    *grid("fitted4", LOW_RATE, norm__hidden__radius=(2,), optimizer__beta=(0.05, 0.1, 0.2)),
+    *grid(
+        "fitted4", LOW_RATE, norm__hidden__radius=(2,), optimizer__beta=(0.05, 0.1, 0.2, 0.4, 0.8)
+    ),
     *grid("fitted4", LOW_RATE, norm__hidden__radius=(1,), optimizer__beta=(0.1,)),
     *grid("adamw", "optimizer=adamw", optimizer__lr=(0.001, 0.002, 0.004, 0.008)),
     *grid("powersgd", f"{POWERSGD} optimizer.rank=16 {TUNED}", optimizer__lr=(0.01, 0.02, 0.04)),
     *grid("dion", DION, optimizer__lr=(0.01, 0.02, 0.04), optimizer__lion_lr=(0.003, 0.01)),
-    *grid("dion32", DION32, optimizer__lr=(0.02, 0.04), optimizer__mu=(0.95, 0.8)),
+    *grid("dion32", DION32, optimizer__lr=(0.02, 0.04, 0.08), optimizer__mu=(0.95, 0.8)),
     *grid("demo", DEMO, optimizer__lr=(0.001, 0.003, 0.005, 0.01, 0.03)),
 ]
 RUNS = [

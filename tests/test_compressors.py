@@ -39,7 +39,7 @@ FORMATS = {
     "int8": Integer(8, block=100),
     "int4": Integer(4),
     "nearest int4": Integer(4, stochastic=False),
-    "normal2": Normal(2),
+    "normal1": Normal(1),
     "normal5": Normal(5, block="message"),
     "sign": SignScale(),
     "sign by block": SignScale(7),

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_compressors import batches, lost, seeded
 
-from ef21_muon import FittedRank, Normal, RankK
+from ef21_muon import Damping, FittedRank, Normal, RankK
 
 NEAREST = {"format": "int5", "stochastic": False}
 ALWAYS_THE_SAME = settings(derandomize=True, deadline=None)
@@ -89,6 +89,9 @@ def test_sizes_names_and_refusals():
     assert compressor.payload_bytes(512, 128) == 4 + 512 * 15 // 4 + 128 * 15 // 2 + 30 * 2
     assert compressor.payload_bytes(128, 512) == compressor.payload_bytes(512, 128)
     assert str(compressor) == "fitted rank 12% normal2 x normal4"
+    assert str(FittedRank(0.1, "float32")) == "fitted rank 10% normal2 x float32"
+    with pytest.raises(ValueError, match="Damping has no default scale for fitted rank 10%"):
+        Damping(FittedRank(0.1, "natural"))
     assert isinstance(compressor.basis, Normal)
     assert compressor.alpha(64, 32) == 0
     with pytest.raises(ValueError, match="normal got bits=9: give 1 to 6"):

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from data.loader import WorkerBatches
 from ef21_muon import FittedRank, Identity, TopK
+from model import GPT
 from scripts.study_replay import LAYERS, orthogonalised, replay, worker_gradients
-from training.config import compose
+from train import open_data
+from training.config import build, compose
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +38,15 @@ def test_orthogonalised_has_singular_values_of_one():
 
 
 def test_the_first_workers_gradients_are_kept(small):
+    """The first round's by hand: the model's first weights, and one worker's half of a batch."""
     overrides = ("compressor@w2s=identity", "model.layers=3", "batch.sequences=4")
-    gradients = worker_gradients(compose((*small, *overrides)).config, 2)
+    config = compose((*small, *overrides)).config
+    gradients = worker_gradients(config, 2)
     assert sorted(gradients) == sorted(LAYERS)
     assert all(len(of_layer) == 2 for of_layer in gradients.values())
-    assert not torch.equal(*gradients["blocks.2.mlp.project.weight"])
+    model = GPT(build(config.model, "model"), config.seed)
+    windows = WorkerBatches(open_data(config)[0], config.model.context, 0, 2, config.seed)
+    model(*windows.next(2)).backward()
+    for name, of_layer in gradients.items():
+        assert torch.allclose(of_layer[0], model.get_parameter(name).grad, atol=1e-6)
+    assert gradients["blocks.2.mlp.project.weight"][0].any()
