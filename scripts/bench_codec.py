@@ -277,7 +277,8 @@ def build_figure(records: Sequence[dict]) -> Figure:
         panels[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panels[0].xaxis.set_minor_locator(NullLocator())
         panels[0].xaxis.set_major_formatter("{x:g}")
-        handles = [Line2D([], [], color=colour, label=name) for name, colour in FAMILIES.items()]
+        families = dict.fromkeys(record["family"] for record in drawn)
+        handles = [Line2D([], [], color=FAMILIES[name], label=name) for name in families]
         look = {"color": "#777777", "linestyle": ""}
         handles += [Line2D([], [], marker=markers[name], label=name, **look) for name in markers]
         handles.append(Line2D([], [], label="$2^{-2R}$, Shannon", **bound))

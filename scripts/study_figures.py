@@ -8,7 +8,6 @@ a run reaches it is interpolated between evaluations. The same logs always give 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,11 +31,11 @@ from scripts.figures import (
 from scripts.study_report import report
 from scripts.study_results import (
     NETWORK_LOG,
-    REPLAY_LOG,
     RESULTS,
     TARGET_SHARE,
     Result,
     read,
+    read_replay,
     savings,
     target_loss,
     times,
@@ -69,12 +68,14 @@ def paper_figure(results: dict[str, Result], target: float) -> Figure:
         by_tokens.set_ylim(0.97 * min(min(r.final) for r in shown), 2.2)
         by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
         plain_losses(by_tokens)
-        by_tokens.legend(loc="upper right")
+        by_tokens.legend(loc="lower left", fontsize=6)
         reached = [result for result in shown if result.setting.name in saved]
         for place, result in enumerate(reached):
             sent = result.sizes(mean(point.w2s for point in result.reach(target)))
             bars.bar(place, sent, color=COLOURS[shown.index(result) % len(COLOURS)])
-            bars.annotate(f"{saved[result.setting.name]:.1f}x", (place, sent), ha="center")
+            bars.annotate(
+                f"{saved[result.setting.name]:.1f}x", (place, sent), ha="center", va="bottom"
+            )
         bars.set_xticks(range(len(reached)), [r.label for r in reached], rotation=40, ha="right")
         bars.set_ylabel(f"bytes sent / model size, to loss {target:.3f}")
         bars.set_title(f"{family} family", fontsize=9)
@@ -164,17 +165,17 @@ def methods_figure(results: dict[str, Result]) -> Figure:
             axes.annotate(told, (size or 1, place), va="center", fontsize=8)
         axes.set_yticks(range(len(shown)), [METHODS[family] for family in shown])
         axes.invert_yaxis()
-        axes.set(xscale="log", xlim=(1, 2000), title=f"to loss {target:.3f}")
+        axes.set(xscale="log", xlim=(1, 1000), title=f"to loss {target:.3f}")
+        axes.set_axisbelow(True)
         axes.set_xlabel("bytes sent to the servers per worker / model size")
         plain_sizes(axes)
     return figure
 
 
-def why_figure(results: dict[str, Result], log: Path) -> Figure:
+def why_figure(results: dict[str, Result], replayed: dict[str, dict]) -> Figure:
     """Final loss against what scripts/study_replay.py measured of the same compressors."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    replayed = {record["name"]: record for record in map(json.loads, log.read_text().splitlines())}
     best = mean(results["identity"].final)
     for index, (family, members) in enumerate(by_family(results).items()):
         shown = [result for result in members if result.setting.name in replayed]
@@ -210,7 +211,7 @@ def directions_figure(results: dict[str, Result], target: float) -> Figure:
         axes.bar(place, up, color=COLOURS[0], label="to the servers" if first else None)
         label = "back to the workers" if first else None
         axes.bar(place, down, bottom=up, color=COLOURS[5], label=label)
-        axes.annotate(f"{up + down:.0f}", (place, up + down), ha="center")
+        axes.annotate(f"{up + down:.0f}", (place, up + down), ha="center", va="bottom")
     axes.set_xticks(range(len(shown)), [r.label for r in shown], rotation=20, ha="right")
     axes.set_axisbelow(True)
     axes.margins(y=0.1)
@@ -228,7 +229,7 @@ def time_figure(results: dict[str, Result], target: float, log: Path) -> Figure:
     ):
         for place, value in enumerate(seconds.values()):
             axes.bar(place, value, color=COLOURS[place % len(COLOURS)])
-            axes.annotate(f"{value:.0f} s", (place, value), ha="center")
+            axes.annotate(f"{value:.0f} s", (place, value), ha="center", va="bottom")
         labels = [results[name].label for name in seconds]
         axes.set_xticks(range(len(labels)), labels, rotation=40, ha="right")
         axes.set_title(rate, fontsize=9)
@@ -263,8 +264,8 @@ def draw(directory: Path, output: Path) -> list[Path]:
     }
     if any(result.setting.family == "both ways" for result in results.values()):
         figures["directions"] = lambda: directions_figure(results, target)
-    if (directory / REPLAY_LOG).exists():
-        figures["why"] = lambda: why_figure(results, directory / REPLAY_LOG)
+    if replayed := read_replay(directory):
+        figures["why"] = lambda: why_figure(results, replayed)
     if (directory / NETWORK_LOG).exists():
         figures["time"] = lambda: time_figure(results, target, directory / NETWORK_LOG)
     with matplotlib.rc_context(STYLE):
@@ -277,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for path in draw(RESULTS, RESULTS):
             print(path)
-        (RESULTS.parent / "README.md").write_text(report(read(RESULTS)))
+        (RESULTS.parent / "README.md").write_text(report(read(RESULTS), read_replay(RESULTS)))
     except (ValueError, OSError) as error:
         print(f"study_figures.py: {error}", file=sys.stderr)
         return 1

@@ -24,7 +24,7 @@ from training.config import compose
 from training.workers import Workers, leave
 
 RATES = ("100mbit", "1gbit")
-TIMED = ("identity", "rank30-int5", "rank10-int5", "rank5-int5")
+TIMED = ("identity", "fitted9", "fitted12", "fitted30", "muon", "powersgd16")
 
 
 def overrides(setting: Setting) -> tuple[str, ...]:
@@ -44,7 +44,7 @@ def job(options: argparse.Namespace, workers: Workers) -> int:
         record = {"rate": options.rate, "name": setting.name, "seconds": seconds, "bytes": sent}
         workers.say(f"{options.rate:>8}  {setting.name:<24} {seconds:.3f} s a step")
         if workers.first:
-            with options.log.open("a") as log:
+            with options.to.open("a") as log:
                 log.write(json.dumps(record) + "\n")
     return 0
 
@@ -53,7 +53,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rate", help=argparse.SUPPRESS)  # of this process's link
     parser.add_argument("--steps", type=int, default=20, help="timed steps (default %(default)s)")
-    parser.add_argument("--log", type=Path, default=RESULTS / NETWORK_LOG, help=argparse.SUPPRESS)
+    parser.add_argument("--to", type=Path, default=RESULTS / NETWORK_LOG, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if "RANK" in os.environ:
         workers = Workers()
@@ -61,9 +61,9 @@ def main() -> int:
     if missing := requirements_missing():
         print(f"error: {missing}", file=sys.stderr)
         return 1
-    options.log.unlink(missing_ok=True)
+    options.to.unlink(missing_ok=True)
     for rate in RATES:
-        own = [f"--rate={rate}", f"--steps={options.steps}", f"--log={options.log.resolve()}"]
+        own = [f"--rate={rate}", f"--steps={options.steps}", f"--to={options.to.resolve()}"]
         with Network(2, rate) as network:
             network.torchrun(__file__, *own, show=True, timeout=1200)
     return 0

@@ -2,11 +2,12 @@
 
 from statistics import mean, stdev
 
+from scripts.study_findings import findings
 from scripts.study_results import TARGET_SHARE, Result, savings, target_loss
 from scripts.study_runs import SETTINGS
 
 
-def report(results: dict[str, Result]) -> str:
+def report(results: dict[str, Result], replayed: dict[str, dict]) -> str:
     """The page. What it says in numbers is computed; the rest was written by looking at them."""
     identity = results["identity"]
     target = target_loss(identity)
@@ -42,6 +43,22 @@ sends to the servers, in sizes of the model (4 bytes a parameter).
 ![Test loss against bytes](shakespeare/bytes.png)
 
 ![Rate against final loss](shakespeare/rate.png)
+
+![Bytes of each method](shakespeare/methods.png)
+
+![Time over slow links](shakespeare/time.png)
+
+![Both directions](shakespeare/directions.png)
+
+## What the runs say
+
+{findings(results, target, replayed)}
+
+![Why compression costs loss](shakespeare/why.png)
+
+Limits: a model of 0.8 M parameters and a text of 1 MB, two workers, bytes for tokens, the steps of
+one learning-rate schedule, a CPU. Settings with one seed carry its noise; the table has the spread
+where there are three.
 
 ## All settings
 

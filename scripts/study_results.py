@@ -67,6 +67,13 @@ def read(directory: Path, settings: Sequence[Setting] = SETTINGS) -> dict[str, R
     return results
 
 
+def read_replay(directory: Path) -> dict[str, dict]:
+    """What scripts/study_replay.py measured, by setting; nothing where it has not been run."""
+    path = directory / REPLAY_LOG
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {record["name"]: record for record in map(json.loads, lines)}
+
+
 def target_loss(identity: Result, share: float = TARGET_SHARE) -> float:
     """The uncompressed run's test loss at a share of its tokens, mean of its seeds."""
     losses = []

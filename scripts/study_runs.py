@@ -50,6 +50,15 @@ def fitted(percent: float) -> str:
     return f"compressor@w2s=fitted_rank w2s.fraction={percent / 100:g}"
 
 
+def powersgd(rank: int) -> str:
+    return f"{POWERSGD} optimizer.rank={rank} {TUNED}"
+
+
+def dion(percent: float, values: str) -> str:
+    best = "optimizer.lr=0.04 optimizer.mu=0.8"
+    return f"{DION32} {best} optimizer.rank_fraction={percent / 100:g} optimizer.values={values}"
+
+
 def back(compressor: str) -> str:
     """The same for what servers send."""
     return compressor.replace("w2s", "s2w")
@@ -73,6 +82,7 @@ IDENTITY = "compressor@w2s=identity"
 HIDDEN, EMBEDDING = "norm.hidden.radius=1", "norm.embedding.radius=60"
 BETA = "optimizer.beta=0.1"
 LOW_RATE = f"{fitted(4)} {EMBEDDING}"
+DENSE_BACK = "compressor@s2w=sign s2w.values=normal2"
 POWERSGD = "optimizer=muon_powersgd checkpoint.every=0"  # torch keeps its state to itself
 DION = "optimizer=dion optimizer.values=natural optimizer.weight_decay=0"
 DION32 = "optimizer=dion optimizer.lion_lr=0.01 optimizer.weight_decay=0"  # float32 factors
@@ -124,15 +134,26 @@ SETTINGS = [
         for kind, message in (("rank5", rank(5, "float32")), ("top5", top(5, "float32")))
         for feedback in ("ef14", "none")
     ),
-    ours("fitted12-both", "both ways", f"{fitted(12)} {back(fitted(12))}"),
+    ours("fitted12-both", "both ways", f"{fitted(12)} {back(fitted(12))}", level="low rank back"),
+    ours("fitted12-dense", "both ways", f"{fitted(12)} {DENSE_BACK}", level="2 bits back"),
     *grid(
         "fitted4", LOW_RATE, norm__hidden__radius=(2,), optimizer__beta=(0.05, 0.1, 0.2, 0.4, 0.8)
     ),
     *grid("fitted4", LOW_RATE, norm__hidden__radius=(1,), optimizer__beta=(0.1,)),
+    *grid("fitted4", f"{fitted(4)} {TUNED}", norm__hidden__norm__steps=(2, 3)),
+    setting("muon", "Muon", f"optimizer=muon {TUNED}"),
+    *(setting(f"powersgd{r}", "Muon + PowerSGD", powersgd(r), level=f"rank {r}") for r in (4, 16)),
+    setting("dion15", "Dion float32", dion(15, "float32"), level="15%"),
+    *(setting(f"dion{p}-normal4", "Dion", dion(p, "normal4"), level=f"{p}%") for p in (5, 15)),
+    *(
+        setting(f"demo{k}", "DeMo", f"{DEMO} optimizer.lr=0.005 optimizer.k={k}", level=f"k={k}")
+        for k in (32, 128)
+    ),
     *grid("adamw", "optimizer=adamw", optimizer__lr=(0.001, 0.002, 0.004, 0.008)),
     *grid("powersgd", f"{POWERSGD} optimizer.rank=16 {TUNED}", optimizer__lr=(0.01, 0.02, 0.04)),
     *grid("dion", DION, optimizer__lr=(0.01, 0.02, 0.04), optimizer__lion_lr=(0.003, 0.01)),
-    *grid("dion32", DION32, optimizer__lr=(0.02, 0.04, 0.08), optimizer__mu=(0.95, 0.8)),
+    *grid("dion32", DION32, optimizer__lr=(0.02, 0.04), optimizer__mu=(0.95,)),
+    *grid("dion32", DION32, optimizer__lr=(0.02, 0.04, 0.08), optimizer__mu=(0.8,)),
     *grid("demo", DEMO, optimizer__lr=(0.001, 0.003, 0.005, 0.01, 0.03)),
 ]
 RUNS = [

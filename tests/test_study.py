@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 
 from scripts import study, study_figures, study_results
 from scripts.figures import LOG_NAME
+from scripts.study_findings import findings
 from scripts.study_report import headline, report
-from scripts.study_results import Point, reach, read
+from scripts.study_results import Point, reach, read, read_replay
 from scripts.study_runs import RUNS, SETTINGS, Setting, StudyRun
 from training.config import compose
 
@@ -125,7 +126,9 @@ def test_the_target_is_the_uncompressed_loss_at_three_quarters(tmp_path):
 
 def test_the_committed_figures_and_tables_are_up_to_date(tmp_path):
     """The page byte for byte; figures as pictures, since fonts may differ in a pixel."""
-    assert (study.RESULTS.parent / "README.md").read_text() == report(read(study.RESULTS))
+    assert (study.RESULTS.parent / "README.md").read_text() == report(
+        read(study.RESULTS), read_replay(study.RESULTS)
+    )
     written = study_figures.draw(study.RESULTS, tmp_path)
     pictures = [path for path in written if path.suffix == ".png"]
     assert pictures
@@ -141,6 +144,18 @@ def test_the_committed_figures_and_tables_are_up_to_date(tmp_path):
 def test_the_readme_has_the_headline():
     readme = " ".join((study.ROOT / "README.md").read_text().replace("*", "").split())
     assert headline(read(study.RESULTS)) in readme
+
+
+def test_findings_are_told_where_their_runs_are_done():
+    results = read(study.RESULTS)
+    target, replayed = study_results.target_loss(results["identity"]), read_replay(study.RESULTS)
+    told = findings(results, target, replayed)
+    assert told.count("**") == 2 * len(told.split("\n\n"))
+    assert all(len(line) <= 100 for line in told.splitlines())
+    of_ranks = "rank 20, 15, 10 and 5 % save"
+    assert of_ranks in " ".join(told.split())
+    without = {name: result for name, result in results.items() if name != "rank20"}
+    assert of_ranks not in " ".join(findings(without, target, {}).split())
 
 
 def test_savings_from_the_logs_alone():
