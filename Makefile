@@ -31,7 +31,7 @@ figures: setup
 	.venv/bin/python scripts/bench_step.py --redraw model=gpt2-124m
 
 test: setup
-	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check .

@@ -111,7 +111,7 @@ RANGES = {
 CHOICES = {
     "optimizer=sgd": "Could not find 'optimizer/sgd': choose from adamw, demo, dion, ef21_muon",
     "model=large": "Could not find 'model/large': choose from gpt2-124m, tiny",
-    "compressor@w2s=unheard": "choose from damping, dropout, identity, natural, randk",
+    "compressor@w2s=unheard": "choose from damping, dropout, fitted_rank, identity",
     "compressor=topk": "Could not override 'compressor'. Did you mean ... compressor@s2w, compress",
     "experiment=thesis": "Could not find 'experiment/thesis': choose from paper",
     "resume=yes": "resume=yes is not allowed: choose none, auto or elastic",
