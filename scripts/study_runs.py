@@ -142,6 +142,7 @@ SETTINGS = [
     *grid("fitted4", LOW_RATE, norm__hidden__radius=(1,), optimizer__beta=(0.1,)),
     *grid("fitted4", f"{fitted(4)} {TUNED}", norm__hidden__norm__steps=(2, 3)),
     setting("muon", "Muon", f"optimizer=muon {TUNED}"),
+    setting("adamw", "AdamW", "optimizer=adamw optimizer.lr=0.004"),
     *(setting(f"powersgd{r}", "Muon + PowerSGD", powersgd(r), level=f"rank {r}") for r in (4, 16)),
     setting("dion15", "Dion float32", dion(15, "float32"), level="15%"),
     *(setting(f"dion{p}-normal4", "Dion", dion(p, "normal4"), level=f"{p}%") for p in (5, 15)),
