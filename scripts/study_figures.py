@@ -71,7 +71,7 @@ def paper_figure(results: dict[str, Result], target: float) -> Figure:
         by_tokens.legend(loc="lower left", fontsize=6)
         reached = [result for result in shown if result.setting.name in saved]
         for place, result in enumerate(reached):
-            sent = result.sizes(mean(point.w2s for point in result.reach(target)))
+            sent = result.sent(target)
             bars.bar(place, sent, color=COLOURS[shown.index(result) % len(COLOURS)])
             bars.annotate(
                 f"{saved[result.setting.name]:.1f}x", (place, sent), ha="center", va="bottom"
@@ -112,10 +112,9 @@ def rate_figure(results: dict[str, Result]) -> Figure:
     """Bits a parameter and step against the final loss over the uncompressed run's."""
     figure = Figure(figsize=(10, 5.5), layout="constrained")
     axes = figure.subplots()
-    best = mean(results["identity"].final)
     for index, (family, members) in enumerate(by_family(results).items()):
         points = sorted(
-            (result.bits, 100 * (mean(result.final) / best - 1), result.setting.level)
+            (result.bits, result.over(results["identity"]), result.setting.level)
             for result in members
         )
         bits, gaps, levels = zip(*points, strict=True)
@@ -155,9 +154,9 @@ def methods_figure(results: dict[str, Result]) -> Figure:
         target = target_loss(results["identity"], share)
         for place, family in enumerate(shown):
             sent = [
-                (result.sizes(mean(point.w2s for point in points)), result.setting.level)
+                (size, result.setting.level)
                 for result in families[family]
-                if all(points := result.reach(target))
+                if (size := result.sent(target))
             ]
             size, level = min(sent, default=(0, "not reached"))
             axes.barh(place, size, color=looks[family]["color"])
@@ -176,10 +175,9 @@ def why_figure(results: dict[str, Result], replayed: dict[str, dict]) -> Figure:
     """Final loss against what scripts/study_replay.py measured of the same compressors."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    best = mean(results["identity"].final)
     for index, (family, members) in enumerate(by_family(results).items()):
         shown = [result for result in members if result.setting.name in replayed]
-        gaps = [100 * (mean(result.final) / best - 1) for result in shown]
+        gaps = [result.over(results["identity"]) for result in shown]
         for panel, key in zip(axes, ("error", "alignment"), strict=True):
             values = [replayed[result.setting.name][key] for result in shown]
             look = line_look(index) | {"linestyle": "", "label": family if shown else None}

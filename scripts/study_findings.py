@@ -10,11 +10,10 @@ from scripts.study_results import Result, savings
 def findings(results: dict[str, Result], target: float, replayed: dict[str, dict]) -> str:
     """A paragraph for each thing that was found, where all runs that it speaks of are done."""
     saved = savings(results, target)
-    best = mean(results["identity"].final)
 
     def gap(*names: str) -> str:
         """Final losses over the uncompressed run's."""
-        over = [100 * (mean(results[name].final) / best - 1) for name in names]
+        over = [results[name].over(results["identity"]) for name in names]
         return listed(f"{round(percent, 1) + 0.0:+.1f} %" for percent in over)
 
     def bits(name: str) -> str:
@@ -82,23 +81,29 @@ def findings(results: dict[str, Result], target: float, replayed: dict[str, dict
             " directions the same length."
         ),
     }
-    shown = sorted(replayed.keys() & results.keys())
-    if len(shown) > 9:
-        losses = [mean(results[name].final) for name in shown]
-        by_error, by_alignment = (
-            correlation(places([replayed[name][key] for name in shown]), places(losses))
-            for key in ("error", "alignment")
-        )
-        found["identity",] = lambda: (
-            "**Why**: of one worker's gradients in the uncompressed run, sent by"
-            f" {len(shown)} compressors of the study (`scripts/study_replay.py`), the error of G"
-            f" has a rank correlation of {by_error:.2f} with the loss at the end, and the alignment"
-            f" of the LMO's step of G with that of M one of {by_alignment:.2f}. An LMO gives small"
-            " directions the length of large ones, so it helps to send many of them, if roughly:"
-            " hence few bits for the long factor, and no gain from exact singular vectors."
-        )
     done = [text() for names, text in found.items() if results.keys() >= set(names)]
+    done += why(results, replayed)
     return "\n\n".join(textwrap.fill(text, 100, break_on_hyphens=False) for text in done)
+
+
+def why(results: dict[str, Result], replayed: dict[str, dict]) -> list[str]:
+    """What the replay explains, where it has enough settings to say so."""
+    shown = sorted(replayed.keys() & results.keys())
+    if len(shown) < 10:
+        return []
+    losses = places([mean(results[name].final) for name in shown])
+    by_error, by_alignment = (
+        correlation(places([replayed[name][key] for name in shown]), losses)
+        for key in ("error", "alignment")
+    )
+    return [
+        "**Why**: of one worker's gradients in the uncompressed run, sent by"
+        f" {len(shown)} compressors of the study (`scripts/study_replay.py`), the error of G"
+        f" has a rank correlation of {by_error:.2f} with the loss at the end, and the alignment"
+        f" of the LMO's step of G with that of M one of {by_alignment:.2f}. An LMO gives small"
+        " directions the length of large ones, so it helps to send many of them, if roughly:"
+        " hence few bits for the long factor, and no gain from exact singular vectors."
+    ]
 
 
 def places(values: Sequence[float]) -> list[int]:
@@ -108,6 +113,6 @@ def places(values: Sequence[float]) -> list[int]:
 
 
 def listed(parts: Iterable[str]) -> str:
-    """ "a, b and c"."""
+    """Parts as a sentence has them: a, b and c."""
     *first, last = parts
     return f"{', '.join(first)} and {last}" if first else last

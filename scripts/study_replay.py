@@ -28,7 +28,7 @@ from ef21_muon import EF21Muon
 from ef21_muon.compressors import Compressor
 from model import GPT
 from scripts.study_results import REPLAY_LOG, RESULTS
-from scripts.study_runs import SETTINGS, TUNED
+from scripts.study_runs import SETTINGS
 from train import open_data
 from training.config import build, compose
 from training.method import build_optimizer
@@ -99,18 +99,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.parse_args(arguments)
     torch.set_num_threads(1)
-    identity = compose(("experiment=shakespeare", "compressor@w2s=identity", *TUNED.split())).config
-    gradients = worker_gradients(identity, ROUNDS)
+    configs = {
+        setting.name: compose(("experiment=shakespeare", *setting.overrides)).config
+        for setting in SETTINGS
+        if setting.family not in NOT_REPLAYED
+    }
+    gradients = worker_gradients(configs["identity"], ROUNDS)
     lines = []
-    for setting in SETTINGS:
-        config = compose(("experiment=shakespeare", *setting.overrides)).config
-        if setting.family in NOT_REPLAYED or not config.optimizer._target_.endswith("EF21Muon"):
+    for name, config in configs.items():
+        if not config.optimizer._target_.endswith("EF21Muon"):
             continue
         w2s, beta = build(config.w2s, "w2s"), config.optimizer.beta
         measured = [replay(of_layer, w2s, beta) for of_layer in gradients.values()]
         error, alignment = (mean(values) for values in zip(*measured, strict=True))
-        record = {"name": setting.name, "error": error, "alignment": alignment}
-        print(f"{setting.name:<20} error {error:.3f}  alignment {alignment:.3f}", flush=True)
+        record = {"name": name, "error": error, "alignment": alignment}
+        print(f"{name:<20} error {error:.3f}  alignment {alignment:.3f}", flush=True)
         lines.append(json.dumps(record) + "\n")
     (RESULTS / REPLAY_LOG).write_text("".join(lines))
     return 0

@@ -76,7 +76,6 @@ def headline(results: dict[str, Result]) -> str:
     """The README's first number: the smallest message to the target, and the closest final loss."""
     saved = savings(results, target_loss(results["identity"]))
     fewest = max(saved, key=saved.__getitem__)
-    best = mean(results["identity"].final)
     close = [
         result
         for result in results.values()
@@ -87,7 +86,7 @@ def headline(results: dict[str, Result]) -> str:
         f"To the loss that the uncompressed run has at 75 % of its tokens, {results[fewest].label} "
         f"takes {saved[fewest]:.0f} times fewer bytes than it; at the end, {closest.label}, which "
         f"sends {results['identity'].bits / closest.bits:.0f} times fewer, differs from it by "
-        f"{100 * (mean(closest.final) / best - 1):+.1f} % in test loss."
+        f"{closest.over(results['identity']):+.1f} % in test loss."
     )
 
 
@@ -104,7 +103,6 @@ def missing(results: dict[str, Result]) -> str:
 def table(results: dict[str, Result], target: float) -> str:
     """Every setting: rate, final loss, and what it takes to the target."""
     saved = savings(results, target)
-    best = mean(results["identity"].final)
     lines = [
         "| setting | seeds | bits a parameter and step | final test loss | over uncompressed "
         "| tokens to target | bytes / model size to target | fewer than uncompressed |",
@@ -121,10 +119,10 @@ def table(results: dict[str, Result], target: float) -> str:
             points = result.reach(target)
             reached = [
                 f"{mean(point.tokens for point in points) / 1e6:.2f} M",
-                f"{result.sizes(mean(point.w2s for point in points)):.2f}",
+                f"{result.sent(target):.2f}",
                 f"{saved[name]:.1f}x",
             ]
-        over = f"{100 * (mean(result.final) / best - 1):+.2f} %"
+        over = f"{result.over(results['identity']):+.2f} %"
         cells = [result.label, str(len(result.logs)), f"{result.bits:.3g}", final, over, *reached]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

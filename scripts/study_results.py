@@ -50,9 +50,18 @@ class Result:
         """Bytes in sizes of the model."""
         return sent / (BYTES_PER_PARAMETER * self.logs[0].run["parameters"])
 
+    def over(self, identity: "Result") -> float:
+        """Final test loss over the uncompressed run's, percent, by the means over seeds."""
+        return 100 * (mean(self.final) / mean(identity.final) - 1)
+
     def reach(self, target: float) -> list[Point | None]:
         """Where each seed reaches the target loss; None for one that does not."""
         return [reach(log, target) for log in self.logs]
+
+    def sent(self, target: float) -> float | None:
+        """Sizes of the model sent to the servers until all seeds reach the target loss, mean."""
+        points = self.reach(target)
+        return self.sizes(mean(point.w2s for point in points)) if all(points) else None
 
 
 def read(directory: Path, settings: Sequence[Setting] = SETTINGS) -> dict[str, Result]:
