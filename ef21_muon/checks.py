@@ -15,6 +15,7 @@ NUMBERS = {
     "lr": ("of at least 0", lambda lr: lr >= 0),
     "radius": ("above 0, or an AdaptiveRadius", lambda radius: radius > 0),
     "beta": ("above 0, at most 1", lambda beta: 0 < beta <= 1),
+    "estimate_decay": ("of at least 0, at most 1", lambda decay: 0 <= decay <= 1),
     "weight_decay": ("of at least 0", lambda weight_decay: weight_decay >= 0),
 }
 
@@ -61,6 +62,16 @@ def refuse_compressed_shifts(groups: list[dict]) -> None:
             raise ValueError(
                 f"server='replicated' sends nothing back to compress with s2w={group['s2w']}: "
                 "use s2w=identity, or server=sharded or rank0"
+            )
+
+
+def refuse_estimate_decay(groups: list[dict], feedback: str) -> None:
+    """Raise ValueError for a decay of estimates where none are kept from round to round."""
+    for group in groups:
+        if group["estimate_decay"] != 1:
+            raise ValueError(
+                f"estimate_decay={group['estimate_decay']} is not allowed with "
+                f"feedback={feedback!r}, which keeps no G_j: use feedback='ef21'"
             )
 
 

@@ -10,6 +10,7 @@ from ef21_muon.checks import (
     check_group,
     choice,
     refuse_compressed_shifts,
+    refuse_estimate_decay,
     require_equal_parameters,
     require_gradients,
     require_mean_estimate,
@@ -43,6 +44,13 @@ class EF21Muon(torch.optim.Optimizer):
     beta grad_j + (1 - beta) M_j in place of M_j. `weight_decay` subtracts lr weight_decay X with
     the step (Muon; 1 is Scion's constraint to a ball).
 
+    With `estimate_decay` G_j and G are multiplied by it before a difference is formed: by 1 in
+    Algorithm 1, for which G_j is the forecast of M_j. With 1 - beta the forecast is what remains of
+    the momentum, beta grad_j + (1 - beta) (M_j - G_j) is compressed, and estimates forget at no
+    cost in bytes what the momentum forgot: better at low rates, where the rest of G_j is old.
+    (Forecasts of momentum: Adikari and Draper, Compressing Gradients by Exploiting Temporal
+    Correlation in Momentum-SGD, 2021.)
+
     `feedback`: "ef21", or "ef14" or "none" for comparison (`ef21_muon.feedback`). `momentum_start`:
     M_j^0 is the first "gradient", or beta times it, the average with "zero", as in Muon and Scion.
     `first_message`: "compressed", so that G_j^0 = C_j(M_j^0) and no gradient is ever sent whole, or
@@ -64,6 +72,7 @@ class EF21Muon(torch.optim.Optimizer):
         lr: float = 0.02,
         *,
         beta: float = 0.1,
+        estimate_decay: float = 1.0,
         norm: Norm | None = None,
         radius: float | AdaptiveRadius = 1.0,
         w2s: Compressor | Switch | None = None,
@@ -81,6 +90,7 @@ class EF21Muon(torch.optim.Optimizer):
         defaults = {
             "lr": lr,
             "beta": beta,
+            "estimate_decay": estimate_decay,
             "norm": norm or Spectral(),
             "radius": radius,
             "w2s": w2s or Identity(),
@@ -96,6 +106,8 @@ class EF21Muon(torch.optim.Optimizer):
         first_messages = ("compressed", "exact")
         first_exact = choice("first_message", first_message, first_messages) == "exact"
         super().__init__(params, defaults)
+        if not self.feedback.accumulates:
+            refuse_estimate_decay(self.param_groups, feedback)
         if server == "replicated":
             refuse_compressed_shifts(self.param_groups)
         self.timer = PhaseTimer()
@@ -192,6 +204,8 @@ class EF21Muon(torch.optim.Optimizer):
         target = batch.momentum
         if group["nesterov"]:
             target = torch.stack(gradients).lerp_(batch.momentum, 1 - beta)
+        if group["estimate_decay"] != 1:
+            batch.gradient_estimate *= group["estimate_decay"]
         difference = self.feedback.difference(target, batch.gradient_estimate)
         message = batch.w2s.encode(difference, self.generators["w2s"])
         sent = batch.w2s.decode(message, *batch.shape)
@@ -213,8 +227,11 @@ class EF21Muon(torch.optim.Optimizer):
         """Line 14. from_workers: of each worker the payloads (layers owned here, bytes)."""
         if len(batch.server_gradient) == 0:
             return
+        decay = self.param_groups[batch.group]["estimate_decay"]
         if not self.feedback.accumulates:
             batch.server_gradient.zero_()
+        elif decay != 1:
+            batch.server_gradient *= decay
         for message in from_workers:
             received = batch.w2s.decode(message, *batch.shape)
             batch.server_gradient.add_(received, alpha=1 / len(from_workers))

@@ -50,6 +50,11 @@ def fitted(percent: float) -> str:
     return f"compressor@w2s=fitted_rank w2s.fraction={percent / 100:g}"
 
 
+def decaying(compressor: str) -> str:
+    """With estimates that decay as the momentum does: by 1 - beta."""
+    return f"{compressor} optimizer.estimate_decay=0.8"
+
+
 def powersgd(rank: int) -> str:
     return f"{POWERSGD} optimizer.rank={rank} {TUNED}"
 
@@ -117,8 +122,11 @@ SETTINGS = [
     *grid("identity", f"{IDENTITY} {HIDDEN} {EMBEDDING}", optimizer__beta=(0.05, 0.2, 0.4)),
     *grid("identity", f"{IDENTITY} {EMBEDDING}", norm__hidden__radius=(2,), optimizer__beta=(0.2,)),
     ours("identity", "identity", IDENTITY, seeds=SEEDS),
-    *(ours(f"fitted{p}", "fitted rank", fitted(p), level=f"{p}%") for p in (4, 9, 12, 20, 30)),
-    *levels("rank", rank, (11,), "normal3"),
+    *(ours(f"fitted{p}", "fitted rank", fitted(p), level=f"{p}%") for p in (4, 9, 12, 30)),
+    *(
+        ours(f"fitted{p}-decay", "fitted rank, decay", decaying(fitted(p)), level=f"{p}%")
+        for p in (3, 4, 6, 9, 12, 20, 30)
+    ),
     *levels("rank", rank, (5, 10, 30, 40), INT5),
     ours("singular10-int5", "singular int5", rank(10, INT5).replace("=rank", "=top_singular")),
     *levels("rank", rank, PERCENT, "float32"),
@@ -150,7 +158,7 @@ SETTINGS = [
         setting(f"demo{k}", "DeMo", f"{DEMO} optimizer.lr=0.005 optimizer.k={k}", level=f"k={k}")
         for k in (32, 128)
     ),
-    *grid("adamw", "optimizer=adamw", optimizer__lr=(0.001, 0.002, 0.004, 0.008)),
+    *grid("adamw", "optimizer=adamw", optimizer__lr=(0.002, 0.004, 0.008)),
     *grid("powersgd", f"{POWERSGD} optimizer.rank=16 {TUNED}", optimizer__lr=(0.01, 0.02, 0.04)),
     *grid("dion", DION, optimizer__lr=(0.01, 0.02, 0.04), optimizer__lion_lr=(0.003, 0.01)),
     *grid("dion32", DION32, optimizer__lr=(0.02, 0.04), optimizer__mu=(0.95,)),

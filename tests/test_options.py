@@ -79,6 +79,46 @@ def test_feedback_follows_its_recursion(feedback, gradient_of):
         assert_close(state(parameters, optimizer, "server_gradient"), expected)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.7])
+def test_estimates_decay_before_the_difference_is_formed(decay):
+    """G_j^{k+1} = decay G_j^k + C(M_j^{k+1} - decay G_j^k), and G the same."""
+    beta = 0.3
+    parameters, optimizer = build(beta=beta, w2s=TopK(FRACTION), estimate_decay=decay)
+    estimate = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    momentum = None
+    for seed in range(1, 8):
+        gradients = step(parameters, optimizer, seed)
+        old = momentum or gradients
+        momentum = {n: (1 - beta) * old[n] + beta * gradients[n] for n in SHAPES}
+        for name in SHAPES:
+            kept = decay * estimate[name]
+            estimate[name] = kept + TOP(momentum[name] - kept, None)
+        for key in ("server_gradient", "gradient_estimate"):
+            assert_close(state(parameters, optimizer, key), estimate)
+
+
+def test_a_decay_of_the_momentums_is_momentum_at_the_server():
+    """What was not sent, e, and gradients are compressed; the server has the momentum.
+
+    e' = (1 - beta) e + beta grad - R with R = C((1 - beta) e + beta grad), and
+    G' = (1 - beta) G + R: no worker's G_j or M_j occurs.
+    """
+    beta = 0.3
+    parameters, optimizer = build(
+        beta=beta, w2s=TopK(FRACTION), estimate_decay=1 - beta, momentum_start="zero"
+    )
+    unsent = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    served = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    for seed in range(1, 8):
+        gradients = step(parameters, optimizer, seed)
+        for name in SHAPES:
+            difference = (1 - beta) * unsent[name] + beta * gradients[name]
+            message = TOP(difference, None)
+            unsent[name] = difference - message
+            served[name] = (1 - beta) * served[name] + message
+        assert_close(state(parameters, optimizer, "server_gradient"), served)
+
+
 def test_feedback_variants_part_after_the_first_round():
     models = {}
     for feedback in ("ef21", "ef14", "none"):
@@ -169,6 +209,8 @@ def test_an_adaptive_radius_follows_each_layers_dual_norm():
         ({"first_message": "whole"}, "choose compressed, exact"),
         ({"nesterov": 1}, "nesterov=1 is not allowed: give True or False"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 is not allowed"),
+        ({"estimate_decay": 1.1}, "estimate_decay=1.1 is not allowed: give a number of at least 0"),
+        ({"estimate_decay": 0.9, "feedback": "ef14"}, "feedback='ef14', which keeps no G_j: use"),
         ({"radius": "big"}, "give a number above 0, or an AdaptiveRadius"),
     ],
 )

@@ -112,5 +112,7 @@ def run_label(optimizer: torch.optim.Optimizer) -> str:
         return optimizer.title
     w2s, s2w = optimizer.defaults["w2s"], optimizer.defaults["s2w"]
     label = str(w2s) if s2w.lossless else f"{w2s}, back {s2w}"
+    if (decay := optimizer.defaults["estimate_decay"]) != 1:
+        label = f"{label}, decay {decay:g}"
     feedback = optimizer.feedback.title
     return label if feedback == "EF21" else f"{label}, {feedback}"
