@@ -47,9 +47,12 @@ class EF21Muon(torch.optim.Optimizer):
     With `estimate_decay` G_j and G are multiplied by it before a difference is formed: by 1 in
     Algorithm 1, for which G_j is the forecast of M_j. With 1 - beta the forecast is what remains of
     the momentum, beta grad_j + (1 - beta) (M_j - G_j) is compressed, and estimates forget at no
-    cost in bytes what the momentum forgot: better at low rates, where the rest of G_j is old.
-    (Forecasts of momentum: Adikari and Draper, Compressing Gradients by Exploiting Temporal
-    Correlation in Momentum-SGD, 2021.)
+    cost in bytes what the momentum forgot. Where gradients are mostly noise that is better, the
+    more so the less is sent: ||M_j - G_j||^2 is at most (1 - alpha) beta / (alpha + beta - alpha
+    beta) of the largest ||grad_j||^2. The paper's theorems do not cover it: their error falls with
+    the change of the gradients, so where these are exact 1 is better. (Forecasts of momentum:
+    Adikari and Draper, Compressing Gradients by Exploiting Temporal Correlation in Momentum-SGD,
+    2021.)
 
     `feedback`: "ef21", or "ef14" or "none" for comparison (`ef21_muon.feedback`). `momentum_start`:
     M_j^0 is the first "gradient", or beta times it, the average with "zero", as in Muon and Scion.

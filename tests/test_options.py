@@ -119,6 +119,27 @@ def test_a_decay_of_the_momentums_is_momentum_at_the_server():
         assert_close(state(parameters, optimizer, "server_gradient"), served)
 
 
+@pytest.mark.parametrize("beta", [0.05, 0.3, 1.0])
+def test_the_error_of_decaying_estimates_is_bounded_by_the_gradients(beta):
+    """Of e = M_j - G_j: ||e'||^2 <= (1 - alpha) ((1 - beta) ||e||^2 + beta ||grad||^2)."""
+    compressor = TopK(FRACTION)
+    parameters, optimizer = build(
+        beta=beta, w2s=compressor, estimate_decay=1 - beta, momentum_start="zero"
+    )
+    largest = dict.fromkeys(SHAPES, 0.0)
+    for seed in range(1, 30):
+        gradients = step(parameters, optimizer, seed)
+        momenta, estimates = (
+            state(parameters, optimizer, key) for key in ("momentum", "gradient_estimate")
+        )
+        for name, shape in SHAPES.items():
+            largest[name] = max(largest[name], np.linalg.norm(gradients[name]))
+            lost = 1 - compressor.alpha(*shape)
+            bound = lost * beta / (1 - lost * (1 - beta))
+            error = np.linalg.norm(momenta[name] - estimates[name]) / largest[name]
+            assert error**2 <= bound * (1 + 1e-5)
+
+
 def test_feedback_variants_part_after_the_first_round():
     models = {}
     for feedback in ("ef21", "ef14", "none"):
