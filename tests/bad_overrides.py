@@ -40,6 +40,8 @@ KEYS = {
     "+w2s.k=3": "w2s: ... unexpected keyword argument 'k': give what that class takes",
     "norm.hidden.norm.method=svd": "is not a key ... has steps; ... +norm.hidden.norm.method=VALUE",
     "+norm.other.radius=1": "norm.other lacks a norm or a radius: give norm.other.norm and",
+    "+norm.hidden.lr=1": "norm.hidden.lr is not allowed: a role has norm, radius, w2s, s2w",
+    "+norm.hidden.w2s=topk": "w2s='topk' is not allowed: give a Compressor or Switch of ef21_muon",
     "~norm.hidden": "the role 'hidden' of blocks.0 ... has no rule in the preset: it has embedding",
 }
 

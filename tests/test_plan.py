@@ -8,7 +8,7 @@ from ef21_muon.exchange import Exchange
 from ef21_muon.layers import batch_layers
 from model import GPT
 from training.config import build, compose
-from training.method import build_optimizer
+from training.method import build_optimizer, run_label
 from training.plan import plan
 from training.workers import RunError
 
@@ -39,6 +39,36 @@ def test_bytes_are_those_of_the_optimizer(server):
     assert number(found["s at 100 Mbit/s"]) == pytest.approx(
         8 * busiest(optimizer, server, 4) / 1e8, rel=0.01
     )
+
+
+ROLE = ("+compressor@norm.embedding.w2s=topk", "+compressor@norm.embedding.s2w=sign")
+
+
+def test_a_role_may_have_compressors_of_its_own():
+    config = compose(("model=tiny", *ROLE, "norm.embedding.w2s.fraction=0.5")).config
+    optimizer = build_optimizer(config, GPT(build(config.model, "model")))
+    of_role = {group["name"]: group for group in optimizer.param_groups}
+    assert str(of_role["embedding"]["w2s"]) == "top 50% natural"
+    assert str(of_role["hidden"]["w2s"]) == "rank 15% natural"
+    assert run_label(optimizer) == (
+        "rank 15% natural, embedding top 50% natural, embedding back dense sign"
+    )
+    found = row(plan(config), 4)
+    assert number(found["w2s a round"]) == optimizer.exchange.w2s_bytes
+    assert number(found["s2w a round"]) == optimizer.exchange.s2w_bytes
+
+
+def test_a_roles_switch_begins_a_phase_of_the_plan():
+    role = ("+compressor@norm.embedding.w2s=switch", "norm.embedding.w2s.start=3", "steps=7")
+    config = compose(("model=tiny", *role)).config
+    lines = [line.split() for line in plan(config).splitlines()]
+    assert [line[1] for line in lines if line[:1] == ["4"]] == ["1", "4"]
+
+
+def test_a_baseline_takes_no_roles_compressor():
+    config = compose(("model=tiny", "optimizer=dion", *ROLE)).config
+    groups = build_optimizer(config, GPT(build(config.model, "model"))).param_groups
+    assert not any({"w2s", "s2w"} & group.keys() for group in groups)
 
 
 def busiest(optimizer, server, ranks):

@@ -34,6 +34,7 @@ CHOICES = {
     "w2s": "compressor@w2s",
     "s2w": "compressor@s2w",
 }
+RULE = ("norm", "radius", "w2s", "s2w")  # what a role may have in the norm group
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 MOST_SECONDS = 1_000_000
 
@@ -269,6 +270,8 @@ def _check_nodes(config: DictConfig) -> None:
                 f"norm.{role} lacks a norm or a radius: give norm.{role}.norm and "
                 f"norm.{role}.radius, as in configs/norm"
             )
+        for entry in rule.keys() - RULE:
+            raise RunError(f"norm.{role}.{entry} is not allowed: a role has {', '.join(RULE)}")
 
 
 def _check_ranges(config: DictConfig) -> None:

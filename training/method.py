@@ -22,13 +22,14 @@ ELSEWHERE = {"params", "norm", "radius", "w2s", "s2w", "seed", "process_group"}
 
 
 def parameter_groups(config: DictConfig, model: nn.Module) -> list[dict]:
-    """The model's parameters by role, with the norm and the radius that configs/norm gives it."""
+    """The model's parameters by role, with what configs/norm gives it: norm, radius, compressors.
+
+    Roles without compressors of their own take the configuration's.
+    """
     rules = {
         role: {
-            "norm": build(rule.norm, f"norm.{role}.norm"),
-            "radius": build(rule.radius, f"norm.{role}.radius")
-            if isinstance(rule.radius, DictConfig)
-            else rule.radius,
+            entry: build(value, f"norm.{role}.{entry}") if isinstance(value, DictConfig) else value
+            for entry, value in rule.items()
         }
         for role, rule in config.norm.items()
     }
@@ -46,8 +47,10 @@ def build_optimizer(
     _require_arguments(make)
     groups = parameter_groups(config, model)
     options = {}
-    if not issubclass(make.func, EF21Muon):
-        groups = [{"name": group["name"], "params": group["params"]} for group in groups]
+    if make.func is not EF21Muon:
+        rule = ("norm", "radius") if issubclass(make.func, EF21Muon) else ()
+        taken = ("name", "params", *rule)
+        groups = [{entry: group[entry] for entry in taken} for group in groups]
     if not issubclass(make.func, AllReduced):
         options["seed"] = config.seed
     if make.func is EF21Muon:
@@ -82,11 +85,13 @@ def _require_accord(config: DictConfig, optimizer: torch.optim.Optimizer) -> Non
             f"diagnostics_every={config.diagnostics_every} needs optimizer=ef21_muon: "
             "baselines have no error feedback to look at; set it to 0"
         )
-    if is_ef21(optimizer) and (last := max(starts(optimizer.defaults["w2s"]))) >= config.steps:
-        raise RunError(
-            f"w2s.start={last} is not below steps={config.steps}: give a round of the run, or the "
-            "first compressor alone"
-        )
+    if is_ef21(optimizer):
+        last = max(start for group in optimizer.param_groups for start in starts(group["w2s"]))
+        if last >= config.steps:
+            raise RunError(
+                f"w2s.start={last} is not below steps={config.steps}: give a round of the run, or "
+                "the first compressor alone"
+            )
     if config.checkpoint.every and getattr(optimizer, "hook", None) == "powersgd":
         raise RunError(
             f"checkpoint.every={config.checkpoint.every} is not allowed with hook=powersgd: "
@@ -112,6 +117,13 @@ def run_label(optimizer: torch.optim.Optimizer) -> str:
         return optimizer.title
     w2s, s2w = optimizer.defaults["w2s"], optimizer.defaults["s2w"]
     label = str(w2s) if s2w.lossless else f"{w2s}, back {s2w}"
+    for group in optimizer.param_groups:
+        if group["name"] == "vector":  # never compressed
+            continue
+        if group["w2s"] is not w2s:
+            label = f"{label}, {group['name']} {group['w2s']}"
+        if group["s2w"] is not s2w:
+            label = f"{label}, {group['name']} back {group['s2w']}"
     if (decay := optimizer.defaults["estimate_decay"]) != 1:
         label = f"{label}, decay {decay:g}"
     feedback = optimizer.feedback.title

@@ -46,16 +46,17 @@ def _rounds(config: DictConfig, model: GPT) -> str:
     heading = ["workers", "from step", "w2s a round", "of float32", "s2w a round", "w2s a run"]
     rows = [[*heading, "GB a rank", *(f"s at {link}" for link in LINKS)]]
     groups = parameter_groups(config, model)
-    w2s = build(config.w2s, "w2s")
     for group in groups:
-        group["s2w"] = build(config.s2w, "s2w")
+        for direction in ("w2s", "s2w"):
+            group.setdefault(direction, build(config[direction], direction))
         group["param_names"], group["params"] = zip(*group["params"], strict=True)
     whole = 4 * sum(p.numel() for p in model.parameters())
-    begins = sorted(start for start in starts(w2s) if start < config.steps)
+    begins = set().union(*(starts(group["w2s"]) for group in groups))
+    begins = sorted(start for start in begins if start < config.steps)
     for workers in WORKERS:
         phases = []
         for begin in begins:
-            of_phase = [{**group, "w2s": in_round(w2s, begin)} for group in groups]
+            of_phase = [{**group, "w2s": in_round(group["w2s"], begin)} for group in groups]
             phases.append([_rank(of_phase, config, rank, workers) for rank in range(workers)])
         lasting = [end - begin for begin, end in pairwise([*begins, config.steps])]
         run = sum(n * ranks[0]["w2s"] for n, ranks in zip(lasting, phases, strict=True))
