@@ -15,7 +15,8 @@ NUMBERS = {
     "lr": ("of at least 0", lambda lr: lr >= 0),
     "radius": ("above 0, or an AdaptiveRadius", lambda radius: radius > 0),
     "beta": ("above 0, at most 1", lambda beta: 0 < beta <= 1),
-    "estimate_decay": ("of at least 0, at most 1", lambda decay: 0 <= decay <= 1),
+    "error_decay": ("of at least 0, at most 1", lambda decay: 0 <= decay <= 1),
+    "server_momentum": ("of at least 0, below 1", lambda momentum: 0 <= momentum < 1),
     "weight_decay": ("of at least 0", lambda weight_decay: weight_decay >= 0),
 }
 
@@ -65,14 +66,16 @@ def refuse_compressed_shifts(groups: list[dict]) -> None:
             )
 
 
-def refuse_estimate_decay(groups: list[dict], feedback: str) -> None:
-    """Raise ValueError for a decay of estimates where none are kept from round to round."""
-    for group in groups:
-        if group["estimate_decay"] != 1:
-            raise ValueError(
-                f"estimate_decay={group['estimate_decay']} is not allowed with "
-                f"feedback={feedback!r}, which keeps no G_j: use feedback='ef21'"
-            )
+def refuse_unused_decays(groups: list[dict], feedback: str) -> None:
+    """Raise ValueError for a decay of what this kind of feedback does not have."""
+    unused = {"ef21": {"error_decay": 1, "server_momentum": 0}, "none": {"error_decay": 1}}
+    for name, neutral in unused.get(feedback, {}).items():
+        for group in groups:
+            if group[name] != neutral:
+                raise ValueError(
+                    f"{name}={group[name]} is not allowed with feedback={feedback!r}: leave it at "
+                    f"{neutral}, or use feedback='ef14'"
+                )
 
 
 def require_gradients(batches, optimizer: str) -> None:

@@ -4,6 +4,7 @@ A worker's `target` is its momentum M_j, its `memory` starts at zero, and its me
 a difference d of the two. The server's G is the mean of what the workers `estimate` has told it.
 """
 
+import torch
 from torch import Tensor
 
 
@@ -17,7 +18,7 @@ class EF21:
     accumulates = True
 
     @staticmethod
-    def difference(target: Tensor, memory: Tensor) -> Tensor:
+    def difference(target: Tensor, memory: Tensor, error_decay: float) -> Tensor:
         """What is compressed, a new tensor."""
         return target - memory
 
@@ -33,18 +34,23 @@ class EF21:
 
 
 class EF14(EF21):
-    """d = e_j + M_j, e_j <- d - R_j, and the server's G is the mean of R_j.
+    """d = error_decay e_j + M_j, e_j <- d - R_j, G <- server_momentum G + mean of R_j.
 
     The classic form of Seide et al. (2014), here with M_j for the gradient. The memory is the error
     e_j; the step size does not enter it, since an LMO does not see the scale of G.
+
+    With beta = 1 gradients are compressed, and the momentum is the server's: what is sent in a few
+    messages counts in many steps, for which G_j of EF21 would take messages to forget again. Decay
+    of the error is from Wu et al., arXiv:1806.08054: ||e_j||^2 is at most
+    (1 - alpha) / ((1 - decay) (1 - (1 - alpha) decay)) of the largest ||M_j||^2, by convexity.
     """
 
     title = "EF14"
     accumulates = False
 
     @staticmethod
-    def difference(target: Tensor, memory: Tensor) -> Tensor:
-        return target + memory
+    def difference(target: Tensor, memory: Tensor, error_decay: float) -> Tensor:
+        return torch.add(target, memory, alpha=error_decay)
 
     @staticmethod
     def remember(memory: Tensor, difference: Tensor, sent: Tensor) -> None:
@@ -56,7 +62,7 @@ class EF14(EF21):
 
 
 class NoFeedback(EF14):
-    """d = M_j, and the server's G is the mean of R_j: compressed gradient descent.
+    """d = M_j, G <- server_momentum G + mean of R_j: compressed gradient descent.
 
     The memory is R_j, and is not used.
     """
@@ -64,7 +70,7 @@ class NoFeedback(EF14):
     title = "no feedback"
 
     @staticmethod
-    def difference(target: Tensor, memory: Tensor) -> Tensor:
+    def difference(target: Tensor, memory: Tensor, error_decay: float) -> Tensor:
         return target
 
     @staticmethod

@@ -10,7 +10,7 @@ from ef21_muon.checks import (
     check_group,
     choice,
     refuse_compressed_shifts,
-    refuse_estimate_decay,
+    refuse_unused_decays,
     require_equal_parameters,
     require_gradients,
     require_mean_estimate,
@@ -44,18 +44,10 @@ class EF21Muon(torch.optim.Optimizer):
     beta grad_j + (1 - beta) M_j in place of M_j. `weight_decay` subtracts lr weight_decay X with
     the step (Muon; 1 is Scion's constraint to a ball).
 
-    With `estimate_decay` G_j and G are multiplied by it before a difference is formed: by 1 in
-    Algorithm 1, for which G_j is the forecast of M_j. With 1 - beta the forecast is what remains of
-    the momentum, beta grad_j + (1 - beta) (M_j - G_j) is compressed, and estimates forget at no
-    cost in bytes what the momentum forgot. Where gradients are mostly noise that is better, the
-    more so the less is sent: ||M_j - G_j||^2 is at most (1 - alpha) beta / (alpha + beta - alpha
-    beta) of the largest ||grad_j||^2. The paper's theorems do not cover it: their error falls with
-    the change of the gradients, so where these are exact 1 is better. (Forecasts of momentum:
-    Adikari and Draper, Compressing Gradients by Exploiting Temporal Correlation in Momentum-SGD,
-    2021.)
-
-    `feedback`: "ef21", or "ef14" or "none" for comparison (`ef21_muon.feedback`). `momentum_start`:
-    M_j^0 is the first "gradient", or beta times it, the average with "zero", as in Muon and Scion.
+    `feedback`: "ef21", or "ef14" or "none" for comparison (`ef21_muon.feedback`). Their messages
+    may have a `server_momentum`, and with an `error_decay` below 1 "ef14" forgets what was not
+    sent: with beta 1 better than EF21 at the lowest rates. `momentum_start`: M_j^0 is the first
+    "gradient", or beta times it, the average with "zero", as in Muon and Scion.
     `first_message`: "compressed", so that G_j^0 = C_j(M_j^0) and no gradient is ever sent whole, or
     "exact", so that G_j^0 = M_j^0 as the L-smooth theorem has it, in float32.
 
@@ -75,7 +67,6 @@ class EF21Muon(torch.optim.Optimizer):
         lr: float = 0.02,
         *,
         beta: float = 0.1,
-        estimate_decay: float = 1.0,
         norm: Norm | None = None,
         radius: float | AdaptiveRadius = 1.0,
         w2s: Compressor | Switch | None = None,
@@ -83,6 +74,8 @@ class EF21Muon(torch.optim.Optimizer):
         nesterov: bool = False,
         weight_decay: float = 0.0,
         feedback: str = "ef21",
+        error_decay: float = 1.0,
+        server_momentum: float = 0.0,
         momentum_start: str = "gradient",
         first_message: str = "compressed",
         server: str = "sharded",
@@ -93,7 +86,8 @@ class EF21Muon(torch.optim.Optimizer):
         defaults = {
             "lr": lr,
             "beta": beta,
-            "estimate_decay": estimate_decay,
+            "error_decay": error_decay,
+            "server_momentum": server_momentum,
             "norm": norm or Spectral(),
             "radius": radius,
             "w2s": w2s or Identity(),
@@ -109,8 +103,7 @@ class EF21Muon(torch.optim.Optimizer):
         first_messages = ("compressed", "exact")
         first_exact = choice("first_message", first_message, first_messages) == "exact"
         super().__init__(params, defaults)
-        if not self.feedback.accumulates:
-            refuse_estimate_decay(self.param_groups, feedback)
+        refuse_unused_decays(self.param_groups, feedback)
         if server == "replicated":
             refuse_compressed_shifts(self.param_groups)
         self.timer = PhaseTimer()
@@ -207,9 +200,7 @@ class EF21Muon(torch.optim.Optimizer):
         target = batch.momentum
         if group["nesterov"]:
             target = torch.stack(gradients).lerp_(batch.momentum, 1 - beta)
-        if group["estimate_decay"] != 1:
-            batch.gradient_estimate *= group["estimate_decay"]
-        difference = self.feedback.difference(target, batch.gradient_estimate)
+        difference = self.feedback.difference(target, batch.gradient_estimate, group["error_decay"])
         message = batch.w2s.encode(difference, self.generators["w2s"])
         sent = batch.w2s.decode(message, *batch.shape)
         self.feedback.remember(batch.gradient_estimate, difference, sent)
@@ -230,11 +221,8 @@ class EF21Muon(torch.optim.Optimizer):
         """Line 14. from_workers: of each worker the payloads (layers owned here, bytes)."""
         if len(batch.server_gradient) == 0:
             return
-        decay = self.param_groups[batch.group]["estimate_decay"]
         if not self.feedback.accumulates:
-            batch.server_gradient.zero_()
-        elif decay != 1:
-            batch.server_gradient *= decay
+            batch.server_gradient.mul_(self.param_groups[batch.group]["server_momentum"])
         for message in from_workers:
             received = batch.w2s.decode(message, *batch.shape)
             batch.server_gradient.add_(received, alpha=1 / len(from_workers))

@@ -24,7 +24,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.loader import WorkerBatches
-from ef21_muon import EF21Muon, Identity
+from ef21_muon import EF21Muon
 from ef21_muon.compressors import Compressor
 from model import GPT
 from scripts.study_results import REPLAY_LOG, RESULTS
@@ -68,32 +68,24 @@ def worker_gradients(config: DictConfig, rounds: int) -> dict[str, list[Tensor]]
     return gradients
 
 
-def replay(
-    gradients: Sequence[Tensor], w2s: Compressor, beta: float, estimate_decay: float = 1.0
-) -> list[Tensor]:
-    """Send one layer's gradients: G_j in the rounds that are measured, those of the second half."""
+def replay(gradients: Sequence[Tensor], w2s: Compressor, beta: float) -> tuple[float, float]:
+    """Send one layer's gradients: mean estimator error and mean LMO alignment.
+
+    ||G - M|| / ||M||, and <U V^T of G, U V^T of M> / min(m, n), 1 where the steps of the spectral
+    norm are the same; over rounds of the second half.
+    """
     layer = torch.nn.Parameter(torch.zeros_like(gradients[0]))
-    optimizer = EF21Muon([layer], lr=0.0, w2s=w2s, beta=beta, estimate_decay=estimate_decay, seed=0)
-    estimates = []
+    optimizer = EF21Muon([layer], lr=0.0, w2s=w2s, beta=beta, seed=0)
+    errors, alignments = [], []
     for done, gradient in enumerate(gradients, 1):
         layer.grad = gradient
         optimizer.step()
         if done > len(gradients) // 2 and done % EVERY == 0:
-            estimates.append(optimizer.state[layer]["gradient_estimate"].clone())
-    return estimates
-
-
-def compare(estimates: Sequence[Tensor], momenta: Sequence[Tensor]) -> tuple[float, float]:
-    """Mean estimator error and mean LMO alignment.
-
-    ||G - M|| / ||M||, and <U V^T of G, U V^T of M> / min(m, n), 1 where the steps of the spectral
-    norm are the same.
-    """
-    errors, alignments = [], []
-    for estimate, momentum in zip(estimates, momenta, strict=True):
-        errors.append(float((estimate - momentum).norm() / momentum.norm()))
-        product = orthogonalised(estimate) * orthogonalised(momentum)
-        alignments.append(float(product.sum() / min(momentum.shape)))
+            state = optimizer.state[layer]
+            estimate, momentum = state["gradient_estimate"], state["momentum"]
+            errors.append(float((estimate - momentum).norm() / momentum.norm()))
+            steps = [orthogonalised(matrix) for matrix in (estimate, momentum)]
+            alignments.append(float((steps[0] * steps[1]).sum() / min(layer.shape)))
     return mean(errors), mean(alignments)
 
 
@@ -118,11 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not config.optimizer._target_.endswith("EF21Muon"):
             continue
         w2s, beta = build(config.w2s, "w2s"), config.optimizer.beta
-        decay = config.optimizer.estimate_decay
-        measured = [
-            compare(replay(of_layer, w2s, beta, decay), replay(of_layer, Identity(), beta))
-            for of_layer in gradients.values()
-        ]
+        measured = [replay(of_layer, w2s, beta) for of_layer in gradients.values()]
         error, alignment = (mean(values) for values in zip(*measured, strict=True))
         record = {"name": name, "error": error, "alignment": alignment}
         print(f"{name:<20} error {error:.3f}  alignment {alignment:.3f}", flush=True)

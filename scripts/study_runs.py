@@ -50,11 +50,6 @@ def fitted(percent: float) -> str:
     return f"compressor@w2s=fitted_rank w2s.fraction={percent / 100:g}"
 
 
-def decaying(compressor: str) -> str:
-    """With estimates that decay as the momentum does: by 1 - beta."""
-    return f"{compressor} optimizer.estimate_decay=0.8"
-
-
 def powersgd(rank: int) -> str:
     return f"{POWERSGD} optimizer.rank={rank} {TUNED}"
 
@@ -62,6 +57,12 @@ def powersgd(rank: int) -> str:
 def dion(percent: float, values: str) -> str:
     best = "optimizer.lr=0.04 optimizer.mu=0.8"
     return f"{DION32} {best} optimizer.rank_fraction={percent / 100:g} optimizer.values={values}"
+
+
+def served(percent: float, of_embedding: float, decay: float = 0.92) -> str:
+    """Momentum at the server, and a rank of its own for the embedding."""
+    embedding = f"{EMBEDDING_FITTED}={of_embedding / 100:g}"
+    return f"{fitted(percent)} {embedding} {SERVED} optimizer.error_decay={decay:g} {RADII}"
 
 
 def back(compressor: str) -> str:
@@ -82,6 +83,7 @@ def grid(method: str, overrides: str, **values: tuple[float, ...]) -> list[Setti
     return [setting(f"grid/{name}", "grid", given) for name, given in points]
 
 
+EMBEDDING_FITTED = "+compressor@norm.embedding.w2s=fitted_rank norm.embedding.w2s.fraction"
 INT5 = "{format:int5,stochastic:false}"  # rounded to nearest, a scale a row
 IDENTITY = "compressor@w2s=identity"
 HIDDEN, EMBEDDING = "norm.hidden.radius=1", "norm.embedding.radius=60"
@@ -93,7 +95,9 @@ DION = "optimizer=dion optimizer.values=natural optimizer.weight_decay=0"
 DION32 = "optimizer=dion optimizer.lion_lr=0.01 optimizer.weight_decay=0"  # float32 factors
 DEMO = "optimizer=demo optimizer.values=int8"
 # The best of the grids below, for everything that takes EF21-Muon's step.
-TUNED = "norm.hidden.radius=2 norm.embedding.radius=60 optimizer.beta=0.2"
+RADII = "norm.hidden.radius=2 norm.embedding.radius=60"
+TUNED = f"{RADII} optimizer.beta=0.2"
+SERVED = "optimizer.feedback=ef14 optimizer.beta=1 optimizer.server_momentum=0.7"
 
 
 # Three in bytes to the target, three in loss at the end of those that send ten times fewer.
@@ -129,8 +133,8 @@ SETTINGS = [
     ours("identity", "identity", IDENTITY),
     *(ours(f"fitted{p}", "fitted rank", fitted(p), level=f"{p}%") for p in (4, 9, 12, 30)),
     *(
-        ours(f"fitted{p}-decay", "fitted rank, decay", decaying(fitted(p)), level=f"{p}%")
-        for p in (4, 12, 30)
+        setting(f"served{p:g}", "momentum at the server", served(p, of_embedding), level=f"{p}%")
+        for p, of_embedding in ((3, 10), (6, 20), (12, 25), (25, 50))
     ),
     *levels("rank", rank, (5, 10, 30, 40), INT5),
     ours("singular10-int5", "singular int5", rank(10, INT5).replace("=rank", "=top_singular")),
@@ -154,6 +158,11 @@ SETTINGS = [
     ),
     *grid("fitted4", LOW_RATE, norm__hidden__radius=(1,), optimizer__beta=(0.1,)),
     *grid("fitted4", f"{fitted(4)} {TUNED}", norm__hidden__norm__steps=(2, 3)),
+    *(
+        setting(f"grid/served3-decay{decay:g}", "grid", f"{message} {GRID_STEPS}")
+        for decay in (0.8, 0.92, 0.97)
+        for message in (served(3, 10, decay),)
+    ),
     setting("muon", "Muon", f"optimizer=muon {TUNED}"),
     setting("adamw", "AdamW", "optimizer=adamw optimizer.lr=0.004"),
     *(setting(f"powersgd{r}", "Muon + PowerSGD", powersgd(r), level=f"rank {r}") for r in (4, 16)),

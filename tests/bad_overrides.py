@@ -62,7 +62,8 @@ TYPES = {
     "model.layers=1.5": "model.layers is 1.5; it must be a positive integer: change it",
     "optimizer.lr=fast": "lr=fast is not allowed: give a number of at least 0",
     "optimizer.lr=true": "lr=True is not allowed: give a number of at least 0",
-    "optimizer.estimate_decay=1.5": "estimate_decay=1.5 is not allowed: give a number of at",
+    "optimizer.error_decay=1.5": "error_decay=1.5 is not allowed: give a number of at least 0, at",
+    "optimizer.server_momentum=1": "server_momentum=1 is not allowed: give a number of at least 0",
     "optimizer.nesterov=1": "nesterov=1 is not allowed: give True or False",
     "optimizer.buckets=1.5": "buckets=1.5 is not allowed: give a whole number above 0",
     "norm.hidden=null": "norm.hidden lacks a norm or a radius: give norm.hidden.norm and",
@@ -148,8 +149,11 @@ CONTRADICTIONS = {
     "compressor@w2s=switch w2s.start=0": "w2s: Switch got start=0: give a round, a whole number",
     "compressor@s2w=switch": "is not allowed: give a Compressor of ef21_muon (group ",
     "worker_size=2": "worker_size=2 needs a process group: use torchrun",
-    "optimizer.estimate_decay=0.9 optimizer.feedback=none": (
-        "estimate_decay=0.9 is not allowed with feedback='none', which keeps no G_j: use feedback="
+    "optimizer.error_decay=0.9 optimizer.feedback=none": (
+        "error_decay=0.9 is not allowed with feedback='none': leave it at 1, or use feedback='ef14'"
+    ),
+    "optimizer.server_momentum=0.7": (
+        "server_momentum=0.7 is not allowed with feedback='ef21': leave it at 0, or use feedback="
     ),
     "dry_run=true optimizer=adamw": "dry_run=true plans EF21-Muon alone: give optimizer=ef21_muon",
     "data=fineweb10b": "model.vocab_size=256 is smaller than the 50257 ... set model.vocab_size to",

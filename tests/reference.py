@@ -83,14 +83,14 @@ def sign_lmo(gradient):
 class Algorithm:
     """State of Algorithm 1; `round` does lines 9-14 for one gradient, then lines 3-8.
 
-    start: the model. lmos, w2s, s2w: an LMO and two compressors for every layer. Every G_j and G
-    are multiplied by `estimate_decay` before each round; with 0 there is no error feedback, and
-    the server sees the mean of C_w(M_j) alone.
+    start: the model. lmos, w2s, s2w: an LMO and two compressors for every layer. With
+    `error_feedback=False` every G_j and G are zero again before each round, so that the server
+    sees the mean of C_w(M_j) alone.
     """
 
-    def __init__(self, start, workers, lmos, beta, w2s, s2w, estimate_decay=1.0):
+    def __init__(self, start, workers, lmos, beta, w2s, s2w, error_feedback=True):
         self.lmos, self.beta, self.w2s, self.s2w = lmos, beta, w2s, s2w
-        self.estimate_decay = estimate_decay
+        self.error_feedback = error_feedback
         self.model = {name: layer.astype(np.float64) for name, layer in start.items()}  # W
         self.iterate = dict(self.model)  # X
         self.momentum = [None] * workers  # M_j
@@ -100,14 +100,12 @@ class Algorithm:
     def _zeros(self):
         return {name: np.zeros(layer.shape) for name, layer in self.model.items()}
 
-    def _decayed(self, estimate):
-        return {name: self.estimate_decay * layer for name, layer in estimate.items()}
-
     def round(self, gradients, radii, w2s_sketches, s2w_sketches):
         """gradients[j], w2s_sketches[j], radii, s2w_sketches: dicts by layer."""
         workers = len(gradients)
-        self.estimates = [self._decayed(estimate) for estimate in self.estimates]
-        self.gradient = self._decayed(self.gradient)
+        if not self.error_feedback:
+            self.estimates = [self._zeros() for _ in range(workers)]
+            self.gradient = self._zeros()
         for j, gradient in enumerate(gradients):
             old = self.momentum[j] or gradient
             self.momentum[j] = {

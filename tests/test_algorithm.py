@@ -73,13 +73,13 @@ def served(layout, rank):
     return [part for part in parts if part]
 
 
-def run_reference(pair, layout, workers, estimate_decay=1.0):
+def run_reference(pair, layout, workers, error_feedback=True):
     """W after every round, (ROUNDS, entries)."""
     w2s, s2w = (
         dict.fromkeys(SHAPES, COMPRESSORS[of_body]) | {"head": COMPRESSORS[of_head]}
         for of_body, of_head in zip(pair, rounds.head_pair(pair), strict=True)
     )
-    algorithm = reference.Algorithm(START, workers, LMOS, BETA, w2s, s2w, estimate_decay)
+    algorithm = reference.Algorithm(START, workers, LMOS, BETA, w2s, s2w, error_feedback)
     of_workers = [Sketches(worker, "w2s") for worker in range(workers)]
     of_servers = [Sketches(rank, "s2w") for rank in range(workers)]
     models = []
@@ -129,8 +129,7 @@ def test_rounds_agree_with_the_reference(recordings, workers, setup, pair):
     arrays, layouts, _ = recordings[workers]
     case = f"{setup} {'/'.join(pair)}"
     models = arrays[0][f"{case} model"]
-    decay = SETUPS[setup].get("estimate_decay", 1.0)
-    expected = run_reference(pair, layouts[case], workers, decay)
+    expected = run_reference(pair, layouts[case], workers)
     assert distance(models[0], expected[0]) < ONE_ROUND
     assert distance(models[-1], expected[-1]) < MANY_ROUNDS[pair]
 
@@ -139,7 +138,7 @@ def test_rounds_agree_with_the_reference(recordings, workers, setup, pair):
 def test_error_feedback_changes_the_rounds(recordings, pair):
     arrays, layouts, _ = recordings[2]
     case = f"sharded {'/'.join(pair)}"
-    without = run_reference(pair, layouts[case], 2, estimate_decay=0.0)
+    without = run_reference(pair, layouts[case], 2, error_feedback=False)
     assert distance(arrays[0][f"{case} model"][0], without[0]) < ONE_ROUND
     assert distance(arrays[0][f"{case} model"][-1], without[-1]) > 5 * MANY_ROUNDS[pair]
 
@@ -185,8 +184,7 @@ def test_without_compression_one_process_gets_the_same(recordings, workers, laye
 @pytest.mark.parametrize("workers", [2, 3])
 def test_placement_does_not_change_a_bit(recordings, workers, pair):
     arrays = recordings[workers][0][0]
-    placed = (setup for setup in SETUPS if setup != "decaying")
-    first, *others = (arrays[f"{setup} {'/'.join(pair)} model"] for setup in placed)
+    first, *others = (arrays[f"{setup} {'/'.join(pair)} model"] for setup in SETUPS)
     for other in others:
         np.testing.assert_array_equal(first, other)
 

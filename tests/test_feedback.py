@@ -313,7 +313,7 @@ OPTIONS = {
     "nesterov and weight decay": {"nesterov": True, "weight_decay": 0.1},
     "adaptive radius": {"radius": AdaptiveRadius(0.5, 1.0)},
     **{name: {"feedback": name} for name in ("ef14", "none")},
-    "decay of estimates": {"estimate_decay": 0.9},
+    "decays": {"feedback": "ef14", "error_decay": 0.9, "server_momentum": 0.7},
     "other start": {"momentum_start": "zero", "first_message": "exact"},
     **{repr(norm): {"norm": norm} for norm in (Spectral("polar_express"), ColumnNorm(), L1())},
 }

@@ -79,65 +79,46 @@ def test_feedback_follows_its_recursion(feedback, gradient_of):
         assert_close(state(parameters, optimizer, "server_gradient"), expected)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.5, 0.7])
-def test_estimates_decay_before_the_difference_is_formed(decay):
-    """G_j^{k+1} = decay G_j^k + C(M_j^{k+1} - decay G_j^k), and G the same."""
-    beta = 0.3
-    parameters, optimizer = build(beta=beta, w2s=TopK(FRACTION), estimate_decay=decay)
-    estimate = {name: np.zeros(shape) for name, shape in SHAPES.items()}
-    momentum = None
-    for seed in range(1, 8):
-        gradients = step(parameters, optimizer, seed)
-        old = momentum or gradients
-        momentum = {n: (1 - beta) * old[n] + beta * gradients[n] for n in SHAPES}
-        for name in SHAPES:
-            kept = decay * estimate[name]
-            estimate[name] = kept + TOP(momentum[name] - kept, None)
-        for key in ("server_gradient", "gradient_estimate"):
-            assert_close(state(parameters, optimizer, key), estimate)
-
-
-def test_a_decay_of_the_momentums_is_momentum_at_the_server():
-    """What was not sent, e, and gradients are compressed; the server has the momentum.
-
-    e' = (1 - beta) e + beta grad - R with R = C((1 - beta) e + beta grad), and
-    G' = (1 - beta) G + R: no worker's G_j or M_j occurs.
-    """
-    beta = 0.3
+@pytest.mark.parametrize(
+    ("feedback", "decay", "server_momentum"),
+    [("ef14", 0.9, 0.7), ("ef14", 0.0, 0.5), ("ef14", 0.8, 0.0), ("none", 1.0, 0.6)],
+)
+def test_errors_decay_and_the_server_averages(feedback, decay, server_momentum):
+    """e' = (decay e + M) - R and G' = server_momentum G + R, M_j and W from the state."""
     parameters, optimizer = build(
-        beta=beta, w2s=TopK(FRACTION), estimate_decay=1 - beta, momentum_start="zero"
+        beta=0.3,
+        w2s=TopK(FRACTION),
+        feedback=feedback,
+        error_decay=decay,
+        server_momentum=server_momentum,
     )
     unsent = {name: np.zeros(shape) for name, shape in SHAPES.items()}
     served = {name: np.zeros(shape) for name, shape in SHAPES.items()}
     for seed in range(1, 8):
-        gradients = step(parameters, optimizer, seed)
+        step(parameters, optimizer, seed)
+        momentum = state(parameters, optimizer, "momentum")
         for name in SHAPES:
-            difference = (1 - beta) * unsent[name] + beta * gradients[name]
-            message = TOP(difference, None)
-            unsent[name] = difference - message
-            served[name] = (1 - beta) * served[name] + message
+            target = momentum[name] + decay * unsent[name]
+            message = TOP(target, None)
+            unsent[name] = target - message if feedback == "ef14" else unsent[name]
+            served[name] = server_momentum * served[name] + message
         assert_close(state(parameters, optimizer, "server_gradient"), served)
 
 
-@pytest.mark.parametrize("beta", [0.05, 0.3, 1.0])
-def test_the_error_of_decaying_estimates_is_bounded_by_the_gradients(beta):
-    """Of e = M_j - G_j: ||e'||^2 <= (1 - alpha) ((1 - beta) ||e||^2 + beta ||grad||^2)."""
+@pytest.mark.parametrize("decay", [0.5, 0.9])
+def test_a_decaying_error_is_bounded_by_the_gradients(decay):
+    """By convexity ||e'||^2 <= (1 - alpha) (||grad||^2 / (1 - decay) + decay ||e||^2)."""
     compressor = TopK(FRACTION)
-    parameters, optimizer = build(
-        beta=beta, w2s=compressor, estimate_decay=1 - beta, momentum_start="zero"
-    )
+    parameters, optimizer = build(beta=1.0, w2s=compressor, feedback="ef14", error_decay=decay)
     largest = dict.fromkeys(SHAPES, 0.0)
     for seed in range(1, 30):
         gradients = step(parameters, optimizer, seed)
-        momenta, estimates = (
-            state(parameters, optimizer, key) for key in ("momentum", "gradient_estimate")
-        )
+        errors = state(parameters, optimizer, "gradient_estimate")
         for name, shape in SHAPES.items():
             largest[name] = max(largest[name], np.linalg.norm(gradients[name]))
             lost = 1 - compressor.alpha(*shape)
-            bound = lost * beta / (1 - lost * (1 - beta))
-            error = np.linalg.norm(momenta[name] - estimates[name]) / largest[name]
-            assert error**2 <= bound * (1 + 1e-5)
+            bound = lost / ((1 - decay) * (1 - lost * decay))
+            assert np.linalg.norm(errors[name]) ** 2 <= bound * largest[name] ** 2 * (1 + 1e-5)
 
 
 def test_feedback_variants_part_after_the_first_round():
@@ -230,8 +211,9 @@ def test_an_adaptive_radius_follows_each_layers_dual_norm():
         ({"first_message": "whole"}, "choose compressed, exact"),
         ({"nesterov": 1}, "nesterov=1 is not allowed: give True or False"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 is not allowed"),
-        ({"estimate_decay": 1.1}, "estimate_decay=1.1 is not allowed: give a number of at least 0"),
-        ({"estimate_decay": 0.9, "feedback": "ef14"}, "feedback='ef14', which keeps no G_j: use"),
+        ({"error_decay": 1.1}, "error_decay=1.1 is not allowed: give a number of at least 0"),
+        ({"error_decay": 0.9}, "feedback='ef21': leave it at 1, or use feedback='ef14'"),
+        ({"server_momentum": 0.5}, "feedback='ef21': leave it at 0, or use feedback='ef14'"),
         ({"radius": "big"}, "give a number above 0, or an AdaptiveRadius"),
     ],
 )

@@ -6,7 +6,7 @@ import torch
 from data.loader import WorkerBatches
 from ef21_muon import FittedRank, Identity, TopK
 from model import GPT
-from scripts.study_replay import LAYERS, compare, orthogonalised, replay, worker_gradients
+from scripts.study_replay import LAYERS, orthogonalised, replay, worker_gradients
 from train import open_data
 from training.config import build, compose
 
@@ -19,36 +19,17 @@ def gradients():
 
 
 def test_what_is_sent_whole_is_not_off(gradients):
-    momentum = gradients[0]
-    for gradient in gradients[1:]:
-        momentum = 0.8 * momentum + 0.2 * gradient
-    error, alignment = compare(replay(gradients, Identity(), 0.2)[-1:], [momentum])
+    error, alignment = replay(gradients, Identity(), 0.2)
     assert error < 1e-6
     assert alignment == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", [TopK, FittedRank])
 def test_the_less_is_sent_the_further_it_is_off(gradients, kind):
-    exact = replay(gradients, Identity(), 0.2)
-    measured = [
-        compare(replay(gradients, kind(fraction), 0.2), exact) for fraction in (0.7, 0.4, 0.15)
-    ]
+    measured = [replay(gradients, kind(fraction), 0.2) for fraction in (0.7, 0.4, 0.15)]
     errors, alignments = zip(*measured, strict=True)
     assert list(errors) == sorted(errors)
     assert list(alignments) == sorted(alignments, reverse=True)
-
-
-def test_of_unrelated_gradients_a_decaying_estimate_is_less_off():
-    """The more so, the less is sent: of what EF21 keeps, a rising part is old."""
-    generator = torch.Generator().manual_seed(0)
-    unrelated = [torch.randn(24, 8, generator=generator) for _ in range(60)]
-    exact = replay(unrelated, Identity(), 0.2)
-    lasting, decaying = (
-        [compare(replay(unrelated, TopK(f), 0.2, decay), exact)[0] for f in (0.3, 0.05)]
-        for decay in (1.0, 0.8)
-    )
-    shares = [less / more for less, more in zip(decaying, lasting, strict=True)]
-    assert shares[1] < shares[0] < 1
 
 
 def test_orthogonalised_has_singular_values_of_one():

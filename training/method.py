@@ -124,7 +124,9 @@ def run_label(optimizer: torch.optim.Optimizer) -> str:
             label = f"{label}, {group['name']} {group['w2s']}"
         if group["s2w"] is not s2w:
             label = f"{label}, {group['name']} back {group['s2w']}"
-    if (decay := optimizer.defaults["estimate_decay"]) != 1:
-        label = f"{label}, decay {decay:g}"
-    feedback = optimizer.feedback.title
-    return label if feedback == "EF21" else f"{label}, {feedback}"
+    told = [optimizer.feedback.title] if optimizer.feedback is not EF21 else []
+    if (decay := optimizer.defaults["error_decay"]) != 1:
+        told.append(f"decay {decay:g}")
+    if momentum := optimizer.defaults["server_momentum"]:
+        told.append(f"server momentum {momentum:g}")
+    return ", ".join([label, " ".join(told)] if told else [label])

@@ -58,7 +58,6 @@ PAIRS = [  # w2s, s2w
 STOCHASTIC_PAIRS = [(name, "identity") for name in ("natural", "rank natural", "fitted")]
 SETUPS = {server: {"server": server} for server in PLACEMENTS}
 SETUPS["unbucketed"] = {"server": "sharded", "buckets": 1}
-SETUPS["decaying"] = {"server": "sharded", "estimate_decay": 0.7}
 DIFFERENCES = ("larger", "swapped")
 
 
