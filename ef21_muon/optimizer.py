@@ -312,7 +312,7 @@ class EF21Muon(torch.optim.Optimizer):
         from random projections, so that a few bytes a layer are sent.
         """
         require_equal_parameters(self._named(), self.exchange.ranks, self.exchange.group)
-        if self.feedback is not FEEDBACK["ef14"]:  # which remembers the error in place of G_j
+        if self.feedback.accumulates:  # the others remember no G_j
             require_mean_estimate(self.batches, self.exchange.ranks, self.exchange.group)
 
     def state_dict(self) -> dict:
