@@ -100,8 +100,8 @@ TUNED = f"{RADII} optimizer.beta=0.2"
 SERVED = "optimizer.feedback=ef14 optimizer.beta=1 optimizer.server_momentum=0.7"
 
 
-# Three in bytes to the target, three in loss at the end of those that send ten times fewer.
-BEST = ("fitted9", "fitted12", "rank10-int5", "fitted30", "rank30-int5", "rank40-int5")
+# With `served` the six best: in bytes to the target, and in loss of what sends ten times fewer.
+BEST = ("fitted9", "rank30-int5", "rank40-int5")
 
 
 def ours(name: str, family: str, overrides: str, level: str = "") -> Setting:
@@ -133,8 +133,14 @@ SETTINGS = [
     ours("identity", "identity", IDENTITY),
     *(ours(f"fitted{p}", "fitted rank", fitted(p), level=f"{p}%") for p in (4, 9, 12, 30)),
     *(
-        setting(f"served{p:g}", "momentum at the server", served(p, of_embedding), level=f"{p}%")
-        for p, of_embedding in ((3, 10), (6, 20), (12, 25), (25, 50))
+        setting(
+            f"served{p}",
+            "momentum at the server",
+            served(p, of_embedding),
+            SEEDS if p > 3 else (0,),
+            level=f"{p}%",
+        )
+        for p, of_embedding in ((3, 10), (5, 16), (6, 20), (12, 25))
     ),
     *levels("rank", rank, (5, 10, 30, 40), INT5),
     ours("singular10-int5", "singular int5", rank(10, INT5).replace("=rank", "=top_singular")),
