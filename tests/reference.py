@@ -111,12 +111,34 @@ class Algorithm:
             self.momentum[j] = {
                 name: (1 - self.beta) * old[name] + self.beta * gradient[name] for name in gradient
             }
-            for name, estimate in self.estimates[j].items():
-                difference = self.momentum[j][name] - estimate
-                message = self.w2s[name](difference, w2s_sketches[j].get(name))
-                self.estimates[j][name] = estimate + message
+            for name in gradient:
+                message = self._send(j, name, w2s_sketches[j].get(name))
                 self.gradient[name] = self.gradient[name] + message / workers
         for name, gradient in self.gradient.items():
             self.iterate[name] = self.iterate[name] + radii[name] * self.lmos[name](gradient)
             shift = self.s2w[name](self.iterate[name] - self.model[name], s2w_sketches.get(name))
             self.model[name] = self.model[name] + shift
+
+    def _send(self, j, name, sketch):
+        """Lines 10-11 for one layer: worker j's message."""
+        message = self.w2s[name](self.momentum[j][name] - self.estimates[j][name], sketch)
+        self.estimates[j][name] = self.estimates[j][name] + message
+        return message
+
+
+class ServedAlgorithm(Algorithm):
+    """EF14 for lines 10-11 and 14: e_j in place of G_j decays, and G is a momentum of messages."""
+
+    def __init__(self, *arguments, error_decay, server_momentum):
+        super().__init__(*arguments)
+        self.error_decay, self.server_momentum = error_decay, server_momentum
+
+    def round(self, *arguments):
+        self.gradient = {n: self.server_momentum * layer for n, layer in self.gradient.items()}
+        super().round(*arguments)
+
+    def _send(self, j, name, sketch):
+        difference = self.momentum[j][name] + self.error_decay * self.estimates[j][name]
+        message = self.w2s[name](difference, sketch)
+        self.estimates[j][name] = difference - message
+        return message

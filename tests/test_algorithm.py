@@ -9,7 +9,17 @@ import reference
 import torch
 from run import torchrun
 from workers import rounds
-from workers.rounds import BETA, FRACTION, PAIRS, ROUNDS, SETUPS, SHAPES, STOCHASTIC_PAIRS
+from workers.rounds import (
+    BETA,
+    FRACTION,
+    OF_SERVED,
+    PAIRS,
+    ROUNDS,
+    SERVED,
+    SETUPS,
+    SHAPES,
+    STOCHASTIC_PAIRS,
+)
 
 COMPRESSORS = {
     "identity": reference.dense(reference.float32),
@@ -73,13 +83,13 @@ def served(layout, rank):
     return [part for part in parts if part]
 
 
-def run_reference(pair, layout, workers, error_feedback=True):
+def run_reference(pair, layout, workers, algorithm=reference.Algorithm, **options):
     """W after every round, (ROUNDS, entries)."""
     w2s, s2w = (
         dict.fromkeys(SHAPES, COMPRESSORS[of_body]) | {"head": COMPRESSORS[of_head]}
         for of_body, of_head in zip(pair, rounds.head_pair(pair), strict=True)
     )
-    algorithm = reference.Algorithm(START, workers, LMOS, BETA, w2s, s2w, error_feedback)
+    algorithm = algorithm(START, workers, LMOS, BETA, w2s, s2w, **options)
     of_workers = [Sketches(worker, "w2s") for worker in range(workers)]
     of_servers = [Sketches(rank, "s2w") for rank in range(workers)]
     models = []
@@ -134,6 +144,16 @@ def test_rounds_agree_with_the_reference(recordings, workers, setup, pair):
     assert distance(models[-1], expected[-1]) < MANY_ROUNDS[pair]
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_momentum_at_the_server_agrees_with_the_reference(recordings, workers):
+    arrays, layouts, _ = recordings[workers]
+    layout = layouts[f"sharded {'/'.join(OF_SERVED)}"]
+    expected = run_reference(OF_SERVED, layout, workers, reference.ServedAlgorithm, **SERVED)
+    for of_rank in arrays:
+        assert distance(of_rank["served model"][0], expected[0]) < ONE_ROUND
+        assert distance(of_rank["served model"][-1], expected[-1]) < MANY_ROUNDS[OF_SERVED]
+
+
 @pytest.mark.parametrize("pair", PAIRS[1:], ids="/".join)
 def test_error_feedback_changes_the_rounds(recordings, pair):
     arrays, layouts, _ = recordings[2]
@@ -147,7 +167,7 @@ def test_error_feedback_changes_the_rounds(recordings, pair):
 def test_all_workers_hold_the_same_model(recordings, workers):
     first, *others = recordings[workers][0]
     models = [name for name in first if name.endswith("model")]
-    assert len(models) == sum(len(rounds.pairs_of(setup)) + 1 for setup in SETUPS)
+    assert len(models) == 1 + sum(len(rounds.pairs_of(setup)) + 1 for setup in SETUPS)
     for name in models:
         for other in others:
             np.testing.assert_array_equal(first[name], other[name], name)

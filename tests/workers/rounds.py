@@ -58,6 +58,8 @@ PAIRS = [  # w2s, s2w
 STOCHASTIC_PAIRS = [(name, "identity") for name in ("natural", "rank natural", "fitted")]
 SETUPS = {server: {"server": server} for server in PLACEMENTS}
 SETUPS["unbucketed"] = {"server": "sharded", "buckets": 1}
+SERVED = {"error_decay": 0.9, "server_momentum": 0.7}
+OF_SERVED = ("topk", "identity")
 DIFFERENCES = ("larger", "swapped")
 
 
@@ -129,7 +131,7 @@ def build(names, pair=PAIRS[0], setup="rank0", differing=lambda matrix: matrix):
         w2s=COMPRESSORS[pair[0]],
         s2w=COMPRESSORS[pair[1]],
         seed=SEED,
-        **SETUPS[setup],
+        **(SETUPS | {"served": {"feedback": "ef14", **SERVED}})[setup],
     )
     return parameters, optimizer
 
@@ -193,6 +195,8 @@ def collect(rank):
             arrays |= {f"{case} {kind}": rows for kind, rows in recorded.items()}
         recorded, _ = record(PAIRS[0], setup, [rank], FEW_LAYERS)
         arrays |= {f"{setup} few {kind}": rows for kind, rows in recorded.items()}
+    recorded, _ = record(OF_SERVED, "served", [rank])
+    arrays["served model"] = recorded["model"]
     return arrays, layouts
 
 
