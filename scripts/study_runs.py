@@ -101,7 +101,7 @@ SERVED = "optimizer.feedback=ef14 optimizer.beta=1 optimizer.server_momentum=0.7
 
 
 # With `served` the six best: in bytes to the target, and in loss of what sends ten times fewer.
-BEST = ("fitted9", "rank30-int5", "rank40-int5")
+BEST = ("fitted9", "rank40-int5")
 
 
 def ours(name: str, family: str, overrides: str, level: str = "") -> Setting:
@@ -137,7 +137,7 @@ SETTINGS = [
             f"served{p}",
             "momentum at the server",
             served(p, of_embedding),
-            SEEDS if p > 3 else (0,),
+            SEEDS,
             level=f"{p}%",
         )
         for p, of_embedding in ((3, 10), (5, 16), (6, 20), (12, 25))
