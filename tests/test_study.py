@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from scripts import study, study_figures, study_results
 from scripts.figures import LOG_NAME
 from scripts.study_findings import findings
-from scripts.study_report import headline, report
+from scripts.study_report import headline, report, rivals
 from scripts.study_results import Point, reach, read, read_replay
 from scripts.study_runs import RUNS, SETTINGS, Setting, StudyRun
 from training.config import compose
@@ -115,6 +115,27 @@ def test_a_target_below_all_losses_is_not_reached(tmp_path):
     log = study_results.read_log(write_log(tmp_path / "log.jsonl", [3.0, 2.0]))
     assert reach(log, 1.9) is None
     assert reach(log, 3.5) == Point(50, 400, 800)
+
+
+def test_rivals_are_met_at_their_rate(tmp_path):
+    """Ours may send a hundredth more, not a tenth, and of what remains the lowest loss counts."""
+    settings = [
+        Setting("identity", "identity", ()),
+        Setting("demo", "DeMo", ()),
+        *(Setting(name, "rank", ()) for name in ("less", "same", "more")),
+    ]
+    for name, loss, sent in (
+        *(("identity", 1.0, 800), ("demo", 2.0, 100)),
+        *(("less", 1.9, 50), ("same", 1.8, 101), ("more", 1.5, 110)),
+    ):
+        write_log(tmp_path / f"{name}-seed0.jsonl", [3.0, loss], bytes_a_step=sent)
+    assert rivals(read(tmp_path, settings)) == {"demo": "same"}
+
+
+def test_the_readme_is_right_that_ours_is_ahead_of_other_methods():
+    results = read(study.RESULTS)
+    for other, ours in rivals(results).items():
+        assert mean(results[ours].final) < mean(results[other].final), (ours, other)
 
 
 def test_the_target_is_the_uncompressed_loss_at_three_quarters(tmp_path):
