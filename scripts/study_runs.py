@@ -100,13 +100,16 @@ TUNED = f"{RADII} optimizer.beta=0.2"
 SERVED = "optimizer.feedback=ef14 optimizer.beta=1 optimizer.server_momentum=0.7"
 
 
-# With `served` the six best: in bytes to the target, and in loss of what sends ten times fewer.
-BEST = ("fitted9", "rank40-int5")
+# Four in bytes to the target, one below a quarter of a bit, one in loss at a tenth of the bytes.
+BEST = ("served6", "fitted9", "served12", "fitted12", "served3", "rank40-int5")
 
 
 def ours(name: str, family: str, overrides: str, level: str = "") -> Setting:
-    seeds = SEEDS if name in ("identity", *BEST) else (0,)
-    return setting(name, family, f"{overrides} {TUNED}", seeds, level)
+    return setting(name, family, f"{overrides} {TUNED}", seeds(name), level)
+
+
+def seeds(name: str) -> tuple[int, ...]:
+    return SEEDS if name in ("identity", *BEST) else (0,)
 
 
 def levels(family: str, message: Callable, percents: Sequence[int], format: str) -> list[Setting]:
@@ -137,7 +140,7 @@ SETTINGS = [
             f"served{p}",
             "momentum at the server",
             served(p, of_embedding),
-            SEEDS,
+            seeds(f"served{p}"),
             level=f"{p}%",
         )
         for p, of_embedding in ((3, 10), (5, 16), (6, 20), (12, 25))
