@@ -135,6 +135,7 @@ SETTINGS = [
     *grid("identity", f"{IDENTITY} {EMBEDDING}", norm__hidden__radius=(2,), optimizer__beta=(0.2,)),
     ours("identity", "identity", IDENTITY),
     *(ours(f"fitted{p}", "fitted rank", fitted(p), level=f"{p}%") for p in (4, 9, 12, 30)),
+    ours("fitted12-embedding", "embedding apart", f"{fitted(12)} {EMBEDDING_FITTED}=0.25"),
     *(
         setting(
             f"served{p}",

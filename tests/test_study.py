@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from scripts import study, study_figures, study_results
 from scripts.figures import LOG_NAME
-from scripts.study_findings import findings
+from scripts.study_findings import PLACE, TEXT, findings
 from scripts.study_report import headline, report, rivals
 from scripts.study_results import Point, reach, read, read_replay
 from scripts.study_runs import RUNS, SETTINGS, Setting, StudyRun
@@ -177,6 +177,11 @@ def test_findings_are_told_where_their_runs_are_done():
     assert of_ranks in " ".join(told.split())
     without = {name: result for name, result in results.items() if name != "rank20"}
     assert of_ranks not in " ".join(findings(without, target, {}).split())
+
+
+def test_findings_speak_of_settings_alone():
+    names = {name for _, several in PLACE.findall(TEXT.read_text()) for name in several.split()}
+    assert names <= {setting.name for setting in SETTINGS}
 
 
 def test_savings_from_the_logs_alone():
