@@ -1,7 +1,8 @@
 """Error feedback: what a worker compresses, and what it remembers of the rest.
 
 A worker's `target` is its momentum M_j, its `memory` starts at zero, and its message is R = C(d) of
-a difference d of the two. The server's G is the mean of what the workers `estimate` has told it.
+a difference d of the two. Servers add the mean of R to G, which they first multiply by a momentum
+where the kind of feedback does not accumulate.
 """
 
 import torch
@@ -29,7 +30,7 @@ class EF21:
 
     @staticmethod
     def estimate(memory: Tensor, sent: Tensor) -> Tensor:
-        """What the server now knows of this worker's target."""
+        """What this and, where it accumulates, earlier messages say of the worker's target."""
         return memory
 
 
@@ -37,11 +38,12 @@ class EF14(EF21):
     """d = error_decay e_j + M_j, e_j <- d - R_j, G <- server_momentum G + mean of R_j.
 
     The classic form of Seide et al. (2014), here with M_j for the gradient. The memory is the error
-    e_j; the step size does not enter it, since an LMO does not see the scale of G.
+    e_j; the step size does not enter it, since an LMO does not see the scale of G (an
+    AdaptiveRadius does).
 
-    With beta = 1 gradients are compressed, and the momentum is the server's: what is sent in a few
-    messages counts in many steps, for which G_j of EF21 would take messages to forget again. Decay
-    of the error is from Wu et al., arXiv:1806.08054: ||e_j||^2 is at most
+    With beta = 1 gradients are compressed, and the momentum is the server's: G forgets a message in
+    a few steps, for which G_j of EF21 takes other messages. Decay of the error is from Wu et al.,
+    arXiv:1806.08054: if ||C(d) - d||^2 <= (1 - alpha) ||d||^2, ||e_j||^2 is at most
     (1 - alpha) / ((1 - decay) (1 - (1 - alpha) decay)) of the largest ||M_j||^2, by convexity.
     """
 

@@ -19,11 +19,12 @@ class HierarchicalEF21Muon(EF21Muon):
     """EF21Muon in which `worker_size` successive ranks are one worker.
 
     groups: parameter groups of (name, parameter) pairs, alike on all ranks, with entries and other
-    options as in EF21Muon. A rank's own `param_groups` hold the layers of its lane alone; `step`
-    drops the gradients of the others. `w2s_bytes` and `s2w_bytes` are of the whole worker,
-    `wire_tx_bytes` what this rank sends to other workers. To wait longer than `timeout`, by default
-    torch's, for another rank is an error. Raises ValueError where `worker_size`
-    does not divide the ranks or leaves one without a layer, or without a process group.
+    options as in EF21Muon. A rank's own `param_groups` hold the layers of its lane alone, and
+    `worker_groups` those of all; `step` drops the gradients of the others. `w2s_bytes` and
+    `s2w_bytes` are of the whole worker, `wire_tx_bytes` what this rank sends to other workers. To
+    wait longer than `timeout`, by default torch's, for another rank is an error. Raises ValueError,
+    on all ranks of a worker, where one of them cannot build its part, where `worker_size` does not
+    divide the ranks or leaves one without a layer, and without a process group.
     """
 
     def __init__(
@@ -56,15 +57,35 @@ class HierarchicalEF21Muon(EF21Muon):
             {**group, "params": [pair for pair in group["params"] if pair[1] in own]}
             for group in groups
         ]
-        super().__init__(
-            [group for group in mine if group["params"]],
-            process_group=_group(range(lane, ranks, worker_size), timeout),
-            **options,
-        )
+        self.worker_groups = groups
+        refused = None
+        try:
+            super().__init__(
+                [group for group in mine if group["params"]],
+                process_group=_group(range(lane, ranks, worker_size), timeout),
+                **options,
+            )
+        except ValueError as error:
+            refused = error
+        self._agree(refused)
         for exchange in (phase.exchange for phase in self.phases):
             sizes = torch.tensor([exchange.w2s_bytes, exchange.s2w_bytes], device=self._device)
             dist.all_reduce(sizes, group=self.worker)
             exchange.w2s_bytes, exchange.s2w_bytes = sizes.tolist()
+
+    def _agree(self, refused: ValueError | None) -> None:
+        """Raise ValueError on all ranks of the worker where one refuses its layers."""
+        device = self.holders[0][0].device
+        refusals = torch.tensor(int(refused is not None), device=device)
+        dist.all_reduce(refusals, group=self.worker)
+        if refused:
+            raise refused
+        if refusals:
+            raise ValueError("another rank of this worker has refused its layers: see its error")
+
+    def _begins(self, rules: list) -> set[int]:
+        of_all_lanes = [group["w2s"] for group in self.worker_groups if "w2s" in group]
+        return super()._begins([*rules, *of_all_lanes])  # lanes sum up what they send in a phase
 
     @torch.no_grad()
     def step(self, closure=None):

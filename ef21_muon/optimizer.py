@@ -20,7 +20,7 @@ from ef21_muon.exchange import Exchange, place_in
 from ef21_muon.feedback import FEEDBACK
 from ef21_muon.layers import LayerBatch, batch_layers, relative_error
 from ef21_muon.norms import AdaptiveRadius, Norm, Spectral
-from ef21_muon.phases import Switch, current, new_phases, total
+from ef21_muon.phases import Switch, current, new_phases, starts, total
 from ef21_muon.timing import PhaseTimer
 
 # The entries of a parameter group that are objects, not numbers.
@@ -36,18 +36,17 @@ class EF21Muon(torch.optim.Optimizer):
     sent and the mathematics is the same.
 
     params: parameters, (name, parameter) pairs, or groups with any of the entries below of their
-    own, from `lr` to `weight_decay`. `lr` times `radius` is the radius t^k of line 3, so schedulers
-    act on `lr`; an AdaptiveRadius makes it follow each layer's dual norm. `beta` in (0, 1] is the
-    weight of the new gradient in the momentum (line 9); `norm` gives the LMO; `w2s` and `s2w` are
-    the workers' and the servers' compressors C_j and C; a Switch in place of the first changes it
-    from a round on. With `nesterov` workers send
-    beta grad_j + (1 - beta) M_j in place of M_j. `weight_decay` subtracts lr weight_decay X with
-    the step (Muon; 1 is Scion's constraint to a ball).
+    own, from `lr` to `server_momentum`. `lr` times `radius` is the radius t^k of line 3, so
+    schedulers act on `lr`; an AdaptiveRadius makes it follow each layer's dual norm. `beta` in
+    (0, 1] is the weight of the new gradient in the momentum (line 9); `norm` gives the LMO; `w2s`
+    and `s2w` are the workers' and the servers' compressors C_j and C; a Switch in place of the
+    first changes it from a round on. With `nesterov` workers send beta grad_j + (1 - beta) M_j in
+    place of M_j. `weight_decay` subtracts lr weight_decay X with the step (Muon; 1 is Scion's
+    constraint to a ball). Without EF21 the servers add up messages with `server_momentum`, and an
+    `error_decay` below 1 lets EF14 forget what was not sent.
 
-    `feedback`: "ef21", or "ef14" or "none" for comparison (`ef21_muon.feedback`). Their messages
-    may have a `server_momentum`, and with an `error_decay` below 1 "ef14" forgets what was not
-    sent: with beta 1 better than EF21 at the lowest rates. `momentum_start`: M_j^0 is the first
-    "gradient", or beta times it, the average with "zero", as in Muon and Scion.
+    `feedback`: "ef21", or "ef14" or "none" (`ef21_muon.feedback`). `momentum_start`: M_j^0 is the
+    first "gradient", or beta times it, the average with "zero", as in Muon and Scion.
     `first_message`: "compressed", so that G_j^0 = C_j(M_j^0) and no gradient is ever sent whole, or
     "exact", so that G_j^0 = M_j^0 as the L-smooth theorem has it, in float32.
 
@@ -120,8 +119,13 @@ class EF21Muon(torch.optim.Optimizer):
         rules = [self.param_groups[batch.group]["w2s"] for batch in self.batches]
         if first_exact:
             rules = [Switch(Identity(), rule, start=1) for rule in rules]
-        self.phases = new_phases(self.batches, rules, buckets, process_group)
+        begins = self._begins(rules)
+        self.phases = new_phases(self.batches, rules, begins, buckets, process_group)
         require_equal_parameters(self._named(), self.exchange.ranks, self.exchange.group)
+
+    def _begins(self, rules: list[Compressor | Switch]) -> set[int]:
+        """The rounds from which on a message has another size."""
+        return set().union(*map(starts, rules))
 
     def add_param_group(self, param_group: dict) -> None:
         """Used by the constructor; later groups are refused, since layers are already placed."""
@@ -306,7 +310,7 @@ class EF21Muon(torch.optim.Optimizer):
             )
 
     def check_agreement(self) -> None:
-        """Raise ValueError if workers hold different W, or if G is not the mean of their G_j.
+        """Raise ValueError if workers hold different W, or if EF21's G is not the mean of G_j.
 
         Names rank and layer; to be called on all ranks. Waits for the device. The second is told
         from random projections, so that a few bytes a layer are sent.

@@ -1,6 +1,6 @@
 """Compressors C_j^k that change with the round: the theorems allow it, sizes stay known to all."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -60,12 +60,19 @@ class Phase:
 
 
 def new_phases(
-    batches: Sequence, rules: Sequence[Compressor | Switch], buckets: int, group
+    batches: Sequence,
+    rules: Sequence[Compressor | Switch],
+    begins: Collection[int],
+    buckets: int,
+    group,
 ) -> list[Phase]:
-    """The phases of batches of layers that are sent by `rules`, in up to `buckets` messages."""
+    """The phases of batches of layers that are sent by `rules`, in up to `buckets` messages.
+
+    `begins`: the rounds from which on phases are.
+    """
     back = [batch.s2w.payload_bytes(*batch.shape) for batch in batches]
     phases = []
-    for start in sorted(set().union(*map(starts, rules))):
+    for start in sorted(begins):
         w2s = [
             in_round(rule, start).fit(*batch.shape)
             for rule, batch in zip(rules, batches, strict=True)

@@ -46,10 +46,12 @@ def is_done(run: StudyRun) -> bool:
     with path.open() as file:
         made_with = what_matters(json.loads(file.readline())["config"])
     asked = what_matters(OmegaConf.to_container(compose(overrides(run)).config, resolve=True))
+    # A later version may have other keys, but a role's compressor is there where it was asked for.
+    of_roles = {key for key in asked.keys() | made_with.keys() if key.startswith("norm.")}
     differing = [
-        f"{key}={asked[key]!r} (the log has {made_with[key]!r})"
-        for key in sorted(asked.keys() & made_with.keys())  # a later version may have other keys
-        if asked[key] != made_with[key]
+        f"{key}={asked.get(key)!r} (the log has {made_with.get(key)!r})"
+        for key in sorted(asked.keys() & made_with.keys() | of_roles)
+        if asked.get(key) != made_with.get(key)
     ]
     if differing:
         raise ValueError(f"{path}: {', '.join(differing)}; remove it, or mend study_runs.py")

@@ -94,7 +94,8 @@ POWERSGD = "optimizer=muon_powersgd checkpoint.every=0"  # torch keeps its state
 DION = "optimizer=dion optimizer.values=natural optimizer.weight_decay=0"
 DION32 = "optimizer=dion optimizer.lion_lr=0.01 optimizer.weight_decay=0"  # float32 factors
 DEMO = "optimizer=demo optimizer.values=int8"
-# The best of the grids below, for everything that takes EF21-Muon's step.
+# The best of the grids below, for everything that takes EF21-Muon's step; with momentum at the
+# server the radii alone.
 RADII = "norm.hidden.radius=2 norm.embedding.radius=60"
 TUNED = f"{RADII} optimizer.beta=0.2"
 SERVED = "optimizer.feedback=ef14 optimizer.beta=1 optimizer.server_momentum=0.7"
@@ -169,9 +170,8 @@ SETTINGS = [
     *grid("fitted4", LOW_RATE, norm__hidden__radius=(1,), optimizer__beta=(0.1,)),
     *grid("fitted4", f"{fitted(4)} {TUNED}", norm__hidden__norm__steps=(2, 3)),
     *(
-        setting(f"grid/served3-decay{decay:g}", "grid", f"{message} {GRID_STEPS}")
+        setting(f"grid/served3-decay{decay:g}", "grid", f"{served(3, 10, decay)} {GRID_STEPS}")
         for decay in (0.8, 0.92, 0.97)
-        for message in (served(3, 10, decay),)
     ),
     setting("muon", "Muon", f"optimizer=muon {TUNED}"),
     setting("adamw", "AdamW", "optimizer=adamw optimizer.lr=0.004"),

@@ -41,7 +41,9 @@ KEYS = {
     "norm.hidden.norm.method=svd": "is not a key ... has steps; ... +norm.hidden.norm.method=VALUE",
     "+norm.other.radius=1": "norm.other lacks a norm or a radius: give norm.other.norm and",
     "+norm.hidden.lr=1": "norm.hidden.lr is not allowed: a role has norm, radius, w2s, s2w",
-    "+norm.hidden.w2s=topk": "w2s='topk' is not allowed: give a Compressor or Switch of ef21_muon",
+    "+norm.hidden.w2s=topk": "norm.hidden.w2s describes no class: give +compressor@norm.hid",
+    "+norm.hidden.s2w.fraction=0.5": "norm.hidden.s2w describes no class: give +compressor@nor",
+    "+compressor@norm.hidden.w2s=topk norm.hidden.w2s.fracton=1": "mean norm.hidden.w2s.fraction?",
     "~norm.hidden": "the role 'hidden' of blocks.0 ... has no rule in the preset: it has embedding",
 }
 
@@ -67,7 +69,7 @@ TYPES = {
     "optimizer.nesterov=1": "nesterov=1 is not allowed: give True or False",
     "optimizer.buckets=1.5": "buckets=1.5 is not allowed: give a whole number above 0",
     "norm.hidden=null": "norm.hidden lacks a norm or a radius: give norm.hidden.norm and",
-    "norm.hidden.norm=null": "norm=None is not allowed: give a Norm of ef21_muon (group hidden)",
+    "norm.hidden.norm=null": "norm.hidden.norm describes no class: give norm.hidden.norm._target_=",
     "norm.hidden.radius=null": "radius=None is not allowed: give a number above 0 ... group hidden",
     "w2s.fraction=many": "w2s: RankK got fraction=many: give a number above 0, at most 1",
     "w2s=topk": "w2s describes no class: give compressor@w2s=NAME, one of damping, dropout",

@@ -7,6 +7,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from data.shards import write_shard
 
@@ -58,3 +59,11 @@ def small(tmp_path_factory) -> list[str]:
     write_shard(directory / "train.bin", np.repeat(letters[:5000], 2))
     write_shard(directory / "test.bin", np.repeat(letters[5000:], 2))
     return [*SMALL, f"data.train={directory}/train.bin", f"data.test={directory}/test.bin"]
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """Of this process alone."""
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

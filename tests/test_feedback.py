@@ -4,7 +4,6 @@ import io
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ef21_muon import (
@@ -340,14 +339,6 @@ def test_no_option_makes_a_step_wait_for_the_device(options):
 def test_nor_does_the_selection_in_large_layers(monkeypatch):
     monkeypatch.setattr(selection, "SORTED_BELOW", 0)
     steps_without_waiting(*build(w2s=TopK(0.2, "natural"), s2w=TopK(0.2)))
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    """Of this process alone."""
-    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_nor_do_workers_of_several_ranks(process_group):

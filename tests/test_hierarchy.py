@@ -53,8 +53,14 @@ def test_the_state_of_a_worker_is_spread_over_its_ranks(runs, case):
 
 
 def test_wrong_sizes_are_refused(runs):
+    of_head = []
     for rank in runs[0]:
-        assert list(rank["refusals"]) == [
+        *of_sizes, refusal = rank["refusals"]
+        assert of_sizes == [
             "worker_size=3 does not divide 4 ranks: give a divisor",
             "worker_size=0 does not divide 4 ranks: give a divisor",
         ]
+        of_head.append(refusal)
+    named = "w2s='topk' is not allowed: give a Compressor or Switch of ef21_muon"
+    assert sum(refusal == named for refusal in of_head) == 2
+    assert sum("another rank of this worker" in refusal for refusal in of_head) == 2

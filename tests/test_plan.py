@@ -62,13 +62,18 @@ def test_a_roles_switch_begins_a_phase_of_the_plan():
     role = ("+compressor@norm.embedding.w2s=switch", "norm.embedding.w2s.start=3", "steps=7")
     config = compose(("model=tiny", *role)).config
     lines = [line.split() for line in plan(config).splitlines()]
-    assert [line[1] for line in lines if line[:1] == ["4"]] == ["1", "4"]
+    phases = [line for line in lines if line[:1] == ["4"]]
+    assert [line[1] for line in phases] == ["1", "4"]
+    first, later = (number(line[2]) for line in phases)
+    assert first != later and number(phases[0][5]) == 3 * first + 4 * later
 
 
-def test_a_baseline_takes_no_roles_compressor():
-    config = compose(("model=tiny", "optimizer=dion", *ROLE)).config
-    groups = build_optimizer(config, GPT(build(config.model, "model"))).param_groups
-    assert not any({"w2s", "s2w"} & group.keys() for group in groups)
+def test_a_baseline_takes_no_roles_compressor(process_group):
+    for optimizer, lossless in (("dion", None), ("muon", True)):
+        config = compose(("model=tiny", f"optimizer={optimizer}", *ROLE)).config
+        for group in build_optimizer(config, GPT(build(config.model, "model"))).param_groups:
+            assert getattr(group.get("w2s"), "lossless", None) is lossless
+            assert getattr(group.get("s2w"), "lossless", None) is lossless
 
 
 def busiest(optimizer, server, ranks):

@@ -45,7 +45,7 @@ def test_the_compressor_is_one(monkeypatch):
 OVERRIDES = [
     line
     for line in re.findall(r"`([^`\n]+)`", README.split("## Cheat sheet")[1].split("A run dir")[0])
-    if re.match(r"(-m )?[\w@.]+=", line)
+    if re.match(r"(-m )?[+\w@.]+=", line)
 ]
 
 

@@ -134,8 +134,17 @@ def test_rivals_are_met_at_their_rate(tmp_path):
 
 def test_the_readme_is_right_that_ours_is_ahead_of_other_methods():
     results = read(study.RESULTS)
-    for other, ours in rivals(results).items():
+    met = rivals(results)
+    assert {"powersgd16", "dion15-normal4", "demo32", "demo128"} <= met.keys()
+    for other, ours in met.items():
         assert mean(results[ours].final) < mean(results[other].final), (ours, other)
+
+
+def test_the_findings_are_right_that_momentum_at_the_server_is_better():
+    results = read(study.RESULTS)
+    for served, without in ((3, 4), (6, 9), (12, 12)):
+        ours, ef21 = results[f"served{served}"], results[f"fitted{without}"]
+        assert mean(ours.final) < mean(ef21.final)
 
 
 def test_the_target_is_the_uncompressed_loss_at_three_quarters(tmp_path):

@@ -34,7 +34,13 @@ CHOICES = {
     "w2s": "compressor@w2s",
     "s2w": "compressor@s2w",
 }
-RULE = ("norm", "radius", "w2s", "s2w")  # what a role may have in the norm group
+# What a role may have in the norm group, and what of it describes an object.
+RULE = ("norm", "radius", "w2s", "s2w")
+DESCRIBED = {
+    "norm": "give norm.ROLE.norm._target_=CLASS, as in configs/norm",
+    "w2s": "give +compressor@norm.ROLE.w2s=NAME",
+    "s2w": "give +compressor@norm.ROLE.s2w=NAME",
+}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 MOST_SECONDS = 1_000_000
 
@@ -257,10 +263,14 @@ def build(node: DictConfig, key: str, **options):
         raise RunError(f"{key}: {_first_line(cause).removesuffix(':')}{hint}") from error
 
 
+def _describes_class(node: object) -> bool:
+    return isinstance(node, DictConfig) and isinstance(node.get("_target_"), str)
+
+
 def _check_nodes(config: DictConfig) -> None:
     for key, choice in CHOICES.items():
         node = config[key]
-        if not (isinstance(node, DictConfig) and isinstance(node.get("_target_"), str)):
+        if not _describes_class(node):
             group = choice.split("@")[0]
             names = ", ".join(sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")))
             raise RunError(f"{key} describes no class: give {choice}=NAME, one of {names}")
@@ -270,8 +280,13 @@ def _check_nodes(config: DictConfig) -> None:
                 f"norm.{role} lacks a norm or a radius: give norm.{role}.norm and "
                 f"norm.{role}.radius, as in configs/norm"
             )
-        for entry in rule.keys() - RULE:
-            raise RunError(f"norm.{role}.{entry} is not allowed: a role has {', '.join(RULE)}")
+        for entry in rule:
+            if entry not in RULE:
+                raise RunError(f"norm.{role}.{entry} is not allowed: a role has {', '.join(RULE)}")
+        for entry in DESCRIBED.keys() & rule.keys():
+            if not _describes_class(rule[entry]):
+                hint = DESCRIBED[entry].replace("ROLE", role)
+                raise RunError(f"norm.{role}.{entry} describes no class: {hint}")
 
 
 def _check_ranges(config: DictConfig) -> None:
@@ -356,7 +371,7 @@ def _allowed(key: str) -> str:
 def _hint(key: str, overrides: Iterable[str]) -> str:
     """What might be meant by a key that is not there."""
     groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
-    chosen = [one for one in overrides if re.split("[@=]", one)[0] in groups]
+    chosen = [one for one in overrides if re.split("[@=]", one.lstrip("+"))[0] in groups]
     known = list(_dotted_keys(OmegaConf.to_container(_composed(chosen))))
     parent, _, name = key.rpartition(".")
     siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == parent]

@@ -117,13 +117,11 @@ def run_label(optimizer: torch.optim.Optimizer) -> str:
         return optimizer.title
     w2s, s2w = optimizer.defaults["w2s"], optimizer.defaults["s2w"]
     label = str(w2s) if s2w.lossless else f"{w2s}, back {s2w}"
-    for group in optimizer.param_groups:
-        if group["name"] == "vector":  # never compressed
-            continue
-        if group["w2s"] is not w2s:
-            label = f"{label}, {group['name']} {group['w2s']}"
-        if group["s2w"] is not s2w:
-            label = f"{label}, {group['name']} back {group['s2w']}"
+    for group in getattr(optimizer, "worker_groups", optimizer.param_groups):
+        if (own := str(group.get("w2s", w2s))) != str(w2s):
+            label = f"{label}, {group['name']} {own}"
+        if (own := str(group.get("s2w", s2w))) != str(s2w):
+            label = f"{label}, {group['name']} back {own}"
     told = [optimizer.feedback.title] if optimizer.feedback is not EF21 else []
     if (decay := optimizer.defaults["error_decay"]) != 1:
         told.append(f"decay {decay:g}")

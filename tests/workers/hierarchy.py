@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ef21_muon import EF21Muon, Identity, RankK, Sign, Spectral, TopK
+from ef21_muon import EF21Muon, Identity, RankK, Sign, Spectral, Switch, TopK
 from ef21_muon.hierarchy import HierarchicalEF21Muon
 
 SHAPES = {"query": (12, 20), "key": (12, 20), "value": (12, 20), "fc": (30, 12), "head": (16, 12)}
@@ -24,6 +24,7 @@ CASES = {
     "rank0": {"w2s": TopK(0.2), "server": "rank0"},
     "replicated": {"w2s": TopK(0.2), "server": "replicated"},
     "rank": {"w2s": RankK(0.2)},
+    "of the head": {"w2s": TopK(0.2), "head": {"w2s": Switch(TopK(0.1), TopK(0.4), start=3)}},
 }
 STEPS = 8
 
@@ -47,22 +48,22 @@ def loss(model: dict[str, torch.Tensor], part: int) -> torch.Tensor:
     return total
 
 
-def groups(model: dict[str, torch.nn.Parameter]) -> list[dict]:
+def groups(model: dict[str, torch.nn.Parameter], **of_head) -> list[dict]:
     hidden = [(name, p) for name, p in model.items() if name != "head"]
     return [
         {"params": hidden, "norm": Spectral()},
-        {"params": [("head", model["head"])], "norm": Sign(), "radius": 10.0},
+        {"params": [("head", model["head"])], "norm": Sign(), "radius": 10.0, **of_head},
     ]
 
 
 def train(case: str, worker_size: int) -> dict[str, np.ndarray]:
     model = parameters()
+    options = dict(CASES[case])
+    layers = groups(model, **options.pop("head", {}))
     if worker_size == 1:
-        optimizer = EF21Muon(groups(model), lr=0.05, **CASES[case])
+        optimizer = EF21Muon(layers, lr=0.05, **options)
     else:
-        optimizer = HierarchicalEF21Muon(
-            groups(model), lr=0.05, worker_size=worker_size, **CASES[case]
-        )
+        optimizer = HierarchicalEF21Muon(layers, lr=0.05, worker_size=worker_size, **options)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     parts = range(4)[rank * 4 // ranks : (rank + 1) * 4 // ranks]
     for _ in range(STEPS):
@@ -80,9 +81,9 @@ def train(case: str, worker_size: int) -> dict[str, np.ndarray]:
 
 def refusals() -> list[str]:
     messages = []
-    for size in (3, 0):
+    for size, of_head in ((3, {}), (0, {}), (2, {"w2s": "topk"})):
         try:
-            HierarchicalEF21Muon(groups(parameters()), worker_size=size)
+            HierarchicalEF21Muon(groups(parameters(), **of_head), worker_size=size)
         except ValueError as error:
             messages.append(str(error))
     return messages
