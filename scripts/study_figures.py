@@ -49,7 +49,7 @@ PANELS = {  # the paper's family in its first two panels, and in its last two
 METHODS = {  # by family
     "identity": "EF21-Muon, uncompressed",
     "fitted rank": "EF21-Muon, fitted rank",
-    "momentum at the server": "EF14, momentum at the server",
+    "fitted rank, server momentum": "EF14, fitted rank, server momentum",
     **{name: name for name in ("Muon", "AdamW", "Muon + PowerSGD", "Dion", "DeMo")},
 }
 METHOD_SHARES = (0.5, TARGET_SHARE)  # of the uncompressed run's tokens

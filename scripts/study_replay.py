@@ -42,7 +42,7 @@ LAYERS = (
 )
 ROUNDS = 200  # all before the cooldown, at the full step
 EVERY = 5  # rounds between two that are measured
-NOT_REPLAYED = ("grid", "feedback", "both ways", "embedding apart", "momentum at the server")
+NOT_REPLAYED = ("grid", "feedback", "both ways", "embedding apart", "fitted rank, server momentum")
 
 
 def worker_gradients(config: DictConfig, rounds: int) -> dict[str, list[Tensor]]:

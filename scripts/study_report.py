@@ -96,11 +96,16 @@ def headline(results: dict[str, Result]) -> str:
     ]
     closest = min(close, key=lambda result: mean(result.final))
     return (
-        f"To the loss that the uncompressed run has at 75 % of its tokens, {results[fewest].label} "
-        f"takes {saved[fewest]:.0f} times fewer bytes than it; at the end, {closest.label}, which "
-        f"sends {results['identity'].bits / closest.bits:.0f} times fewer, differs from it by "
-        f"{closest.over(results['identity']):+.1f} % in test loss."
+        "To the loss that the uncompressed run has at 75 % of its tokens, "
+        f"{short(results[fewest])} takes {saved[fewest]:.0f} times fewer bytes than it; at the "
+        f"end, {short(closest)}, which sends {results['identity'].bits / closest.bits:.0f} times "
+        f"fewer, differs from it by {closest.over(results['identity']):+.1f} % in test loss."
     )
+
+
+def short(result: Result) -> str:
+    """A setting's name in a sentence."""
+    return f"{result.setting.family} {result.setting.level}".strip()
 
 
 def missing(results: dict[str, Result]) -> str:

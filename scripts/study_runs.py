@@ -140,7 +140,7 @@ SETTINGS = [
     *(
         setting(
             f"served{p}",
-            "momentum at the server",
+            "fitted rank, server momentum",
             served(p, of_embedding),
             seeds(f"served{p}"),
             level=f"{p}%",
