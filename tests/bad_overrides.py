@@ -32,7 +32,7 @@ KEYS = {
     "~model.layers": "model: ... missing 1 required positional argument: 'layers': give what",
     "optimizer.unheard=1": "optimizer.unheard is not a key of this configuration: optimizer has lr",
     "optimizer=adamw optimizer.beta=1": "optimizer.beta is not a key of ... mean optimizer.betas?",
-    "+optimizer.seed=1": "optimizer.seed is not allowed: EF21Muon has beta, buckets, feedback",
+    "+optimizer.seed=1": "optimizer.seed is not allowed: EF21Muon has beta, buckets, error_decay",
     "w2s.fractoin=0.1": "w2s.fractoin is not a key of ... : did you mean w2s.fraction?",
     "s2w.fraction=0.1": "s2w.fraction is not a key of this ... did you mean w2s.fraction?",
     "compressor@w2s=natural w2s.fraction=0.1": "w2s.fraction is not a key of ... w2s has values;",
