@@ -24,7 +24,7 @@ from training.config import compose
 from training.workers import Workers, leave
 
 RATES = ("100mbit", "1gbit")
-TIMED = ("identity", "fitted9", "fitted12", "fitted30", "muon", "powersgd16")
+TIMED = ("identity", "served6", "fitted9", "served12", "fitted30", "muon", "powersgd16")
 
 
 def overrides(setting: Setting) -> tuple[str, ...]:
