@@ -99,7 +99,7 @@ def headline(results: dict[str, Result]) -> str:
         "To the loss that the uncompressed run has at 75 % of its tokens, "
         f"{short(results[fewest])} takes {saved[fewest]:.0f} times fewer bytes than it; at the "
         f"end, {short(closest)}, which sends {results['identity'].bits / closest.bits:.0f} times "
-        f"fewer, differs from it by {closest.over(results['identity']):+.1f} % in test loss."
+        f"fewer, differs from it by {closest.over(results['identity']):+.2f} % in test loss."
     )
 
 
