@@ -229,7 +229,7 @@ def time_figure(results: dict[str, Result], target: float, log: Path) -> Figure:
         for place, value in enumerate(seconds.values()):
             axes.bar(place, value, color=COLOURS[place % len(COLOURS)])
             axes.annotate(f"{value:.0f} s", (place, value), ha="center", va="bottom")
-        labels = [results[name].label for name in seconds]
+        labels = [results[name].short for name in seconds]
         axes.set_xticks(range(len(labels)), labels, rotation=40, ha="right")
         axes.set_title(rate, fontsize=9)
         axes.set_axisbelow(True)

@@ -38,7 +38,7 @@ cut to the records that are used here.
 Radii and beta were tuned for the uncompressed run and hold for everything else that takes
 EF21-Muon's step, as in the paper. Runs with momentum at the server have the same radii, but beta 1,
 a momentum of 0.7 and a decay of the error of 0.92, which were chosen at rank 3 % by a few runs of
-half the steps, of which the last table has some, as was that the embedding needs a larger rank.
+half the steps that were not kept, as was that the embedding needs a larger rank.
 Baselines with other steps have learning rates of their own (last table). The target was fixed
 before the runs: the uncompressed run's test loss at {TARGET_SHARE:.0%} of its tokens, mean of its
 seeds, is **{target:.4f}**. Bytes are what one worker sends to the servers, in sizes of the model (4
@@ -97,15 +97,10 @@ def headline(results: dict[str, Result]) -> str:
     closest = min(close, key=lambda result: mean(result.final))
     return (
         "To the loss that the uncompressed run has at 75 % of its tokens, "
-        f"{short(results[fewest])} takes {saved[fewest]:.0f} times fewer bytes than it; at the "
-        f"end, {short(closest)}, which sends {results['identity'].bits / closest.bits:.0f} times "
+        f"{results[fewest].short} takes {saved[fewest]:.0f} times fewer bytes than it; at the "
+        f"end, {closest.short}, which sends {results['identity'].bits / closest.bits:.0f} times "
         f"fewer, differs from it by {closest.over(results['identity']):+.2f} % in test loss."
     )
-
-
-def short(result: Result) -> str:
-    """A setting's name in a sentence."""
-    return f"{result.setting.family} {result.setting.level}".strip()
 
 
 def missing(results: dict[str, Result]) -> str:

@@ -35,6 +35,11 @@ class Result:
         return self.logs[0].run["label"]
 
     @property
+    def short(self) -> str:
+        """Its name in a sentence."""
+        return f"{self.setting.family} {self.setting.level}".strip()
+
+    @property
     def final(self) -> list[float]:
         """Test losses at the end, one a seed."""
         return [log.evals[-1]["test_loss"] for log in self.logs]
