@@ -164,6 +164,7 @@ SETTINGS = [
     ),
     ours("fitted12-both", "both ways", f"{fitted(12)} {back(fitted(12))}", level="low rank back"),
     ours("fitted12-dense", "both ways", f"{fitted(12)} {DENSE_BACK}", level="2 bits back"),
+    setting("served6-both", "both ways", f"{served(6, 20)} {DENSE_BACK}", level="6%, 2 bits back"),
     *grid(
         "fitted4", LOW_RATE, norm__hidden__radius=(2,), optimizer__beta=(0.05, 0.1, 0.2, 0.4, 0.8)
     ),
