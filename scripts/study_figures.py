@@ -211,7 +211,7 @@ def directions_figure(results: dict[str, Result], target: float) -> Figure:
         label = "back to the workers" if first else None
         axes.bar(place, down, bottom=up, color=COLOURS[5], label=label)
         axes.annotate(f"{up + down:.0f}", (place, up + down), ha="center", va="bottom")
-    axes.set_xticks(range(len(shown)), [r.label for r in shown], rotation=20, ha="right")
+    axes.set_xticks(range(len(shown)), [r.short for r in shown], rotation=20, ha="right")
     axes.set_axisbelow(True)
     axes.margins(y=0.1)
     axes.set_ylabel(f"bytes / model size, to loss {target:.3f}")
