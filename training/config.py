@@ -283,8 +283,7 @@ def _check_nodes(config: DictConfig) -> None:
         for entry in rule:
             if entry not in RULE:
                 raise RunError(f"norm.{role}.{entry} is not allowed: a role has {', '.join(RULE)}")
-        for entry in DESCRIBED.keys() & rule.keys():
-            if not _describes_class(rule[entry]):
+            if entry in DESCRIBED and not _describes_class(rule[entry]):
                 hint = DESCRIBED[entry].replace("ROLE", role)
                 raise RunError(f"norm.{role}.{entry} describes no class: {hint}")
 
