@@ -20,15 +20,15 @@ verify: setup
 	.venv/bin/torchrun --standalone --nproc_per_node=$(NPROC) scripts/verify.py
 
 study: setup data
-	.venv/bin/python scripts/study.py $(ARGS)
+	.venv/bin/python scripts/shakespeare/run.py $(ARGS)
 
 figures: setup
-	.venv/bin/python scripts/study_figures.py
-	.venv/bin/python scripts/bench_codec.py --redraw
-	.venv/bin/python scripts/bench_network.py --redraw
-	.venv/bin/python scripts/theory.py --redraw
-	.venv/bin/python scripts/soak.py --redraw
-	.venv/bin/python scripts/bench_step.py --redraw model=gpt2-124m
+	.venv/bin/python scripts/shakespeare/figures.py
+	.venv/bin/python scripts/codec/run.py --redraw
+	.venv/bin/python scripts/network/run.py --redraw
+	.venv/bin/python scripts/theory/run.py --redraw
+	.venv/bin/python scripts/soak/run.py --redraw
+	.venv/bin/python scripts/step124m/run.py --redraw model=gpt2-124m
 
 test: setup
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -6,7 +6,6 @@ that run one after the other in the same processes. Each run leaves a directory 
 configuration, its log metrics.jsonl and a picture of it.
 """
 
-import argparse
 import time
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -14,20 +13,21 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from baselines import AllReduced
 from data.loader import Prefetched, TestWindows, TokenStream, WorkerBatches, open_streams
-from ef21_muon.checks import require_equal_parameters
 from model import GPT
-from scripts.figures import draw
+from training.arguments import parse_arguments
 from training.checkpoint import Checkpoints
-from training.config import ROOT, Job, build, compose, parse_arguments, sweep
-from training.log import RunLog, completed
-from training.method import build_optimizer, is_ef21, run_label
-from training.plan import plan
+from training.config import ROOT, Job, build
+from training.log import RunLog
+from training.method import build_optimizer, run_label
+from training.picture import draw
 from training.report import group_table, result_table
-from training.resume import BYTES, checkpoint_of, go_on, go_on_elastic, require_same_config
+from training.resume import BYTES, checkpoint_of, go_on, go_on_elastic
+from training.schedule import due, new_scheduler
+from training.sweep import run_jobs
 from training.workers import RunError, Workers, leave, one_line
 
 OPTIMIZER_PHASES = ("encode", "exchange", "server", "decode")
@@ -51,7 +51,7 @@ class Run:
         self.test = TestWindows(test_tokens, model_config.context, config.eval.tokens)
         self.raw_model = GPT(model_config, config.seed).to(workers.device)
         self.optimizer = build_optimizer(config, self.raw_model, workers.timeout)
-        self.start_schedule(0)
+        self.scheduler = new_scheduler(self.optimizer, config, steps=0)
         reduced = isinstance(self.optimizer, AllReduced)
         self.model = self.optimizer.wrap(self.raw_model) if reduced else self.raw_model
         self.without_sync = self.model.no_sync if reduced else nullcontext
@@ -62,14 +62,6 @@ class Run:
         self.first_step, self.seconds = 1, 0.0
         self.bytes_before = dict.fromkeys(BYTES, 0)  # of what the optimizer does not count itself
         self.phases = dict.fromkeys(("data", "forward_backward", *OPTIMIZER_PHASES), 0.0)
-
-    def start_schedule(self, steps: int) -> None:
-        """The schedule after `steps` steps."""
-        for group in self.optimizer.param_groups:
-            group["initial_lr"] = group.get("initial_lr", group["lr"])
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: lr_factor(step, self.config), last_epoch=steps - 1
-        )
 
     def step(self) -> torch.Tensor:
         """A training step; returns this worker's mean loss before it."""
@@ -184,11 +176,7 @@ class Run:
 
     def check(self) -> None:
         """Raise RunError if workers have parted or state was lost."""
-        if is_ef21(self.optimizer):
-            self.workers.together(self.optimizer.check_agreement)
-            return
-        named = list(self.raw_model.named_parameters())
-        self.workers.together(lambda: require_equal_parameters(named, self.workers.count, None))
+        self.workers.together(self.optimizer.check_agreement)
 
     def save(self, log: RunLog | None, checkpoints: Checkpoints) -> None:
         """Write a checkpoint of this moment."""
@@ -206,11 +194,6 @@ class Run:
         }
 
 
-def due(step: int, every: int) -> bool:
-    """Whether a step is one of every `every`; 0 is never."""
-    return every > 0 and step % every == 0
-
-
 def open_data(config: DictConfig) -> tuple[TokenStream, TokenStream]:
     """The training and the test tokens that the configuration names."""
     options = {key: value for key, value in config.data.items() if key != "name"}
@@ -226,15 +209,6 @@ def share_of_batch(config: DictConfig, workers: int) -> int:
         )
     own = config.batch.sequences // workers
     return max(n for n in range(1, min(own, config.batch.per_forward) + 1) if own % n == 0)
-
-
-def lr_factor(step: int, config: DictConfig) -> float:
-    """The share of the lr at `step`, counted from 0: trapezoidal."""
-    warmup = config.schedule.warmup * config.steps
-    cooldown = config.schedule.cooldown * config.steps
-    rising = (step + 1) / warmup if step < warmup else 1.0
-    falling = (config.steps - step) / cooldown if config.steps - step < cooldown else 1.0
-    return min(1.0, rising, falling)
 
 
 def run_job(job: Job, directory: Path, workers: Workers) -> bool:
@@ -289,93 +263,13 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
     return end is not None
 
 
-def run_jobs(arguments: argparse.Namespace, workers: Workers) -> list[RunError]:
-    """Run what the command line asks for; returns the errors of jobs that were passed over.
-
-    All jobs are composed before the first one starts. In a sweep, jobs that are completed already
-    are skipped, and others start anew in their directory; a single run gets a directory of its own.
-    """
-    all_overrides = sweep(arguments.overrides, arguments.multirun)
-    jobs = [compose_or_error(one, told=len(all_overrides) > 1) for one in all_overrides]
-    fail_fast = all(job.config.fail_fast for job in jobs if isinstance(job, Job))
-    errors = [job for job in jobs if isinstance(job, RunError)]
-    if errors and fail_fast:
-        raise errors[0]
-    jobs = [job for job in jobs if isinstance(job, Job)]
-    if arguments.cfg:
-        workers.say("---\n".join(OmegaConf.to_yaml(job.config) for job in jobs))
-        return errors
-    if any(job.config.dry_run for job in jobs):
-        for job in jobs:
-            tables = workers.together(lambda job=job: plan(job.config))
-            workers.say(f"{' '.join(job.overrides)}\n\n{tables}\n")
-        return errors
-    if len(jobs) > 1 and any(job.config.directory for job in jobs):
-        raise RunError("directory= names a single run: use runs= for the folder of a sweep")
-    for number, job in enumerate(jobs, 1):
-        directory = workers.broadcast(run_directory(job, workers, arguments.multirun))
-        if arguments.multirun:
-            workers.say(f"\njob {number} of {len(jobs)}: {directory}")
-        again = arguments.multirun or job.config.resume != "none"
-        if again and (done := workers.broadcast(completed(directory))):
-            require_same_config(job.config, done, directory, free=("optimizer.server",))
-            workers.say("already completed: skipped")
-            continue
-        try:
-            if not run_job(job, directory, workers):
-                break
-        except RunError as error:
-            if fail_fast:
-                raise
-            workers.say(f"error: {error}: passed over", error=True)
-            errors.append(RunError(f"{directory.name}: {error}"))
-    return errors
-
-
-def compose_or_error(overrides: tuple[str, ...], told: bool) -> Job | RunError:
-    """The job, or what is wrong with it, with all its overrides if these are to be told."""
-    try:
-        return compose(overrides)
-    except RunError as error:
-        where = f" (in {' '.join(overrides)})" if told else ""
-        return RunError(str(error).removesuffix(where) + where)
-
-
-def run_directory(job: Job, workers: Workers, multirun: bool) -> Path:
-    """Where the run goes: nothing is overwritten, but a sweep and a resumed run find their own."""
-    config = job.config
-    again = multirun or config.resume != "none"
-    if config.directory is not None:
-        path = Path(config.directory)
-        if path.exists() and not path.is_dir():
-            raise RunError(f"directory={path} is a file: give a folder")
-        if path.exists() and not again:
-            raise RunError(
-                f"directory={path} exists already: go on with resume=auto, or give another"
-            )
-        return path
-    path = Path(config.runs) / job.name(workers.count)
-    if again:
-        return path
-    candidates = (path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 10_000)))
-    return next(candidate for candidate in candidates if not candidate.exists())
-
-
-def run_all(arguments: argparse.Namespace, workers: Workers) -> int:
-    """Run the jobs and tell of those that failed; returns the exit status."""
-    errors = run_jobs(arguments, workers)
-    if errors:
-        workers.say("\n".join([f"\n{len(errors)} jobs failed:", *map(str, errors)]), error=True)
-    return 1 if errors else 0
-
-
 def main() -> int:
     try:
         arguments = parse_arguments()
     except RunError as error:
         return Workers().finish(partial(refuse, error))
     workers = Workers(arguments.timeout)
-    return workers.finish(lambda: run_all(arguments, workers))
+    return workers.finish(lambda: run_jobs(arguments, workers, run_job))
 
 
 def refuse(error: RunError) -> NoReturn:

@@ -13,8 +13,10 @@ from torch.distributed import GradBucket, ProcessGroup
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from baselines.common import check_number
-from ef21_muon.checks import choice
+from baselines.numbers import check_number
+from ef21_muon.checks import choice, require_equal_parameters, whole_number
+from ef21_muon.exchange.collectives import ALONE
+from ef21_muon.exchange.layers import named_layers
 from ef21_muon.optimizer import EF21Muon
 from ef21_muon.timing import PhaseTimer
 
@@ -32,13 +34,11 @@ class AllReduced:
     name: str
 
     def _reduce_with(self, hook: str, rank: int, process_group: ProcessGroup | None) -> None:
-        self.hook, self.rank = choice("hook", hook, HOOKS), rank
+        self.hook, self.rank = choice("hook", hook, HOOKS), whole_number("rank", rank, least=1)
         if not dist.is_initialized():
             raise ValueError("an all-reduce needs a process group: launch with torchrun")
         if hook == "bfloat16" and dist.get_backend(process_group) == "gloo":
             raise ValueError("hook='bfloat16' is not allowed on gloo: use float16, or NCCL")
-        if not (type(rank) is int and rank > 0):
-            raise ValueError(f"rank={rank} is not allowed: give a whole number above 0")
         self.reduced_over = process_group
         self.reduced_bytes = 0
         self.timer = PhaseTimer()
@@ -71,6 +71,14 @@ class AllReduced:
                 raise FloatingPointError(
                     f"a parameter of group {group['name']} is not finite: lower the learning rate"
                 )
+
+    def check_agreement(self) -> None:
+        """Raise ValueError if workers hold different parameters; to be called on all ranks.
+
+        Names rank and layer. Waits for the device.
+        """
+        named = [(name, parameter) for _, name, parameter, _ in named_layers(self.param_groups)]
+        require_equal_parameters(named, self.reduced_over)
 
     @property
     def w2s_bytes(self) -> int:
@@ -168,8 +176,5 @@ class Muon(AllReduced, EF21Muon):
         rank: int = 4,
         process_group: ProcessGroup | None = None,
     ):
-        alone = None
-        if dist.is_initialized():
-            alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        super().__init__(params, lr, beta=beta, process_group=alone)
+        super().__init__(params, lr, beta=beta, process_group=ALONE)
         self._reduce_with(hook, rank, process_group)

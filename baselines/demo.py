@@ -6,13 +6,22 @@ import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
 
-from baselines.common import LocalOptimizer
-from ef21_muon.bits import index_bytes, pack, pack_indices, packed_bytes, unpack, unpack_indices
-from ef21_muon.formats import value_format
-from ef21_muon.values import Float32, Values
+from baselines.collectives import CollectiveOptimizer
+from ef21_muon.checks import whole_number
+from ef21_muon.exchange.collectives import Traffic
+from ef21_muon.messages.bits import (
+    index_bytes,
+    pack,
+    pack_indices,
+    packed_bytes,
+    unpack,
+    unpack_indices,
+)
+from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.values import Float32, Values
 
 
-class DeMo(LocalOptimizer):
+class DeMo(CollectiveOptimizer):
     """Every worker sends its momentum's largest DCT coefficients, and all step along their sign.
 
     Algorithm 1 with the step of Signum: worker j keeps M_j, and a step is
@@ -46,17 +55,16 @@ class DeMo(LocalOptimizer):
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
     ):
-        for name, value in (("k", k), ("chunk", chunk)):
-            if not (type(value) is int and value > 0):
-                raise ValueError(f"{name}={value} is not allowed: give a whole number above 0")
-        self.k, self.chunk, self.values = k, chunk, value_format(values)
+        self.k, self.chunk = whole_number("k", k, least=1), whole_number("chunk", chunk, least=1)
+        self.values = value_format(values)
         defaults = {"lr": lr, "decay": decay, "weight_decay": weight_decay}
         super().__init__(params, defaults, seed, process_group)
-        device = self.param_groups[0]["params"][0].device
-        self.chunks = [Chunks(*b.shape, chunk, k, self.values, device) for b in self.batches]
-        for batch in self.batches:
+        batches = self._new_batches()
+        device = batches[0].params[0].device
+        self.chunks = [Chunks(*b.shape, chunk, k, self.values, device) for b in batches]
+        for batch in batches:
             batch.state["momentum"] = batch.zeros()
-        self._share_state()
+        self._begin(batches)
 
     @property
     def title(self) -> str:
@@ -64,7 +72,7 @@ class DeMo(LocalOptimizer):
         told = "" if isinstance(self.values, Float32) else f" {self.values}"
         return f"DeMo top {self.k} of {self.chunk}x{self.chunk}{told}"
 
-    def _round(self) -> None:
+    def _round(self) -> Traffic:
         with self.timer("encode"):
             messages = []
             for batch, chunks in zip(self.batches, self.chunks, strict=True):
@@ -85,6 +93,7 @@ class DeMo(LocalOptimizer):
             for batch, chunks, mean in zip(self.batches, self.chunks, means, strict=True):
                 length = self.param_groups[batch.group]["lr"]
                 self._move(batch, chunks.inverse(mean).sign_(), length)
+        return self.collectives.read()
 
 
 class Chunks:

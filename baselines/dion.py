@@ -8,15 +8,17 @@ import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
 
-from baselines.common import Batch, LocalOptimizer, check_number
+from baselines.collectives import CollectiveOptimizer, StatefulBatch
+from baselines.numbers import check_number
 from ef21_muon.checks import choice
-from ef21_muon.formats import value_format
-from ef21_muon.values import Float32, Values
+from ef21_muon.exchange.collectives import Traffic
+from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.values import Float32, Values
 
 EPSILON = 1e-8  # added to the norms of columns, as in the authors' code
 
 
-class Dion(LocalOptimizer):
+class Dion(CollectiveOptimizer):
     """Momentum is orthonormalised at low rank, and only the two factors are synchronised.
 
     Algorithm 1 in its data-parallel form with decoupled momenta: worker j keeps M_j (m, n), all
@@ -79,7 +81,8 @@ class Dion(LocalOptimizer):
         digest = hashlib.sha256(f"{seed}/right_factor".encode()).digest()
         sketch = Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         self.factored, self.whole, self.lion = [], [], []
-        for batch in self.batches:
+        batches = self._new_batches()
+        for batch in batches:
             batch.state["momentum"] = batch.zeros()
             if batch.is_vector or self.param_groups[batch.group]["algorithm"] == "lion":
                 self.lion.append(batch)
@@ -89,7 +92,7 @@ class Dion(LocalOptimizer):
             batch.state["right_factor"] = start.to(batch.params[0].device)
             size = self.values.payload_bytes(rank, m) + self.values.payload_bytes(rank, n)
             (self.factored if size < 4 * m * n else self.whole).append(batch)
-        self._share_state()
+        self._begin(batches)
 
     def add_param_group(self, param_group: dict) -> None:
         named_for_lion = param_group.get("name", "hidden") != "hidden"
@@ -121,7 +124,7 @@ class Dion(LocalOptimizer):
         """The columns r of the factors of an m x n matrix."""
         return max(1, ceil(self.rank_fraction * min(m, n) - 1e-9))
 
-    def _round(self) -> None:
+    def _round(self) -> Traffic:
         with self.timer("encode"):
             for batch in self.factored:
                 _accumulate(batch, self._gradients(batch))
@@ -143,6 +146,7 @@ class Dion(LocalOptimizer):
                 self._dion_step(batch, p, r)
             for batch, gradient in zip(self.lion, of_lion, strict=True):
                 self._lion_step(batch, gradient)
+        return self.collectives.read()
 
     def _means(
         self, factors: list[Tensor], gradients: list[Tensor]
@@ -173,7 +177,7 @@ class Dion(LocalOptimizer):
             total += self.values.decode(payload, rank, rows)
         return total / len(of_workers)
 
-    def _dion_step(self, batch: Batch, p: Tensor, r: Tensor) -> None:
+    def _dion_step(self, batch: StatefulBatch, p: Tensor, r: Tensor) -> None:
         """Lines 5-8. p: (L, m, r), r: (L, n, r), the same on all workers."""
         group, (m, n) = self.param_groups[batch.group], batch.shape
         batch.state["momentum"].baddbmm_(p, r.mT, alpha=group["mu"] - 1)
@@ -183,7 +187,7 @@ class Dion(LocalOptimizer):
         right_factor.copy_(torch.where(norms > 0, unit, right_factor))
         self._move(batch, p @ unit.mT, group["lr"] * (m / n) ** 0.5)
 
-    def _lion_step(self, batch: Batch, gradient: Tensor) -> None:
+    def _lion_step(self, batch: StatefulBatch, gradient: Tensor) -> None:
         group, momentum = self.param_groups[batch.group], batch.state["momentum"]
         of_step, of_momentum = group["lion_betas"]
         direction = momentum.lerp(gradient, 1 - of_step).sign_()
@@ -191,6 +195,6 @@ class Dion(LocalOptimizer):
         self._move(batch, direction, group["lr"])
 
 
-def _accumulate(batch: Batch, gradients: Sequence[Tensor]) -> None:
+def _accumulate(batch: StatefulBatch, gradients: Sequence[Tensor]) -> None:
     """Line 3: the momentum becomes B = M + G."""
     torch._foreach_add_(list(batch.state["momentum"].unbind()), list(gradients))

@@ -4,12 +4,8 @@ The optimizer of "Error Feedback for Muon and Friends" (arXiv:2510.00643) as a l
 on torch alone.
 """
 
-from ef21_muon.compressors import Compressor, Dense, Identity, RandK, RankK, TopK
-from ef21_muon.fitted import FittedRank
 from ef21_muon.hierarchy import HierarchicalEF21Muon
-from ef21_muon.noneuclidean import Damping, Dropout, TopColumns, TopSingular
-from ef21_muon.normal import Normal
-from ef21_muon.norms import (
+from ef21_muon.lmo.norms import (
     L1,
     AdaptiveRadius,
     BiasRMS,
@@ -21,11 +17,14 @@ from ef21_muon.norms import (
     Sign,
     Spectral,
 )
-from ef21_muon.optimizer import EF21Muon
-from ef21_muon.phases import Switch
-from ef21_muon.presets import param_groups
-from ef21_muon.residual import Residual
-from ef21_muon.values import (
+from ef21_muon.lmo.presets import param_groups
+from ef21_muon.messages.compressors import Compressor, Dense, Identity, RandK, RankK, TopK
+from ef21_muon.messages.fitted import FittedRank
+from ef21_muon.messages.noneuclidean import Damping, Dropout, TopColumns, TopSingular
+from ef21_muon.messages.normal import Normal
+from ef21_muon.messages.residual import Residual
+from ef21_muon.messages.switch import Switch
+from ef21_muon.messages.values import (
     BFloat16,
     Float32,
     Integer,
@@ -34,6 +33,7 @@ from ef21_muon.values import (
     SignScale,
     Values,
 )
+from ef21_muon.optimizer import EF21Muon
 
 __all__ = [
     "L1",

@@ -6,10 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ef21_muon.compressors import Compressor
+from ef21_muon.exchange.collectives import place_in
 from ef21_muon.fingerprint import fingerprint, projection
-from ef21_muon.norms import AdaptiveRadius, Norm
-from ef21_muon.phases import Switch
+from ef21_muon.lmo.norms import AdaptiveRadius, Norm
+from ef21_muon.messages.compressors import Compressor
+from ef21_muon.messages.switch import Switch
 
 NUMBERS = {
     "lr": ("of at least 0", lambda lr: lr >= 0),
@@ -18,6 +19,11 @@ NUMBERS = {
     "error_decay": ("of at least 0, at most 1", lambda decay: 0 <= decay <= 1),
     "server_momentum": ("of at least 0, below 1", lambda momentum: 0 <= momentum < 1),
     "weight_decay": ("of at least 0", lambda weight_decay: weight_decay >= 0),
+}
+OUTER_NUMBERS = {
+    "outer_lr": ("above 0", lambda outer_lr: outer_lr > 0),
+    "outer_momentum": ("of at least 0, below 1", lambda momentum: 0 <= momentum < 1),
+    "error_decay": NUMBERS["error_decay"],
 }
 
 
@@ -37,23 +43,55 @@ def choice(name: str, value: str, allowed) -> str:
     return value
 
 
+def check_number(name: str, value: float, ranges: dict, where: str = "") -> float:
+    """The value, or ValueError unless it is a finite number in its range."""
+    range_, holds = ranges[name]
+    if not (is_number(value) and holds(value)):
+        raise ValueError(f"{name}={value} is not allowed: give a number {range_}{where}")
+    return value
+
+
+def whole_number(name: str, value: int, least: int) -> int:
+    """The value, or ValueError unless it is a whole number of at least `least`."""
+    if not (type(value) is int and value >= least):
+        range_ = "above 0" if least == 1 else f"of at least {least}"
+        raise ValueError(f"{name}={value} is not allowed: give a whole number {range_}")
+    return value
+
+
+def flag(name: str, value: bool) -> bool:
+    """The value, or ValueError unless it is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is not allowed: give True or False")
+    return value
+
+
 def check_group(group: dict) -> None:
     """Raise ValueError for an entry of a parameter group that is out of range."""
-    where = f" (group {group['name']})" if "name" in group else ""
-    for name, (range_, holds) in NUMBERS.items():
-        value = group[name]
-        if name == "radius" and isinstance(value, AdaptiveRadius):
-            continue
-        if not (is_number(value) and holds(value)):
-            raise ValueError(f"{name}={value} is not allowed: give a number {range_}{where}")
-    if not isinstance(group["nesterov"], bool):
-        raise ValueError(f"nesterov={group['nesterov']!r} is not allowed: give True or False")
-    for name, kinds in (("norm", (Norm,)), ("w2s", (Compressor, Switch)), ("s2w", (Compressor,))):
-        if not isinstance(group[name], kinds):
-            names = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(
-                f"{name}={group[name]!r} is not allowed: give a {names} of ef21_muon{where}"
-            )
+    for name in NUMBERS:
+        if not (name == "radius" and isinstance(group[name], AdaptiveRadius)):
+            check_number(name, group[name], NUMBERS, _where(group))
+    flag("nesterov", group["nesterov"])
+    _require_kind("norm", group, Norm)
+    check_compressors(group)
+
+
+def check_compressors(group: dict) -> None:
+    """Raise ValueError where a group's w2s or s2w is no compressor."""
+    _require_kind("w2s", group, Compressor, Switch)
+    _require_kind("s2w", group, Compressor)
+
+
+def _require_kind(name: str, group: dict, *kinds: type) -> None:
+    if not isinstance(group[name], kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(
+            f"{name}={group[name]!r} is not allowed: give a {names} of ef21_muon{_where(group)}"
+        )
+
+
+def _where(group: dict) -> str:
+    return f" (group {group['name']})" if "name" in group else ""
 
 
 def refuse_compressed_shifts(groups: list[dict]) -> None:
@@ -98,9 +136,10 @@ def require_gradients(batches, optimizer: str) -> None:
 
 
 def require_equal_parameters(
-    named: list[tuple[str, Tensor]], ranks: int, group: dist.ProcessGroup | None
+    named: list[tuple[str, Tensor]], group: dist.ProcessGroup | None
 ) -> None:
     """Raise ValueError, on all ranks, for the first parameter that differs between them."""
+    _, ranks = place_in(group)
     if ranks == 1:
         return
     mine = torch.stack([fingerprint(parameter) for _, parameter in named])
@@ -116,12 +155,13 @@ def require_equal_parameters(
         )
 
 
-def require_mean_estimate(batches, ranks: int, group: dist.ProcessGroup | None) -> None:
+def require_mean_estimate(batches, group: dist.ProcessGroup | None) -> None:
     """Raise ValueError for a layer served here whose G is not the mean of all workers' G_j.
 
     Compares a random projection of either, to a thousandth of the norms: rounding is far below,
     a lost or a foreign G_j far above.
     """
+    _, ranks = place_in(group)
     mine = torch.cat([projection(batch.gradient_estimate) for batch in batches])
     every = [torch.empty_like(mine) for _ in range(ranks)]
     if ranks > 1:

@@ -10,7 +10,7 @@ if not __package__:
 
 import wandb
 
-from scripts.figures import LOG_NAME, Log, read_log
+from training.records import LOG_NAME, Log, read_log
 
 
 def history(log: Log) -> list[tuple[int, dict]]:

@@ -35,11 +35,11 @@ from ef21_muon import (
     TopColumns,
     TopK,
 )
-from ef21_muon.exchange import PLACEMENTS
-from ef21_muon.formats import value_format
-from training import trials
+from ef21_muon.exchange.placement import PLACEMENTS
+from ef21_muon.messages.formats import value_format
+from scripts.verification import trials
+from scripts.verification.trials import Parameters, ours, train
 from training.report import table
-from training.trials import Parameters, ours, train
 from training.workers import Workers, leave
 
 MIXED = {"hidden": RankK(0.2, "natural"), "heads": TopK(0.2, "natural4"), "biases": Dense("int4")}

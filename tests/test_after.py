@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_readme import blocks
-from test_train import ROOT, launch
+from readme import blocks
+from run import ROOT, launch
 
 from data.loader import TestWindows
 from sample import generate, load_model
-from scripts.figures import read_log
 from scripts.to_wandb import history
 from train import open_data
 from training.config import compose
+from training.records import read_log
 
 
 @pytest.fixture(scope="module")

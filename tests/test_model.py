@@ -2,17 +2,17 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from run import ROOT
 
 from model import GPT, GPTConfig, rotary_tables, rotate
 
-CONFIGS = Path(__file__).parent.parent / "configs" / "model"
+CONFIGS = ROOT / "configs" / "model"
 SMALL = GPTConfig(layers=2, width=16, heads=2, context=12, vocab_size=11)
 
 

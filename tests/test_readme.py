@@ -2,19 +2,14 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from readme import README, blocks
+from run import ROOT
 
 from training.config import build, compose, sweep
-
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_loop_runs_as_printed(capsys):
@@ -60,10 +55,9 @@ def test_the_cheat_sheet_composes(line):
 
 
 def test_the_files_it_names_exist():
-    root = Path(__file__).resolve().parent.parent
     names = re.findall(r"`((?:[\w.]+/)*[\w.]+\.py|\w+/)`", README)
     assert len(names) > 8
-    library = {path.name for path in (root / "ef21_muon").iterdir()}
-    assert [n for n in names if not (root / n).exists() and n not in library] == []
+    library = {path.name for path in (ROOT / "ef21_muon").iterdir()}
+    assert [n for n in names if not (ROOT / n).exists() and n not in library] == []
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
-        assert (root / picture).exists(), picture
+        assert (ROOT / picture).exists(), picture

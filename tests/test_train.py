@@ -1,34 +1,11 @@
 """train.py in real processes: logs, bytes, determinism, sweeps, failures."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def launch(workers: int, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
-    """Run train.py under torchrun, or without it when `workers` is 0."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"]
-    result = subprocess.run(
-        [sys.executable, *(torchrun if workers else []), "train.py", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert result.returncode == expect, result.stdout + result.stderr
-    return result
-
-
-def before_torchrun(stderr: str) -> str:
-    """What our processes wrote, without torchrun's own report of their exit."""
-    return stderr.split("torch/distributed/elastic/multiprocessing/api.py")[0]
+from logs import what_must_repeat
+from run import before_torchrun, launch
 
 
 def records(runs: Path, kind: str | None = None) -> list[dict]:
@@ -36,12 +13,6 @@ def records(runs: Path, kind: str | None = None) -> list[dict]:
     (path,) = runs.glob("*/metrics.jsonl")
     every = [json.loads(line) for line in path.read_text().splitlines()]
     return [record for record in every if kind in (None, record["record"])]
-
-
-def what_must_repeat(record: dict) -> dict:
-    """A record without its times, and without the configuration, which names the run's folder."""
-    varying = ("seconds", "phases", "started", "optimizer_share", "config", "overrides")
-    return {key: value for key, value in record.items() if key not in varying}
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from scripts.figures import LOG_NAME, SCHEMA
 from training.config import ROOT, Job
+from training.records import LOG_NAME, SCHEMA
 from training.workers import RunError, one_line
 
 

@@ -9,14 +9,14 @@ from omegaconf import DictConfig
 from torch import nn
 
 from baselines import AllReduced
-from baselines.common import LocalOptimizer
 from ef21_muon import EF21Muon, HierarchicalEF21Muon, param_groups
-from ef21_muon.feedback import EF21
-from ef21_muon.phases import starts
+from ef21_muon.communicating import CommunicatingOptimizer
+from ef21_muon.messages.feedback import EF21
+from ef21_muon.messages.switch import starts
 from training.config import build
 from training.workers import RunError
 
-METHODS = (EF21Muon, AllReduced, LocalOptimizer)  # what train.py can use
+METHODS = (CommunicatingOptimizer, AllReduced)  # what train.py can use
 # What optimizers get from elsewhere than configs/optimizer.
 ELSEWHERE = {"params", "norm", "radius", "w2s", "s2w", "seed", "process_group"}
 

@@ -6,8 +6,8 @@ import torch
 from omegaconf import DictConfig
 
 from ef21_muon import EF21Muon
-from ef21_muon.layers import batch_layers
-from ef21_muon.phases import in_round, starts
+from ef21_muon.exchange.layers import batch_layers
+from ef21_muon.messages.switch import in_round, starts
 from model import GPT
 from training.config import build
 from training.method import parameter_groups
@@ -92,5 +92,7 @@ def _rank(groups: list[dict], config: DictConfig, rank: int, workers: int) -> di
         "w2s": up,
         "s2w": 0 if replicated else sum(size * len(b.names) for b, size in s2w),
         "wire": up * (workers - 1) if replicated else up - own + served * (workers - 1),
-        "state": sum(t.nbytes for b in batches for s in b.state().values() for t in s.values()),
+        "state": sum(
+            t.nbytes for b in batches for s in b.parameter_state().values() for t in s.values()
+        ),
     }

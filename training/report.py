@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ef21_muon import AdaptiveRadius, Compressor, EF21Muon, Switch
-from ef21_muon.phases import in_round
+from ef21_muon.messages.switch import in_round
 from training.method import is_ef21
 from training.workers import Workers
 

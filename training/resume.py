@@ -8,8 +8,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from ef21_muon.communicating import CommunicatingOptimizer
 from training.checkpoint import load, read_facts
 from training.config import what_matters
+from training.schedule import new_scheduler
 from training.workers import RunError
 
 # Cumulative byte counts go on from those of the checkpoint, whoever counts.
@@ -114,13 +116,13 @@ def _generator_states(run) -> dict[str, Tensor]:
 
 def _continue(run, facts: dict) -> None:
     """Counters, schedule and times of the checkpoint."""
-    if facts["round"] is not None:
-        run.optimizer.round = facts["round"]
     position = facts["position"]
+    if isinstance(run.optimizer, CommunicatingOptimizer):
+        run.optimizer.go_on_after(position["step"])
     run.first_step, run.seconds = position["step"] + 1, position["seconds"]
     run.bytes_before = {key: position[key] - getattr(run.optimizer, key) for key in BYTES}
     run.phases = facts["phases"]
-    run.start_schedule(position["step"])
+    run.scheduler = new_scheduler(run.optimizer, run.config, position["step"])
 
 
 def _hash(config: dict) -> str:

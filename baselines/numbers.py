@@ -1,0 +1,21 @@
+"""The ranges of hyperparameters, told and checked."""
+
+from ef21_muon import checks
+
+AT_LEAST_0 = "of at least 0", lambda value: value >= 0
+BELOW_1 = "of at least 0, below 1", lambda value: 0 <= value < 1
+RANGES = {
+    "lr": AT_LEAST_0,
+    "lion_lr": AT_LEAST_0,
+    "weight_decay": AT_LEAST_0,
+    "mu": BELOW_1,
+    "decay": BELOW_1,
+    "betas": BELOW_1,
+    "lion_betas": BELOW_1,
+    "rank_fraction": ("above 0, at most 1", lambda value: 0 < value <= 1),
+}
+
+
+def check_number(name: str, value: float) -> None:
+    """Raise ValueError unless the value is a finite number in its range."""
+    checks.check_number(name, value, RANGES)

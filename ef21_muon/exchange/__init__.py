@@ -1,0 +1,1 @@
+"""Who sends what to whom: layers in batches, their servers, the collectives of a round."""

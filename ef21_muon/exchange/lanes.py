@@ -1,0 +1,93 @@
+"""Workers of several ranks: which rank of a worker holds the state of which layer.
+
+Ranks j G to j G + G - 1 are worker j. Every layer has a lane, one of the G ranks of each worker:
+that rank gets the mean of its worker's gradients and takes part in rounds with the ranks of its
+lane in the other workers. So encoding, server work and traffic between workers are spread over the
+ranks of a worker, and nothing crosses twice.
+"""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ef21_muon.exchange.placement import spread
+
+
+class Lanes:
+    """This rank's place among the `worker_size` ranks of its worker, and the lane of every layer.
+
+    parameters: of all layers, in the same order on all ranks. `worker` is the process group of this
+    worker, `lane` that of the ranks which hold the same layers in all workers, `holders` every
+    parameter with the rank of this worker that holds it, `own` those of this rank. To wait longer
+    than `timeout`, by default torch's, for another rank is an error. Raises ValueError where
+    `worker_size` does not divide the ranks or leaves one without a layer, and without a process
+    group.
+    """
+
+    def __init__(self, parameters: list[Tensor], worker_size: int, timeout: timedelta | None):
+        if not dist.is_initialized():
+            raise ValueError(f"worker_size={worker_size} needs a process group: use torchrun")
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        if worker_size < 1 or ranks % worker_size:
+            raise ValueError(
+                f"worker_size={worker_size} does not divide {ranks} ranks: give a divisor"
+            )
+        if len(parameters) < worker_size:
+            raise ValueError(
+                f"worker_size={worker_size} leaves ranks without a layer: the model has "
+                f"{len(parameters)}, give at most as many"
+            )
+        worker, place = divmod(rank, worker_size)
+        first = worker * worker_size
+        self.worker_size = worker_size
+        self.worker = _group(range(first, first + worker_size), timeout)
+        self.lane = _group(range(place, ranks, worker_size), timeout)
+        of_layers = spread([parameter.numel() for parameter in parameters], worker_size)
+        self.holders = [
+            (parameter, first + lane) for parameter, lane in zip(parameters, of_layers, strict=True)
+        ]
+        self.own = {parameter for parameter, holder in self.holders if holder == rank}
+
+    def agree(self, refused: ValueError | None) -> None:
+        """Raise ValueError on all ranks of the worker where one refuses its layers."""
+        device = self.holders[0][0].device
+        refusals = torch.tensor(int(refused is not None), device=device)
+        dist.all_reduce(refusals, group=self.worker)
+        if refused:
+            raise refused
+        if refusals:
+            raise ValueError("another rank of this worker has refused its layers: see its error")
+
+    def total(self, *numbers: int) -> list[int]:
+        """The sums of the numbers over the ranks of the worker."""
+        sums = torch.tensor(numbers, device=self.holders[0][0].device)
+        dist.all_reduce(sums, group=self.worker)
+        return sums.tolist()
+
+    def reduce_gradients(self) -> None:
+        """The mean of the worker's gradients, on the rank that holds a layer; elsewhere none."""
+        works = [
+            dist.reduce(parameter.grad, holder, group=self.worker, async_op=True)
+            for parameter, holder in self.holders
+        ]
+        for work in works:
+            work.wait()
+        for parameter, _ in self.holders:
+            if parameter not in self.own:
+                parameter.grad = None
+        torch._foreach_div_([parameter.grad for parameter in self.own], self.worker_size)
+
+    def share_parameters(self) -> None:
+        """Every layer as the rank that holds it has it."""
+        works = [
+            dist.broadcast(parameter.detach(), holder, group=self.worker, async_op=True)
+            for parameter, holder in self.holders
+        ]
+        for work in works:
+            work.wait()
+
+
+def _group(ranks: range, timeout: timedelta | None) -> dist.ProcessGroup:
+    return dist.new_group(list(ranks), timeout, use_local_synchronization=True)

@@ -1,0 +1,249 @@
+"""Layers, their state, and how they are grouped into batches."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ef21_muon.exchange.placement import owned_layers, spread
+from ef21_muon.messages.compressors import Compressor
+from ef21_muon.messages.switch import in_round
+
+
+@dataclass(kw_only=True)
+class Batch:
+    """Layers of one group and one shape, processed as L matrices (m, n).
+
+    A vector of n entries is (n, 1), a parameter of more than two dimensions (d_0, rest).
+    `broken_at` (L,) is the first step, counted from 1, whose gradient was not finite, 0 if there
+    was none.
+    """
+
+    group: int
+    names: list[str]
+    params: list[Tensor]
+    shape: tuple[int, int]
+    broken_at: Tensor = field(init=False)
+
+    def __post_init__(self):
+        device = self.params[0].device
+        self.broken_at = torch.zeros(len(self.params), dtype=torch.int64, device=device)
+
+    def matrices(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Tensors of these layers' parameters as m x n matrices."""
+        return [tensor.reshape(self.shape) for tensor in tensors]
+
+    def as_parameters(self, matrices: Tensor) -> list[Tensor]:
+        """(L, m, n) as tensors of the parameters' shapes."""
+        return [x.view_as(p) for x, p in zip(matrices, self.params, strict=True)]
+
+    def zeros(self, layers: slice = slice(None)) -> Tensor:
+        """A float32 zero for some of the layers, (layers, m, n)."""
+        params = self.params[layers]
+        return torch.zeros(len(params), *self.shape, device=self.params[0].device)
+
+    def tables(self) -> Iterator[tuple[str, Tensor, slice]]:
+        """Of every part of the state its name, its matrices, and the layers that they are of."""
+        raise NotImplementedError
+
+    def parameter_state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Views of each parameter's part of the state."""
+        state = {parameter: {} for parameter in self.params}
+        for name, matrices, layers in self.tables():
+            for row, parameter in enumerate(self.params[layers]):
+                state[parameter][name] = matrices[row]
+        return state
+
+
+@dataclass(kw_only=True)
+class ServedBatch(Batch):
+    """Layers of one rule too, ordered by owner.
+
+    They are sent by `w2s` and come back by `s2w`; `owned_by` has the layers that each rank serves,
+    `owned` those of this rank. `contraction` and `estimator_error` (L,) are those of a watched
+    step.
+    """
+
+    w2s: Compressor
+    s2w: Compressor
+    owned_by: list[slice]
+    owned: slice
+    contraction: Tensor | None = None
+    estimator_error: Tensor | None = None
+
+    @property
+    def serves(self) -> bool:
+        """Whether this rank owns a layer."""
+        return self.owned.stop > self.owned.start
+
+    def shift_error(self) -> Tensor | None:
+        """||X - W|| / ||X|| of the layers owned here; None where nothing is lost on the way."""
+        raise NotImplementedError
+
+    def served_parameters(self) -> Tensor:
+        """The layers owned here, (owned layers, m, n) in the parameters' dtype."""
+        return torch.stack(self.matrices(p.detach() for p in self.params[self.owned]))
+
+
+@dataclass(kw_only=True)
+class LayerBatch(ServedBatch):
+    """Layers of Algorithm 1.
+
+    Worker state, (L, m, n) float32: `momentum` M_j and `gradient_estimate` G_j (or what other kinds
+    of feedback remember). Server state of the layers `owned` by this rank: `server_gradient` G and,
+    where s2w loses anything, the iterate `server_model` X; the model shift W is the parameters
+    themselves.
+    """
+
+    momentum: Tensor = field(init=False)
+    gradient_estimate: Tensor = field(init=False)
+    server_gradient: Tensor = field(init=False)
+    server_model: Tensor | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.momentum, self.gradient_estimate = self.zeros(), self.zeros()
+        self.server_gradient = self.zeros(self.owned)
+        if self.serves and not self.s2w.lossless:
+            self.server_model = self.served_parameters().float()
+
+    def shift_error(self) -> Tensor | None:
+        if self.server_model is None:
+            return None
+        return relative_error(self.served_parameters(), self.server_model)
+
+    def tables(self) -> Iterator[tuple[str, Tensor, slice]]:
+        yield "momentum", self.momentum, slice(None)
+        yield "gradient_estimate", self.gradient_estimate, slice(None)
+        yield "server_gradient", self.server_gradient, self.owned
+        if self.server_model is not None:
+            yield "server_model", self.server_model, self.owned
+
+
+@dataclass(kw_only=True)
+class RoundBatch(ServedBatch):
+    """Layers that workers step by themselves between rounds.
+
+    `model_shift` W (L, m, n), in the parameters' dtype, is what all workers agree on; the
+    parameters are this worker's own x_j. Worker state, float32: `memory`, the error e_j, or G_j of
+    EF21. Server state of the layers owned here, where there is any: `server_momentum` V,
+    `server_gradient`, EF21's G, and `server_error` e_s. Where messages travel for some steps,
+    `message` and `server_message` are the payloads under way, and `departure` is the x_j that the
+    first was made of. `outer_gradient` lives within a server's turn.
+    """
+
+    memory_name: str = "error"
+    model_shift: Tensor | None = None
+    memory: Tensor | None = None
+    server_momentum: Tensor | None = None
+    server_gradient: Tensor | None = None
+    server_error: Tensor | None = None
+    departure: Tensor | None = None
+    message: Tensor | None = None
+    server_message: Tensor | None = None
+    outer_gradient: Tensor | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.model_shift = self.local_models()
+        self.memory = self.zeros()
+
+    def local_models(self) -> Tensor:
+        """x_j, (L, m, n) in the parameters' dtype."""
+        return torch.stack(self.matrices(parameter.detach() for parameter in self.params))
+
+    def told(self) -> Tensor:
+        """The x_j that the last message was made of."""
+        return self.local_models() if self.departure is None else self.departure
+
+    @property
+    def gradient_estimate(self) -> Tensor:
+        """G_j, where EF21 remembers it."""
+        return self.memory
+
+    def tables(self) -> Iterator[tuple[str, Tensor, slice]]:
+        yield "model_shift", self.model_shift, slice(None)
+        yield self.memory_name, self.memory, slice(None)
+        for name in ("departure", "message"):
+            if (table := getattr(self, name)) is not None:
+                yield name, table, slice(None)
+        for name in ("server_momentum", "server_gradient", "server_error", "server_message"):
+            if (table := getattr(self, name)) is not None:
+                yield name, table, self.owned
+
+    def shift_error(self) -> Tensor | None:
+        if self.server_error is None:
+            return None
+        error = torch.linalg.matrix_norm(self.server_error)
+        model = torch.linalg.matrix_norm(self.model_shift[self.owned] - self.server_error)
+        return torch.where(error == 0, 0.0, error / model)
+
+
+Batches = TypeVar("Batches", bound=ServedBatch)
+
+
+def named_layers(groups: list[dict]) -> Iterator[tuple[int, str, Tensor, tuple[int, int]]]:
+    """Of every layer its group's index, its name, the parameter and its shape as a matrix.
+
+    Raises ValueError for a parameter without entries.
+    """
+    for index, group in enumerate(groups):
+        unnamed = [f"parameter {place} of group {index}" for place in range(len(group["params"]))]
+        names = group.get("param_names", unnamed)
+        for name, parameter in zip(names, group["params"], strict=True):
+            if parameter.numel() == 0:
+                raise ValueError("a parameter has no entries: leave it out of the groups")
+            rows = parameter.shape[0] if parameter.ndim else 1
+            yield index, name, parameter, (rows, parameter.numel() // rows)
+
+
+def batch_layers(groups: list[dict], server: str, rank: int, ranks: int) -> list[LayerBatch]:
+    """Batches of Algorithm 1, with their state at zero and X = W; servers by the costs of LMOs.
+
+    groups: the optimizer's parameter groups. Raises ValueError for a parameter without entries.
+    """
+    costs = [groups[index]["norm"].cost(*shape) for index, _, _, shape in named_layers(groups)]
+    return serve(LayerBatch, groups, costs, server, rank, ranks)
+
+
+def serve(
+    kind: type[Batches], groups: list[dict], costs: list[int], server: str, rank: int, ranks: int
+) -> list[Batches]:
+    """Group layers by group and shape, each a batch of this kind, and give them servers.
+
+    groups: with the entries params, w2s and s2w; costs: of what the server of each layer does. The
+    order within a batch does not depend on `server`, so that a worker's random numbers meet the
+    same layers wherever the servers are.
+    """
+    layers = list(named_layers(groups))
+    spread_over = spread(costs, ranks)
+    batched = defaultdict(list)
+    for layer in sorted(range(len(layers)), key=spread_over.__getitem__):
+        index, name, parameter, shape = layers[layer]
+        batched[index, shape].append((name, parameter, spread_over[layer]))
+    batches = []
+    for (index, shape), members in batched.items():
+        names, params, of_layer = (list(column) for column in zip(*members, strict=True))
+        owned_by = owned_layers(of_layer, server, ranks)
+        batches.append(
+            kind(
+                group=index,
+                names=names,
+                params=params,
+                shape=shape,
+                w2s=in_round(groups[index]["w2s"], 0).fit(*shape),
+                s2w=groups[index]["s2w"].fit(*shape),
+                owned_by=owned_by,
+                owned=owned_by[rank],
+            )
+        )
+    return batches
+
+
+def relative_error(estimate: Tensor, of: Tensor) -> Tensor:
+    """||estimate - of|| / ||of|| for every matrix of a batch (L, m, n); 0 where both are zero."""
+    error = torch.linalg.matrix_norm(estimate - of)
+    return torch.where(error == 0, 0.0, error / torch.linalg.matrix_norm(of))

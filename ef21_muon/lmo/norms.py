@@ -1,0 +1,332 @@
+"""Norms: the geometry of the server's step.
+
+A norm gives `lmo(G)`, the minimiser of <G, Z> over its unit ball, and `dual(G)`, its dual norm, so
+that <G, lmo(G)> = -dual(G). All take batches of matrices (..., d_out, d_in), as torch.nn.Linear
+stores its weight; the optimizer passes a vector of n entries as an (n, 1) matrix.
+
+`scaling` names a scale s(d_out, d_in) by which a norm is divided, so that lmo and dual are s times
+as large. The formulas of the classes are those for s = 1.
+"""
+
+from inspect import signature
+from math import isfinite, sqrt
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from ef21_muon.lmo.newton_schulz import POLYNOMIALS, length, newton_schulz, unit_length
+
+
+class Norm:
+    """A norm on matrices of d_out rows and d_in columns.
+
+    `scalings` has its scales by name; ValueError for another name. A norm of your own gives
+    `aligned` and `dual_norm` (or `lmo` and `dual`), and `cost`.
+    """
+
+    scalings: ClassVar = {"none": lambda d_out, d_in: 1.0}
+
+    def __init__(self, scaling: str = "none"):
+        if scaling not in self.scalings:
+            raise ValueError(
+                f"{type(self).__name__} got scaling={scaling!r}: choose {', '.join(self.scalings)}"
+            )
+        self.scaling = scaling
+
+    def lmo(self, gradient: Tensor) -> Tensor:
+        """argmin of <gradient, Z> over ||Z|| <= 1; zero where the gradient is.
+
+        (..., d_out, d_in) -> the same shape.
+        """
+        return self.aligned(gradient).mul_(-self.scale(*gradient.shape[-2:]))
+
+    def dual(self, gradient: Tensor) -> Tensor:
+        """The dual norm. (..., d_out, d_in) -> (...)."""
+        return self.dual_norm(gradient) * self.scale(*gradient.shape[-2:])
+
+    @torch.no_grad()
+    def init_(self, weight: Tensor, generator: Generator | None = None) -> Tensor:
+        """Fill weight (..., d_out, d_in) with random extreme points of the unit ball; returns it.
+
+        They are minus the exact LMO of Gaussian matrices. With scaling="scion" this is what Scion
+        (arXiv:2502.07529) starts from, up to the factor of the layer's radius: uniform over
+        orthogonal matrices for Spectral, over signs, over spheres for columns and rows. Only where
+        Scion starts at zero, as with biases, use zeros.
+        """
+        gaussian = torch.randn(weight.shape, generator=generator, device=weight.device)
+        return weight.copy_(self.exact().lmo(gaussian).neg_())
+
+    def exact(self) -> "Norm":
+        """This norm with an LMO that is exact up to rounding."""
+        return self
+
+    def cost(self, d_out: int, d_in: int) -> int:
+        """Multiplications that `lmo` takes for one matrix, for balancing servers."""
+        raise NotImplementedError
+
+    def aligned(self, gradient: Tensor) -> Tensor:
+        """argmax of <gradient, Z> over the unit ball for s = 1, as a new tensor."""
+        raise NotImplementedError
+
+    def dual_norm(self, gradient: Tensor) -> Tensor:
+        """The dual norm for s = 1."""
+        raise NotImplementedError
+
+    def scale(self, d_out: int, d_in: int) -> float:
+        """s(d_out, d_in)."""
+        return self.scalings[self.scaling](d_out, d_in)
+
+    def __repr__(self) -> str:
+        """The call that builds it, defaults left out."""
+        given = [
+            f"{name}={getattr(self, name)!r}"
+            for name, parameter in signature(type(self)).parameters.items()
+            if getattr(self, name, parameter.default) != parameter.default
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+
+class Spectral(Norm):
+    """sigma_max(Z); lmo(U S V^T) = -U V^T; the dual is the nuclear norm, the sum of S.
+
+    scaling: "scion" divides by sqrt(d_out/d_in), which makes it the RMS -> RMS operator norm
+    (arXiv:2502.07529); "muon" by sqrt(max(1, d_out/d_in)) and "moonlight" by
+    0.2 sqrt(max(d_out, d_in)), which gives steps an RMS of 0.2 (arXiv:2502.16982): "original" and
+    "match_rms_adamw" of torch.optim.Muon. With "scion" a vector as (n, 1) has its RMS norm.
+
+    method: `steps` of "jordan" or "polar_express" in `dtype` (see `newton_schulz`), whose singular
+    values, and with them the norm of the step, lie in a band around 1; or "svd", exact and slow,
+    for studies. The dual is always exact. ValueError for what is none of these.
+    """
+
+    scalings: ClassVar = {
+        "scion": lambda d_out, d_in: sqrt(d_out / d_in),
+        "muon": lambda d_out, d_in: sqrt(max(1, d_out / d_in)),
+        "moonlight": lambda d_out, d_in: 0.2 * sqrt(max(d_out, d_in)),
+        "none": lambda d_out, d_in: 1.0,
+    }
+    methods = (*POLYNOMIALS, "svd")
+    dtypes = (None, torch.bfloat16, torch.float32, torch.float64)
+
+    def __init__(
+        self,
+        method: str = "jordan",
+        steps: int = 5,
+        scaling: str = "scion",
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(scaling)
+        if method not in self.methods:
+            raise ValueError(f"Spectral got method={method!r}: choose {', '.join(self.methods)}")
+        if not (isinstance(steps, int) and steps >= 1):
+            raise ValueError(f"Spectral got steps={steps}: give at least 1 Newton-Schulz step")
+        if dtype not in self.dtypes:
+            raise ValueError(f"Spectral got dtype={dtype!r}: choose one of {self.dtypes}")
+        self.method = method
+        self.steps = steps
+        self.dtype = dtype
+
+    def aligned(self, gradient: Tensor) -> Tensor:
+        if self.method == "svd":
+            return _polar_factor(gradient)
+        return newton_schulz(gradient, self.steps, self.dtype, self.method)
+
+    def dual_norm(self, gradient: Tensor) -> Tensor:
+        return torch.linalg.svdvals(gradient).sum(-1)
+
+    def exact(self) -> Norm:
+        return Spectral("svd", scaling=self.scaling)
+
+    def cost(self, d_out: int, d_in: int) -> int:
+        """Of an SVD, or of Newton-Schulz steps taken one by one, as all are in bfloat16."""
+        short, long = sorted((d_out, d_in))
+        if self.method == "svd":
+            return short * short * (3 * long + 10 * short)
+        return self.steps * short * short * (2 * long + short)
+
+
+class Sign(Norm):
+    """max |Z_ij|, the 1 -> infinity operator norm; lmo(G) = -sign(G); the dual is sum |G_ij|.
+
+    scaling: "scion" divides by 1/d_in, Scion's choice for the (tied) head (arXiv:2502.07529).
+    """
+
+    scalings: ClassVar = {
+        "scion": lambda d_out, d_in: 1 / d_in,
+        "none": lambda d_out, d_in: 1.0,
+    }
+
+    def __init__(self, scaling: str = "scion"):
+        super().__init__(scaling)
+
+    def aligned(self, gradient: Tensor) -> Tensor:
+        return gradient.sign()
+
+    def dual_norm(self, gradient: Tensor) -> Tensor:
+        return gradient.abs().sum((-2, -1))
+
+    def cost(self, d_out: int, d_in: int) -> int:
+        return d_out * d_in
+
+
+class ColumnNorm(Norm):
+    """max_j ||Z_:j||; lmo(G)_:j = -G_:j / ||G_:j||; the dual is sum_j ||G_:j||.
+
+    scaling: "scion" divides by sqrt(d_out), which makes it the 1 -> RMS operator norm of Scion
+    (arXiv:2502.07529), for the input layer. Its columns are the rows of a torch.nn.Embedding: for
+    that take RowNorm("none") with the radius sqrt(d_in).
+    """
+
+    scalings: ClassVar = {
+        "scion": lambda d_out, d_in: sqrt(d_out),
+        "none": lambda d_out, d_in: 1.0,
+    }
+
+    def __init__(self, scaling: str = "scion"):
+        super().__init__(scaling)
+
+    def aligned(self, gradient: Tensor) -> Tensor:
+        return unit_length(gradient, -2)
+
+    def dual_norm(self, gradient: Tensor) -> Tensor:
+        return length(gradient, -2).sum(-1)
+
+    def cost(self, d_out: int, d_in: int) -> int:
+        return 3 * d_out * d_in
+
+
+class RowNorm(Norm):
+    """max_i ||Z_i:||; lmo(G)_i: = -G_i: / ||G_i:||; the dual is sum_i ||G_i:||.
+
+    scaling: "scion" divides by 1/sqrt(d_in), which makes it the RMS -> infinity operator norm of
+    Scion (arXiv:2502.07529), for the output layer.
+    """
+
+    scalings: ClassVar = {
+        "scion": lambda d_out, d_in: 1 / sqrt(d_in),
+        "none": lambda d_out, d_in: 1.0,
+    }
+
+    def __init__(self, scaling: str = "scion"):
+        super().__init__(scaling)
+
+    def aligned(self, gradient: Tensor) -> Tensor:
+        return unit_length(gradient, -1)
+
+    def dual_norm(self, gradient: Tensor) -> Tensor:
+        return length(gradient, -1).sum(-1)
+
+    def cost(self, d_out: int, d_in: int) -> int:
+        return 3 * d_out * d_in
+
+
+class Euclidean(Norm):
+    """||Z||_F; lmo(G) = -G / ||G||_F; the dual is ||G||_F: normalised gradient descent.
+
+    With an AdaptiveRadius(l0=1/gamma, l1=0) the step is -gamma G, that of gradient descent.
+    """
+
+    def aligned(self, gradient: Tensor) -> Tensor:
+        return unit_length(gradient)
+
+    def dual_norm(self, gradient: Tensor) -> Tensor:
+        return length(gradient)
+
+    def cost(self, d_out: int, d_in: int) -> int:
+        return 3 * d_out * d_in
+
+
+class BiasRMS(Euclidean):
+    """The RMS norm of Scion (arXiv:2502.07529) for biases, which come as (n, 1).
+
+    ||z|| / sqrt(n); lmo(g) = -sqrt(n) g / ||g||; the dual is sqrt(n) ||g||. Scion starts biases at
+    zero. Of a matrix it is the RMS of all entries.
+    """
+
+    scalings: ClassVar = {"scion": lambda d_out, d_in: sqrt(d_out * d_in)}
+
+    def __init__(self, scaling: str = "scion"):
+        super().__init__(scaling)
+
+
+class Nuclear(Norm):
+    """The sum of singular values; lmo(G) = -u v^T of the largest one; the dual is sigma_max(G).
+
+    u is found by squaring the Gram matrix of the short side `SQUARINGS` times, which is as good as
+    2^16 power iterations: relative to sigma_max(G), <G, lmo(G)> is within 1e-4 of the minimum
+    whatever the gap to the next singular value, and mostly within 1e-6. Unlike an eigensolver this
+    never waits for the device, and it passes NaN on instead of raising.
+    """
+
+    SQUARINGS = 16
+
+    def aligned(self, gradient: Tensor) -> Tensor:
+        tall = gradient.shape[-2] > gradient.shape[-1]
+        x = unit_length(gradient.mT if tall else gradient)
+        power = x @ x.mT
+        for _ in range(self.SQUARINGS):
+            power = unit_length(power)
+            power = power @ power
+        largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
+        left = power.gather(-1, largest.expand(*power.shape[:-1], 1))
+        right = unit_length(x.mT @ left)
+        left = unit_length(x @ right)
+        return right @ left.mT if tall else left @ right.mT
+
+    def dual_norm(self, gradient: Tensor) -> Tensor:
+        return torch.linalg.matrix_norm(gradient, 2)
+
+    def cost(self, d_out: int, d_in: int) -> int:
+        short, long = sorted((d_out, d_in))
+        return short * short * (long + self.SQUARINGS * short)
+
+
+class L1(Norm):
+    """sum |Z_ij|; lmo(G) = -sign(G_ij) at one entry of largest magnitude, else 0; dual max |G_ij|.
+
+    Greedy coordinate descent.
+    """
+
+    def aligned(self, gradient: Tensor) -> Tensor:
+        entries = gradient.flatten(-2)
+        place = entries.abs().argmax(-1, keepdim=True)
+        sign = entries.gather(-1, place).sign()
+        return torch.zeros_like(entries).scatter_(-1, place, sign).view(gradient.shape)
+
+    def dual_norm(self, gradient: Tensor) -> Tensor:
+        return gradient.abs().amax((-2, -1))
+
+    def cost(self, d_out: int, d_in: int) -> int:
+        return d_out * d_in
+
+
+class AdaptiveRadius:
+    """Gluon's layer-wise radius t_i = ||G_i||_* / (l0 + l1 ||G_i||_*) (arXiv:2505.13416).
+
+    l0, l1: at least 0, not both 0; ValueError otherwise. With l1 = 0 it is the step of the L-smooth
+    theorem of arXiv:2510.00643, gamma ||G||_* with gamma = 1 / l0.
+    """
+
+    def __init__(self, l0: float, l1: float):
+        for name, value in (("l0", l0), ("l1", l1)):
+            if not (isinstance(value, float | int) and isfinite(value) and value >= 0):
+                raise ValueError(f"AdaptiveRadius got {name}={value}: give a number of at least 0")
+        if l0 == l1 == 0:
+            raise ValueError("AdaptiveRadius got l0=0 and l1=0: give one above 0")
+        self.l0, self.l1 = l0, l1
+
+    def __call__(self, dual: Tensor) -> Tensor:
+        """Dual norms (L,) of the layers -> radii (L,); 0 where the dual norm is 0."""
+        return torch.where(dual > 0, dual / (self.l0 + self.l1 * dual), 0.0)
+
+    def __repr__(self) -> str:
+        return f"AdaptiveRadius(l0={self.l0:g}, l1={self.l1:g})"
+
+
+def _polar_factor(matrices: Tensor) -> Tensor:
+    """U V^T of U S V^T; directions whose singular value is zero up to rounding are left out."""
+    left, values, right = torch.linalg.svd(matrices.nan_to_num(), full_matrices=False)
+    rounding = torch.finfo(values.dtype).eps * max(matrices.shape[-2:])
+    kept = values > rounding * values[..., :1]
+    return ((left * kept[..., None, :]) @ right).where(matrices.isfinite(), torch.nan)

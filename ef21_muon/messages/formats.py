@@ -1,0 +1,45 @@
+"""Value formats by the names that configurations write."""
+
+import re
+from collections.abc import Mapping
+
+from ef21_muon.messages.normal import Normal
+from ef21_muon.messages.values import (
+    BFloat16,
+    Float32,
+    Integer,
+    Natural,
+    NaturalWindow,
+    SignScale,
+    Values,
+)
+
+NAMES = "float32, bfloat16, natural, natural3 to natural7, int2 to int8, normal1 to normal6, sign"
+
+
+def value_format(values: Values | str | Mapping) -> Values:
+    """A format from what configurations write; a format is returned as it is.
+
+    A name, with the bits of a window, of integers or of normal levels behind it and a block behind
+    @ ("natural4", "int4@128", "sign@message"), or a mapping with such a `format` and further
+    options ({format: natural4, stochastic: false}). Raises ValueError for anything else.
+    """
+    if isinstance(values, Values):
+        return values
+    options = dict(values) if isinstance(values, Mapping) else {"format": values}
+    name = str(options.pop("format", None))
+    match = re.fullmatch(r"(float32|bfloat16|natural|normal|int|sign)(\d?)(?:@(\w+))?", name)
+    if not match or (match[1] in ("int", "normal")) > bool(match[2]):
+        raise ValueError(f"values={name} is not a value format: choose from {NAMES}")
+    kind, bits, block = match.groups()
+    if block:
+        options["block"] = int(block) if block.isdigit() else block
+    if bits:
+        options["exponent_bits" if kind == "natural" else "bits"] = int(bits)
+    formats = {"float32": Float32, "bfloat16": BFloat16, "sign": SignScale}
+    formats |= {"int": Integer, "normal": Normal, "natural": NaturalWindow if bits else Natural}
+    try:
+        return formats[kind](**options)
+    except TypeError:
+        told = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise ValueError(f"values={kind} does not take {told}: choose from {NAMES}") from None

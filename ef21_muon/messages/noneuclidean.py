@@ -1,0 +1,201 @@
+"""Compressors that contract in the norms of the LMO step, and two that modify another compressor.
+
+The theory takes the contraction of C_j (w2s) in the dual norm or the Euclidean one and that of C
+(s2w) in the norm itself (arXiv:2510.00643). `alpha` is always the Frobenius one, as everywhere;
+classes document the others. Rates in other norms are those of float32 values.
+"""
+
+from copy import copy
+from math import sqrt
+
+import torch
+from torch import Generator, Tensor
+
+from ef21_muon.lmo.newton_schulz import unit_largest
+from ef21_muon.messages.bits import check_length, index_bytes, pack_indices, unpack_indices
+from ef21_muon.messages.compressors import Compressor, Fraction, RankK
+from ef21_muon.messages.fitted import FittedRank
+from ef21_muon.messages.selection import largest
+from ef21_muon.messages.values import Float32
+
+
+class TopSingular(RankK):
+    """The K largest singular triplets by an exact SVD, K = fraction min(m, n), as factors.
+
+    P holds the singular vectors of the shorter side and Q = P^T x; both are sent as RankK sends
+    them. Of r = min(m, n) singular values it drops the r - K smallest, so in the Schatten-p norm
+
+        1 - alpha = (1 - K / r)^(2/p):  K / r for Frobenius, 1 - (1 - K / r)^2 for nuclear.
+
+    In the spectral norm (p = infinity) the error is sigma_{K+1}: it never exceeds sigma_1, but
+    reaches it where those are equal, so alpha = 0 there, as for every compressor of rank below r.
+
+    No message of its rank has a smaller error in any of these norms (Eckart and Young; Mirsky),
+    where RankK's sketch keeps the share K / r in expectation only. On a CPU the SVD takes 5 to 20
+    times as long as the sketch, so this is for small layers and for telling what a sketch loses.
+    """
+
+    def title(self) -> str:
+        return f"singular {self.percent()}"
+
+    def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        x = x if x.shape[1] <= x.shape[2] else x.mT
+        # The SVD of numbers that are not finite raises; in Q they stay, for the receiver to see.
+        vectors = torch.linalg.svd(unit_largest(x).nan_to_num_(), full_matrices=False).U
+        basis = vectors[..., : self.kept(x.shape[1])]
+        factors = basis.mT, basis.mT @ x
+        return torch.cat([self.values.encode(factor, generator) for factor in factors], 1)
+
+
+class TopColumns(Fraction):
+    """The k columns of largest 2-norm, k = fraction n, their places as Elias-Fano coded indices.
+
+    A column of a weight (d_out, d_in) belongs to one input. alpha = (1 - omega) k / n. For float32
+    values and q >= 1, in the mixed norm ||x||_{2,q} = (sum_j ||x_j||_2^q)^(1/q) of columns x_j,
+
+        1 - alpha = (1 - k / n)^(2/q):
+
+    the n - k dropped terms are the smallest of n, so at most their share (n - k) / n of the sum. It
+    is reached by columns of equal norm, and is 1 (nothing added, alpha = 0) for q = infinity.
+    """
+
+    def title(self) -> str:
+        return f"top columns {self.percent()}"
+
+    def payload_bytes(self, m: int, n: int) -> int:
+        k = self.kept(n)
+        return index_bytes(n, k) + self.values.payload_bytes(k, m)
+
+    def alpha(self, m: int, n: int) -> float:
+        k = self.kept(n)
+        return (1 - self.values.omega(k, m)) * k / n
+
+    def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        m, n = x.shape[1:]
+        columns = largest(torch.linalg.vector_norm(unit_largest(x), dim=1), self.kept(n))
+        kept = x.gather(2, columns[:, None].expand(-1, m, -1)).mT
+        return torch.cat([pack_indices(columns, n), self.values.encode(kept, generator)], 1)
+
+    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
+        check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
+        k = self.kept(n)
+        split = index_bytes(n, k)
+        columns = unpack_indices(payload[:, :split], n, k)[:, None].expand(-1, m, -1)
+        kept = self.values.decode(payload[:, split:], k, m).mT
+        return torch.zeros(len(payload), m, n, device=payload.device).scatter_(2, columns, kept)
+
+
+class Modified(Compressor):
+    """A compressor that changes what another one does, and is fitted where that one is."""
+
+    def __init__(self, compressor: Compressor):
+        if not isinstance(compressor, Compressor):
+            raise ValueError(
+                f"{type(self).__name__} got compressor={compressor!r}: "
+                "give a Compressor of ef21_muon"
+            )
+        super().__init__(compressor.values)
+        self.compressor = compressor
+
+    def payload_bytes(self, m: int, n: int) -> int:
+        return self.compressor.payload_bytes(m, n)
+
+    def fit(self, m: int, n: int) -> Compressor:
+        fitted = copy(self)
+        fitted.compressor = self.compressor.fit(m, n)
+        return fitted
+
+
+class Damping(Modified):
+    """C(x) = scale * compressor(x), scale in (0, 1]: the same message, and decoding multiplies.
+
+    It makes the unbiased formats of few bits contractive. Where a compressor keeps the share c of
+    ||x||^2 and writes it with unbiased rounding of omega, its alpha is (1 - omega) c, at 0 or below
+    from omega = 1 on. Damped,
+
+        alpha = c (2 scale - scale^2 (1 + omega)),
+
+    which is largest, c / (1 + omega), for scale = 1 / (1 + omega), the default. For values that are
+    biased give the scale; 1 - alpha is then (scale sqrt(1 - a) + 1 - scale)^2 for the compressor's
+    own alpha a, by the triangle inequality, in every norm in which it has one. Of the identity it
+    is a plain multiple, with 1 - alpha = (1 - scale)^2 in every norm.
+    """
+
+    def __init__(self, compressor: Compressor, scale: float | None = None):
+        super().__init__(compressor)
+        if isinstance(compressor, Modified):
+            raise ValueError(f"Damping got compressor={compressor}: damp the one inside it instead")
+        if scale is None and not self.values.unbiased:
+            raise ValueError(
+                f"Damping has no default scale for {compressor}, whose values are biased: give one"
+            )
+        if scale is None and isinstance(compressor, FittedRank):
+            raise ValueError(f"Damping has no default scale for {compressor}: give one")
+        if scale is not None and not (isinstance(scale, float | int) and 0 < scale <= 1):
+            raise ValueError(
+                f"Damping got scale={scale}: give a number above 0, at most 1, or None"
+            )
+        self.scale = scale
+
+    def title(self) -> str:
+        by = "" if self.scale is None else f" {self.scale:.4g}"
+        return f"damped{by} {self.compressor.title()}"
+
+    def alpha(self, m: int, n: int) -> float:
+        scale = self._scale(m, n)
+        if self.values.unbiased:
+            share, omega = self._share_and_omega(m, n)
+            return share * (2 * scale - scale**2 * (1 + omega))
+        return 1 - (scale * sqrt(1 - self.compressor.alpha(m, n)) + 1 - scale) ** 2
+
+    def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        return self.compressor.encode(x, generator)
+
+    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
+        return self.compressor.decode(payload, m, n).mul_(self._scale(m, n))
+
+    def _scale(self, m: int, n: int) -> float:
+        return self.scale or 1 / (1 + self._share_and_omega(m, n)[1])
+
+    def _share_and_omega(self, m: int, n: int) -> tuple[float, float]:
+        """c and omega of a compressor with unbiased values, from alpha = (1 - omega) c."""
+        exact = copy(self.compressor)
+        exact.values = Float32()
+        share = exact.alpha(m, n)
+        return share, 1 - self.compressor.alpha(m, n) / share
+
+
+class Dropout(Modified):
+    """The compressor's message with `probability`, in (0, 1], else nothing, C(x) = 0.
+
+    alpha = probability times the compressor's, in every norm. Every matrix of a batch is drawn for
+    itself. Sizes follow from shapes alone, so a dropped message takes its place all the same, with
+    a byte in front that says whether to read it: this saves no bytes. RandK does.
+    """
+
+    def __init__(self, compressor: Compressor, probability: float = 0.5):
+        super().__init__(compressor)
+        if not (isinstance(probability, float | int) and 0 < probability <= 1):
+            raise ValueError(
+                f"Dropout got probability={probability}: give a number above 0, at most 1"
+            )
+        self.probability = probability
+
+    def title(self) -> str:
+        return f"sent {100 * self.probability:.4g}%, {self.compressor.title()}"
+
+    def payload_bytes(self, m: int, n: int) -> int:
+        return 1 + super().payload_bytes(m, n)
+
+    def alpha(self, m: int, n: int) -> float:
+        return self.probability * self.compressor.alpha(m, n)
+
+    def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        draws = torch.rand(len(x), 1, generator=generator, device=x.device)
+        sent = (draws < self.probability).to(torch.uint8)
+        return torch.cat([sent, self.compressor.encode(x, generator)], 1)
+
+    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
+        check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
+        x = self.compressor.decode(payload[:, 1:], m, n)
+        return x.masked_fill_(payload[:, :1, None] == 0, 0)

@@ -1,0 +1,153 @@
+"""What optimizers with servers have in common: from workers to the servers of layers, and back."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ef21_muon.communicating import CommunicatingOptimizer
+from ef21_muon.exchange.collectives import Exchange
+from ef21_muon.exchange.layers import ServedBatch, relative_error
+from ef21_muon.exchange.phases import Phase, current
+from ef21_muon.messages.feedback import EF21
+
+Receive: TypeAlias = Callable[[], list]
+
+
+class ServedOptimizer(CommunicatingOptimizer):
+    """A communicating optimizer whose rounds are Algorithm 1's: messages to servers, and back.
+
+    A subclass sets `phases` and `feedback`, and says of a batch of layers what a worker sends
+    (`_worker_message`), what its servers make of the messages of all workers (`_receive`), what
+    they send (`_server_message`) and what a worker makes of that (`_update`).
+
+    While `watch` is True what messages lose is recorded; when `watched` is True too it is there of
+    all layers, for `diagnostics`.
+    """
+
+    batches: list[ServedBatch]
+    phases: list[Phase]
+    feedback: type[EF21]
+    _watch = False
+
+    @property
+    def watch(self) -> bool:
+        """Whether to record; setting it forgets what was recorded before."""
+        return self._watch
+
+    @watch.setter
+    def watch(self, value: bool) -> None:
+        self._watch = value
+        for batch in self.batches:
+            batch.contraction = None
+
+    @property
+    def watched(self) -> bool:
+        """Whether a message of every layer was recorded since `watch` was set."""
+        return all(batch.contraction is not None for batch in self.batches)
+
+    @property
+    def exchange(self) -> Exchange:
+        """The collectives of the next round."""
+        return current(self.phases, self.round).exchange
+
+    def _to_servers(self, phase: Phase, bucket: range) -> Receive:
+        """Encode what this worker sends of a bucket of batches, and start to send it."""
+        with self.timer("encode"):
+            messages = []
+            for b in bucket:
+                self.batches[b].w2s = phase.w2s[b]
+                messages.append(self._worker_message(self.batches[b]))
+        with self.timer("exchange"):
+            return phase.exchange.to_servers(messages, bucket)
+
+    def _to_workers(self, phase: Phase, bucket: range, receive: Receive) -> Receive:
+        """Serve the layers owned here with what workers have sent, and start to send the result."""
+        with self.timer("exchange"):
+            messages = receive()
+        with self.timer("decode"):
+            for b, from_workers in zip(bucket, messages, strict=True):
+                if self.batches[b].serves:
+                    self._receive(self.batches[b], from_workers)
+        with self.timer("server"):
+            messages = [self._serve(self.batches[b]) for b in bucket]
+        with self.timer("exchange"):
+            return phase.exchange.to_workers(messages, bucket)
+
+    def _to_parameters(self, bucket: range, receive: Receive) -> None:
+        """Update the layers of a bucket by what their servers have sent."""
+        with self.timer("exchange"):
+            messages = receive()
+        with self.timer("decode"):
+            for b, message in zip(bucket, messages, strict=True):
+                batch = self.batches[b]
+                self._update(batch, batch.s2w.decode(message, *batch.shape))
+
+    def _serve(self, batch: ServedBatch) -> Tensor:
+        """The payload for the layers owned here, which may be none."""
+        if batch.serves:
+            return self._server_message(batch)
+        size = batch.s2w.payload_bytes(*batch.shape)
+        return torch.empty(0, size, dtype=torch.uint8, device=batch.broken_at.device)
+
+    def _worker_message(self, batch: ServedBatch) -> Tensor:
+        """The payload of this worker, one row a layer."""
+        raise NotImplementedError
+
+    def _receive(self, batch: ServedBatch, from_workers: tuple[Tensor, ...]) -> None:
+        """from_workers: of each worker the payloads (layers owned here, bytes)."""
+        raise NotImplementedError
+
+    def _server_message(self, batch: ServedBatch) -> Tensor:
+        """The payload for the layers owned here, one row a layer."""
+        raise NotImplementedError
+
+    def _update(self, batch: ServedBatch, received: Tensor) -> None:
+        """received: (L, m, n), what the servers have sent."""
+        raise NotImplementedError
+
+    def _compress(
+        self, batch: ServedBatch, target: Tensor, memory: Tensor, error_decay: float
+    ) -> Tensor:
+        """Lines 10-11 of Algorithm 1: the payload of R_j for `target` (L, m, n)."""
+        difference = self.feedback.difference(target, memory, error_decay)
+        message = batch.w2s.encode(difference, self.generators["w2s"])
+        sent = batch.w2s.decode(message, *batch.shape)
+        self.feedback.remember(memory, difference, sent)
+        if self.watch:
+            estimate = self.feedback.estimate(memory, sent)
+            batch.contraction = 1 - relative_error(sent, difference).square_()
+            batch.estimator_error = relative_error(estimate, target)
+        return message
+
+    @staticmethod
+    def _add_mean(batch: ServedBatch, total: Tensor, from_workers: tuple[Tensor, ...]) -> None:
+        """Add the mean of all workers' messages."""
+        for message in from_workers:
+            received = batch.w2s.decode(message, *batch.shape)
+            total.add_(received, alpha=1 / len(from_workers))
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        """What compression did to each layer in the last messages that were watched.
+
+        `w2s_contraction`: 1 - ||C_j(x) - x||^2 / ||x||^2 of this worker's message, the alpha that
+        it achieved. `estimator_error`: ||M_j - G_j|| / ||M_j||. `model_shift_error`, of the layers
+        served here: ||X - W|| / ||X||. Waits for the device. RuntimeError if it was not watched.
+        """
+        if not self.watched:
+            raise RuntimeError("nothing was recorded: set watch=True before the step")
+        result = {}
+        for batch in self.batches:
+            columns = {
+                "w2s_contraction": batch.contraction.tolist(),
+                "estimator_error": batch.estimator_error.tolist(),
+            }
+            for layer, name in enumerate(batch.names):
+                result[name] = {key: values[layer] for key, values in columns.items()}
+            served, errors = batch.names[batch.owned], batch.shift_error()
+            errors = [0.0] * len(served) if errors is None else errors.tolist()
+            for name, error in zip(served, errors, strict=True):
+                result[name]["model_shift_error"] = error
+        return result

@@ -1,0 +1,109 @@
+"""The README's picture: a line a method, the lowest test loss by the bytes that were sent."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from scripts.shakespeare.results import Result, best_two, compressed, savings
+from training.picture import COLOURS, plain_losses, plain_sizes
+
+Line = Sequence[tuple[float, float]]  # (bytes, test loss), from few bytes to many
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a line is of: families of the study, without one all of ours that compress.
+
+    Its name is so many points right and up of its end.
+    """
+
+    name: str
+    families: tuple[str, ...]
+    colour: str
+    place: tuple[int, int] = (7, 0)
+    width: float = 1.8
+    style: str = "-"
+
+
+METHODS = (
+    Method("AdamW + DDP", ("AdamW",), COLOURS[6]),
+    Method("Dion", ("Dion", "Dion float32"), COLOURS[2]),
+    Method("Muon +\nPowerSGD", ("Muon + PowerSGD",), COLOURS[1], (7, 8)),
+    Method("EF21-Muon,\nuncompressed", ("identity",), COLOURS[4], (9, 9)),
+    Method("Muon + DDP", ("Muon",), COLOURS[5], (9, -10), style="--"),
+    Method("DeMo", ("DeMo",), COLOURS[3]),
+    Method("EF21-Muon and variants, compressed", (), COLOURS[0], (-80, 3), width=3),
+)
+BETWEEN = 200  # places at which lines are compared, beside their own points
+LOSSES = (1.3, 2.3)  # that are drawn
+
+
+def envelope(lines: Sequence[Line]) -> Line:
+    """The lowest loss that any line has reached with at most so many bytes; it ends at the lowest.
+
+    Between its points a line is straight over the logarithm of bytes, which are above 0.
+    """
+    own = {size for line in lines for size, _ in line}
+    between = np.geomspace(min(own), max(own), BETWEEN + 2)[1:-1]
+    sizes = np.array(sorted(own | set(between.tolist())))
+    reached = []
+    for line in lines:
+        of_line, losses = np.array(line).T
+        reached.append(np.interp(np.log(sizes), np.log(of_line), losses, left=np.inf))
+    lowest = np.minimum.accumulate(np.min(reached, axis=0))
+    end = int(lowest.argmin()) + 1
+    return list(zip(sizes[:end].tolist(), lowest[:end].tolist(), strict=True))
+
+
+def of_method(results: dict[str, Result], method: Method) -> list[Result]:
+    """The settings that its line is of."""
+    if not method.families:
+        return compressed(results)
+    return [one for one in results.values() if one.setting.family in method.families]
+
+
+def envelopes_figure(results: dict[str, Result], target: float) -> Figure:
+    """The envelope of every method; at the target and at the end, by how much ours sends less."""
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for method in METHODS:
+        if members := of_method(results, method):
+            line = envelope([result.by_bytes for result in members])
+            look = {"color": method.colour, "linewidth": method.width, "linestyle": method.style}
+            axes.plot(*zip(*line, strict=True), **look)
+            write(axes, method.name, line[-1], method.place, method.colour)
+    axes.axhline(target, color="#777777", linewidth=0.8, linestyle="--", zorder=0)
+    write(axes, f"target loss {target:.3f}", (0.31, target), (0, 6), "#777777")
+    identity, (fewest, closest) = results["identity"], best_two(results)
+    ends = (fewest.sent(target), target), (identity.sent(target), target)
+    times = savings(results, target)[fewest.setting.name]
+    compare(axes, *ends, f"{times:.0f} times fewer bytes")
+    ends = closest.by_bytes[-1], identity.by_bytes[-1]
+    compare(axes, *ends, f"{identity.bits / closest.bits:.0f} times fewer")
+    axes.set(
+        xlabel="bytes sent to the servers per worker / model size",
+        ylabel="lowest test loss so far (nats per token)",
+        xscale="log",
+        yscale="log",
+        xlim=(0.3, 800),
+        ylim=LOSSES,
+    )
+    plain_sizes(axes)
+    plain_losses(axes)
+    return figure
+
+
+def write(axes, text: str, point: tuple, offset: tuple[int, int], colour: str) -> None:
+    """A text beside a point: so many points right, or left, and up of it."""
+    side = "left" if offset[0] >= 0 else "right"
+    how = {"color": colour, "ha": side, "va": "center", "linespacing": 1}
+    axes.annotate(text, point, offset, textcoords="offset points", **how)
+
+
+def compare(axes, ours: tuple, other: tuple, text: str) -> None:
+    """An arrow from fewer bytes to more, and a text above it."""
+    colour = METHODS[-1].colour
+    axes.annotate("", ours, other, arrowprops={"arrowstyle": "<->", "color": colour})
+    write(axes, text, (ours[0] ** 0.7 * other[0] ** 0.3, ours[1]), (0, 7), colour)

@@ -1,0 +1,75 @@
+"""Time a step of settings of the study over slow links.
+
+    sudo python scripts/shakespeare/network.py [--steps 20]
+
+Two nodes are network namespaces (scripts/netns.py; root on Linux, iproute2), a worker of one thread
+each. Every setting is trained for some steps at every rate, and the mean time of a step goes to
+results/shakespeare/network.jsonl. EF21-Muon is timed with its servers on every rank, where nothing
+is sent back: placements take the same steps bit for bit, so the study's losses are theirs too.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts.measuring import WARM_UP, time_steps
+from scripts.netns import Network, requirements_missing
+from scripts.shakespeare.results import NETWORK_LOG, RESULTS
+from scripts.shakespeare.settings import SETTINGS, Setting
+from train import Run
+from training.config import compose
+from training.workers import Workers, leave
+
+RATES = ("100mbit", "1gbit")
+TIMED = ("identity", "served6", "fitted9", "served12", "fitted30", "muon", "powersgd16")
+
+
+def overrides(setting: Setting) -> tuple[str, ...]:
+    """The setting's own, with the servers where nothing is sent back."""
+    ours = not any(override.startswith("optimizer=") for override in setting.overrides)
+    placement = ("optimizer.server=replicated",) if ours else ()
+    return ("experiment=shakespeare", *setting.overrides, *placement)
+
+
+def job(options: argparse.Namespace, workers: Workers) -> int:
+    """On every node: time all settings; rank 0 writes them."""
+    for setting in (one for one in SETTINGS if one.name in TIMED):
+        run = Run(compose(overrides(setting)).config, workers)
+        for _ in range(WARM_UP):
+            run.step()
+        seconds, sent = time_steps(run, options.steps)
+        record = {"rate": options.rate, "name": setting.name, "seconds": seconds, "bytes": sent}
+        workers.say(f"{options.rate:>8}  {setting.name:<24} {seconds:.3f} s a step")
+        if workers.first:
+            with options.to.open("a") as log:
+                log.write(json.dumps(record) + "\n")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rate", help=argparse.SUPPRESS)  # of this process's link
+    parser.add_argument("--steps", type=int, default=20, help="timed steps (default %(default)s)")
+    parser.add_argument("--to", type=Path, default=RESULTS / NETWORK_LOG, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if "RANK" in os.environ:
+        workers = Workers()
+        return workers.finish(lambda: job(options, workers))
+    if missing := requirements_missing():
+        print(f"error: {missing}", file=sys.stderr)
+        return 1
+    options.to.unlink(missing_ok=True)
+    for rate in RATES:
+        own = [f"--rate={rate}", f"--steps={options.steps}", f"--to={options.to.resolve()}"]
+        with Network(2, rate) as network:
+            network.torchrun(__file__, *own, show=True, timeout=1200)
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,123 @@
+"""Why compression costs loss: replay one worker's messages. `python scripts/shakespeare/replay.py`.
+
+The uncompressed run of the study is trained in one process, and the gradients that its first worker
+has of a few layers are kept. Every compressor of the study then sends them, M_j - G_j round after
+round as in Algorithm 1 of arXiv:2510.00643, and it is measured how far G_j is from the momentum M_j
+(Frobenius norm), and how far the step that the LMO makes of it is from the step that it would make
+of M_j. The means over rounds and layers go to results/shakespeare/replay.jsonl, and
+scripts/shakespeare/figures.py draws them beside the losses. Gradients are the same for all: what
+compression does to the path of the model is left out.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from data.loader import WorkerBatches
+from ef21_muon import EF21Muon
+from ef21_muon.messages.compressors import Compressor
+from model import GPT
+from scripts.shakespeare.results import REPLAY_LOG, RESULTS
+from scripts.shakespeare.settings import SETTINGS
+from train import open_data
+from training.config import build, compose
+from training.method import build_optimizer
+
+WORKERS = 2
+LAYERS = (
+    "blocks.1.attention.query.weight",
+    "blocks.2.attention.value.weight",
+    "blocks.1.mlp.expand.weight",
+    "blocks.2.mlp.project.weight",
+)
+ROUNDS = 200  # all before the cooldown, at the full step
+EVERY = 5  # rounds between two that are measured
+NOT_REPLAYED = ("grid", "feedback", "both ways", "embedding apart", "fitted rank, server momentum")
+
+
+def worker_gradients(config: DictConfig, rounds: int) -> dict[str, list[Tensor]]:
+    """The first worker's gradients of LAYERS, each (m, n), in every round of a training."""
+    model = GPT(build(config.model, "model"), config.seed)
+    optimizer = build_optimizer(config, model)
+    layers = {name: p for name, p in model.named_parameters() if name in LAYERS}
+    tokens, _ = open_data(config)
+    workers = [
+        WorkerBatches(tokens, config.model.context, rank, WORKERS, config.seed)
+        for rank in range(WORKERS)
+    ]
+    gradients: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for _ in range(rounds):
+        for rank, windows in enumerate(workers):
+            loss = model(*windows.next(config.batch.sequences // WORKERS))
+            (loss / WORKERS).backward()
+            if rank == 0:
+                for name, layer in layers.items():
+                    gradients[name].append(WORKERS * layer.grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    return gradients
+
+
+def replay(gradients: Sequence[Tensor], w2s: Compressor, beta: float) -> tuple[float, float]:
+    """Send one layer's gradients: mean estimator error and mean LMO alignment.
+
+    ||G - M|| / ||M||, and <U V^T of G, U V^T of M> / min(m, n), 1 where the steps of the spectral
+    norm are the same; over rounds of the second half.
+    """
+    layer = torch.nn.Parameter(torch.zeros_like(gradients[0]))
+    optimizer = EF21Muon([layer], lr=0.0, w2s=w2s, beta=beta, seed=0)
+    errors, alignments = [], []
+    for done, gradient in enumerate(gradients, 1):
+        layer.grad = gradient
+        optimizer.step()
+        if done > len(gradients) // 2 and done % EVERY == 0:
+            state = optimizer.state[layer]
+            estimate, momentum = state["gradient_estimate"], state["momentum"]
+            errors.append(float((estimate - momentum).norm() / momentum.norm()))
+            steps = [orthogonalised(matrix) for matrix in (estimate, momentum)]
+            alignments.append(float((steps[0] * steps[1]).sum() / min(layer.shape)))
+    return mean(errors), mean(alignments)
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """U V^T of the singular value decomposition."""
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ v
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    configs = {
+        setting.name: compose(("experiment=shakespeare", *setting.overrides)).config
+        for setting in SETTINGS
+        if setting.family not in NOT_REPLAYED
+    }
+    gradients = worker_gradients(configs["identity"], ROUNDS)
+    lines = []
+    for name, config in configs.items():
+        if not config.optimizer._target_.endswith("EF21Muon"):
+            continue
+        w2s, beta = build(config.w2s, "w2s"), config.optimizer.beta
+        measured = [replay(of_layer, w2s, beta) for of_layer in gradients.values()]
+        error, alignment = (mean(values) for values in zip(*measured, strict=True))
+        record = {"name": name, "error": error, "alignment": alignment}
+        print(f"{name:<20} error {error:.3f}  alignment {alignment:.3f}", flush=True)
+        lines.append(json.dumps(record) + "\n")
+    (RESULTS / REPLAY_LOG).write_text("".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""results/README.md: the study in words and tables, from its logs."""
+
+import textwrap
+from pathlib import Path
+from statistics import mean, stdev
+
+from scripts.shakespeare.findings import findings
+from scripts.shakespeare.results import (
+    TARGET_SHARE,
+    Result,
+    best_two,
+    compressed,
+    savings,
+    target_loss,
+)
+from scripts.shakespeare.settings import SETTINGS
+
+TEXT = Path(__file__).with_name("report.md")
+RIVALS = ("Muon + PowerSGD", "Dion", "Dion float32", "DeMo")
+MORE_BITS = 1.01
+
+
+def report(results: dict[str, Result], replayed: dict[str, dict]) -> str:
+    """The page: report.md with numbers from the logs. Its words were written by looking at them."""
+    identity = results["identity"]
+    target = target_loss(identity)
+    run, last = identity.logs[0].run, identity.logs[0].evals[-1]
+    return TEXT.read_text().format(
+        headline=textwrap.fill(headline(results), 100),
+        parameters=run["parameters"],
+        steps=last["step"],
+        tokens_a_step=last["tokens"] // last["step"],
+        millions=last["tokens"] / 1e6,
+        torch=run["versions"]["torch"],
+        target_share=TARGET_SHARE,
+        target=target,
+        findings=findings(results, target, replayed),
+        more=MORE_BITS - 1,
+        rivals=rivals_table(results),
+        settings=table(results, target),
+        missing=missing(results),
+        grids=grid_table(results),
+    )
+
+
+def headline(results: dict[str, Result]) -> str:
+    """The README's first numbers: the fewest bytes to the target, and the closest final loss."""
+    identity, (fewest, closest) = results["identity"], best_two(results)
+    saved = savings(results, target_loss(identity))[fewest.setting.name]
+    return (
+        f"To the uncompressed run's loss at {100 * TARGET_SHARE:.0f} % of its tokens, "
+        f"{fewest.short} takes {saved:.0f} times fewer bytes; at the end, {closest.short} sends "
+        f"{identity.bits / closest.bits:.0f} times fewer and differs by "
+        f"{closest.over(identity):+.2f} % in test loss."
+    )
+
+
+def missing(results: dict[str, Result]) -> str:
+    """What of the study has not been run."""
+    left = []
+    for setting in SETTINGS:
+        done = len(results[setting.name].logs) if setting.name in results else 0
+        if done < len(setting.seeds):
+            left.append(f"{setting.name} ({len(setting.seeds) - done})" if done else setting.name)
+    return f"\nNot run yet (`make study` does): {', '.join(left)}.\n" if left else ""
+
+
+def table(results: dict[str, Result], target: float) -> str:
+    """Every setting: rate, final loss, and what it takes to the target."""
+    saved = savings(results, target)
+    lines = [
+        "| setting | seeds | bits a parameter and step | final test loss | over uncompressed "
+        "| tokens to target | bytes / model size to target | fewer than uncompressed |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, result in results.items():
+        if result.setting.family == "grid":
+            continue
+        final = f"{mean(result.final):.4f}"
+        if len(result.final) > 1:
+            final += f" ± {stdev(result.final):.4f}"
+        reached = ["not reached", "", ""]
+        if name in saved:
+            points = result.reach(target)
+            reached = [
+                f"{mean(point.tokens for point in points) / 1e6:.2f} M",
+                f"{result.sent(target):.2f}",
+                f"{saved[name]:.1f}x",
+            ]
+        over = f"{result.over(results['identity']):+.2f} %"
+        cells = [result.label, str(len(result.logs)), f"{result.bits:.3g}", final, over, *reached]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def rivals(results: dict[str, Result]) -> dict[str, str]:
+    """Of every run of another method that compresses, the best of ours up to its rate, by name."""
+    others = [result for result in results.values() if result.setting.family in RIVALS]
+    ours = [results["identity"], *compressed(results)]
+    found = {}
+    for other in others:
+        near = [result for result in ours if result.bits <= MORE_BITS * other.bits]
+        if near:
+            best = min(near, key=lambda result: mean(result.final))
+            found[other.setting.name] = best.setting.name
+    return found
+
+
+def rivals_table(results: dict[str, Result]) -> str:
+    """What `rivals` finds: bits a parameter and step, losses over the uncompressed run's."""
+    lines = [
+        "| other method | bits | at the end | ours | bits | at the end |",
+        "| --- | ---: | ---: | --- | ---: | ---: |",
+    ]
+    for pair in rivals(results).items():
+        cells = []
+        for result in (results[name] for name in pair):
+            over = result.over(results["identity"])
+            cells += [result.label, f"{result.bits:.3g}", f"{over:+.2f} %"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def grid_table(results: dict[str, Result]) -> str:
+    """The grids by which radii and learning rates were chosen."""
+    rows = [
+        f"| {name.removeprefix('grid/')} | {result.final[0]:.4f} |"
+        for name, result in results.items()
+        if result.setting.family == "grid"
+    ]
+    return "\n".join(["| grid point, half the steps | final test loss |", "| --- | ---: |", *rows])

@@ -1,0 +1,170 @@
+"""What the logs of results/shakespeare say: final losses, the target, and what it takes to it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from scripts.shakespeare.settings import SETTINGS, Setting
+from training.records import BYTES_PER_PARAMETER, Log, read_log
+
+RESULTS = Path(__file__).resolve().parents[2] / "results" / "shakespeare"
+TARGET_SHARE = 0.75  # of the uncompressed run's tokens
+OTHERS = ("Muon", "AdamW", "Muon + PowerSGD", "Dion", "Dion float32", "DeMo")  # families not ours
+NETWORK_LOG, REPLAY_LOG = "network.jsonl", "replay.jsonl"
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a run is: tokens processed, and bytes sent to and received from the servers."""
+
+    tokens: float
+    w2s: float
+    s2w: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """A setting and the logs of those of its seeds that have run."""
+
+    setting: Setting
+    logs: tuple[Log, ...]
+
+    @property
+    def label(self) -> str:
+        return self.logs[0].run["label"]
+
+    @property
+    def short(self) -> str:
+        """Its name in a sentence."""
+        return f"{self.setting.family} {self.setting.level}".strip()
+
+    @property
+    def final(self) -> list[float]:
+        """Test losses at the end, one a seed."""
+        return [log.evals[-1]["test_loss"] for log in self.logs]
+
+    @property
+    def bits(self) -> float:
+        """Bits sent to the servers for a parameter in a step, on average."""
+        log = self.logs[0]
+        last = log.evals[-1]
+        return 8 * last["w2s_bytes"] / last["step"] / log.run["parameters"]
+
+    def sizes(self, sent: float) -> float:
+        """Bytes in sizes of the model."""
+        return sent / (BYTES_PER_PARAMETER * self.logs[0].run["parameters"])
+
+    @property
+    def by_bytes(self) -> list[tuple[float, float]]:
+        """Sizes of the model sent to the servers, and the test loss then, mean over seeds."""
+        rows = zip(*(log.evals for log in self.logs), strict=True)
+        return [
+            (self.sizes(row[0]["w2s_bytes"]), mean(record["test_loss"] for record in row))
+            for row in rows
+        ]
+
+    def over(self, identity: "Result") -> float:
+        """Final test loss over the uncompressed run's, percent, by the means over seeds."""
+        return 100 * (mean(self.final) / mean(identity.final) - 1)
+
+    def reach(self, target: float) -> list[Point | None]:
+        """Where each seed reaches the target loss; None for one that does not."""
+        return [reach(log, target) for log in self.logs]
+
+    def sent(self, target: float) -> float | None:
+        """Sizes of the model sent to the servers until all seeds reach the target loss, mean."""
+        points = self.reach(target)
+        return self.sizes(mean(point.w2s for point in points)) if all(points) else None
+
+
+def read(directory: Path, settings: Sequence[Setting] = SETTINGS) -> dict[str, Result]:
+    """The settings that have run, by name. Raises ValueError for a log that is not as it should."""
+    results = {}
+    for setting in settings:
+        paths = [directory / f"{setting.name}-seed{seed}.jsonl" for seed in setting.seeds]
+        if logs := tuple(read_log(path) for path in paths if path.exists()):
+            results[setting.name] = Result(setting, logs)
+    if "identity" not in results:
+        raise ValueError(
+            f"{directory} lacks identity-seed0.jsonl: run scripts/shakespeare/run.py first"
+        )
+    return results
+
+
+def read_replay(directory: Path) -> dict[str, dict]:
+    """What scripts/shakespeare/replay.py measured, by setting; nothing where it has not run."""
+    path = directory / REPLAY_LOG
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {record["name"]: record for record in map(json.loads, lines)}
+
+
+def target_loss(identity: Result, share: float = TARGET_SHARE) -> float:
+    """The uncompressed run's test loss at a share of its tokens, mean of its seeds."""
+    losses = []
+    for log in identity.logs:
+        tokens = share * log.evals[-1]["tokens"]
+        losses += [record["test_loss"] for record in log.evals if record["tokens"] == tokens]
+    if len(losses) < len(identity.logs):
+        raise ValueError(f"identity has no evaluation at {share:.0%} of its tokens")
+    return mean(losses)
+
+
+def reach(log: Log, target: float) -> Point | None:
+    """Where the test loss first is at most `target`, between two evaluations on a straight line."""
+    before = {"tokens": 0, "w2s_bytes": 0, "s2w_bytes": 0, "test_loss": float("inf")}
+    for record in log.evals:
+        if record["test_loss"] <= target:
+            gap = before["test_loss"] - record["test_loss"]
+            share = (before["test_loss"] - target) / gap if gap < float("inf") else 1.0
+            return Point(
+                *(
+                    before[key] + share * (record[key] - before[key])
+                    for key in ("tokens", "w2s_bytes", "s2w_bytes")
+                )
+            )
+        before = record
+    return None
+
+
+def savings(results: dict[str, Result], target: float) -> dict[str, float]:
+    """How many times fewer bytes than the uncompressed run each setting sends to the target.
+
+    By the means over seeds; settings of which a seed does not reach it are left out.
+    """
+    sent = {
+        name: mean(point.w2s for point in points)
+        for name, result in results.items()
+        if result.setting.family != "grid" and all(points := result.reach(target))
+    }
+    return {name: sent["identity"] / one for name, one in sent.items()}
+
+
+def compressed(results: dict[str, Result]) -> list[Result]:
+    """Our settings that compress, in the study's order."""
+    not_these = ("grid", "identity", *OTHERS)
+    return [result for result in results.values() if result.setting.family not in not_these]
+
+
+def best_two(results: dict[str, Result]) -> tuple[Result, Result]:
+    """Of ours the fewest bytes to the target, and the lowest final loss at a tenth of the bytes.
+
+    A tenth of the uncompressed run's.
+    """
+    saved = savings(results, target_loss(results["identity"]))
+    fewest = max(compressed(results), key=lambda result: saved.get(result.setting.name, 0))
+    few = [result for result in compressed(results) if result.bits < 3.2]
+    return fewest, min(few, key=lambda result: mean(result.final))
+
+
+def times(results: dict[str, Result], target: float, log: Path) -> dict[str, dict[str, float]]:
+    """Seconds to the target by rate and setting: steps to it, times a step's seconds in `log`."""
+    found: dict[str, dict[str, float]] = {}
+    for record in map(json.loads, log.read_text().splitlines()):
+        result = results.get(record["name"])
+        if result and all(points := result.reach(target)):
+            last = result.logs[0].evals[-1]
+            steps = mean(point.tokens for point in points) * last["step"] / last["tokens"]
+            found.setdefault(record["rate"], {})[record["name"]] = steps * record["seconds"]
+    return found

@@ -1,0 +1,103 @@
+"""Run the study of results/shakespeare, or what is missing of it.
+
+    python scripts/shakespeare/run.py [--only TEXT] [--list]
+
+One training at a time, with torchrun on two workers. A run whose log is in results/shakespeare is
+skipped; one that was interrupted goes on from its checkpoint. Logs are cut to the records that
+figures need, and are not edited. The runs and their overrides are in settings.py beside this file.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts.shakespeare.results import RESULTS
+from scripts.shakespeare.settings import RUNS, StudyRun
+from training.config import ROOT, compose, what_matters
+from training.records import LOG_NAME
+
+WORKERS = 2
+KEPT = ("run", "eval", "diagnostics", "end")  # of the records of a log
+
+
+def log_of(run: StudyRun) -> Path:
+    """Where the run's log is kept."""
+    return RESULTS / f"{run.name}.jsonl"
+
+
+def overrides(run: StudyRun) -> tuple[str, ...]:
+    """All that the run's command line overrides."""
+    place = (f"directory=runs/shakespeare/{run.name}", "resume=auto")
+    return ("experiment=shakespeare", *run.overrides, *place)
+
+
+def is_done(run: StudyRun) -> bool:
+    """Whether the run's log is there. Raises ValueError if it is of another configuration."""
+    path = log_of(run)
+    if not path.exists():
+        return False
+    with path.open() as file:
+        made_with = what_matters(json.loads(file.readline())["config"])
+    asked = what_matters(OmegaConf.to_container(compose(overrides(run)).config, resolve=True))
+    # A later version may have other keys, but a role's compressor is there where it was asked for.
+    of_roles = {key for key in asked.keys() | made_with.keys() if key.startswith("norm.")}
+    differing = [
+        f"{key}={asked.get(key)!r} (the log has {made_with.get(key)!r})"
+        for key in sorted(asked.keys() & made_with.keys() | of_roles)
+        if asked.get(key) != made_with.get(key)
+    ]
+    if differing:
+        raise ValueError(f"{path}: {', '.join(differing)}; remove it, or mend settings.py")
+    return True
+
+
+def train(run: StudyRun) -> None:
+    """Train, and keep the log. Raises CalledProcessError when the training fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={WORKERS}", "train.py", *overrides(run)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    directory = ROOT / "runs" / "shakespeare" / run.name
+    log_of(run).parent.mkdir(parents=True, exist_ok=True)
+    log_of(run).write_text(cut((directory / LOG_NAME).read_text()))
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+
+
+def cut(log: str) -> str:
+    """The lines of a log that figures need, as they are. Raises ValueError if it has no end."""
+    lines = log.splitlines(keepends=True)
+    kinds = [json.loads(line)["record"] for line in lines]
+    if kinds[-1] != "end" or json.loads(lines[-1])["status"] != "completed":
+        raise ValueError("the run was stopped: start the study again to go on")
+    return "".join(line for kind, line in zip(kinds, lines, strict=True) if kind in KEPT)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", metavar="TEXT", default="", help="runs whose name contains TEXT")
+    parser.add_argument("--list", action="store_true", help="say what is done and what is missing")
+    options = parser.parse_args(arguments)
+    try:
+        chosen = [run for run in RUNS if options.only in run.name]
+        missing = [run for run in chosen if not is_done(run)]
+        for run in chosen if options.list else ():
+            print(f"{'missing' if run in missing else 'done   '}  {run.name}")
+        for number, run in enumerate(() if options.list else missing, 1):
+            print(f"\n{run.name} ({number} of {len(missing)})", flush=True)
+            train(run)
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

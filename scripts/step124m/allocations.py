@@ -1,0 +1,87 @@
+"""What torch's CPU allocator hands out, by phase of a step."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from ef21_muon.timing import PhaseTimer
+
+
+class Phases(PhaseTimer):
+    """A timer whose phases are also told to the profiler."""
+
+    @contextmanager
+    def __call__(self, phase: str):
+        with record_function(phase), super().__call__(phase):
+            yield
+
+
+@dataclass
+class Memory:
+    """Bytes beyond those that were allocated before: at most, and of the largest tensor."""
+
+    peak: int = 0
+    largest: int = 0
+    operator: str = ""  # that allocated the largest
+
+
+class Allocations:
+    """What torch's CPU allocator hands out `with` it, by phase.
+
+    `phases`: Memory of each; `kept`: bytes that are still allocated at the end.
+    """
+
+    def __enter__(self):
+        self.profile = profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True
+        ).__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.profile.__exit__(*error)
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory, "trace.json")
+            self.profile.export_chrome_trace(str(path))
+            events = json.loads(path.read_text())["traceEvents"]
+        del self.profile
+        marks = [event for event in events if event.get("cat") == "user_annotation"]
+        operators = [event for event in events if event.get("cat") == "cpu_op"]
+        changes = sorted(
+            (event for event in events if event["name"] == "[memory]"),
+            key=lambda event: event["ts"],
+        )
+        self.phases = {mark["name"]: Memory() for mark in marks}
+        live, level = {}, 0
+        for change in changes:
+            address, size = change["args"]["Addr"], change["args"]["Bytes"]
+            # Of what was allocated before, the profiler may or may not know the size.
+            before, level = level, level + (size if size > 0 else -live.pop(address, 0))
+            if size > 0:
+                live[address] = size
+            for mark in enclosing(change, marks):
+                memory = self.phases[mark["name"]]
+                memory.peak = max(memory.peak, before, level)
+                if size > memory.largest:
+                    memory.largest, memory.operator = size, told(change, operators)
+        self.kept = level
+
+
+def enclosing(event: dict, others: list[dict]) -> Iterator[dict]:
+    """Those of the other events during which an event happened."""
+    return (o for o in others if o["ts"] <= event["ts"] <= o["ts"] + o["dur"])
+
+
+def told(event: dict, operators: list[dict]) -> str:
+    """The outermost operator during which an event happened, and the shapes of its inputs."""
+    outermost = max(enclosing(event, operators), key=lambda o: o["dur"], default=None)
+    if outermost is None:
+        return "none"
+    shapes = (
+        "x".join(map(str, shape)) for shape in outermost["args"].get("Input Dims", []) if shape
+    )
+    return f"{outermost['name'].removeprefix('aten::')}({', '.join(shapes)})"

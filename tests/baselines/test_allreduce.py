@@ -1,0 +1,95 @@
+"""Baselines behind DDP on two workers; see tests/support/workers/allreduce.py."""
+
+import numpy as np
+import pytest
+import torch
+from run import torchrun
+from workers import allreduce
+from workers.allreduce import SHAPES, STEPS
+
+from baselines import AdamW, Muon
+
+ENTRIES = sum(m * n for m, n in SHAPES)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("allreduce")
+    torchrun("allreduce.py", directory, ranks=2)
+    return [dict(np.load(directory / f"rank{rank}.npz")) for rank in range(2)]
+
+
+def apart(one, other):
+    return np.linalg.norm(one - other) / np.linalg.norm(other)
+
+
+def whole_batch(optimizer_of):
+    """Final parameters of one process that sees the data of both workers."""
+    model = allreduce.new_model()
+    optimizer = optimizer_of(model.parameters())
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for rank in range(2):
+            inputs, targets = allreduce.batch(rank, step)
+            ((model(inputs) - targets).square().mean() / 2).backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).numpy()
+
+
+def test_adamw_is_torchs_on_the_whole_batch(ranks):
+    def build(weight_decay):
+        return lambda p: torch.optim.AdamW(p, 0.01, (0.9, 0.95), weight_decay=weight_decay)
+
+    found = ranks[0]["adamw parameters"]
+    assert apart(found, whole_batch(build(0.1))) < 1e-5
+    assert apart(found, whole_batch(build(0.0))) > 1e-4
+
+
+def test_muon_is_ef21_muon_without_compression(ranks):
+    assert apart(ranks[0]["muon parameters"], ranks[0]["ef21 parameters"]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("hook", "least", "most"), [("float16", 1e-7, 1e-2), ("powersgd", 1e-2, 1)]
+)
+def test_hooks_change_what_is_averaged(ranks, hook, least, most):
+    difference = apart(ranks[0][f"muon {hook} parameters"], ranks[0]["muon parameters"])
+    assert least < difference < most
+
+
+@pytest.mark.parametrize("method", allreduce.METHODS)
+def test_workers_agree(ranks, method):
+    name = f"{method} parameters"
+    np.testing.assert_array_equal(ranks[0][name], ranks[1][name])
+
+
+def powersgd_entries(rank):
+    return sum(rank * (m + n) if 2 * rank * (m + n) <= m * n else m * n for m, n in SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("adamw", 4 * ENTRIES * STEPS),
+        ("muon", 4 * ENTRIES * STEPS),
+        ("muon float16", 2 * ENTRIES * STEPS),
+        ("muon powersgd", 4 * (2 * ENTRIES + (STEPS - 2) * powersgd_entries(3))),
+    ],
+)
+def test_the_bytes_are_those_of_the_collectives(ranks, method, expected):
+    for rank in ranks:
+        assert rank[f"{method} seen"] == expected
+        assert list(rank[f"{method} counted"]) == [expected, expected, expected]
+
+
+def test_an_all_reduce_needs_a_process_group():
+    parameters = list(allreduce.new_model().parameters())
+    for baseline in (AdamW, Muon):
+        with pytest.raises(ValueError, match="launch with torchrun"):
+            baseline(parameters)
+
+
+def test_unknown_hooks_are_refused():
+    parameters = list(allreduce.new_model().parameters())
+    with pytest.raises(ValueError, match="hook='int4' is not allowed: choose float32"):
+        AdamW(parameters, hook="int4")

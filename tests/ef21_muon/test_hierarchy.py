@@ -1,0 +1,66 @@
+"""Four ranks as two workers of two against two ranks; see tests/support/workers/hierarchy.py."""
+
+import numpy as np
+import pytest
+from run import torchrun
+from workers.hierarchy import CASES, SHAPES
+
+ENTRIES = sum(m * n for m, n in SHAPES.values())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Results by rank: of 4 ranks as 2 workers, and of 2 ranks."""
+    results = []
+    for ranks, worker_size in ((4, 2), (2, 1)):
+        directory = tmp_path_factory.mktemp(f"hierarchy{ranks}")
+        torchrun("hierarchy.py", directory, worker_size, ranks=ranks)
+        results.append([dict(np.load(directory / f"rank{rank}.npz")) for rank in range(ranks)])
+    return results
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "rank"])
+def test_two_ranks_a_worker_make_the_same_steps_as_one(runs, case):
+    """But for the order of sums; random sketches are drawn by other ranks, so not for RankK."""
+    four, two = runs
+    found, expected = four[0][f"{case} model"], two[0][f"{case} model"]
+    assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_all_ranks_hold_the_same_model(runs, case):
+    for rank in runs[0][1:]:
+        np.testing.assert_array_equal(rank[f"{case} model"], runs[0][0][f"{case} model"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_crosses_between_workers_is_of_two_workers_and_not_of_four(runs, case):
+    four, two = runs
+    for rank in four:
+        assert list(rank[f"{case} bytes"][:2]) == list(two[0][f"{case} bytes"][:2])
+    of_ranks = [[int(rank[f"{case} bytes"][2]) for rank in run] for run in runs]
+    assert sum(of_ranks[0]) == sum(of_ranks[1]) > 0
+    sending = [sent > 0 for sent in of_ranks[0]]
+    assert all(sending) if case != "rank0" else any(sending)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_state_of_a_worker_is_spread_over_its_ranks(runs, case):
+    of_four = [int(rank[f"{case} state"]) for rank in runs[0]]
+    of_two = [int(rank[f"{case} state"]) for rank in runs[1]]
+    assert sum(of_four) == sum(of_two)
+    assert max(of_four) < 0.75 * max(of_two)
+
+
+def test_wrong_sizes_are_refused(runs):
+    of_head = []
+    for rank in runs[0]:
+        *of_sizes, refusal = rank["refusals"]
+        assert of_sizes == [
+            "worker_size=3 does not divide 4 ranks: give a divisor",
+            "worker_size=0 does not divide 4 ranks: give a divisor",
+        ]
+        of_head.append(refusal)
+    named = "w2s='topk' is not allowed: give a Compressor or Switch of ef21_muon"
+    assert sum(refusal == named for refusal in of_head) == 2
+    assert sum("another rank of this worker" in refusal for refusal in of_head) == 2

@@ -1,0 +1,51 @@
+"""The codec benchmark on a model of 20,480 parameters: its records, and drawing from them."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from scripts.codec import run as bench_codec
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+
+
+@pytest.fixture(scope="module")
+def directory(small, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("codec")
+    overrides = [*small, "model=tiny", "steps=3"]
+    assert bench_codec.main(["--quick", "--out", str(directory), *overrides]) == 0
+    return directory
+
+
+def test_records_follow_from_payloads(directory):
+    run, *records = (json.loads(line) for line in (directory / "codec.jsonl").open())
+    assert run["parameters"] == 256 * 32 + 12 * 32 * 32
+    assert len(records) == 2 * len(bench_codec.COMPRESSORS)
+    for record in records:
+        assert record["bits_per_parameter"] == 8 * record["payload_bytes"] / run["parameters"]
+        assert record["alpha_bound"] == 1 - 2 ** (-2 * record["bits_per_parameter"])
+        assert record["alpha"] <= 1
+        if record["input"] == "noise":
+            assert record["alpha"] <= record["alpha_bound"] + 0.02  # 20,480 values are a sample
+    natural = next(
+        r for r in records if (r["compressor"], r["input"]) == ("dense natural", "noise")
+    )
+    assert natural["bits_per_parameter"] == 9
+    assert natural["alpha"] == pytest.approx(expected_natural_alpha(), abs=0.005)
+
+
+def expected_natural_alpha() -> float:
+    """1 - E (|v| - 2^e) (2^(e+1) - |v|) of Gaussian v in [2^e, 2^(e+1)], by a sum over v."""
+    v = np.linspace(1e-4, 6, 600_000)
+    lower = 2.0 ** np.floor(np.log2(v))
+    density = np.exp(-(v**2) / 2) * np.sqrt(2 / np.pi) * (v[1] - v[0])
+    return 1 - float(((v - lower) * (2 * lower - v) * density).sum())
+
+
+def test_redrawing_changes_nothing(directory):
+    names = ("README.md", "codec.svg")
+    before = [(directory / name).read_bytes() for name in names]
+    assert bench_codec.main(["--redraw", "--out", str(directory)]) == 0
+    assert [(directory / name).read_bytes() for name in names] == before

@@ -1,0 +1,42 @@
+"""The table and the picture of the network benchmark, from given records."""
+
+from scripts.network.run import draw, write_table
+
+RECORDS = [
+    {
+        "rate": rate,
+        "nodes": 2,
+        "method": method,
+        "seconds": compute + communication,
+        "compute": compute,
+        "communication": communication,
+        "bytes": sent,
+        "tokens": 512,
+    }
+    for rate, slowness in (("100mbit", 10), ("1gbit", 1))
+    for method, compute, communication, sent in (
+        ("DDP + Muon", 1.5, 0.3 * slowness, 39_000_000),
+        ("rank, replicated", 2.0, 0.025 * slowness, 2_600_000),
+    )
+]
+
+
+def test_the_table_tells_rates_ratios_and_speeds(tmp_path):
+    write_table(RECORDS, tmp_path)
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("## ")] == [
+        "## 100mbit, 2 nodes",
+        "## 1gbit, 2 nodes",
+    ]
+    assert "| DDP + Muon | 39.00 | 4.50 | 3.000 | 1.0x | 114 |" in lines
+    assert "| rank, replicated | 2.60 | 2.25 | 0.250 | 12.0x | 228 |" in lines
+
+
+def test_the_picture_is_the_same_every_time(tmp_path):
+    pictures = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        draw(RECORDS, tmp_path / name)
+        pictures.append((tmp_path / name / "network.svg").read_bytes())
+    assert pictures[0] == pictures[1]
+    assert (tmp_path / "first" / "network.png").stat().st_size > 1000

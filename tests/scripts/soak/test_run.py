@@ -1,0 +1,104 @@
+"""A short soak, what it would not overlook, and that it leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run import PATIENCE, ROOT, SUPPORT
+from waiting import wait_until
+
+from scripts.netns import requirements_missing
+from scripts.soak import disk
+from scripts.soak.faults import KINDS, draws
+from scripts.soak.outcome import outcome
+
+MISSING = requirements_missing() or disk.requirements_missing()
+needs_root = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+SOAK = ROOT / "scripts" / "soak" / "run.py"
+PATIENT_SOAK = SUPPORT / "patient_soak.py"
+
+
+@pytest.fixture
+def start(small, tmp_path):
+    """Start a soak; its temporary files go to tmp_path/tmp, its results to tmp_path."""
+    (tmp_path / "tmp").mkdir()
+    processes = []
+
+    def start(script: Path, *options: str) -> subprocess.Popen:
+        data = [override for override in small if override.startswith("data.")]
+        process = subprocess.Popen(
+            [sys.executable, script, *options, "--no-memory", f"--out={tmp_path}", *data],
+            env=os.environ | {"TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.terminate()
+        process.wait()
+
+
+def left_behind(process: subprocess.Popen, tmp_path: Path) -> list[str]:
+    lines = Path("/proc/mounts").read_text().splitlines()
+    mounts = [line for line in lines if str(tmp_path) in line]
+    namespaces = Path("/var/run/netns").glob(f"ef21-{process.pid}-*")
+    return [*mounts, *map(str, namespaces), *map(str, (tmp_path / "tmp").iterdir())]
+
+
+@needs_root
+def test_a_run_with_five_faults_equals_the_one_without(start, tmp_path):
+    process = start(PATIENT_SOAK, "--faults=5", "--kinds=kill,pause,slow,fill,corrupt", "--seed=4")
+    output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, output
+    *records, end = [json.loads(line) for line in (tmp_path / "soak.jsonl").open()]
+    faults = [record for record in records if record["record"] == "fault"]
+    assert sorted(fault["kind"] for fault in faults) == ["corrupt", "fill", "kill", "pause", "slow"]
+    assert any(record["record"] == "round" for record in records)
+    assert end["equal"] and end["faults"] == 5
+    said = " ".join(line for fault in faults for line in fault["said"])
+    for effect in ("No space left", "ignored a damaged checkpoint", "going on from"):
+        assert effect in said
+    assert "**yes**" in (tmp_path / "README.md").read_text()
+    assert not left_behind(process, tmp_path)
+
+
+@needs_root
+def test_an_interrupted_soak_leaves_nothing(start, tmp_path):
+    """So many faults that it does not end by itself before."""
+    process, log = start(SOAK, "--faults=99"), "tmp/*/mounted/run/metrics.jsonl"
+    wait_until(lambda: process.poll() is not None or list(tmp_path.glob(log)))
+    assert process.poll() is None
+    assert left_behind(process, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=PATIENCE)
+    assert not left_behind(process, tmp_path)
+
+
+def test_a_seed_gives_a_schedule_with_every_kind():
+    schedule = draws(2 * len(KINDS), KINDS, 5)
+    assert schedule == draws(2 * len(KINDS), KINDS, 5) != draws(2 * len(KINDS), KINDS, 6)
+    assert sorted(draw["kind"] for draw in schedule) == sorted(2 * KINDS)
+
+
+def test_runs_that_differ_in_more_than_time_are_not_equal(tmp_path):
+    def make(name: str, loss: float, seconds: float, state: bytes) -> Path:
+        checkpoint = tmp_path / name / "checkpoints" / "step-00000002"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "__0_0.distcp").write_bytes(state)
+        record = {"record": "train", "loss": loss, "seconds": seconds}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        return tmp_path / name
+
+    expected = outcome(make("expected", 1.5, 2.0, b"state"))
+    assert outcome(make("slower", 1.5, 3.0, b"state")) == expected
+    assert outcome(make("another loss", 1.5000000000000002, 2.0, b"state")) != expected
+    assert outcome(make("another state", 1.5, 2.0, b"State")) != expected

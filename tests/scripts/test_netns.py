@@ -1,0 +1,271 @@
+"""Jobs over namespaces: bytes as the kernel counts them, limits, failures, nothing left behind."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run import PATIENCE, ROOT
+
+from ef21_muon.exchange.placement import PLACEMENTS
+from scripts.count_bytes import HEADERS
+from scripts.netns import ETHERNET_HEADER, MTU, JobError, Network, requirements_missing
+
+MISSING = requirements_missing()
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+SCRIPTS = ROOT / "scripts"
+# 1.3 million parameters: every rank sends over 1 MB a step, whatever the placement.
+WIDENED = ["model.layers=4", "model.width=160", "compressor@w2s=natural"]
+SLEEP = (
+    f"import os, time; print('ready', os.environ.get('RANK'), flush=True); time.sleep({PATIENCE})"
+)
+SHOW_LINK = "import os; os.execlp('ip', 'ip', 'link', 'show', 'eth0')"
+ECHO = """
+import socket, sys
+server = socket.create_server((sys.argv[1], 5000))
+print("ready", flush=True)
+connection, _ = server.accept()
+while connection.recv(1 << 20):
+    pass
+connection.sendall(b".")
+"""
+CLIENT = """
+import socket, sys, time
+connection = socket.create_connection((sys.argv[1], 5000))
+start = time.perf_counter()
+connection.sendall(bytes(int(sys.argv[2])))
+connection.shutdown(socket.SHUT_WR)
+connection.recv(1)
+print(time.perf_counter() - start)
+"""
+
+
+def namespaces(pid: int) -> list[str]:
+    """Those that the networks of a process have now."""
+    return [path.name for path in Path("/var/run/netns").glob(f"ef21-{pid}-*")]
+
+
+def processes(text: str) -> list[str]:
+    """Command lines of running processes that contain `text`."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:
+            continue
+    return [line for line in lines if text in line]
+
+
+def in_node(network: Network, node: int, code: str, *arguments: object) -> subprocess.Popen:
+    """A Python process in a node."""
+    return subprocess.Popen(
+        ["ip", "netns", "exec", network.names[node], sys.executable, "-c", code]
+        + [str(argument) for argument in arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def seconds_to_send(network: Network, size: int) -> float:
+    """Seconds from node 0's first byte of `size` until node 1's answer to the last."""
+    server = in_node(network, 1, ECHO, network.addresses[1])
+    assert server.stdout.readline() == "ready\n"
+    client = in_node(network, 0, CLIENT, network.addresses[1], size)
+    output, _ = client.communicate(timeout=PATIENCE)
+    server.wait(PATIENCE)
+    return float(output)
+
+
+@pytest.fixture
+def nothing_left(tmp_path, monkeypatch):
+    """Temporary files go to tmp_path/tmp; at the end there are none, and no namespaces."""
+    directory = tmp_path / "tmp"
+    directory.mkdir()
+    monkeypatch.setenv("TMPDIR", str(directory))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    yield
+    assert not namespaces(os.getpid())
+    assert not list(directory.iterdir())
+    assert not processes(str(tmp_path))
+
+
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_kernel_confirms_the_log(nodes, small, tmp_path, nothing_left):
+    """Within 3 % for what a rank sends, where that is over 1 MB a step.
+
+    Acknowledgements of what a rank receives count as sent. A rank that receives many times what it
+    sends would miss the bar by them; here the worst is `rank0`, where a worker receives 3.6 times.
+    """
+    out = tmp_path / "count.json"
+    overrides = [*small, *WIDENED, f"batch.sequences={nodes}"]
+    options = [f"--servers={','.join(PLACEMENTS)}", "--steps=3", f"--json={out}"]
+    with Network(nodes) as network:
+        outputs = network.torchrun(
+            SCRIPTS / "count_bytes.py", *options, *overrides, timeout=PATIENCE
+        )
+    rows = json.loads(out.read_text())["rows"]
+    expected = [(server, rank) for server in PLACEMENTS for rank in range(nodes)]
+    assert [(row["server"], row["rank"]) for row in rows] == expected
+    for row in rows:
+        log, kernel, packets = row["log_bytes"], row["kernel_bytes"], row["kernel_packets"]
+        assert log > 1e6
+        assert log < kernel < 1.03 * log, row
+        assert log <= kernel - HEADERS * packets < 1.01 * log, row
+        assert kernel <= packets * (MTU + ETHERNET_HEADER), "frames were counted unsegmented"
+        assert re.search(rf"{row['server']} +{row['rank']} +{log / 1e6:.3f} ", outputs[0])
+
+
+def test_a_node_of_two_ranks_sends_what_one_would(small, tmp_path, nothing_left):
+    """Gradients inside a node do not cross the link, by the log and by the kernel."""
+    rows = {}
+    for ranks in (1, 2):
+        out = tmp_path / f"count{ranks}.json"
+        overrides = [*small, *WIDENED, "batch.sequences=4", f"worker_size={ranks}"]
+        with Network(2) as network:
+            network.torchrun(
+                SCRIPTS / "count_bytes.py",
+                *("--steps=3", f"--json={out}", *overrides),
+                ranks_per_node=ranks,
+                timeout=PATIENCE,
+            )
+        rows[ranks] = json.loads(out.read_text())["rows"]
+    assert [len(of_node) for of_node in rows.values()] == [2, 2]
+    logs = [sum(row["log_bytes"] for row in of_node) for of_node in rows.values()]
+    assert logs[0] == logs[1] > 2e6
+    for row in rows[2]:
+        assert row["log_bytes"] < row["kernel_bytes"] < 1.03 * row["log_bytes"], row
+
+
+def test_ranks_follow_the_nodes(tmp_path, nothing_left):
+    script = tmp_path / "ranks.py"
+    script.write_text("import os, sys; print(os.environ['RANK'], os.environ['WORD'], sys.argv[1])")
+    with Network(2) as network:
+        outputs = network.torchrun(
+            script, "argument", ranks_per_node=2, environment={"WORD": "word"}, timeout=PATIENCE
+        )
+    for node, output in enumerate(outputs):
+        lines = {line for line in output.splitlines() if line.endswith("argument")}
+        assert lines == {f"{rank} word argument" for rank in (2 * node, 2 * node + 1)}
+
+
+def test_a_failing_node_ends_the_job(tmp_path, nothing_left):
+    script = tmp_path / "fails.py"
+    script.write_text(f"import os\nif os.environ['RANK'] == '1': raise SystemExit('no')\n{SLEEP}")
+    with Network(2) as network:
+        with pytest.raises(JobError, match=r"fails.py failed with status 1 on node 1\n") as caught:
+            network.torchrun(script, timeout=PATIENCE)
+        assert not processes(str(script))
+    assert caught.value.status == 1
+    assert "\nno\n" in str(caught.value)
+
+
+def test_time_over(tmp_path, nothing_left):
+    script = tmp_path / "sleeps.py"
+    script.write_text(SLEEP)
+    with Network(2) as network, pytest.raises(JobError, match=r"did not end in 1 s on node 0, 1"):
+        network.torchrun(script, timeout=1)
+
+
+def test_signals_to_two_commands_at_once(tmp_path, nothing_left):
+    script = tmp_path / "sleeps.py"
+    script.write_text(SLEEP)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    commands = [
+        subprocess.Popen(
+            [sys.executable, SCRIPTS / "netns.py", "--nodes=2", script],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A background job of a shell without job control ignores SIGINT, and so would its own.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        for _ in numbers
+    ]
+    for command, number in zip(commands, numbers, strict=True):
+        assert command.stdout.readline() == "ready 0\n", "node 0's output is shown"
+        assert len(namespaces(command.pid)) == 3
+        command.send_signal(number)
+        _, errors = command.communicate(timeout=PATIENCE)
+        assert command.returncode == 128 + number
+        assert not namespaces(command.pid)
+        assert "Traceback" not in errors
+
+
+def test_an_exception_in_the_block(tmp_path, nothing_left):
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError), Network(3, mtu=1500) as network:
+        left = in_node(network, 2, SLEEP, tmp_path)
+        assert left.stdout.readline() == "ready None\n"
+        assert set(network.names) < set(namespaces(os.getpid()))
+        assert " mtu 1500 " in in_node(network, 2, SHOW_LINK).communicate()[0]
+        raise ZeroDivisionError
+    assert left.wait(PATIENCE) == -signal.SIGKILL
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_network_that_cannot_be_built(nothing_left):
+    with pytest.raises(RuntimeError, match="burst"), Network(2, rate="0bit"):
+        pass
+
+
+def test_rate(nothing_left):
+    """No upper bound: the machine may be busy. What a burst lets through at once is free."""
+    size, rate, burst = 3_000_000, 40e6, 4 * (MTU + ETHERNET_HEADER)
+    with Network(2, rate="40mbit") as network:
+        assert seconds_to_send(network, size) >= (size - burst) * 8 / rate
+
+
+def test_delay_with_rate(nothing_left):
+    """Both directions wait, and a round trip is two delays."""
+    try:
+        with Network(2, rate="40mbit", delay="50ms") as network:
+            assert seconds_to_send(network, 1000) >= 0.1
+    except RuntimeError as error:
+        assert "sch_netem" in str(error)
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nodes=0", "SCRIPT"], "nodes=0 is not allowed: give a whole number from 1 to 100"),
+        (["--nodes=2", "--rate=fast", "SCRIPT"], "rate=fast is not allowed: give bits a second"),
+        (["--nodes=2", "--delay=1", "SCRIPT"], "delay=1 is not allowed: give a time, as in 1ms"),
+        (["--nodes=2", "--mtu=64", "SCRIPT"], "mtu=64 is not allowed: give bytes from 1280"),
+        (["--nodes=2", "nowhere.py"], "nowhere.py is not a file: give a Python script"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, nothing_left):
+    arguments = [__file__ if argument == "SCRIPT" else argument for argument in arguments]
+    result = subprocess.run(
+        [sys.executable, SCRIPTS / "netns.py", *arguments], capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert result.stdout == "" and len(result.stderr.splitlines()) == 1
+    assert message in result.stderr
+
+
+def test_counting_needs_nodes(small):
+    result = subprocess.run(
+        [sys.executable, SCRIPTS / "count_bytes.py", *small], capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert result.stderr == "error: several nodes are needed: start with scripts/netns.py\n"
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "message"),
+    [
+        ("sys.platform", "darwin", "this is darwin, network namespaces need Linux"),
+        ("os.geteuid", lambda: 1000, "network namespaces need root: start this as root"),
+        ("shutil.which", lambda name: None, "the command ip is missing: install iproute2"),
+    ],
+)
+def test_missing_requirements(function, value, message, monkeypatch):
+    monkeypatch.setattr(function, value)
+    assert requirements_missing() == message

@@ -1,0 +1,123 @@
+"""Every claim of scripts/verify.py holds, and is seen to fail where what it claims is broken."""
+
+import math
+
+import pytest
+from run import ROOT, torchrun
+
+from ef21_muon import EF21Muon, Spectral, TopK
+from ef21_muon.exchange import phases
+from ef21_muon.lmo.norms import BiasRMS
+from ef21_muon.messages import values
+from ef21_muon.messages.feedback import FEEDBACK
+from scripts import verify
+from training.workers import Workers
+
+OF_SEVERAL = {claim.text for claim in verify.CLAIMS if claim.of_several}
+# What fails on two workers, for each way of tests/support/workers/verify_broken.py.
+BROKEN_ROUNDS = [
+    "identity equals Muon",
+    "identity equals Scion",
+    "n workers equal one",
+    "the servers' G",
+    "error feedback contracts",
+    "error feedback converges",
+]
+BROKEN_AGREEMENT = [
+    "placements agree",
+    "all workers hold the same parameters",
+    "w2s_bytes",
+    "wire_tx_bytes",
+    "messages decode alike",
+]
+
+
+def wrap(patch, owner, name, change):
+    """Change what a function returns."""
+    original = getattr(owner, name)
+    patch.setattr(owner, name, lambda *arguments: change(original(*arguments)))
+
+
+def always_to_nearest(patch):
+    carry = values._carry
+    patch.setattr(values, "_carry", lambda bits, stochastic, generator: carry(bits, False, None))
+
+
+BROKEN_ALONE = {
+    "identity equals Muon": lambda patch: patch.setitem(Spectral.scalings, "muon", math.hypot),
+    "identity equals Scion": lambda patch: patch.setitem(BiasRMS.scalings, "scion", math.hypot),
+    "buckets agree": lambda patch: wrap(patch, phases, "cut", lambda ranges: ranges[::-1]),
+    "the servers' G": lambda patch: patch.setattr(
+        EF21Muon, "_receive", lambda self, batch, messages: None
+    ),
+    "error feedback contracts": lambda patch: patch.setitem(FEEDBACK, "ef21", FEEDBACK["ef14"]),
+    "error feedback converges": lambda patch: patch.setitem(FEEDBACK, "ef21", FEEDBACK["ef14"]),
+    "messages are": lambda patch: wrap(patch, TopK, "payload_bytes", lambda size: size + 1),
+    "w2s_bytes": lambda patch: patch.setattr(EF21Muon, "w2s_bytes", 1),
+    "unbiased": always_to_nearest,
+}
+
+
+def find(start):
+    """The claim whose text starts so."""
+    (claim,) = (claim for claim in verify.CLAIMS if claim.text.startswith(start))
+    return claim
+
+
+def results(output):
+    """What a printed table says, by claim."""
+    return {
+        claim.text: line.rsplit("  ", 1)[1]
+        for claim in verify.CLAIMS
+        for line in output.splitlines()
+        if line.startswith(claim.text + "  ")
+    }
+
+
+def test_every_claim_holds_on_two_workers():
+    output = torchrun(ROOT / "scripts" / "verify.py", ranks=2)
+    assert results(output) == {claim.text: "pass" for claim in verify.CLAIMS}
+    assert f"0 of {len(verify.CLAIMS)} claims fail" in output
+    assert output.count("difference") == 1, "only rank 0 prints"
+
+
+def test_every_claim_of_one_worker_holds(capsys):
+    assert verify.verify(Workers()) == 0
+    found = results(capsys.readouterr().out)
+    assert {text for text, result in found.items() if result == verify.NOT_COMPARED} == OF_SEVERAL
+    assert {text for text, result in found.items() if result == "pass"} == set(found) - OF_SEVERAL
+    assert len(found) == len(verify.CLAIMS)
+
+
+def test_two_workers_that_break_claims_fail():
+    with pytest.raises(AssertionError, match="claims fail") as failure:
+        torchrun("verify_broken.py", ranks=2)
+    rounds, agreement, _ = map(results, str(failure.value).split("claims fail"))
+    for found, starts in ((rounds, BROKEN_ROUNDS), (agreement, BROKEN_AGREEMENT)):
+        failed = {text for text, result in found.items() if result == "FAIL"}
+        assert failed == {find(start).text for start in starts}
+
+
+@pytest.mark.parametrize("start", BROKEN_ALONE)
+def test_one_worker_that_breaks_a_claim_fails(monkeypatch, start):
+    BROKEN_ALONE[start](monkeypatch)
+    assert verify.row(find(start), Workers())[-1] == "FAIL"
+
+
+def test_every_claim_is_seen_to_fail():
+    starts = [*BROKEN_ALONE, *BROKEN_ROUNDS, *BROKEN_AGREEMENT]
+    assert {find(start).text for start in starts} == {claim.text for claim in verify.CLAIMS}
+
+
+def test_what_is_not_a_number_fails(monkeypatch, capsys):
+    nan = verify.Claim("zero", "nothing", False, lambda workers: (math.nan, 1))
+    monkeypatch.setattr(verify, "CLAIMS", [nan])
+    assert verify.verify(Workers()) == 1
+    assert "1 of 1 claims fail" in capsys.readouterr().out
+
+
+def test_a_check_that_breaks_is_named(capsys):
+    broken = verify.Claim("one is zero", "nothing", False, lambda workers: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        verify.row(broken, Workers())
+    assert "rank 0: the check of 'one is zero' broke" in capsys.readouterr().err

@@ -1,0 +1,103 @@
+"""Least squares on every rank, by HierarchicalEF21Muon or EF21Muon; see test_hierarchy.py.
+
+    hierarchy.py DIRECTORY WORKER_SIZE
+
+Data are of 4 parts. With 4 ranks every rank has one, with 2 ranks each has two. Writes
+DIRECTORY/rank{r}.npz: parameters and bytes for every case, and the errors of wrong sizes.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ef21_muon import EF21Muon, Identity, RankK, Sign, Spectral, Switch, TopK
+from ef21_muon.hierarchy import HierarchicalEF21Muon
+
+SHAPES = {"query": (12, 20), "key": (12, 20), "value": (12, 20), "fc": (30, 12), "head": (16, 12)}
+CASES = {
+    "identity": {"w2s": Identity()},
+    "top": {"w2s": TopK(0.2)},
+    "both ways": {"w2s": TopK(0.2), "s2w": TopK(0.3)},
+    "rank0": {"w2s": TopK(0.2), "server": "rank0"},
+    "replicated": {"w2s": TopK(0.2), "server": "replicated"},
+    "rank": {"w2s": RankK(0.2)},
+    "of the head": {"w2s": TopK(0.2), "head": {"w2s": Switch(TopK(0.1), TopK(0.4), start=3)}},
+}
+STEPS = 8
+
+
+def parameters() -> dict[str, torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.nn.Parameter(torch.randn(shape, generator=generator))
+        for name, shape in SHAPES.items()
+    }
+
+
+def loss(model: dict[str, torch.Tensor], part: int) -> torch.Tensor:
+    """Half the mean square of W A - B, with A and B of this part, over all layers."""
+    generator = torch.Generator().manual_seed(100 + part)
+    total = torch.zeros(())
+    for name, (m, n) in SHAPES.items():
+        inputs = torch.randn(n, 40, generator=generator)
+        targets = torch.randn(m, 40, generator=generator) + part
+        total = total + (model[name] @ inputs - targets).square().mean() / 2
+    return total
+
+
+def groups(model: dict[str, torch.nn.Parameter], **of_head) -> list[dict]:
+    hidden = [(name, p) for name, p in model.items() if name != "head"]
+    return [
+        {"params": hidden, "norm": Spectral()},
+        {"params": [("head", model["head"])], "norm": Sign(), "radius": 10.0, **of_head},
+    ]
+
+
+def train(case: str, worker_size: int) -> dict[str, np.ndarray]:
+    model = parameters()
+    options = dict(CASES[case])
+    layers = groups(model, **options.pop("head", {}))
+    if worker_size == 1:
+        optimizer = EF21Muon(layers, lr=0.05, **options)
+    else:
+        optimizer = HierarchicalEF21Muon(layers, lr=0.05, worker_size=worker_size, **options)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    parts = range(4)[rank * 4 // ranks : (rank + 1) * 4 // ranks]
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        (sum(loss(model, part) for part in parts) / len(parts)).backward()
+        optimizer.step()
+    flat = torch.cat([p.detach().flatten() for p in model.values()])
+    state = sum(t.numel() for s in optimizer.state.values() for t in s.values())
+    return {
+        f"{case} model": flat.numpy(),
+        f"{case} bytes": [optimizer.w2s_bytes, optimizer.s2w_bytes, optimizer.wire_tx_bytes],
+        f"{case} state": state,
+    }
+
+
+def refusals() -> list[str]:
+    messages = []
+    for size, of_head in ((3, {}), (0, {}), (2, {"w2s": "topk"})):
+        try:
+            HierarchicalEF21Muon(groups(parameters(), **of_head), worker_size=size)
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    worker_size = int(sys.argv[2])
+    results = {"refusals": refusals()}
+    for case in CASES:
+        results |= train(case, worker_size)
+    np.savez(Path(sys.argv[1]) / f"rank{dist.get_rank()}.npz", **results)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Runs that are resumed, go on with other workers, or are damaged.
+
+Run by torchrun as `resume.py WHAT DIRECTORY OVERRIDE...`, with overrides for small runs; see
+test_resume.py for the runs of `cases` and test_elastic.py for those of `elastic`.
+"""
+
+import os
+import shutil
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from omegaconf import OmegaConf
+from run import PATIENCE
+
+import train
+from training.config import CONFIGS, Job, compose
+from training.workers import RunError, Workers, leave
+
+NAMES = {path.stem for path in (CONFIGS / "compressor").glob("*.yaml")}
+COMPRESSORS = sorted(NAMES - {"switch"})  # which has cases of its own
+PLACEMENTS = ("sharded", "rank0", "replicated")
+TOP = "compressor@w2s=topk"
+CASES = {
+    "ef14": (TOP, "optimizer.feedback=ef14"),
+    "no feedback": (TOP, "optimizer.feedback=none"),
+    "other start": (TOP, "optimizer.momentum_start=zero", "optimizer.first_message=exact"),
+    "two ranks a worker": (TOP, "worker_size=2"),
+    "switch before": ("compressor@w2s=switch", "w2s.start=1"),
+    "switch as it goes on": ("compressor@w2s=switch", "w2s.start=2"),
+    "switch after": ("compressor@w2s=switch", "w2s.start=3", "optimizer.server=replicated"),
+    **{name: (f"optimizer={name}",) for name in ("adamw", "muon", "muon_fp16", "dion", "demo")},
+    "dion natural": ("optimizer=dion", "optimizer.values=natural"),
+    "demo natural": ("optimizer=demo", "optimizer.values=natural"),
+    "asynchronous": (TOP, "compressor@s2w=natural"),
+    "asynchronous adamw": ("optimizer=adamw",),
+}
+for index, kind in enumerate(COMPRESSORS):
+    for placement in PLACEMENTS:
+        # Every compressor once from the servers, too.
+        back = COMPRESSORS[index - 1] if placement == "sharded" else "identity"
+        both = f"compressor@w2s={kind}", f"compressor@s2w={back}"
+        CASES[f"{kind}, {placement}"] = (*both, f"optimizer.server={placement}")
+
+# Where runs go on from, and with how many workers and which placement.
+STARTS = {"two": (2, "sharded", "compressor@s2w=natural"), "three": (3, "sharded")}
+ELASTIC = {
+    "two-to-three": ("two", 3, "rank0"),
+    "three-to-two": ("three", 2, "replicated"),
+    "two-to-one": ("two", 1, "sharded"),
+}
+LAYER = "blocks.0.mlp.expand.weight"
+DAMAGES = {
+    "parameter": ("check_every=2",),
+    "parameter of adamw": ("check_every=2", "optimizer=adamw"),
+    "parameter before a checkpoint": ("check_every=0", "checkpoint.every=4"),
+    "gradient estimate": ("check_every=2",),
+}
+
+
+def with_options(job: Job, **options) -> Job:
+    return replace(job, config=OmegaConf.merge(job.config, options))
+
+
+def around_steps(before=None, after=None):
+    """In it, training steps call `before(run, step)` and `after(run, step)`."""
+    take = train.Run.step
+
+    def step(run):
+        number = run.scheduler.last_epoch + 1
+        if before:
+            before(run, number)
+        loss = take(run)
+        if after:
+            after(run, number)
+        return loss
+
+    return mock.patch.object(train.Run, "step", step)
+
+
+def run_alone(directory: Path, *overrides: str) -> None:
+    """A whole run as one worker in this process, with a checkpoint after every step."""
+    numbers = signal.SIGTERM, signal.SIGINT
+    handlers = [signal.getsignal(number) for number in numbers]
+    job = compose(("checkpoint.every=1", *overrides))
+    try:
+        with mock.patch("train.draw", return_value=["no picture"]):
+            assert train.run_job(job, directory, Workers())
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+
+
+def copy_up_to(step: int, source: Path, target: Path, workers: Workers) -> None:
+    """A run directory without its checkpoints after `step`: that of a run killed before them."""
+    if workers.first:
+        shutil.copytree(source, target)
+        for path in (target / "checkpoints").iterdir():
+            if path.name > f"step-{step:08}":
+                shutil.rmtree(path)
+    workers.gather(None)  # wait for it
+
+
+def run_cases(workers: Workers, directory: Path, small: list[str]) -> int:
+    """For every case a run of four steps, `whole`, and one that went on from step 2, `resumed`."""
+    common = (*small, "checkpoint.every=2", "check_every=1", "schedule.warmup=0.75")
+    for case, overrides in CASES.items():
+        job = compose((*common, *overrides))
+        whole, resumed = directory / case / "whole", directory / case / "resumed"
+        train.run_job(job, whole, workers)
+        if case.startswith("asynchronous"):
+            job = with_options(job, checkpoint={"asynchronous": True})
+            interrupt(job, resumed, workers)
+        else:
+            copy_up_to(2, whole, resumed, workers)
+        train.run_job(with_options(job, resume="auto"), resumed, workers)
+    return 0
+
+
+def interrupt(job: Job, directory: Path, workers: Workers) -> None:
+    """Run it up to an error before step 4."""
+
+    def stop(run, step):
+        if step == 4:
+            raise RunError("interrupted")
+
+    try:
+        with around_steps(before=stop):
+            train.run_job(job, directory, workers)
+    except RunError as error:
+        assert str(error) == "interrupted", error
+
+
+def run_elastic(directory: Path, small: list[str]) -> int:
+    """STARTS, what ELASTIC makes of them after step 4, and DAMAGES, in processes for 3 workers."""
+    for count in (2, 3, 2, 1):
+        os.environ["WORLD_SIZE"] = str(count)
+        workers = Workers(timeout=PATIENCE)
+        if workers.rank < count:
+            status = workers.finish(lambda w=workers: run_with(w, directory, small))
+            assert status == 0
+    return 0
+
+
+def run_with(workers: Workers, directory: Path, small: list[str]) -> int:
+    """What can be run with so many workers and has not been."""
+    common = (*small, TOP, "checkpoint.every=4", "check_every=1")
+    for name, (count, placement, *overrides) in STARTS.items():
+        if count == workers.count and not (directory / name).exists():
+            job = compose((*common, *overrides, f"optimizer.server={placement}"))
+            train.run_job(job, directory / name, workers)
+    for name, (start, count, placement) in ELASTIC.items():
+        if count == workers.count and (directory / start).exists():
+            copy_up_to(4, directory / start, directory / name, workers)
+            _, _, *overrides = STARTS[start]
+            overrides += [f"optimizer.server={placement}", "resume=elastic", "directory=given"]
+            go_on(compose((*common, *overrides)), directory / name, workers)
+    for name, overrides in DAMAGES.items():
+        if workers.count == 2 and not (directory / name).exists():
+            damage(name, compose((*small, TOP, *overrides)), directory / name, workers)
+    return 0
+
+
+def go_on(job: Job, directory: Path, workers: Workers) -> None:
+    """Run it, and write what every worker went on with."""
+    go_on_elastic = train.go_on_elastic
+
+    def recorded(run, path):
+        facts = go_on_elastic(run, path)
+        state = {}
+        for name, parameter in run.raw_model.named_parameters():
+            of_layer = {"parameter": parameter.detach(), **run.optimizer.state[parameter]}
+            state |= {f"{name} {key}": tensor.clone() for key, tensor in of_layer.items()}
+        torch.save(state, directory / f"{workers.rank}.pt")
+        return facts
+
+    with mock.patch("train.go_on_elastic", recorded):
+        train.run_job(job, directory, workers)
+
+
+def damage(what: str, job: Job, directory: Path, workers: Workers) -> None:
+    """A run in which a bit of a parameter, or a G_j, is lost by rank 1 in step 3."""
+
+    def lose(run, step):
+        if step != 3 or workers.first:
+            return
+        parameter = run.raw_model.get_parameter(LAYER)
+        if what == "gradient estimate":
+            run.optimizer.state[parameter]["gradient_estimate"].zero_()
+        else:
+            parameter.detach().view(torch.int32)[7, 5] ^= 1 << 12
+
+    try:
+        with around_steps(after=lose):
+            train.run_job(job, directory, workers)
+    except RunError:  # which the log tells
+        pass
+
+
+def main() -> int:
+    what, directory, *small = sys.argv[1:]
+    with mock.patch("train.draw", return_value=["no picture"]):
+        if what == "elastic":
+            return run_elastic(Path(directory), small)
+        workers = Workers(timeout=PATIENCE)
+        return workers.finish(lambda: run_cases(workers, Path(directory), small))
+
+
+if __name__ == "__main__":
+    leave(main())

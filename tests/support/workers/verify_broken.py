@@ -1,0 +1,65 @@
+"""scripts/verify.py with ef21_muon broken in one way after another, each in a table of its own.
+
+The exit status is that of the way which verify.py finds least fault with.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ef21_muon import EF21Muon
+from ef21_muon.exchange.collectives import Exchange
+from ef21_muon.messages.feedback import FEEDBACK
+from ef21_muon.messages.values import BFloat16
+from scripts.verify import verify
+from training.workers import Workers, leave
+
+
+def break_rounds(patch: pytest.MonkeyPatch) -> None:
+    """Error feedback is dropped, and servers use rank 0's message alone."""
+    patch.setitem(FEEDBACK, "ef21", FEEDBACK["none"])
+    update = EF21Muon._receive
+    patch.setattr(
+        EF21Muon,
+        "_receive",
+        lambda self, batch, messages: update(self, batch, messages[:1]),
+    )
+
+
+def break_agreement(patch: pytest.MonkeyPatch) -> None:
+    """On rank 1, a last bit of a parameter and of decoded bfloat16, and a byte in both counts.
+
+    Where every rank serves every layer the parameter changes on all of them.
+    """
+    step, decode = EF21Muon.step, BFloat16.decode
+    w2s_bytes, wire_tx_bytes = EF21Muon.w2s_bytes.fget, Exchange.wire_tx_bytes
+    infinity = torch.tensor(torch.inf)
+
+    def perturbed_step(self):
+        step(self)
+        if dist.get_rank() == 1 or self.exchange.replicated:
+            entry = self.param_groups[0]["params"][0].detach().view(-1)[:1]
+            entry.copy_(entry.nextafter(infinity))
+
+    def perturbed_decode(self, *payload):
+        values = decode(self, *payload)
+        return values.nextafter(infinity) if dist.get_rank() == 1 else values
+
+    patch.setattr(EF21Muon, "step", perturbed_step)
+    patch.setattr(BFloat16, "decode", perturbed_decode)
+    patch.setattr(EF21Muon, "w2s_bytes", property(lambda self: w2s_bytes(self) + dist.get_rank()))
+    patch.setattr(Exchange, "wire_tx_bytes", lambda self, rank: wire_tx_bytes(self, rank) + rank)
+
+
+def verify_broken(workers: Workers) -> int:
+    statuses = []
+    for breaking in (break_rounds, break_agreement):
+        with pytest.MonkeyPatch.context() as patch:
+            breaking(patch)
+            statuses.append(verify(workers))
+    return min(statuses)
+
+
+if __name__ == "__main__":
+    workers = Workers()
+    leave(workers.finish(lambda: verify_broken(workers)))

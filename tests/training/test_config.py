@@ -1,0 +1,82 @@
+"""Configurations: presets compose, sweeps expand, names tell them apart."""
+
+import re
+
+import pytest
+import torch
+
+import train
+from model import GPT
+from training.config import CONFIGS, build, compose, sweep
+from training.workers import RunError
+
+
+def test_more_workers_than_windows():
+    from data.loader import WorkerBatches
+
+    with pytest.raises(ValueError, match="use at most 3 workers"):
+        WorkerBatches(range(100), 32, worker=0, workers=4, seed=0)
+
+
+def test_workers_must_divide_the_batch(small):
+    config = compose((*small, "batch.sequences=3")).config
+    with pytest.raises(RunError, match=r"batch\.sequences=3 cannot be split over 2 workers"):
+        train.share_of_batch(config, 2)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "per_forward", "workers", "expected"),
+    [(16, 8, 2, 8), (16, 8, 1, 8), (12, 4, 2, 3), (256, 16, 8, 16), (2, 8, 2, 1), (14, 4, 2, 1)],
+)
+def test_forward_passes_are_equal_and_as_large_as_allowed(
+    small, sequences, per_forward, workers, expected
+):
+    overrides = (f"batch.sequences={sequences}", f"batch.per_forward={per_forward}")
+    assert train.share_of_batch(compose((*small, *overrides)).config, workers) == expected
+
+
+def test_sweep_is_the_product_in_order():
+    assert sweep(["steps=5", "compressor@w2s=identity,topk", "seed=0,1"], multirun=True) == [
+        ("compressor@w2s=identity", "seed=0", "steps=5"),
+        ("compressor@w2s=identity", "seed=1", "steps=5"),
+        ("compressor@w2s=topk", "seed=0", "steps=5"),
+        ("compressor@w2s=topk", "seed=1", "steps=5"),
+    ]
+    assert sweep(["seed=range(0,3)"], multirun=True) == [("seed=0",), ("seed=1",), ("seed=2",)]
+
+
+def test_names_tell_overrides_and_tell_configurations_apart(small):
+    def name(*overrides, workers=2):
+        return compose(overrides).name(workers)
+
+    overrides = ("compressor@w2s=topk", "w2s.fraction=0.05")
+    assert re.fullmatch(r"w2s=topk,w2s\.fraction=0\.05-[0-9a-f]{8}", name(*overrides))
+    assert name(*overrides) == name(*overrides)
+    assert name(*overrides) != name(*overrides, workers=4)
+    assert name("seed=1") != name("seed=2")
+    assert name("runs=elsewhere", "wandb.mode=offline", "log_every=5") == name()
+    assert name().startswith("default-")
+    assert "/" not in name("data.train=/some/where/*.bin")
+    assert len(name(*(f"data.name={'x' * 300}",))) < 120
+
+
+COMPRESSORS = {path.stem for path in CONFIGS.glob("compressor/*.yaml")} - {"switch"}  # of others
+
+
+@pytest.mark.parametrize("compressor", sorted(COMPRESSORS))
+@pytest.mark.parametrize("direction", ["w2s", "s2w"])
+def test_every_compressor_composes(compressor, direction):
+    config = compose((f"compressor@{direction}={compressor}",)).config
+    alpha = build(config[direction], direction).alpha(64, 32)
+    assert alpha == 0 if compressor == "fitted_rank" else 0 < alpha <= 1
+
+
+def test_the_papers_setting_composes():
+    config = compose(("experiment=paper", "w2s.fraction=0.1", "w2s.values=float32")).config
+    assert (config.batch.sequences, config.model.context) == (256, 1024)
+    assert (config.eval.every, config.eval.tokens) == (125, 10_485_760)
+    assert config.data.rebuild == "python data/fineweb.py download --shards 103"
+    with torch.device("meta"):
+        model = GPT(build(config.model, "model"))
+    assert sum(p.numel() for p in model.parameters()) == 123_568_128
+    assert train.share_of_batch(config, 8) == 16

@@ -1,0 +1,152 @@
+"""Workers that are killed, stopped or hung: what is left, and that resumed runs are equal."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from run import PATIENCE, ROOT, SUPPORT
+
+from scripts.soak.outcome import outcome
+
+FAULTS = SUPPORT / "workers" / "faults.py"
+LOSSY = [
+    *("compressor@w2s=topk", "w2s.fraction=0.1", "compressor@s2w=topk"),
+    *("steps=6", "eval.every=3", "checkpoint.every=2", "resume=auto"),
+]
+
+
+def command(ranks: int, script: Path, *arguments: object, restarts: int = 0) -> list[str]:
+    torchrun = [
+        *("-m", "torch.distributed.run", "--standalone"),
+        *(f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"),
+    ]
+    return [sys.executable, *(torchrun if ranks else []), str(script), *map(str, arguments)]
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture
+def launch(small, tmp_path):
+    """Run train.py on so many ranks, with faults, in tmp_path/run; returns status and output."""
+
+    def launch(ranks: int, *faults: str, options: tuple[str, ...] = (), restarts: int = 0):
+        run = [*small, *LOSSY, *options, f"directory={tmp_path}/run"]
+        script = [FAULTS, tmp_path, ",".join(faults)] if faults else [ROOT / "train.py"]
+        with start(*command(ranks, *script, *run, restarts=restarts)) as process:
+            output, _ = process.communicate(timeout=PATIENCE)
+        assert all((tmp_path / fault).exists() for fault in faults), output
+        return process.returncode, output
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small, tmp_path_factory):
+    """The outcome of the run on two workers without faults."""
+    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+    run = [*small, *LOSSY, f"directory={directory}"]
+    with start(*command(2, ROOT / "train.py", *run)) as process:
+        output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, output
+    log, files = outcome(directory)
+    assert log[-1]["status"] == "completed" and [r["step"] for r in log[1:]][-1] == 6
+    assert sorted(files) == ["__0_0.distcp", "__1_0.distcp"]
+    return log, files
+
+
+def last_record(run: Path) -> dict:
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def resumed_from(output: str) -> list[int]:
+    return [int(step) for step in re.findall(r"going on from .*step-(\d+)", output)]
+
+
+def test_killed_workers_are_restarted_and_leave_no_trace(launch, undisturbed, tmp_path):
+    """In the middle of a step, in the middle of a checkpoint; and one that was only slow."""
+    status, output = launch(
+        2,
+        *("1:encode:1:SIGKILL", "3:exchange:0:SIGKILL", "4:write:1:SIGKILL"),
+        "5:encode:1:pause",
+        restarts=3,
+    )
+    assert status == 0, output
+    assert resumed_from(output) == [2, 2]  # and anew after the first
+    for survivor, killed in ((0, 1), (1, 0)):
+        assert f"error: rank {survivor}: lost rank {killed}: see that process" in output
+    assert outcome(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.slow
+def test_killed_while_writing_asynchronously(launch, undisturbed, tmp_path):
+    status, output = launch(
+        *(2, "4:write:0:SIGKILL", "6:hash:1:exit", "6:publish:0:SIGKILL"),
+        options=("checkpoint.asynchronous=true",),
+        restarts=3,
+    )
+    assert status == 0, output
+    steps = resumed_from(output)  # which checkpoint is whole by then is a matter of time
+    assert len(steps) == 3 and steps[0] == 2 and steps == sorted(steps)
+    assert outcome(tmp_path / "run") == undisturbed
+
+
+def test_sigterm_stops_all_workers_with_a_checkpoint(launch, undisturbed, tmp_path):
+    """To one worker; and to torchrun, which passes it on, and then says what ended it itself."""
+    run = tmp_path / "run"
+    status, output = launch(2, "2:exchange:1:SIGTERM")
+    assert status == 0, output
+    assert "stopped as asked: go on with resume=auto" in output
+    stopped = last_record(run)
+    assert stopped == {"record": "end", "status": "stopped", "step": 3}
+    assert (run / "checkpoints" / "step-00000003").is_dir()
+
+    status, output = launch(2, "4:encode:0:end_torchrun")
+    assert "stopped as asked" in output and "SignalException" in output and status == 1
+    assert resumed_from(output) == [3]
+    step = last_record(run)["step"]
+    assert step < 6
+
+    status, output = launch(2)
+    assert (status, resumed_from(output)) == (0, [step])
+    assert outcome(run) == undisturbed
+
+
+def test_sigint_to_a_process_alone(launch, tmp_path):
+    status, output = launch(0, "2:forward:0:SIGINT")
+    assert status == 0, output
+    assert last_record(tmp_path / "run") == {"record": "end", "status": "stopped", "step": 2}
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir()
+
+
+def test_a_hung_worker_is_named_and_the_run_goes_on(small, undisturbed, tmp_path):
+    """It hangs before the other one's patience begins, and is killed as soon as it was named."""
+    fault = "3:exchange:1:SIGSTOP"
+    faults = f"{fault},3:encode:0:lose_patience"
+    run = [*small, *LOSSY, f"directory={tmp_path}/run", "--timeout=5"]
+    named = []
+    with start(*command(2, FAULTS, tmp_path, faults, *run, restarts=1)) as process:
+        watchdog = threading.Timer(PATIENCE, process.kill)
+        watchdog.start()
+        for line in process.stdout:
+            if line.startswith("error: rank 0: lost rank 1: "):
+                named.append(line)
+                os.kill(int((tmp_path / fault).read_text()), signal.SIGKILL)
+        watchdog.cancel()
+    assert process.returncode == 0 and len(named) == 1
+    assert "Timed out waiting 5000ms" in named[0]
+    assert outcome(tmp_path / "run") == undisturbed

@@ -1,0 +1,112 @@
+"""The dry run against what an optimizer of a real model says."""
+
+import re
+
+import pytest
+
+from ef21_muon.exchange.collectives import Exchange
+from ef21_muon.exchange.layers import batch_layers
+from model import GPT
+from training.config import build, compose
+from training.method import build_optimizer, run_label
+from training.plan import plan
+from training.workers import RunError
+
+
+def row(text, workers):
+    """The cells of the table's row for this many workers, by heading."""
+    lines = [re.split(r"  +", line.strip()) for line in text.splitlines()]
+    heading = next(line for line in lines if line[0] == "workers")
+    found = next(line for line in lines if line[0] == str(workers) and len(line) == len(heading))
+    return dict(zip(heading, found, strict=True))
+
+
+def number(cell):
+    return float(cell.replace(",", "").rstrip("%"))
+
+
+@pytest.mark.parametrize("server", ["rank0", "sharded", "replicated"])
+def test_bytes_are_those_of_the_optimizer(server):
+    overrides = ("model=tiny", f"optimizer.server={server}", "compressor@w2s=topk", "steps=7")
+    overrides += () if server == "replicated" else ("compressor@s2w=rank",)
+    config = compose(overrides).config
+    optimizer = build_optimizer(config, GPT(build(config.model, "model")))
+    found = row(plan(config), 4)
+    assert number(found["w2s a round"]) == optimizer.exchange.w2s_bytes
+    s2w = 0 if server == "replicated" else optimizer.exchange.s2w_bytes
+    assert number(found["s2w a round"]) == s2w
+    assert number(found["w2s a run"]) == 7 * optimizer.exchange.w2s_bytes
+    assert number(found["s at 100 Mbit/s"]) == pytest.approx(
+        8 * busiest(optimizer, server, 4) / 1e8, rel=0.01
+    )
+
+
+ROLE = ("+compressor@norm.embedding.w2s=topk", "+compressor@norm.embedding.s2w=sign")
+
+
+def test_a_role_may_have_compressors_of_its_own():
+    config = compose(("model=tiny", *ROLE, "norm.embedding.w2s.fraction=0.5")).config
+    optimizer = build_optimizer(config, GPT(build(config.model, "model")))
+    of_role = {group["name"]: group for group in optimizer.param_groups}
+    assert str(of_role["embedding"]["w2s"]) == "top 50% natural"
+    assert str(of_role["hidden"]["w2s"]) == "rank 15% natural"
+    assert run_label(optimizer) == (
+        "rank 15% natural, embedding top 50% natural, embedding back dense sign"
+    )
+    found = row(plan(config), 4)
+    assert number(found["w2s a round"]) == optimizer.exchange.w2s_bytes
+    assert number(found["s2w a round"]) == optimizer.exchange.s2w_bytes
+
+
+def test_a_roles_switch_begins_a_phase_of_the_plan():
+    role = ("+compressor@norm.embedding.w2s=switch", "norm.embedding.w2s.start=3", "steps=7")
+    config = compose(("model=tiny", *role)).config
+    lines = [line.split() for line in plan(config).splitlines()]
+    phases = [line for line in lines if line[:1] == ["4"]]
+    assert [line[1] for line in phases] == ["1", "4"]
+    first, later = (number(line[2]) for line in phases)
+    assert first != later and number(phases[0][5]) == 3 * first + 4 * later
+
+
+def test_a_baseline_takes_no_roles_compressor(process_group):
+    for optimizer, lossless in (("dion", None), ("muon", True)):
+        config = compose(("model=tiny", f"optimizer={optimizer}", *ROLE)).config
+        for group in build_optimizer(config, GPT(build(config.model, "model"))).param_groups:
+            assert getattr(group.get("w2s"), "lossless", None) is lossless
+            assert getattr(group.get("s2w"), "lossless", None) is lossless
+
+
+def busiest(optimizer, server, ranks):
+    """Bytes that the busiest of the ranks sends, by ef21_muon.exchange.collectives."""
+    batches = batch_layers(optimizer.param_groups, server, 0, ranks)
+    exchange = Exchange(
+        [b.owned_by for b in batches],
+        [b.w2s.payload_bytes(*b.shape) for b in batches],
+        [b.s2w.payload_bytes(*b.shape) for b in batches],
+    )
+    exchange.ranks = ranks
+    return max(exchange.wire_tx_bytes(rank) for rank in range(ranks))
+
+
+def test_memory_is_that_of_the_state():
+    """Alone, a worker would hold parameters, gradients, M, G_j and all of G: two hold half of G."""
+    config = compose(("model=tiny", "optimizer.server=replicated", "compressor@w2s=topk")).config
+    model = GPT(build(config.model, "model"))
+    optimizer = build_optimizer(config, model)
+    state = sum(t.nbytes for s in optimizer.state.values() for t in s.values())
+    whole = 4 * sum(p.numel() for p in model.parameters())
+    assert state == 3 * whole
+    found = number(row(plan(config), 2)["GB a rank"])
+    assert found == pytest.approx((2 * whole + state) / 1e9, abs=0.005)
+
+
+def test_every_preset_can_be_planned():
+    for experiment in ((), ("experiment=paper",), ("experiment=smoke124m",)):
+        for norm in ("scion", "muon", "gluon", "euclidean"):
+            text = plan(compose((*experiment, f"norm={norm}")).config)
+            assert number(row(text, 8)["of float32"]) < 10
+
+
+def test_baselines_cannot_be_planned():
+    with pytest.raises(RunError, match="give optimizer=ef21_muon"):
+        plan(compose(("optimizer=adamw",)).config)

@@ -1,0 +1,175 @@
+"""Runs that go on from a checkpoint exactly, and those that may not."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from logs import repeatable
+from run import torchrun
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from workers.resume import CASES, COMPRESSORS, run_alone
+
+import train
+from data.loader import Prefetched, WorkerBatches
+from training.workers import RunError
+
+LAYERS = [
+    "embedding.weight",
+    *(f"blocks.0.attention.{part}.weight" for part in ("query", "key", "value", "project")),
+    *(f"blocks.0.mlp.{part}.weight" for part in ("expand", "project")),
+]
+LAST = "checkpoints/step-00000004"
+
+
+@pytest.fixture(scope="module")
+def cases(small, tmp_path_factory):
+    """What `resume.py cases` leaves: two runs of two workers for every case."""
+    directory = tmp_path_factory.mktemp("cases")
+    torchrun("resume.py", "cases", directory, *small, ranks=2)
+    return directory
+
+
+@pytest.fixture
+def run(small):
+    """Runs `run(directory, *overrides)` as one worker in this process; returns its records."""
+
+    def run(directory: Path, *overrides: str) -> list[dict]:
+        run_alone(directory, *small, *overrides)
+        return repeatable(directory)
+
+    return run
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def facts(directory: Path) -> dict:
+    return json.loads((directory / LAST / "checkpoint.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_run_is_the_run_without_interruption(cases, case):
+    both = [cases / case / which for which in ("whole", "resumed")]
+    whole, resumed = map(repeatable, both)
+    assert [r["step"] for r in whole if r["record"] == "train"] == [1, 2, 3, 4]
+    assert whole == resumed
+    for file in ("__0_0.distcp", "__1_0.distcp"):  # parameters and all state
+        assert sha256(both[0] / LAST / file) == sha256(both[1] / LAST / file)
+    of_whole, of_resumed = map(facts, both)
+    for key in ("config_hash", "workers", "placement", "data", "round"):
+        assert of_whole[key] == of_resumed[key]
+    assert of_whole["phases"] != of_resumed["phases"]  # it was another process's work
+
+
+@pytest.mark.parametrize("kind", COMPRESSORS)
+def test_a_checkpoint_holds_all_state(cases, kind, tmp_path):
+    """As torch's own converter reads it."""
+    case = f"{kind}, sharded"
+    dcp_to_torch_save(cases / case / "whole" / LAST, tmp_path / "tensors.pt")
+    tensors = torch.load(tmp_path / "tensors.pt", weights_only=True)
+    names = [f"parameter.{layer}" for layer in LAYERS]
+    names += [f"server.{layer}.server_gradient" for layer in LAYERS]
+    if "compressor@s2w=identity" not in CASES[case]:
+        names += [f"server.{layer}.server_model" for layer in LAYERS]
+    for j in range(2):
+        names += [f"worker.{j}.{layer}.momentum" for layer in LAYERS]
+        names += [f"worker.{j}.{layer}.gradient_estimate" for layer in LAYERS]
+        names += [f"worker.{j}.generator.{way}" for way in ("w2s", "s2w")]
+    assert sorted(tensors) == sorted(names)
+
+
+def test_a_checkpoint_says_what_it_is_of(cases):
+    directory = cases / "rank, rank0" / "whole"
+    said = facts(directory)
+    assert (said["schema"], said["step"], said["round"]) == (1, 4, 4)
+    assert (said["workers"], said["placement"], len(said["data"])) == (2, "rank0", 2)
+    *records, end = (directory / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert said["log_bytes"] == sum(map(len, records)) and b'"end"' in end
+    assert said["position"].items() <= json.loads(records[-1]).items()
+    files = {path.name: path for path in (directory / LAST).iterdir()}
+    del files["checkpoint.json"]
+    assert said["files"] == {name: sha256(path) for name, path in files.items()}
+    hashes = {case: facts(cases / case / "whole")["config_hash"] for case in CASES}
+    asynchronous = facts(cases / "asynchronous" / "resumed")["config_hash"]
+    assert hashes["asynchronous"] == asynchronous and len(set(hashes.values())) == len(CASES) - 1
+
+
+def test_a_run_that_has_all_its_steps_only_ends(run, tmp_path):
+    whole = run(tmp_path)
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    assert run(tmp_path, "resume=auto") == whole
+
+
+def test_reading_ahead_changes_nothing(run, tmp_path, monkeypatch):
+    """As on CUDA, in a whole run and in one that goes on from its second step."""
+    plain, ahead = tmp_path / "plain", tmp_path / "ahead"
+    expected = run(plain)
+    monkeypatch.setattr(train, "WorkerBatches", lambda *args: Prefetched(WorkerBatches(*args)))
+    assert run(ahead, "checkpoint.keep=4") == expected
+    for step in (3, 4):
+        shutil.rmtree(ahead / f"checkpoints/step-{step:08}")
+    assert run(ahead, "resume=auto") == expected
+    assert facts(ahead)["data"] == facts(plain)["data"]
+
+
+def test_without_a_checkpoint_the_run_starts_anew(run, tmp_path):
+    whole = run(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert run(tmp_path, "resume=auto") == whole
+
+
+def test_a_log_that_was_lost_is_refused(run, tmp_path):
+    run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"record": "run"}\n')
+    with pytest.raises(RunError, match=r"is shorter than the \d+ bytes that the checkpoint knew"):
+        run(tmp_path, "resume=auto")
+
+
+def test_what_changes_the_numbers_is_refused(run, tmp_path):
+    run(tmp_path)
+    before = sha256(tmp_path / "metrics.jsonl")
+    changed = ("optimizer.lr=0.03", "w2s.fraction=0.2", "seed=1", "steps=8")
+    message = (
+        r"step-00000004 was made with another configuration: optimizer.lr=0.03 \(it has 0.02\), "
+        r"seed=1 \(it has 0\), steps=8 \(it has 4\), w2s.fraction=0.2 \(it has 0.15\); give"
+    )
+    for resume in ("auto", "elastic"):
+        with pytest.raises(RunError, match=message):
+            run(tmp_path, f"resume={resume}", f"directory={tmp_path}", *changed)
+    with pytest.raises(RunError, match=r"configuration: optimizer.server='rank0' \(it has 'shard"):
+        run(tmp_path, "resume=auto", "optimizer.server=rank0")
+    with pytest.raises(RunError, match=r"w2s.values=None \(it has 'natural'\); give"):
+        run(tmp_path, "resume=auto", "compressor@w2s=identity")
+    assert sha256(tmp_path / "metrics.jsonl") == before
+
+
+def test_what_does_not_change_the_numbers_is_allowed(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    whole = run(tmp_path, "checkpoint.keep=4")
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "checkpoints" / f"step-0000000{step}")
+    options = ("wandb.mode=offline", "label=other", "checkpoint.every=3", "check_every=1")
+    resumed = run(tmp_path, "resume=auto", "log_every=3", "diagnostics_every=4", *options)
+    assert resumed[:4] == whole[:4]  # the run, steps 1 and 2, and an evaluation
+    assert [r["record"] for r in resumed[4:]] == ["train", "diagnostics", "train", "eval", "end"]
+    assert resumed[-1] == whole[-1]
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_another_number_of_workers_is_refused_with_a_hint(cases, run, tmp_path):
+    shutil.copytree(cases / "rank, sharded" / "whole", tmp_path / "run")
+    overrides = ("schedule.warmup=0.75", *CASES["rank, sharded"])
+    with pytest.raises(RunError, match="2 workers, this run has 1: start as many, or give resum"):
+        run(tmp_path / "run", "resume=auto", *overrides)
+
+
+def test_an_elastic_restart_needs_error_feedback_ef21(run, tmp_path):
+    ef14 = "optimizer.feedback=ef14"
+    run(tmp_path, ef14)
+    with pytest.raises(RunError, match=r"resume=elastic is not allowed for .*: it needs "):
+        run(tmp_path, ef14, "resume=elastic", f"directory={tmp_path}")

@@ -1,0 +1,71 @@
+"""Workers that share a store: how they agree on a name, and who of them is lost."""
+
+import threading
+from datetime import timedelta
+
+import torch.distributed as dist
+from run import PATIENCE
+from waiting import SleptTime
+
+from training.workers import Workers
+
+
+class Start:
+    """Workers that share a store, as threads."""
+
+    def __init__(self, store: dist.Store, count: int, timeout: float = PATIENCE):
+        self.workers = []
+        for rank in range(count):
+            worker = Workers(timeout)
+            worker.rank, worker.count, worker._store = rank, count, store
+            self.workers.append(worker)
+
+    def results(self, action, ranks) -> list:
+        """Of all of these ranks at once: what the action returns or raises."""
+        results = {}
+
+        def run(rank):
+            try:
+                results[rank] = action(self.workers[rank])
+            except TimeoutError as error:
+                results[rank] = str(error)
+
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in ranks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        return [results[rank] for rank in ranks]
+
+
+def test_every_start_agrees_on_a_name_of_its_own():
+    store, names = dist.HashStore(), set()
+    for _ in range(5):
+        for order in ((0, 1, 2), (2, 1, 0)):
+            (name,) = set(Start(store, 3).results(lambda w: w._agree_on_name(store), order))
+            names.add(name)
+    assert len(names) == 10
+
+
+def test_workers_that_do_not_start_are_named(monkeypatch):
+    store = dist.HashStore()
+    Start(store, 4).results(lambda worker: worker._agree_on_name(store), range(4))
+    monkeypatch.setattr("training.workers.time", SleptTime(threads=2))
+    errors = Start(store, 4, 0.2).results(lambda worker: worker._agree_on_name(store), (0, 3))
+    assert [error.split(":")[0] for error in errors] == 2 * ["rank 1, 2 did not start within 0.2 s"]
+
+
+def test_who_is_lost(monkeypatch):
+    monkeypatch.setattr("training.workers.time", SleptTime(threads=3))
+    answers = Start(dist.HashStore(), 5, 0.5).results(Workers._lost, (0, 2, 4))
+    assert answers == 3 * [[1, 3]]
+
+
+def test_if_the_store_does_not_answer_its_node_is_lost():
+    class Silent(dist.Store):
+        def set(self, key, value):
+            threading.Event().wait()
+
+    worker = Start(Silent(), 2, 0.2).workers[1]
+    worker.timeout = timedelta(seconds=0.2)
+    assert worker._lost() == [0]

@@ -1,0 +1,52 @@
+"""The command line of train.py."""
+
+import argparse
+
+from training.config import CONFIGS
+from training.workers import RunError
+
+MOST_SECONDS = 1_000_000
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise RunError(f"{message}: see train.py --help")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line of train.py. Raises RunError for one that cannot be read."""
+    groups = "\n".join(
+        f"  {folder.name:<12}{', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}"
+        for folder in sorted(path for path in CONFIGS.iterdir() if path.is_dir())
+    )
+    parser = _Parser(
+        prog="train.py",
+        description="Train a GPT with EF21-Muon. Launch with torchrun, one process a worker.",
+        epilog=f"config groups (compressor@w2s=, compressor@s2w= pick a direction):\n{groups}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="sweep over comma-separated values"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=seconds,
+        default=600,
+        metavar="SECONDS",
+        help="the longest wait for another worker (default %(default)s)",
+    )
+    parser.add_argument(
+        "--cfg", action="store_true", help="print the resolved configuration of each job and stop"
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def seconds(text: str) -> float:
+    """The value of --timeout."""
+    number = float(text)
+    if not 0 < number <= MOST_SECONDS:
+        raise argparse.ArgumentTypeError(
+            f"{text} s is not allowed: give a number above 0, at most {MOST_SECONDS}"
+        )
+    return number

@@ -1,0 +1,144 @@
+"""Pictures of runs: test loss against tokens and against bytes sent, one line a run.
+
+The same logs always give the same files.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+
+from training.records import BYTES_PER_PARAMETER, LOG_NAME, Log, read_log
+
+# The colours of Okabe and Ito (https://jfly.uni-koeln.de/color/) but for yellow, which is lost on
+# white paper. Three cycles of different lengths: runs that share a colour differ in the rest.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+LINES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v")
+MARKERS_A_LINE = 10
+MOST_RUNS_IN_INNER_LEGEND = 8
+
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "legend.edgecolor": "none",
+    "legend.handlelength": 3.5,
+    "savefig.dpi": 200,
+    "svg.hashsalt": "ef21-muon",
+}
+
+
+def unique_labels(logs: Sequence[Log], run_directories: Sequence[Path]) -> list[str]:
+    """The label of each run, with its directory where several runs share one."""
+    labels = [log.run["label"] for log in logs]
+    shared = {label for label, count in Counter(labels).items() if count > 1}
+    if not shared:
+        return labels
+    parent = os.path.commonpath(run_directories)
+    return [
+        f"{label} ({os.path.relpath(directory, parent)})" if label in shared else label
+        for label, directory in zip(labels, run_directories, strict=True)
+    ]
+
+
+def build_figure(logs: Sequence[Log], labels: Sequence[str]) -> Figure:
+    """The figure: test loss against tokens on the left, against w2s bytes on the right.
+
+    Bytes are one worker's, in sizes of the model (4 bytes a parameter). The right axis is
+    logarithmic, so evaluations before the first sent byte appear on the left only.
+    """
+    outside = len(logs) > MOST_RUNS_IN_INNER_LEGEND
+    with matplotlib.rc_context(STYLE):
+        size = (12, max(3.8, 0.2 * len(logs))) if outside else (9, 3.8)
+        figure = Figure(figsize=size, layout="constrained")
+        by_tokens, by_bytes = figure.subplots(1, 2, sharey=True)
+        for index, (log, label) in enumerate(zip(logs, labels, strict=True)):
+            look = {"label": label} | line_look(index)
+            losses = [record["test_loss"] for record in log.evals]
+            tokens = [record["tokens"] for record in log.evals]
+            model_bytes = BYTES_PER_PARAMETER * log.run["parameters"]
+            sent = [record["w2s_bytes"] / model_bytes for record in log.evals]
+            start = next((i for i, size in enumerate(sent) if size > 0), len(sent))
+            _plot(by_tokens, tokens, losses, look)
+            _plot(by_bytes, sent[start:], losses[start:], look)
+
+        _describe(by_tokens, by_bytes)
+        handles = by_tokens.get_legend_handles_labels()
+        if outside:
+            figure.legend(*handles, loc="outside right center")
+        else:
+            by_tokens.legend(*handles, loc="upper right")
+    return figure
+
+
+def line_look(index: int) -> dict:
+    """Colour, line and marker of a figure's line."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": LINES[index % len(LINES)],
+        "marker": MARKERS[index % len(MARKERS)],
+    }
+
+
+def plain_losses(axes) -> None:
+    """Losses on the left as plain numbers."""
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def plain_sizes(axes, ticks_a_decade: Sequence[float] = (1, 2, 5)) -> None:
+    """Sizes below, on a logarithmic axis, as plain numbers."""
+    axes.xaxis.set_major_locator(LogLocator(subs=ticks_a_decade))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _plot(axes, x: list, y: list, look: dict) -> None:
+    step = max(1, len(x) // MARKERS_A_LINE)
+    last_marked = ((len(x) - 1) % step, step)
+    axes.plot(x, y, markevery=last_marked, **look)
+
+
+def _describe(by_tokens, by_bytes) -> None:
+    by_tokens.set(xlabel="training tokens", ylabel="test loss (nats per token)", yscale="log")
+    by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
+    plain_losses(by_tokens)
+    by_bytes.set(xlabel="bytes sent to the server per worker / model size")
+    if any(len(line.get_xdata()) for line in by_bytes.lines):
+        by_bytes.set_xscale("log")
+        least, most = by_bytes.get_xlim()
+        ticks_a_decade = (1, 2, 5) if most / least < 10_000 else (1,)
+        plain_sizes(by_bytes, ticks_a_decade)
+    else:
+        by_bytes.set_xticks([])
+        by_bytes.text(0.5, 0.5, "no bytes sent", ha="center", transform=by_bytes.transAxes)
+
+
+def draw(run_directories: Sequence[Path], output_directory: Path) -> list[Path]:
+    """Draw the runs into `output_directory`; returns the two files. Raises like `read_log`."""
+    run_directories = [Path(directory).resolve() for directory in run_directories]
+    logs = [read_log(directory / LOG_NAME) for directory in run_directories]
+    figure = build_figure(logs, unique_labels(logs, run_directories))
+    output_directory = Path(output_directory)
+    output_directory.mkdir(parents=True, exist_ok=True)
+    return save(figure, output_directory / "test_loss")
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write stem.png and stem.svg, the same bytes for the same figure; returns the two files."""
+    png, svg = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(png)
+        figure.savefig(svg, metadata={"Date": None})
+    return [png, svg]
