@@ -57,6 +57,9 @@ class Run:
         self.without_sync = self.model.no_sync if reduced else nullcontext
         if on_cuda and config.compile:
             self.model = torch.compile(self.model)
+        # W is evaluated, where a worker's own parameters are apart from it.
+        self.agreed = getattr(self.optimizer, "agreed", nullcontext)
+        self.finish = getattr(self.optimizer, "finish", lambda: None)
         self.autocast = torch.autocast(workers.device.type, torch.bfloat16, enabled=on_cuda)
         self.label = config.label or run_label(self.optimizer)
         self.first_step, self.seconds = 1, 0.0
@@ -89,15 +92,16 @@ class Run:
 
     @torch.no_grad()
     def test_loss(self) -> float:
-        """Mean loss of W, the model that workers hold, on the test windows of all workers."""
+        """Mean loss of W, on which workers agree, on the test windows of all workers."""
         total = torch.zeros((), dtype=torch.float64, device=self.workers.device)
         tokens = 0
         windows = self.test.batches(self.workers.rank, self.workers.count, self.forward_sequences)
-        for batch in windows:
-            inputs, targets = self.to_device(batch)
-            with self.autocast:
-                total += self.model(inputs, targets).double() * targets.numel()
-            tokens += targets.numel()
+        with self.agreed():
+            for batch in windows:
+                inputs, targets = self.to_device(batch)
+                with self.autocast:
+                    total += self.model(inputs, targets).double() * targets.numel()
+                tokens += targets.numel()
         total, tokens = self.workers.total(total, tokens)
         return total / tokens
 
@@ -111,6 +115,7 @@ class Run:
         step = self.scheduler.last_epoch
         return {
             "step": step,
+            "round": getattr(self.optimizer, "round", step),
             "tokens": step * self.tokens_per_step,
             **{key: self.bytes_before[key] + getattr(self.optimizer, key) for key in BYTES},
             "seconds": round(self.seconds, 3),
@@ -131,17 +136,22 @@ class Run:
         test_loss = stop = None
         for step in range(self.first_step, config.steps + 1):
             lr = self.scheduler.get_last_lr()[0]
-            self.optimizer.watch = due(step, config.diagnostics_every)
+            if due(step, config.diagnostics_every):
+                self.optimizer.watch = True
             loss_sum += self.step()
             steps_since += 1
             stop = self.stop_requested()
             last = step == config.steps
+            if last:
+                self.finish()
             evaluate = last or due(step, config.eval.every)
             save = last or stop or due(step, config.checkpoint.every)
             if log:
                 log.advance()
-                if self.optimizer.watch:
+            if config.diagnostics_every and self.optimizer.watch and self.optimizer.watched:
+                if log:
                     log.diagnostics(step, self.optimizer.diagnostics())
+                self.optimizer.watch = False
             if save or due(step, config.check_every):
                 self.check()
             if not (evaluate or save or due(step, config.log_every)):
@@ -228,6 +238,7 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
         "world_size": workers.count,
         "worker_size": config.worker_size,
         "device": workers.device.type,
+        "placement": getattr(run.optimizer, "server", None),
     }
     checkpoints = Checkpoints(
         directory / "checkpoints", workers, config.checkpoint.keep, config.checkpoint.asynchronous

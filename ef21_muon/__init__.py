@@ -4,6 +4,7 @@ The optimizer of "Error Feedback for Muon and Friends" (arXiv:2510.00643) as a l
 on torch alone.
 """
 
+from ef21_muon.exchange.collectives import ALONE
 from ef21_muon.hierarchy import HierarchicalEF21Muon
 from ef21_muon.lmo.norms import (
     L1,
@@ -18,6 +19,7 @@ from ef21_muon.lmo.norms import (
     Spectral,
 )
 from ef21_muon.lmo.presets import param_groups
+from ef21_muon.local_steps import LocalSteps
 from ef21_muon.messages.compressors import Compressor, Dense, Identity, RandK, RankK, TopK
 from ef21_muon.messages.fitted import FittedRank
 from ef21_muon.messages.noneuclidean import Damping, Dropout, TopColumns, TopSingular
@@ -36,6 +38,7 @@ from ef21_muon.messages.values import (
 from ef21_muon.optimizer import EF21Muon
 
 __all__ = [
+    "ALONE",
     "L1",
     "AdaptiveRadius",
     "BFloat16",
@@ -52,6 +55,7 @@ __all__ = [
     "HierarchicalEF21Muon",
     "Identity",
     "Integer",
+    "LocalSteps",
     "Natural",
     "NaturalWindow",
     "Norm",

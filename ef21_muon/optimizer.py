@@ -7,13 +7,12 @@ from torch import Tensor
 from ef21_muon.checks import (
     check_group,
     choice,
-    refuse_compressed_shifts,
     refuse_unused_decays,
     require_mean_estimate,
     whole_number,
 )
 from ef21_muon.exchange.collectives import Traffic, place_in
-from ef21_muon.exchange.layers import LayerBatch, batch_layers
+from ef21_muon.exchange.layers import LayerBatch, batch_layers, lmo_costs
 from ef21_muon.exchange.phases import current, new_phases
 from ef21_muon.lmo.norms import AdaptiveRadius, Norm, Spectral
 from ef21_muon.messages.compressors import Compressor, Identity
@@ -45,10 +44,11 @@ class EF21Muon(ServedOptimizer):
     `first_message`: "compressed", so that G_j^0 = C_j(M_j^0) and no gradient is ever sent whole, or
     "exact", so that G_j^0 = M_j^0 as the L-smooth theorem has it, in float32.
 
-    `server` places the servers (`ef21_muon.exchange.placement`); batches of layers travel in up to
-    `buckets` messages each way, so that one is on its way while the next is encoded, with the same
-    numbers for any value. `seed` drives what is random in compressors. A parameter of n entries in
-    one dimension is an (n, 1) matrix, one of more than two dimensions is flattened to (d_0, rest).
+    `server` places the servers (`ef21_muon.exchange.placement`), "auto" where the busiest rank
+    sends or receives the least; batches of layers travel in up to `buckets` messages each way, so
+    that one is on its way while the next is encoded. Numbers are the same for any choice. `seed`
+    drives what is random in compressors. A parameter of n entries in one dimension is an (n, 1)
+    matrix, one of more than two dimensions is flattened to (d_0, rest).
 
     Raises ValueError for hyperparameters outside their range and for parameters that differ
     between ranks, RuntimeError from `step` for a parameter whose gradient is missing or does not
@@ -74,7 +74,7 @@ class EF21Muon(ServedOptimizer):
         server_momentum: float = 0.0,
         momentum_start: str = "gradient",
         first_message: str = "compressed",
-        server: str = "sharded",
+        server: str = "auto",
         buckets: int = 4,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
@@ -101,9 +101,8 @@ class EF21Muon(ServedOptimizer):
             params, defaults, seed=seed, purposes=("w2s", "s2w"), process_group=process_group
         )
         refuse_unused_decays(self.param_groups, feedback)
-        if server == "replicated":
-            refuse_compressed_shifts(self.param_groups)
-        self._begin(batch_layers(self.param_groups, server, *place_in(process_group)))
+        self._place_servers(server, self.param_groups, lmo_costs(self.param_groups))
+        self._begin(batch_layers(self.param_groups, self.server, *place_in(process_group)))
         rules = [self.param_groups[batch.group]["w2s"] for batch in self.batches]
         if first_exact:
             rules = [Switch(Identity(), rule, start=1) for rule in rules]

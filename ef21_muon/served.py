@@ -6,10 +6,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ef21_muon.checks import refuse_compressed_shifts
 from ef21_muon.communicating import CommunicatingOptimizer
-from ef21_muon.exchange.collectives import Exchange
-from ef21_muon.exchange.layers import ServedBatch, relative_error
+from ef21_muon.exchange.collectives import Exchange, place_in
+from ef21_muon.exchange.layers import ServedBatch, relative_error, traffic_by_placement
 from ef21_muon.exchange.phases import Phase, current
+from ef21_muon.exchange.placement import AUTO
 from ef21_muon.messages.feedback import EF21
 
 Receive: TypeAlias = Callable[[], list]
@@ -26,6 +28,7 @@ class ServedOptimizer(CommunicatingOptimizer):
     all layers, for `diagnostics`.
     """
 
+    server: str  # the placement
     batches: list[ServedBatch]
     phases: list[Phase]
     feedback: type[EF21]
@@ -46,6 +49,17 @@ class ServedOptimizer(CommunicatingOptimizer):
     def watched(self) -> bool:
         """Whether a message of every layer was recorded since `watch` was set."""
         return all(batch.contraction is not None for batch in self.batches)
+
+    def _place_servers(self, server: str, groups: list[dict], costs: list[int]) -> None:
+        """Choose the placement; `placements` has the traffic of those that there were to choose."""
+        self.placements = {}
+        if server == AUTO:
+            _, ranks = place_in(self.process_group)
+            self.placements = traffic_by_placement(groups, costs, ranks)
+            server, *_ = self.placements
+        if server == "replicated":
+            refuse_compressed_shifts(groups)
+        self.server = server
 
     @property
     def exchange(self) -> Exchange:

@@ -13,7 +13,7 @@ from training.config import build, compose, sweep
 
 
 def test_the_loop_runs_as_printed(capsys):
-    _, loop, _ = blocks("python")
+    _, _, loop, _ = blocks("python")
     scope = {}
     exec(loop, scope)
     sent = int(capsys.readouterr().out.split()[0])
@@ -22,8 +22,24 @@ def test_the_loop_runs_as_printed(capsys):
     assert scope["loss"] < 4  # log(64) = 4.16 at the start
 
 
+def test_local_steps_run_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    local, *_ = blocks("python")
+    scope = {"model": torch.nn.Linear(3, 2)}
+    with torch.no_grad():
+        start = scope["model"].weight.clone()
+    made, used = local.split("# optimizer.step()")
+    exec(made, scope)
+    for _ in range(3):
+        scope["model"](torch.ones(1, 3)).sum().backward()
+        scope["optimizer"].step()
+    exec("# " + used, scope)
+    assert torch.equal(torch.load("model.pt")["weight"], start)  # no round has been
+    assert not torch.equal(scope["model"].weight, start)
+
+
 def test_the_compressor_is_one(monkeypatch):
-    _, _, code = blocks("python")
+    *_, code = blocks("python")
     scope = {}
     exec(code, scope)
     node = OmegaConf.create(blocks("yaml")[0])

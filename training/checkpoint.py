@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from training.workers import RunError, Workers, one_line
 
@@ -200,6 +200,11 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
         raise RunError(
             f"{path} does not fit this run: {one_line(cause)}; give this run's own directory"
         ) from error
+
+
+def stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
+    """Sizes and types of the tensors in a checkpoint by name."""
+    return TensorReader(path).read_metadata().state_dict_metadata
 
 
 class TensorWriter(dcp.FileSystemWriter):

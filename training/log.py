@@ -50,7 +50,7 @@ class RunLog:
         done = resumed["step"] if resumed else 0
         self._bar = tqdm(total=config["steps"], initial=done, unit="step", dynamic_ncols=True)
         if resumed:
-            self._note_resumption(resumed, facts, config["optimizer"].get("server"))
+            self._note_resumption(resumed, facts)
             return
         self._write(
             {
@@ -70,7 +70,7 @@ class RunLog:
             }
         )
 
-    def _note_resumption(self, resumed: dict, facts: dict, placement: str | None) -> None:
+    def _note_resumption(self, resumed: dict, facts: dict) -> None:
         """With other workers the log says so; going on exactly leaves no trace."""
         if "resync_bytes" in resumed:
             self._write(
@@ -80,7 +80,7 @@ class RunLog:
                     "world_size_before": resumed["workers"],
                     "world_size": facts["world_size"],
                     "placement_before": resumed["placement"],
-                    "placement": placement,
+                    "placement": facts["placement"],
                     "resync_bytes": resumed["resync_bytes"],
                 }
             )

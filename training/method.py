@@ -9,16 +9,18 @@ from omegaconf import DictConfig
 from torch import nn
 
 from baselines import AllReduced
-from ef21_muon import EF21Muon, HierarchicalEF21Muon, param_groups
+from ef21_muon import EF21Muon, HierarchicalEF21Muon, LocalSteps, param_groups
 from ef21_muon.communicating import CommunicatingOptimizer
-from ef21_muon.messages.feedback import EF21
+from ef21_muon.messages.feedback import EF14, EF21
 from ef21_muon.messages.switch import starts
+from ef21_muon.served import ServedOptimizer
 from training.config import build
+from training.local_steps import build_local_steps
 from training.workers import RunError
 
 METHODS = (CommunicatingOptimizer, AllReduced)  # what train.py can use
 # What optimizers get from elsewhere than configs/optimizer.
-ELSEWHERE = {"params", "norm", "radius", "w2s", "s2w", "seed", "process_group"}
+ELSEWHERE = {"params", "norm", "radius", "w2s", "s2w", "seed", "process_group", "lanes"}
 
 
 def parameter_groups(config: DictConfig, model: nn.Module) -> list[dict]:
@@ -46,6 +48,10 @@ def build_optimizer(
     make = build(config.optimizer, "optimizer", _partial_=True)
     _require_arguments(make)
     groups = parameter_groups(config, model)
+    if issubclass(make.func, LocalSteps):
+        optimizer = build_local_steps(config, make, groups, timeout)
+        _require_accord(config, optimizer)
+        return optimizer
     options = {}
     if make.func is not EF21Muon:
         rule = ("norm", "radius") if issubclass(make.func, EF21Muon) else ()
@@ -59,7 +65,9 @@ def build_optimizer(
             options |= {"worker_size": config.worker_size, "timeout": timeout}
             make = partial(HierarchicalEF21Muon, **make.keywords)
     elif config.worker_size > 1:
-        raise RunError(f"worker_size={config.worker_size} needs optimizer=ef21_muon: set it to 1")
+        raise RunError(
+            f"worker_size={config.worker_size} needs optimizer=ef21_muon or local: set it to 1"
+        )
     optimizer = make(groups, **options)
     _require_accord(config, optimizer)
     return optimizer
@@ -80,16 +88,18 @@ def _require_arguments(make: partial) -> None:
 
 
 def _require_accord(config: DictConfig, optimizer: torch.optim.Optimizer) -> None:
-    if config.diagnostics_every and not is_ef21(optimizer):
+    if config.diagnostics_every and not has_servers(optimizer):
         raise RunError(
-            f"diagnostics_every={config.diagnostics_every} needs optimizer=ef21_muon: "
+            f"diagnostics_every={config.diagnostics_every} needs optimizer=ef21_muon or local: "
             "baselines have no error feedback to look at; set it to 0"
         )
-    if is_ef21(optimizer):
-        last = max(start for group in optimizer.param_groups for start in starts(group["w2s"]))
-        if last >= config.steps:
+    if has_servers(optimizer):
+        last = max(start for rule in rules(optimizer) for start in starts(rule["w2s"]))
+        rounds = config.steps // getattr(optimizer, "every", 1)
+        if last and last >= rounds:
+            of = "steps" if rounds == config.steps else f"{rounds} rounds of steps"
             raise RunError(
-                f"w2s.start={last} is not below steps={config.steps}: give a round of the run, or "
+                f"w2s.start={last} is not below {of}={config.steps}: give a round of the run, or "
                 "the first compressor alone"
             )
     if config.checkpoint.every and getattr(optimizer, "hook", None) == "powersgd":
@@ -97,34 +107,62 @@ def _require_accord(config: DictConfig, optimizer: torch.optim.Optimizer) -> Non
             f"checkpoint.every={config.checkpoint.every} is not allowed with hook=powersgd: "
             "torch keeps its state to itself; set it to 0"
         )
+    local = isinstance(optimizer, LocalSteps) and not optimizer.timetable.delay
     with_estimates = type(optimizer) is EF21Muon and optimizer.feedback is EF21
-    if config.resume == "elastic" and not with_estimates:
+    elastic = config.worker_size == 1 and (local or with_estimates)
+    if config.resume == "elastic" and not elastic:
         raise RunError(
             f"resume=elastic is not allowed for {run_label(optimizer)}: it needs "
-            "optimizer=ef21_muon with feedback=ef21 and worker_size=1; start as many workers as "
-            "before, with resume=auto"
+            "optimizer=ef21_muon with feedback=ef21, or local without delay, and worker_size=1; "
+            "start as many workers as before, with resume=auto"
         )
 
 
-def is_ef21(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is the method itself, and not a baseline, one of which builds on its step."""
-    return type(optimizer) in (EF21Muon, HierarchicalEF21Muon)
+def has_servers(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it sends messages to servers: no baseline does, though one builds on a step here."""
+    return isinstance(optimizer, ServedOptimizer) and not isinstance(optimizer, AllReduced)
+
+
+def rules(optimizer: torch.optim.Optimizer) -> list[dict]:
+    """What a worker sends of its groups of layers: dicts with name, w2s and s2w."""
+    return getattr(optimizer, "rules", optimizer.param_groups)
 
 
 def run_label(optimizer: torch.optim.Optimizer) -> str:
     """The run's name in figures: the method, or what EF21-Muon sends."""
-    if not is_ef21(optimizer):
+    if not has_servers(optimizer):
         return optimizer.title
-    w2s, s2w = optimizer.defaults["w2s"], optimizer.defaults["s2w"]
+    local = isinstance(optimizer, LocalSteps)
+    w2s, s2w = (
+        rules(optimizer)[0][direction] if local else optimizer.defaults[direction]
+        for direction in ("w2s", "s2w")
+    )
     label = str(w2s) if s2w.lossless else f"{w2s}, back {s2w}"
-    for group in getattr(optimizer, "worker_groups", optimizer.param_groups):
+    for group in getattr(optimizer, "worker_groups", rules(optimizer)):
         if (own := str(group.get("w2s", w2s))) != str(w2s):
             label = f"{label}, {group['name']} {own}"
         if (own := str(group.get("s2w", s2w))) != str(s2w):
             label = f"{label}, {group['name']} back {own}"
+    if local:
+        return f"{label}, {_local_label(optimizer)}"
     told = [optimizer.feedback.title] if optimizer.feedback is not EF21 else []
     if (decay := optimizer.defaults["error_decay"]) != 1:
         told.append(f"decay {decay:g}")
     if momentum := optimizer.defaults["server_momentum"]:
         told.append(f"server momentum {momentum:g}")
     return ", ".join([label, " ".join(told)] if told else [label])
+
+
+def _local_label(optimizer: LocalSteps) -> str:
+    """What is not the default of local steps."""
+    names = {type(inner).__name__ for inner in optimizer.inner} - {"EF21Muon"}
+    told = [f"every {optimizer.every}", *sorted(names)]
+    if optimizer.feedback is not EF14:
+        told.append(optimizer.feedback.title)
+    if optimizer.error_decay != 1:
+        told.append(f"decay {optimizer.error_decay:g}")
+    if optimizer.outer_lr != 1 or optimizer.outer_momentum:
+        told.append(f"outer {optimizer.outer_lr:g}/{optimizer.outer_momentum:g}")
+    if optimizer.timetable.delay:
+        told.append(f"delay {optimizer.timetable.delay}")
+    return " ".join(told)

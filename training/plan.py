@@ -1,12 +1,23 @@
 """What a run will take, told without training: tokens, bytes, memory, and time on a link."""
 
+from functools import partial
 from itertools import pairwise
 
 import torch
 from omegaconf import DictConfig
 
-from ef21_muon import EF21Muon
-from ef21_muon.exchange.layers import batch_layers
+from ef21_muon import EF21Muon, Identity, LocalSteps
+from ef21_muon.exchange.layers import (
+    LayerBatch,
+    RoundBatch,
+    batch_layers,
+    lmo_costs,
+    named_layers,
+    serve,
+    traffic_by_placement,
+)
+from ef21_muon.exchange.placement import AUTO
+from ef21_muon.messages.feedback import FEEDBACK
 from ef21_muon.messages.switch import in_round, starts
 from model import GPT
 from training.config import build
@@ -15,18 +26,23 @@ from training.report import table
 from training.workers import RunError
 
 LINKS = {"100 Mbit/s": 1e8, "1 Gbit/s": 1e9, "10 Gbit/s": 1e10, "100 Gbit/s": 1e11}
+SLOWEST = next(iter(LINKS))
 WORKERS = (2, 4, 8)
 
 
 def plan(config: DictConfig) -> str:
-    """Tables for EF21-Muon on 2, 4 and 8 workers; the model has shapes but no values.
+    """Tables for EF21-Muon or local steps on 2, 4 and 8 workers; the model has no values.
 
     Memory is of parameters, gradients and the optimizer's state of the rank that holds most of it,
-    without activations. The time of a round is that of the bytes which the busiest rank sends, at
-    the link's rate. Raises RunError for a baseline.
+    without activations and without what an inner optimizer of torch's keeps. The time of a round is
+    that of the bytes which the busiest rank sends, at the link's rate. Raises RunError for a
+    baseline.
     """
-    if build(config.optimizer, "optimizer", _partial_=True).func is not EF21Muon:
-        raise RunError("dry_run=true plans EF21-Muon alone: give optimizer=ef21_muon")
+    method = build(config.optimizer, "optimizer", _partial_=True)
+    if method.func not in (EF21Muon, LocalSteps):
+        raise RunError(
+            "dry_run=true plans EF21-Muon and local steps: give optimizer=ef21_muon or local"
+        )
     model_config = build(config.model, "model")
     with torch.device("meta"):
         model = GPT(model_config)
@@ -36,29 +52,42 @@ def plan(config: DictConfig) -> str:
         ["parameters", f"{model_config.parameter_count:,}"],
         ["tokens a step", f"{tokens:,}"],
         ["steps", f"{config.steps:,}"],
+        ["steps a round", f"{method.keywords.get('every', 1):,}"],
         ["tokens", f"{config.steps * tokens:,}"],
         ["tokens a parameter", f"{config.steps * tokens / model_config.parameter_count:.3g}"],
     ]
-    return f"{table(facts)}\n\n{_rounds(config, model)}"
+    groups = _groups(config, model)
+    tables = table(facts), _rounds(config, method, groups), _placements(method, groups)
+    return "\n\n".join(tables)
 
 
-def _rounds(config: DictConfig, model: GPT) -> str:
-    heading = ["workers", "from step", "w2s a round", "of float32", "s2w a round", "w2s a run"]
-    rows = [[*heading, "GB a rank", *(f"s at {link}" for link in LINKS)]]
+def _groups(config: DictConfig, model: GPT) -> list[dict]:
     groups = parameter_groups(config, model)
     for group in groups:
         for direction in ("w2s", "s2w"):
             group.setdefault(direction, build(config[direction], direction))
         group["param_names"], group["params"] = zip(*group["params"], strict=True)
-    whole = 4 * sum(p.numel() for p in model.parameters())
+    return groups
+
+
+def _rounds(config: DictConfig, method: partial, groups: list[dict]) -> str:
+    heading = ["workers", "from step", "w2s a round", "of float32", "s2w a round", "w2s a run"]
+    rows = [[*heading, "GB a rank", *(f"s at {link}" for link in LINKS), "servers"]]
+    whole = 4 * sum(parameter.numel() for group in groups for parameter in group["params"])
+    every = method.keywords.get("every", 1)
+    rounds = -(-config.steps // every)  # the last one may be of fewer steps
     begins = set().union(*(starts(group["w2s"]) for group in groups))
-    begins = sorted(start for start in begins if start < config.steps)
+    begins = sorted(start for start in begins if start < rounds)
     for workers in WORKERS:
+        server = method.keywords.get("server", AUTO)
+        if server == AUTO:
+            server, *_ = traffic_by_placement(groups, _costs(method, groups), workers)
         phases = []
         for begin in begins:
             of_phase = [{**group, "w2s": in_round(group["w2s"], begin)} for group in groups]
-            phases.append([_rank(of_phase, config, rank, workers) for rank in range(workers)])
-        lasting = [end - begin for begin, end in pairwise([*begins, config.steps])]
+            ranks = [_rank(method, of_phase, server, rank, workers) for rank in range(workers)]
+            phases.append(ranks)
+        lasting = [end - begin for begin, end in pairwise([*begins, rounds])]
         run = sum(n * ranks[0]["w2s"] for n, ranks in zip(lasting, phases, strict=True))
         for begin, ranks in zip(begins, phases, strict=True):
             busiest = max(rank["wire"] for rank in ranks)
@@ -66,33 +95,69 @@ def _rounds(config: DictConfig, model: GPT) -> str:
             rows.append(
                 [
                     str(workers),
-                    str(begin + 1),
+                    str(begin * every + 1),
                     f"{ranks[0]['w2s']:,}",
                     f"{ranks[0]['w2s'] / whole:.2%}",
                     f"{ranks[0]['s2w']:,}",
                     f"{run:,}",
                     f"{memory / 1e9:.2f}",
                     *(f"{8 * busiest / rate:.3g}" for rate in LINKS.values()),
+                    server,
                 ]
             )
     return table(rows)
 
 
-def _rank(groups: list[dict], config: DictConfig, rank: int, workers: int) -> dict[str, int]:
+def _costs(method: partial, groups: list[dict]) -> list[int]:
+    if method.func is EF21Muon:
+        return lmo_costs(groups)
+    return [parameter.numel() for _, _, parameter, _ in named_layers(groups)]
+
+
+def _placements(method: partial, groups: list[dict]) -> str:
+    """What the busiest rank moves in a round, and its time a step, wherever servers may be."""
+    every, costs = method.keywords.get("every", 1), _costs(method, groups)
+    heading = [f"busiest rank, {workers} workers" for workers in WORKERS]
+    rows = [["servers", *(cell for name in heading for cell in (name, f"s a step at {SLOWEST}"))]]
+    traffic = [traffic_by_placement(groups, costs, workers) for workers in WORKERS]
+    for server in traffic[0]:
+        sizes = [of_placement[server] for of_placement in traffic]
+        seconds = [8 * size / LINKS[SLOWEST] / every for size in sizes]
+        cells = zip(sizes, seconds, strict=True)
+        rows.append([server, *(c for size, s in cells for c in (f"{size:,}", f"{s:.3g}"))])
+    return table(rows)
+
+
+def _rank(
+    method: partial, groups: list[dict], server: str, rank: int, workers: int
+) -> dict[str, int]:
     """Bytes of one rank: a round's messages, what it sends of them, and the optimizer's state."""
     with torch.device("meta"):
-        batches = batch_layers(groups, config.optimizer.server, rank, workers)
+        if method.func is EF21Muon:
+            batches, inner = batch_layers(groups, server, rank, workers), []
+        else:
+            batches = serve(RoundBatch, groups, _costs(method, groups), server, rank, workers)
+            feedback = FEEDBACK[method.keywords["feedback"]]
+            for batch in batches:
+                batch.make_room(feedback.accumulates, method.keywords["outer_momentum"])
+            inner = _inner_batches(method, groups)
     w2s = [(b, b.w2s.payload_bytes(*b.shape)) for b in batches]
     s2w = [(b, b.s2w.payload_bytes(*b.shape)) for b in batches]
     own = sum(size * (b.owned.stop - b.owned.start) for b, size in w2s)
     served = sum(size * (b.owned.stop - b.owned.start) for b, size in s2w)
     up = sum(size * len(b.names) for b, size in w2s)
-    replicated = config.optimizer.server == "replicated"
+    replicated = server == "replicated"
     return {
         "w2s": up,
         "s2w": 0 if replicated else sum(size * len(b.names) for b, size in s2w),
         "wire": up * (workers - 1) if replicated else up - own + served * (workers - 1),
-        "state": sum(
-            t.nbytes for b in batches for s in b.parameter_state().values() for t in s.values()
-        ),
+        "state": sum(table.nbytes for b in [*batches, *inner] for _, table, _ in b.tables()),
     }
+
+
+def _inner_batches(method: partial, groups: list[dict]) -> list[LayerBatch]:
+    """Of EF21Muon inside local steps; torch's optimizers are not known before they step."""
+    if getattr(method.keywords["inner"], "func", None) is not EF21Muon:
+        return []
+    whole = {"w2s": Identity(), "s2w": Identity()}
+    return batch_layers([group | whole for group in groups], "rank0", 0, 1)

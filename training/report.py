@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
-from ef21_muon import AdaptiveRadius, Compressor, EF21Muon, Switch
+from ef21_muon import AdaptiveRadius, Compressor, LocalSteps, Switch
+from ef21_muon.exchange.layers import ServedBatch
 from ef21_muon.messages.switch import in_round
-from training.method import is_ef21
+from ef21_muon.served import ServedOptimizer
+from training.method import has_servers, rules
 from training.workers import Workers
 
 
@@ -21,12 +23,29 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def group_table(optimizer: torch.optim.Optimizer, workers: Workers) -> str:
-    """What a worker sends for which layers, in bytes a step; of a baseline, what it trains."""
-    if not is_ef21(optimizer):
+    """What a worker sends for which layers, in bytes a round; of a baseline, what it trains."""
+    if not has_servers(optimizer):
         return table([["group", "tensors", "parameters", "lr", "method"], *_parameters(optimizer)])
     heading = ["group", "layers", "shape", "norm", "radius", "lr", "w2s", "bytes", "s2w", "bytes"]
-    of_ranks = workers.gather(_layers(optimizer))[: getattr(optimizer, "worker_size", 1)]
-    return table([heading, *(row for rows in of_ranks for row in rows)])
+    of_ranks = workers.gather(_layers(optimizer))[: ranks_of_a_worker(optimizer)]
+    told = table([heading, *(row for of_rank in of_ranks for row in of_rank)])
+    every = getattr(optimizer, "every", 1)
+    rounds = "a round a step" if every == 1 else f"a round every {every} steps"
+    return f"{told}\n\n{rounds}, servers {optimizer.server}{_chosen(optimizer.placements)}"
+
+
+def _chosen(placements: dict[str, int]) -> str:
+    """Why a placement was chosen."""
+    if not placements:
+        return ""
+    least, *others = (f"{size:,}" for size in placements.values())
+    told = ", ".join(f"{name} {size}" for name, size in zip([*placements][1:], others, strict=True))
+    return f": the busiest rank moves {least} bytes a round ({told})"
+
+
+def ranks_of_a_worker(optimizer: torch.optim.Optimizer) -> int:
+    lanes = getattr(optimizer, "lanes", None)
+    return lanes.worker_size if lanes else 1
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[list[str]]:
@@ -38,39 +57,57 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[list[str]]:
     return rows
 
 
-def _layers(optimizer: EF21Muon) -> list[list[str]]:
+def _layers(optimizer: ServedOptimizer) -> list[list[str]]:
     rows = []
     for place, batch in enumerate(optimizer.batches):
-        group = optimizer.param_groups[batch.group]
+        group, rule = optimizer.param_groups[batch.group], rules(optimizer)[batch.group]
         layers = len(batch.params)
         rows.append(
             [
                 group["name"],
                 str(layers),
                 "x".join(map(str, batch.shape)),
-                str(group["norm"]),
-                _radius(group["radius"]),
+                str(group["norm"]) if "norm" in group else _inner(optimizer, group),
+                _radius(group["radius"]) if "radius" in group else "",
                 f"{group['lr']:g}",
-                *_over_phases(optimizer, place, group["w2s"]),
-                _fitted(batch.s2w, group["s2w"]),
-                f"{layers * batch.s2w.payload_bytes(*batch.shape):,}",
+                *_over_phases(optimizer, place, rule["w2s"]),
+                *_back(optimizer, batch, rule["s2w"]),
             ]
         )
     return rows
+
+
+def _back(optimizer: ServedOptimizer, batch: ServedBatch, chosen: Compressor) -> tuple[str, str]:
+    """What servers send back of a batch of layers, and its bytes."""
+    if optimizer.exchange.replicated and optimizer.exchange.ranks > 1:
+        return "nothing", "0"
+    size = len(batch.params) * batch.s2w.payload_bytes(*batch.shape)
+    return _fitted(batch.s2w, chosen), f"{size:,}"
 
 
 def _radius(radius: float | AdaptiveRadius) -> str:
     return str(radius) if isinstance(radius, AdaptiveRadius) else f"{radius:g}"
 
 
-def _over_phases(optimizer: EF21Muon, place: int, chosen: Compressor | Switch) -> tuple[str, str]:
+def _inner(optimizer: LocalSteps, group: dict) -> str:
+    """The name of the inner optimizer that steps a group without a norm."""
+    return next(
+        type(inner).__name__
+        for inner in optimizer.inner
+        if any(own is group for own in inner.param_groups)
+    )
+
+
+def _over_phases(
+    optimizer: ServedOptimizer, place: int, chosen: Compressor | Switch
+) -> tuple[str, str]:
     """What workers send of a batch of layers, and its bytes; one after the other if it changes."""
     layers, shape = len(optimizer.batches[place].params), optimizer.batches[place].shape
-    names, sizes = [], []
+    names, sizes, every = [], [], getattr(optimizer, "every", 1)
     for phase in optimizer.phases:
         used = phase.w2s[place]
         name = _fitted(used, in_round(chosen, phase.start))
-        names.append(name + (f" from step {phase.start + 1}" if phase.start else ""))
+        names.append(name + (f" from step {phase.start * every + 1}" if phase.start else ""))
         sizes.append(f"{layers * used.payload_bytes(*shape):,}")
     return ", ".join(names), ", ".join(sizes)
 

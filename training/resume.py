@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -9,8 +10,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ef21_muon.communicating import CommunicatingOptimizer
-from training.checkpoint import load, read_facts
+from training.checkpoint import load, read_facts, stored_tensors
 from training.config import what_matters
+from training.local_steps import inner_tensors
 from training.schedule import new_scheduler
 from training.workers import RunError
 
@@ -26,7 +28,7 @@ def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
         "config": config,
         "config_hash": _hash(config),
         "workers": run.workers.count,
-        "placement": run.config.optimizer.get("server"),
+        "placement": getattr(run.optimizer, "server", None),
         "data": run.workers.gather(run.batches.state_dict()),
         "round": getattr(run.optimizer, "round", None),
         "position": run.position(),
@@ -47,6 +49,7 @@ def go_on(run, path: Path) -> dict:
             f"{path} is of {facts['workers']} workers, this run has {run.workers.count}: start as "
             "many, or give resume=elastic"
         )
+    _make_inner_state(run, path, run.workers.rank)
     states = _generator_states(run)
     load(path, _tensors(run) | states)
     for state, generator in zip(states.values(), _generators(run).values(), strict=True):
@@ -59,13 +62,14 @@ def go_on(run, path: Path) -> dict:
 def go_on_elastic(run, path: Path) -> dict:
     """Continue from a checkpoint of any number of workers and any placement of the servers.
 
-    Every new G_j is the servers' G, which keeps G the mean of all G_j; every M_j is the mean of the
-    saved ones. The workers' random numbers start anew. Returns the facts, with `resync_bytes`: what
-    a worker needs for it, G and the mean M_j in float32. Raises RunError for a configuration that
-    differs. For EF21Muon with feedback "ef21" alone.
+    Every new G_j is the servers' G, which keeps G the mean of all G_j; every M_j, and whatever else
+    a worker has, is the mean of the saved ones. The workers' random numbers start anew. Returns the
+    facts, with `resync_bytes`: what a worker needs for it. Raises RunError for a configuration that
+    differs. For EF21Muon with feedback "ef21", and for LocalSteps without delay.
     """
     facts = read_facts(path)
     require_same_config(run.config, facts["config"], path, free=("optimizer.server",))
+    _make_inner_state(run, path, worker=0)
     tensors = _tensors(run)
     worker = f"worker.{run.workers.rank}."
     load(path, {name: tensor for name, tensor in tensors.items() if not name.startswith(worker)})
@@ -74,7 +78,7 @@ def go_on_elastic(run, path: Path) -> dict:
         if not name.startswith(worker):
             continue
         layer, _, key = name.removeprefix(worker).rpartition(".")
-        if key == "gradient_estimate":
+        if key == "gradient_estimate" and not layer.endswith(".inner"):
             load(path, {f"server.{layer}.server_gradient": tensor})
         else:
             _load_mean(path, [f"worker.{j}.{layer}.{key}" for j in range(facts["workers"])], tensor)
@@ -93,14 +97,38 @@ def _load_mean(path: Path, names: list[str], tensor: Tensor) -> None:
 
 
 def _tensors(run) -> dict[str, Tensor]:
-    """Parameters, and the optimizer's state by the worker or the server that holds it."""
+    """W, and the optimizer's state by the worker or the server that holds it.
+
+    Where a worker's own parameters are apart from W, they are part of its state, and so is that of
+    the optimizer which steps them.
+    """
+    worker, apart = f"worker.{run.workers.rank}", hasattr(run.optimizer, "agreed")
     names = {parameter: name for name, parameter in run.raw_model.named_parameters()}
-    tensors = {f"parameter.{name}": parameter.detach() for parameter, name in names.items()}
+    own = f"{worker}.{{}}.local_model" if apart else "parameter.{}"
+    tensors = {own.format(name): parameter.detach() for parameter, name in names.items()}
     for parameter, state in run.optimizer.state.items():
         for key, tensor in state.items():
-            holder = "server" if key.startswith(SERVER) else f"worker.{run.workers.rank}"
-            tensors[f"{holder}.{names[parameter]}.{key}"] = tensor
+            holder = "server" if key.startswith(SERVER) else worker
+            name = f"{holder}.{names[parameter]}.{key}"
+            if key == "model_shift":
+                name, tensor = f"parameter.{names[parameter]}", tensor.view_as(parameter)
+            tensors[name] = tensor
+    for parameter, key, tensor in inner_tensors(run.optimizer):
+        tensors[f"{worker}.{names[parameter]}.inner.{key}"] = tensor
     return tensors
+
+
+def _make_inner_state(run, path: Path, worker: int) -> None:
+    """Room for what a worker's inner optimizers make in their first steps."""
+    parameters = dict(run.raw_model.named_parameters())
+    for stored, metadata in stored_tensors(path).items():
+        found = re.fullmatch(rf"worker\.{worker}\.(.+)\.inner\.(\w+)", stored)
+        for inner in getattr(run.optimizer, "inner", ()) if found else ():
+            parameter = parameters[found[1]]
+            if any(parameter is one for group in inner.param_groups for one in group["params"]):
+                device = parameter.device if metadata.size else "cpu"
+                empty = torch.empty(metadata.size, dtype=metadata.properties.dtype, device=device)
+                inner.state[parameter].setdefault(found[2], empty)
 
 
 def _generators(run) -> dict[str, torch.Generator]:

@@ -8,9 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ef21_muon.exchange.placement import owned_layers, spread
+from ef21_muon.exchange.placement import AUTO, busiest, owned_layers, spread
 from ef21_muon.messages.compressors import Compressor
-from ef21_muon.messages.switch import in_round
+from ef21_muon.messages.switch import in_round, starts
 
 
 @dataclass(kw_only=True)
@@ -151,6 +151,16 @@ class RoundBatch(ServedBatch):
         self.model_shift = self.local_models()
         self.memory = self.zeros()
 
+    def make_room(self, accumulates: bool, outer_momentum: float) -> None:
+        """For the servers' state; `accumulates` is the feedback's."""
+        if accumulates:
+            self.memory_name = "gradient_estimate"
+            self.server_gradient = self.zeros(self.owned)
+        if outer_momentum:
+            self.server_momentum = self.zeros(self.owned)
+        if not self.s2w.lossless:
+            self.server_error = self.zeros(self.owned)
+
     def local_models(self) -> Tensor:
         """x_j, (L, m, n) in the parameters' dtype."""
         return torch.stack(self.matrices(parameter.detach() for parameter in self.params))
@@ -205,8 +215,30 @@ def batch_layers(groups: list[dict], server: str, rank: int, ranks: int) -> list
 
     groups: the optimizer's parameter groups. Raises ValueError for a parameter without entries.
     """
-    costs = [groups[index]["norm"].cost(*shape) for index, _, _, shape in named_layers(groups)]
-    return serve(LayerBatch, groups, costs, server, rank, ranks)
+    return serve(LayerBatch, groups, lmo_costs(groups), server, rank, ranks)
+
+
+def lmo_costs(groups: list[dict]) -> list[int]:
+    """What the LMO of every layer takes."""
+    return [groups[index]["norm"].cost(*shape) for index, _, _, shape in named_layers(groups)]
+
+
+def traffic_by_placement(groups: list[dict], costs: list[int], ranks: int) -> dict[str, int]:
+    """Bytes of the busiest rank in a round, for every placement that these compressors allow.
+
+    The first is that of the least; a Switch counts as what it is at last.
+    """
+    w2s, s2w, lossless = [], [], True
+    for index, _, _, shape in named_layers(groups):
+        up, back = groups[index]["w2s"], groups[index]["s2w"]
+        up = in_round(up, max(starts(up)))
+        w2s.append(up.fit(*shape).payload_bytes(*shape))
+        s2w.append(back.fit(*shape).payload_bytes(*shape))
+        lossless &= back.lossless
+    traffic = busiest(w2s, s2w, spread(costs, ranks), ranks)
+    if not lossless:
+        del traffic["replicated"]
+    return dict(sorted(traffic.items(), key=lambda one: one[1]))
 
 
 def serve(
@@ -214,10 +246,12 @@ def serve(
 ) -> list[Batches]:
     """Group layers by group and shape, each a batch of this kind, and give them servers.
 
-    groups: with the entries params, w2s and s2w; costs: of what the server of each layer does. The
-    order within a batch does not depend on `server`, so that a worker's random numbers meet the
-    same layers wherever the servers are.
+    groups: with the entries params, w2s and s2w; costs: of what the server of each layer does;
+    server: a placement, or "auto". The order within a batch does not depend on it, so that a
+    worker's random numbers meet the same layers wherever the servers are.
     """
+    if server == AUTO:
+        server, *_ = traffic_by_placement(groups, costs, ranks)
     layers = list(named_layers(groups))
     spread_over = spread(costs, ranks)
     batched = defaultdict(list)

@@ -48,6 +48,7 @@ def is_done(run: StudyRun) -> bool:
     with path.open() as file:
         made_with = what_matters(json.loads(file.readline())["config"])
     asked = what_matters(OmegaConf.to_container(compose(overrides(run)).config, resolve=True))
+    asked.pop("optimizer.server", None)  # placements take the same steps
     # A later version may have other keys, but a role's compressor is there where it was asked for.
     of_roles = {key for key in asked.keys() | made_with.keys() if key.startswith("norm.")}
     differing = [

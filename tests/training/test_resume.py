@@ -13,7 +13,10 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from workers.resume import CASES, COMPRESSORS, run_alone
 
 import train
-from data.loader import Prefetched, WorkerBatches
+from data.loader import Prefetched, TestWindows, WorkerBatches
+from model import GPT
+from train import open_data
+from training.config import build, compose
 from training.workers import RunError
 
 LAYERS = [
@@ -22,6 +25,7 @@ LAYERS = [
     *(f"blocks.0.mlp.{part}.weight" for part in ("expand", "project")),
 ]
 LAST = "checkpoints/step-00000004"
+LOCAL_CASES = ["local", "local ef21, two ranks a worker", "diloco"]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +84,31 @@ def test_a_checkpoint_holds_all_state(cases, kind, tmp_path):
         names += [f"worker.{j}.{layer}.gradient_estimate" for layer in LAYERS]
         names += [f"worker.{j}.generator.{way}" for way in ("w2s", "s2w")]
     assert sorted(tensors) == sorted(names)
+
+
+@pytest.mark.parametrize("case", LOCAL_CASES)
+def test_in_the_middle_of_a_round_w_is_saved_and_tested_and_workers_are_apart(
+    cases, small, case, tmp_path
+):
+    """With rounds of three steps W after two is the model at the start."""
+    directory = cases / case / "whole"
+    dcp_to_torch_save(directory / "checkpoints" / "step-00000002", tmp_path / "tensors.pt")
+    tensors = torch.load(tmp_path / "tensors.pt", weights_only=True)
+    config = compose(tuple(small)).config
+    start = GPT(build(config.model, "model"), config.seed)
+    for layer, parameter in start.named_parameters():
+        assert torch.equal(tensors[f"parameter.{layer}"], parameter)
+        of_workers = [tensors[f"worker.{j}.{layer}.local_model"] for j in range(2)]
+        assert not torch.equal(of_workers[0], parameter)
+        assert torch.equal(*of_workers) == ("two ranks" in case)
+    _, tokens = open_data(config)
+    windows = TestWindows(tokens, config.model.context, config.eval.tokens)
+    with torch.no_grad():
+        losses = [start(*batch).item() for batch in windows.batches(0, 1, 1)]
+    evals = [one for one in repeatable(directory) if one["record"] == "eval"]
+    assert [(one["step"], one["round"]) for one in evals] == [(2, 0), (4, 1)]
+    assert evals[0]["test_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert evals[1]["test_loss"] < evals[0]["test_loss"] - 1e-3
 
 
 def test_a_checkpoint_says_what_it_is_of(cases):
@@ -173,3 +202,46 @@ def test_an_elastic_restart_needs_error_feedback_ef21(run, tmp_path):
     run(tmp_path, ef14)
     with pytest.raises(RunError, match=r"resume=elastic is not allowed for .*: it needs "):
         run(tmp_path, ef14, "resume=elastic", f"directory={tmp_path}")
+
+
+@pytest.mark.parametrize("case", ["local", "diloco"])
+def test_local_steps_go_on_with_other_workers_from_the_middle_of_a_round(
+    cases, run, case, tmp_path, monkeypatch
+):
+    """One worker has the mean of what two had, and the servers' state as it was."""
+    directory = tmp_path / "elastic"
+    shutil.copytree(cases / case / "whole", directory)
+    shutil.rmtree(directory / LAST)
+    log = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (directory / "metrics.jsonl").write_text("".join(log[:-1]))
+    dcp_to_torch_save(directory / "checkpoints" / "step-00000002", tmp_path / "tensors.pt")
+    saved = torch.load(tmp_path / "tensors.pt", weights_only=True)
+    go_on, seen = train.go_on_elastic, {}
+
+    def look(run, path):
+        facts = go_on(run, path)
+        for layer, parameter in run.raw_model.named_parameters():
+            state = run.optimizer.state[parameter]
+            seen[layer] = {key: tensor.clone() for key, tensor in state.items()}
+            seen[layer]["local_model"] = parameter.detach().clone()
+            for inner in run.optimizer.inner:
+                own = inner.state[parameter].items()
+                seen[layer] |= {f"inner.{key}": tensor.clone() for key, tensor in own}
+        return facts
+
+    monkeypatch.setattr(train, "go_on_elastic", look)
+    common = ("checkpoint.every=2", "check_every=1", "schedule.warmup=0.75")
+    place = ("resume=elastic", f"directory={directory}")
+    records = run(directory, *common, *CASES[case], *place)
+    assert seen.keys() == set(LAYERS) and [r["record"] for r in records].count("elastic") == 1
+    for layer, state in seen.items():
+        assert {"model_shift", "error", "server_momentum", "local_model"} <= state.keys()
+        assert sum(key.startswith("inner.") for key in state) == 3  # M, G_j, G; or AdamW's
+        for key, tensor in state.items():
+            whole = {"model_shift": "parameter.{}"}.get(key, f"server.{{}}.{key}")
+            if whole.format(layer) in saved:
+                expected = saved[whole.format(layer)]
+            else:
+                of_workers = [saved[f"worker.{j}.{layer}.{key}"].double() for j in range(2)]
+                expected = sum(of_workers) / 2
+            torch.testing.assert_close(tensor, expected.view_as(tensor).to(tensor.dtype))

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ef21_muon import EF21Muon, Identity, param_groups
+from ef21_muon import EF21Muon, Identity, Spectral, Switch, TopK, param_groups
 from ef21_muon.exchange.collectives import Exchange
-from ef21_muon.exchange.placement import PLACEMENTS, cut, owned_layers, spread
+from ef21_muon.exchange.layers import LayerBatch, lmo_costs, serve, traffic_by_placement
+from ef21_muon.exchange.placement import PLACEMENTS, busiest, cut, owned_layers, spread
 from model import GPT
 from training.config import build, compose
 
@@ -92,3 +93,52 @@ def test_one_process_sends_nothing():
     exchange = EF21Muon([parameter], w2s=Identity()).exchange
     assert exchange.wire_tx_bytes(0) == 0
     assert exchange.w2s_bytes == exchange.s2w_bytes == 4 * 4 * 6
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 99), st.integers(1, 99)), min_size=1, max_size=8),
+    ranks=st.integers(2, 5),
+)
+def test_the_busiest_rank_is_that_of_the_exchange(sizes, ranks):
+    """What it sends, by Exchange; what it receives, by who sends it what."""
+    w2s, s2w = (list(column) for column in zip(*sizes, strict=True))
+    spread_over = sorted(spread([1] * len(sizes), ranks))
+    for server, most in busiest(w2s, s2w, spread_over, ranks).items():
+        exchange = Exchange(
+            [owned_layers([owner], server, ranks) for owner in spread_over], w2s, s2w
+        )
+        exchange.ranks = ranks
+        back = [0 if server == "replicated" else size for size in s2w]
+        owners = [
+            [rank for rank, part in enumerate(owned) if part.stop > part.start]
+            for owned in exchange.owned
+        ]
+        received = [0] * ranks
+        for layer, owning in enumerate(owners):
+            for rank in range(ranks):
+                received[rank] += (ranks - 1) * w2s[layer] * (rank in owning)
+                received[rank] += back[layer] * (rank not in owning)
+        sent = [exchange.wire_tx_bytes(rank) for rank in range(ranks)]
+        assert most == max(*sent, *received)
+
+
+@pytest.mark.parametrize(
+    ("w2s", "s2w", "ranks", "expected"),
+    [
+        (TopK(0.01), Identity(), 2, "replicated"),
+        (Identity(), Identity(), 2, "sharded"),
+        (Identity(), Identity(), 8, "sharded"),
+        (TopK(0.01), TopK(0.01), 2, "sharded"),  # nothing could be compressed where all serve all
+        (Switch(Identity(), TopK(0.01), 9), Identity(), 2, "replicated"),
+    ],
+)
+def test_auto_takes_what_moves_the_least(w2s, s2w, ranks, expected):
+    layers = [torch.nn.Parameter(torch.zeros(32, 32)) for _ in range(4)]
+    groups = [{"params": layers, "norm": Spectral(), "w2s": w2s, "s2w": s2w}]
+    traffic = traffic_by_placement(groups, lmo_costs(groups), ranks)
+    assert next(iter(traffic)) == expected
+    assert sorted(traffic.values()) == list(traffic.values())
+    assert ("replicated" in traffic) == s2w.lossless
+    chosen = serve(LayerBatch, groups, lmo_costs(groups), "auto", 0, ranks)
+    named = serve(LayerBatch, groups, lmo_costs(groups), expected, 0, ranks)
+    assert [batch.owned_by for batch in chosen] == [batch.owned_by for batch in named]

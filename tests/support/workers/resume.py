@@ -24,6 +24,7 @@ NAMES = {path.stem for path in (CONFIGS / "compressor").glob("*.yaml")}
 COMPRESSORS = sorted(NAMES - {"switch"})  # which has cases of its own
 PLACEMENTS = ("sharded", "rank0", "replicated")
 TOP = "compressor@w2s=topk"
+LOCAL = (TOP, "optimizer=local", "optimizer.every=3")  # step 2 is in the middle of a round
 CASES = {
     "ef14": (TOP, "optimizer.feedback=ef14"),
     "no feedback": (TOP, "optimizer.feedback=none"),
@@ -35,6 +36,10 @@ CASES = {
     **{name: (f"optimizer={name}",) for name in ("adamw", "muon", "muon_fp16", "dion", "demo")},
     "dion natural": ("optimizer=dion", "optimizer.values=natural"),
     "demo natural": ("optimizer=demo", "optimizer.values=natural"),
+    "local": (*LOCAL, "compressor@s2w=natural", "optimizer.outer_momentum=0.5"),
+    "local, messages under way": (*LOCAL, "optimizer.stagger=true", "optimizer.delay=1"),
+    "local ef21, two ranks a worker": (*LOCAL, "optimizer.feedback=ef21", "worker_size=2"),
+    "diloco": ("optimizer=diloco", "optimizer.every=3"),
     "asynchronous": (TOP, "compressor@s2w=natural"),
     "asynchronous adamw": ("optimizer=adamw",),
 }

@@ -1,0 +1,386 @@
+"""Local steps: workers step by themselves, and meet in rounds."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ef21_muon.checks import (
+    OUTER_NUMBERS,
+    check_compressors,
+    check_number,
+    choice,
+    flag,
+    refuse_unused_decays,
+    require_mean_estimate,
+    whole_number,
+)
+from ef21_muon.communicating import CommunicatingOptimizer
+from ef21_muon.exchange.collectives import place_in
+from ef21_muon.exchange.lanes import Lanes
+from ef21_muon.exchange.layers import RoundBatch, named_layers, serve
+from ef21_muon.exchange.phases import Phase, new_phases
+from ef21_muon.exchange.timetable import Timetable
+from ef21_muon.inner import require_a_gradient, require_float_state, require_inner
+from ef21_muon.messages.compressors import Compressor, Identity
+from ef21_muon.messages.feedback import FEEDBACK
+from ef21_muon.messages.switch import Switch, starts
+from ef21_muon.served import Receive, ServedOptimizer
+
+# One for all parameter groups, or one for each by its name.
+W2S = Compressor | Switch | Mapping[str, Compressor | Switch]
+S2W = Compressor | Mapping[str, Compressor]
+
+
+class LocalSteps(ServedOptimizer):
+    """Workers take `every` steps of an inner optimizer, and then average what these have changed.
+
+    DiLoCo (Douillard et al., arXiv:2311.08105) around any torch optimizer, with compressed messages
+    (MuLoCo, arXiv:2505.23725; SparseLoCo, arXiv:2508.15706) and the servers of EF21Muon. After
+    `every` calls of `step()` comes a round:
+
+        worker:   D_j = W - x_j + error_decay e_j;  R_j = C_j(D_j);  e_j = D_j - R_j
+        server:   g = mean of R_j;  V = outer_momentum V + g
+                  S = C(outer_lr (g + outer_momentum V) + e_s);  e_s = what S lost
+        worker:   W = W - S;  x_j = W
+
+    with outer_lr V in place of the sum without `nesterov`. The parameters are this worker's x_j;
+    `agreed()` puts W in their place, which is bit-identical on all workers and is what to evaluate
+    and to save. Gradients are local: do not wrap the model in DistributedDataParallel.
+
+    inner: an optimizer, or several of different parameters, that sends nothing, as torch's own, or
+    EF21Muon with process_group=ALONE. `param_groups` are theirs, so schedulers act on their lr.
+    w2s, s2w: as in EF21Muon, or a mapping from the names of groups. `feedback`: "ef14" as above;
+    "ef21", R_j = C_j(W - x_j - G_j), G_j = G_j + R_j, g = g + mean of R_j; or "none". `server` and
+    `buckets` are as in EF21Muon.
+
+    With `stagger` every batch of layers has a turn of its own in the round, so that a link is used
+    evenly, and with `delay` a message travels for as many steps each way while the training goes on
+    (Streaming DiLoCo, arXiv:2501.18512): x_j then moves by W less the x_j of the turn, which keeps
+    the steps since. `lanes`: of the ranks of a worker, where it has several; gradients are averaged
+    inside of it in every step, and inner optimizers hold the parameters of this rank's lane.
+
+    Memory: W and e_j, 8 bytes for each float32 parameter; on the rank that serves it 4 for V, and 4
+    for e_s where s2w loses anything. A delay takes 4 more and the messages under way.
+
+    A worker alone with lossless messages, an `outer_lr` of 1 and no momentum is its inner
+    optimizer. Raises ValueError for options out of range, for an inner optimizer that sends, that
+    is a LocalSteps or needs a closure, and for parameters that differ between ranks; from the first
+    `step` ValueError where the inner state is not made of float tensors, and RuntimeError where no
+    parameter has a gradient.
+    """
+
+    def __init__(
+        self,
+        inner: Optimizer | Sequence[Optimizer],
+        every: int = 30,
+        *,
+        w2s: W2S | None = None,
+        s2w: S2W | None = None,
+        outer_lr: float = 1.0,
+        outer_momentum: float = 0.0,
+        nesterov: bool = True,
+        feedback: str = "ef14",
+        error_decay: float = 1.0,
+        server: str = "auto",
+        buckets: int = 4,
+        stagger: bool = False,
+        delay: int = 0,
+        seed: int = 0,
+        lanes: Lanes | None = None,
+        process_group: dist.ProcessGroup | str | None = None,
+    ):
+        self.inner = [inner] if isinstance(inner, Optimizer) else inner
+        require_inner(self.inner)
+        self.every = whole_number("every", every, least=1)
+        delay = whole_number("delay", delay, least=0)
+        self.outer_lr = check_number("outer_lr", outer_lr, OUTER_NUMBERS)
+        self.outer_momentum = check_number("outer_momentum", outer_momentum, OUTER_NUMBERS)
+        self.error_decay = check_number("error_decay", error_decay, OUTER_NUMBERS)
+        self.nesterov, self.lanes = flag("nesterov", nesterov), lanes
+        stagger = flag("stagger", stagger)
+        self.feedback = FEEDBACK[choice("feedback", feedback, FEEDBACK)]
+        refuse_unused_decays([{"error_decay": error_decay, "server_momentum": 0}], feedback)
+        groups = [group for optimizer in self.inner for group in optimizer.param_groups]
+        super().__init__(
+            groups, {}, seed=seed, purposes=("w2s", "s2w"), process_group=process_group
+        )
+        self.param_groups = groups
+        self.RULE = tuple({entry for one in self.inner for entry in getattr(one, "RULE", ())})
+        self.rules = rules = [
+            _rule(group, w2s or Identity(), s2w or Identity()) for group in groups
+        ]
+        costs = [parameter.numel() for _, _, parameter, _ in named_layers(rules)]
+        self._place_servers(server, rules, costs)
+        batches = self._new_batches(rules, costs)
+        self.phases = self._new_phases(batches, rules, whole_number("buckets", buckets, 1), stagger)
+        self.timetable = Timetable(self.phases, every, delay, stagger, lanes)
+        if delay:
+            self._keep_messages(batches)
+        self._begin(batches)
+        for optimizer in self.inner:
+            own = getattr(optimizer, "generators", {})
+            self.generators |= {f"inner_{purpose}": one for purpose, one in own.items()}
+        self._sent: dict[range, Receive] = {}  # under way to the servers
+        self._returned: dict[range, Receive] = {}  # and back
+        self._inner_checked = self._swapped = False
+
+    def _new_batches(self, rules: list[dict], costs: list[int]) -> list[RoundBatch]:
+        batches = serve(RoundBatch, rules, costs, self.server, *place_in(self.process_group))
+        for batch in batches:
+            batch.make_room(self.feedback.accumulates, self.outer_momentum)
+        return batches
+
+    def _new_phases(
+        self, batches: list[RoundBatch], rules: list[dict], buckets: int, stagger: bool
+    ) -> list[Phase]:
+        begins = set().union(*(starts(rule["w2s"]) for rule in rules))
+        of_batches = [rules[batch.group]["w2s"] for batch in batches]
+        phases = new_phases(batches, of_batches, begins, buckets, self.process_group)
+        if stagger:
+            apart = [range(b, b + 1) for b in range(len(batches))]
+            phases = [replace(phase, buckets=apart) for phase in phases]
+        return phases
+
+    def _keep_messages(self, batches: list[RoundBatch]) -> None:
+        """Room for what is under way between steps, so that it is part of the state."""
+        for b, batch in enumerate(batches):
+            batch.departure = batch.model_shift.clone()
+            size = max(phase.w2s[b].payload_bytes(*batch.shape) for phase in self.phases)
+            batch.message = batch.model_shift.new_zeros(len(batch.params), size, dtype=torch.uint8)
+            if self.timetable.ways == 2:
+                size = batch.s2w.payload_bytes(*batch.shape)
+                served = len(batch.params[batch.owned])
+                batch.server_message = batch.message.new_zeros(served, size)
+
+    @property
+    def round(self) -> int:
+        """Whole rounds so far."""
+        return self.steps // self.every
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """A step of the inner optimizer, and what is due after it of a round."""
+        if self._swapped:
+            raise RuntimeError("step() within agreed(): the parameters are W there, leave it first")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        require_a_gradient(self.param_groups)
+        if self.lanes:
+            with self.timer("exchange"):
+                self.lanes.reduce_gradients()
+        with self.timer("server"):
+            for optimizer in self.inner:
+                optimizer.step()
+        if not self._inner_checked:
+            require_float_state(self.inner)
+            self._inner_checked = True
+        self._depart(*self.timetable.departing(self.steps))
+        self.traffic += self.timetable.sent(self.steps)
+        self._arrive(self.steps)
+        self.steps += 1
+        if self.lanes:
+            with self.timer("exchange"):
+                self.lanes.share_parameters()
+        return loss
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Tell of the steps since the last round too: W then has all that the workers did.
+
+        For the end of a training, on all workers together. What is under way arrives first.
+        """
+        last, delay = self.steps - 1, self.timetable.delay
+        for later in range(last + 1, last + 1 + self.timetable.ways * delay):
+            self._arrive(later, at_servers=later <= last + delay)
+        phase, just_told = self.timetable.departing(last)
+        buckets = [bucket for bucket in phase.buckets if bucket not in just_told]
+        self._depart(phase, buckets)
+        for bucket in buckets:
+            self._return(phase, bucket)
+        for bucket in buckets:
+            self._land(phase, bucket)
+        self.traffic += self.timetable.taken(phase, buckets)
+        if self.lanes:
+            self.lanes.share_parameters()
+
+    def _depart(self, phase: Phase, buckets: list[range]) -> None:
+        for bucket in buckets:
+            self._sent[bucket] = self._to_servers(phase, bucket)
+
+    def _arrive(self, step: int, at_servers: bool = True) -> None:
+        if at_servers:
+            phase, buckets = self.timetable.arriving(step, ways=1)
+            for bucket in buckets:
+                self._return(phase, bucket)
+            self.traffic += self.timetable.returned(step)
+        phase, buckets = self.timetable.arriving(step, self.timetable.ways)
+        for bucket in buckets:
+            self._land(phase, bucket)
+
+    def _return(self, phase: Phase, bucket: range) -> None:
+        """At the servers. After an interruption what was under way is sent again."""
+        receive = self._sent.pop(bucket, None)
+        if receive is None:
+            messages = []
+            for b in bucket:
+                batch = self.batches[b]
+                batch.w2s = phase.w2s[b]
+                messages.append(batch.message[:, : batch.w2s.payload_bytes(*batch.shape)])
+            receive = phase.exchange.to_servers(messages, bucket)
+        self._returned[bucket] = self._to_workers(phase, bucket, receive)
+
+    def _land(self, phase: Phase, bucket: range) -> None:
+        """At the workers."""
+        receive = self._returned.pop(bucket, None)
+        if receive is None:
+            messages = [self.batches[b].server_message for b in bucket]
+            receive = phase.exchange.to_workers(messages, bucket)
+        self._to_parameters(bucket, receive)
+
+    def _worker_message(self, batch: RoundBatch) -> Tensor:
+        local_models = batch.local_models()
+        difference = batch.model_shift.float() - local_models
+        message = self._compress(batch, difference, batch.memory, self.error_decay)
+        if batch.departure is not None:
+            batch.departure.copy_(local_models)
+            batch.message[:, : message.shape[1]].copy_(message)
+        return message
+
+    def _receive(self, batch: RoundBatch, from_workers: tuple[Tensor, ...]) -> None:
+        batch.outer_gradient = batch.server_gradient
+        if not self.feedback.accumulates:
+            batch.outer_gradient = batch.zeros(batch.owned)
+        self._add_mean(batch, batch.outer_gradient, from_workers)
+
+    def _server_message(self, batch: RoundBatch) -> Tensor:
+        direction, batch.outer_gradient = batch.outer_gradient, None
+        if batch.server_momentum is not None:
+            batch.server_momentum.mul_(self.outer_momentum).add_(direction)
+            momentum = batch.server_momentum
+            if self.nesterov:
+                momentum = direction.add(momentum, alpha=self.outer_momentum)
+            direction = momentum
+        shift = self.outer_lr * direction
+        if batch.server_error is not None:
+            shift += batch.server_error
+        message = batch.s2w.encode(shift, self.generators["s2w"])
+        if batch.server_error is not None:
+            batch.server_error.copy_(shift).sub_(batch.s2w.decode(message, *batch.shape))
+        if batch.server_message is not None:
+            batch.server_message.copy_(message)
+        return message
+
+    def _update(self, batch: RoundBatch, received: Tensor) -> None:
+        if self._is_its_inner(batch):
+            batch.model_shift.copy_(batch.told())
+            return
+        batch.model_shift -= received
+        if batch.departure is None:
+            torch._foreach_copy_(batch.params, batch.as_parameters(batch.model_shift))
+        else:
+            moves = batch.model_shift - batch.departure
+            torch._foreach_add_(batch.params, batch.as_parameters(moves))
+
+    def _is_its_inner(self, batch: RoundBatch) -> bool:
+        """Whether W of a worker alone is its x_j, which W - (W - x_j) is but for rounding."""
+        lossless = batch.w2s.lossless and batch.s2w.lossless
+        average = self.outer_lr == 1 and not self.outer_momentum
+        return self.exchange.ranks == 1 and lossless and average
+
+    @contextmanager
+    def agreed(self):
+        """Within it the parameters are W; after it x_j again. On all ranks of a worker together."""
+        if self._swapped:
+            raise RuntimeError("agreed() within agreed(): the parameters are W already")
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        self._swapped = not self._swapped
+        for batch in self.batches:
+            for row, parameter in enumerate(batch.params):
+                shift = batch.model_shift[row]
+                local_model = parameter.clone()
+                parameter.copy_(shift.view_as(parameter))
+                shift.copy_(local_model.view_as(shift))
+        if self.lanes:
+            self.lanes.share_parameters()
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if a gradient or a parameter of this worker is not finite.
+
+        Names the layer and the step. Waits for the device.
+        """
+        for optimizer in self.inner:
+            if isinstance(optimizer, CommunicatingOptimizer):
+                optimizer.check_finite()
+        for batch in self.batches:
+            finite = torch.stack(torch._foreach_norm(batch.params, float("inf"))).isfinite()
+            for name, is_finite in zip(batch.names, finite.tolist(), strict=True):
+                if not is_finite:
+                    raise FloatingPointError(
+                        f"{name} is not finite after step {self.steps}: lower the learning rate or "
+                        "look at the data of the steps before"
+                    )
+
+    def check_agreement(self) -> None:
+        """Raise ValueError if workers hold different W, or if EF21's G is not the mean of G_j.
+
+        Names rank and layer; to be called on all ranks. Waits for the device.
+        """
+        super().check_agreement()
+        if self.feedback.accumulates:
+            under_way = self.timetable.under_way(self.steps)
+            arrived = [batch for b, batch in enumerate(self.batches) if b not in under_way]
+            require_mean_estimate(arrived, self.process_group)
+
+    def state_dict(self) -> dict:
+        """This rank's state alone, with that of the inner optimizers. x_j is the model's state."""
+        return {**super().state_dict(), "inner": [one.state_dict() for one in self.inner]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continue exactly from a `state_dict` of the same rank, parameters and options.
+
+        The model's own state, x_j, has to be loaded beside it. Raises ValueError when it does not
+        fit.
+        """
+        super().load_state_dict(state_dict)
+        for optimizer, saved in zip(self.inner, state_dict["inner"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.param_groups = [group for one in self.inner for group in one.param_groups]
+
+    def go_on_after(self, steps: int) -> None:
+        super().go_on_after(steps)
+        for optimizer in self.inner:
+            if isinstance(optimizer, CommunicatingOptimizer):
+                optimizer.go_on_after(steps)
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        return [pair for b in self.batches for pair in zip(b.names, b.model_shift, strict=True)]
+
+
+def _rule(group: dict, w2s: W2S, s2w: S2W) -> dict:
+    """The compressors of a parameter group, beside its parameters."""
+    rule = {key: group[key] for key in ("params", "param_names", "name") if key in group}
+    for direction, given in (("w2s", w2s), ("s2w", s2w)):
+        if isinstance(given, Mapping):
+            if group.get("name") not in given:
+                raise ValueError(
+                    f"{direction} has compressors for {', '.join(given)}, and none for the group "
+                    f"{group.get('name')!r}: give one for the name of every group"
+                )
+            given = given[group["name"]]
+        rule[direction] = given
+    check_compressors(rule)
+    return rule

@@ -1,0 +1,153 @@
+"""LocalSteps on 1, 2 and 3 workers against local_reference.py; see workers/local_steps.py."""
+
+import json
+
+import numpy as np
+import pytest
+import reference
+from local_reference import AdamW, GradientDescent, LocalRounds
+from run import torchrun
+from workers import local_steps, rounds
+from workers.local_steps import CASES, EVERY, LR, MOMENTUM, RESUMED, STEPS, UNFINISHED
+
+WORKERS = (1, 2, 3)
+COMPRESSORS = {
+    "identity": reference.float32,
+    "topk": lambda x: reference.top_k(local_steps.FRACTION, reference.float32)(x, None),
+    "nearest": reference.natural,
+}
+INNER = {
+    "sgd": lambda: GradientDescent(LR, MOMENTUM),
+    "adamw": lambda: AdamW(**local_steps.ADAMW),
+}
+START = {name: rounds.start(name) for name in rounds.SHAPES}
+PRECISION = 1e-5  # relative, as of W so of what has changed in it
+
+
+def gradient(model, worker):
+    result = {}
+    for name, layer in model.items():
+        inputs, targets = (x.astype(np.float64) for x in rounds.least_squares(name, worker))
+        result[name] = (layer @ inputs - targets) @ inputs.T / inputs.shape[1]
+    return result
+
+
+def turns(layout, every, stagger):
+    """Of every layer the step in a round by which the bytes up to its own are due."""
+    sizes = [len(names) * size for names, size in layout]
+    result = {}
+    for place, (names, _) in enumerate(layout):
+        share = sum(sizes[: place + 1]) / sum(sizes)
+        turn = next(step for step in range(every) if (step + 1) / every >= share - 1e-12)
+        result |= dict.fromkeys(names, turn if stagger else every - 1)
+    return result
+
+
+def simulate(case, layout, workers, steps=STEPS):
+    """x_j and W after every step, and after the end of an unfinished round."""
+    options = dict(CASES[case])
+    every, stagger = options.pop("every", EVERY), options.pop("stagger", False)
+    replicated = options.pop("server", "sharded") == "replicated" or workers == 1
+    inner = INNER[options.pop("inner", "sgd")]
+    for direction in ("w2s", "s2w"):
+        options[direction] = COMPRESSORS[options.get(direction, "identity")]
+    simulation = LocalRounds(
+        START,
+        workers,
+        gradient,
+        inner,
+        every,
+        turns(layout, every, stagger),
+        ways=1 if replicated else 2,
+        **options,
+    )
+    local, agreed = [], []
+    for step in range(steps + (steps % EVERY > 0)):
+        simulation.step() if step < steps else simulation.finish()
+        local.append([flat(model) for model in simulation.models])
+        agreed.append(flat(simulation.shared))
+    return np.array(local), np.array(agreed)
+
+
+def flat(model):
+    return np.concatenate([model[name].ravel() for name in rounds.SHAPES])
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """Of 1, 2 and 3 workers: what every rank recorded, and the layouts."""
+    arrays, layouts = local_steps.collect(0, 1)
+    result = {1: ([arrays], layouts)}
+    for workers in (2, 3):
+        directory = tmp_path_factory.mktemp(f"local{workers}")
+        torchrun("local_steps.py", directory, ranks=workers)
+        arrays = [dict(np.load(directory / f"rank{rank}.npz")) for rank in range(workers)]
+        result[workers] = arrays, json.loads((directory / "rank0.json").read_text())
+    return result
+
+
+def require_near(found, expected, start):
+    """To PRECISION of the model, and of how far it has come."""
+    for size in (expected, expected - start):
+        assert np.linalg.norm(found - expected) <= PRECISION * np.linalg.norm(size)
+
+
+@pytest.mark.parametrize("case", [*CASES, *(f"{case} unfinished" for case in UNFINISHED)])
+@pytest.mark.parametrize("workers", WORKERS)
+def test_rounds_agree_with_a_simulation(recordings, workers, case):
+    arrays, layouts = recordings[workers]
+    steps = STEPS - 2 if "unfinished" in case else STEPS
+    simulated = simulate(case.removesuffix(" unfinished"), layouts[case], workers, steps)
+    for step, (local, agreed) in enumerate(zip(*simulated, strict=True)):
+        for rank, of_rank in enumerate(arrays):
+            require_near(of_rank[f"{case} local"][step], local[rank], flat(START))
+            if np.any(agreed != flat(START)):
+                require_near(of_rank[f"{case} agreed"][step], agreed, flat(START))
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_all_workers_agree_on_w_bit_for_bit_and_step_apart(recordings, workers):
+    first, *others = recordings[workers][0]
+    for name in first:
+        if name.endswith("agreed"):
+            assert all(np.array_equal(first[name], other[name]) for other in others), name
+        if name.endswith("local") and "every 1" not in name:
+            assert not any(np.array_equal(first[name], other[name]) for other in others), name
+
+
+@pytest.mark.parametrize("case", RESUMED)
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_loaded_state_goes_on_bit_for_bit_from_the_middle_of_a_round(recordings, workers, case):
+    """Also with messages under way, which are sent again and counted once."""
+    for of_rank in recordings[workers][0]:
+        for kind in ("local", "agreed", "bytes"):
+            whole, resumed = of_rank[f"{case} {kind}"], of_rank[f"{case} resumed {kind}"]
+            np.testing.assert_array_equal(whole, resumed)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_logged_bytes_are_sent_bytes(recordings, workers):
+    """Step by step, as seen by a spy; a round takes one message each way."""
+    arrays, layouts = recordings[workers]
+    for case in [*CASES, *(f"{case} unfinished" for case in UNFINISHED)]:
+        message = sum(len(names) * size for names, size in layouts[case])
+        messages = STEPS // CASES[case.removesuffix(" unfinished")].get("every", EVERY)
+        for of_rank in arrays:
+            w2s, s2w, wire = of_rank[f"{case} bytes"].T
+            np.testing.assert_array_equal(wire, of_rank[f"{case} seen"], case)
+            if "stagger" not in case:
+                assert w2s[-1] == messages * message, case
+            assert np.all(np.diff(w2s) >= 0)
+            assert (s2w[-1] > 0) == (workers == 1 or "replicated" not in case)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_staggered_round_uses_the_link_evenly(recordings, workers):
+    """After t of 4 steps no more than a message of a batch beyond t / 4 of the round's bytes."""
+    arrays, layouts = recordings[workers]
+    sizes = [len(names) * size for names, size in layouts["stagger"]]
+    w2s = arrays[0]["stagger bytes"][:, 0]
+    steps = np.arange(1, STEPS + 1) / EVERY
+    assert np.all(w2s <= steps * sum(sizes))
+    assert np.all(w2s > steps * sum(sizes) - max(sizes))
+    assert w2s[-1] == STEPS // EVERY * sum(sizes)

@@ -1,0 +1,279 @@
+"""LocalSteps in one process: what it equals, what it keeps apart, and what it refuses."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from ef21_muon import ALONE, Dense, EF21Muon, Identity, LocalSteps, RankK, Switch, TopK
+
+INNER = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.01),
+    "ef21_muon": lambda params: EF21Muon(params, lr=0.02, process_group=ALONE),
+    "nadam": lambda params: torch.optim.NAdam(params, lr=0.01),
+}
+
+
+def new_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+def train(model, optimizer, steps, first=0):
+    """Returns the model's parameters after every step."""
+    seen = []
+    for step in range(first, first + steps):
+        inputs = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(inputs).sub(inputs[:, :4].sin()).square().mean().backward()
+        optimizer.step()
+        seen.append(parameters_of(model))
+    return seen
+
+
+def parameters_of(model):
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def build(inner="sgd", **options):
+    model = new_model()
+    return model, LocalSteps(INNER[inner](model.named_parameters()), **options)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("inner", INNER)
+def test_a_worker_alone_is_its_inner_optimizer_bit_for_bit(inner, every):
+    model, optimizer = build(inner, every=every)
+    expected = new_model()
+    for found, its in zip(
+        train(model, optimizer, 30),
+        train(expected, INNER[inner](expected.named_parameters()), 30),
+        strict=True,
+    ):
+        assert torch.equal(found, its)
+    with optimizer.agreed():
+        assert torch.equal(parameters_of(model), parameters_of(expected))
+
+
+def test_lookahead_of_a_worker_alone():
+    """Momentum outside, K = 1 of MuLoCo: torch.optim.SGD with Nesterov on W - x."""
+    model, optimizer = build("adamw", every=5, outer_lr=0.7, outer_momentum=0.6)
+    expected, its_inner = new_model(), None
+    its_inner = INNER["adamw"](expected.named_parameters())
+    outer_model = copy.deepcopy(expected)
+    outer = torch.optim.SGD(outer_model.parameters(), lr=0.7, momentum=0.6, nesterov=True)
+    for round in range(4):
+        train(model, optimizer, 5, first=5 * round)
+        train(expected, its_inner, 5, first=5 * round)
+        for theirs, mine in zip(outer_model.parameters(), expected.parameters(), strict=True):
+            theirs.grad = theirs.detach() - mine.detach()
+        outer.step()
+        expected.load_state_dict(outer_model.state_dict())
+        torch.testing.assert_close(parameters_of(model), parameters_of(expected))
+
+
+def test_schedulers_act_on_the_inner_lr():
+    model, optimizer = build("sgd", every=2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for _ in range(3):
+        train(model, optimizer, 1)
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.inner[0].param_groups] == [0.1 * 0.5**3]
+
+
+def test_several_inner_optimizers_share_the_work():
+    model = new_model()
+    weights = [(n, p) for n, p in model.named_parameters() if p.ndim == 2]
+    biases = [(n, p) for n, p in model.named_parameters() if p.ndim == 1]
+    optimizer = LocalSteps([INNER["ef21_muon"](weights), INNER["adamw"](biases)], every=2)
+    before = parameters_of(model)
+    train(model, optimizer, 2)
+    assert (parameters_of(model) != before).all()
+    assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"w2s": TopK(0.2), "s2w": RankK(0.5), "stagger": True}])
+def test_agreed_swaps_w_in_and_x_back(options, dtype):
+    model = new_model().to(dtype)
+    optimizer = LocalSteps(torch.optim.SGD(model.parameters(), lr=0.1), every=4, **options)
+    start = parameters_of(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(3, 6, dtype=dtype)).square().sum().backward()
+        optimizer.step()
+        local = parameters_of(model)
+        with optimizer.agreed():
+            if not options:
+                assert torch.equal(parameters_of(model), start)
+            with pytest.raises(RuntimeError, match=r"step\(\) within agreed"):
+                optimizer.step()
+            with pytest.raises(RuntimeError, match="within agreed"), optimizer.agreed():
+                pass
+        assert torch.equal(parameters_of(model), local)
+        with pytest.raises(ZeroDivisionError), optimizer.agreed():
+            raise ZeroDivisionError
+        assert torch.equal(parameters_of(model), local)
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("steps", [0, 3, 4, 6])
+def test_a_saved_state_goes_on_bit_for_bit(inner, steps):
+    options = {"every": 4, "w2s": TopK(0.3, "natural"), "s2w": Dense("normal3"), "delay": 2}
+    options |= {"outer_momentum": 0.5, "stagger": True, "feedback": "ef21"}
+    model, optimizer = build(inner, **options)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
+    for step in range(steps):
+        train(model, optimizer, 1, first=step)
+        scheduler.step()
+    file = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict()), file)
+    file.seek(0)
+    others, other = build(inner, **options)
+    saved_model, saved = torch.load(file, weights_only=True)
+    others.load_state_dict(saved_model)
+    other.load_state_dict(saved)
+    its_scheduler = torch.optim.lr_scheduler.LambdaLR(
+        other, lambda step: 0.9**step, last_epoch=steps - 1 if steps else -1
+    )
+    for step in range(steps, steps + 9):
+        for one, its_optimizer, schedule in (
+            (model, optimizer, scheduler),
+            (others, other, its_scheduler),
+        ):
+            train(one, its_optimizer, 1, first=step)
+            schedule.step()
+        assert torch.equal(parameters_of(model), parameters_of(others))
+    assert optimizer.traffic == other.traffic
+
+
+def test_a_switch_changes_rounds_and_their_bytes():
+    first, later = TopK(0.5), TopK(0.1)
+    model, optimizer = build(every=3, w2s=Switch(first, later, start=2))
+    sizes = []
+    for _ in range(4):
+        before = optimizer.w2s_bytes
+        train(model, optimizer, 3)
+        sizes.append(optimizer.w2s_bytes - before)
+    expected = [
+        sum(len(b.params) * c.fit(*b.shape).payload_bytes(*b.shape) for b in optimizer.batches)
+        for c in (first, first, later, later)
+    ]
+    assert sizes == expected
+
+
+def test_groups_may_have_compressors_of_their_own():
+    model = new_model()
+    groups = [
+        {"params": model[0].parameters(), "name": "first"},
+        {"params": model[2].parameters(), "name": "last"},
+    ]
+    w2s = {"first": TopK(0.2), "last": Dense("normal2")}
+    optimizer = LocalSteps(torch.optim.SGD(groups, lr=0.1), every=1, w2s=w2s)
+    used = {str(batch.w2s) for batch in optimizer.batches if batch.shape[1] > 1}
+    assert used == {"top 20%", "dense normal2"}
+    with pytest.raises(ValueError, match="none for the group 'last'"):
+        LocalSteps(torch.optim.SGD(groups, lr=0.1), w2s={"first": TopK(0.2)})
+
+
+def test_watched_messages_are_told_when_all_have_gone():
+    model, optimizer = build(every=4, w2s=TopK(0.3), s2w=Dense("normal2"), stagger=True)
+    optimizer.watch = True
+    told = []
+    for step in range(4):
+        train(model, optimizer, 1, first=step)
+        told.append(optimizer.watched)
+    assert told == [False, False, False, True]
+    layers = optimizer.diagnostics()
+    assert layers.keys() == dict(model.named_parameters()).keys()
+    for row in layers.values():
+        assert 0 < row["w2s_contraction"] <= 1
+        assert row["estimator_error"] == pytest.approx(
+            (1 - row["w2s_contraction"]) ** 0.5, abs=1e-5
+        )
+
+
+def test_a_parameter_that_is_not_finite_is_named():
+    model, optimizer = build("adamw", every=4)
+    train(model, optimizer, 3)
+    optimizer.check_finite()
+    model[0].weight.grad[0, 0] = float("nan")
+    optimizer.step()
+    with pytest.raises(FloatingPointError, match=r"0\.weight is not finite after step 4"):
+        optimizer.check_finite()
+
+
+class Counting(torch.optim.SGD):
+    """Its state has a whole number, as those of some older optimizers."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["steps"] = 1
+
+
+WRONG = (
+    ({"every": 0}, "every=0 is not allowed: give a whole number above 0"),
+    ({"every": 2.5}, "every=2.5 is not allowed"),
+    ({"every": True}, "every=True is not allowed"),
+    ({"every": 3, "delay": 3}, "delay=3 is not allowed with every=3: .* give at most 2"),
+    ({"every": 3, "delay": -1}, "delay=-1 is not allowed: give a whole number of at least 0"),
+    ({"outer_lr": 0}, "outer_lr=0 is not allowed: give a number above 0"),
+    ({"outer_lr": float("nan")}, "outer_lr=nan is not allowed"),
+    ({"outer_momentum": 1}, "outer_momentum=1 is not allowed: give a number of at least 0, be"),
+    ({"error_decay": 1.1}, "error_decay=1.1 is not allowed"),
+    ({"error_decay": 0.9, "feedback": "none"}, "error_decay=0.9 is not allowed with feedback="),
+    ({"error_decay": 0.9, "feedback": "ef21"}, "error_decay=0.9 is not allowed with feedback="),
+    ({"feedback": "ef22"}, "feedback='ef22' is not allowed: choose ef21, ef14, none"),
+    ({"server": "cloud"}, "server='cloud' is not a placement"),
+    ({"server": "replicated", "s2w": TopK(0.1)}, "sends nothing back to compress"),
+    ({"w2s": "topk"}, "w2s='topk' is not allowed: give a Compressor or Switch"),
+    ({"s2w": Switch(Identity(), TopK(0.1), 3)}, "s2w=.* is not allowed: give a Compressor"),
+    ({"stagger": 1}, "stagger=1 is not allowed: give True or False"),
+    ({"nesterov": "yes"}, "nesterov='yes' is not allowed"),
+    ({"buckets": 0}, "buckets=0 is not allowed"),
+)
+
+
+@pytest.mark.parametrize(("options", "told"), WRONG, ids=[told for _, told in WRONG])
+def test_wrong_options_are_refused(options, told):
+    with pytest.raises(ValueError, match=told):
+        build(**options)
+
+
+def test_wrong_inner_optimizers_are_refused(process_group):
+    model, optimizer = build()
+    for inner, told in (
+        (optimizer, "inner=LocalSteps is not allowed"),
+        (model, "inner=Sequential is not allowed: give a torch optimizer"),
+        (torch.optim.LBFGS(model.parameters()), "inner=LBFGS needs a closure in every step"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            LocalSteps(inner if isinstance(inner, torch.optim.Optimizer) else [inner])
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        LocalSteps([INNER["sgd"](model.parameters()), INNER["adamw"](model.parameters())])
+
+
+def test_inner_state_that_is_not_of_float_tensors_is_refused():
+    model = new_model()
+    optimizer = LocalSteps(Counting(model.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="the state 'steps' of inner=Counting is of type int"):
+        train(model, optimizer, 1)
+
+
+def test_an_inner_optimizer_of_other_parameters_is_noticed():
+    model = new_model()
+    optimizer = LocalSteps(torch.optim.SGD(new_model().parameters(), lr=0.1))
+    with pytest.raises(RuntimeError, match="none of the inner optimizer's parameters has a grad"):
+        train(model, optimizer, 1)
+
+
+def test_a_state_of_other_layers_is_refused():
+    _, optimizer = build()
+    other = LocalSteps(torch.optim.SGD(nn.Linear(3, 3).named_parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="the state holds"):
+        other.load_state_dict(optimizer.state_dict())

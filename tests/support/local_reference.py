@@ -1,0 +1,118 @@
+"""Local steps and their rounds in NumPy and float64: one process plays servers and n workers.
+
+Written from the definition for the tests, with nothing of ef21_muon. A layer is an (m, n) array, a
+model a dict of layers. A compressor maps a matrix to what its payload says.
+"""
+
+import numpy as np
+
+
+class GradientDescent:
+    """torch.optim.SGD with momentum, without dampening."""
+
+    def __init__(self, lr, momentum):
+        self.lr, self.momentum, self.buffers = lr, momentum, {}
+
+    def step(self, model, gradients):
+        for name, gradient in gradients.items():
+            self.buffers[name] = self.momentum * self.buffers.get(name, 0) + gradient
+            model[name] = model[name] - self.lr * self.buffers[name]
+
+
+class AdamW:
+    """Loshchilov and Hutter, arXiv:1711.05101, algorithm 2, with decay times the learning rate."""
+
+    def __init__(self, lr, betas, weight_decay, eps):
+        self.lr, self.betas, self.weight_decay, self.eps = lr, betas, weight_decay, eps
+        self.means, self.squares, self.steps = {}, {}, 0
+
+    def step(self, model, gradients):
+        self.steps += 1
+        of_mean, of_square = self.betas
+        for name, g in gradients.items():
+            mean = self.means[name] = of_mean * self.means.get(name, 0) + (1 - of_mean) * g
+            square = of_square * self.squares.get(name, 0) + (1 - of_square) * g**2
+            self.squares[name] = square
+            unbiased = mean / (1 - of_mean**self.steps)
+            scale = np.sqrt(square / (1 - of_square**self.steps)) + self.eps
+            decayed = (1 - self.lr * self.weight_decay) * model[name]
+            model[name] = decayed - self.lr * unbiased / scale
+
+
+class LocalRounds:
+    """n workers that step by themselves, and whose differences from W are averaged.
+
+    turns: of every layer the step in a round, from 0, after which it is told; a message takes
+    `delay` steps, `ways` of them until W moves. gradient(model, worker) gives a worker's gradients.
+    """
+
+    def __init__(self, start, workers, gradient, new_inner, every, turns, **options):
+        self.every, self.turns, self.gradient = every, turns, gradient
+        self.shared = {name: layer.astype(np.float64) for name, layer in start.items()}  # W
+        self.models = [dict(self.shared) for _ in range(workers)]  # x_j
+        self.inner = [new_inner() for _ in range(workers)]
+        self.memories = [dict.fromkeys(start, 0.0) for _ in range(workers)]  # e_j, or G_j
+        self.velocity = dict.fromkeys(start, 0.0)  # V
+        self.mean_estimate = dict.fromkeys(start, 0.0)  # G
+        self.server_error = dict.fromkeys(start, 0.0)  # e_s
+        defaults = {"feedback": "ef14", "error_decay": 1.0, "outer_lr": 1.0, "outer_momentum": 0.0}
+        defaults |= {"nesterov": True, "delay": 0, "ways": 1}
+        for name, value in (defaults | options).items():
+            setattr(self, name, value)
+        self.under_way, self.steps = [], 0
+
+    def step(self):
+        for worker, model in enumerate(self.models):
+            self.inner[worker].step(model, self.gradient(model, worker))
+        for layer, turn in self.turns.items():
+            if self.steps % self.every == turn:
+                self.tell(layer)
+        self.arrive(self.steps)
+        self.steps += 1
+
+    def finish(self):
+        """What is under way arrives, and then all that was done since is told, at once."""
+        told = [n for n, turn in self.turns.items() if (self.steps - 1) % self.every == turn]
+        for later in range(self.steps, self.steps + self.ways * self.delay):
+            self.arrive(later)
+        for layer in self.turns.keys() - set(told):
+            self.tell(layer)
+            self.arrive(max(due for due, *_ in self.under_way))
+
+    def tell(self, layer):
+        """The layer's turn: every worker's message is on its way."""
+        messages, departures = [], []
+        for model, memory in zip(self.models, self.memories, strict=True):
+            difference = self.shared[layer] - model[layer]
+            departures.append(model[layer])
+            if self.feedback == "ef14":
+                target = difference + self.error_decay * memory[layer]
+                sent = self.w2s(target)
+                memory[layer] = target - sent
+            elif self.feedback == "ef21":
+                sent = self.w2s(difference - memory[layer])
+                memory[layer] = memory[layer] + sent
+            else:
+                sent = self.w2s(difference)
+            messages.append(sent)
+        due = self.steps + self.ways * self.delay
+        self.under_way.append((due, layer, messages, departures))
+
+    def arrive(self, step):
+        for message in [one for one in self.under_way if one[0] == step]:
+            self.under_way.remove(message)
+            _, layer, messages, departures = message
+            shift = self.serve(layer, sum(messages) / len(messages))
+            self.shared[layer] = self.shared[layer] - shift
+            for model, departure in zip(self.models, departures, strict=True):
+                model[layer] = model[layer] + (self.shared[layer] - departure)
+
+    def serve(self, layer, mean):
+        if self.feedback == "ef21":
+            mean = self.mean_estimate[layer] = self.mean_estimate[layer] + mean
+        self.velocity[layer] = self.outer_momentum * self.velocity[layer] + mean
+        ahead = mean + self.outer_momentum * self.velocity[layer]
+        step = self.outer_lr * (ahead if self.nesterov else self.velocity[layer])
+        shift = self.s2w(step + self.server_error[layer])
+        self.server_error[layer] = step + self.server_error[layer] - shift
+        return shift

@@ -1,0 +1,151 @@
+"""Local steps on least squares that differ from worker to worker, recorded step by step.
+
+Run by torchrun with a directory, rank r writes `rank<r>.npz` and `rank<r>.json` there: what
+`collect` returns.
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from workers.rounds import SHAPES, loss, start
+
+from ef21_muon import Dense, Identity, LocalSteps, Natural, TopK
+from scripts.verification.trials import Sent
+from training.workers import leave
+
+EVERY, ROUNDS, SEED = 4, 3, 5
+LR, MOMENTUM = 0.05, 0.5  # of torch.optim.SGD inside
+STEPS = ROUNDS * EVERY
+ADAMW = {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-8}
+INNER = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=LR, momentum=MOMENTUM),
+    "adamw": lambda params: torch.optim.AdamW(params, **ADAMW),
+}
+MOVED = 6  # steps after which a case of RESUMED goes on in other objects
+FRACTION = 0.3
+COMPRESSORS = {
+    "identity": Identity(),
+    "topk": TopK(FRACTION),
+    "nearest": Dense(Natural(stochastic=False)),
+}
+NESTEROV = {"outer_lr": 0.7, "outer_momentum": 0.6}
+BOTH = {"w2s": "topk", "s2w": "nearest"}
+CASES = {
+    "average": {},
+    "every 1": {"every": 1},
+    "topk": {"w2s": "topk"},
+    "both": BOTH,
+    "decay": BOTH | {"error_decay": 0.8, "server": "rank0"},
+    "nesterov": BOTH | NESTEROV,
+    "heavy ball": BOTH | NESTEROV | {"nesterov": False, "server": "rank0"},
+    "ef21": BOTH | NESTEROV | {"feedback": "ef21"},
+    "none": BOTH | NESTEROV | {"feedback": "none"},
+    "replicated": {"w2s": "topk", "server": "replicated"} | NESTEROV,
+    "replicated ef21": {"w2s": "topk", "server": "replicated", "feedback": "ef21"},
+    "stagger": BOTH | NESTEROV | {"stagger": True},
+    "delay": BOTH | NESTEROV | {"delay": 1},
+    "stagger delay": BOTH | NESTEROV | {"stagger": True, "delay": 1},
+    "replicated stagger delay": {"w2s": "topk", "server": "replicated", "stagger": True, "delay": 3}
+    | NESTEROV,
+    "diloco": {"inner": "adamw", "outer_lr": 0.7, "outer_momentum": 0.9, "feedback": "none"},
+    "ef21 delay": BOTH | {"feedback": "ef21", "stagger": True, "delay": 1},
+}
+UNFINISHED = ("both", "stagger", "stagger delay", "replicated stagger delay")
+RESUMED = ("diloco", "nesterov", "ef21 delay", "stagger delay", "replicated stagger delay")
+
+
+def new(case):
+    """Parameters by name and their optimizer."""
+    parameters = {
+        name: torch.nn.Parameter(torch.from_numpy(start(name)).view(SHAPES[name]))
+        for name in SHAPES
+    }
+    options = {"every": EVERY, "seed": SEED, "server": "sharded"} | CASES[case]
+    inner = INNER[options.pop("inner", "sgd")](parameters.items())
+    for direction in ("w2s", "s2w"):
+        options[direction] = COMPRESSORS[options.get(direction, "identity")]
+    return parameters, LocalSteps(inner, **options)
+
+
+def moved(case, parameters, optimizer):
+    """Other objects that go on from there."""
+    others, other_optimizer = new(case)
+    with torch.no_grad():
+        for name, other in others.items():
+            other.copy_(parameters[name])
+    other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return others, other_optimizer
+
+
+def record(case, rank, ranks, steps=STEPS, resumed=False):
+    """Per step x_j, W, the optimizer's byte counts, and the bytes that were seen to leave."""
+    parameters, optimizer = new(case)
+    recorded = {"local": [], "agreed": [], "bytes": [], "seen": []}
+    spy = Sent(SimpleNamespace(count=ranks))
+    for step in range(steps):
+        if resumed and step == MOVED:
+            parameters, optimizer = moved(case, parameters, optimizer)
+        optimizer.zero_grad()
+        loss(parameters, rank).backward()
+        with spy:
+            optimizer.step()
+        note(recorded, parameters, optimizer, spy)
+    optimizer.check_finite()
+    optimizer.check_agreement()
+    if steps % EVERY:
+        with spy:
+            optimizer.finish()
+        note(recorded, parameters, optimizer, spy)
+    layout = [(batch.names, batch.w2s.payload_bytes(*batch.shape)) for batch in optimizer.batches]
+    return {kind: np.stack(rows) for kind, rows in recorded.items()}, layout
+
+
+def note(recorded, parameters, optimizer, spy):
+    recorded["local"].append(flat(parameters))
+    with optimizer.agreed():
+        recorded["agreed"].append(flat(parameters))
+    assert np.array_equal(flat(parameters), recorded["local"][-1]), "x_j has come back"
+    counts = optimizer.w2s_bytes, optimizer.s2w_bytes, optimizer.wire_tx_bytes
+    recorded["bytes"].append(counts)
+    recorded["seen"].append(spy.bytes)
+
+
+def flat(parameters):
+    return torch.cat([p.detach().flatten() for p in parameters.values()]).numpy().copy()
+
+
+def collect(rank, ranks):
+    """Recordings of all cases as arrays named "case kind", and their batches."""
+    arrays, layouts = {}, {}
+
+    def add(name, recording):
+        recorded, layouts[name] = recording
+        arrays.update({f"{name} {kind}": rows for kind, rows in recorded.items()})
+
+    for case in CASES:
+        add(case, record(case, rank, ranks))
+    for case in UNFINISHED:
+        add(f"{case} unfinished", record(case, rank, ranks, steps=STEPS - 2))
+    for case in RESUMED:
+        add(f"{case} resumed", record(case, rank, ranks, resumed=True))
+    return arrays, layouts
+
+
+def main(directory):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    arrays, layouts = collect(rank, dist.get_world_size())
+    np.savez(directory / f"rank{rank}.npz", **arrays)
+    (directory / f"rank{rank}.json").write_text(json.dumps(layouts))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    leave(0)

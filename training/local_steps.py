@@ -1,0 +1,87 @@
+"""Local steps of a run: LocalSteps and its inner optimizers, as configurations describe them."""
+
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from functools import partial
+
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ef21_muon import ALONE, EF21Muon, LocalSteps
+from ef21_muon.communicating import CommunicatingOptimizer
+from ef21_muon.exchange.lanes import Lanes
+from training.config import build
+from training.workers import RunError, one_line
+
+OTHERS = "others"  # the key of an inner optimizer for the roles that no other one has
+
+
+def build_local_steps(
+    config: DictConfig, make: partial, groups: list[dict], timeout: timedelta | None
+) -> LocalSteps:
+    """make: of LocalSteps, with `inner` a partial, or partials by role.
+
+    Raises RunError for an inner optimizer that cannot be built.
+    """
+    lanes = None
+    if config.worker_size > 1:
+        parameters = [parameter for group in groups for _, parameter in group["params"]]
+        lanes = Lanes(parameters, config.worker_size, timeout)
+        groups = [
+            {**group, "params": [pair for pair in group["params"] if pair[1] in lanes.own]}
+            for group in groups
+        ]
+        groups = [group for group in groups if group["params"]]
+    compressors = {
+        direction: {
+            group["name"]: group.get(direction, build(config[direction], direction))
+            for group in groups
+        }
+        for direction in ("w2s", "s2w")
+    }
+    options = dict(make.keywords)
+    inner = [
+        _build_inner(key, maker, chosen, config.seed)
+        for key, maker, chosen in _shares(options.pop("inner", None), groups)
+    ]
+    place = {"lanes": lanes, "process_group": lanes.lane} if lanes else {}
+    return make.func(inner, seed=config.seed, **compressors, **place, **options)
+
+
+def _shares(inner: object, groups: list[dict]) -> Iterator[tuple[str, partial, list[dict]]]:
+    """Every inner optimizer's key, maker and groups."""
+    if isinstance(inner, partial):
+        yield "optimizer.inner", inner, groups
+        return
+    if not (isinstance(inner, Mapping) and all(isinstance(one, partial) for one in inner.values())):
+        raise RunError(
+            "optimizer.inner describes no optimizer: give optimizer.inner._target_=CLASS with "
+            f"_partial_: true, or one for each of the roles and for {OTHERS!r}"
+        )
+    for role, maker in inner.items():
+        chosen = [
+            group
+            for group in groups
+            if group["name"] == role or (role == OTHERS and group["name"] not in inner)
+        ]
+        if chosen:
+            yield f"optimizer.inner.{role}", maker, chosen
+
+
+def _build_inner(key: str, maker: partial, groups: list[dict], seed: int) -> Optimizer:
+    own = issubclass(maker.func, CommunicatingOptimizer)
+    taken = ("name", "params", *(("norm", "radius") if issubclass(maker.func, EF21Muon) else ()))
+    options = {"process_group": ALONE, "seed": seed} if own else {}
+    try:
+        return maker([{entry: group[entry] for entry in taken} for group in groups], **options)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{key}: {one_line(error)}") from error
+
+
+def inner_tensors(optimizer: Optimizer) -> Iterator[tuple[Tensor, str, Tensor]]:
+    """Of every inner optimizer's state the parameter, the name and the tensor."""
+    for inner in getattr(optimizer, "inner", ()):
+        for parameter, state in inner.state.items():
+            for key, tensor in state.items():
+                yield parameter, key, tensor
