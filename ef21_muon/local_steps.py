@@ -196,6 +196,8 @@ class LocalSteps(ServedOptimizer):
 
         For the end of a training, on all workers together. What is under way arrives first.
         """
+        if self.steps == 0:
+            return
         last, delay = self.steps - 1, self.timetable.delay
         for later in range(last + 1, last + 1 + self.timetable.ways * delay):
             self._arrive(later, at_servers=later <= last + delay)
@@ -362,6 +364,7 @@ class LocalSteps(ServedOptimizer):
 
     def go_on_after(self, steps: int) -> None:
         super().go_on_after(steps)
+        self._sent, self._returned = {}, {}
         for optimizer in self.inner:
             if isinstance(optimizer, CommunicatingOptimizer):
                 optimizer.go_on_after(steps)

@@ -128,7 +128,7 @@ def count_all(options: argparse.Namespace, workers: Workers) -> int:
                 f"it to {ranks_per_node}, so that the log is of what leaves a node"
             )
         run = workers.together(lambda job=job: Run(job.config, workers))
-        server = job.config.optimizer.get("server", "all-reduce")
+        server = getattr(run.optimizer, "server", "all-reduce")
         own = {"server": server} | count(run, interface, options.steps)
         rows += of_nodes(workers.gather(own), ranks_per_node)
     workers.say(f"MB a step on {workers.count} nodes\n\n{count_table(rows)}")

@@ -150,6 +150,26 @@ def test_a_saved_state_goes_on_bit_for_bit(inner, steps):
     assert optimizer.traffic == other.traffic
 
 
+def test_before_the_first_step_there_is_nothing_to_finish():
+    model, optimizer = build(w2s=TopK(0.2))
+    start = parameters_of(model)
+    optimizer.finish()
+    assert torch.equal(parameters_of(model), start) and optimizer.w2s_bytes == 0
+
+
+def test_a_state_from_before_replaces_messages_under_way():
+    options = {"every": 4, "w2s": TopK(0.3), "delay": 2, "outer_momentum": 0.5}
+    model, optimizer = build(**options)
+    train(model, optimizer, 2)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    expected = train(model, optimizer, 8, first=2)
+    train(model, optimizer, 2)  # to where messages are under way
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    for found, its in zip(train(model, optimizer, 8, first=2), expected, strict=True):
+        assert torch.equal(found, its)
+
+
 def test_a_switch_changes_rounds_and_their_bytes():
     first, later = TopK(0.5), TopK(0.1)
     model, optimizer = build(every=3, w2s=Switch(first, later, start=2))
