@@ -230,6 +230,9 @@ class Workers:
             print(f"error: rank {self.rank}: {meaning} ({one_line(error)})", file=sys.stderr)
             return status
         if dist.is_initialized():
+            if status:  # torchrun ends the others when one has failed: rank 0 has told by then
+                with suppress(RuntimeError):
+                    self.gather(None)
             dist.destroy_process_group()
         return status
 

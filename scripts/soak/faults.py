@@ -158,7 +158,7 @@ class Soak:
         self.disk.fill()
         job.wait(5 * TIMEOUT, until=lambda: self.errors(1))
         self.disk.free()
-        return True
+        return self.errors(1)
 
     def corrupt(self, job: Job, draw: dict) -> bool:
         """A bit of the newest whole checkpoint is flipped, if there is one before it."""

@@ -23,7 +23,8 @@ PHASES = {"state", "encode", "exchange", "server", "decode"}
 def measured(small, tmp_path_factory):
     """Its records by method and phase, of both ranks, and its README.md."""
     directory = tmp_path_factory.mktemp("step")
-    torchrun(str(SCRIPT), "--steps=1", f"--out={directory}", *small, ranks=RANKS)
+    overrides = (*small, "optimizer.server=sharded")
+    torchrun(str(SCRIPT), "--steps=1", f"--out={directory}", *overrides, ranks=RANKS)
     records = {}
     for line in (directory / f"{directory.name}.jsonl").read_text().splitlines():
         record = json.loads(line)

@@ -39,7 +39,8 @@ CASES = {
     "local": (*LOCAL, "compressor@s2w=natural", "optimizer.outer_momentum=0.5"),
     "local, messages under way": (*LOCAL, "optimizer.stagger=true", "optimizer.delay=1"),
     "local ef21, two ranks a worker": (*LOCAL, "optimizer.feedback=ef21", "worker_size=2"),
-    "diloco": ("optimizer=diloco", "optimizer.every=3"),
+    **{name: (f"optimizer={name}", "optimizer.every=3") for name in ("diloco", "muloco")},
+    "sparseloco": ("optimizer=sparseloco", "optimizer.every=3"),
     "asynchronous": (TOP, "compressor@s2w=natural"),
     "asynchronous adamw": ("optimizer=adamw",),
 }
@@ -62,7 +63,7 @@ DAMAGES = {
     "parameter": ("check_every=2",),
     "parameter of adamw": ("check_every=2", "optimizer=adamw"),
     "parameter before a checkpoint": ("check_every=0", "checkpoint.every=4"),
-    "gradient estimate": ("check_every=2",),
+    "gradient estimate": ("check_every=2", "optimizer.server=sharded"),
 }
 
 
