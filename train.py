@@ -31,6 +31,7 @@ from training.sweep import run_jobs
 from training.workers import RunError, Workers, leave, one_line
 
 OPTIMIZER_PHASES = ("encode", "exchange", "server", "decode")
+SELDOM = 10  # steps, at most, after which a worker that is asked to stop tells the others
 
 
 class Run:
@@ -60,6 +61,8 @@ class Run:
         # W is evaluated, where a worker's own parameters are apart from it.
         self.agreed = getattr(self.optimizer, "agreed", nullcontext)
         self.finish = getattr(self.optimizer, "finish", lambda: None)
+        # Workers that seldom send seldom ask each other whether to stop, over the same slow links.
+        self.ask_every = min(getattr(self.optimizer, "every", 1), SELDOM)
         self.autocast = torch.autocast(workers.device.type, torch.bfloat16, enabled=on_cuda)
         self.label = config.label or run_label(self.optimizer)
         self.first_step, self.seconds = 1, 0.0
@@ -69,7 +72,9 @@ class Run:
     def step(self) -> torch.Tensor:
         """A training step; returns this worker's mean loss before it."""
         loss = self.accumulate_gradient()
-        self.stop_requested = self.workers.stop_requested()  # on its way while the round is
+        self.stop_requested = lambda: False
+        if due(self.scheduler.last_epoch + 1, self.ask_every):
+            self.stop_requested = self.workers.stop_requested()  # on its way while the round is
         self.optimizer.step()
         self.raw_model.zero_grad()  # of all layers, also those that another rank steps
         self.scheduler.step()
