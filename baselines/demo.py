@@ -9,14 +9,7 @@ from torch import Generator, Tensor
 from baselines.collectives import CollectiveOptimizer
 from ef21_muon.checks import whole_number
 from ef21_muon.exchange.collectives import Traffic
-from ef21_muon.messages.bits import (
-    index_bytes,
-    pack,
-    pack_indices,
-    packed_bytes,
-    unpack,
-    unpack_indices,
-)
+from ef21_muon.messages.chunks import ChunkPlaces
 from ef21_muon.messages.formats import value_format
 from ef21_muon.messages.values import Float32, Values
 
@@ -96,30 +89,17 @@ class DeMo(CollectiveOptimizer):
         return self.collectives.read()
 
 
-class Chunks:
+class Chunks(ChunkPlaces):
     """m x n matrices as chunks of DCT coefficients, and the messages of the k largest of each.
 
-    Chunks have the sides `largest_divisor(m, chunk)` and `largest_divisor(n, chunk)`, as in the
-    authors' code, and `count` of them, of `size` coefficients each, cover the matrix. Their DCT-II
-    is orthonormal and two-dimensional; for a vector, (n, 1), that is one-dimensional. A smaller
-    chunk than k is sent whole.
-
-    A message holds the positions, as indices of fixed width in their chunk or Elias-Fano coded over
-    the whole matrix, whichever is shorter for these sizes, and then the values.
+    The DCT-II of a chunk is orthonormal and two-dimensional; for a vector, (n, 1), that is
+    one-dimensional. A message holds the places of coefficients and then the values.
     """
 
     def __init__(self, m: int, n: int, chunk: int, k: int, values: Values, device: torch.device):
-        self.m, self.n, self.values = m, n, values
-        self.sides = largest_divisor(m, chunk), largest_divisor(n, chunk)
+        super().__init__(m, n, chunk, k)
+        self.values = values
         self.bases = [dct_basis(side).to(device) for side in self.sides]
-        self.size = self.sides[0] * self.sides[1]
-        self.count = m * n // self.size
-        self.k = min(k, self.size)
-        self.width = (self.size - 1).bit_length()
-        fixed = packed_bytes(self.count * self.k, self.width)
-        coded = index_bytes(m * n, self.count * self.k)
-        self.fixed_width = fixed <= coded
-        self.index_bytes = min(fixed, coded)
         self.payload_bytes = self.index_bytes + values.payload_bytes(self.count, self.k)
 
     def transform(self, x: Tensor) -> Tensor:
@@ -131,19 +111,15 @@ class Chunks:
 
     def inverse(self, coefficients: Tensor) -> Tensor:
         """Undo `transform`."""
-        grid = self.m // self.sides[0], self.n // self.sides[1]
-        tiles = coefficients.reshape(-1, *grid, *self.sides)
+        tiles = coefficients.reshape(-1, *self.grid, *self.sides)
         x = torch.einsum("hi,lyxhw,wj->lyixj", self.bases[0], tiles, self.bases[1])
         return x.reshape(-1, self.m, self.n)
 
     def encode(self, coefficients: Tensor, generator: Generator | None = None) -> Tensor:
         """The k largest of every chunk: (L, count, size) -> uint8 (L, payload_bytes)."""
-        places = coefficients.abs().topk(self.k, dim=2, sorted=False).indices.sort(2).values
+        places = self.largest(coefficients)
         values = self.values.encode(coefficients.gather(2, places), generator)
-        if self.fixed_width:
-            return torch.cat([pack(places.flatten(1), self.width), values], 1)
-        positions = self._in_matrix(places)
-        return torch.cat([pack_indices(positions, self.m * self.n), values], 1)
+        return torch.cat([self.pack_places(places), values], 1)
 
     def mean(self, of_workers: Tensor) -> Tensor:
         """uint8 (workers, L, payload_bytes) -> mean coefficients (L, count, size).
@@ -161,24 +137,8 @@ class Chunks:
 
     def _decode(self, payload: Tensor) -> tuple[Tensor, Tensor]:
         """Positions in the matrix's coefficients, increasing, and values, both (L, count k)."""
-        indices, kept = payload[:, : self.index_bytes], self.count * self.k
-        if self.fixed_width:
-            places = unpack(indices, kept, self.width).to(torch.int64)
-            positions = self._in_matrix(places.view(-1, self.count, self.k))
-        else:
-            positions = unpack_indices(indices, self.m * self.n, kept)
         values = self.values.decode(payload[:, self.index_bytes :], self.count, self.k)
-        return positions, values.flatten(1)
-
-    def _in_matrix(self, places: Tensor) -> Tensor:
-        """Positions in chunks, (L, count, k), as positions in the matrix, (L, count k)."""
-        starts = torch.arange(0, self.m * self.n, self.size, device=places.device)
-        return (places + starts[:, None]).flatten(1)
-
-
-def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` that is at most `limit`."""
-    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
+        return self.unpack_positions(payload[:, : self.index_bytes]), values.flatten(1)
 
 
 def dct_basis(size: int) -> Tensor:

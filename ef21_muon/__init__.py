@@ -20,11 +20,13 @@ from ef21_muon.lmo.norms import (
 )
 from ef21_muon.lmo.presets import param_groups
 from ef21_muon.local_steps import LocalSteps
+from ef21_muon.messages.chunks import ChunkTopK
 from ef21_muon.messages.compressors import Compressor, Dense, Identity, RandK, RankK, TopK
 from ef21_muon.messages.fitted import FittedRank
 from ef21_muon.messages.noneuclidean import Damping, Dropout, TopColumns, TopSingular
 from ef21_muon.messages.normal import Normal
 from ef21_muon.messages.residual import Residual
+from ef21_muon.messages.statistical import Statistical
 from ef21_muon.messages.switch import Switch
 from ef21_muon.messages.values import (
     BFloat16,
@@ -43,6 +45,7 @@ __all__ = [
     "AdaptiveRadius",
     "BFloat16",
     "BiasRMS",
+    "ChunkTopK",
     "ColumnNorm",
     "Compressor",
     "Damping",
@@ -68,6 +71,7 @@ __all__ = [
     "Sign",
     "SignScale",
     "Spectral",
+    "Statistical",
     "Switch",
     "TopColumns",
     "TopK",

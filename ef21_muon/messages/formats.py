@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 
 from ef21_muon.messages.normal import Normal
+from ef21_muon.messages.statistical import Statistical
 from ef21_muon.messages.values import (
     BFloat16,
     Float32,
@@ -14,13 +15,17 @@ from ef21_muon.messages.values import (
     Values,
 )
 
-NAMES = "float32, bfloat16, natural, natural3 to natural7, int2 to int8, normal1 to normal6, sign"
+NAMES = (
+    "float32, bfloat16, natural, natural3 to natural7, int2 to int8, normal1 to normal6, sign, "
+    "statistical2 to statistical8"
+)
+BITS_NEEDED = ("int", "normal", "statistical")
 
 
 def value_format(values: Values | str | Mapping) -> Values:
     """A format from what configurations write; a format is returned as it is.
 
-    A name, with the bits of a window, of integers or of normal levels behind it and a block behind
+    A name, with the bits of a window, of integers or of levels behind it and a block behind
     @ ("natural4", "int4@128", "sign@message"), or a mapping with such a `format` and further
     options ({format: natural4, stochastic: false}). Raises ValueError for anything else.
     """
@@ -28,8 +33,9 @@ def value_format(values: Values | str | Mapping) -> Values:
         return values
     options = dict(values) if isinstance(values, Mapping) else {"format": values}
     name = str(options.pop("format", None))
-    match = re.fullmatch(r"(float32|bfloat16|natural|normal|int|sign)(\d?)(?:@(\w+))?", name)
-    if not match or (match[1] in ("int", "normal")) > bool(match[2]):
+    kinds = "float32|bfloat16|natural|normal|int|sign|statistical"
+    match = re.fullmatch(rf"({kinds})(\d?)(?:@(\w+))?", name)
+    if not match or (match[1] in BITS_NEEDED) > bool(match[2]):
         raise ValueError(f"values={name} is not a value format: choose from {NAMES}")
     kind, bits, block = match.groups()
     if block:
@@ -38,6 +44,7 @@ def value_format(values: Values | str | Mapping) -> Values:
         options["exponent_bits" if kind == "natural" else "bits"] = int(bits)
     formats = {"float32": Float32, "bfloat16": BFloat16, "sign": SignScale}
     formats |= {"int": Integer, "normal": Normal, "natural": NaturalWindow if bits else Natural}
+    formats["statistical"] = Statistical
     try:
         return formats[kind](**options)
     except TypeError:

@@ -13,7 +13,8 @@ from workers import baseline_steps
 from workers.baseline_steps import HIDDEN, LR, LR_DECAY, OPTIONS, SHAPES, STEPS, WEIGHT_DECAY
 
 from baselines import DeMo
-from baselines.demo import Chunks, dct_basis, largest_divisor
+from baselines.demo import Chunks, dct_basis
+from ef21_muon.messages.chunks import largest_divisor
 from ef21_muon.messages.formats import value_format
 
 WORKERS = (1, 2, 3)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import reference
-from local_reference import AdamW, GradientDescent, LocalRounds
+from local_reference import AdamW, GradientDescent, LocalRounds, chunk_top_k, statistical
 from run import torchrun
 from workers import local_steps, rounds
 from workers.local_steps import CASES, EVERY, LR, MOMENTUM, RESUMED, STEPS, UNFINISHED
@@ -15,6 +15,8 @@ COMPRESSORS = {
     "identity": reference.float32,
     "topk": lambda x: reference.top_k(local_steps.FRACTION, reference.float32)(x, None),
     "nearest": reference.natural,
+    "statistical": statistical(4),
+    "chunks": chunk_top_k(local_steps.K, local_steps.CHUNK, statistical(2)),
 }
 INNER = {
     "sgd": lambda: GradientDescent(LR, MOMENTUM),

@@ -7,6 +7,48 @@ model a dict of layers. A compressor maps a matrix to what its payload says.
 import numpy as np
 
 
+def statistical_steps(x, bits, span=6.0):
+    """Where entries are among 2^bits bins, before rounding, and the mean: MuLoCo's quantiser."""
+    bins, mean = 2**bits, sum(x.flat) / x.size
+    squares = sum((entry - mean) ** 2 for entry in x.flat)
+    scale = span * np.sqrt(squares / max(1, x.size - 1)) / bins
+    return (x - mean) / (scale or 1) + bins // 2, mean
+
+
+def statistical(bits, span=6.0):
+    """A table of bins' means for the whole array."""
+
+    def round_(x):
+        steps, mean = statistical_steps(x, bits, span)
+        codes = [min(max(round(step), 0), 2**bits - 1) for step in steps.flat]
+        members = {code: [] for code in codes}
+        for code, entry in zip(codes, x.flat, strict=True):
+            members[code].append(entry - mean)
+        table = {code: sum(entries) / len(entries) for code, entries in members.items()}
+        return np.array([mean + table[code] for code in codes]).reshape(x.shape)
+
+    return round_
+
+
+def chunk_top_k(k, chunk, rounding):
+    """SparseLoCo's: the kept entries of all chunks, chunk after chunk, are rounded together."""
+
+    def compress(x):
+        tall, wide = (max(d for d in range(1, chunk + 1) if side % d == 0) for side in x.shape)
+        kept = min(tall * wide, max(1, round(tall * wide * k / chunk**2)))
+        places = []
+        for top in range(0, x.shape[0], tall):
+            for left in range(0, x.shape[1], wide):
+                cells = [(top + i, left + j) for i in range(tall) for j in range(wide)]
+                places += sorted(sorted(cells, key=lambda cell: -abs(x[cell]))[:kept])
+        rows, columns = np.array(places).T
+        result = np.zeros(x.shape)
+        result[rows, columns] = rounding(x[rows, columns])
+        return result
+
+    return compress
+
+
 class GradientDescent:
     """torch.optim.SGD with momentum, without dampening."""
 

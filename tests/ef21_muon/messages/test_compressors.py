@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ef21_muon import (
     BFloat16,
+    ChunkTopK,
     Dense,
     FittedRank,
     Float32,
@@ -23,6 +24,7 @@ from ef21_muon import (
     RandK,
     RankK,
     SignScale,
+    Statistical,
     TopColumns,
     TopK,
     TopSingular,
@@ -43,6 +45,8 @@ FORMATS = {
     "normal5": Normal(5, block="message"),
     "sign": SignScale(),
     "sign by block": SignScale(7),
+    "statistical2": Statistical(2),
+    "statistical8 by row": Statistical(8, block="row"),
 }
 REFERENCE_ROUNDING = {
     "float32": reference.float32,
@@ -52,6 +56,7 @@ REFERENCE_ROUNDING = {
 COMPRESSORS = {"identity": Identity()}
 for format_name, values in FORMATS.items():
     COMPRESSORS[f"dense {format_name}"] = Dense(values)
+    COMPRESSORS[f"chunks {format_name}"] = ChunkTopK(5, 6, values)
     for fraction in (0.05, 0.3, 1.0) if format_name in ("float32", "natural") else (0.3,):
         COMPRESSORS[f"topk {fraction} {format_name}"] = TopK(fraction, values)
         COMPRESSORS[f"rank {fraction} {format_name}"] = RankK(fraction, values)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from workers.rounds import SHAPES, loss, start
 
-from ef21_muon import Dense, Identity, LocalSteps, Natural, TopK
+from ef21_muon import ChunkTopK, Dense, Identity, LocalSteps, Natural, TopK
 from scripts.verification.trials import Sent
 from training.workers import leave
 
@@ -29,10 +29,13 @@ INNER = {
 }
 MOVED = 6  # steps after which a case of RESUMED goes on in other objects
 FRACTION = 0.3
+K, CHUNK = 8, 8  # 8 of 8 x 8
 COMPRESSORS = {
     "identity": Identity(),
     "topk": TopK(FRACTION),
     "nearest": Dense(Natural(stochastic=False)),
+    "statistical": Dense("statistical4"),
+    "chunks": ChunkTopK(K, CHUNK, "statistical2"),
 }
 NESTEROV = {"outer_lr": 0.7, "outer_momentum": 0.6}
 BOTH = {"w2s": "topk", "s2w": "nearest"}
@@ -54,6 +57,9 @@ CASES = {
     "replicated stagger delay": {"w2s": "topk", "server": "replicated", "stagger": True, "delay": 3}
     | NESTEROV,
     "diloco": {"inner": "adamw", "outer_lr": 0.7, "outer_momentum": 0.9, "feedback": "none"},
+    "muloco": {"inner": "adamw", "w2s": "statistical", "error_decay": 0.9}
+    | {"outer_lr": 0.9, "outer_momentum": 0.8},
+    "sparseloco": {"inner": "adamw", "w2s": "chunks", "error_decay": 0.95},
     "ef21 delay": BOTH | {"feedback": "ef21", "stagger": True, "delay": 1},
 }
 UNFINISHED = ("both", "stagger", "stagger delay", "replicated stagger delay")
