@@ -76,7 +76,7 @@ def test_an_interrupted_soak_leaves_nothing(start, tmp_path):
     """So many faults that it does not end by itself before."""
     process, log = start(SOAK, "--faults=99"), "tmp/*/mounted/run/metrics.jsonl"
     wait_until(lambda: process.poll() is not None or list(tmp_path.glob(log)))
-    assert process.poll() is None
+    assert process.poll() is None, process.communicate()
     assert left_behind(process, tmp_path)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=PATIENCE)
