@@ -6,32 +6,33 @@ that run one after the other in the same processes. Each run leaves a directory 
 configuration, its log metrics.jsonl and a picture of it.
 """
 
+import math
 import time
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from omegaconf import DictConfig
 
 from baselines import AllReduced
-from data.loader import Prefetched, TestWindows, TokenStream, WorkerBatches, open_streams
+from data.loader import Prefetched, TestWindows, WorkerBatches
 from model import GPT
 from training.arguments import parse_arguments
 from training.checkpoint import Checkpoints
-from training.config import ROOT, Job, build
+from training.config import Job, build
+from training.data import open_data, share_of_batch
 from training.log import RunLog
 from training.method import build_optimizer, run_label
 from training.picture import draw
 from training.report import group_table, result_table
 from training.resume import BYTES, checkpoint_of, go_on, go_on_elastic
-from training.schedule import due, new_scheduler
+from training.schedule import Later, due, new_scheduler
 from training.sweep import run_jobs
 from training.workers import RunError, Workers, leave, one_line
 
 OPTIMIZER_PHASES = ("encode", "exchange", "server", "decode")
-SELDOM = 10  # steps, at most, after which a worker that is asked to stop tells the others
+SELDOM = 10  # steps, at most, between questions of workers whether to stop
 
 
 class Run:
@@ -61,8 +62,11 @@ class Run:
         # W is evaluated, where a worker's own parameters are apart from it.
         self.agreed = getattr(self.optimizer, "agreed", nullcontext)
         self.finish = getattr(self.optimizer, "finish", lambda: None)
-        # Workers that seldom send seldom ask each other whether to stop, over the same slow links.
+        # Workers that seldom send seldom ask each other whether to stop, over the same slow links,
+        # and do not wait for the answers, nor for the sum of their losses, while they train on.
         self.ask_every = min(getattr(self.optimizer, "every", 1), SELDOM)
+        self.later = Later(self.ask_every // 2)
+        self.stop = False
         self.autocast = torch.autocast(workers.device.type, torch.bfloat16, enabled=on_cuda)
         self.label = config.label or run_label(self.optimizer)
         self.first_step, self.seconds = 1, 0.0
@@ -72,9 +76,9 @@ class Run:
     def step(self) -> torch.Tensor:
         """A training step; returns this worker's mean loss before it."""
         loss = self.accumulate_gradient()
-        self.stop_requested = lambda: False
-        if due(self.scheduler.last_epoch + 1, self.ask_every):
-            self.stop_requested = self.workers.stop_requested()  # on its way while the round is
+        if due(step := self.scheduler.last_epoch + 1, self.ask_every):
+            answer = self.workers.stop_requested()  # on its way while the round is
+            self.later.add(step, lambda: self.take(answer()))
         self.optimizer.step()
         self.raw_model.zero_grad()  # of all layers, also those that another rank steps
         self.scheduler.step()
@@ -130,6 +134,10 @@ class Run:
     def tokens_per_step(self) -> int:
         return self.config.batch.sequences * self.raw_model.config.context
 
+    def take(self, stop: bool) -> None:
+        """Whether to stop, as all workers have answered."""
+        self.stop |= stop
+
     def train(self, log: RunLog | None, checkpoints: Checkpoints) -> dict | None:
         """The training loop; returns the facts of the end record, None if it was asked to stop.
 
@@ -138,19 +146,20 @@ class Run:
         config = self.config
         loss_sum = torch.zeros((), device=self.workers.device)
         since, steps_since = time.perf_counter(), 0
-        test_loss = stop = None
+        test_loss = None
         for step in range(self.first_step, config.steps + 1):
             lr = self.scheduler.get_last_lr()[0]
             if due(step, config.diagnostics_every):
                 self.optimizer.watch = True
             loss_sum += self.step()
             steps_since += 1
-            stop = self.stop_requested()
             last = step == config.steps
             if last:
                 self.finish()
             evaluate = last or due(step, config.eval.every)
-            save = last or stop or due(step, config.checkpoint.every)
+            save = last or due(step, config.checkpoint.every)
+            self.later.settle(math.inf if evaluate or save else step)
+            save |= self.stop
             if log:
                 log.advance()
             if config.diagnostics_every and self.optimizer.watch and self.optimizer.watched:
@@ -162,32 +171,57 @@ class Run:
             if not (evaluate or save or due(step, config.log_every)):
                 continue
 
-            self.workers.together(self.optimizer.check_finite)
-            (loss,) = self.workers.total(loss_sum / steps_since / self.workers.count)
-            for phase, seconds in self.optimizer.timer.read().items():
-                self.phases[phase] += seconds
-            elapsed = time.perf_counter() - since
-            self.seconds += elapsed
-            position = self.position()
-            if log:
-                phases = {phase: round(seconds, 3) for phase, seconds in self.phases.items()}
-                tokens = steps_since * self.tokens_per_step
-                log.train(position | {"loss": loss, "lr": lr, "phases": phases}, tokens / elapsed)
+            since = self.tell(log, loss_sum / steps_since, lr, steps_since, since)
+            self.later.settle(math.inf if evaluate or save else step)
             if evaluate:
                 test_loss = self.test_loss()
                 if log:
-                    log.eval(position | {"test_loss": test_loss})
+                    log.eval(self.position() | {"test_loss": test_loss})
             if save and config.checkpoint.every:
                 self.save(log, checkpoints)
             checkpoints.poll()
-            if stop and not last:
+            if self.stop and not last:
                 break
             loss_sum.zero_()
-            since, steps_since = time.perf_counter(), 0
+            steps_since = 0
+            if evaluate or save:
+                since = time.perf_counter()
         checkpoints.settle()
-        if stop and not last:
+        if self.stop and not last:
             return None
         return self.summary(self.test_loss() if test_loss is None else test_loss)
+
+    def tell(
+        self, log: RunLog | None, loss: torch.Tensor, lr: float, steps: int, since: float
+    ) -> float:
+        """Start to tell all workers of this one's mean loss in the last steps, for the log.
+
+        Returns the time until which the log has it. RunError, when the answer is read, if a
+        gradient of any worker was not finite.
+        """
+        problem = None
+        try:
+            self.optimizer.check_finite()
+        except FloatingPointError as error:
+            problem = error
+        told = self.workers.start_total(loss / self.workers.count, problem is not None)
+        for phase, of_phase in self.optimizer.timer.read().items():
+            self.phases[phase] += of_phase
+        now = time.perf_counter()
+        seconds = now - since
+        self.seconds += seconds
+        phases = {phase: round(of_phase, 3) for phase, of_phase in self.phases.items()}
+        record = self.position() | {"loss": None, "lr": lr, "phases": phases}
+
+        def read() -> None:
+            record["loss"], broken = told()
+            if broken:
+                self.workers.together(lambda: fail(problem))
+            if log:
+                log.train(record, steps * self.tokens_per_step / seconds)
+
+        self.later.add(self.scheduler.last_epoch, read)
+        return now
 
     def check(self) -> None:
         """Raise RunError if workers have parted or state was lost."""
@@ -207,23 +241,6 @@ class Run:
             "uncompressed_bytes": self.config.steps * 4 * self.raw_model.config.parameter_count,
             "optimizer_share": round(optimizer_seconds / sum(self.phases.values()), 4),
         }
-
-
-def open_data(config: DictConfig) -> tuple[TokenStream, TokenStream]:
-    """The training and the test tokens that the configuration names."""
-    options = {key: value for key, value in config.data.items() if key != "name"}
-    return open_streams(**options, root=ROOT)
-
-
-def share_of_batch(config: DictConfig, workers: int) -> int:
-    """Sequences in one forward pass of a worker. Raises RunError if the workers do not divide."""
-    if config.batch.sequences % workers:
-        raise RunError(
-            f"batch.sequences={config.batch.sequences} cannot be split over {workers} workers: "
-            f"give a multiple of {workers}"
-        )
-    own = config.batch.sequences // workers
-    return max(n for n in range(1, min(own, config.batch.per_forward) + 1) if own % n == 0)
 
 
 def run_job(job: Job, directory: Path, workers: Workers) -> bool:
@@ -283,13 +300,14 @@ def main() -> int:
     try:
         arguments = parse_arguments()
     except RunError as error:
-        return Workers().finish(partial(refuse, error))
+        return Workers().finish(partial(fail, error))
     workers = Workers(arguments.timeout)
     return workers.finish(lambda: run_jobs(arguments, workers, run_job))
 
 
-def refuse(error: RunError) -> NoReturn:
-    raise error
+def fail(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 if __name__ == "__main__":

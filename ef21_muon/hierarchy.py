@@ -29,16 +29,12 @@ class HierarchicalEF21Muon(EF21Muon):
             {**group, "params": [pair for pair in group["params"] if pair[1] in self.lanes.own]}
             for group in groups
         ]
-        refused = None
-        try:
+        with self.lanes.together():
             super().__init__(
                 [group for group in mine if group["params"]],
                 process_group=self.lanes.lane,
                 **options,
             )
-        except ValueError as error:
-            refused = error
-        self.lanes.agree(refused)
         for exchange in (phase.exchange for phase in self.phases):
             exchange.w2s_bytes, exchange.s2w_bytes = self.lanes.total(
                 exchange.w2s_bytes, exchange.s2w_bytes

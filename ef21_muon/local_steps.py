@@ -1,7 +1,7 @@
 """Local steps: workers step by themselves, and meet in rounds."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -95,33 +95,35 @@ class LocalSteps(ServedOptimizer):
         process_group: dist.ProcessGroup | str | None = None,
     ):
         self.inner = [inner] if isinstance(inner, Optimizer) else inner
-        require_inner(self.inner)
         self.every = whole_number("every", every, least=1)
         delay = whole_number("delay", delay, least=0)
         self.outer_lr = check_number("outer_lr", outer_lr, OUTER_NUMBERS)
         self.outer_momentum = check_number("outer_momentum", outer_momentum, OUTER_NUMBERS)
         self.error_decay = check_number("error_decay", error_decay, OUTER_NUMBERS)
         self.nesterov, self.lanes = flag("nesterov", nesterov), lanes
-        stagger = flag("stagger", stagger)
+        stagger, buckets = flag("stagger", stagger), whole_number("buckets", buckets, least=1)
         self.feedback = FEEDBACK[choice("feedback", feedback, FEEDBACK)]
         refuse_unused_decays([{"error_decay": error_decay, "server_momentum": 0}], feedback)
-        groups = [group for optimizer in self.inner for group in optimizer.param_groups]
-        super().__init__(
-            groups, {}, seed=seed, purposes=("w2s", "s2w"), process_group=process_group
-        )
-        self.param_groups = groups
-        self.RULE = tuple({entry for one in self.inner for entry in getattr(one, "RULE", ())})
-        self.rules = rules = [
-            _rule(group, w2s or Identity(), s2w or Identity()) for group in groups
-        ]
-        costs = [parameter.numel() for _, _, parameter, _ in named_layers(rules)]
-        self._place_servers(server, rules, costs)
-        batches = self._new_batches(rules, costs)
-        self.phases = self._new_phases(batches, rules, whole_number("buckets", buckets, 1), stagger)
-        self.timetable = Timetable(self.phases, every, delay, stagger, lanes)
-        if delay:
-            self._keep_messages(batches)
-        self._begin(batches)
+        w2s, s2w = w2s or Identity(), s2w or Identity()
+        with lanes.together() if lanes else nullcontext():
+            require_inner(self.inner)
+            groups = [group for optimizer in self.inner for group in optimizer.param_groups]
+            super().__init__(
+                groups, {}, seed=seed, purposes=("w2s", "s2w"), process_group=process_group
+            )
+            self.param_groups = groups
+            self.RULE = tuple({entry for one in self.inner for entry in getattr(one, "RULE", ())})
+            self.rules = [_rule(group, w2s, s2w) for group in groups]
+            costs = [parameter.numel() for _, _, parameter, _ in named_layers(self.rules)]
+            self._place_servers(server, self.rules, costs)
+            batches = self._new_batches(costs)
+            self.phases = self._new_phases(batches, _starts_of_all(w2s), buckets, stagger)
+            self.timetable = Timetable(self.phases, every, delay, stagger)
+            if delay:
+                self._keep_messages(batches)
+            self._begin(batches)
+        if lanes:
+            self.timetable.sum_over(lanes)
         for optimizer in self.inner:
             own = getattr(optimizer, "generators", {})
             self.generators |= {f"inner_{purpose}": one for purpose, one in own.items()}
@@ -129,17 +131,17 @@ class LocalSteps(ServedOptimizer):
         self._returned: dict[range, Receive] = {}  # and back
         self._inner_checked = self._swapped = False
 
-    def _new_batches(self, rules: list[dict], costs: list[int]) -> list[RoundBatch]:
-        batches = serve(RoundBatch, rules, costs, self.server, *place_in(self.process_group))
+    def _new_batches(self, costs: list[int]) -> list[RoundBatch]:
+        place = place_in(self.process_group)
+        batches = serve(RoundBatch, self.rules, costs, self.server, *place)
         for batch in batches:
             batch.make_room(self.feedback.accumulates, self.outer_momentum)
         return batches
 
     def _new_phases(
-        self, batches: list[RoundBatch], rules: list[dict], buckets: int, stagger: bool
+        self, batches: list[RoundBatch], begins: set[int], buckets: int, stagger: bool
     ) -> list[Phase]:
-        begins = set().union(*(starts(rule["w2s"]) for rule in rules))
-        of_batches = [rules[batch.group]["w2s"] for batch in batches]
+        of_batches = [self.rules[batch.group]["w2s"] for batch in batches]
         phases = new_phases(batches, of_batches, begins, buckets, self.process_group)
         if stagger:
             apart = [range(b, b + 1) for b in range(len(batches))]
@@ -371,6 +373,12 @@ class LocalSteps(ServedOptimizer):
 
     def _named(self) -> list[tuple[str, Tensor]]:
         return [pair for b in self.batches for pair in zip(b.names, b.model_shift, strict=True)]
+
+
+def _starts_of_all(w2s: W2S) -> set[int]:
+    """The rounds from which on phases are, also those of groups that another lane holds."""
+    given = w2s.values() if isinstance(w2s, Mapping) else [w2s]
+    return set().union(*(starts(one) for one in given))
 
 
 def _rule(group: dict, w2s: W2S, s2w: S2W) -> dict:

@@ -3,9 +3,10 @@
     python scripts/netns.py --nodes 2 [--rate 100mbit] [--delay 1ms] SCRIPT [ARG ...]
 
 Every node is a network namespace with one interface, eth0, on a common switch: a bridge in a
-namespace of its own, so this machine's network is not touched. The job is a real multi-node one,
-with a torchrun agent in each node and the rendezvous over the link. What was made is removed when
-the command ends, also by SIGINT and SIGTERM.
+namespace of its own, or with a delay a process, scripts/delayed_switch.py. This machine's network
+is not touched. The job is a real multi-node one, with a torchrun agent in each node and the
+rendezvous over the link. What was made is removed when the command ends, also by SIGINT and
+SIGTERM.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,13 +28,19 @@ from pathlib import Path
 # 66 bytes: 0.7 % of 9000 bytes, but 4.6 % of 1500.
 MTU = 9000
 ETHERNET_HEADER = 14  # bytes, beyond the MTU
+# Frames that a node has sent and the delayed switch has not read yet. More than all TCP windows of
+# a node hold: what finds the queue full is lost.
+QUEUE = 10_000
+DELAYED_SWITCH = Path(__file__).with_name("delayed_switch.py")
 PORT = 29400
 SECONDS_TO_FAIL_TOO = 3  # the node that names the cause is not always the first to end
+SECONDS_TO_END = 30  # of a killed process
 TAIL_LINES = 50
 # Packets that several processors handle overtake each other, as they never do on a wire, and TCP
 # sends again what it takes for lost: one processor receives them all.
 KEEP_ORDER = "for f in /sys/class/net/*/queues/rx-0/rps_cpus; do test ! -e $f || echo 1 >$f; done"
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1}
 
 
 class JobError(RuntimeError):
@@ -47,10 +55,12 @@ class Network:
     """`nodes` namespaces on one switch, for as long as the context lasts.
 
     nodes: 1 to 100; rate: of what a node sends, as in "100mbit" (bits a second; kept up to about
-    1gbit), unlimited without; delay: from one node to another, as in "1ms"; mtu: bytes of a frame
-    without its Ethernet header. `names` are the namespaces, `addresses` those of eth0.
+    1gbit), unlimited without; delay: one way, from one node to another, as in "1ms" (also us and
+    s): a ping takes twice as long; mtu: bytes of a frame without its Ethernet header. `names` are
+    the namespaces, `addresses` those of eth0.
 
-    Raises ValueError for values out of range; on entry, RuntimeError for what the system refuses.
+    Raises ValueError for values out of range; on entry, RuntimeError for what the system refuses: a
+    delay needs /dev/net/tun.
     """
 
     def __init__(
@@ -72,7 +82,7 @@ class Network:
         self.addresses = [f"10.77.0.{100 + node}" for node in range(nodes)]
 
     def __enter__(self):
-        self._handler = None
+        self._handler = self._process = None
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGTERM, _exit)
         self._directory = tempfile.TemporaryDirectory(prefix="ef21-netns-")
@@ -87,36 +97,76 @@ class Network:
         self._remove()
 
     def _build(self) -> None:
-        for name in (self._switch, *self.names):
+        for name in self.names:
             _run("ip", "netns", "add", name)
-        _link(self._switch, "add bridge type bridge")
-        _link(self._switch, "set bridge up")
-        for node, (name, address) in enumerate(zip(self.names, self.addresses, strict=True)):
-            peer = f"peer name eth0 mtu {self.mtu} netns {name}"
-            _link(self._switch, f"add port{node} mtu {self.mtu} type veth {peer}")
-            _link(self._switch, f"set port{node} master bridge up")
+        if self.delay:
+            self._join_by_process()
+        else:
+            self._join_by_bridge()
+        for name, address in zip(self.names, self.addresses, strict=True):
             _run("ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0")
             # Segmentation offload off: with it the kernel counts one header for up to 64 KiB, but
             # on a wire every frame has its own, and the counter is to say what a wire carries.
             _link(name, "set eth0 gso_max_segs 1 up")
             _link(name, "set lo up")
             if self.rate:
-                # A burst is what an idle link lets through at once: as little as keeps the rate.
-                burst = 4 * (self.mtu + ETHERNET_HEADER)
-                _shape(name, "eth0", f"tbf rate {self.rate} burst {burst} latency 200ms")
-            if self.delay:
-                # On the switch's side, where it delays without holding back what a node may queue.
-                _shape(self._switch, f"port{node}", f"netem delay {self.delay} limit 100000")
-        for name in (self._switch, *self.names):
+                self._limit(name)
+        for name in self._made():
             _run("ip", "netns", "exec", name, "sh", "-c", KEEP_ORDER)
+
+    def _join_by_bridge(self) -> None:
+        _run("ip", "netns", "add", self._switch)
+        _link(self._switch, "add bridge type bridge")
+        _link(self._switch, "set bridge up")
+        for node, name in enumerate(self.names):
+            peer = f"peer name eth0 mtu {self.mtu} netns {name}"
+            _link(self._switch, f"add port{node} mtu {self.mtu} type veth {peer}")
+            _link(self._switch, f"set port{node} master bridge up")
+
+    def _join_by_process(self) -> None:
+        number, unit = re.fullmatch(r"([\d.]+)(\w+)", self.delay).groups()
+        seconds = float(number) * SECONDS[unit]
+        self._process = subprocess.Popen(
+            [sys.executable, DELAYED_SWITCH, f"--delay={seconds}", *self.names],
+            stdin=subprocess.PIPE,  # it ends with this process, however that ends
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for this process, which then cleans up
+        )
+        if (line := self._process.stdout.readline().strip()) != "ready":
+            raise RuntimeError(
+                f"delay={self.delay} needs TAP devices, and /dev/net/tun gives none ({line}): "
+                "load the kernel's module tun, or give no delay"
+            )
+        for name in self.names:
+            _link(name, f"set eth0 mtu {self.mtu} txqueuelen {QUEUE}")
+
+    def _limit(self, name: str) -> None:
+        # A burst is what an idle link lets through at once: as little as keeps the rate.
+        burst = 4 * (self.mtu + ETHERNET_HEADER)
+        discipline = f"tbf rate {self.rate} burst {burst} latency 200ms"
+        try:
+            _run(*f"tc -n {name} qdisc add dev eth0 root {discipline}".split())
+        except RuntimeError as error:
+            raise RuntimeError(f"{error} (needs sch_tbf in the kernel)") from error
+
+    def _made(self) -> set[str]:
+        """The namespaces of this network that there are now."""
+        there = {line.split()[0] for line in _run("ip", "netns", "list").splitlines()}
+        return there.intersection([*self.names, self._switch])
 
     def _remove(self) -> None:
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:
-            made = {line.split()[0] for line in _run("ip", "netns", "list").splitlines()}
-            for name in made.intersection([*self.names, self._switch]):
-                _kill_processes(name)
-                _run("ip", "netns", "delete", name)
+            if self._process:
+                self._process.kill()
+                self._process.communicate()
+            made = self._made()
+            try:
+                _kill_processes(made)
+            finally:
+                for name in made:
+                    _run("ip", "netns", "delete", name)
         finally:
             self._directory.cleanup()
             if self._handler is not None:
@@ -156,8 +206,7 @@ class Network:
                 agents.append(agent)
             statuses = _wait(agents, timeout)
         finally:
-            for name in self.names:
-                _kill_processes(name)
+            _kill_processes(self.names)
             for agent in agents:
                 agent.wait()
         outputs = [log.read_text(errors="replace") for log in logs]
@@ -215,19 +264,13 @@ def _link(namespace: str, command: str) -> None:
     _run("ip", "-n", namespace, "link", *command.split())
 
 
-def _shape(namespace: str, device: str, discipline: str) -> None:
-    kind = discipline.split()[0]
-    try:
-        _run(*f"tc -n {namespace} qdisc add dev {device} root {discipline}".split())
-    except RuntimeError as error:
-        raise RuntimeError(f"{error} (needs sch_{kind} in the kernel)") from error
-
-
-def _kill_processes(namespace: str) -> None:
-    for _ in range(500):
-        processes = _run("ip", "netns", "pids", namespace).split()
-        if not processes:
-            return
+def _kill_processes(namespaces: Iterable[str]) -> None:
+    deadline = time.monotonic() + SECONDS_TO_END
+    while processes := " ".join(_run("ip", "netns", "pids", name) for name in namespaces).split():
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"killed processes have not ended in {SECONDS_TO_END} s: {' '.join(processes)}"
+            )
         for process in processes:
             with suppress(ProcessLookupError):
                 os.kill(int(process), signal.SIGKILL)
@@ -269,7 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nodes", type=int, required=True, help="1 to 100")
     parser.add_argument("--rate", help="of what a node sends, bits a second: 100mbit")
-    parser.add_argument("--delay", help="from one node to another: 1ms")
+    parser.add_argument("--delay", help="one way, from one node to another: 1ms")
     parser.add_argument(
         "--mtu", type=int, default=MTU, help="bytes of a frame (default %(default)s)"
     )

@@ -22,6 +22,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ef21_muon import (
+    ALONE,
     Compressor,
     Damping,
     Dense,
@@ -38,7 +39,7 @@ from ef21_muon import (
 from ef21_muon.exchange.placement import PLACEMENTS
 from ef21_muon.messages.formats import value_format
 from scripts.verification import trials
-from scripts.verification.trials import Parameters, ours, train
+from scripts.verification.trials import Parameters, local, ours, train
 from training.report import table
 from training.workers import Workers, leave
 
@@ -57,10 +58,10 @@ COMPRESSORS = (
     Dropout(TOP),
 )
 UNBIASED = ("natural", "natural3", "natural4", "int2", "int4", "int8")
-# Every placement, compressed both ways where something is sent back.
-PLACED = [ours(MIXED, server="replicated")] + [
-    ours(MIXED, MIXED, server=server) for server in PLACEMENTS if server != "replicated"
-]
+# Every placement, compressed both ways where something is sent back; and local steps.
+BACK = {server: {} if server == "replicated" else {"s2w": MIXED} for server in PLACEMENTS}
+PLACED = [ours(MIXED, server=server, **back) for server, back in BACK.items()]
+LOCAL = [local(MIXED, server=server, **back) for server, back in BACK.items()]
 NOT_COMPARED = "one worker: nothing to compare"
 
 Measurement = tuple[float, float]  # a difference, and the tolerance that it is within or not
@@ -131,10 +132,28 @@ def workers_equal_one(workers: Workers) -> Measurement:
     return trials.update_distance(found, expected), 1e-4
 
 
+@claim("local steps alone are the inner ones", "entries that differ")
+def local_steps_are_inner_ones(workers: Workers) -> Measurement:
+    expected, _ = train(workers, ours(process_group=ALONE))
+    found, _ = train(workers, local(every=1, process_group=ALONE))
+    return trials.differing(found, expected), 0
+
+
+@claim("a round of local steps is their mean", "update, from the mean one", of_several=True)
+def rounds_are_means(workers: Workers) -> Measurement:
+    expected, _ = train(workers, ours(process_group=ALONE))
+    expected = {name: trials.mean_of(workers, x) for name, x in expected.items()}
+    found, _ = train(workers, local())
+    return trials.update_distance(found, expected), 1e-4
+
+
 @claim(f"placements agree: {', '.join(PLACEMENTS)}", "entries that differ", of_several=True)
 def placements_agree(workers: Workers) -> Measurement:
-    first, *others = (train(workers, ours(MIXED, server=server))[0] for server in PLACEMENTS)
-    return sum(trials.differing(first, other) for other in others), 0
+    difference = 0
+    for method in (ours, local):
+        first, *others = (train(workers, method(MIXED, server=server))[0] for server in PLACEMENTS)
+        difference += sum(trials.differing(first, other) for other in others)
+    return difference, 0
 
 
 @claim("buckets agree: 1, 4", "entries that differ")
@@ -145,7 +164,7 @@ def buckets_agree(workers: Workers) -> Measurement:
 
 @claim("all workers hold the same parameters", "layers that differ", of_several=True)
 def parameters_are_the_same(workers: Workers) -> Measurement:
-    models = [train(workers, build)[0] for build in PLACED]
+    models = [train(workers, build)[0] for build in PLACED + LOCAL]
     return sum(trials.differing_on_workers(workers, model.values()) for model in models), 0
 
 
@@ -216,7 +235,7 @@ def messages_are_counted(workers: Workers) -> Measurement:
 @claim("wire_tx_bytes is what is sent", "bytes", of_several=True)
 def sent_bytes_are_counted(workers: Workers) -> Measurement:
     difference = 0
-    for build in PLACED:
+    for build in PLACED + LOCAL:
         parameters, optimizer = trials.new(workers, build)
         with trials.Sent(workers) as sent:
             trials.descend(workers, parameters, optimizer)

@@ -13,8 +13,8 @@ from run import ROOT, launch
 from data.loader import TestWindows
 from sample import generate, load_model
 from scripts.to_wandb import history
-from train import open_data
 from training.config import compose
+from training.data import open_data
 from training.records import read_log
 
 

@@ -138,7 +138,7 @@ def test_a_failing_job_stops_the_sweep(small, tmp_path):
 
 def test_on_many_workers_a_mistake_is_told_once(small, tmp_path):
     result = launch(2, *small, "w2s.fraction=2", f"runs={tmp_path}", expect=1)
-    assert result.stderr.count("error: w2s: RankK got fraction=2") == 1
+    assert result.stderr.count("error: w2s: FittedRank got fraction=2") == 1
     assert "Traceback" not in before_torchrun(result.stderr)
     assert list(tmp_path.iterdir()) == []
 

@@ -137,8 +137,11 @@ class Job:
 
 
 def what_matters(config: dict) -> dict:
-    """What a run's numbers follow from: values by dotted key."""
-    flat, left = {}, list(_essential(config).items())
+    """What a run's numbers follow from: values by dotted key. Baselines take no compressors."""
+    essential = _essential(config)
+    if config["optimizer"]["_target_"].startswith("baselines."):
+        essential = {key: essential[key] for key in essential.keys() - {"w2s", "s2w"}}
+    flat, left = {}, list(essential.items())
     while left:
         key, value = left.pop()
         if isinstance(value, dict):

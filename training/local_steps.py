@@ -1,6 +1,7 @@
 """Local steps of a run: LocalSteps and its inner optimizers, as configurations describe them."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 
@@ -24,15 +25,15 @@ def build_local_steps(
 
     Raises RunError for an inner optimizer that cannot be built.
     """
-    lanes = None
+    lanes, own = None, groups
     if config.worker_size > 1:
         parameters = [parameter for group in groups for _, parameter in group["params"]]
         lanes = Lanes(parameters, config.worker_size, timeout)
-        groups = [
+        own = [
             {**group, "params": [pair for pair in group["params"] if pair[1] in lanes.own]}
             for group in groups
         ]
-        groups = [group for group in groups if group["params"]]
+        own = [group for group in own if group["params"]]
     compressors = {
         direction: {
             group["name"]: group.get(direction, build(config[direction], direction))
@@ -41,10 +42,9 @@ def build_local_steps(
         for direction in ("w2s", "s2w")
     }
     options = dict(make.keywords)
-    inner = [
-        _build_inner(key, maker, chosen, config.seed)
-        for key, maker, chosen in _shares(options.pop("inner", None), groups)
-    ]
+    shares = _shares(options.pop("inner", None), own)
+    with lanes.together() if lanes else nullcontext():
+        inner = [_build_inner(key, maker, chosen, config.seed) for key, maker, chosen in shares]
     place = {"lanes": lanes, "process_group": lanes.lane} if lanes else {}
     return make.func(inner, seed=config.seed, **compressors, **place, **options)
 

@@ -150,11 +150,8 @@ class Workers:
 
         Returns a function that waits for the answer, the same on all.
         """
-        flag = torch.tensor([int(self._stop_requested)])
-        if self.control is None:
-            return lambda: bool(flag)
-        work = dist.all_reduce(flag, group=self.control, async_op=True)
-        return lambda: work.wait() and bool(flag)
+        requests = self.start_total(self._stop_requested)
+        return lambda: requests()[0] > 0
 
     @property
     def first(self) -> bool:
@@ -195,6 +192,22 @@ class Workers:
     def broadcast(self, value):
         """Rank 0's value, on all workers."""
         return self.gather(value if self.first else None)[0]
+
+    def start_total(self, *numbers: float | torch.Tensor) -> Callable[[], list[float]]:
+        """Start to sum up the numbers over all workers, in float64; returns a function that waits.
+
+        Beside the training's own collectives, which do not hold it up.
+        """
+        sums = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+        if self.control is None:
+            return sums.tolist
+        work = dist.all_reduce(sums, group=self.control, async_op=True)
+
+        def wait() -> list[float]:
+            work.wait()
+            return sums.tolist()
+
+        return wait
 
     def total(self, *numbers: float | torch.Tensor) -> list[float]:
         """The sums of the numbers over all workers, in float64."""

@@ -6,6 +6,7 @@ lane in the other workers. So encoding, server work and traffic between workers 
 ranks of a worker, and nothing crosses twice.
 """
 
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -50,15 +51,25 @@ class Lanes:
         ]
         self.own = {parameter for parameter, holder in self.holders if holder == rank}
 
-    def agree(self, refused: ValueError | None) -> None:
-        """Raise ValueError on all ranks of the worker where one refuses its layers."""
-        device = self.holders[0][0].device
-        refusals = torch.tensor(int(refused is not None), device=device)
-        dist.all_reduce(refusals, group=self.worker)
-        if refused:
+    @contextmanager
+    def together(self):
+        """Within it an error of one rank of the worker is raised on all of them.
+
+        On the others as ValueError with the same message. Not for what waits for other ranks of the
+        worker itself.
+        """
+        refused = None
+        try:
+            yield
+        except Exception as error:
+            refused = error
+        messages = [None] * self.worker_size
+        dist.all_gather_object(messages, refused and str(refused), group=self.worker)
+        if refused is not None:
             raise refused
-        if refusals:
-            raise ValueError("another rank of this worker has refused its layers: see its error")
+        for message in messages:
+            if message is not None:
+                raise ValueError(message)
 
     def total(self, *numbers: int) -> list[int]:
         """The sums of the numbers over the ranks of the worker."""

@@ -17,13 +17,13 @@ class Timetable:
     Steps count from 0. Without `stagger` all buckets have their turn in the last step of a round;
     with it every bucket has its own, so that the bytes that were sent grow evenly. A message takes
     `delay` steps from the turn of its bucket to the servers, and as many back, but where nothing is
-    sent back. Bytes are of the whole worker, whose ranks are `lanes`.
+    sent back. Bytes are of this rank, and with `sum_over` of the whole worker.
     """
 
-    def __init__(
-        self, phases: list[Phase], every: int, delay: int, stagger: bool, lanes: Lanes | None
-    ):
-        self.phases, self.every, self.delay, self._lanes = phases, every, delay, lanes
+    _lanes: Lanes | None = None
+
+    def __init__(self, phases: list[Phase], every: int, delay: int, stagger: bool):
+        self.phases, self.every, self.delay = phases, every, delay
         self.ways = 1 if phases[0].exchange.replicated else 2
         if self.ways * delay >= every:
             raise ValueError(
@@ -36,8 +36,14 @@ class Timetable:
             for place in range(every):
                 buckets, exchange = self._buckets(phase, place), phase.exchange
                 key = phase.start, place
-                self._up[key] = _total(map(exchange.traffic_to_servers, buckets), lanes)
-                self._down[key] = _total(map(exchange.traffic_to_workers, buckets), lanes)
+                self._up[key] = _total(map(exchange.traffic_to_servers, buckets))
+                self._down[key] = _total(map(exchange.traffic_to_workers, buckets))
+
+    def sum_over(self, lanes: Lanes) -> None:
+        """Count what all ranks of the worker send, on all of them together."""
+        self._lanes = lanes
+        for table in (self._up, self._down):
+            table.update(zip(table, _of_worker(list(table.values()), lanes), strict=True))
 
     def departing(self, step: int) -> tuple[Phase, list[range]]:
         """The buckets whose turn a step is."""
@@ -65,11 +71,12 @@ class Timetable:
     def taken(self, phase: Phase, buckets: list[range]) -> Traffic:
         """What these buckets take both ways."""
         exchange = phase.exchange
-        up, down = (
-            _total(map(of, buckets), self._lanes)
+        of_rank = _total(
+            of(bucket)
             for of in (exchange.traffic_to_servers, exchange.traffic_to_workers)
+            for bucket in buckets
         )
-        return up + down
+        return _of_worker([of_rank], self._lanes)[0] if self._lanes else of_rank
 
     def _of(self, table: dict, step: int) -> Traffic:
         if step < 0:
@@ -87,9 +94,12 @@ def _spread(phase: Phase, every: int) -> list[int]:
     return [ceil(every * sent / sum(sizes)) - 1 for sent in accumulate(sizes)]
 
 
-def _total(traffic: Iterable[Traffic], lanes: Lanes | None) -> Traffic:
-    of_rank = reduce(add, traffic, Traffic())
-    if lanes is None:
-        return of_rank
-    w2s_bytes, s2w_bytes = lanes.total(of_rank.w2s_bytes, of_rank.s2w_bytes)
-    return Traffic(w2s_bytes, s2w_bytes, of_rank.wire_tx_bytes)
+def _total(traffic: Iterable[Traffic]) -> Traffic:
+    return reduce(add, traffic, Traffic())
+
+
+def _of_worker(traffic: list[Traffic], lanes: Lanes) -> list[Traffic]:
+    """w2s and s2w bytes summed over the ranks of the worker, whose wires stay their own."""
+    sums = lanes.total(*(one.w2s_bytes for one in traffic), *(one.s2w_bytes for one in traffic))
+    ways = zip(traffic, sums[: len(traffic)], sums[len(traffic) :], strict=True)
+    return [Traffic(w2s, s2w, one.wire_tx_bytes) for one, w2s, s2w in ways]

@@ -36,8 +36,8 @@ from ef21_muon.messages.compressors import Compressor, Dense, Identity, RandK, R
 from ef21_muon.messages.fitted import FittedRank
 from model import GPT
 from scripts.measuring import processor
-from train import open_data
 from training.config import ROOT, build, compose
+from training.data import open_data
 from training.method import build_optimizer
 from training.picture import COLOURS, STYLE, save
 from training.workers import RunError

@@ -29,8 +29,8 @@ from ef21_muon.messages.compressors import Compressor
 from model import GPT
 from scripts.shakespeare.results import REPLAY_LOG, RESULTS
 from scripts.shakespeare.settings import SETTINGS
-from train import open_data
 from training.config import build, compose
+from training.data import open_data
 from training.method import build_optimizer
 
 WORKERS = 2

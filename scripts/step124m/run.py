@@ -32,8 +32,8 @@ from model import GPT
 from scripts.measuring import processor
 from scripts.step124m.allocations import Allocations, Phases
 from scripts.step124m.report import ADAMW, GRADIENT, MUON, log_name, report
-from train import open_data
 from training.config import ROOT, build, compose
+from training.data import open_data
 from training.method import build_optimizer
 from training.workers import RunError, Workers, leave
 

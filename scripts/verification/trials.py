@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ef21_muon import Compressor, EF21Muon, Identity, Sign, Spectral
+from ef21_muon import ALONE, Compressor, EF21Muon, Identity, LocalSteps, Sign, Spectral
 from ef21_muon.fingerprint import fingerprint
 from ef21_muon.lmo.norms import BiasRMS
 from training.workers import Workers
@@ -85,6 +85,7 @@ def ours(
     def build(parameters: Parameters) -> EF21Muon:
         groups = [
             {
+                "name": role,
                 "params": [(name, parameters[name]) for name in layers],
                 "norm": NORMS[role],
                 "radius": RADII[role],
@@ -94,6 +95,18 @@ def ours(
             for role, layers in ROLES.items()
         ]
         return EF21Muon(groups, **{"lr": LR, "beta": BETA} | options)
+
+    return build
+
+
+def local(
+    w2s: Compressors = UNCOMPRESSED, s2w: Compressors = UNCOMPRESSED, every: int = STEPS, **options
+) -> Callable[[Parameters], LocalSteps]:
+    """Builds local steps of EF21Muon, a round in all STEPS, with these compressors and options."""
+
+    def build(parameters: Parameters) -> LocalSteps:
+        inner = ours(process_group=ALONE)(parameters)
+        return LocalSteps(inner, every, w2s=w2s, s2w=s2w, **options)
 
     return build
 

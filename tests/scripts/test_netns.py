@@ -6,9 +6,9 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from nodes import in_node, namespaces, processes, seconds_to_send
 from run import PATIENCE, ROOT
 
 from ef21_muon.exchange.placement import PLACEMENTS
@@ -25,73 +25,6 @@ SLEEP = (
     f"import os, time; print('ready', os.environ.get('RANK'), flush=True); time.sleep({PATIENCE})"
 )
 SHOW_LINK = "import os; os.execlp('ip', 'ip', 'link', 'show', 'eth0')"
-ECHO = """
-import socket, sys
-server = socket.create_server((sys.argv[1], 5000))
-print("ready", flush=True)
-connection, _ = server.accept()
-while connection.recv(1 << 20):
-    pass
-connection.sendall(b".")
-"""
-CLIENT = """
-import socket, sys, time
-connection = socket.create_connection((sys.argv[1], 5000))
-start = time.perf_counter()
-connection.sendall(bytes(int(sys.argv[2])))
-connection.shutdown(socket.SHUT_WR)
-connection.recv(1)
-print(time.perf_counter() - start)
-"""
-
-
-def namespaces(pid: int) -> list[str]:
-    """Those that the networks of a process have now."""
-    return [path.name for path in Path("/var/run/netns").glob(f"ef21-{pid}-*")]
-
-
-def processes(text: str) -> list[str]:
-    """Command lines of running processes that contain `text`."""
-    lines = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-        except OSError:
-            continue
-    return [line for line in lines if text in line]
-
-
-def in_node(network: Network, node: int, code: str, *arguments: object) -> subprocess.Popen:
-    """A Python process in a node."""
-    return subprocess.Popen(
-        ["ip", "netns", "exec", network.names[node], sys.executable, "-c", code]
-        + [str(argument) for argument in arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def seconds_to_send(network: Network, size: int) -> float:
-    """Seconds from node 0's first byte of `size` until node 1's answer to the last."""
-    server = in_node(network, 1, ECHO, network.addresses[1])
-    assert server.stdout.readline() == "ready\n"
-    client = in_node(network, 0, CLIENT, network.addresses[1], size)
-    output, _ = client.communicate(timeout=PATIENCE)
-    server.wait(PATIENCE)
-    return float(output)
-
-
-@pytest.fixture
-def nothing_left(tmp_path, monkeypatch):
-    """Temporary files go to tmp_path/tmp; at the end there are none, and no namespaces."""
-    directory = tmp_path / "tmp"
-    directory.mkdir()
-    monkeypatch.setenv("TMPDIR", str(directory))
-    monkeypatch.setattr("tempfile.tempdir", None)
-    yield
-    assert not namespaces(os.getpid())
-    assert not list(directory.iterdir())
-    assert not processes(str(tmp_path))
 
 
 @pytest.mark.parametrize("nodes", [2, 3])
@@ -220,14 +153,20 @@ def test_rate(nothing_left):
         assert seconds_to_send(network, size) >= (size - burst) * 8 / rate
 
 
-def test_delay_with_rate(nothing_left):
-    """Both directions wait, and a round trip is two delays."""
-    try:
-        with Network(2, rate="40mbit", delay="50ms") as network:
-            assert seconds_to_send(network, 1000) >= 0.1
-    except RuntimeError as error:
-        assert "sch_netem" in str(error)
-        pytest.skip(str(error))
+def test_a_process_that_does_not_end_is_named(tmp_path, monkeypatch, nothing_left):
+    """And the network is removed."""
+    monkeypatch.setattr("scripts.netns.SECONDS_TO_END", 0)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(RuntimeError, match="killed processes have not ended in 0 s: ") as caught,
+        Network(1) as network,
+    ):
+        left = in_node(network, 0, SLEEP, tmp_path)
+        assert left.stdout.readline() == "ready None\n"
+        patch.setattr("os.kill", lambda *_: None)
+    left.kill()
+    left.wait(PATIENCE)
+    assert str(caught.value).endswith(f": {left.pid}")
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 import math
 
 import pytest
+import torch
 from run import ROOT, torchrun
 
-from ef21_muon import EF21Muon, Spectral, TopK
+from ef21_muon import EF21Muon, LocalSteps, Spectral, TopK
 from ef21_muon.exchange import phases
 from ef21_muon.lmo.norms import BiasRMS
 from ef21_muon.messages import values
@@ -19,6 +20,7 @@ BROKEN_ROUNDS = [
     "identity equals Muon",
     "identity equals Scion",
     "n workers equal one",
+    "a round of local steps",
     "the servers' G",
     "error feedback contracts",
     "error feedback converges",
@@ -43,9 +45,15 @@ def always_to_nearest(patch):
     patch.setattr(values, "_carry", lambda bits, stochastic, generator: carry(bits, False, None))
 
 
+def forget_the_steps(self, batch, received):
+    """A round that starts from the old W again."""
+    torch._foreach_copy_(batch.params, batch.as_parameters(batch.model_shift))
+
+
 BROKEN_ALONE = {
     "identity equals Muon": lambda patch: patch.setitem(Spectral.scalings, "muon", math.hypot),
     "identity equals Scion": lambda patch: patch.setitem(BiasRMS.scalings, "scion", math.hypot),
+    "local steps alone": lambda patch: patch.setattr(LocalSteps, "_update", forget_the_steps),
     "buckets agree": lambda patch: wrap(patch, phases, "cut", lambda ranges: ranges[::-1]),
     "the servers' G": lambda patch: patch.setattr(
         EF21Muon, "_receive", lambda self, batch, messages: None

@@ -138,7 +138,7 @@ CHECKPOINTS = {  # what is done to the only one of SCENE/killed, and other overr
     "of another compressor": (
         lambda path: None,
         "compressor@w2s=identity",
-        "w2s._target_='ef21_muon.Identity' (it has 'ef21_muon.RankK') ... give the same values",
+        "w2s._target_='ef21_muon.Identity' (it has 'ef21_muon.FittedRank') ... give the same",
     ),
     "with other tensors": (
         other_tensors,

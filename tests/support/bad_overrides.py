@@ -71,7 +71,7 @@ TYPES = {
     "norm.hidden=null": "norm.hidden lacks a norm or a radius: give norm.hidden.norm and",
     "norm.hidden.norm=null": "norm.hidden.norm describes no class: give norm.hidden.norm._target_=",
     "norm.hidden.radius=null": "radius=None is not allowed: give a number above 0 ... group hidden",
-    "w2s.fraction=many": "w2s: RankK got fraction=many: give a number above 0, at most 1",
+    "w2s.fraction=many": "w2s: FittedRank got fraction=many: give a number above 0, at most 1",
     "w2s=topk": "w2s describes no class: give compressor@w2s=NAME, one of chunk_topk, damp",
     "s2w=null": "s2w describes no class: give compressor@s2w=NAME, one of chunk_topk, damp",
     "~optimizer._target_": "optimizer describes no class: give optimizer=NAME, one of adamw, demo",
@@ -123,8 +123,8 @@ RANGES = {
     "norm.hidden.radius=0": "radius=0 is not allowed: give a number above 0 ... group hidden",
     "norm.hidden.norm.steps=0": "norm.hidden.norm: Spectral got steps=0: give at least 1",
     "norm=gluon norm.hidden.radius.l0=-1": "norm.hidden.radius: AdaptiveRadius got l0=-1: give a",
-    "w2s.fraction=0": "w2s: RankK got fraction=0: give a number above 0, at most 1",
-    "w2s.fraction=2": "w2s: RankK got fraction=2: give a number above 0, at most 1",
+    "w2s.fraction=0": "w2s: FittedRank got fraction=0: give a number above 0, at most 1",
+    "w2s.fraction=2": "w2s: FittedRank got fraction=2: give a number above 0, at most 1",
     "compressor@w2s=dropout w2s.probability=2": "w2s: Dropout got probability=2: give a number",
     "data.vocab_size=0": "data.vocab_size=0 is not allowed: give a whole number of at least 1",
     "data.train_shards=0": "data.train_shards=0 is not allowed: give a whole number of at least 1",
@@ -161,7 +161,7 @@ CONTRADICTIONS = {
     ),
     "resume=elastic": "resume=elastic needs directory=: say which run goes on",
     "resume=elastic directory=SCENE/new optimizer.feedback=ef14": (
-        "resume=elastic is not allowed for rank 15% natural, EF14: it needs optimizer=ef21_muon"
+        "resume=elastic is not allowed for fitted rank 30% ... EF14: it needs optimizer=ef21_muon"
     ),
     "compressor@w2s=switch": "w2s.start=240 is not below steps=4: give a round of the run, or the",
     "compressor@w2s=switch w2s.start=0": "w2s: Switch got start=0: give a round, a whole number",

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-import train
 from model import GPT
 from training.config import CONFIGS, build, compose, sweep
+from training.data import share_of_batch
 from training.workers import RunError
 
 
@@ -21,7 +21,7 @@ def test_more_workers_than_windows():
 def test_workers_must_divide_the_batch(small):
     config = compose((*small, "batch.sequences=3")).config
     with pytest.raises(RunError, match=r"batch\.sequences=3 cannot be split over 2 workers"):
-        train.share_of_batch(config, 2)
+        share_of_batch(config, 2)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_forward_passes_are_equal_and_as_large_as_allowed(
     small, sequences, per_forward, workers, expected
 ):
     overrides = (f"batch.sequences={sequences}", f"batch.per_forward={per_forward}")
-    assert train.share_of_batch(compose((*small, *overrides)).config, workers) == expected
+    assert share_of_batch(compose((*small, *overrides)).config, workers) == expected
 
 
 def test_sweep_is_the_product_in_order():
@@ -80,4 +80,4 @@ def test_the_papers_setting_composes():
     with torch.device("meta"):
         model = GPT(build(config.model, "model"))
     assert sum(p.numel() for p in model.parameters()) == 123_568_128
-    assert train.share_of_batch(config, 8) == 16
+    assert share_of_batch(config, 8) == 16

@@ -49,9 +49,10 @@ def test_a_role_may_have_compressors_of_its_own():
     optimizer = build_optimizer(config, GPT(build(config.model, "model")))
     of_role = {group["name"]: group for group in optimizer.param_groups}
     assert str(of_role["embedding"]["w2s"]) == "top 50% natural"
-    assert str(of_role["hidden"]["w2s"]) == "rank 15% natural"
+    default = "fitted rank 30% normal2 x normal4"
+    assert str(of_role["hidden"]["w2s"]) == default
     assert run_label(optimizer) == (
-        "rank 15% natural, embedding top 50% natural, embedding back dense sign"
+        f"{default}, embedding top 50% natural, embedding back dense sign"
     )
     found = row(plan(config), 4)
     assert number(found["w2s a round"]) == optimizer.exchange.w2s_bytes

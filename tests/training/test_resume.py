@@ -15,8 +15,8 @@ from workers.resume import CASES, COMPRESSORS, run_alone
 import train
 from data.loader import Prefetched, TestWindows, WorkerBatches
 from model import GPT
-from train import open_data
 from training.config import build, compose
+from training.data import open_data
 from training.workers import RunError
 
 LAYERS = [
@@ -165,14 +165,14 @@ def test_what_changes_the_numbers_is_refused(run, tmp_path):
     changed = ("optimizer.lr=0.03", "w2s.fraction=0.2", "seed=1", "steps=8")
     message = (
         r"step-00000004 was made with another configuration: optimizer.lr=0.03 \(it has 0.02\), "
-        r"seed=1 \(it has 0\), steps=8 \(it has 4\), w2s.fraction=0.2 \(it has 0.15\); give"
+        r"seed=1 \(it has 0\), steps=8 \(it has 4\), w2s.fraction=0.2 \(it has 0.3\); give"
     )
     for resume in ("auto", "elastic"):
         with pytest.raises(RunError, match=message):
             run(tmp_path, f"resume={resume}", f"directory={tmp_path}", *changed)
     with pytest.raises(RunError, match=r"configuration: optimizer.server='rank0' \(it has 'auto'"):
         run(tmp_path, "resume=auto", "optimizer.server=rank0")
-    with pytest.raises(RunError, match=r"w2s.values=None \(it has 'natural'\); give"):
+    with pytest.raises(RunError, match=r"w2s.values=None \(it has 'normal4'\); give"):
         run(tmp_path, "resume=auto", "compressor@w2s=identity")
     assert sha256(tmp_path / "metrics.jsonl") == before
 

@@ -7,8 +7,8 @@ from data.loader import WorkerBatches
 from ef21_muon import FittedRank, Identity, TopK
 from model import GPT
 from scripts.shakespeare.replay import LAYERS, orthogonalised, replay, worker_gradients
-from train import open_data
 from training.config import build, compose
+from training.data import open_data
 
 
 @pytest.fixture(scope="module")

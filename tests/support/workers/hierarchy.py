@@ -3,7 +3,7 @@
     hierarchy.py DIRECTORY WORKER_SIZE
 
 Data are of 4 parts. With 4 ranks every rank has one, with 2 ranks each has two. Writes
-DIRECTORY/rank{r}.npz: parameters and bytes for every case, and the errors of wrong sizes.
+DIRECTORY/rank{r}.npz: parameters and bytes for every case, and the errors of wrong choices.
 """
 
 import sys
@@ -13,8 +13,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ef21_muon import EF21Muon, Identity, RankK, Sign, Spectral, Switch, TopK
-from ef21_muon.hierarchy import HierarchicalEF21Muon
+from ef21_muon import (
+    ALONE,
+    EF21Muon,
+    HierarchicalEF21Muon,
+    Identity,
+    LocalSteps,
+    RankK,
+    Sign,
+    Spectral,
+    Switch,
+    TopK,
+)
+from ef21_muon.exchange.lanes import Lanes
 
 SHAPES = {"query": (12, 20), "key": (12, 20), "value": (12, 20), "fc": (30, 12), "head": (16, 12)}
 CASES = {
@@ -25,6 +36,12 @@ CASES = {
     "replicated": {"w2s": TopK(0.2), "server": "replicated"},
     "rank": {"w2s": RankK(0.2)},
     "of the head": {"w2s": TopK(0.2), "head": {"w2s": Switch(TopK(0.1), TopK(0.4), start=3)}},
+    "local": {
+        "every": 2,
+        "w2s": {"hidden": TopK(0.2), "head": Switch(TopK(0.1), TopK(0.4), start=2)},
+        "outer_momentum": 0.5,
+        "server": "sharded",
+    },
 }
 STEPS = 8
 
@@ -51,16 +68,37 @@ def loss(model: dict[str, torch.Tensor], part: int) -> torch.Tensor:
 def groups(model: dict[str, torch.nn.Parameter], **of_head) -> list[dict]:
     hidden = [(name, p) for name, p in model.items() if name != "head"]
     return [
-        {"params": hidden, "norm": Spectral()},
-        {"params": [("head", model["head"])], "norm": Sign(), "radius": 10.0, **of_head},
+        {"name": "hidden", "params": hidden, "norm": Spectral()},
+        {
+            "name": "head",
+            "params": [("head", model["head"])],
+            "norm": Sign(),
+            "radius": 10.0,
+            **of_head,
+        },
     ]
+
+
+def local_steps(layers: list[dict], worker_size: int, **options) -> LocalSteps:
+    place = {}
+    if worker_size > 1:
+        lanes = Lanes([p for group in layers for _, p in group["params"]], worker_size, None)
+        place = {"lanes": lanes, "process_group": lanes.lane}
+        layers = [
+            {**group, "params": [pair for pair in group["params"] if pair[1] in lanes.own]}
+            for group in layers
+        ]
+        layers = [group for group in layers if group["params"]]
+    return LocalSteps(EF21Muon(layers, lr=0.05, process_group=ALONE), **place, **options)
 
 
 def train(case: str, worker_size: int) -> dict[str, np.ndarray]:
     model = parameters()
     options = dict(CASES[case])
     layers = groups(model, **options.pop("head", {}))
-    if worker_size == 1:
+    if case == "local":
+        optimizer = local_steps(layers, worker_size, **options)
+    elif worker_size == 1:
         optimizer = EF21Muon(layers, lr=0.05, **options)
     else:
         optimizer = HierarchicalEF21Muon(layers, lr=0.05, worker_size=worker_size, **options)
@@ -86,6 +124,10 @@ def refusals() -> list[str]:
             HierarchicalEF21Muon(groups(parameters(), **of_head), worker_size=size)
         except ValueError as error:
             messages.append(str(error))
+    try:
+        local_steps(groups(parameters()), 2, w2s={"hidden": TopK(0.2)})
+    except ValueError as error:
+        messages.append(str(error))
     return messages
 
 

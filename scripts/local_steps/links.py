@@ -1,0 +1,129 @@
+"""Local steps over slow and far links, beside one message a step: how long training waits.
+
+    python scripts/local_steps/links.py [--rates 10mbit,100mbit,1gbit] [--delay 50ms] [KEY=VALUE]
+
+Needs root on Linux, iproute2 and /dev/net/tun (scripts/netns.py). For every rate one launch of two
+nodes with a worker of one thread each trains with all METHODS, one after the other, as train.py
+does; then without a limit and a delay. Rounds begin anew after the first one, which is not timed,
+and the last one. Writes results/local_steps/links.jsonl; scripts/local_steps/run.py --redraw makes
+the table of it.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts.netns import Network, requirements_missing
+from train import run_job
+from training.config import ROOT, compose
+from training.records import LOG_NAME, Log, read_log
+from training.workers import Workers, leave
+
+LINKS = ROOT / "results" / "local_steps" / "links.jsonl"
+NODES = 2
+UNLIMITED = "unlimited"
+EVERY = 30
+MODEL = "model.width=448 model.heads=4 batch.per_forward=1 batch.sequences=2 schedule.cooldown=0"
+UNDISTURBED = "checkpoint.every=0 check_every=0 eval.every=1000 eval.tokens=256 log_every=5"
+LOCAL = f"optimizer=local optimizer.every={EVERY}"
+METHODS = {  # overrides, and the steps from which and up to which it is timed
+    "a message a step": ("optimizer=ef21_muon", 5, 15),
+    f"every {EVERY}": (LOCAL, EVERY, 2 * EVERY),
+    f"every {EVERY}, stagger": (f"{LOCAL} optimizer.stagger=true", EVERY, 2 * EVERY),
+    f"every {EVERY}, delay 2": (f"{LOCAL} optimizer.delay=2", EVERY, 2 * EVERY),
+    f"every {EVERY}, stagger, delay 2":
+        (f"{LOCAL} optimizer.stagger=true optimizer.delay=2", EVERY, 2 * EVERY),
+}  # fmt: skip
+
+
+def timed(log: Log, first: int, last: int) -> dict:
+    """Of the steps after `first` up to `last`: seconds, bytes and tokens a step, and the waiting.
+
+    Training waits in the exchange, and for what else workers tell each other, which is in no phase.
+    """
+    start, end = (next(r for r in log.train if r["step"] == step) for step in (first, last))
+    steps = last - first
+    seconds = end["seconds"] - start["seconds"]
+    phases = {phase: end["phases"][phase] - start["phases"][phase] for phase in end["phases"]}
+    working = sum(phases.values()) - phases["exchange"]
+    return {
+        "seconds": seconds / steps,
+        "waiting": (seconds - working) / steps,
+        "w2s_bytes": (end["w2s_bytes"] - start["w2s_bytes"]) / steps,
+        "wire_tx_bytes": (end["wire_tx_bytes"] - start["wire_tx_bytes"]) / steps,
+        "tokens": (end["tokens"] - start["tokens"]) / steps,
+        "placement": log.run["placement"],
+        "parameters": log.run["parameters"],
+    }
+
+
+def job(options: argparse.Namespace, workers: Workers) -> int:
+    """On every node: train with all methods; rank 0 writes what it has timed."""
+    for name, (overrides, first, last) in METHODS.items():
+        told = [*MODEL.split(), *UNDISTURBED.split(), *overrides.split(), f"steps={last + 1}"]
+        directory = workers.broadcast(tempfile.mkdtemp() if workers.first else None)
+        run_job(compose((*told, *options.overrides)), Path(directory), workers)
+        if workers.first:
+            record = {"rate": options.rates, "delay": options.delay, "method": name}
+            record |= timed(read_log(Path(directory, LOG_NAME)), first, last)
+            with options.out.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+    return 0
+
+
+def section() -> str:
+    """What README.md says of links.jsonl."""
+    records = [json.loads(line) for line in LINKS.read_text().splitlines()]
+    lines = ["| link | method | MB a step | s a step | waiting | share | tokens/s |"]
+    lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    lines += [
+        f"| {r['rate']} | {r['method']} | {r['w2s_bytes'] / 1e6:.3f} | {r['seconds']:.3f} | "
+        f"{r['waiting']:.3f} | {r['waiting'] / r['seconds']:.1%} | "
+        f"{r['tokens'] / r['seconds']:.0f} |"
+        for r in records
+    ]
+    delay = next(record["delay"] for record in records if record["rate"] != UNLIMITED)
+    return f"""
+## Over slow and far links
+
+`sudo python scripts/local_steps/links.py`: two nodes, network namespaces of one machine, with a
+worker of one thread each and {delay} from one to the other (none where the link is unlimited);
+{records[0]["parameters"] / 1e6:.1f} M parameters, a sequence of 256 tokens a worker and step,
+servers {records[0]["placement"]}. All rows of a link are of one launch. Waiting is what rank 0 did
+besides computing, in seconds a step: in the exchange, and for what workers tell each other beside
+it (losses, and whether to stop).
+
+{chr(10).join(lines)}
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
+    parser.add_argument("--rates", default="10mbit,100mbit,1gbit", help="(default %(default)s)")
+    parser.add_argument("--delay", default="50ms", help="one way (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=LINKS, help="file (default %(default)s)")
+    options = parser.parse_intermixed_args()
+    if "RANK" in os.environ:
+        workers = Workers()
+        return workers.finish(lambda: job(options, workers))
+    if missing := requirements_missing():
+        print(f"error: {missing}", file=sys.stderr)
+        return 1
+    options.out.unlink(missing_ok=True)
+    for rate in (*options.rates.split(","), UNLIMITED):
+        limits = {} if rate == UNLIMITED else {"rate": rate, "delay": options.delay}
+        own = [f"--rates={rate}", f"--delay={options.delay}", f"--out={options.out.resolve()}"]
+        with Network(NODES, **limits) as network:
+            network.torchrun(__file__, *own, *options.overrides, show=True, timeout=3600)
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main())
