@@ -90,6 +90,8 @@ class AllReduced:
         """Bytes of the results of all-reduces so far."""
         return self.reduced_bytes
 
+    received_bytes = s2w_bytes
+
     @property
     def wire_tx_bytes(self) -> int:
         """Bytes that this rank has handed to the network so far, by a ring."""

@@ -56,7 +56,7 @@ class Collectives:
             return []
         buffer = torch.cat([tensor.flatten() for tensor in tensors])
         size, others = buffer.nbytes, self.ranks - 1
-        self._taken += Traffic(size, size, Fraction(2 * others * size, self.ranks))
+        self._taken += Traffic(size, size, size, Fraction(2 * others * size, self.ranks))
         if self.ranks > 1:
             dist.all_reduce(buffer, group=self.group)
             buffer /= self.ranks
@@ -69,7 +69,7 @@ class Collectives:
             return []
         message = torch.cat([payload.flatten() for payload in payloads])
         size, others = message.nbytes, self.ranks - 1
-        self._taken += Traffic(size, others * size, others * size)
+        self._taken += Traffic(size, others * size, others * size, others * size)
         received = message[None]
         if self.ranks > 1:
             received = message.new_empty(self.ranks, len(message))

@@ -82,6 +82,14 @@ class CommunicatingOptimizer(torch.optim.Optimizer):
         return self.traffic.s2w_bytes
 
     @property
+    def received_bytes(self) -> int:
+        """Bytes that this worker has received so far: `s2w_bytes`, or the messages of the others.
+
+        The latter where every worker serves.
+        """
+        return self.traffic.received_bytes
+
+    @property
     def wire_tx_bytes(self) -> int:
         """Bytes that this rank has handed to the network so far: a message to itself is not."""
         return int(self.traffic.wire_tx_bytes)

@@ -12,8 +12,8 @@ class HierarchicalEF21Muon(EF21Muon):
 
     groups: parameter groups of (name, parameter) pairs, alike on all ranks, with entries and other
     options as in EF21Muon. A rank's own `param_groups` hold the layers of its lane alone, and
-    `worker_groups` those of all; `step` drops the gradients of the others. `w2s_bytes` and
-    `s2w_bytes` are of the whole worker, `wire_tx_bytes` what this rank sends to other workers. To
+    `worker_groups` those of all; `step` drops the gradients of the others. `w2s_bytes`, `s2w_bytes`
+    and `received_bytes` are of the whole worker, `wire_tx_bytes` what this rank sends to others. To
     wait longer than `timeout`, by default torch's, for another rank is an error. Raises ValueError,
     on all ranks of a worker, where one of them cannot build its part, where `worker_size` does not
     divide the ranks or leaves one without a layer, and without a process group.
@@ -36,8 +36,8 @@ class HierarchicalEF21Muon(EF21Muon):
                 **options,
             )
         for exchange in (phase.exchange for phase in self.phases):
-            exchange.w2s_bytes, exchange.s2w_bytes = self.lanes.total(
-                exchange.w2s_bytes, exchange.s2w_bytes
+            exchange.w2s_bytes, exchange.s2w_bytes, exchange.received_bytes = self.lanes.total(
+                exchange.w2s_bytes, exchange.s2w_bytes, exchange.received_bytes
             )
 
     @property

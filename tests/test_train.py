@@ -32,7 +32,8 @@ def test_the_log_has_the_documented_fields(two_workers):
     assert run["parameters"] == 256 * 32 + 12 * 32 * 32
     trains = [r for r in middle if r["record"] == "train"]
     evals = [r for r in middle if r["record"] == "eval"]
-    position = {"step", "round", "tokens", "w2s_bytes", "s2w_bytes", "wire_tx_bytes", "seconds"}
+    of_bytes = {"w2s_bytes", "s2w_bytes", "received_bytes", "wire_tx_bytes"}
+    position = {"step", "round", "tokens", "seconds"} | of_bytes
     assert all(set(r) == {"record", "loss", "lr", "phases"} | position for r in trains)
     assert all(set(r) == {"record", "test_loss"} | position for r in evals)
     phases = {"forward_backward", "encode", "exchange", "server", "decode", "data"}

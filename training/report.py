@@ -128,7 +128,7 @@ def result_table(end: dict) -> str:
             ["bytes sent per worker", f"{sent:,}"],
             ["uncompressed (float32)", f"{uncompressed:,}"],
             ["ratio", f"{uncompressed / sent:.1f}x fewer"],
-            ["bytes received per worker", f"{end['s2w_bytes']:,}"],
+            ["bytes received per worker", f"{end['received_bytes']:,}"],
             ["training time", f"{end['seconds']:.0f} s, {end['optimizer_share']:.0%} optimizer"],
         ]
     )

@@ -17,7 +17,7 @@ from training.schedule import new_scheduler
 from training.workers import RunError
 
 # Cumulative byte counts go on from those of the checkpoint, whoever counts.
-BYTES = ("w2s_bytes", "s2w_bytes", "wire_tx_bytes")
+BYTES = ("w2s_bytes", "s2w_bytes", "received_bytes", "wire_tx_bytes")
 SERVER = "server_"  # what the names of a server's state begin with
 
 
@@ -144,13 +144,20 @@ def _generator_states(run) -> dict[str, Tensor]:
 
 def _continue(run, facts: dict) -> None:
     """Counters, schedule and times of the checkpoint."""
-    position = facts["position"]
+    position = {"received_bytes": _received(facts)} | facts["position"]
     if isinstance(run.optimizer, CommunicatingOptimizer):
         run.optimizer.go_on_after(position["step"])
     run.first_step, run.seconds = position["step"] + 1, position["seconds"]
     run.bytes_before = {key: position[key] - getattr(run.optimizer, key) for key in BYTES}
     run.phases = facts["phases"]
     run.scheduler = new_scheduler(run.optimizer, run.config, position["step"])
+
+
+def _received(facts: dict) -> int:
+    """Bytes that a worker received up to a checkpoint of a version that did not count them."""
+    position = facts["position"]
+    others = facts["workers"] // facts["config"]["worker_size"] - 1
+    return position["s2w_bytes"] or others * position["w2s_bytes"]
 
 
 def _hash(config: dict) -> str:

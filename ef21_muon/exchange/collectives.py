@@ -31,30 +31,35 @@ def place_in(group: dist.ProcessGroup | str | None) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes: of a worker to the servers and back, and what this rank hands to the network.
+    """Bytes: of a worker to the servers and back, what it receives, and what this rank sends.
 
-    The last may be a fraction, the mean over ranks: rings send parts of a buffer.
+    What a worker receives is what comes back from the servers, or the messages of the others where
+    every worker serves. What a rank hands to the network may be a fraction, the mean over ranks:
+    rings send parts of a buffer.
     """
 
     w2s_bytes: int = 0
     s2w_bytes: int = 0
+    received_bytes: int = 0
     wire_tx_bytes: int | Fraction = 0
 
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(
             self.w2s_bytes + other.w2s_bytes,
             self.s2w_bytes + other.s2w_bytes,
+            self.received_bytes + other.received_bytes,
             self.wire_tx_bytes + other.wire_tx_bytes,
         )
 
     def state(self) -> list[int]:
         """As whole numbers, for `from_state`."""
-        return [self.w2s_bytes, self.s2w_bytes, *self.wire_tx_bytes.as_integer_ratio()]
+        ratio = self.wire_tx_bytes.as_integer_ratio()
+        return [self.w2s_bytes, self.s2w_bytes, self.received_bytes, *ratio]
 
     @classmethod
     def from_state(cls, numbers: list[int]) -> "Traffic":
-        w2s_bytes, s2w_bytes, *ratio = numbers
-        return cls(w2s_bytes, s2w_bytes, Fraction(*ratio))
+        *counts, numerator, denominator = numbers
+        return cls(*counts, Fraction(numerator, denominator))
 
 
 class Exchange:
@@ -77,13 +82,16 @@ class Exchange:
         self.owned, self.w2s_sizes, self.s2w_sizes = owned, w2s_sizes, s2w_sizes
         every = range(len(owned))
         self.replicated = all(part == slice(0, self._layers(b)) for b in every for part in owned[b])
-        # Of one worker's message to the servers, and of the servers' message to every worker.
-        self.w2s_bytes = self.traffic_to_servers(every).w2s_bytes
-        self.s2w_bytes = self.traffic_to_workers(every).s2w_bytes
+        # Of one worker's message to the servers, of the servers' message to every worker, and of
+        # all that a worker receives.
+        both = self.traffic_to_servers(every) + self.traffic_to_workers(every)
+        self.w2s_bytes, self.s2w_bytes = both.w2s_bytes, both.s2w_bytes
+        self.received_bytes = both.received_bytes
 
     def traffic(self) -> Traffic:
         """What one round takes."""
-        return Traffic(self.w2s_bytes, self.s2w_bytes, self.wire_tx_bytes(self.rank))
+        counts = self.w2s_bytes, self.s2w_bytes, self.received_bytes
+        return Traffic(*counts, self.wire_tx_bytes(self.rank))
 
     def wire_tx_bytes(self, rank: int) -> int:
         """Bytes that a rank hands to the network in one round."""
@@ -93,13 +101,14 @@ class Exchange:
     def traffic_to_servers(self, bucket: range) -> Traffic:
         """What the messages of a bucket of batches take."""
         w2s = sum(self._layers(b) * self.w2s_sizes[b] for b in bucket)
-        return Traffic(w2s, 0, self._wire_to_servers(self.rank, bucket))
+        received = (self.ranks - 1) * w2s if self.replicated else 0
+        return Traffic(w2s, 0, received, self._wire_to_servers(self.rank, bucket))
 
     def traffic_to_workers(self, bucket: range) -> Traffic:
         """What the messages back take."""
         nothing = self.replicated and self.ranks > 1
         s2w = 0 if nothing else sum(self._layers(b) * self.s2w_sizes[b] for b in bucket)
-        return Traffic(0, s2w, self._wire_to_workers(self.rank, bucket))
+        return Traffic(0, s2w, s2w, self._wire_to_workers(self.rank, bucket))
 
     def _wire_to_servers(self, rank: int, bucket: range) -> int:
         others = (other for other in range(self.ranks) if other != rank)

@@ -1,8 +1,9 @@
 """When messages are sent and arrive, where a round has many steps."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from functools import reduce
-from itertools import accumulate
+from itertools import accumulate, chain
 from math import ceil
 from operator import add
 
@@ -30,25 +31,31 @@ class Timetable:
                 f"delay={delay} is not allowed with every={every}: what is under way has to arrive "
                 f"before the next message, give at most {(every - 1) // self.ways}"
             )
-        self._turns = _spread(phases[0], every) if stagger else None
-        self._up, self._down = {}, {}  # by phase and place in the round
+        # By phase and place in the round, where buckets have their turn.
+        self._due: dict[tuple[int, int], list[range]] = defaultdict(list)
+        spread = _spread(phases[0], every) if stagger else None
         for phase in phases:
-            for place in range(every):
-                buckets, exchange = self._buckets(phase, place), phase.exchange
-                key = phase.start, place
-                self._up[key] = _total(map(exchange.traffic_to_servers, buckets))
-                self._down[key] = _total(map(exchange.traffic_to_workers, buckets))
+            turns = spread or [every - 1] * len(phase.buckets)
+            for bucket, turn in zip(phase.buckets, turns, strict=True):
+                self._due[phase.start, turn].append(bucket)
+        exchanges = {phase.start: phase.exchange for phase in phases}
+        self._up, self._down = (
+            {key: _total(map(getattr(exchanges[key[0]], of), b)) for key, b in self._due.items()}
+            for of in ("traffic_to_servers", "traffic_to_workers")
+        )
 
     def sum_over(self, lanes: Lanes) -> None:
         """Count what all ranks of the worker send, on all of them together."""
         self._lanes = lanes
+        places = [(phase.start, place) for phase in self.phases for place in range(self.every)]
         for table in (self._up, self._down):
-            table.update(zip(table, _of_worker(list(table.values()), lanes), strict=True))
+            of_rank = [table.get(place, Traffic()) for place in places]
+            table.update(zip(places, _of_worker(of_rank, lanes), strict=True))
 
     def departing(self, step: int) -> tuple[Phase, list[range]]:
         """The buckets whose turn a step is."""
         phase = current(self.phases, step // self.every)
-        return phase, self._buckets(phase, step % self.every)
+        return phase, self._due.get((phase.start, step % self.every), [])
 
     def arriving(self, step: int, ways: int) -> tuple[Phase, list[range]]:
         """The buckets whose messages arrive with a step, after one way or two."""
@@ -81,11 +88,8 @@ class Timetable:
     def _of(self, table: dict, step: int) -> Traffic:
         if step < 0:
             return Traffic()
-        return table[current(self.phases, step // self.every).start, step % self.every]
-
-    def _buckets(self, phase: Phase, place: int) -> list[range]:
-        turns = self._turns or [self.every - 1] * len(phase.buckets)
-        return [b for b, turn in zip(phase.buckets, turns, strict=True) if turn == place]
+        start = current(self.phases, step // self.every).start
+        return table.get((start, step % self.every), Traffic())
 
 
 def _spread(phase: Phase, every: int) -> list[int]:
@@ -99,7 +103,10 @@ def _total(traffic: Iterable[Traffic]) -> Traffic:
 
 
 def _of_worker(traffic: list[Traffic], lanes: Lanes) -> list[Traffic]:
-    """w2s and s2w bytes summed over the ranks of the worker, whose wires stay their own."""
-    sums = lanes.total(*(one.w2s_bytes for one in traffic), *(one.s2w_bytes for one in traffic))
-    ways = zip(traffic, sums[: len(traffic)], sums[len(traffic) :], strict=True)
-    return [Traffic(w2s, s2w, one.wire_tx_bytes) for one, w2s, s2w in ways]
+    """Counts summed over the ranks of the worker, but what each hands to the network."""
+    counts = [(one.w2s_bytes, one.s2w_bytes, one.received_bytes) for one in traffic]
+    sums = lanes.total(*chain(*counts))
+    return [
+        Traffic(*sums[3 * place : 3 * place + 3], one.wire_tx_bytes)
+        for place, one in enumerate(traffic)
+    ]

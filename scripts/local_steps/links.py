@@ -4,25 +4,23 @@
 
 Needs root on Linux, iproute2 and /dev/net/tun (scripts/netns.py). For every rate one launch of two
 nodes with a worker of one thread each trains with all METHODS, one after the other, as train.py
-does; then without a limit and a delay. Rounds begin anew after the first one, which is not timed,
-and the last one. Writes results/local_steps/links.jsonl; scripts/local_steps/run.py --redraw makes
-the table of it.
+does; then without a limit and a delay. Timed are as many steps as a round has. Writes
+results/local_steps/links.jsonl; scripts/local_steps/run.py --redraw makes the table of it.
 """
 
 import argparse
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.netns import Network, requirements_missing
-from train import run_job
+from train import Run
+from training.checkpoint import Checkpoints
 from training.config import ROOT, compose
-from training.records import LOG_NAME, Log, read_log
 from training.workers import Workers, leave
 
 LINKS = ROOT / "results" / "local_steps" / "links.jsonl"
@@ -32,46 +30,65 @@ EVERY = 30
 MODEL = "model.width=448 model.heads=4 batch.per_forward=1 batch.sequences=2 schedule.cooldown=0"
 UNDISTURBED = "checkpoint.every=0 check_every=0 eval.every=1000 eval.tokens=256 log_every=5"
 LOCAL = f"optimizer=local optimizer.every={EVERY}"
-METHODS = {  # overrides, and the steps from which and up to which it is timed
-    "a message a step": ("optimizer=ef21_muon", 5, 15),
-    f"every {EVERY}": (LOCAL, EVERY, 2 * EVERY),
-    f"every {EVERY}, stagger": (f"{LOCAL} optimizer.stagger=true", EVERY, 2 * EVERY),
-    f"every {EVERY}, delay 2": (f"{LOCAL} optimizer.delay=2", EVERY, 2 * EVERY),
+WARM_UP = 5
+METHODS = {  # overrides, and how many steps are timed
+    "a message a step": ("optimizer=ef21_muon", 10),
+    f"every {EVERY}": (LOCAL, EVERY),
+    f"every {EVERY}, stagger": (f"{LOCAL} optimizer.stagger=true", EVERY),
+    f"every {EVERY}, delay 2": (f"{LOCAL} optimizer.delay=2", EVERY),
     f"every {EVERY}, stagger, delay 2":
-        (f"{LOCAL} optimizer.stagger=true optimizer.delay=2", EVERY, 2 * EVERY),
+        (f"{LOCAL} optimizer.stagger=true optimizer.delay=2", EVERY),
 }  # fmt: skip
 
 
-def timed(log: Log, first: int, last: int) -> dict:
-    """Of the steps after `first` up to `last`: seconds, bytes and tokens a step, and the waiting.
+class Records:
+    """In place of a run's log, on every rank: the train records by step."""
+
+    def __init__(self):
+        self.of_step = {}
+
+    def train(self, record: dict, tokens_per_second: float) -> None:
+        self.of_step[record["step"]] = record
+
+    def eval(self, record: dict) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+
+def time_training(overrides: list[str], steps: int, workers: Workers) -> dict:
+    """Of the steps after WARM_UP, a step: seconds, bytes, tokens, and the waiting of every rank.
 
     Training waits in the exchange, and for what else workers tell each other, which is in no phase.
     """
-    start, end = (next(r for r in log.train if r["step"] == step) for step in (first, last))
-    steps = last - first
+    last = WARM_UP + steps
+    run = Run(compose((*overrides, f"steps={last + 1}")).config, workers)
+    records = Records()
+    run.train(records, Checkpoints(Path(), workers, keep=1, asynchronous=False))
+    start, end = records.of_step[WARM_UP], records.of_step[last]
     seconds = end["seconds"] - start["seconds"]
     phases = {phase: end["phases"][phase] - start["phases"][phase] for phase in end["phases"]}
     working = sum(phases.values()) - phases["exchange"]
     return {
         "seconds": seconds / steps,
-        "waiting": (seconds - working) / steps,
+        "waiting": workers.gather((seconds - working) / steps),
         "w2s_bytes": (end["w2s_bytes"] - start["w2s_bytes"]) / steps,
         "wire_tx_bytes": (end["wire_tx_bytes"] - start["wire_tx_bytes"]) / steps,
         "tokens": (end["tokens"] - start["tokens"]) / steps,
-        "placement": log.run["placement"],
-        "parameters": log.run["parameters"],
+        "placement": run.optimizer.server,
+        "parameters": run.raw_model.config.parameter_count,
     }
 
 
 def job(options: argparse.Namespace, workers: Workers) -> int:
-    """On every node: train with all methods; rank 0 writes what it has timed."""
-    for name, (overrides, first, last) in METHODS.items():
-        told = [*MODEL.split(), *UNDISTURBED.split(), *overrides.split(), f"steps={last + 1}"]
-        directory = workers.broadcast(tempfile.mkdtemp() if workers.first else None)
-        run_job(compose((*told, *options.overrides)), Path(directory), workers)
+    """On every node: train with all methods; rank 0 writes what was timed."""
+    for name, (overrides, steps) in METHODS.items():
+        told = [*MODEL.split(), *UNDISTURBED.split(), *overrides.split(), *options.overrides]
+        record = {"rate": options.rates, "delay": options.delay, "method": name}
+        record |= time_training(told, steps, workers)
+        workers.say(json.dumps(record))
         if workers.first:
-            record = {"rate": options.rates, "delay": options.delay, "method": name}
-            record |= timed(read_log(Path(directory, LOG_NAME)), first, last)
             with options.out.open("a") as file:
                 file.write(json.dumps(record) + "\n")
     return 0
@@ -84,20 +101,22 @@ def section() -> str:
     lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     lines += [
         f"| {r['rate']} | {r['method']} | {r['w2s_bytes'] / 1e6:.3f} | {r['seconds']:.3f} | "
-        f"{r['waiting']:.3f} | {r['waiting'] / r['seconds']:.1%} | "
+        f"{min(r['waiting']):.3f} | {min(r['waiting']) / r['seconds']:.1%} | "
         f"{r['tokens'] / r['seconds']:.0f} |"
         for r in records
     ]
+    millions, placement = records[0]["parameters"] / 1e6, records[0]["placement"]
     delay = next(record["delay"] for record in records if record["rate"] != UNLIMITED)
     return f"""
 ## Over slow and far links
 
 `sudo python scripts/local_steps/links.py`: two nodes, network namespaces of one machine, with a
 worker of one thread each and {delay} from one to the other (none where the link is unlimited);
-{records[0]["parameters"] / 1e6:.1f} M parameters, a sequence of 256 tokens a worker and step,
-servers {records[0]["placement"]}. All rows of a link are of one launch. Waiting is what rank 0 did
-besides computing, in seconds a step: in the exchange, and for what workers tell each other beside
-it (losses, and whether to stop).
+{millions:.1f} M parameters, a sequence of 256 tokens a worker and step, servers {placement}. All
+rows of a link are of one launch. Waiting is what the rank that waits less did besides computing, in
+seconds a step: in the exchange, and for what workers tell each other beside it (losses, and whether
+to stop). One message a step is the default one, whose encoding is most of what its steps take
+longer.
 
 {chr(10).join(lines)}
 """

@@ -1,8 +1,8 @@
 """Rounds of many steps in the study's setting: `python scripts/local_steps/run.py [--redraw]`.
 
 Trains what is missing of RUNS, one after the other with torchrun on two workers, and keeps their
-logs in results/local_steps; from these come the table of README.md there, which --redraw writes
-anew. A training that was interrupted goes on from its checkpoint.
+logs in results/local_steps; from these, and from links.jsonl (links.py), come the tables of
+README.md there, which --redraw writes anew. What was interrupted goes on from its checkpoint.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from scripts.local_steps.links import LINKS, section
 from training.config import ROOT
 from training.records import BYTES_PER_PARAMETER, LOG_NAME, Log, read_log
 from training.report import table
@@ -76,7 +77,7 @@ sizes of the model, and with two workers it receives as many. The target is that
 4.97 at best.
 
 {chr(10).join(lines)}
-"""
+{section() if LINKS.exists() else ""}"""
 
 
 def is_done(name: str) -> bool:

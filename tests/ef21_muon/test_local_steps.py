@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import reference
-from local_reference import AdamW, GradientDescent, LocalRounds, chunk_top_k, statistical
+from local_reference import AdamW, GradientDescent, LocalRounds, Muon, chunk_top_k, statistical
 from run import torchrun
 from workers import local_steps, rounds
 from workers.local_steps import CASES, EVERY, LR, MOMENTUM, RESUMED, STEPS, UNFINISHED
@@ -21,6 +21,12 @@ COMPRESSORS = {
 INNER = {
     "sgd": lambda: GradientDescent(LR, MOMENTUM),
     "adamw": lambda: AdamW(**local_steps.ADAMW),
+    "muon": lambda: Muon(
+        **local_steps.MUON,
+        lmo=reference.spectral_lmo,
+        others=[name for name, shape in rounds.SHAPES.items() if len(shape) != 2],
+        rest=AdamW(**local_steps.ADAMW),
+    ),
 }
 START = {name: rounds.start(name) for name in rounds.SHAPES}
 PRECISION = 1e-5  # relative, as of W so of what has changed in it
@@ -135,8 +141,11 @@ def test_logged_bytes_are_sent_bytes(recordings, workers):
         message = sum(len(names) * size for names, size in layouts[case])
         messages = STEPS // CASES[case.removesuffix(" unfinished")].get("every", EVERY)
         for of_rank in arrays:
-            w2s, s2w, wire = of_rank[f"{case} bytes"].T
+            w2s, s2w, received, wire = of_rank[f"{case} bytes"].T
             np.testing.assert_array_equal(wire, of_rank[f"{case} seen"], case)
+            everywhere = workers > 1 and "replicated" in case
+            of_others = (workers - 1) * w2s if everywhere else s2w
+            np.testing.assert_array_equal(received, of_others, case)
             if "stagger" not in case:
                 assert w2s[-1] == messages * message, case
             assert np.all(np.diff(w2s) >= 0)

@@ -150,6 +150,29 @@ def test_a_saved_state_goes_on_bit_for_bit(inner, steps):
     assert optimizer.traffic == other.traffic
 
 
+ONE = {"outer_momentum": 0.5}
+OTHER = {"s2w": Dense("int8")}
+
+
+@pytest.mark.parametrize(
+    ("options", "bytes_an_entry"),
+    [
+        ({}, 8),  # W and e_j
+        (ONE, 12),  # and V
+        (OTHER, 12),  # or e_s
+        (ONE | OTHER, 16),
+        ({"feedback": "ef21"}, 12),  # W, G_j and G
+        ({"delay": 1}, 16),  # W, e_j, x_j and the message
+    ],
+)
+def test_memory_is_as_documented(options, bytes_an_entry):
+    model, optimizer = build(every=3, **options)
+    train(model, optimizer, 7)
+    tensors = [t.untyped_storage() for state in optimizer.state.values() for t in state.values()]
+    held = {storage.data_ptr(): storage.nbytes() for storage in tensors}
+    assert sum(held.values()) == bytes_an_entry * parameters_of(model).numel()
+
+
 def test_before_the_first_step_there_is_nothing_to_finish():
     model, optimizer = build(w2s=TopK(0.2))
     start = parameters_of(model)

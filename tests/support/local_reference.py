@@ -81,6 +81,26 @@ class AdamW:
             model[name] = decayed - self.lr * unbiased / scale
 
 
+class Muon:
+    """A moving average from zero, orthogonalised; decay times the learning rate. For matrices.
+
+    lmo: of a matrix, minus the orthogonal one times the scale. `others`, layers by name, are
+    stepped by `rest`.
+    """
+
+    def __init__(self, lr, beta, weight_decay, lmo, others, rest):
+        self.lr, self.beta, self.weight_decay, self.lmo = lr, beta, weight_decay, lmo
+        self.averages, self.others, self.rest = {}, others, rest
+
+    def step(self, model, gradients):
+        for name, g in gradients.items():
+            if name not in self.others:
+                self.averages[name] = (1 - self.beta) * self.averages.get(name, 0) + self.beta * g
+                decayed = (1 - self.lr * self.weight_decay) * model[name]
+                model[name] = decayed + self.lr * self.lmo(self.averages[name])
+        self.rest.step(model, {name: gradients[name] for name in self.others})
+
+
 class LocalRounds:
     """n workers that step by themselves, and whose differences from W are averaged.
 

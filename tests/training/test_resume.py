@@ -25,7 +25,7 @@ LAYERS = [
     *(f"blocks.0.mlp.{part}.weight" for part in ("expand", "project")),
 ]
 LAST = "checkpoints/step-00000004"
-LOCAL_CASES = ["local", "local ef21, two ranks a worker", "diloco"]
+LOCAL_CASES = ["local", "local ef21, two ranks a worker", "diloco", "muloco", "sparseloco"]
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_an_elastic_restart_needs_error_feedback_ef21(run, tmp_path):
         run(tmp_path, ef14, "resume=elastic", f"directory={tmp_path}")
 
 
-@pytest.mark.parametrize("case", ["local", "diloco"])
+@pytest.mark.parametrize("case", ["local", "diloco", "muloco"])
 def test_local_steps_go_on_with_other_workers_from_the_middle_of_a_round(
     cases, run, case, tmp_path, monkeypatch
 ):

@@ -7,7 +7,7 @@ from readme import README
 
 from scripts.local_steps.run import RESULTS, RUNS, report
 
-LOGS = {path.stem: path for path in RESULTS.glob("*.jsonl")}
+LOGS = {path.stem: path for path in RESULTS.glob("every*.jsonl")}
 
 
 def records(name):
@@ -57,3 +57,27 @@ def test_the_readme_tells_what_the_logs_say():
     assert f"{ten} {ends['every10']} and sends {sent['every10']}" in told
     reached = [f"{to_the_target(f'every{every}'):.2f}" for every in (30, 60)]
     assert "takes {} sizes, with a round every 60 steps {};".format(*reached) in told
+
+
+def test_the_readme_tells_how_long_training_waits():
+    lines = (RESULTS / "links.jsonl").read_text().splitlines()
+    shares = {}
+    for record in map(json.loads, lines):
+        share = 100 * min(record["waiting"]) / record["seconds"]
+        shares[record["rate"], record["method"]] = share
+    told = " ".join(README.split())
+    plain, delayed, both, each = (
+        shares["10mbit", name]
+        for name in (
+            "every 30",
+            "every 30, delay 2",
+            "every 30, stagger, delay 2",
+            "a message a step",
+        )
+    )
+    assert (
+        f"training waits for {plain:.1f} % of its time, with the delay for {delayed:.1f} %, with "
+        f"both for {both:.1f} %; one message a step waits for {each:.1f} %."
+    ) in told
+    assert all(share < 2 for (_, method), share in shares.items() if "delay" in method)
+    assert {rate for rate, _ in shares} == {"10mbit", "100mbit", "1gbit", "unlimited"}

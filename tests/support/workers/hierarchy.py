@@ -7,6 +7,7 @@ DIRECTORY/rank{r}.npz: parameters and bytes for every case, and the errors of wr
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ CASES = {
         "server": "sharded",
     },
 }
+CASES["local, stagger"] = CASES["local"] | {"every": 4, "stagger": True}
 STEPS = 8
 
 
@@ -96,7 +98,7 @@ def train(case: str, worker_size: int) -> dict[str, np.ndarray]:
     model = parameters()
     options = dict(CASES[case])
     layers = groups(model, **options.pop("head", {}))
-    if case == "local":
+    if "local" in case:
         optimizer = local_steps(layers, worker_size, **options)
     elif worker_size == 1:
         optimizer = EF21Muon(layers, lr=0.05, **options)
@@ -108,7 +110,8 @@ def train(case: str, worker_size: int) -> dict[str, np.ndarray]:
         optimizer.zero_grad()
         (sum(loss(model, part) for part in parts) / len(parts)).backward()
         optimizer.step()
-    flat = torch.cat([p.detach().flatten() for p in model.values()])
+    with getattr(optimizer, "agreed", nullcontext)():
+        flat = torch.cat([p.detach().flatten() for p in model.values()])
     state = sum(t.numel() for s in optimizer.state.values() for t in s.values())
     return {
         f"{case} model": flat.numpy(),

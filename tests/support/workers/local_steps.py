@@ -15,7 +15,17 @@ import torch
 import torch.distributed as dist
 from workers.rounds import SHAPES, loss, start
 
-from ef21_muon import ChunkTopK, Dense, Identity, LocalSteps, Natural, TopK
+from ef21_muon import (
+    ALONE,
+    ChunkTopK,
+    Dense,
+    EF21Muon,
+    Identity,
+    LocalSteps,
+    Natural,
+    Spectral,
+    TopK,
+)
 from scripts.verification.trials import Sent
 from training.workers import leave
 
@@ -23,9 +33,22 @@ EVERY, ROUNDS, SEED = 4, 3, 5
 LR, MOMENTUM = 0.05, 0.5  # of torch.optim.SGD inside
 STEPS = ROUNDS * EVERY
 ADAMW = {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-8}
+MUON = {"lr": 0.05, "beta": 0.1, "weight_decay": 0.01}
+
+
+def muon(named):
+    """As MuLoCo has it: Muon for matrices, AdamW for the others."""
+    matrices = [pair for pair in named if pair[1].ndim == 2]
+    others = [pair for pair in named if pair[1].ndim != 2]
+    norm = Spectral(dtype=torch.float64)
+    inner = EF21Muon(matrices, **MUON, norm=norm, momentum_start="zero", process_group=ALONE)
+    return [inner, torch.optim.AdamW(others, **ADAMW)]
+
+
 INNER = {
-    "sgd": lambda params: torch.optim.SGD(params, lr=LR, momentum=MOMENTUM),
-    "adamw": lambda params: torch.optim.AdamW(params, **ADAMW),
+    "sgd": lambda named: torch.optim.SGD(named, lr=LR, momentum=MOMENTUM),
+    "adamw": lambda named: torch.optim.AdamW(named, **ADAMW),
+    "muon": muon,
 }
 MOVED = 6  # steps after which a case of RESUMED goes on in other objects
 FRACTION = 0.3
@@ -57,7 +80,7 @@ CASES = {
     "replicated stagger delay": {"w2s": "topk", "server": "replicated", "stagger": True, "delay": 3}
     | NESTEROV,
     "diloco": {"inner": "adamw", "outer_lr": 0.7, "outer_momentum": 0.9, "feedback": "none"},
-    "muloco": {"inner": "adamw", "w2s": "statistical", "error_decay": 0.9}
+    "muloco": {"inner": "muon", "w2s": "statistical", "error_decay": 0.9}
     | {"outer_lr": 0.9, "outer_momentum": 0.8},
     "sparseloco": {"inner": "adamw", "w2s": "chunks", "error_decay": 0.95},
     "ef21 delay": BOTH | {"feedback": "ef21", "stagger": True, "delay": 1},
@@ -117,8 +140,8 @@ def note(recorded, parameters, optimizer, spy):
     with optimizer.agreed():
         recorded["agreed"].append(flat(parameters))
     assert np.array_equal(flat(parameters), recorded["local"][-1]), "x_j has come back"
-    counts = optimizer.w2s_bytes, optimizer.s2w_bytes, optimizer.wire_tx_bytes
-    recorded["bytes"].append(counts)
+    counts = ("w2s_bytes", "s2w_bytes", "received_bytes", "wire_tx_bytes")
+    recorded["bytes"].append([getattr(optimizer, count) for count in counts])
     recorded["seen"].append(spy.bytes)
 
 
