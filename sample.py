@@ -19,7 +19,7 @@ def load_model(run: Path | str) -> GPT:
     run = Path(run)
     if not (run / "config.yaml").exists():
         raise RunError(f"{run} is not a run: give a directory with config.yaml and checkpoints")
-    checkpoint = Checkpoints(run / "checkpoints", Workers(), keep=1).newest()
+    checkpoint = Checkpoints(run / "checkpoints", Workers(alone=True), keep=1).newest()
     if checkpoint is None:
         raise RunError(f"{run} has no checkpoint: train with checkpoint.every above 0")
     model = GPT(build(OmegaConf.load(run / "config.yaml").model, "model"))
@@ -60,7 +60,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.tokens < 1 or options.temperature <= 0 or not options.prompt:
         parser.error("give a prompt, at least 1 token, and a temperature above 0")
-    workers = Workers()
+    workers = Workers(alone=True)  # also inside a job of several
     return workers.finish(lambda: write(options))
 
 

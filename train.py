@@ -7,7 +7,6 @@ configuration, its log metrics.jsonl and a picture of it.
 """
 
 import math
-import time
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -18,20 +17,20 @@ from omegaconf import DictConfig
 from baselines import AllReduced
 from data.loader import Prefetched, TestWindows, WorkerBatches
 from model import GPT
-from training.arguments import parse_arguments
+from training.arguments import parse_arguments, pasted
 from training.checkpoint import Checkpoints
 from training.config import Job, build
 from training.data import open_data, share_of_batch
 from training.log import RunLog
 from training.method import build_optimizer, run_label
 from training.picture import draw
+from training.progress import Progress, fail
 from training.report import group_table, result_table
 from training.resume import BYTES, checkpoint_of, go_on, go_on_elastic
 from training.schedule import Later, due, new_scheduler
 from training.sweep import run_jobs
 from training.workers import RunError, Workers, leave, one_line
 
-OPTIMIZER_PHASES = ("encode", "exchange", "server", "decode")
 SELDOM = 10  # steps, at most, between questions of workers whether to stop
 
 
@@ -69,9 +68,8 @@ class Run:
         self.stop = False
         self.autocast = torch.autocast(workers.device.type, torch.bfloat16, enabled=on_cuda)
         self.label = config.label or run_label(self.optimizer)
-        self.first_step, self.seconds = 1, 0.0
+        self.first_step, self.progress = 1, Progress(workers, self.optimizer)
         self.bytes_before = dict.fromkeys(BYTES, 0)  # of what the optimizer does not count itself
-        self.phases = dict.fromkeys(("data", "forward_backward", *OPTIMIZER_PHASES), 0.0)
 
     def step(self) -> torch.Tensor:
         """A training step; returns this worker's mean loss before it."""
@@ -112,6 +110,11 @@ class Run:
                     total += self.model(inputs, targets).double() * targets.numel()
                 tokens += targets.numel()
         total, tokens = self.workers.total(total, tokens)
+        if not math.isfinite(total):
+            raise RunError(
+                f"the test loss is {total / tokens} after step {self.scheduler.last_epoch}: lower "
+                "the learning rate, or look at the data of the steps before"
+            )
         return total / tokens
 
     def to_device(self, tensors):
@@ -127,7 +130,7 @@ class Run:
             "round": getattr(self.optimizer, "round", step),
             "tokens": step * self.tokens_per_step,
             **{key: self.bytes_before[key] + getattr(self.optimizer, key) for key in BYTES},
-            "seconds": round(self.seconds, 3),
+            "seconds": round(self.progress.seconds, 3),
         }
 
     @property
@@ -143,21 +146,20 @@ class Run:
 
         `log` is None but on rank 0.
         """
-        config = self.config
-        loss_sum = torch.zeros((), device=self.workers.device)
-        since, steps_since = time.perf_counter(), 0
+        config, progress = self.config, self.progress
+        progress.start()
         test_loss = None
         for step in range(self.first_step, config.steps + 1):
             lr = self.scheduler.get_last_lr()[0]
             if due(step, config.diagnostics_every):
                 self.optimizer.watch = True
-            loss_sum += self.step()
-            steps_since += 1
+            progress.add(self.step())
             last = step == config.steps
             if last:
                 self.finish()
             evaluate = last or due(step, config.eval.every)
             save = last or due(step, config.checkpoint.every)
+            told = evaluate or save or due(step, config.log_every)
             self.later.settle(math.inf if evaluate or save else step)
             save |= self.stop
             if log:
@@ -168,10 +170,16 @@ class Run:
                 self.optimizer.watch = False
             if save or due(step, config.check_every):
                 self.check()
-            if not (evaluate or save or due(step, config.log_every)):
+            if not (told or save):
                 continue
 
-            since = self.tell(log, loss_sum / steps_since, lr, steps_since, since)
+            progress.clock()
+            if told:
+                record = self.position() | {"lr": lr, "phases": progress.rounded_phases}
+                write = log.train if log else lambda record: None
+                self.later.add(step, progress.tell(record, write))
+            else:  # it stops, and goes on in the middle of what the next record is of
+                progress.require_finite()
             self.later.settle(math.inf if evaluate or save else step)
             if evaluate:
                 test_loss = self.test_loss()
@@ -182,46 +190,12 @@ class Run:
             checkpoints.poll()
             if self.stop and not last:
                 break
-            loss_sum.zero_()
-            steps_since = 0
             if evaluate or save:
-                since = time.perf_counter()
+                progress.start()
         checkpoints.settle()
         if self.stop and not last:
             return None
         return self.summary(self.test_loss() if test_loss is None else test_loss)
-
-    def tell(
-        self, log: RunLog | None, loss: torch.Tensor, lr: float, steps: int, since: float
-    ) -> float:
-        """Start to tell all workers of this one's mean loss in the last steps, for the log.
-
-        Returns the time until which the log has it. RunError, when the answer is read, if a
-        gradient of any worker was not finite.
-        """
-        problem = None
-        try:
-            self.optimizer.check_finite()
-        except FloatingPointError as error:
-            problem = error
-        told = self.workers.start_total(loss / self.workers.count, problem is not None)
-        for phase, of_phase in self.optimizer.timer.read().items():
-            self.phases[phase] += of_phase
-        now = time.perf_counter()
-        seconds = now - since
-        self.seconds += seconds
-        phases = {phase: round(of_phase, 3) for phase, of_phase in self.phases.items()}
-        record = self.position() | {"loss": None, "lr": lr, "phases": phases}
-
-        def read() -> None:
-            record["loss"], broken = told()
-            if broken:
-                self.workers.together(lambda: fail(problem))
-            if log:
-                log.train(record, steps * self.tokens_per_step / seconds)
-
-        self.later.add(self.scheduler.last_epoch, read)
-        return now
 
     def check(self) -> None:
         """Raise RunError if workers have parted or state was lost."""
@@ -235,11 +209,10 @@ class Run:
 
     def summary(self, test_loss: float) -> dict:
         """The facts of the end record."""
-        optimizer_seconds = sum(self.phases[phase] for phase in OPTIMIZER_PHASES)
         return self.position() | {
             "test_loss": test_loss,
             "uncompressed_bytes": self.config.steps * 4 * self.raw_model.config.parameter_count,
-            "optimizer_share": round(optimizer_seconds / sum(self.phases.values()), 4),
+            "optimizer_share": round(self.progress.optimizer_share, 4),
         }
 
 
@@ -289,7 +262,7 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
         workers.say(f"\n{result_table(end)}\n\nlog      {log.path}\npicture  {picture}")
     elif log:
         log.end("stopped", step=run.scheduler.last_epoch)
-        how = f"go on with resume=auto directory={directory}"
+        how = f"go on with resume=auto {pasted('directory', directory)}"
         if not config.checkpoint.every:
             how = "without a checkpoint, since checkpoint.every=0"
         workers.say(f"\nstopped as asked: {how}")
@@ -302,12 +275,7 @@ def main() -> int:
     except RunError as error:
         return Workers().finish(partial(fail, error))
     workers = Workers(arguments.timeout)
-    return workers.finish(lambda: run_jobs(arguments, workers, run_job))
-
-
-def fail(error: Exception | None) -> None:
-    if error is not None:
-        raise error
+    return workers.finish(lambda: run_jobs(arguments, workers, Run, run_job))
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ class AdamW(AllReduced, torch.optim.AdamW):
         for group in self.param_groups:
             for p in group["params"]:  # now, and not in the first step: a checkpoint needs places
                 moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[p] = {"step": torch.tensor(0.0), **moments}
+                self.state[p] = {"step": torch.tensor(0.0, dtype=torch.float32), **moments}
 
     def step(self, closure=None):
         with self.timer("server"):

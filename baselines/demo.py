@@ -127,7 +127,7 @@ class Chunks(ChunkPlaces):
         The mean of a coefficient is over the workers that sent it, 0 where none did.
         """
         layers = of_workers.shape[1]
-        total = torch.zeros(layers, self.m * self.n, device=of_workers.device)
+        total = torch.zeros(layers, self.m * self.n, dtype=torch.float32, device=of_workers.device)
         senders = torch.zeros_like(total)
         for payload in of_workers:
             positions, values = self._decode(payload)

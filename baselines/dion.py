@@ -88,7 +88,7 @@ class Dion(CollectiveOptimizer):
                 self.lion.append(batch)
                 continue
             rank, (m, n) = self.rank_of(*batch.shape), batch.shape
-            start = torch.randn(len(batch.params), n, rank, generator=sketch)
+            start = torch.randn(len(batch.params), n, rank, generator=sketch, dtype=torch.float32)
             batch.state["right_factor"] = start.to(batch.params[0].device)
             size = self.values.payload_bytes(rank, m) + self.values.payload_bytes(rank, n)
             (self.factored if size < 4 * m * n else self.whole).append(batch)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.files import Claim
 from data.manifest import Manifest, sha256, shard_paths
 from data.shards import ShardError, open_shard
 
@@ -227,15 +228,16 @@ def main() -> None:
 def _run(arguments: argparse.Namespace) -> Manifest:
     directory = arguments.out
     rebuild = shlex.join(["python", "data/fineweb.py", *sys.argv[1:]])
-    if arguments.command == "download":
-        return download(directory, arguments.shards, rebuild)
     if arguments.command == "verify":
         return verify(directory)
+    with Claim(directory):
+        if arguments.command == "download":
+            return download(directory, arguments.shards, rebuild)
 
-    from data.tokenize_fineweb import hub_files, local_files, tokenize
+        from data.tokenize_fineweb import hub_files, local_files, tokenize
 
-    files = local_files(arguments.parquet) if arguments.parquet else hub_files(directory)
-    return tokenize(directory, files, arguments.shard_tokens, arguments.processes, rebuild)
+        files = local_files(arguments.parquet) if arguments.parquet else hub_files(directory)
+        return tokenize(directory, files, arguments.shard_tokens, arguments.processes, rebuild)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from data.files import whole_file
 from data.shards import ShardError, open_shard
 
 FILE_NAME = "manifest.json"
@@ -75,13 +75,8 @@ class Manifest:
         """Write manifest.json, so that it is never there half-written."""
         content = asdict(self)
         del content["directory"]
-        path = self.directory / FILE_NAME
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w") as file:
+        with whole_file(self.directory / FILE_NAME, "w") as file:
             json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
 
     def record(self, name: str, **origin) -> None:
         """Enter the shard `name`, which is in place, and save. Raises ShardError if it is none."""

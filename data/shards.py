@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.files import whole_file
+
 MAGIC = 20240520
 VERSION = 1
 HEADER_ENTRIES = 256
@@ -43,13 +45,9 @@ def write_shard(path: Path | str, tokens: np.ndarray) -> None:
     header = np.zeros(HEADER_ENTRIES, dtype="<i4")
     header[:3] = MAGIC, VERSION, tokens.size
 
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with whole_file(path) as file:
         file.write(header)
         file.write(np.ascontiguousarray(tokens, dtype="<u2"))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def open_shard(path: Path | str, rebuild: str) -> np.ndarray:

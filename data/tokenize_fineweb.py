@@ -171,7 +171,13 @@ def _batches(urls: Sequence[str], place: dict) -> Iterator[tuple[dict, list[str]
             batch_size=BATCH,
         )
         for table in rows.skip(row).with_format("arrow").iter(BATCH):
-            yield {"file": index, "row": row}, table["text"].to_pylist()
+            texts = table["text"].to_pylist()
+            if None in texts:
+                raise ValueError(
+                    f"{urls[index]}: row {row + texts.index(None)} has no text: give files in "
+                    "which every row has one"
+                )
+            yield {"file": index, "row": row}, texts
             row += len(table)
         row = 0
 

@@ -39,6 +39,7 @@ from ef21_muon.messages.values import (
 )
 from ef21_muon.optimizer import EF21Muon
 
+__version__ = "0.1.0"
 __all__ = [
     "ALONE",
     "L1",

@@ -1,10 +1,13 @@
 """What the optimizer refuses, before it changes anything."""
 
+import gc
 from math import isfinite, prod
+from operator import is_
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ef21_muon.exchange.collectives import place_in
 from ef21_muon.fingerprint import fingerprint, projection
@@ -133,6 +136,51 @@ def require_gradients(batches, optimizer: str) -> None:
                     f"{gradient.dtype}: give floating-point numbers, and the shape that the "
                     f"parameter had when {optimizer} was built"
                 )
+
+
+def require_ranks(ranks: int, group: dist.ProcessGroup | None) -> None:
+    """Raise RuntimeError where torch.distributed was initialised after the optimizer was built."""
+    _, now = place_in(group)
+    if now != ranks:
+        raise RuntimeError(
+            f"there are {now} ranks where there were {ranks} when the optimizer was built, which "
+            "would send nothing to the others: build it after torch.distributed.init_process_group"
+        )
+
+
+def require_same_group(index: int, now: tuple, formed: tuple) -> None:
+    """Raise RuntimeError for a parameter or a compressor that was put into a group afterwards.
+
+    now, formed: the group's parameters, and its compressors by name.
+    """
+    (params, compressors), (params_before, compressors_before) = now, formed
+    same = len(params) == len(params_before) and all(map(is_, params, params_before))
+    if not same:
+        raise RuntimeError(
+            f"the parameters of group {index} are others than when the optimizer was built, which "
+            "steps those: build it anew from the model's parameters"
+        )
+    for name, compressor in compressors.items():
+        if compressor is not compressors_before[name]:
+            raise RuntimeError(
+                f"{name}={compressor} was put into group {index} after the optimizer was built "
+                f"with {compressors_before[name]}: build it anew, or give a Switch for w2s"
+            )
+
+
+def require_local_gradients(groups: list[dict]) -> None:
+    """Raise RuntimeError where DistributedDataParallel has averaged the gradients already.
+
+    Looks for its instances among all objects, which takes a tenth of a second.
+    """
+    own = {id(parameter) for group in groups for parameter in group["params"]}
+    wrappers = [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
+    if any(id(parameter) in own for one in wrappers for parameter in one.parameters()):
+        raise RuntimeError(
+            "the model is in DistributedDataParallel, which sends whole gradients beside the "
+            "optimizer's messages: give forward and backward the model itself (in "
+            "transformers.Trainer or accelerate, start it without their distributed mode)"
+        )
 
 
 def require_equal_parameters(

@@ -1,5 +1,6 @@
 """What optimizers that send by themselves have in common: a step is a round of messages."""
 
+import copy
 import hashlib
 from collections.abc import Sequence
 
@@ -7,8 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
 
-from ef21_muon.checks import require_equal_parameters, require_gradients
+from ef21_muon.checks import (
+    require_equal_parameters,
+    require_gradients,
+    require_local_gradients,
+    require_ranks,
+    require_same_group,
+)
 from ef21_muon.exchange.collectives import Traffic, place_in
+from ef21_muon.exchange.lanes import Lanes
 from ef21_muon.exchange.layers import Batch
 from ef21_muon.timing import PhaseTimer
 
@@ -28,6 +36,10 @@ class CommunicatingOptimizer(torch.optim.Optimizer):
     by `check_finite`.
     """
 
+    # torch.amp.GradScaler leaves it to `step` to skip, by `found_inf` and `grad_scale`.
+    _step_supports_amp_scaling = True
+    NOT_COPIED = ("step", "timer")  # what a scheduler wraps, and events of a device
+    lanes: Lanes | None = None  # of a worker of several ranks
     RULE: tuple[str, ...] = ()  # the entries of a parameter group that are objects, not numbers
 
     def __init__(
@@ -40,9 +52,11 @@ class CommunicatingOptimizer(torch.optim.Optimizer):
         process_group: dist.ProcessGroup | None,
     ):
         super().__init__(params, defaults)
+        if not any(group["params"] for group in self.param_groups):
+            raise ValueError("the parameter groups hold no parameter: give those of the model")
         self.process_group = process_group
         self.timer, self.steps, self.traffic = PhaseTimer(), 0, Traffic()
-        rank, _ = place_in(process_group)
+        rank, self.ranks = place_in(process_group)
         self.generators = {
             purpose: self._new_generator(seed, rank, purpose) for purpose in purposes
         }
@@ -52,6 +66,7 @@ class CommunicatingOptimizer(torch.optim.Optimizer):
         self.batches = batches
         for batch in batches:
             self.state.update(batch.parameter_state())
+        self._formed = self._as_given()
         require_equal_parameters(self._named(), self.process_group)
 
     def _round(self) -> Traffic:
@@ -102,9 +117,52 @@ class CommunicatingOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         require_gradients(self.batches, type(self).__name__)
-        self.traffic += self._round()
+        self._require_as_built()
+        if self._overflowed(None if self.lanes else self.process_group):
+            return loss
+        with self._own_precision():
+            self.traffic += self._round()
         self.steps += 1
         return loss
+
+    def _as_given(self) -> list[tuple[list[Tensor], dict]]:
+        """What batches are made of: of every group its parameters and compressors."""
+        fixed = {"w2s", "s2w"}.intersection(self.RULE)
+        return [
+            (list(group["params"]), {entry: group[entry] for entry in fixed & group.keys()})
+            for group in self.param_groups
+        ]
+
+    def _require_as_built(self) -> None:
+        """Raise RuntimeError where groups or processes are others than when this was built."""
+        require_ranks(self.ranks, self.process_group)
+        for index, (now, formed) in enumerate(zip(self._as_given(), self._formed, strict=True)):
+            require_same_group(index, now, formed)
+        if self.steps == 0 and self.ranks > 1:
+            require_local_gradients(self.param_groups)
+
+    def _overflowed(self, group: dist.ProcessGroup | None) -> bool:
+        """Undo a GradScaler's scale; whether a scaled gradient of any rank of the group overflowed.
+
+        Then no rank may step, or rounds would slip against each other. Waits for the device.
+        """
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None:
+            return False
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            held = [p for group in self.param_groups for p in group["params"]]
+            held = [p for p, _ in self.lanes.holders] if self.lanes else held
+            torch._foreach_mul_([p.grad for p in held if p.grad is not None], 1 / scale)
+        if place_in(group)[1] > 1:
+            found_inf = found_inf.clone()
+            dist.all_reduce(found_inf, group=group)
+        return bool(found_inf)
+
+    def _own_precision(self):
+        """Where a step is taken within autocast, its products are not of that precision."""
+        device = self.batches[0].broken_at.device
+        return torch.autocast(device.type, enabled=False)
 
     def _gradients(self, batch: Batch) -> list[Tensor]:
         """Of this worker, float32 (m, n) each."""
@@ -175,8 +233,24 @@ class CommunicatingOptimizer(torch.optim.Optimizer):
             generator.set_state(state_dict["generators"][purpose].cpu())
 
     def go_on_after(self, steps: int) -> None:
-        """Count on from as many steps."""
-        self.steps = steps
+        """Count on from as many steps, with a state that was loaded or copied."""
+        self.steps, self.timer = steps, PhaseTimer()
+
+    def __deepcopy__(self, memo: dict) -> "CommunicatingOptimizer":
+        """Of these parameters, or of their copies where they are copied with it; sends as this."""
+        held = [*vars(self).values(), *(vars(self.lanes).values() if self.lanes else ())]
+        memo |= {id(group): group for group in held if isinstance(group, dist.ProcessGroup)}
+        other = memo[id(self)] = object.__new__(type(self))
+        vars(other).update(copy.deepcopy(self.__getstate__(), memo))
+        other.go_on_after(other.steps)
+        return other
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name not in self.NOT_COPIED}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.go_on_after(self.steps)
 
     def _fitting(self, state_dict: dict) -> list[tuple[dict, dict]]:
         """Of every parameter the state and the saved one. Raises ValueError if they do not fit."""
@@ -209,7 +283,7 @@ class CommunicatingOptimizer(torch.optim.Optimizer):
         return pairs
 
     def _new_generator(self, seed: int, rank: int, purpose: str) -> Generator:
-        device = self.param_groups[0]["params"][0].device
+        device = next(p.device for group in self.param_groups for p in group["params"])
         digest = hashlib.sha256(f"{seed}/{rank}/{purpose}".encode()).digest()
         return Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 

@@ -1,6 +1,6 @@
 """Local steps: workers step by themselves, and meet in rounds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from ef21_muon.checks import (
     OUTER_NUMBERS,
-    check_compressors,
     check_number,
     choice,
     flag,
@@ -20,20 +19,16 @@ from ef21_muon.checks import (
     whole_number,
 )
 from ef21_muon.communicating import CommunicatingOptimizer
-from ef21_muon.exchange.collectives import place_in
+from ef21_muon.exchange.collectives import ALONE, place_in
 from ef21_muon.exchange.lanes import Lanes
 from ef21_muon.exchange.layers import RoundBatch, named_layers, serve
 from ef21_muon.exchange.phases import Phase, new_phases
 from ef21_muon.exchange.timetable import Timetable
 from ef21_muon.inner import require_a_gradient, require_float_state, require_inner
-from ef21_muon.messages.compressors import Compressor, Identity
+from ef21_muon.messages.compressors import Identity
 from ef21_muon.messages.feedback import FEEDBACK
-from ef21_muon.messages.switch import Switch, starts
+from ef21_muon.rules import S2W, W2S, rule_of, starts_of
 from ef21_muon.served import Receive, ServedOptimizer
-
-# One for all parameter groups, or one for each by its name.
-W2S = Compressor | Switch | Mapping[str, Compressor | Switch]
-S2W = Compressor | Mapping[str, Compressor]
 
 
 class LocalSteps(ServedOptimizer):
@@ -74,6 +69,8 @@ class LocalSteps(ServedOptimizer):
     parameter has a gradient.
     """
 
+    NOT_COPIED = (*ServedOptimizer.NOT_COPIED, "_sent", "_returned")
+
     def __init__(
         self,
         inner: Optimizer | Sequence[Optimizer],
@@ -113,11 +110,11 @@ class LocalSteps(ServedOptimizer):
             )
             self.param_groups = groups
             self.RULE = tuple({entry for one in self.inner for entry in getattr(one, "RULE", ())})
-            self.rules = [_rule(group, w2s, s2w) for group in groups]
+            self.rules = [rule_of(group, w2s, s2w) for group in groups]
             costs = [parameter.numel() for _, _, parameter, _ in named_layers(self.rules)]
             self._place_servers(server, self.rules, costs)
             batches = self._new_batches(costs)
-            self.phases = self._new_phases(batches, _starts_of_all(w2s), buckets, stagger)
+            self.phases = self._new_phases(batches, starts_of(w2s), buckets, stagger)
             self.timetable = Timetable(self.phases, every, delay, stagger)
             if delay:
                 self._keep_messages(batches)
@@ -174,18 +171,23 @@ class LocalSteps(ServedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         require_a_gradient(self.param_groups)
+        self._require_as_built()
+        # A worker whose gradient overflowed does without this step; only its own ranks do alike.
+        overflowed = self._overflowed(self.lanes.worker if self.lanes else ALONE)
         if self.lanes:
             with self.timer("exchange"):
                 self.lanes.reduce_gradients()
-        with self.timer("server"):
-            for optimizer in self.inner:
-                optimizer.step()
+        if not overflowed:
+            with self.timer("server"):
+                for optimizer in self.inner:
+                    optimizer.step()
         if not self._inner_checked:
             require_float_state(self.inner)
             self._inner_checked = True
-        self._depart(*self.timetable.departing(self.steps))
+        with self._own_precision():
+            self._depart(*self.timetable.departing(self.steps))
+            self._arrive(self.steps)
         self.traffic += self.timetable.sent(self.steps)
-        self._arrive(self.steps)
         self.steps += 1
         if self.lanes:
             with self.timer("exchange"):
@@ -250,7 +252,8 @@ class LocalSteps(ServedOptimizer):
 
     def _worker_message(self, batch: RoundBatch) -> Tensor:
         local_models = batch.local_models()
-        difference = batch.model_shift.float() - local_models
+        wide = torch.promote_types(local_models.dtype, torch.float32)
+        difference = (batch.model_shift.to(wide) - local_models).float()
         message = self._compress(batch, difference, batch.memory, self.error_decay)
         if batch.departure is not None:
             batch.departure.copy_(local_models)
@@ -373,25 +376,3 @@ class LocalSteps(ServedOptimizer):
 
     def _named(self) -> list[tuple[str, Tensor]]:
         return [pair for b in self.batches for pair in zip(b.names, b.model_shift, strict=True)]
-
-
-def _starts_of_all(w2s: W2S) -> set[int]:
-    """The rounds from which on phases are, also those of groups that another lane holds."""
-    given = w2s.values() if isinstance(w2s, Mapping) else [w2s]
-    return set().union(*(starts(one) for one in given))
-
-
-def _rule(group: dict, w2s: W2S, s2w: S2W) -> dict:
-    """The compressors of a parameter group, beside its parameters."""
-    rule = {key: group[key] for key in ("params", "param_names", "name") if key in group}
-    for direction, given in (("w2s", w2s), ("s2w", s2w)):
-        if isinstance(given, Mapping):
-            if group.get("name") not in given:
-                raise ValueError(
-                    f"{direction} has compressors for {', '.join(given)}, and none for the group "
-                    f"{group.get('name')!r}: give one for the name of every group"
-                )
-            given = given[group["name"]]
-        rule[direction] = given
-    check_compressors(rule)
-    return rule

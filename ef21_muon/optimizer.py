@@ -117,6 +117,8 @@ class EF21Muon(ServedOptimizer):
         check_group(self.param_groups[-1])
 
     def _round(self) -> Traffic:
+        for batch in self.batches:
+            batch.take_over()
         phase = current(self.phases, self.round)
         messages = [self._to_servers(phase, bucket) for bucket in phase.buckets]  # lines 9-12
         shifts = [  # lines 14 and 3-6
@@ -125,6 +127,8 @@ class EF21Muon(ServedOptimizer):
         ]
         for bucket, receive in zip(phase.buckets, shifts, strict=True):
             self._to_parameters(bucket, receive)  # line 8
+        for batch in self.batches:
+            batch.note_versions()
         return phase.exchange.traffic()
 
     def _worker_message(self, batch: LayerBatch) -> Tensor:
@@ -172,6 +176,11 @@ class EF21Muon(ServedOptimizer):
     def _update(self, batch: LayerBatch, received: Tensor) -> None:
         """Line 8: W <- W + S."""
         torch._foreach_add_(batch.params, batch.as_parameters(received))
+
+    def go_on_after(self, steps: int) -> None:
+        super().go_on_after(steps)
+        for batch in self.batches:
+            batch.versions = None
 
     def check_agreement(self) -> None:
         """Raise ValueError if workers hold different W, or if EF21's G is not the mean of G_j.

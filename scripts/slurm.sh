@@ -15,12 +15,13 @@
 set -euo pipefail
 processes=${NPROC:-${SLURM_GPUS_ON_NODE:-1}}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a node have ports of their own
 
 srun .venv/bin/torchrun \
     --nnodes="$SLURM_JOB_NUM_NODES" \
     --nproc_per_node="$processes" \
     --rdzv_id="$SLURM_JOB_ID" \
     --rdzv_backend=c10d \
-    --rdzv_endpoint="$first:29500" \
+    --rdzv_endpoint="$first:$port" \
     --max-restarts=3 \
     train.py directory="runs/slurm-$SLURM_JOB_ID" resume=auto "$@"

@@ -10,6 +10,7 @@ import torch
 from readme import blocks
 from run import ROOT, launch
 
+import sample
 from data.loader import TestWindows
 from sample import generate, load_model
 from scripts.to_wandb import history
@@ -50,6 +51,15 @@ def test_the_two_lines_of_the_readme_load_it(run):
     lines = next(code for code in blocks("python") if "load_model" in code)
     exec(lines.replace("runs/mine", str(run)), scope)
     assert torch.equal(scope["model"].embedding.weight, load_model(run).embedding.weight)
+
+
+def test_a_process_of_a_job_of_several_loads_it_alone(run, monkeypatch, capsys):
+    """As in a notebook inside of it."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["sample.py", str(run), "To be", "--tokens", "3"])
+    assert sample.main() == 0
+    assert capsys.readouterr().out.startswith("To be")
 
 
 def test_sampling_follows_the_models_probabilities(run):

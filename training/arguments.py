@@ -1,6 +1,9 @@
 """The command line of train.py."""
 
 import argparse
+import re
+import shlex
+from pathlib import Path
 
 from training.config import CONFIGS
 from training.workers import RunError
@@ -40,6 +43,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--cfg", action="store_true", help="print the resolved configuration of each job and stop"
     )
     return parser.parse_intermixed_args(arguments)
+
+
+def pasted(key: str, path: Path) -> str:
+    """The override that gives the path, as a shell and Hydra read it."""
+    if re.fullmatch(r"[\w./+-]+", text := str(path)):
+        return f"{key}={text}"
+    # Hydra takes a backslash for one but before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + m[2].replace("'", "\\'"), text)
+    override = f"{key}='{escaped}'"
+    return shlex.quote(override) if re.search(r'[$`"\\!]', override) else f'"{override}"'
 
 
 def seconds(text: str) -> float:

@@ -10,8 +10,11 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
+import sys
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -103,7 +106,7 @@ class Checkpoints:
         return None
 
     def _complete(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*") if path.suffix != PARTIAL)
+        return [path for path in own_folders(self.folder) if path.suffix != PARTIAL]
 
     def _make(self, partial: Path) -> None:
         if self.workers.first:
@@ -144,8 +147,7 @@ class Checkpoints:
         _sync_folder(self.folder)
         self._damaged.discard(final.name)
         whole = [path for path in self._complete() if path.name not in self._damaged]
-        for old in set(self.folder.glob("step-*")).difference(whole[-self.keep :]):
-            shutil.rmtree(old)
+        remove({*own_folders(self.folder)}.difference(whole[-self.keep :]))
 
     def _give_up(self, partial: Path, error: RunError) -> None:
         if self.workers.first:
@@ -166,6 +168,22 @@ class Checkpoints:
     def _my_files(self, partial: Path) -> list[Path]:
         own = sorted(partial.glob(f"__{self.workers.rank}_*"))
         return [*own, partial / ".metadata"] if self.workers.first else own
+
+
+def own_folders(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, whole or not, by step; what users keep beside them is not theirs."""
+    named = re.compile(rf"step-\d{{8,}}({re.escape(PARTIAL)})?")
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in paths if named.fullmatch(path.name))
+
+
+def remove(folders: Iterable[Path]) -> None:
+    """Remove checkpoints; one that cannot be is named and left."""
+    for folder in folders:
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            print(f"left an old checkpoint: {one_line(error)}", file=sys.stderr)
 
 
 def read_facts(path: Path) -> dict:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from training.checkpoint import own_folders, remove
 from training.config import ROOT, Job
 from training.records import LOG_NAME, SCHEMA
 from training.workers import RunError, one_line
@@ -40,7 +40,7 @@ class RunLog:
                 self._file = _cut(self.path, resumed["log_bytes"])
             else:
                 self._file = self.path.open("w")
-                shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+                remove(own_folders(directory / "checkpoints"))
             OmegaConf.save(job.config, directory / "config.yaml", resolve=True)
         except OSError as error:
             raise RunError(
@@ -48,6 +48,8 @@ class RunLog:
                 "with directory= or runs="
             ) from error
         done = resumed["step"] if resumed else 0
+        before = resumed["position"] if resumed else {"tokens": 0, "seconds": 0.0}
+        self._last = before["tokens"], before["seconds"]
         self._bar = tqdm(total=config["steps"], initial=done, unit="step", dynamic_ncols=True)
         if resumed:
             self._note_resumption(resumed, facts)
@@ -69,6 +71,7 @@ class RunLog:
                 "started": datetime.now(UTC).isoformat(timespec="seconds"),
             }
         )
+        self._flush()
 
     def _note_resumption(self, resumed: dict, facts: dict) -> None:
         """With other workers the log says so; going on exactly leaves no trace."""
@@ -95,9 +98,13 @@ class RunLog:
         """One step more on the progress bar."""
         self._bar.update()
 
-    def train(self, record: dict, tokens_per_second: float) -> None:
+    def train(self, record: dict) -> None:
         """A record of training since the last one."""
         self._write({"record": "train", **record})
+        now = record["tokens"], record["seconds"]
+        tokens, seconds = (new - old for new, old in zip(now, self._last, strict=True))
+        tokens_per_second = tokens / seconds if seconds else 0.0
+        self._last = now
         self._bar.set_postfix_str(
             f"loss {record['loss']:.3f}, {tokens_per_second / 1000:.1f}k tokens/s, "
             f"{record['w2s_bytes'] / 1e6:.1f} MB sent"

@@ -32,7 +32,7 @@ def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
         "data": run.workers.gather(run.batches.state_dict()),
         "round": getattr(run.optimizer, "round", None),
         "position": run.position(),
-        "phases": run.phases,
+        **run.progress.state(),
     }
     return _tensors(run) | _generator_states(run), facts
 
@@ -147,9 +147,9 @@ def _continue(run, facts: dict) -> None:
     position = {"received_bytes": _received(facts)} | facts["position"]
     if isinstance(run.optimizer, CommunicatingOptimizer):
         run.optimizer.go_on_after(position["step"])
-    run.first_step, run.seconds = position["step"] + 1, position["seconds"]
+    run.first_step = position["step"] + 1
     run.bytes_before = {key: position[key] - getattr(run.optimizer, key) for key in BYTES}
-    run.phases = facts["phases"]
+    run.progress.go_on(facts)
     run.scheduler = new_scheduler(run.optimizer, run.config, position["step"])
 
 

@@ -2,28 +2,36 @@
 
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from data.files import Claim, ClaimedError
 from training.config import Job, compose, sweep
 from training.log import completed
 from training.plan import plan
 from training.resume import require_same_config
 from training.workers import RunError, Workers
 
+# Builds a run, and raises what is wrong with its configuration.
+BuildRun = Callable[[DictConfig, Workers], object]
 # One run, from its configuration to its picture; whether it came to its end.
 RunJob = Callable[[Job, Path, Workers], bool]
 
 
-def run_jobs(arguments: Namespace, workers: Workers, run_job: RunJob) -> int:
+def run_jobs(arguments: Namespace, workers: Workers, build_run: BuildRun, run_job: RunJob) -> int:
     """Do what the command line asks for, and tell of jobs that failed; returns the exit status.
 
-    All jobs are composed before the first one starts. Raises RunError for the first that fails, but
-    with fail_fast=false passes over it.
+    All jobs are composed, and those of a sweep built once, before the first one starts. Raises
+    RunError for the first that fails, but with fail_fast=false passes over it; and where workers
+    were told different things.
     """
-    all_overrides = sweep(arguments.overrides, arguments.multirun)
+    _require_one_command(arguments, workers)
+    # Of rank 0, since shuffle() is drawn anew in every process.
+    all_overrides = workers.broadcast(sweep(arguments.overrides, arguments.multirun))
     jobs = [compose_or_error(one, told=len(all_overrides) > 1) for one in all_overrides]
+    _require_one_configuration(jobs, workers)
     errors = [job for job in jobs if isinstance(job, RunError)]
     jobs = [job for job in jobs if isinstance(job, Job)]
     if errors and all(job.config.fail_fast for job in jobs):
@@ -35,10 +43,59 @@ def run_jobs(arguments: Namespace, workers: Workers, run_job: RunJob) -> int:
             tables = workers.together(lambda job=job: plan(job.config))
             workers.say(f"{' '.join(job.overrides)}\n\n{tables}\n")
     else:
+        if len(jobs) > 1:
+            errors += _unfit(jobs, workers, build_run)
         errors += _train_jobs(jobs, arguments.multirun, workers, run_job)
     if errors:
         workers.say("\n".join([f"\n{len(errors)} jobs failed:", *map(str, errors)]), error=True)
     return 1 if errors else 0
+
+
+def _require_one_command(arguments: Namespace, workers: Workers) -> None:
+    """Raise RunError, on all alike, where a node was given other overrides."""
+    options = ["-m"] * arguments.multirun + ["--cfg"] * arguments.cfg
+    first, *others = workers.gather(sorted([*options, *arguments.overrides]))
+    for rank, other in enumerate(others, 1):
+        if other != first:
+            theirs, ours = (
+                " ".join(sorted({*a} - {*b})) or "without"
+                for a, b in ((other, first), (first, other))
+            )
+            raise RunError(
+                f"rank {rank} was started with {theirs} where rank 0 has {ours}: start all workers "
+                "with the same command line"
+            )
+
+
+def _require_one_configuration(jobs: list[Job | RunError], workers: Workers) -> None:
+    """Files of configs/ may differ between nodes, too."""
+    mine = [
+        OmegaConf.to_container(job.config, resolve=True) if isinstance(job, Job) else str(job)
+        for job in jobs
+    ]
+    for rank, theirs in enumerate(workers.gather(mine)):
+        for own, other in zip(mine, theirs, strict=True):
+            if own != other:
+                raise RunError(
+                    f"rank {rank} and rank {workers.rank} make different configurations of the "
+                    "same command line: use the same code and configs/ on all nodes"
+                )
+
+
+def _unfit(jobs: list[Job], workers: Workers, build_run: BuildRun) -> list[RunError]:
+    """The errors of jobs that cannot be built, which are taken off the list."""
+    errors = []
+    for job in list(jobs):
+        try:
+            workers.together(lambda job=job: build_run(job.config, workers))
+        except RunError as error:
+            error = RunError(f"{error} (in {' '.join(job.overrides)})")
+            if all(job.config.fail_fast for job in jobs):
+                raise error from None
+            workers.say(f"error: {error}: passed over", error=True)
+            errors.append(error)
+            jobs.remove(job)
+    return errors
 
 
 def _train_jobs(
@@ -54,23 +111,37 @@ def _train_jobs(
     fail_fast = all(job.config.fail_fast for job in jobs)
     errors = []
     for number, job in enumerate(jobs, 1):
-        directory = workers.broadcast(run_directory(job, workers, multirun))
-        if multirun:
-            workers.say(f"\njob {number} of {len(jobs)}: {directory}")
-        again = multirun or job.config.resume != "none"
-        if again and (done := workers.broadcast(completed(directory))):
-            require_same_config(job.config, done, directory, free=("optimizer.server",))
-            workers.say("already completed: skipped")
-            continue
+        told = f"\njob {number} of {len(jobs)}: " if multirun else None
         try:
-            if not run_job(job, directory, workers):
+            if not _train(job, told, workers, run_job):
                 break
         except RunError as error:
             if fail_fast:
                 raise
             workers.say(f"error: {error}: passed over", error=True)
-            errors.append(RunError(f"{directory.name}: {error}"))
+            errors.append(RunError(f"{job.name(workers.count)}: {error}"))
     return errors
+
+
+def _train(job: Job, told: str | None, workers: Workers, run_job: RunJob) -> bool:
+    """Train in the run's directory, which is this launch's alone meanwhile.
+
+    `told`: what precedes its name, of a sweep. Returns whether the next job may start.
+    """
+    multirun = told is not None
+    claim = workers.together(
+        lambda: claim_directory(job, workers.count, multirun) if workers.first else None
+    )
+    with claim or nullcontext():
+        directory = workers.broadcast(claim and claim.folder)
+        if multirun:
+            workers.say(f"{told}{directory}")
+        again = multirun or job.config.resume != "none"
+        if again and (done := workers.broadcast(completed(directory))):
+            require_same_config(job.config, done, directory, free=("optimizer.server",))
+            workers.say("already completed: skipped")
+            return True
+        return run_job(job, directory, workers)
 
 
 def compose_or_error(overrides: tuple[str, ...], told: bool) -> Job | RunError:
@@ -82,21 +153,40 @@ def compose_or_error(overrides: tuple[str, ...], told: bool) -> Job | RunError:
         return RunError(str(error).removesuffix(where) + where)
 
 
-def run_directory(job: Job, workers: Workers, multirun: bool) -> Path:
-    """Where the run goes: nothing is overwritten, but a sweep and a resumed run find their own."""
+def claim_directory(job: Job, workers: int, multirun: bool) -> Claim:
+    """Take where the run goes: nothing is overwritten, but sweeps and resumed runs find their own.
+
+    Raises RunError for a directory that is there and should not be, that cannot be written, or in
+    which a run is going on, whose process it names.
+    """
+    try:
+        return _claim(job, workers, multirun)
+    except ClaimedError:
+        raise
+    except OSError as error:
+        raise RunError(
+            f"the run directory {error.filename} cannot be written ({error.strerror}): give "
+            "another with directory= or runs="
+        ) from error
+
+
+def _claim(job: Job, workers: int, multirun: bool) -> Claim:
     config = job.config
     again = multirun or config.resume != "none"
     if config.directory is not None:
         path = Path(config.directory)
         if path.exists() and not path.is_dir():
             raise RunError(f"directory={path} is a file: give a folder")
-        if path.exists() and not again:
+        try:
+            return Claim(path, new=not again)
+        except FileExistsError:
             raise RunError(
                 f"directory={path} exists already: go on with resume=auto, or give another"
-            )
-        return path
-    path = Path(config.runs) / job.name(workers.count)
+            ) from None
+    path = Path(config.runs) / job.name(workers)
     if again:
-        return path
-    candidates = (path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 10_000)))
-    return next(candidate for candidate in candidates if not candidate.exists())
+        return Claim(path)
+    for candidate in (path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 10_000))):
+        with suppress(FileExistsError):
+            return Claim(candidate, new=True)
+    raise RunError(f"{path} and its like exist already: give another folder with runs=")

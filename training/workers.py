@@ -45,7 +45,7 @@ def leave(status: int) -> NoReturn:
 
 
 class Workers:
-    """This process among the workers that torchrun started; alone without torchrun.
+    """This process among the workers that torchrun started; alone without torchrun, or if told so.
 
     `rank`, `count`, `device`: CUDA with NCCL where there is a GPU, else the CPU with gloo. They
     meet in `finish`. To wait more than `timeout` seconds for another worker is an error.
@@ -57,9 +57,10 @@ class Workers:
     REPORT_SECONDS = 10
     ENDING_SECONDS = 2  # for the same, once torchrun ends them
 
-    def __init__(self, timeout: float = 600):
+    def __init__(self, timeout: float = 600, alone: bool = False):
+        self._environment = {} if alone else os.environ
         self.rank, self.count, local_rank = (
-            int(text) if (text := os.environ.get(name, "")).isdecimal() else default
+            int(text) if (text := self._environment.get(name, "")).isdecimal() else default
             for name, default in zip(self.ENVIRONMENT, (0, 1, 0), strict=True)
         )
         on_cuda = torch.cuda.is_available()
@@ -71,12 +72,13 @@ class Workers:
     def _take_place(self) -> None:
         """Use the device. Raises ValueError for an environment that makes no sense."""
         for name in (*self.ENVIRONMENT, "MASTER_PORT"):
-            if not (text := os.environ.get(name, "0")).isdecimal():
+            if not (text := self._environment.get(name, "0")).isdecimal():
                 raise ValueError(f"{name}={text} is not a whole number: launch with torchrun")
-        if self.rank >= self.count or (self.count > 1 and "RANK" not in os.environ):
+        if self.rank >= self.count or (self.count > 1 and "RANK" not in self._environment):
+            given = self._environment.get("RANK", "")
             raise ValueError(
-                f"RANK={os.environ.get('RANK', '')} does not go with WORLD_SIZE={self.count}: "
-                "launch with torchrun, or unset both"
+                f"RANK={given} does not go with WORLD_SIZE={self.count}: launch with torchrun, or "
+                "unset both"
             )
         if self.device.type == "cuda":
             if self.device.index >= torch.cuda.device_count():
@@ -132,11 +134,16 @@ class Workers:
 
     @contextmanager
     def stoppable(self):
-        """In it, SIGTERM and SIGINT do nothing but request a stop; nor after an error.
+        """In it, SIGTERM, SIGINT and SIGHUP do nothing but request a stop; nor after an error.
 
-        For when a worker is lost, torchrun ends the others, who have yet to say so.
+        For when a worker is lost, torchrun ends the others, who have yet to say so. What is ignored
+        from the start, as SIGHUP under nohup, stays so.
         """
-        numbers = signal.SIGTERM, signal.SIGINT
+        numbers = [
+            number
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+            if signal.getsignal(number) is not signal.SIG_IGN
+        ]
         before = [signal.signal(number, self._request_stop) for number in numbers]
         yield
         for number, handler in zip(numbers, before, strict=True):
@@ -228,7 +235,7 @@ class Workers:
         status = 1
         try:
             self._take_place()
-            if "RANK" in os.environ:
+            if "RANK" in self._environment:
                 self._meet()
             status = work()
         except RunError as error:

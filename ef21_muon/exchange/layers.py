@@ -43,7 +43,9 @@ class Batch:
     def zeros(self, layers: slice = slice(None)) -> Tensor:
         """A float32 zero for some of the layers, (layers, m, n)."""
         params = self.params[layers]
-        return torch.zeros(len(params), *self.shape, device=self.params[0].device)
+        return torch.zeros(
+            len(params), *self.shape, dtype=torch.float32, device=self.params[0].device
+        )
 
     def tables(self) -> Iterator[tuple[str, Tensor, slice]]:
         """Of every part of the state its name, its matrices, and the layers that they are of."""
@@ -84,8 +86,8 @@ class ServedBatch(Batch):
         raise NotImplementedError
 
     def served_parameters(self) -> Tensor:
-        """The layers owned here, (owned layers, m, n) in the parameters' dtype."""
-        return torch.stack(self.matrices(p.detach() for p in self.params[self.owned]))
+        """The layers owned here, (owned layers, m, n) float32."""
+        return torch.stack(self.matrices(p.detach().float() for p in self.params[self.owned]))
 
 
 @dataclass(kw_only=True)
@@ -102,13 +104,34 @@ class LayerBatch(ServedBatch):
     gradient_estimate: Tensor = field(init=False)
     server_gradient: Tensor = field(init=False)
     server_model: Tensor | None = None
+    versions: list[tuple[int, int]] | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        self.note_versions()
         self.momentum, self.gradient_estimate = self.zeros(), self.zeros()
         self.server_gradient = self.zeros(self.owned)
         if self.serves and not self.s2w.lossless:
-            self.server_model = self.served_parameters().float()
+            self.server_model = self.served_parameters()
+
+    def note_versions(self) -> None:
+        """Of the parameters as they are: later ones tell that somebody else has changed them."""
+        self.versions = self._versions()
+
+    def take_over(self) -> None:
+        """X = W where W was changed from outside, as by a model's load_state_dict.
+
+        What is written into a parameter's `.data` goes unnoticed. Without `versions`, as after an
+        optimizer's load_state_dict, any W is the one that X goes with.
+        """
+        if self.server_model is None or self.versions is None:
+            return
+        if self._versions() != self.versions:
+            self.server_model.copy_(self.served_parameters())
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """Of every parameter how often it was written, and where it is."""
+        return [(parameter._version, parameter.data_ptr()) for parameter in self.params]
 
     def shift_error(self) -> Tensor | None:
         if self.server_model is None:

@@ -54,7 +54,9 @@ class Norm:
         orthogonal matrices for Spectral, over signs, over spheres for columns and rows. Only where
         Scion starts at zero, as with biases, use zeros.
         """
-        gaussian = torch.randn(weight.shape, generator=generator, device=weight.device)
+        gaussian = torch.randn(
+            weight.shape, generator=generator, dtype=torch.float32, device=weight.device
+        )
         return weight.copy_(self.exact().lmo(gaussian).neg_())
 
     def exact(self) -> "Norm":

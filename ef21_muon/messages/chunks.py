@@ -107,7 +107,7 @@ class ChunkTopK(Compressor):
         chunks = self._places(m, n)
         split = chunks.index_bytes
         values = self.values.decode(payload[:, split:], 1, chunks.count * chunks.k)[:, 0]
-        flat = torch.zeros(len(payload), m * n, device=payload.device)
+        flat = torch.zeros(len(payload), m * n, dtype=torch.float32, device=payload.device)
         flat.scatter_(1, chunks.unpack_positions(payload[:, :split]), values)
         tiles = flat.view(-1, *chunks.grid, *chunks.sides).transpose(2, 3)
         return tiles.reshape(-1, m, n)

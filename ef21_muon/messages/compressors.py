@@ -135,7 +135,7 @@ class Entries(Fraction):
 
     def _scatter(self, positions: Tensor, payload: Tensor, m: int, n: int) -> Tensor:
         """Matrices (L, m, n) that are zero but at `positions` (L, k), where payload's values go."""
-        x = torch.zeros(len(payload), m * n, device=payload.device)
+        x = torch.zeros(len(payload), m * n, dtype=torch.float32, device=payload.device)
         values = self.values.decode(payload, 1, self.kept(m * n))[:, 0]
         return x.scatter_(1, positions, values).view(-1, m, n)
 
@@ -244,7 +244,8 @@ class RankK(Fraction):
     def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         x = x if x.shape[1] <= x.shape[2] else x.mT
         rank = self.kept(x.shape[1])
-        sketch = torch.randn(len(x), x.shape[1], rank, generator=generator, device=x.device)
+        size = len(x), x.shape[1], rank
+        sketch = torch.randn(size, generator=generator, dtype=torch.float32, device=x.device)
         sketch = unit_largest(x @ unit_largest(x.mT @ sketch))
         basis = torch.linalg.qr(sketch).Q
         factors = basis.mT, basis.mT @ x

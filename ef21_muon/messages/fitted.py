@@ -54,7 +54,8 @@ class FittedRank(Fraction):
         x = x if x.shape[1] >= x.shape[2] else x.mT
         long, short = x.shape[1:]
         r = self.kept(short)
-        basis = torch.randn(len(x), long, r, generator=generator, device=x.device)
+        size = len(x), long, r
+        basis = torch.randn(size, generator=generator, dtype=torch.float32, device=x.device)
         basis = unit_largest(x @ unit_largest(x.mT @ basis))
         basis = torch.linalg.qr(basis).Q
         sent = [self.basis.encode(basis.mT, generator)]
@@ -82,5 +83,7 @@ class FittedRank(Fraction):
 def _solve(gram: Tensor, products: Tensor) -> Tensor:
     """Rows Q with gram Q = products; gram may be singular, so 1e-5 of its diagonal is added."""
     ridge = 1e-5 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    ridge = ridge.masked_fill(ridge == 0, 1) * torch.eye(gram.shape[1], device=gram.device)
+    ridge = ridge.masked_fill(ridge == 0, 1) * torch.eye(
+        gram.shape[1], dtype=gram.dtype, device=gram.device
+    )
     return torch.linalg.solve_ex(gram + ridge, products).result

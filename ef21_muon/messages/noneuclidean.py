@@ -82,7 +82,9 @@ class TopColumns(Fraction):
         split = index_bytes(n, k)
         columns = unpack_indices(payload[:, :split], n, k)[:, None].expand(-1, m, -1)
         kept = self.values.decode(payload[:, split:], k, m).mT
-        return torch.zeros(len(payload), m, n, device=payload.device).scatter_(2, columns, kept)
+        return torch.zeros(len(payload), m, n, dtype=torch.float32, device=payload.device).scatter_(
+            2, columns, kept
+        )
 
 
 class Modified(Compressor):
@@ -191,7 +193,7 @@ class Dropout(Modified):
         return self.probability * self.compressor.alpha(m, n)
 
     def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
-        draws = torch.rand(len(x), 1, generator=generator, device=x.device)
+        draws = torch.rand(len(x), 1, generator=generator, dtype=torch.float32, device=x.device)
         sent = (draws < self.probability).to(torch.uint8)
         return torch.cat([sent, self.compressor.encode(x, generator)], 1)
 

@@ -308,7 +308,9 @@ class Integer(Blockwise):
     def _quantise(self, values: Tensor, scale: Tensor, generator: Generator | None) -> Tensor:
         steps = values / scale.masked_fill(scale == 0, 1) * self.levels
         if self.stochastic:
-            steps += torch.rand(steps.shape, generator=generator, device=steps.device)
+            steps += torch.rand(
+                steps.shape, generator=generator, dtype=torch.float32, device=steps.device
+            )
         else:
             steps += 0.5
         codes = steps.floor_().clamp_(-self.levels, self.levels).add_(self.levels)

@@ -47,7 +47,7 @@ class Records:
     def __init__(self):
         self.of_step = {}
 
-    def train(self, record: dict, tokens_per_second: float) -> None:
+    def train(self, record: dict) -> None:
         self.of_step[record["step"]] = record
 
     def eval(self, record: dict) -> None:

@@ -101,6 +101,17 @@ def content(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
+def test_a_row_without_text_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    write_parquet(path, ["one", "two", None, "four"])
+    arguments = ["tokenize", "--out", tmp_path / "shards", "--shard-tokens", "3"]
+    command = [sys.executable, ROOT / "data" / "fineweb.py", *arguments, "--parquet", path]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    told = f"error: {path}: row 2 has no text: give files in which every row has one\n"
+    assert result.returncode == 1 and result.stderr.endswith(told)
+    assert "Traceback" not in result.stderr
+
+
 def test_tokens_are_those_of_tiktoken_for_any_number_of_processes(tmp_path, texts, parquet):
     expected = expected_tokens(texts)
     files = local_files(parquet)

@@ -222,3 +222,29 @@ def test_buckets_do_not_change_a_bit(recordings, workers, pair):
 def test_parameters_that_differ_between_ranks_are_refused(recordings, workers, difference):
     for errors in recordings[workers][2]:
         assert f"key differs between rank 0 and rank {workers - 1}" in errors[difference]
+
+
+@pytest.mark.parametrize(
+    ("habit", "told"),
+    [
+        ("too early", "ranks where there were 1 when the optimizer was built, which would send"),
+        ("in DDP", "the model is in DistributedDataParallel, which sends whole gradients beside"),
+    ],
+)
+@pytest.mark.parametrize("workers", [2, 3])
+def test_other_processes_than_it_was_built_for_are_told_by_every_rank(
+    recordings, workers, habit, told
+):
+    for errors in recordings[workers][2]:
+        assert told in errors[habit]
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_all_workers_skip_the_step_in_which_one_gradient_overflows(recordings, workers):
+    """Under a GradScaler whose scale is a power of two: the steps without it, and one less."""
+    arrays = recordings[workers][0]
+    for of_rank in arrays:
+        for name in rounds.SCALED:
+            assert of_rank[f"{name} rounds"] == 3
+            found = of_rank[f"{name} parameters"]
+            np.testing.assert_array_equal(found, arrays[0]["plain parameters"])

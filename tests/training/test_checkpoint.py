@@ -41,6 +41,37 @@ def test_what_was_saved_is_loaded_and_the_last_are_kept(tmp_path):
         load(tmp_path / THIRD, {"first": torch.zeros(2, 2)})
 
 
+def test_what_users_keep_beside_them_stays(tmp_path, capsys):
+    saved(tmp_path, 1)
+    beside = ["notes", "step-00000001-best", "step-best", "step-00000002.partial-of-mine"]
+    for name in beside:
+        (tmp_path / name).mkdir()
+    files = ["step-1", "step-00000001.tar.gz", "a-step-00000001"]
+    for name in files:
+        (tmp_path / name).touch()
+    saved(tmp_path, 2, 3)
+    assert {path.name for path in tmp_path.iterdir()} == {*beside, *files, SECOND, THIRD}
+    assert newest(tmp_path) == tmp_path / THIRD
+    assert not capsys.readouterr().err
+
+
+def test_an_old_one_that_cannot_be_removed_is_named_and_left(tmp_path, monkeypatch, capsys):
+    saved(tmp_path, 1, 2)
+
+    def refuse(path, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.checkpoint.shutil.rmtree", refuse)
+        saved(tmp_path, 3)
+    assert names(tmp_path) == [FIRST, SECOND, THIRD]
+    assert f"left an old checkpoint: [Errno 13] Permission denied: '{tmp_path / FIRST}'" in (
+        capsys.readouterr().err
+    )
+    require_whole(newest(tmp_path), 3)
+
+
 def test_without_any_there_is_no_newest(tmp_path):
     assert newest(tmp_path / "none") is None
 

@@ -61,6 +61,11 @@ SETUPS["unbucketed"] = {"server": "sharded", "buckets": 1}
 SERVED = {"error_decay": 0.9, "server_momentum": 0.7}
 OF_SERVED = ("topk", "identity")
 DIFFERENCES = ("larger", "swapped")
+SCALED = {
+    "scaled": {"steps": 3},
+    "skipped": {"steps": 4, "overflow_in": 3},
+    "plain": {"steps": 3, "scaled": False},
+}
 
 
 def pairs_of(setup):
@@ -185,6 +190,52 @@ def construction_error(difference, rank):
     return "no error"
 
 
+def step_error(parameters, optimizer, model=None):
+    """What its first step says, after a backward of the model or of this rank's loss."""
+    (loss(parameters, dist.get_rank()) if model is None else model()).backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+class Layers(torch.nn.Module):
+    def __init__(self, parameters):
+        super().__init__()
+        self.layers = torch.nn.ParameterDict(parameters)
+
+    def forward(self):
+        return loss(self.layers, dist.get_rank())
+
+
+def error_in_ddp():
+    """Where the model is in DistributedDataParallel, as others put it there."""
+    parameters, optimizer = build(SHAPES)
+    wrapped = torch.nn.parallel.DistributedDataParallel(Layers(parameters))
+    return step_error(parameters, optimizer, wrapped)
+
+
+def scaled_steps(steps, scaled=True, overflow_in=None):
+    """Rounds under a GradScaler, in one of which the last rank's gradient overflows, or in none.
+
+    Returns the parameters and the number of rounds.
+    """
+    parameters, optimizer = build(SHAPES, ("topk", "identity"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, enabled=scaled)
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    for step in range(steps):
+        optimizer.zero_grad()
+        scaler.scale(loss(parameters, rank)).backward()
+        if step == overflow_in and rank == last:
+            parameters["wide"].grad[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.check_finite()
+    optimizer.check_agreement()
+    return _flat(parameters.values()), optimizer.round
+
+
 def collect(rank):
     """Recordings of all cases as arrays named "setup w2s/s2w kind", and the batches' layouts."""
     arrays, layouts = {}, {}
@@ -201,11 +252,16 @@ def collect(rank):
 
 
 def main(directory):
+    too_early = build(SHAPES)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     arrays, layouts = collect(rank)
+    for name, how in SCALED.items():
+        model, rounds = scaled_steps(**how)
+        arrays |= {f"{name} parameters": model, f"{name} rounds": rounds}
     np.savez(directory / f"rank{rank}.npz", **arrays)
     errors = {difference: construction_error(difference, rank) for difference in DIFFERENCES}
+    errors |= {"too early": step_error(*too_early), "in DDP": error_in_ddp()}
     report = {"layouts": layouts, "errors": errors}
     (directory / f"rank{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()

@@ -1,0 +1,112 @@
+"""A step computes in its own precision: whatever the caller's dtype, and that of the parameters."""
+
+import pytest
+import torch
+from torch import nn
+
+from baselines import DeMo, Dion
+from ef21_muon import (
+    ALONE,
+    ChunkTopK,
+    Damping,
+    Dense,
+    Dropout,
+    EF21Muon,
+    FittedRank,
+    LocalSteps,
+    RandK,
+    RankK,
+    Residual,
+    Sign,
+    Spectral,
+    TopColumns,
+    TopK,
+    TopSingular,
+)
+
+COMPRESSORS = {
+    "chunks": ChunkTopK(8, 8, "statistical2"),
+    "damping": Damping(Dense("int4")),
+    "dense": Dense("normal2"),
+    "dropout": Dropout(TopK(0.3), 0.5),
+    "fitted": FittedRank(0.3),
+    "randk": RandK(0.3, "natural4"),
+    "rank": RankK(0.3, "int4"),
+    "residual": Residual(RankK(0.2), Dense("sign")),
+    "statistical": Dense("statistical4"),
+    "columns": TopColumns(0.3),
+    "singular": TopSingular(0.3),
+    "topk": TopK(0.2),
+}
+METHODS = {
+    **{
+        f"{name} both ways": lambda groups, c=compressor: EF21Muon(
+            groups, lr=0.02, w2s=c, s2w=c, weight_decay=0.1
+        )
+        for name, compressor in COMPRESSORS.items()
+    },
+    "uncompressed": lambda groups: EF21Muon(groups, lr=0.02, weight_decay=0.1),
+    "local": lambda groups: LocalSteps(
+        EF21Muon(groups, lr=0.02, process_group=ALONE),
+        every=2,
+        w2s=Dense("int8"),  # of steps of one size TopK would choose any
+        s2w=Dense("natural"),
+        outer_momentum=0.5,
+    ),
+    "local, under way": lambda groups: LocalSteps(
+        torch.optim.SGD(nn.ParameterList([p for g in groups for p in g["params"]]), lr=0.02),
+        every=3,
+        w2s=Dense("int4"),
+        delay=1,
+    ),
+    "dion": lambda groups: Dion(groups, lr=0.02),
+    "demo": lambda groups: DeMo(groups, lr=0.002),
+}
+SHAPES = {"wide": (12, 20), "tall": (20, 12), "head": (10, 16), "bias": (15,)}
+STEPS = 4
+
+
+def steps(method, dtype=torch.float32):
+    """The parameters after STEPS steps on given gradients."""
+    generator = torch.Generator().manual_seed(0)
+    draw = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    layers = {name: nn.Parameter(torch.randn(s, **draw).to(dtype)) for name, s in SHAPES.items()}
+    head = layers.pop("head")
+    groups = [
+        {"name": "hidden", "params": [*layers.values()], "norm": Spectral(dtype=torch.float32)},
+        {"name": "head", "params": [head], "norm": Sign(), "radius": 3.0},
+    ]
+    if method in ("dion", "demo"):
+        groups = [{"name": g["name"], "params": g["params"]} for g in groups]
+    optimizer = METHODS[method](groups)
+    parameters = [*layers.values(), head]
+    for _ in range(STEPS):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, **draw).to(dtype)
+        optimizer.step()
+    optimizer.check_finite()
+    return torch.cat([parameter.detach().flatten().double() for parameter in parameters])
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("method", METHODS)
+def test_torchs_default_dtype_changes_nothing(method, default):
+    expected = steps(method)
+    torch.set_default_dtype(default)
+    try:
+        found = steps(method)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_within_autocast_is_the_same(method):
+    expected = steps(method)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(steps(method), expected)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("dion", "demo")])
+def test_parameters_in_float64_take_the_steps_of_float32(method):
+    torch.testing.assert_close(steps(method, torch.float64), steps(method), rtol=1e-3, atol=1e-4)
