@@ -69,3 +69,11 @@ def process_group(tmp_path):
     dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+# Files of one long launch each: with two processes, the other one would wait for a late one.
+LONGEST = ("test_resume", "test_faults", "test_algorithm", "test_local_steps", "soak/test_run")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not any(f"{name}.py" in str(item.path) for name in LONGEST))
