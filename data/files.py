@@ -49,12 +49,8 @@ class Claim:
     def __init__(self, folder: Path, new: bool = False):
         folder.mkdir(parents=True, exist_ok=not new)
         self.folder, self._path = folder, folder / LOCK
-        while True:
-            self._file = self._path.open("a+")
-            self._lock()
-            if self._is_in_place():
-                break
-            self._file.close()  # its holder has just released it
+        while not self._take():  # its holder has just released it
+            folder.mkdir(parents=True, exist_ok=True)
         self._file.truncate(0)
         since = datetime.now(UTC).isoformat(timespec="seconds")
         holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
@@ -73,6 +69,15 @@ class Claim:
 
     def __exit__(self, *_) -> None:
         self.release()
+
+    def _take(self) -> bool:
+        """Lock the file, and see whether it still is the folder's."""
+        try:
+            self._file = self._path.open("a+")
+        except FileNotFoundError:
+            return False
+        self._lock()
+        return self._is_in_place()
 
     def _lock(self) -> None:
         try:

@@ -203,6 +203,34 @@ def require_equal_parameters(
         )
 
 
+def require_equal_groups(groups: list[dict], group: dist.ProcessGroup | None) -> None:
+    """Raise ValueError, on all ranks, for a number of a parameter group that differs between them.
+
+    groups: parameter groups, with the same entries on all ranks.
+    """
+    _, ranks = place_in(group)
+    if ranks == 1:
+        return
+    numbers = [
+        (index, name, float(value))
+        for index, of_group in enumerate(groups)
+        for name, value in sorted(of_group.items())
+        if isinstance(value, int | float)
+    ]
+    device = next(p.device for of_group in groups for p in of_group["params"])
+    mine = torch.tensor([number for *_, number in numbers], dtype=torch.float64, device=device)
+    every = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(every, mine, group=group)
+    differs = (torch.stack(every) != every[0]).nonzero().tolist()
+    if differs:
+        rank, place = differs[0]
+        index, name, _ = numbers[place]
+        raise ValueError(
+            f"{name} of group {index} is {every[0][place]:g} on rank 0 and {every[rank][place]:g} "
+            f"on rank {rank}: give all workers the same groups, and schedules"
+        )
+
+
 def require_mean_estimate(batches, group: dist.ProcessGroup | None) -> None:
     """Raise ValueError for a layer served here whose G is not the mean of all workers' G_j.
 

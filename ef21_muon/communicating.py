@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Generator, Tensor
 
 from ef21_muon.checks import (
+    require_equal_groups,
     require_equal_parameters,
     require_gradients,
     require_local_gradients,
@@ -190,17 +191,18 @@ class CommunicatingOptimizer(torch.optim.Optimizer):
             )
 
     def check_agreement(self) -> None:
-        """Raise ValueError if workers hold different parameters; to be called on all ranks.
+        """Raise ValueError if workers hold different parameters or numbers of parameter groups.
 
-        Names rank and layer. Waits for the device.
+        To be called on all ranks; names rank, and layer or group. Waits for the device.
         """
+        require_equal_groups(self.param_groups, self.process_group)
         require_equal_parameters(self._named(), self.process_group)
 
     def state_dict(self) -> dict:
         """This rank's state alone: ranks differ in what they remember, and in what they serve.
 
-        What is an object in a group, as norms and compressors, is not in it; build the optimizer
-        with the same ones to load it.
+        `full_state_dict` has that of all. What is an object in a group, as norms and compressors,
+        is not in it; build the optimizer with the same ones to load it.
         """
         state = super().state_dict()
         for group in state["param_groups"]:
@@ -209,6 +211,7 @@ class CommunicatingOptimizer(torch.optim.Optimizer):
         generators = {purpose: one.get_state() for purpose, one in self.generators.items()}
         return {
             **state,
+            "of": self._identity(),
             "round": self.round,
             "steps": self.steps,
             "traffic": self.traffic.state(),
@@ -219,8 +222,10 @@ class CommunicatingOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue exactly from a `state_dict` of the same rank, parameters and options.
 
-        Raises ValueError when it does not fit.
+        Or from this rank's part of a `full_state_dict`. Raises ValueError when it does not fit,
+        before anything changes.
         """
+        state_dict = self._part_of(state_dict)
         pairs = self._fitting(state_dict)
         for state, saved in pairs:
             for key, tensor in saved.items():
@@ -231,6 +236,48 @@ class CommunicatingOptimizer(torch.optim.Optimizer):
         self.go_on_after(state_dict["steps"])
         for purpose, generator in self.generators.items():
             generator.set_state(state_dict["generators"][purpose].cpu())
+
+    def full_state_dict(self) -> dict | None:
+        """The state of all ranks for one file, on rank 0, and None on the others.
+
+        To be called on all ranks; `load_state_dict` takes it on all of them.
+        """
+        mine = self.state_dict()
+        rank, ranks = place_in(None if self.lanes else self.process_group)
+        if ranks == 1:
+            return {"ranks": [mine]}
+        states = [None] * ranks if rank == 0 else None
+        group = None if self.lanes else self.process_group
+        dist.gather_object(mine, states, group=group, group_dst=0)
+        return {"ranks": states} if rank == 0 else None
+
+    def _identity(self) -> dict:
+        """What a state is of, as far as shapes do not tell it."""
+        rank, ranks = place_in(None if self.lanes else self.process_group)
+        return {"method": type(self).__name__, "rank": rank, "ranks": ranks}
+
+    def _part_of(self, state_dict: dict) -> dict:
+        """This rank's state. Raises ValueError for one that is of something else."""
+        mine = self._identity()
+        states = state_dict.get("ranks", [state_dict])
+        state_dict = states[min(mine["rank"], len(states) - 1)]
+        of = state_dict.get("of")
+        if of is None:
+            raise ValueError(
+                "the state lacks what it is of, its counters and its random numbers: load what "
+                f"{mine['method']}.state_dict() or full_state_dict() gave, not a part of it"
+            )
+        differing = [
+            f"{key} {of.get(key)!r} (here {mine[key]!r})"
+            for key in mine
+            if of.get(key) != mine[key]
+        ]
+        if differing:
+            raise ValueError(
+                f"the state is of {', '.join(differing)}: load it where it was saved, on every "
+                "rank its own, or save full_state_dict() and load that on all"
+            )
+        return state_dict
 
     def go_on_after(self, steps: int) -> None:
         """Count on from as many steps, with a state that was loaded or copied."""

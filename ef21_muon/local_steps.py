@@ -362,6 +362,7 @@ class LocalSteps(ServedOptimizer):
         The model's own state, x_j, has to be loaded beside it. Raises ValueError when it does not
         fit.
         """
+        state_dict = self._part_of(state_dict)
         super().load_state_dict(state_dict)
         for optimizer, saved in zip(self.inner, state_dict["inner"], strict=True):
             optimizer.load_state_dict(saved)

@@ -61,6 +61,15 @@ class ServedOptimizer(CommunicatingOptimizer):
             refuse_compressed_shifts(groups)
         self.server = server
 
+    def _identity(self) -> dict:
+        rules = getattr(self, "rules", self.param_groups)
+        compressors = [(str(rule["w2s"]), str(rule["s2w"])) for rule in rules]
+        feedback = self.feedback.__name__
+        own = {"feedback": feedback, "compressors": compressors}
+        if self.ranks > 1:
+            own["server"] = self.server
+        return super()._identity() | own
+
     @property
     def exchange(self) -> Exchange:
         """The collectives of the next round."""

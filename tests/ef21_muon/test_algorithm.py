@@ -248,3 +248,25 @@ def test_all_workers_skip_the_step_in_which_one_gradient_overflows(recordings, w
             assert of_rank[f"{name} rounds"] == 3
             found = of_rank[f"{name} parameters"]
             np.testing.assert_array_equal(found, arrays[0]["plain parameters"])
+
+
+@pytest.mark.parametrize("entry", rounds.OTHER_GROUPS)
+@pytest.mark.parametrize("workers", [2, 3])
+def test_numbers_of_groups_that_differ_between_ranks_are_told(recordings, workers, entry):
+    for errors in recordings[workers][2]:
+        told = errors[entry]
+        assert told.startswith(f"{entry} of group 0 is ") and f"on rank {workers - 1}: " in told
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_state_of_all_ranks_goes_on_from_one_file(recordings, workers):
+    for of_rank in recordings[workers][0]:
+        np.testing.assert_array_equal(of_rank["went on"], of_rank["loaded"])
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_another_ranks_state_and_a_part_of_one_are_refused(recordings, workers):
+    for rank, errors in enumerate(recordings[workers][2]):
+        told = f"the state is of rank 0 (here {rank}): load it where it was saved, on every rank"
+        assert errors["rank 0's state"].startswith(told if rank else "no error")
+        assert errors["a part of it"].startswith("the state lacks what it is of, its counters")

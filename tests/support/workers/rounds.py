@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from ef21_muon import Dense, EF21Muon, FittedRank, Identity, Natural, RankK, Sign, TopK
 from ef21_muon.exchange.placement import PLACEMENTS
@@ -61,6 +62,7 @@ SETUPS["unbucketed"] = {"server": "sharded", "buckets": 1}
 SERVED = {"error_decay": 0.9, "server_momentum": 0.7}
 OF_SERVED = ("topk", "identity")
 DIFFERENCES = ("larger", "swapped")
+OTHER_GROUPS = {"lr": {"lr": 0.5}, "radius": {"radius": 2.0}, "nesterov": {"nesterov": True}}
 SCALED = {
     "scaled": {"steps": 3},
     "skipped": {"steps": 4, "overflow_in": 3},
@@ -190,6 +192,53 @@ def construction_error(difference, rank):
     return "no error"
 
 
+def agreement_error(**entries):
+    """What the check says where the last rank's first group has other entries."""
+    _, optimizer = build(SHAPES)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        optimizer.param_groups[0].update(entries)
+    try:
+        optimizer.check_agreement()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def go_on_from_states():
+    """Rounds that go on in other objects, from all ranks' states; and what else is said of states.
+
+    Returns parameters of both, and what loading rank 0's state and a part of one's own says.
+    """
+    pair = ("topk", "topk")
+    parameters, optimizer = build(SHAPES, pair, "sharded")
+    others, other = build(SHAPES, pair, "sharded")
+
+    def take(parameters, optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss(parameters, dist.get_rank()).backward()
+            optimizer.step()
+
+    take(parameters, optimizer)
+    box = [optimizer.full_state_dict()]
+    dist.broadcast_object_list(box)
+    said = []
+    for state in (box[0]["ranks"][0], get_optimizer_state_dict(Layers(others), other)):
+        before = other.state_dict()
+        try:
+            other.load_state_dict(state)
+            said.append("no error")
+        except ValueError as error:
+            said.append(str(error))
+            assert str(before) == str(other.state_dict()), "nothing has changed"
+    with torch.no_grad():
+        torch._foreach_copy_(list(others.values()), list(parameters.values()))
+    other.load_state_dict(box[0])
+    take(parameters, optimizer)
+    take(others, other)
+    return _flat(parameters.values()), _flat(others.values()), said
+
+
 def step_error(parameters, optimizer, model=None):
     """What its first step says, after a backward of the model or of this rank's loss."""
     (loss(parameters, dist.get_rank()) if model is None else model()).backward()
@@ -259,8 +308,12 @@ def main(directory):
     for name, how in SCALED.items():
         model, rounds = scaled_steps(**how)
         arrays |= {f"{name} parameters": model, f"{name} rounds": rounds}
+    *models, said = go_on_from_states()
+    arrays |= dict(zip(("went on", "loaded"), models, strict=True))
     np.savez(directory / f"rank{rank}.npz", **arrays)
     errors = {difference: construction_error(difference, rank) for difference in DIFFERENCES}
+    errors |= {name: agreement_error(**entries) for name, entries in OTHER_GROUPS.items()}
+    errors |= dict(zip(("rank 0's state", "a part of it"), said, strict=True))
     errors |= {"too early": step_error(*too_early), "in DDP": error_in_ddp()}
     report = {"layouts": layouts, "errors": errors}
     (directory / f"rank{rank}.json").write_text(json.dumps(report))
