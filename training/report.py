@@ -31,7 +31,9 @@ def group_table(optimizer: torch.optim.Optimizer, workers: Workers) -> str:
     told = table([heading, *(row for of_rank in of_ranks for row in of_rank)])
     every = getattr(optimizer, "every", 1)
     rounds = "a round a step" if every == 1 else f"a round every {every} steps"
-    return f"{told}\n\n{rounds}, servers {optimizer.server}{_chosen(optimizer.placements)}"
+    servers = workers.gather(optimizer.server)[: ranks_of_a_worker(optimizer)]  # of every lane
+    chosen = _chosen(optimizer.placements)
+    return f"{told}\n\n{rounds}, servers {' and '.join(dict.fromkeys(servers))}{chosen}"
 
 
 def _chosen(placements: dict[str, int]) -> str:
