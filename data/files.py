@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import secrets
 import socket
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 LOCK = ".lock"
+PARTIAL = re.compile(r".+\.\d+-[0-9a-f]{8}\.partial")  # what `whole_file` writes to
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of a file system that has none
 
 
@@ -42,8 +44,9 @@ def whole_file(path: Path, mode: str = "wb") -> Iterator[IO]:
 class Claim:
     """Holds a folder, which is made if it is not there, for this process alone.
 
-    Until `release`, or the end of the process, however it ends. With `new` the folder must not be
-    there: FileExistsError if it is. Raises ClaimedError if another process holds it.
+    Until `release`, or the end of the process, however it ends. What `whole_file` was writing there
+    when its process was killed is removed. With `new` the folder must not be there: FileExistsError
+    if it is. Raises ClaimedError if another process holds it.
     """
 
     def __init__(self, folder: Path, new: bool = False):
@@ -51,6 +54,9 @@ class Claim:
         self.folder, self._path = folder, folder / LOCK
         while not self._take():  # its holder has just released it
             folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():  # of processes that were killed
+            if PARTIAL.fullmatch(path.name):
+                path.unlink()
         self._file.truncate(0)
         since = datetime.now(UTC).isoformat(timespec="seconds")
         holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}

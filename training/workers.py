@@ -136,14 +136,12 @@ class Workers:
     def stoppable(self):
         """In it, SIGTERM, SIGINT and SIGHUP do nothing but request a stop; nor after an error.
 
-        For when a worker is lost, torchrun ends the others, who have yet to say so. What is ignored
-        from the start, as SIGHUP under nohup, stays so.
+        For when a worker is lost, torchrun ends the others, who have yet to say so. Under nohup
+        SIGHUP is ignored, and stays so.
         """
-        numbers = [
-            number
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-            if signal.getsignal(number) is not signal.SIG_IGN
-        ]
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
         before = [signal.signal(number, self._request_stop) for number in numbers]
         yield
         for number, handler in zip(numbers, before, strict=True):

@@ -84,6 +84,16 @@ def test_a_released_folder_can_be_held_again_and_empty_ones_go(tmp_path):
     assert names(folder) == ["log"]
 
 
+def test_what_a_killed_process_was_writing_goes(tmp_path):
+    script = "import os; from pathlib import Path; from data.files import whole_file\n"
+    script += "with whole_file(Path(os.sys.argv[1])) as file: file.write(b'half'); os._exit(9)"
+    subprocess.run([sys.executable, "-c", script, tmp_path / "shard.bin"], cwd=ROOT)
+    (tmp_path / "other.bin.partial").touch()  # of a download, which goes on there
+    assert len(names(tmp_path)) == 2
+    with Claim(tmp_path):
+        assert names(tmp_path) == [LOCK, "other.bin.partial"]
+
+
 def test_a_lock_that_was_replaced_meanwhile_is_not_taken_for_the_folder(tmp_path, monkeypatch):
     """As when its holder releases it between opening and locking."""
     lock, times = Claim._lock, []
