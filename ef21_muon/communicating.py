@@ -119,7 +119,7 @@ class CommunicatingOptimizer(torch.optim.Optimizer):
                 loss = closure()
         require_gradients(self.batches, type(self).__name__)
         self._require_as_built()
-        if self._overflowed(None if self.lanes else self.process_group):
+        if self._overflowed(self._everyone):
             return loss
         with self._own_precision():
             self.traffic += self._round()
@@ -141,6 +141,11 @@ class CommunicatingOptimizer(torch.optim.Optimizer):
             require_same_group(index, now, formed)
         if self.steps == 0 and self.ranks > 1:
             require_local_gradients(self.param_groups)
+
+    @property
+    def _everyone(self) -> dist.ProcessGroup | str | None:
+        """The ranks of all workers, which are more than those of a lane."""
+        return None if self.lanes else self.process_group
 
     def _overflowed(self, group: dist.ProcessGroup | None) -> bool:
         """Undo a GradScaler's scale; whether a scaled gradient of any rank of the group overflowed.
@@ -243,17 +248,16 @@ class CommunicatingOptimizer(torch.optim.Optimizer):
         To be called on all ranks; `load_state_dict` takes it on all of them.
         """
         mine = self.state_dict()
-        rank, ranks = place_in(None if self.lanes else self.process_group)
+        rank, ranks = place_in(self._everyone)
         if ranks == 1:
             return {"ranks": [mine]}
         states = [None] * ranks if rank == 0 else None
-        group = None if self.lanes else self.process_group
-        dist.gather_object(mine, states, group=group, group_dst=0)
+        dist.gather_object(mine, states, group=self._everyone, group_dst=0)
         return {"ranks": states} if rank == 0 else None
 
     def _identity(self) -> dict:
         """What a state is of, as far as shapes do not tell it."""
-        rank, ranks = place_in(None if self.lanes else self.process_group)
+        rank, ranks = place_in(self._everyone)
         return {"method": type(self).__name__, "rank": rank, "ranks": ranks}
 
     def _part_of(self, state_dict: dict) -> dict:
