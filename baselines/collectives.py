@@ -107,7 +107,12 @@ class CollectiveOptimizer(CommunicatingOptimizer):
         batches = []
         for (index, shape, _), members in batched.items():
             names, params = (list(column) for column in zip(*members, strict=True))
-            batches.append(StatefulBatch(group=index, names=names, params=params, shape=shape))
+            transposed = self.param_groups[index].get("transposed", False)
+            batches.append(
+                StatefulBatch(
+                    group=index, transposed=transposed, names=names, params=params, shape=shape
+                )
+            )
         return batches
 
     def _move(self, batch: Batch, direction: Tensor, length: float) -> None:

@@ -4,6 +4,7 @@ The optimizer of "Error Feedback for Muon and Friends" (arXiv:2510.00643) as a l
 on torch alone.
 """
 
+from ef21_muon.averaged import AveragedGradients
 from ef21_muon.exchange.collectives import ALONE
 from ef21_muon.hierarchy import HierarchicalEF21Muon
 from ef21_muon.lmo.norms import (
@@ -44,6 +45,7 @@ __all__ = [
     "ALONE",
     "L1",
     "AdaptiveRadius",
+    "AveragedGradients",
     "BFloat16",
     "BiasRMS",
     "ChunkTopK",

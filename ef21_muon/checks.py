@@ -74,7 +74,8 @@ def check_group(group: dict) -> None:
     for name in NUMBERS:
         if not (name == "radius" and isinstance(group[name], AdaptiveRadius)):
             check_number(name, group[name], NUMBERS, _where(group))
-    flag("nesterov", group["nesterov"])
+    for name in ("nesterov", "transposed", "kernels"):
+        flag(name, group[name])
     _require_kind("norm", group, Norm)
     check_compressors(group)
 
@@ -201,6 +202,23 @@ def require_equal_parameters(
             "parameters; build the model from one seed or broadcast it first, or go on from a "
             "checkpoint if they parted during training"
         )
+
+
+def require_equal_settings(mine: dict, group: dist.ProcessGroup | None) -> None:
+    """Raise ValueError, on all ranks, for a setting that differs between them."""
+    _, ranks = place_in(group)
+    if ranks == 1:
+        return
+    every = [None] * ranks
+    dist.all_gather_object(every, mine, group=group)
+    for rank, its in enumerate(every):
+        for name in [*every[0], *its]:
+            first, other = (str(one.get(name, "not there")) for one in (every[0], its))
+            if first != other:
+                raise ValueError(
+                    f"{name} is {first} on rank 0 and {other} on rank {rank}: give all workers the "
+                    "same optimizer"
+                )
 
 
 def require_equal_groups(groups: list[dict], group: dist.ProcessGroup | None) -> None:

@@ -1,4 +1,4 @@
-"""What is asked of an optimizer that takes local steps."""
+"""What is asked of an optimizer that another one is around."""
 
 from collections.abc import Sequence
 from inspect import Parameter, signature
@@ -13,10 +13,10 @@ from ef21_muon.exchange.collectives import place_in
 def require_inner(optimizers: Sequence[Optimizer]) -> None:
     """Raise ValueError for what cannot step by itself."""
     for optimizer in optimizers:
-        if not isinstance(optimizer, Optimizer) or hasattr(optimizer, "agreed"):
+        if not isinstance(optimizer, Optimizer) or hasattr(optimizer, "inner"):
             raise ValueError(
-                f"inner={type(optimizer).__name__} is not allowed: give a torch optimizer that "
-                "takes the local steps"
+                f"inner={type(optimizer).__name__} is not allowed: give a torch optimizer, which "
+                "takes the steps"
             )
         sends = isinstance(optimizer, CommunicatingOptimizer)
         if sends and place_in(optimizer.process_group)[1] > 1:

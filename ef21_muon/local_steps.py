@@ -24,14 +24,15 @@ from ef21_muon.exchange.lanes import Lanes
 from ef21_muon.exchange.layers import RoundBatch, named_layers, serve
 from ef21_muon.exchange.phases import Phase, new_phases
 from ef21_muon.exchange.timetable import Timetable
-from ef21_muon.inner import require_a_gradient, require_float_state, require_inner
+from ef21_muon.inner import require_a_gradient
 from ef21_muon.messages.compressors import Identity
 from ef21_muon.messages.feedback import FEEDBACK
-from ef21_muon.rules import S2W, W2S, rule_of, starts_of
-from ef21_muon.served import Receive, ServedOptimizer
+from ef21_muon.rules import S2W, W2S, starts_of
+from ef21_muon.served import Receive
+from ef21_muon.wrapping import WrappingOptimizer
 
 
-class LocalSteps(ServedOptimizer):
+class LocalSteps(WrappingOptimizer):
     """Workers take `every` steps of an inner optimizer, and then average what these have changed.
 
     DiLoCo (Douillard et al., arXiv:2311.08105) around any torch optimizer, with compressed messages
@@ -69,7 +70,7 @@ class LocalSteps(ServedOptimizer):
     parameter has a gradient.
     """
 
-    NOT_COPIED = (*ServedOptimizer.NOT_COPIED, "_sent", "_returned")
+    NOT_COPIED = (*WrappingOptimizer.NOT_COPIED, "_sent", "_returned")
 
     def __init__(
         self,
@@ -91,7 +92,6 @@ class LocalSteps(ServedOptimizer):
         lanes: Lanes | None = None,
         process_group: dist.ProcessGroup | str | None = None,
     ):
-        self.inner = [inner] if isinstance(inner, Optimizer) else inner
         self.every = whole_number("every", every, least=1)
         delay = whole_number("delay", delay, least=0)
         self.outer_lr = check_number("outer_lr", outer_lr, OUTER_NUMBERS)
@@ -103,14 +103,7 @@ class LocalSteps(ServedOptimizer):
         refuse_unused_decays([{"error_decay": error_decay, "server_momentum": 0}], feedback)
         w2s, s2w = w2s or Identity(), s2w or Identity()
         with lanes.together() if lanes else nullcontext():
-            require_inner(self.inner)
-            groups = [group for optimizer in self.inner for group in optimizer.param_groups]
-            super().__init__(
-                groups, {}, seed=seed, purposes=("w2s", "s2w"), process_group=process_group
-            )
-            self.param_groups = groups
-            self.RULE = tuple({entry for one in self.inner for entry in getattr(one, "RULE", ())})
-            self.rules = [rule_of(group, w2s, s2w) for group in groups]
+            super().__init__(inner, w2s, s2w, seed=seed, process_group=process_group)
             costs = [parameter.numel() for _, _, parameter, _ in named_layers(self.rules)]
             self._place_servers(server, self.rules, costs)
             batches = self._new_batches(costs)
@@ -121,12 +114,9 @@ class LocalSteps(ServedOptimizer):
             self._begin(batches)
         if lanes:
             self.timetable.sum_over(lanes)
-        for optimizer in self.inner:
-            own = getattr(optimizer, "generators", {})
-            self.generators |= {f"inner_{purpose}": one for purpose, one in own.items()}
         self._sent: dict[range, Receive] = {}  # under way to the servers
         self._returned: dict[range, Receive] = {}  # and back
-        self._inner_checked = self._swapped = False
+        self._swapped = False
 
     def _new_batches(self, costs: list[int]) -> list[RoundBatch]:
         place = place_in(self.process_group)
@@ -170,28 +160,24 @@ class LocalSteps(ServedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        require_a_gradient(self.param_groups)
-        self._require_as_built()
-        # A worker whose gradient overflowed does without this step; only its own ranks do alike.
-        overflowed = self._overflowed(self.lanes.worker if self.lanes else ALONE)
-        if self.lanes:
-            with self.timer("exchange"):
-                self.lanes.reduce_gradients()
-        if not overflowed:
-            with self.timer("server"):
-                for optimizer in self.inner:
-                    optimizer.step()
-        if not self._inner_checked:
-            require_float_state(self.inner)
-            self._inner_checked = True
-        with self._own_precision():
-            self._depart(*self.timetable.departing(self.steps))
-            self._arrive(self.steps)
-        self.traffic += self.timetable.sent(self.steps)
-        self.steps += 1
-        if self.lanes:
-            with self.timer("exchange"):
-                self.lanes.share_parameters()
+        with self._in_step():
+            require_a_gradient(self.param_groups)
+            self._require_as_built()
+            # A worker whose gradient overflowed does without this step; its own ranks do alike.
+            overflowed = self._overflowed(self.lanes.worker if self.lanes else ALONE)
+            if self.lanes:
+                with self.timer("exchange"):
+                    self.lanes.reduce_gradients()
+            if not overflowed:
+                self._step_inner()
+            with self._own_precision():
+                self._depart(*self.timetable.departing(self.steps))
+                self._arrive(self.steps)
+            self.traffic += self.timetable.sent(self.steps)
+            self.steps += 1
+            if self.lanes:
+                with self.timer("exchange"):
+                    self.lanes.share_parameters()
         return loss
 
     @torch.no_grad()
@@ -316,11 +302,11 @@ class LocalSteps(ServedOptimizer):
     def _swap(self) -> None:
         self._swapped = not self._swapped
         for batch in self.batches:
-            for row, parameter in enumerate(batch.params):
-                shift = batch.model_shift[row]
+            shifts = batch.as_parameters(batch.model_shift)  # views
+            for parameter, shift in zip(batch.params, shifts, strict=True):
                 local_model = parameter.clone()
-                parameter.copy_(shift.view_as(parameter))
-                shift.copy_(local_model.view_as(shift))
+                parameter.copy_(shift)
+                shift.copy_(local_model)
         if self.lanes:
             self.lanes.share_parameters()
 
@@ -352,28 +338,9 @@ class LocalSteps(ServedOptimizer):
             arrived = [batch for b, batch in enumerate(self.batches) if b not in under_way]
             require_mean_estimate(arrived, self.process_group)
 
-    def state_dict(self) -> dict:
-        """This rank's state alone, with that of the inner optimizers. x_j is the model's state."""
-        return {**super().state_dict(), "inner": [one.state_dict() for one in self.inner]}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Continue exactly from a `state_dict` of the same rank, parameters and options.
-
-        The model's own state, x_j, has to be loaded beside it. Raises ValueError when it does not
-        fit.
-        """
-        state_dict = self._part_of(state_dict)
-        super().load_state_dict(state_dict)
-        for optimizer, saved in zip(self.inner, state_dict["inner"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.param_groups = [group for one in self.inner for group in one.param_groups]
-
     def go_on_after(self, steps: int) -> None:
         super().go_on_after(steps)
         self._sent, self._returned = {}, {}
-        for optimizer in self.inner:
-            if isinstance(optimizer, CommunicatingOptimizer):
-                optimizer.go_on_after(steps)
 
     def _named(self) -> list[tuple[str, Tensor]]:
         return [pair for b in self.batches for pair in zip(b.names, b.model_shift, strict=True)]

@@ -1,5 +1,7 @@
 """EF21-Muon (Gruntkowska et al., arXiv:2510.00643), Algorithm 1, as a torch optimizer."""
 
+from math import sqrt
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -46,9 +48,14 @@ class EF21Muon(ServedOptimizer):
 
     `server` places the servers (`ef21_muon.exchange.placement`), "auto" where the busiest rank
     sends or receives the least; batches of layers travel in up to `buckets` messages each way, so
-    that one is on its way while the next is encoded. Numbers are the same for any choice. `seed`
+    that one is on its way while the next is encoded. Numbers are the same for any choice. With
+    `missing` "zero" a parameter without a gradient has that on this worker, as where a branch or an
+    expert was not taken; "refuse" raises an error. `seed`
     drives what is random in compressors. A parameter of n entries in one dimension is an (n, 1)
-    matrix, one of more than two dimensions is flattened to (d_0, rest).
+    matrix, one of more than two dimensions is flattened to (d_0, rest). Weights that are stored as
+    (d_in, d_out), unlike torch.nn.Linear's, are in a group with `transposed` True. With `kernels`
+    True the step of a convolution with kernels of k entries is over sqrt(k), as is Scion's
+    (arXiv:2502.07529), sqrt(d_out / d_in) / k.
 
     Raises ValueError for hyperparameters outside their range and for parameters that differ
     between ranks, RuntimeError from `step` for a parameter whose gradient is missing or does not
@@ -76,6 +83,7 @@ class EF21Muon(ServedOptimizer):
         first_message: str = "compressed",
         server: str = "auto",
         buckets: int = 4,
+        missing: str = "refuse",
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
     ):
@@ -90,6 +98,8 @@ class EF21Muon(ServedOptimizer):
             "s2w": s2w or Identity(),
             "nesterov": nesterov,
             "weight_decay": weight_decay,
+            "transposed": False,
+            "kernels": False,
         }
         whole_number("buckets", buckets, least=1)
         self.feedback = FEEDBACK[choice("feedback", feedback, FEEDBACK)]
@@ -98,7 +108,12 @@ class EF21Muon(ServedOptimizer):
         first_messages = ("compressed", "exact")
         first_exact = choice("first_message", first_message, first_messages) == "exact"
         super().__init__(
-            params, defaults, seed=seed, purposes=("w2s", "s2w"), process_group=process_group
+            params,
+            defaults,
+            seed=seed,
+            purposes=("w2s", "s2w"),
+            process_group=process_group,
+            missing=missing,
         )
         refuse_unused_decays(self.param_groups, feedback)
         self._place_servers(server, self.param_groups, lmo_costs(self.param_groups))
@@ -161,6 +176,8 @@ class EF21Muon(ServedOptimizer):
         """Line 3: X^{k+1} - X^k for the layers owned here."""
         group = self.param_groups[batch.group]
         step = group["norm"].lmo(batch.server_gradient)
+        if group["kernels"]:
+            step /= sqrt(batch.kernel)
         if isinstance(group["radius"], AdaptiveRadius):
             rows, columns = batch.server_gradient.flatten(1)[:, None], step.flatten(1)[..., None]
             dual = -torch.bmm(rows, columns).flatten()  # of an exact LMO, the dual norm

@@ -19,7 +19,8 @@ def starts_of(w2s: W2S) -> set[int]:
 
 def rule_of(group: dict, w2s: W2S, s2w: S2W) -> dict:
     """The compressors of a parameter group, beside its parameters."""
-    rule = {key: group[key] for key in ("params", "param_names", "name") if key in group}
+    entries = ("params", "param_names", "name", "transposed")
+    rule = {key: group[key] for key in entries if key in group}
     for direction, given in (("w2s", w2s), ("s2w", s2w)):
         if isinstance(given, Mapping):
             if group.get("name") not in given:

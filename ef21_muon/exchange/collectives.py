@@ -29,6 +29,19 @@ def place_in(group: dist.ProcessGroup | str | None) -> tuple[int, int]:
     return dist.get_rank(group), dist.get_world_size(group)
 
 
+def wait(works: list[dist.Work]) -> None:
+    """Wait for all; what torch raises where another rank is gone says so too."""
+    try:
+        for work in works:
+            work.wait()
+    except RuntimeError as error:
+        error.add_note(
+            "another rank has ended, or failed first, while this one waited for its message in a "
+            "step: look at its error, or give every rank as many steps (batches)"
+        )
+        raise
+
+
 @dataclass(frozen=True)
 class Traffic:
     """Bytes: of a worker to the servers and back, what it receives, and what this rank sends.
@@ -148,8 +161,7 @@ class Exchange:
             works = self._swap(messages, received)
 
         def receive() -> list[tuple[Tensor, ...]]:
-            for work in works:
-                work.wait()
+            wait(works)
             of_workers = [
                 self._rows(part[None], self.w2s_sizes, self.rank, bucket) for part in received
             ]
@@ -173,8 +185,7 @@ class Exchange:
         works = self._swap([message] * self.ranks, received)
 
         def receive() -> list[Tensor]:
-            for work in works:
-                work.wait()
+            wait(works)
             by_owner = [
                 self._rows(part[None], self.s2w_sizes, rank, bucket)
                 for rank, part in enumerate(received)

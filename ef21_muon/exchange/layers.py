@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from math import prod
 from typing import TypeVar
 
 import torch
@@ -15,14 +16,15 @@ from ef21_muon.messages.switch import in_round, starts
 
 @dataclass(kw_only=True)
 class Batch:
-    """Layers of one group and one shape, processed as L matrices (m, n).
+    """Layers of one group, shape and size of kernels, processed as L matrices (m, n).
 
-    A vector of n entries is (n, 1), a parameter of more than two dimensions (d_0, rest).
-    `broken_at` (L,) is the first step, counted from 1, whose gradient was not finite, 0 if there
-    was none.
+    A vector of n entries is (n, 1), a parameter of more than two dimensions (d_0, rest), or
+    (d_1, d_0 and the rest) where the group's weights are stored `transposed`. `broken_at` (L,) is
+    the first step, counted from 1, whose gradient was not finite, 0 if there was none.
     """
 
     group: int
+    transposed: bool
     names: list[str]
     params: list[Tensor]
     shape: tuple[int, int]
@@ -32,13 +34,25 @@ class Batch:
         device = self.params[0].device
         self.broken_at = torch.zeros(len(self.params), dtype=torch.int64, device=device)
 
+    @property
+    def kernel(self) -> int:
+        """The entries of a convolution's kernel; 1 for other layers."""
+        return prod(self.params[0].shape[2:])
+
     def matrices(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Tensors of these layers' parameters as m x n matrices."""
-        return [tensor.reshape(self.shape) for tensor in tensors]
+        return [self._turned(tensor).reshape(self.shape) for tensor in tensors]
 
     def as_parameters(self, matrices: Tensor) -> list[Tensor]:
         """(L, m, n) as tensors of the parameters' shapes."""
-        return [x.view_as(p) for x, p in zip(matrices, self.params, strict=True)]
+        return [
+            self._turned(matrix.view(self._turned(parameter).shape))
+            for matrix, parameter in zip(matrices, self.params, strict=True)
+        ]
+
+    def _turned(self, tensor: Tensor) -> Tensor:
+        """From a parameter's first two dimensions to (d_out, d_in), or back."""
+        return tensor.transpose(0, 1) if self.transposed and tensor.ndim > 1 else tensor
 
     def zeros(self, layers: slice = slice(None)) -> Tensor:
         """A float32 zero for some of the layers, (layers, m, n)."""
@@ -91,26 +105,44 @@ class ServedBatch(Batch):
 
 
 @dataclass(kw_only=True)
-class LayerBatch(ServedBatch):
+class EstimateBatch(ServedBatch):
+    """Layers whose gradients servers estimate.
+
+    Worker state, (L, m, n) float32: `gradient_estimate` G_j (or what other kinds of feedback
+    remember). Server state of the layers `owned` by this rank: `server_gradient` G.
+    """
+
+    gradient_estimate: Tensor = field(init=False)
+    server_gradient: Tensor = field(init=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.gradient_estimate, self.server_gradient = self.zeros(), self.zeros(self.owned)
+
+    def shift_error(self) -> Tensor | None:
+        return None
+
+    def tables(self) -> Iterator[tuple[str, Tensor, slice]]:
+        yield "gradient_estimate", self.gradient_estimate, slice(None)
+        yield "server_gradient", self.server_gradient, self.owned
+
+
+@dataclass(kw_only=True)
+class LayerBatch(EstimateBatch):
     """Layers of Algorithm 1.
 
-    Worker state, (L, m, n) float32: `momentum` M_j and `gradient_estimate` G_j (or what other kinds
-    of feedback remember). Server state of the layers `owned` by this rank: `server_gradient` G and,
-    where s2w loses anything, the iterate `server_model` X; the model shift W is the parameters
-    themselves.
+    Worker state beside G_j, (L, m, n) float32: `momentum` M_j. Server state beside G, where s2w
+    loses anything: the iterate `server_model` X; the model shift W is the parameters themselves.
     """
 
     momentum: Tensor = field(init=False)
-    gradient_estimate: Tensor = field(init=False)
-    server_gradient: Tensor = field(init=False)
     server_model: Tensor | None = None
     versions: list[tuple[int, int]] | None = None
 
     def __post_init__(self):
         super().__post_init__()
         self.note_versions()
-        self.momentum, self.gradient_estimate = self.zeros(), self.zeros()
-        self.server_gradient = self.zeros(self.owned)
+        self.momentum = self.zeros()
         if self.serves and not self.s2w.lossless:
             self.server_model = self.served_parameters()
 
@@ -140,8 +172,7 @@ class LayerBatch(ServedBatch):
 
     def tables(self) -> Iterator[tuple[str, Tensor, slice]]:
         yield "momentum", self.momentum, slice(None)
-        yield "gradient_estimate", self.gradient_estimate, slice(None)
-        yield "server_gradient", self.server_gradient, self.owned
+        yield from super().tables()
         if self.server_model is not None:
             yield "server_model", self.server_model, self.owned
 
@@ -219,7 +250,7 @@ Batches = TypeVar("Batches", bound=ServedBatch)
 
 
 def named_layers(groups: list[dict]) -> Iterator[tuple[int, str, Tensor, tuple[int, int]]]:
-    """Of every layer its group's index, its name, the parameter and its shape as a matrix.
+    """Of every layer its group's index, its name, the parameter and its shape (d_out, d_in).
 
     Raises ValueError for a parameter without entries.
     """
@@ -229,7 +260,8 @@ def named_layers(groups: list[dict]) -> Iterator[tuple[int, str, Tensor, tuple[i
         for name, parameter in zip(names, group["params"], strict=True):
             if parameter.numel() == 0:
                 raise ValueError("a parameter has no entries: leave it out of the groups")
-            rows = parameter.shape[0] if parameter.ndim else 1
+            transposed = group.get("transposed", False) and parameter.ndim > 1
+            rows = parameter.shape[int(transposed)] if parameter.ndim else 1
             yield index, name, parameter, (rows, parameter.numel() // rows)
 
 
@@ -267,7 +299,7 @@ def traffic_by_placement(groups: list[dict], costs: list[int], ranks: int) -> di
 def serve(
     kind: type[Batches], groups: list[dict], costs: list[int], server: str, rank: int, ranks: int
 ) -> list[Batches]:
-    """Group layers by group and shape, each a batch of this kind, and give them servers.
+    """Group layers by group, shape and kernels, each a batch of this kind, and give them servers.
 
     groups: with the entries params, w2s and s2w; costs: of what the server of each layer does;
     server: a placement, or "auto". The order within a batch does not depend on it, so that a
@@ -280,14 +312,16 @@ def serve(
     batched = defaultdict(list)
     for layer in sorted(range(len(layers)), key=spread_over.__getitem__):
         index, name, parameter, shape = layers[layer]
-        batched[index, shape].append((name, parameter, spread_over[layer]))
+        key = index, shape, parameter.shape[2:].numel()
+        batched[key].append((name, parameter, spread_over[layer]))
     batches = []
-    for (index, shape), members in batched.items():
+    for (index, shape, _), members in batched.items():
         names, params, of_layer = (list(column) for column in zip(*members, strict=True))
         owned_by = owned_layers(of_layer, server, ranks)
         batches.append(
             kind(
                 group=index,
+                transposed=groups[index].get("transposed", False),
                 names=names,
                 params=params,
                 shape=shape,

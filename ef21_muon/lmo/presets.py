@@ -5,7 +5,7 @@ heads, tied or not) and "vector" (biases, gains). configs/norm has the same pres
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -56,11 +56,12 @@ def param_groups(
     preset: str | Mapping[str, Mapping] = "scion",
     *,
     roles: Mapping[str, str] | None = None,
+    transposed: Sequence[str] = (),
 ) -> list[dict]:
     """Groups {"name": role, "params": [(name, parameter), ...], "norm", "radius", ...} of a model.
 
     Every trained parameter is in one group, once, under the first of its names; those that do not
-    require a gradient are left out.
+    require a gradient are left out. A role has two groups where some weights are `transposed`.
 
     preset: "scion", "muon", "gluon", "euclidean", or rules of your own for the roles: {"hidden":
     {"norm": Spectral(), "radius": 1.0}, ...}, with w2s, s2w and whatever else EF21Muon takes for a
@@ -70,7 +71,11 @@ def param_groups(
     Roles follow from module types. Up to one dimension: vector. An embedding's weight: embedding,
     positions too, which are looked up like tokens (Scion's NanoGPT has rotary ones). The weight of
     a convolution or linear layer: hidden, but that of a linear output head: embedding. A head is
-    tied to a table, or is the last linear layer and has the shape of one.
+    tied to a table, or is the last linear layer and has the shape of one. With the preset "scion"
+    steps of convolutions are Scion's (`kernels`).
+
+    A norm sees (d_out, d_in). The weights of transformers' Conv1D, which are stored as (d_in,
+    d_out), are turned, as are parameters whose name matches a pattern of `transposed`.
 
     roles: name patterns (fnmatch) to roles; they go first, and the first that matches counts. They
     are needed where types do not tell: for other parameters of two or more dimensions, for linear
@@ -94,9 +99,12 @@ def param_groups(
         more = f" (and of {len(unclear) - 1} more)" if len(unclear) > 1 else ""
         raise ValueError(
             f"the role of {name} {shape} is unclear{more}: pass roles={{{name!r}: 'hidden'}}, or "
-            "'embedding' for a table or an output head"
+            "'embedding' for a table or an output head, and if its dimensions are not (d_out, d_in)"
+            f" as torch.nn.Linear has them, transposed=[{name!r}] too"
         )
     groups = {}
+    turned = _turned(model) | set(_matching(names, transposed, "transposed"))
+    convolutions = _weights(model, CONVOLUTIONS) if preset == "scion" else {}
     for parameter, role in found.items():
         name = names[parameter][0]
         if role not in rules:
@@ -104,9 +112,25 @@ def param_groups(
                 f"the role {role!r} of {name} has no rule in the preset: it has {', '.join(rules)}"
             )
         exact = {"w2s": Identity(), "s2w": Identity()} if role == "vector" else {}
-        group = groups.setdefault(role, {"name": role, "params": [], **exact, **rules[role]})
+        stored = {"transposed": True} if parameter in turned else {}
+        new = {"name": role, "params": [], **exact, **rules[role], **stored}
+        group = groups.setdefault((role, parameter in turned), new)
         group["params"].append((name, parameter))
+        if role == "hidden" and parameter in convolutions:
+            group["kernels"] = True
     return list(groups.values())
+
+
+def _turned(model: nn.Module) -> set[Parameter]:
+    """Weights of transformers' Conv1D, or of others of this name, stored as (d_in, d_out)."""
+    named = (m for m in model.modules() if any(c.__name__ == "Conv1D" for c in type(m).__mro__))
+    weights = (getattr(module, "weight", None) for module in named)
+    return {weight for weight in weights if weight is not None and weight.ndim == 2}
+
+
+def _weights(model: nn.Module, kinds: type | tuple[type, ...]) -> dict[Parameter, None]:
+    """Of the modules of these kinds, in order, as a set."""
+    return dict.fromkeys(m.weight for m in model.modules() if isinstance(m, kinds))
 
 
 def _rules(preset: str | Mapping[str, Mapping]) -> Mapping[str, Mapping]:
@@ -126,27 +150,33 @@ def _roles_by_name(
     """The roles that `patterns` give to parameters of any of these names."""
     given = {}
     for pattern, role in patterns.items():
+        given = dict.fromkeys(_matching(names, [pattern], "roles"), role) | given
+    return given
+
+
+def _matching(
+    names: Mapping[Parameter, list[str]], patterns: Sequence[str], option: str
+) -> list[Parameter]:
+    """Parameters of which any name matches a pattern. Raises ValueError where none does."""
+    found = []
+    for pattern in patterns:
         matching = [p for p, of_p in names.items() if any(fnmatchcase(n, pattern) for n in of_p)]
         if not matching:
             raise ValueError(
-                f"roles has {pattern!r}, which matches no trained parameter: give patterns of "
+                f"{option} has {pattern!r}, which matches no trained parameter: give patterns of "
                 f"names like {next(iter(names.values()), ['none'])[0]}"
             )
-        given = dict.fromkeys(matching, role) | given
-    return given
+        found += matching
+    return found
 
 
 def _roles_by_type(model: nn.Module) -> dict[Parameter, str | None]:
     """The role of every parameter, in the model's order; None where types do not tell."""
-
-    def weights(kind) -> dict[Parameter, None]:
-        """Of the modules of this kind, in order, as a set."""
-        return dict.fromkeys(m.weight for m in model.modules() if isinstance(m, kind))
-
-    tables, linears = weights(TABLES), weights(nn.Linear)
+    tables, linears = _weights(model, TABLES), _weights(model, nn.Linear)
     heads, perhaps_heads = _heads(list(linears), list(tables))
     roles = dict.fromkeys(model.parameters())
-    roles |= dict.fromkeys(weights(CONVOLUTIONS) | linears, "hidden")
+    roles |= dict.fromkeys(_turned(model), "hidden")
+    roles |= dict.fromkeys(_weights(model, CONVOLUTIONS) | linears, "hidden")
     roles |= dict.fromkeys(perhaps_heads)
     roles |= dict.fromkeys([*tables, *heads], "embedding")
     return roles | {parameter: "vector" for parameter in roles if parameter.ndim < 2}

@@ -1,0 +1,77 @@
+"""What optimizers around others have in common."""
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from ef21_muon.communicating import CommunicatingOptimizer
+from ef21_muon.inner import require_float_state, require_inner
+from ef21_muon.rules import S2W, W2S, rule_of
+from ef21_muon.served import ServedOptimizer
+
+
+class WrappingOptimizer(ServedOptimizer):
+    """Sends messages around the steps of `inner`, one or several optimizers that send nothing.
+
+    `param_groups` are theirs, so schedulers act on their lr; `rules` has the compressors of every
+    group.
+    """
+
+    def __init__(
+        self,
+        inner: Optimizer | Sequence[Optimizer],
+        w2s: W2S,
+        s2w: S2W,
+        *,
+        seed: int,
+        process_group: dist.ProcessGroup | str | None,
+        missing: str = "refuse",
+    ):
+        self.inner = [inner] if isinstance(inner, Optimizer) else inner
+        require_inner(self.inner)
+        groups = [group for optimizer in self.inner for group in optimizer.param_groups]
+        super().__init__(
+            groups,
+            {},
+            seed=seed,
+            purposes=("w2s", "s2w"),
+            process_group=process_group,
+            missing=missing,
+        )
+        self.param_groups = groups
+        self.RULE = tuple({entry for one in self.inner for entry in getattr(one, "RULE", ())})
+        self.rules = [rule_of(group, w2s, s2w) for group in groups]
+        for optimizer in self.inner:
+            own = getattr(optimizer, "generators", {})
+            self.generators |= {f"inner_{purpose}": one for purpose, one in own.items()}
+        self._inner_checked = False
+
+    def _step_inner(self) -> None:
+        with self.timer("server"):
+            for optimizer in self.inner:
+                optimizer.step()
+        if not self._inner_checked:
+            require_float_state(self.inner)
+            self._inner_checked = True
+
+    def state_dict(self) -> dict:
+        """This rank's state alone, with that of the inner optimizers."""
+        return {**super().state_dict(), "inner": [one.state_dict() for one in self.inner]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continue exactly from a `state_dict` of the same rank, parameters and options.
+
+        The model's own state has to be loaded beside it. Raises ValueError when it does not fit.
+        """
+        state_dict = self._part_of(state_dict)
+        super().load_state_dict(state_dict)
+        for optimizer, saved in zip(self.inner, state_dict["inner"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.param_groups = [group for one in self.inner for group in one.param_groups]
+
+    def go_on_after(self, steps: int) -> None:
+        super().go_on_after(steps)
+        for optimizer in self.inner:
+            if isinstance(optimizer, CommunicatingOptimizer):
+                optimizer.go_on_after(steps)
