@@ -128,7 +128,8 @@ def require_gradients(batches, optimizer: str) -> None:
             if gradient is None:
                 raise GradientError(
                     f"{name} has no gradient: every parameter given to {optimizer} takes part in "
-                    "every step; leave out those that the loss does not reach"
+                    "every step; leave out those that the loss does not reach (EF21Muon and "
+                    "AveragedGradients take missing='zero' for those that it reaches at times)"
                 )
             fits = gradient.shape == parameter.shape and gradient.numel() == prod(batch.shape)
             if not (fits and gradient.is_floating_point()):
