@@ -180,8 +180,8 @@ def require_local_gradients(groups: list[dict]) -> None:
     if any(id(parameter) in own for one in wrappers for parameter in one.parameters()):
         raise RuntimeError(
             "the model is in DistributedDataParallel, which sends whole gradients beside the "
-            "optimizer's messages: give forward and backward the model itself (in "
-            "transformers.Trainer or accelerate, start it without their distributed mode)"
+            "optimizer's messages: give forward and backward the model itself (of "
+            "accelerate, and of transformers.Trainer, prepare all but the model)"
         )
 
 

@@ -22,6 +22,20 @@ def test_the_loop_runs_as_printed(capsys):
     assert scope["loss"] < 4  # log(64) = 4.16 at the start
 
 
+def test_two_optimizers_run_as_printed():
+    model = torch.nn.Sequential(torch.nn.Embedding(64, 32), torch.nn.Linear(32, 48))
+    model.append(torch.nn.Linear(48, 10))
+    scope = {"model": model}
+    exec(blocks("py")[0], scope)
+    before = [parameter.clone() for parameter in model.parameters()]
+    model(torch.arange(8)).square().mean().backward()
+    for optimizer in scope["optimizers"]:
+        optimizer.step()
+    assert [group["name"] for group in scope["hidden"]] == ["hidden"] and len(scope["rest"]) == 3
+    for parameter, start in zip(model.parameters(), before, strict=True):
+        assert not torch.equal(parameter, start)
+
+
 def test_local_steps_run_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     local, *_ = blocks("python")
