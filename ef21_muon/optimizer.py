@@ -24,42 +24,63 @@ from ef21_muon.served import ServedOptimizer
 
 
 class EF21Muon(ServedOptimizer):
-    """One `step()` after `loss.backward()` on every worker is one round of Algorithm 1.
+    """Muon, Scion and Gluon on workers that send each other compressed messages.
 
-    Gradients are local: do not wrap the model in DistributedDataParallel. The parameters are the
-    model shift W, bit-identical on all workers. With an initialised process group every rank is a
-    worker, and the servers are placed by `server`; without one there is a single worker, nothing is
-    sent and the mathematics is the same.
+    Every worker calls `step()` after its own `loss.backward()`, and in it
 
-    params: parameters, (name, parameter) pairs, or groups with any of the entries below of their
-    own, from `lr` to `server_momentum`. `lr` times `radius` is the radius t^k of line 3, so
-    schedulers act on `lr`; an AdaptiveRadius makes it follow each layer's dual norm. `beta` in
-    (0, 1] is the weight of the new gradient in the momentum (line 9); `norm` gives the LMO; `w2s`
-    and `s2w` are the workers' and the servers' compressors C_j and C; a Switch in place of the
-    first changes it from a round on. With `nesterov` workers send beta grad_j + (1 - beta) M_j in
-    place of M_j. `weight_decay` subtracts lr weight_decay X with the step (Muon; 1 is Scion's
-    constraint to a ball). Without EF21 the servers add up messages with `server_momentum`, and an
-    `error_decay` below 1 lets EF14 forget what was not sent.
+        averages its gradients over time           M_j = (1 - beta) M_j + beta grad_j   line 9
+        sends what the servers do not know yet     R_j = C_j(M_j - G_j)                 10, 12
+        remembers what they know by now            G_j = G_j + R_j                      11
+        as a server adds up what workers sent      G = G + mean of R_j                  14
+        takes a step of a fixed length against it  X = X + lr radius LMO(G)             3
+        sends what the workers do not know yet     S = C(X - W)                         4, 6
+        moves the model by it                      W = W + S                            5, 8
 
-    `feedback`: "ef21", or "ef14" or "none" (`ef21_muon.messages.feedback`). `momentum_start`: M_j^0
-    is the first "gradient", or beta times it, the average with "zero", as in Muon and Scion.
-    `first_message`: "compressed", so that G_j^0 = C_j(M_j^0) and no gradient is ever sent whole, or
-    "exact", so that G_j^0 = M_j^0 as the L-smooth theorem has it, in float32.
+    with the lines of Algorithm 1. C_j and C are the compressors `w2s` and `s2w`; what they lose is
+    sent later, since differences are sent (error feedback). LMO(G) is the matrix in the unit ball
+    of a norm that points most against G: with Spectral, minus the orthogonal factor of G, as in
+    Muon. W are the model's parameters, bit-identical on all workers; G estimates the mean of M_j.
 
-    `server` places the servers (`ef21_muon.exchange.placement`), "auto" where the busiest rank
-    sends or receives the least; batches of layers travel in up to `buckets` messages each way, so
-    that one is on its way while the next is encoded. Numbers are the same for any choice. With
-    `missing` "zero" a parameter without a gradient has that on this worker, as where a branch or an
-    expert was not taken; "refuse" raises an error. `seed`
-    drives what is random in compressors. A parameter of n entries in one dimension is an (n, 1)
-    matrix, one of more than two dimensions is flattened to (d_0, rest). Weights that are stored as
-    (d_in, d_out), unlike torch.nn.Linear's, are in a group with `transposed` True. With `kernels`
-    True the step of a convolution with kernels of k entries is over sqrt(k), as is Scion's
-    (arXiv:2502.07529), sqrt(d_out / d_in) / k.
+        optimizer = EF21Muon(param_groups(model, "scion"), lr=0.02, w2s=RankK(0.15, "natural"))
 
-    Raises ValueError for hyperparameters outside their range and for parameters that differ
-    between ranks, RuntimeError from `step` for a parameter whose gradient is missing or does not
-    fit. Gradients that are not finite are noticed by `check_finite`.
+    Gradients are local: do not wrap the model in DistributedDataParallel. With an initialised
+    process group every rank is a worker; without one there is a single worker, nothing is sent and
+    the mathematics is the same.
+
+    params: parameters, (name, parameter) pairs, or groups, which may have entries of their own from
+    the first list. A parameter of n entries in one dimension is an (n, 1) matrix, one of more than
+    two dimensions is flattened to (d_0, rest).
+
+    Of every group:
+        lr: times the radius is the length t^k of the step in its norm; schedulers act on it.
+        beta: weight of the new gradient in the momentum, in (0, 1]; 1 is no momentum.
+        norm: gives the LMO, Spectral() by default.
+        radius: a number, or an AdaptiveRadius, which follows each layer's dual norm (Gluon).
+        w2s, s2w: the compressors; for w2s also a Switch, which changes it from a round on.
+        nesterov: workers send beta grad_j + (1 - beta) M_j in place of M_j.
+        weight_decay: the step also subtracts lr weight_decay X (1 is Scion's constraint to a ball).
+        error_decay: of what "ef14" did not send, in a round; server_momentum: the servers add up
+            messages of "ef14" and "none" with it.
+        transposed: True where weights are stored as (d_in, d_out), unlike torch.nn.Linear's.
+        kernels: True divides the step of convolutions with kernels of k entries by sqrt(k), which
+            makes it Scion's (arXiv:2502.07529), sqrt(d_out / d_in) / k.
+
+    Of all:
+        feedback: "ef21" as above, "ef14" or "none" (`ef21_muon.messages.feedback`).
+        momentum_start: the first M_j is the "gradient", or with "zero" beta times it (Muon, Scion).
+        first_message: "compressed", so that no gradient is ever sent whole, or "exact", so that
+            G_j is M_j at first, as the L-smooth theorem has it, in float32.
+        server: where the servers are (`ef21_muon.exchange.placement`); "auto" is where the busiest
+            rank sends or receives the least. Numbers are the same for any choice.
+        buckets: messages, each way, that layers travel in: one is on its way while the next is
+            encoded.
+        missing: "refuse" a parameter without a gradient, or let it be "zero" on this worker, as
+            where a branch or an expert was not taken.
+        seed: of what is random in compressors.
+
+    Raises ValueError for hyperparameters outside their range and for parameters or settings that
+    differ between ranks, RuntimeError from `step` for a parameter whose gradient is missing or does
+    not fit. Gradients that are not finite are noticed by `check_finite`.
     """
 
     RULE = ("norm", "radius", "w2s", "s2w")
