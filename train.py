@@ -22,7 +22,7 @@ from training.checkpoint import Checkpoints
 from training.config import Job, build
 from training.data import open_data, share_of_batch
 from training.log import RunLog
-from training.method import build_optimizer, run_label
+from training.method import build_optimizer, rounds_of, run_label
 from training.picture import draw
 from training.progress import Progress, fail
 from training.report import group_table, result_table
@@ -63,7 +63,7 @@ class Run:
         self.finish = getattr(self.optimizer, "finish", lambda: None)
         # Workers that seldom send seldom ask each other whether to stop, over the same slow links,
         # and do not wait for the answers, nor for the sum of their losses, while they train on.
-        self.ask_every = min(getattr(self.optimizer, "every", 1), SELDOM)
+        self.ask_every = min(*rounds_of(self.optimizer).lengths, SELDOM)
         self.later = Later(self.ask_every // 2)
         self.stop = False
         self.autocast = torch.autocast(workers.device.type, torch.bfloat16, enabled=on_cuda)

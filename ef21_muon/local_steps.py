@@ -1,6 +1,6 @@
 """Local steps: workers step by themselves, and meet in rounds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -23,6 +23,7 @@ from ef21_muon.exchange.collectives import ALONE, place_in
 from ef21_muon.exchange.lanes import Lanes
 from ef21_muon.exchange.layers import RoundBatch, named_layers, serve
 from ef21_muon.exchange.phases import Phase, new_phases
+from ef21_muon.exchange.rounds import Rounds
 from ef21_muon.exchange.timetable import Timetable
 from ef21_muon.inner import require_a_gradient
 from ef21_muon.messages.compressors import Identity
@@ -48,6 +49,7 @@ class LocalSteps(WrappingOptimizer):
     `agreed()` puts W in their place, which is bit-identical on all workers and is what to evaluate
     and to save. Gradients are local: do not wrap the model in DistributedDataParallel.
 
+    every: a number of steps, or {first step: number} where rounds change, as {0: 120, 360: 60}.
     inner: an optimizer, or several of different parameters, that sends nothing, as torch's own, or
     EF21Muon with process_group=ALONE. `param_groups` are theirs, so schedulers act on their lr.
     w2s, s2w: as in EF21Muon, or a mapping from the names of groups. `feedback`: "ef14" as above;
@@ -75,7 +77,7 @@ class LocalSteps(WrappingOptimizer):
     def __init__(
         self,
         inner: Optimizer | Sequence[Optimizer],
-        every: int = 30,
+        every: int | Mapping[int, int] = 30,
         *,
         w2s: W2S | None = None,
         s2w: S2W | None = None,
@@ -92,7 +94,7 @@ class LocalSteps(WrappingOptimizer):
         lanes: Lanes | None = None,
         process_group: dist.ProcessGroup | str | None = None,
     ):
-        self.every = whole_number("every", every, least=1)
+        self.rounds = Rounds(every)
         delay = whole_number("delay", delay, least=0)
         self.outer_lr = check_number("outer_lr", outer_lr, OUTER_NUMBERS)
         self.outer_momentum = check_number("outer_momentum", outer_momentum, OUTER_NUMBERS)
@@ -108,7 +110,7 @@ class LocalSteps(WrappingOptimizer):
             self._place_servers(server, self.rules, costs)
             batches = self._new_batches(costs)
             self.phases = self._new_phases(batches, starts_of(w2s), buckets, stagger)
-            self.timetable = Timetable(self.phases, every, delay, stagger)
+            self.timetable = Timetable(self.phases, self.rounds, delay, stagger)
             if delay:
                 self._keep_messages(batches)
             self._begin(batches)
@@ -149,7 +151,7 @@ class LocalSteps(WrappingOptimizer):
     @property
     def round(self) -> int:
         """Whole rounds so far."""
-        return self.steps // self.every
+        return self.rounds.of(self.steps)[0]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -341,6 +343,9 @@ class LocalSteps(WrappingOptimizer):
     def go_on_after(self, steps: int) -> None:
         super().go_on_after(steps)
         self._sent, self._returned = {}, {}
+
+    def _settings(self) -> dict:
+        return super()._settings() | {"every": str(self.rounds)}
 
     def _named(self) -> list[tuple[str, Tensor]]:
         return [pair for b in self.batches for pair in zip(b.names, b.model_shift, strict=True)]

@@ -11,6 +11,7 @@ from torch import nn
 from baselines import AllReduced
 from ef21_muon import EF21Muon, HierarchicalEF21Muon, LocalSteps, param_groups
 from ef21_muon.communicating import CommunicatingOptimizer
+from ef21_muon.exchange.rounds import Rounds
 from ef21_muon.messages.feedback import EF14, EF21
 from ef21_muon.messages.switch import starts
 from ef21_muon.served import ServedOptimizer
@@ -95,7 +96,7 @@ def _require_accord(config: DictConfig, optimizer: torch.optim.Optimizer) -> Non
         )
     if has_servers(optimizer):
         last = max(start for rule in rules(optimizer) for start in starts(rule["w2s"]))
-        rounds = config.steps // getattr(optimizer, "every", 1)
+        rounds, _, _ = rounds_of(optimizer).of(config.steps)
         if last and last >= rounds:
             of = "steps" if rounds == config.steps else f"{rounds} rounds of steps"
             raise RunError(
@@ -128,6 +129,11 @@ def rules(optimizer: torch.optim.Optimizer) -> list[dict]:
     return getattr(optimizer, "rules", optimizer.param_groups)
 
 
+def rounds_of(optimizer: torch.optim.Optimizer) -> Rounds:
+    """Its rounds, of a step each but with local steps."""
+    return getattr(optimizer, "rounds", Rounds(1))
+
+
 def run_label(optimizer: torch.optim.Optimizer) -> str:
     """The run's name in figures: the method, or what EF21-Muon sends."""
     if not has_servers(optimizer):
@@ -156,7 +162,7 @@ def run_label(optimizer: torch.optim.Optimizer) -> str:
 def _local_label(optimizer: LocalSteps) -> str:
     """What is not the default of local steps."""
     names = {type(inner).__name__ for inner in optimizer.inner} - {"EF21Muon"}
-    told = [f"every {optimizer.every}", *sorted(names)]
+    told = [f"every {optimizer.rounds}", *sorted(names)]
     if optimizer.feedback is not EF14:
         told.append(optimizer.feedback.title)
     if optimizer.error_decay != 1:

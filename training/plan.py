@@ -17,6 +17,7 @@ from ef21_muon.exchange.layers import (
     traffic_by_placement,
 )
 from ef21_muon.exchange.placement import AUTO
+from ef21_muon.exchange.rounds import Rounds
 from ef21_muon.messages.feedback import FEEDBACK
 from ef21_muon.messages.switch import in_round, starts
 from model import GPT
@@ -52,7 +53,7 @@ def plan(config: DictConfig) -> str:
         ["parameters", f"{model_config.parameter_count:,}"],
         ["tokens a step", f"{tokens:,}"],
         ["steps", f"{config.steps:,}"],
-        ["steps a round", f"{method.keywords.get('every', 1):,}"],
+        ["steps a round", str(_steps_a_round(method))],
         ["tokens", f"{config.steps * tokens:,}"],
         ["tokens a parameter", f"{config.steps * tokens / model_config.parameter_count:.3g}"],
     ]
@@ -74,8 +75,8 @@ def _rounds(config: DictConfig, method: partial, groups: list[dict]) -> str:
     heading = ["workers", "from step", "w2s a round", "of float32", "s2w a round", "w2s a run"]
     rows = [[*heading, "GB a rank", *(f"s at {link}" for link in LINKS), "servers"]]
     whole = 4 * sum(parameter.numel() for group in groups for parameter in group["params"])
-    every = method.keywords.get("every", 1)
-    rounds = -(-config.steps // every)  # the last one may be of fewer steps
+    steps = _steps_a_round(method)
+    rounds = steps.of(config.steps - 1)[0] + 1  # the last one may be of fewer steps
     begins = set().union(*(starts(group["w2s"]) for group in groups))
     begins = sorted(start for start in begins if start < rounds)
     for workers in WORKERS:
@@ -95,7 +96,7 @@ def _rounds(config: DictConfig, method: partial, groups: list[dict]) -> str:
             rows.append(
                 [
                     str(workers),
-                    str(begin * every + 1),
+                    str(steps.first_step(begin) + 1),
                     f"{ranks[0]['w2s']:,}",
                     f"{ranks[0]['w2s'] / whole:.2%}",
                     f"{ranks[0]['s2w']:,}",
@@ -108,6 +109,10 @@ def _rounds(config: DictConfig, method: partial, groups: list[dict]) -> str:
     return table(rows)
 
 
+def _steps_a_round(method: partial) -> Rounds:
+    return Rounds(method.keywords.get("every", 1))
+
+
 def _costs(method: partial, groups: list[dict]) -> list[int]:
     if method.func is EF21Muon:
         return lmo_costs(groups)
@@ -115,8 +120,11 @@ def _costs(method: partial, groups: list[dict]) -> list[int]:
 
 
 def _placements(method: partial, groups: list[dict]) -> str:
-    """What the busiest rank moves in a round, and its time a step, wherever servers may be."""
-    every, costs = method.keywords.get("every", 1), _costs(method, groups)
+    """What the busiest rank moves in a round, and its time a step, wherever servers may be.
+
+    Where rounds change, of the shortest.
+    """
+    every, costs = min(_steps_a_round(method).lengths), _costs(method, groups)
     heading = [f"busiest rank, {workers} workers" for workers in WORKERS]
     rows = [["servers", *(cell for name in heading for cell in (name, f"s a step at {SLOWEST}"))]]
     traffic = [traffic_by_placement(groups, costs, workers) for workers in WORKERS]

@@ -8,7 +8,7 @@ from ef21_muon import AdaptiveRadius, Compressor, LocalSteps, Switch
 from ef21_muon.exchange.layers import ServedBatch
 from ef21_muon.messages.switch import in_round
 from ef21_muon.served import ServedOptimizer
-from training.method import has_servers, rules
+from training.method import has_servers, rounds_of, rules
 from training.workers import Workers
 
 
@@ -29,11 +29,11 @@ def group_table(optimizer: torch.optim.Optimizer, workers: Workers) -> str:
     heading = ["group", "layers", "shape", "norm", "radius", "lr", "w2s", "bytes", "s2w", "bytes"]
     of_ranks = workers.gather(_layers(optimizer))[: ranks_of_a_worker(optimizer)]
     told = table([heading, *(row for of_rank in of_ranks for row in of_rank)])
-    every = getattr(optimizer, "every", 1)
-    rounds = "a round a step" if every == 1 else f"a round every {every} steps"
+    rounds = rounds_of(optimizer)
+    told_rounds = "a round a step" if rounds.lengths == [1] else f"a round every {rounds} steps"
     servers = workers.gather(optimizer.server)[: ranks_of_a_worker(optimizer)]  # of every lane
     chosen = _chosen(optimizer.placements)
-    return f"{told}\n\n{rounds}, servers {' and '.join(dict.fromkeys(servers))}{chosen}"
+    return f"{told}\n\n{told_rounds}, servers {' and '.join(dict.fromkeys(servers))}{chosen}"
 
 
 def _chosen(placements: dict[str, int]) -> str:
@@ -105,11 +105,12 @@ def _over_phases(
 ) -> tuple[str, str]:
     """What workers send of a batch of layers, and its bytes; one after the other if it changes."""
     layers, shape = len(optimizer.batches[place].params), optimizer.batches[place].shape
-    names, sizes, every = [], [], getattr(optimizer, "every", 1)
+    names, sizes, rounds = [], [], rounds_of(optimizer)
     for phase in optimizer.phases:
         used = phase.w2s[place]
         name = _fitted(used, in_round(chosen, phase.start))
-        names.append(name + (f" from step {phase.start * every + 1}" if phase.start else ""))
+        begin = f" from step {rounds.first_step(phase.start) + 1}" if phase.start else ""
+        names.append(name + begin)
         sizes.append(f"{layers * used.payload_bytes(*shape):,}")
     return ", ".join(names), ", ".join(sizes)
 

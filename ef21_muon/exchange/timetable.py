@@ -10,10 +10,11 @@ from operator import add
 from ef21_muon.exchange.collectives import Traffic
 from ef21_muon.exchange.lanes import Lanes
 from ef21_muon.exchange.phases import Phase, current
+from ef21_muon.exchange.rounds import Rounds
 
 
 class Timetable:
-    """The turns of buckets in rounds of `every` steps, and what has arrived after `delay` of them.
+    """The turns of buckets in rounds, and what has arrived after `delay` steps.
 
     Steps count from 0. Without `stagger` all buckets have their turn in the last step of a round;
     with it every bucket has its own, so that the bytes that were sent grow evenly. A message takes
@@ -23,21 +24,23 @@ class Timetable:
 
     _lanes: Lanes | None = None
 
-    def __init__(self, phases: list[Phase], every: int, delay: int, stagger: bool):
-        self.phases, self.every, self.delay = phases, every, delay
+    def __init__(self, phases: list[Phase], rounds: Rounds, delay: int, stagger: bool):
+        self.phases, self.rounds, self.delay = phases, rounds, delay
         self.ways = 1 if phases[0].exchange.replicated else 2
-        if self.ways * delay >= every:
+        shortest = min(rounds.lengths)
+        if self.ways * delay >= shortest:
             raise ValueError(
-                f"delay={delay} is not allowed with every={every}: what is under way has to arrive "
-                f"before the next message, give at most {(every - 1) // self.ways}"
+                f"delay={delay} is not allowed with every={rounds}: what is under way has to arrive"
+                f" before the next message, give at most {(shortest - 1) // self.ways}"
             )
-        # By phase and place in the round, where buckets have their turn.
-        self._due: dict[tuple[int, int], list[range]] = defaultdict(list)
-        spread = _spread(phases[0], every) if stagger else None
-        for phase in phases:
-            turns = spread or [every - 1] * len(phase.buckets)
-            for bucket, turn in zip(phase.buckets, turns, strict=True):
-                self._due[phase.start, turn].append(bucket)
+        # By phase, steps of the round and place in it, where buckets have their turn.
+        self._due: dict[tuple[int, int, int], list[range]] = defaultdict(list)
+        for length in set(rounds.lengths):
+            spread = _spread(phases[0], length) if stagger else None
+            for phase in phases:
+                turns = spread or [length - 1] * len(phase.buckets)
+                for bucket, turn in zip(phase.buckets, turns, strict=True):
+                    self._due[phase.start, length, turn].append(bucket)
         exchanges = {phase.start: phase.exchange for phase in phases}
         self._up, self._down = (
             {key: _total(map(getattr(exchanges[key[0]], of), b)) for key, b in self._due.items()}
@@ -47,15 +50,22 @@ class Timetable:
     def sum_over(self, lanes: Lanes) -> None:
         """Count what all ranks of the worker send, on all of them together."""
         self._lanes = lanes
-        places = [(phase.start, place) for phase in self.phases for place in range(self.every)]
+        lengths = sorted(set(self.rounds.lengths))
+        places = [
+            (phase.start, length, place)
+            for phase in self.phases
+            for length in lengths
+            for place in range(length)
+        ]
         for table in (self._up, self._down):
             of_rank = [table.get(place, Traffic()) for place in places]
             table.update(zip(places, _of_worker(of_rank, lanes), strict=True))
 
     def departing(self, step: int) -> tuple[Phase, list[range]]:
         """The buckets whose turn a step is."""
-        phase = current(self.phases, step // self.every)
-        return phase, self._due.get((phase.start, step % self.every), [])
+        round, place, length = self.rounds.of(step)
+        phase = current(self.phases, round)
+        return phase, self._due.get((phase.start, length, place), [])
 
     def arriving(self, step: int, ways: int) -> tuple[Phase, list[range]]:
         """The buckets whose messages arrive with a step, after one way or two."""
@@ -88,14 +98,14 @@ class Timetable:
     def _of(self, table: dict, step: int) -> Traffic:
         if step < 0:
             return Traffic()
-        start = current(self.phases, step // self.every).start
-        return table.get((start, step % self.every), Traffic())
+        round, place, length = self.rounds.of(step)
+        return table.get((current(self.phases, round).start, length, place), Traffic())
 
 
-def _spread(phase: Phase, every: int) -> list[int]:
+def _spread(phase: Phase, length: int) -> list[int]:
     """The turn of every bucket: when its bytes, and those of the ones before it, are due."""
     sizes = [phase.exchange.traffic_to_servers(bucket).w2s_bytes for bucket in phase.buckets]
-    return [ceil(every * sent / sum(sizes)) - 1 for sent in accumulate(sizes)]
+    return [ceil(length * sent / sum(sizes)) - 1 for sent in accumulate(sizes)]
 
 
 def _total(traffic: Iterable[Traffic]) -> Traffic:

@@ -58,16 +58,20 @@ def test_a_worker_alone_is_its_inner_optimizer_bit_for_bit(inner, every):
         assert torch.equal(parameters_of(model), parameters_of(expected))
 
 
-def test_lookahead_of_a_worker_alone():
+@pytest.mark.parametrize(
+    ("every", "lengths"), [(5, [5, 5, 5, 5]), ({0: 8, 16: 2}, [8, 8, 2, 2]), ({0: 1, 1: 6}, [1, 6])]
+)
+def test_lookahead_of_a_worker_alone(every, lengths):
     """Momentum outside, K = 1 of MuLoCo: torch.optim.SGD with Nesterov on W - x."""
-    model, optimizer = build("adamw", every=5, outer_lr=0.7, outer_momentum=0.6)
+    model, optimizer = build("adamw", every=every, outer_lr=0.7, outer_momentum=0.6)
     expected, its_inner = new_model(), None
     its_inner = INNER["adamw"](expected.named_parameters())
     outer_model = copy.deepcopy(expected)
     outer = torch.optim.SGD(outer_model.parameters(), lr=0.7, momentum=0.6, nesterov=True)
-    for round in range(4):
-        train(model, optimizer, 5, first=5 * round)
-        train(expected, its_inner, 5, first=5 * round)
+    for round, length in enumerate(lengths):
+        assert optimizer.round == round
+        train(model, optimizer, length, first=sum(lengths[:round]))
+        train(expected, its_inner, length, first=sum(lengths[:round]))
         for theirs, mine in zip(outer_model.parameters(), expected.parameters(), strict=True):
             theirs.grad = theirs.detach() - mine.detach()
         outer.step()
