@@ -78,7 +78,16 @@ class Lanes:
         return sums.tolist()
 
     def reduce_gradients(self) -> None:
-        """The mean of the worker's gradients, on the rank that holds a layer; elsewhere none."""
+        """The mean of the worker's gradients, on the rank that holds a layer; elsewhere none.
+
+        Raises RuntimeError before anything is sent where a gradient is missing.
+        """
+        for parameter, _ in self.holders:
+            if parameter.grad is None:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(parameter.shape)} has no gradient: all ranks of a"
+                    " worker bring all gradients; give zeros for those that the loss does not reach"
+                )
         works = [
             dist.reduce(parameter.grad, holder, group=self.worker, async_op=True)
             for parameter, holder in self.holders
