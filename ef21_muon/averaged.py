@@ -17,7 +17,7 @@ from ef21_muon.checks import (
 )
 from ef21_muon.exchange.collectives import Traffic, place_in
 from ef21_muon.exchange.layers import EstimateBatch, named_layers, serve
-from ef21_muon.exchange.phases import current, new_phases
+from ef21_muon.exchange.phases import new_phases
 from ef21_muon.messages.compressors import Identity
 from ef21_muon.messages.feedback import FEEDBACK
 from ef21_muon.rules import W2S, starts_of
@@ -81,16 +81,9 @@ class AveragedGradients(WrappingOptimizer):
         self._begin(batches)
 
     def _round(self) -> Traffic:
-        phase = current(self.phases, self.round)
-        messages = [self._to_servers(phase, bucket) for bucket in phase.buckets]
-        means = [
-            self._to_workers(phase, bucket, receive)
-            for bucket, receive in zip(phase.buckets, messages, strict=True)
-        ]
-        for bucket, receive in zip(phase.buckets, means, strict=True):
-            self._to_parameters(bucket, receive)
+        traffic = self._exchange()
         self._step_inner()
-        return phase.exchange.traffic()
+        return traffic
 
     def _worker_message(self, batch: EstimateBatch) -> Tensor:
         gradients = torch.stack(self._gradients(batch))

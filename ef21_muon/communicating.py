@@ -47,6 +47,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
     # torch.amp.GradScaler leaves it to `step` to skip, by `found_inf` and `grad_scale`.
     _step_supports_amp_scaling = True
     lanes: Lanes | None = None  # of a worker of several ranks
+    roll_call: RollCall | None = None  # from the first step on, where others step too
 
     def __init__(
         self,
@@ -63,8 +64,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
         if not any(group["params"] for group in self.param_groups):
             raise ValueError("the parameter groups hold no parameter: give those of the model")
         self.process_group = process_group
-        self.steps, self.traffic = 0, Traffic()
-        self.timer, self.roll_call = PhaseTimer(), None
+        self.timer, self.steps, self.traffic = PhaseTimer(), 0, Traffic()
         rank, self.ranks = place_in(process_group)
         self.generators = {
             purpose: self._new_generator(seed, rank, purpose) for purpose in purposes

@@ -15,7 +15,7 @@ from ef21_muon.checks import (
 )
 from ef21_muon.exchange.collectives import Traffic, place_in
 from ef21_muon.exchange.layers import LayerBatch, batch_layers, lmo_costs
-from ef21_muon.exchange.phases import current, new_phases
+from ef21_muon.exchange.phases import new_phases
 from ef21_muon.lmo.norms import AdaptiveRadius, Norm, Spectral
 from ef21_muon.messages.compressors import Compressor, Identity
 from ef21_muon.messages.feedback import FEEDBACK
@@ -155,17 +155,10 @@ class EF21Muon(ServedOptimizer):
     def _round(self) -> Traffic:
         for batch in self.batches:
             batch.take_over()
-        phase = current(self.phases, self.round)
-        messages = [self._to_servers(phase, bucket) for bucket in phase.buckets]  # lines 9-12
-        shifts = [  # lines 14 and 3-6
-            self._to_workers(phase, bucket, receive)
-            for bucket, receive in zip(phase.buckets, messages, strict=True)
-        ]
-        for bucket, receive in zip(phase.buckets, shifts, strict=True):
-            self._to_parameters(bucket, receive)  # line 8
+        traffic = self._exchange()  # lines 9-12, 14, 3-6 and 8, as the methods below have them
         for batch in self.batches:
             batch.note_versions()
-        return phase.exchange.traffic()
+        return traffic
 
     def _worker_message(self, batch: LayerBatch) -> Tensor:
         """Lines 9-11: the payload of R_j, one row a layer."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ef21_muon.checks import refuse_compressed_shifts
 from ef21_muon.communicating import CommunicatingOptimizer
-from ef21_muon.exchange.collectives import Exchange, place_in
+from ef21_muon.exchange.collectives import Exchange, Traffic, place_in
 from ef21_muon.exchange.layers import ServedBatch, relative_error, traffic_by_placement
 from ef21_muon.exchange.phases import Phase, current
 from ef21_muon.exchange.placement import AUTO
@@ -74,6 +74,21 @@ class ServedOptimizer(CommunicatingOptimizer):
     def exchange(self) -> Exchange:
         """The collectives of the next round."""
         return current(self.phases, self.round).exchange
+
+    def _exchange(self) -> Traffic:
+        """A round's messages: of every bucket to the servers, while the next one is encoded; back.
+
+        Returns what they take.
+        """
+        phase = current(self.phases, self.round)
+        to_servers = [self._to_servers(phase, bucket) for bucket in phase.buckets]
+        to_workers = [
+            self._to_workers(phase, bucket, receive)
+            for bucket, receive in zip(phase.buckets, to_servers, strict=True)
+        ]
+        for bucket, receive in zip(phase.buckets, to_workers, strict=True):
+            self._to_parameters(bucket, receive)
+        return phase.exchange.traffic()
 
     def _to_servers(self, phase: Phase, bucket: range) -> Receive:
         """Encode what this worker sends of a bucket of batches, and start to send it."""

@@ -101,8 +101,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def go_on_after(self, steps: int) -> None:
         """Count on from as many steps, with a state that was loaded or copied."""
-        self.steps = steps
-        self.timer, self.roll_call = PhaseTimer(), None
+        self.steps, self.timer = steps, PhaseTimer()
 
     def __deepcopy__(self, memo: dict) -> "StatefulOptimizer":
         """Of these parameters, or of their copies where they are copied with it; sends as this."""
