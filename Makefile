@@ -29,7 +29,7 @@ figures: setup
 	.venv/bin/python scripts/theory/run.py --redraw
 	.venv/bin/python scripts/soak/run.py --redraw
 	.venv/bin/python scripts/step124m/run.py --redraw model=gpt2-124m
-	.venv/bin/python scripts/local_steps/run.py --redraw
+	.venv/bin/python scripts/local_steps/links.py --redraw
 
 test: setup
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -1,11 +1,12 @@
 """Local steps over slow and far links, beside one message a step: how long training waits.
 
     python scripts/local_steps/links.py [--rates 10mbit,100mbit,1gbit] [--delay 50ms] [KEY=VALUE]
+    python scripts/local_steps/links.py --redraw
 
 Needs root on Linux, iproute2 and /dev/net/tun (scripts/netns.py). For every rate one launch of two
 nodes with a worker of one thread each trains with all METHODS, one after the other, as train.py
 does; then without a limit and a delay. Timed are as many steps as a round has. Writes
-results/local_steps/links.jsonl; scripts/local_steps/run.py --redraw makes the table of it.
+results/local_steps/links.jsonl and README.md beside it, which --redraw makes of it anew.
 """
 
 import argparse
@@ -94,8 +95,8 @@ def job(options: argparse.Namespace, workers: Workers) -> int:
     return 0
 
 
-def section() -> str:
-    """What README.md says of links.jsonl."""
+def report() -> str:
+    """README.md, of links.jsonl."""
     records = [json.loads(line) for line in LINKS.read_text().splitlines()]
     lines = ["| link | method | MB a step | s a step | waiting | share | tokens/s |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
@@ -107,9 +108,9 @@ def section() -> str:
     ]
     millions, placement = records[0]["parameters"] / 1e6, records[0]["placement"]
     delay = next(record["delay"] for record in records if record["rate"] != UNLIMITED)
-    return f"""
-## Over slow and far links
+    return f"""# Local steps over slow and far links
 
+What they send and what it costs in loss is in [results](../README.md).
 `sudo python scripts/local_steps/links.py`: two nodes, network namespaces of one machine, with a
 worker of one thread each and {delay} from one to the other (none where the link is unlimited);
 {millions:.1f} M parameters, a sequence of 256 tokens a worker and step, servers {placement}. All
@@ -128,10 +129,13 @@ def main() -> int:
     parser.add_argument("--rates", default="10mbit,100mbit,1gbit", help="(default %(default)s)")
     parser.add_argument("--delay", default="50ms", help="one way (default %(default)s)")
     parser.add_argument("--out", type=Path, default=LINKS, help="file (default %(default)s)")
+    parser.add_argument("--redraw", action="store_true", help="write README.md and measure nothing")
     options = parser.parse_intermixed_args()
     if "RANK" in os.environ:
         workers = Workers()
         return workers.finish(lambda: job(options, workers))
+    if options.redraw:
+        return write_report()
     if missing := requirements_missing():
         print(f"error: {missing}", file=sys.stderr)
         return 1
@@ -141,6 +145,11 @@ def main() -> int:
         own = [f"--rates={rate}", f"--delay={options.delay}", f"--out={options.out.resolve()}"]
         with Network(NODES, **limits) as network:
             network.torchrun(__file__, *own, *options.overrides, show=True, timeout=3600)
+    return write_report() if options.out == LINKS else 0
+
+
+def write_report() -> int:
+    LINKS.with_name("README.md").write_text(report())
     return 0
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from scripts.shakespeare.results import Result, best_two, compressed, savings
+from scripts.shakespeare.results import Result, ours
 from training.picture import COLOURS, plain_losses, plain_sizes
 
 Line = Sequence[tuple[float, float]]  # (bytes, test loss), from few bytes to many
@@ -33,11 +33,14 @@ METHODS = (
     Method("Muon +\nPowerSGD", ("Muon + PowerSGD",), COLOURS[1], (7, 8)),
     Method("EF21-Muon,\nuncompressed", ("identity",), COLOURS[4], (9, 9)),
     Method("Muon + DDP", ("Muon",), COLOURS[5], (9, -10), style="--"),
-    Method("DeMo", ("DeMo",), COLOURS[3]),
-    Method("EF21-Muon and variants, compressed", (), COLOURS[0], (-80, 3), width=3),
+    Method("DeMo", ("DeMo",), COLOURS[3], (7, 7)),
+    Method("DiLoCo", ("DiLoCo",), COLOURS[1], (-14, 22), style="--"),
+    Method("MuLoCo", ("MuLoCo",), COLOURS[2], style="--"),
+    Method("SparseLoCo", ("SparseLoCo",), COLOURS[3], (-10, -4), style="--"),
+    Method("EF21-Muon and local steps, compressed", (), COLOURS[0], (7, 0), width=3),
 )
 BETWEEN = 200  # places at which lines are compared, beside their own points
-LOSSES = (1.3, 2.3)  # that are drawn
+LOSSES = (1.28, 3.3)  # that are drawn
 
 
 def envelope(lines: Sequence[Line]) -> Line:
@@ -60,39 +63,60 @@ def envelope(lines: Sequence[Line]) -> Line:
 def of_method(results: dict[str, Result], method: Method) -> list[Result]:
     """The settings that its line is of."""
     if not method.families:
-        return compressed(results)
+        return ours(results)
     return [one for one in results.values() if one.setting.family in method.families]
 
 
+def envelope_of(results: dict[str, Result], method: Method) -> Line:
+    """By bytes sent and received; empty where nothing has run."""
+    members = of_method(results, method)
+    return envelope([result.by_both for result in members]) if members else []
+
+
+def ahead(results: dict[str, Result]) -> list[tuple[str, float, float]]:
+    """Where another method's envelope is below ours: its name, and from how many sizes to which."""
+    sizes, losses = np.array(envelope_of(results, METHODS[-1])).T
+    found = []
+    for method in METHODS[:-1]:
+        if method.families != ("identity",) and (line := envelope_of(results, method)):
+            own, its = np.array(line).T
+            ours_there = np.interp(np.log(own), np.log(sizes), losses, left=np.inf)
+            if len(lower := own[its < ours_there]):
+                found.append((method.name.replace("\n", " "), lower[0], lower[-1]))
+    return found
+
+
 def envelopes_figure(results: dict[str, Result], target: float) -> Figure:
-    """The envelope of every method; at the target and at the end, by how much ours sends less."""
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    """The envelope of every method; at the target, by how much ours sends and receives less."""
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
     for method in METHODS:
-        if members := of_method(results, method):
-            line = envelope([result.by_bytes for result in members])
+        if line := envelope_of(results, method):
             look = {"color": method.colour, "linewidth": method.width, "linestyle": method.style}
             axes.plot(*zip(*line, strict=True), **look)
             write(axes, method.name, line[-1], method.place, method.colour)
     axes.axhline(target, color="#777777", linewidth=0.8, linestyle="--", zorder=0)
-    write(axes, f"target loss {target:.3f}", (0.31, target), (0, 6), "#777777")
-    identity, (fewest, closest) = results["identity"], best_two(results)
-    ends = (fewest.sent(target), target), (identity.sent(target), target)
-    times = savings(results, target)[fewest.setting.name]
-    compare(axes, *ends, f"{times:.0f} times fewer bytes")
-    ends = closest.by_bytes[-1], identity.by_bytes[-1]
-    compare(axes, *ends, f"{identity.bits / closest.bits:.0f} times fewer")
+    write(axes, f"target loss {target:.3f}", (0.011, target), (0, 6), "#777777")
+    fewest, whole = fewest_both_ways(results, target), results["identity"].both(target)
+    ends = (fewest.both(target), target), (whole, target)
+    compare(axes, *ends, f"{whole / fewest.both(target):,.0f} times fewer bytes")
     axes.set(
-        xlabel="bytes sent to the servers per worker / model size",
+        xlabel="bytes that a worker sends and receives / model size",
         ylabel="lowest test loss so far (nats per token)",
         xscale="log",
         yscale="log",
-        xlim=(0.3, 800),
+        xlim=(0.01, 2500),
         ylim=LOSSES,
     )
     plain_sizes(axes)
     plain_losses(axes)
     return figure
+
+
+def fewest_both_ways(results: dict[str, Result], target: float) -> Result:
+    """Of ours the one that reaches the target with the fewest bytes sent and received."""
+    reached = [one for one in ours(results) if one.both(target)]
+    return min(reached, key=lambda one: one.both(target))
 
 
 def write(axes, text: str, point: tuple, offset: tuple[int, int], colour: str) -> None:

@@ -23,11 +23,14 @@ if not __package__:
 from scripts.shakespeare.envelopes import envelopes_figure
 from scripts.shakespeare.report import report
 from scripts.shakespeare.results import (
+    LOCAL,
     NETWORK_LOG,
+    PEERS,
     RESULTS,
     TARGET_SHARE,
     Result,
     read,
+    read_differences,
     read_replay,
     savings,
     target_loss,
@@ -134,7 +137,7 @@ def by_family(results: dict[str, Result]) -> dict[str, list[Result]]:
     """The settings that figures of all of them show, in the study's order."""
     families: dict[str, list[Result]] = {}
     for result in results.values():
-        if result.setting.family not in ("grid", "feedback"):
+        if result.setting.family not in ("grid", "feedback", *LOCAL, *PEERS):
             families.setdefault(result.setting.family, []).append(result)
     return families
 
@@ -184,6 +187,34 @@ def why_figure(results: dict[str, Result], replayed: dict[str, dict]) -> Figure:
     axes[0].yaxis.set_minor_locator(NullLocator())
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center")
     return figure
+
+
+def differences_figure(measured: list[dict]) -> Figure:
+    """What differences of local steps have in common, by the steps of a round and the layer."""
+    kinds = {
+        "cosine": "cosine of two workers' differences",
+        "stable_rank": "stable rank / smaller side",
+        "kept": "share of squares in a tenth of the rank",
+    }
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    steps = sorted({record["every"] for record in measured})
+    for axes, (key, told) in zip(figure.subplots(1, len(kinds)), kinds.items(), strict=True):
+        for index, role in enumerate(dict.fromkeys(map(role_of, measured))):
+            values = [
+                mean(r[key] for r in measured if r["every"] == every and role_of(r) == role)
+                for every in steps
+            ]
+            axes.plot(steps, values, label=role, **line_look(index))
+        axes.set(xscale="log", xlabel="steps a round", ylabel=told, ylim=(0, 1))
+        axes.set_xticks(steps, [str(every) for every in steps])
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.legend(fontsize=7)
+    return figure
+
+
+def role_of(record: dict) -> str:
+    """The kind of a record's layer."""
+    return record["layer"].removesuffix(".weight").rpartition(".")[2]
 
 
 def directions_figure(results: dict[str, Result], target: float) -> Figure:
@@ -260,6 +291,8 @@ def draw(directory: Path, output: Path) -> list[Path]:
         figures["directions"] = lambda: directions_figure(results, target)
     if replayed := read_replay(directory):
         figures["why"] = lambda: why_figure(results, replayed)
+    if measured := read_differences(directory):
+        figures["differences"] = lambda: differences_figure(measured)
     if (directory / NETWORK_LOG).exists():
         figures["time"] = lambda: time_figure(results, target, directory / NETWORK_LOG)
     with matplotlib.rc_context(STYLE):
@@ -272,7 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for path in draw(RESULTS, RESULTS):
             print(path)
-        (RESULTS.parent / "README.md").write_text(report(read(RESULTS), read_replay(RESULTS)))
+        of_logs = read(RESULTS), read_replay(RESULTS), read_differences(RESULTS)
+        (RESULTS.parent / "README.md").write_text(report(*of_logs))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

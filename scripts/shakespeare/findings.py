@@ -9,30 +9,42 @@ from statistics import correlation, mean
 from scripts.shakespeare.results import Result, savings
 
 TEXT = Path(__file__).with_name("findings.md")
+ROUNDS_TEXT = Path(__file__).with_name("rounds.md")
 PLACE = re.compile(r"\{(\w+)\s([^}]+)\}")
 
 
 def findings(results: dict[str, Result], target: float, replayed: dict[str, dict]) -> str:
+    """What one message a step says, and why."""
+    told = [paragraphs(TEXT, results, target), *map(filled, why(results, replayed))]
+    return "\n\n".join(told)
+
+
+def paragraphs(text: Path, results: dict[str, Result], target: float) -> str:
     """The paragraphs of which all runs are done.
 
     In {gap NAMES} are final losses over the uncompressed run's, in {bits NAMES} bits a parameter
-    and step, in {fewer NAMES} how many times fewer bytes they take to the target.
+    and step, in {fewer NAMES} how many times fewer bytes they take to the target; in {sizes NAMES}
+    the model sizes sent and received in all.
     """
     saved = savings(results, target)
     told = {
         "gap": lambda name: f"{round(results[name].over(results['identity']), 1) + 0.0:+.1f} %",
         "bits": lambda name: f"{results[name].bits:.2g} bits",
         "fewer": lambda name: f"{saved[name]:.1f}x" if name in saved else "(never)",
+        "sizes": lambda name: f"{results[name].by_both[-1][0]:.3g}",
     }
-    paragraphs = []
-    for paragraph in TEXT.read_text().strip().split("\n\n"):
+    done = []
+    for paragraph in text.read_text().strip().split("\n\n"):
         names = {name for _, several in PLACE.findall(paragraph) for name in several.split()}
         if names <= results.keys():
-            paragraphs.append(
+            done.append(
                 PLACE.sub(lambda place: listed(map(told[place[1]], place[2].split())), paragraph)
             )
-    paragraphs += why(results, replayed)
-    return "\n\n".join(textwrap.fill(one, 100, break_on_hyphens=False) for one in paragraphs)
+    return "\n\n".join(map(filled, done))
+
+
+def filled(paragraph: str) -> str:
+    return textwrap.fill(paragraph, 100, break_on_hyphens=False)
 
 
 def why(results: dict[str, Result], replayed: dict[str, dict]) -> list[str]:

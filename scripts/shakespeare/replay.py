@@ -12,13 +12,14 @@ compression does to the path of the model is left out.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.optim import Optimizer
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -45,26 +46,39 @@ EVERY = 5  # rounds between two that are measured
 NOT_REPLAYED = ("grid", "feedback", "both ways", "embedding apart", "fitted rank, server momentum")
 
 
-def worker_gradients(config: DictConfig, rounds: int) -> dict[str, list[Tensor]]:
-    """The first worker's gradients of LAYERS, each (m, n), in every round of a training."""
+def training_of(config: DictConfig) -> tuple[GPT, Optimizer, list[WorkerBatches]]:
+    """Of all workers in one process: the model, its optimizer, and what each worker reads."""
     model = GPT(build(config.model, "model"), config.seed)
-    optimizer = build_optimizer(config, model)
-    layers = {name: p for name, p in model.named_parameters() if name in LAYERS}
     tokens, _ = open_data(config)
     workers = [
         WorkerBatches(tokens, config.model.context, rank, WORKERS, config.seed)
         for rank in range(WORKERS)
     ]
-    gradients: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for _ in range(rounds):
+    return model, build_optimizer(config, model), workers
+
+
+def train(
+    config: DictConfig, model: GPT, optimizer: Optimizer, workers: list[WorkerBatches], steps: int
+) -> Iterator[None]:
+    """Steps on the mean gradient; gives way when the first worker's, over WORKERS, is there."""
+    for _ in range(steps):
         for rank, windows in enumerate(workers):
             loss = model(*windows.next(config.batch.sequences // WORKERS))
             (loss / WORKERS).backward()
             if rank == 0:
-                for name, layer in layers.items():
-                    gradients[name].append(WORKERS * layer.grad)
+                yield
         optimizer.step()
         optimizer.zero_grad()
+
+
+def worker_gradients(config: DictConfig, rounds: int) -> dict[str, list[Tensor]]:
+    """The first worker's gradients of LAYERS, each (m, n), in every round of a training."""
+    model, optimizer, workers = training_of(config)
+    layers = {name: p for name, p in model.named_parameters() if name in LAYERS}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for _ in train(config, model, optimizer, workers, rounds):
+        for name, layer in layers.items():
+            gradients[name].append(WORKERS * layer.grad)
     return gradients
 
 

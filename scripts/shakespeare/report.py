@@ -4,14 +4,21 @@ import textwrap
 from pathlib import Path
 from statistics import mean, stdev
 
-from scripts.shakespeare.findings import findings
+from scripts.shakespeare.findings import ROUNDS_TEXT, findings, paragraphs
 from scripts.shakespeare.results import (
+    LOCAL,
+    PEERS,
     TARGET_SHARE,
     Result,
-    best_two,
     compressed,
     savings,
     target_loss,
+)
+from scripts.shakespeare.rounds import (
+    differences_told,
+    headline,
+    rounds_table,
+    where_others_are_ahead,
 )
 from scripts.shakespeare.settings import SETTINGS
 
@@ -20,13 +27,17 @@ RIVALS = ("Muon + PowerSGD", "Dion", "Dion float32", "DeMo")
 MORE_BITS = 1.01
 
 
-def report(results: dict[str, Result], replayed: dict[str, dict]) -> str:
+def report(results: dict[str, Result], replayed: dict[str, dict], differences: list[dict]) -> str:
     """The page: report.md with numbers from the logs. Its words were written by looking at them."""
     identity = results["identity"]
     target = target_loss(identity)
     run, last = identity.logs[0].run, identity.logs[0].evals[-1]
     return TEXT.read_text().format(
-        headline=textwrap.fill(headline(results), 100),
+        headline=textwrap.fill(headline(results, target), 100),
+        ahead=textwrap.fill(where_others_are_ahead(results), 100),
+        rounds=rounds_table(results, target),
+        differences=differences_told(differences),
+        rounds_findings=paragraphs(ROUNDS_TEXT, results, target),
         parameters=run["parameters"],
         steps=last["step"],
         tokens_a_step=last["tokens"] // last["step"],
@@ -40,18 +51,6 @@ def report(results: dict[str, Result], replayed: dict[str, dict]) -> str:
         settings=table(results, target),
         missing=missing(results),
         grids=grid_table(results),
-    )
-
-
-def headline(results: dict[str, Result]) -> str:
-    """The README's first numbers: the fewest bytes to the target, and the closest final loss."""
-    identity, (fewest, closest) = results["identity"], best_two(results)
-    saved = savings(results, target_loss(identity))[fewest.setting.name]
-    return (
-        f"To the uncompressed run's loss at {100 * TARGET_SHARE:.0f} % of its tokens, "
-        f"{fewest.short} takes {saved:.0f} times fewer bytes; at the end, {closest.short} sends "
-        f"{identity.bits / closest.bits:.0f} times fewer and differs by "
-        f"{closest.over(identity):+.2f} % in test loss."
     )
 
 
@@ -74,7 +73,7 @@ def table(results: dict[str, Result], target: float) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, result in results.items():
-        if result.setting.family == "grid":
+        if result.setting.family in ("grid", *LOCAL, *PEERS):
             continue
         final = f"{mean(result.final):.4f}"
         if len(result.final) > 1:

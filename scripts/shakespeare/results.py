@@ -12,16 +12,20 @@ from training.records import BYTES_PER_PARAMETER, Log, read_log
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "shakespeare"
 TARGET_SHARE = 0.75  # of the uncompressed run's tokens
 OTHERS = ("Muon", "AdamW", "Muon + PowerSGD", "Dion", "Dion float32", "DeMo")  # families not ours
+LOCAL = ("local steps",)  # ours, of rounds of several steps
+PEERS = ("DiLoCo", "MuLoCo", "SparseLoCo")  # not ours, likewise
 NETWORK_LOG, REPLAY_LOG = "network.jsonl", "replay.jsonl"
+DIFFERENCES_LOG = "differences.jsonl"
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where a run is: tokens processed, and bytes sent to and received from the servers."""
+    """Where a run is: tokens, bytes sent to and back from the servers, and sent and received."""
 
     tokens: float
     w2s: float
     s2w: float
+    both: float
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,16 @@ class Result:
             for row in rows
         ]
 
+    @property
+    def by_both(self) -> list[tuple[float, float]]:
+        """Sizes sent and received, above 0, and the test loss then, mean over seeds."""
+        rows = zip(*(log.evals for log in self.logs), strict=True)
+        return [
+            (self.sizes(sent), mean(record["test_loss"] for record in row))
+            for row in rows
+            if (sent := both_ways(self.logs[0], row[0]))
+        ]
+
     def over(self, identity: "Result") -> float:
         """Final test loss over the uncompressed run's, percent, by the means over seeds."""
         return 100 * (mean(self.final) / mean(identity.final) - 1)
@@ -77,6 +91,11 @@ class Result:
         """Sizes of the model sent to the servers until all seeds reach the target loss, mean."""
         points = self.reach(target)
         return self.sizes(mean(point.w2s for point in points)) if all(points) else None
+
+    def both(self, target: float) -> float | None:
+        """Sizes of the model sent and received until all seeds reach the target loss, mean."""
+        points = self.reach(target)
+        return self.sizes(mean(point.both for point in points)) if all(points) else None
 
 
 def read(directory: Path, settings: Sequence[Setting] = SETTINGS) -> dict[str, Result]:
@@ -100,6 +119,12 @@ def read_replay(directory: Path) -> dict[str, dict]:
     return {record["name"]: record for record in map(json.loads, lines)}
 
 
+def read_differences(directory: Path) -> list[dict]:
+    """What scripts/shakespeare/differences.py measured; nothing where it has not run."""
+    path = directory / DIFFERENCES_LOG
+    return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
+
+
 def target_loss(identity: Result, share: float = TARGET_SHARE) -> float:
     """The uncompressed run's test loss at a share of its tokens, mean of its seeds."""
     losses = []
@@ -111,17 +136,33 @@ def target_loss(identity: Result, share: float = TARGET_SHARE) -> float:
     return mean(losses)
 
 
+def both_ways(log: Log, record: dict) -> int:
+    """Bytes that a worker had sent and received at a record.
+
+    Logs from before `received_bytes` have runs with sharded servers, which send the model back
+    whole. Where every worker serves, the same steps come from the messages of the others alone.
+    """
+    sent, back = record["w2s_bytes"], record["s2w_bytes"]
+    if "received_bytes" in record:
+        return sent + record["received_bytes"]
+    config = log.run.get("config", {})
+    if config.get("s2w", {}).get("_target_", "").endswith("Identity"):
+        of_others = (log.run["world_size"] - 1) * sent
+        back = min(back, of_others) if back else of_others
+    return sent + back
+
+
 def reach(log: Log, target: float) -> Point | None:
     """Where the test loss first is at most `target`, between two evaluations on a straight line."""
-    before = {"tokens": 0, "w2s_bytes": 0, "s2w_bytes": 0, "test_loss": float("inf")}
-    for record in log.evals:
+    before = {"tokens": 0, "w2s_bytes": 0, "s2w_bytes": 0, "both": 0, "test_loss": float("inf")}
+    for record in ({**record, "both": both_ways(log, record)} for record in log.evals):
         if record["test_loss"] <= target:
             gap = before["test_loss"] - record["test_loss"]
             share = (before["test_loss"] - target) / gap if gap < float("inf") else 1.0
             return Point(
                 *(
                     before[key] + share * (record[key] - before[key])
-                    for key in ("tokens", "w2s_bytes", "s2w_bytes")
+                    for key in ("tokens", "w2s_bytes", "s2w_bytes", "both")
                 )
             )
         before = record
@@ -142,9 +183,14 @@ def savings(results: dict[str, Result], target: float) -> dict[str, float]:
 
 
 def compressed(results: dict[str, Result]) -> list[Result]:
-    """Our settings that compress, in the study's order."""
-    not_these = ("grid", "identity", *OTHERS)
+    """Our settings of one message a step that compress, in the study's order."""
+    not_these = ("grid", "identity", *OTHERS, *LOCAL, *PEERS)
     return [result for result in results.values() if result.setting.family not in not_these]
+
+
+def ours(results: dict[str, Result]) -> list[Result]:
+    """All of ours that compress, of any number of steps a round."""
+    return compressed(results) + [r for r in results.values() if r.setting.family in LOCAL]
 
 
 def best_two(results: dict[str, Result]) -> tuple[Result, Result]:

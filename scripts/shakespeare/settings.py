@@ -65,6 +65,16 @@ def served(percent: float, of_embedding: float, decay: float = 0.92) -> str:
     return f"{fitted(percent)} {embedding} {SERVED} optimizer.error_decay={decay:g} {RADII}"
 
 
+def dense(bits: int) -> str:
+    return f"compressor@w2s=dense w2s.values=normal{bits}"
+
+
+def local(every: int | str, message: str, *options: str) -> str:
+    """Scion's steps on every worker, with the uncompressed run's radii and beta."""
+    told = " ".join(f"optimizer.{option}" for option in options)
+    return f"{LOCAL} optimizer.every={every} {message} {told}"
+
+
 def back(compressor: str) -> str:
     """The same for what servers send."""
     return compressor.replace("w2s", "s2w")
@@ -89,6 +99,17 @@ IDENTITY = "compressor@w2s=identity"
 HIDDEN, EMBEDDING = "norm.hidden.radius=1", "norm.embedding.radius=60"
 BETA = "optimizer.beta=0.1"
 LOW_RATE = f"{fitted(4)} {EMBEDDING}"
+LOCAL = "optimizer=local norm.hidden.radius=2"
+# Rounds that get shorter as the lr falls, which it does from 60 % of the steps on.
+SHORTER, SIGNS = "{0:120,360:60}", top(30, "sign")
+CHUNKS = "compressor@w2s=chunk_topk"  # as SparseLoCo has them
+OUTER, HALF, EF21 = "outer_momentum=0.3", "error_decay=0.5", "feedback=ef21"
+MULOCO = (
+    "optimizer=muloco norm.hidden.radius=2 w2s.values=statistical2 optimizer.inner.others.lr=0.004"
+)
+DILOCO = "optimizer=diloco optimizer.every=30 optimizer.inner.lr=0.004"
+SPARSELOCO = "optimizer=sparseloco"
+DISTRO = "optimizer=demo optimizer.values=sign optimizer.k=4"  # 0.02 bits a parameter and step
 DENSE_BACK = "compressor@s2w=sign s2w.values=normal2"
 POWERSGD = "optimizer=muon_powersgd checkpoint.every=0"  # torch keeps its state to itself
 DION = "optimizer=dion optimizer.values=natural optimizer.weight_decay=0"
@@ -189,6 +210,37 @@ SETTINGS = [
     *grid("dion32", DION32, optimizer__lr=(0.02, 0.04), optimizer__mu=(0.95,)),
     *grid("dion32", DION32, optimizer__lr=(0.02, 0.04, 0.08), optimizer__mu=(0.8,)),
     *grid("demo", DEMO, optimizer__lr=(0.001, 0.003, 0.005, 0.01, 0.03)),
+]
+SETTINGS += [
+    *(setting(f"local{h}", "local steps", local(h, dense(2))) for h in (10, 30, 60)),
+    *(
+        setting(f"local{h}-top30", "local steps", local(h, SIGNS, OUTER, HALF), of_seeds)
+        for h, of_seeds in ((4, SEEDS), (10, (0,)), (30, (0,)), (60, (0,)))
+    ),
+    setting(
+        "local120-60-top30", "local steps", local(SHORTER, top(30, "sign"), OUTER, HALF), SEEDS
+    ),
+    setting("local4-top30-decay8", "local steps", local(4, SIGNS, OUTER, "error_decay=0.8")),
+    setting("local60-top5", "local steps", local(60, top(5, "sign"), OUTER, HALF)),
+    setting(
+        "local30-chunks", "local steps", local(30, CHUNKS, "error_decay=0.95", "inner.lr=0.005")
+    ),
+    setting("local6-12", "local steps", local("{0:6,360:12}", dense(2), OUTER)),
+    setting("local60-normal1", "local steps", local(60, dense(1))),
+    setting("local60-normal1-decay5", "local steps", local(60, dense(1), HALF)),
+    setting("local60-normal1-ef21", "local steps", local(60, dense(1), EF21)),
+    setting("local30-top10", "local steps", local(30, top(10, "sign"))),
+    setting("local30-top10-decay7", "local steps", local(30, top(10, "sign"), "error_decay=0.7")),
+    setting("local30-top10-ef21", "local steps", local(30, top(10, "sign"), EF21)),
+    setting("diloco", "DiLoCo", f"{DILOCO} optimizer.outer_momentum=0.3"),
+    setting("muloco", "MuLoCo", f"{MULOCO} optimizer.outer_momentum=0.3"),
+    setting("sparseloco", "SparseLoCo", f"{SPARSELOCO} optimizer.inner.lr=0.004"),
+    setting("demo4", "DeMo", f"{DISTRO} optimizer.lr=0.005", level="k=4"),
+    *grid("local5", local(5, dense(2), OUTER), optimizer__inner__beta=(0.1, 0.2)),
+    *grid("local5", local(5, dense(2), OUTER), norm__hidden__radius=(1.4,)),
+    *grid("diloco", DILOCO, optimizer__outer_momentum=(0.3, 0.9)),
+    *grid("muloco", MULOCO, optimizer__outer_momentum=(0.3, 0.8)),
+    *grid("sparseloco", SPARSELOCO, optimizer__inner__lr=(0.004, 0.008)),
 ]
 RUNS = [
     StudyRun(f"{one.name}-seed{seed}", (*one.overrides, f"seed={seed}"))

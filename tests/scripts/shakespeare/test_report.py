@@ -9,9 +9,10 @@ from logs import write_study_log
 from scripts.shakespeare import figures as study_figures
 from scripts.shakespeare import results as study_results
 from scripts.shakespeare import run as study
-from scripts.shakespeare.findings import PLACE, TEXT, findings
-from scripts.shakespeare.report import headline, report, rivals
-from scripts.shakespeare.results import read, read_replay
+from scripts.shakespeare.findings import PLACE, ROUNDS_TEXT, TEXT, findings
+from scripts.shakespeare.report import report, rivals
+from scripts.shakespeare.results import read, read_differences, read_replay, target_loss
+from scripts.shakespeare.rounds import headline
 from scripts.shakespeare.settings import SETTINGS, Setting
 
 
@@ -47,9 +48,8 @@ def test_the_findings_are_right_that_momentum_at_the_server_is_better():
 
 def test_the_committed_figures_and_tables_are_up_to_date(tmp_path):
     """The page byte for byte; figures as pictures, since fonts may differ in a pixel."""
-    assert (study.RESULTS.parent / "README.md").read_text() == report(
-        read(study.RESULTS), read_replay(study.RESULTS)
-    )
+    of_logs = (of(study.RESULTS) for of in (read, read_replay, read_differences))
+    assert (study.RESULTS.parent / "README.md").read_text() == report(*of_logs)
     written = study_figures.draw(study.RESULTS, tmp_path)
     pictures = [path for path in written if path.suffix == ".png"]
     assert pictures
@@ -64,7 +64,8 @@ def test_the_committed_figures_and_tables_are_up_to_date(tmp_path):
 
 def test_the_readme_has_the_headline():
     readme = " ".join((study.ROOT / "README.md").read_text().replace("*", "").split())
-    assert headline(read(study.RESULTS)) in readme
+    results = read(study.RESULTS)
+    assert headline(results, target_loss(results["identity"])) in readme
 
 
 def test_findings_are_told_where_their_runs_are_done():
@@ -80,5 +81,6 @@ def test_findings_are_told_where_their_runs_are_done():
 
 
 def test_findings_speak_of_settings_alone():
-    names = {name for _, several in PLACE.findall(TEXT.read_text()) for name in several.split()}
+    text = TEXT.read_text() + ROUNDS_TEXT.read_text()
+    names = {name for _, several in PLACE.findall(text) for name in several.split()}
     assert names <= {setting.name for setting in SETTINGS}

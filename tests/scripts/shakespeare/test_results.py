@@ -29,7 +29,7 @@ def test_the_target_is_reached_where_numpy_says(tmp_path, target):
 def test_a_target_below_all_losses_is_not_reached(tmp_path):
     log = study_results.read_log(write_study_log(tmp_path / "log.jsonl", [3.0, 2.0]))
     assert reach(log, 1.9) is None
-    assert reach(log, 3.5) == Point(50, 400, 800)
+    assert reach(log, 3.5) == Point(50, 400, 800, 1200)
 
 
 def test_the_target_is_the_uncompressed_loss_at_three_quarters(tmp_path):

@@ -52,7 +52,9 @@ def test_every_log_is_of_the_configuration_that_the_study_asks_for(monkeypatch):
     for run in RUNS:
         study.is_done(run)
     logs = {path.relative_to(study.RESULTS).as_posix() for path in study.RESULTS.rglob("*.jsonl")}
-    measured = {study_results.NETWORK_LOG, study_results.REPLAY_LOG}
+    measured = {
+        getattr(study_results, f"{log}_LOG") for log in ("NETWORK", "REPLAY", "DIFFERENCES")
+    }
     assert logs - measured <= {f"{run.name}.jsonl" for run in RUNS}
 
 

@@ -1,0 +1,108 @@
+"""Both axes of the study: bits a message, and messages a step; bytes sent and received."""
+
+from statistics import mean, stdev
+
+from scripts.shakespeare.envelopes import ahead, fewest_both_ways
+from scripts.shakespeare.findings import filled
+from scripts.shakespeare.results import LOCAL, PEERS, TARGET_SHARE, Result, ours
+
+FEWER = 100  # times, of what ends closest to the uncompressed run
+OF_ROUNDS = (*LOCAL, *PEERS)
+
+
+def all_of(result: Result) -> float:
+    """Sizes sent and received in the whole run."""
+    return result.by_both[-1][0]
+
+
+def closest(results: dict[str, Result]) -> Result:
+    """Of ours that send and receive FEWER times less, the one with the lowest loss at the end."""
+    most = all_of(results["identity"]) / FEWER
+    return min(
+        (one for one in ours(results) if all_of(one) <= most), key=lambda one: mean(one.final)
+    )
+
+
+def in_figures(sizes: float) -> str:
+    """Three figures, without an exponent."""
+    return f"{sizes:,.0f}" if sizes >= 100 else f"{sizes:.3g}"
+
+
+def span(first: float, last: float) -> str:
+    """From so many sizes to so many."""
+    first, last = in_figures(first), in_figures(last)
+    return f"at {first}" if first == last else f"from {first} to {last}"
+
+
+def headline(results: dict[str, Result], target: float) -> str:
+    """The README's first numbers."""
+    identity, near = results["identity"], closest(results)
+    fewest = fewest_both_ways(results, target)
+    to_target = identity.both(target) / fewest.both(target)
+    return (
+        f"To the uncompressed run's loss at {100 * TARGET_SHARE:.0f} % of its tokens, "
+        f"{fewest.label} takes {to_target:,.0f} times fewer bytes, sent and received; {near.label} "
+        f"ends at {near.over(identity):+.2f} % in test loss with "
+        f"{all_of(identity) / all_of(near):.0f} times fewer."
+    )
+
+
+def where_others_are_ahead(results: dict[str, Result]) -> str:
+    """A sentence on the envelopes."""
+    found = ahead(results)
+    if not found:
+        return "At no number of bytes, sent and received, is another method's loss below ours."
+    told = [f"{name} {span(first, last)} sizes" for name, first, last in found]
+    return (
+        "By bytes sent and received, the lowest loss so far is another method's here: "
+        f"{'; '.join(told)}. Everywhere else it is ours."
+    )
+
+
+def differences_told(measured: list[dict]) -> str:
+    """What scripts/shakespeare/differences.py says, and its picture; nothing where it has not run.
+
+    Means over hidden layers.
+    """
+    if not measured:
+        return ""
+
+    def at(key: str, every: int) -> float:
+        hidden = (r for r in measured if r["every"] == every and r["layer"].startswith("blocks"))
+        return mean(r[key] for r in hidden)
+
+    told = (
+        "**Why**: most of what a worker's local steps change is noise of its own batches "
+        "(`scripts/shakespeare/differences.py`, at the end of the full lr). The cosine of two "
+        f"workers' differences falls from {at('cosine', 1):.2f} after a step to "
+        f"{at('cosine', 30):.2f} after 30 and {at('cosine', 60):.2f} after 60: the mean of the two "
+        "keeps what they share, and a message that is rough in all entries loses little beside it."
+        f" The differences have no few directions: a tenth of the rank keeps "
+        f"{at('kept', 30):.0%} of the squares after 30 steps, which is why low rank fails there."
+    )
+    picture = "![What differences of local steps have in common](shakespeare/differences.png)"
+    return f"{filled(told)}\n\n{picture}\n"
+
+
+def rounds_table(results: dict[str, Result], target: float) -> str:
+    """Every setting of several steps a round, and DeMo and the best of one step beside them."""
+    lines = [
+        "| setting | method | seeds | end | over uncompressed | sizes in all | sizes to target "
+        "| fewer than uncompressed |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    identity = results["identity"]
+    shown = [r for r in results.values() if r.setting.family in (*OF_ROUNDS, "DeMo")]
+    for result in [identity, results["served6"], *shown]:
+        final = f"{mean(result.final):.4f}"
+        if len(result.final) > 1:
+            final += f" ± {stdev(result.final):.4f}"
+        reached = result.both(target)
+        told = ["not reached", ""]
+        if reached:
+            told = [in_figures(reached), f"{identity.both(target) / reached:,.0f}x"]
+        method = "ours" if result in (identity, results["served6"]) else result.setting.family
+        cells = [result.label, method.replace("local steps", "ours"), str(len(result.logs)), final]
+        cells += [f"{result.over(identity):+.2f} %", in_figures(all_of(result)), *told]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
