@@ -34,7 +34,7 @@ METHODS = (
     Method("EF21-Muon,\nuncompressed", ("identity",), COLOURS[4], (9, 9)),
     Method("Muon + DDP", ("Muon",), COLOURS[5], (9, -10), style="--"),
     Method("DeMo", ("DeMo",), COLOURS[3], (7, 7)),
-    Method("DiLoCo", ("DiLoCo",), COLOURS[1], (-14, 22), style="--"),
+    Method("DiLoCo", ("DiLoCo",), COLOURS[1], (-24, 22), style="--"),
     Method("MuLoCo", ("MuLoCo",), COLOURS[2], style="--"),
     Method("SparseLoCo", ("SparseLoCo",), COLOURS[3], (-10, -4), style="--"),
     Method("EF21-Muon and local steps, compressed", (), COLOURS[0], (7, 0), width=3),
