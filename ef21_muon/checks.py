@@ -1,6 +1,7 @@
 """What the optimizer refuses, before it changes anything."""
 
 import gc
+from hashlib import sha256
 from math import isfinite, prod
 from operator import is_
 
@@ -205,10 +206,17 @@ def require_equal_parameters(
         )
 
 
-def require_equal_settings(mine: dict, group: dist.ProcessGroup | None) -> None:
+def require_equal_settings(
+    mine: dict, device: torch.device, group: dist.ProcessGroup | None
+) -> None:
     """Raise ValueError, on all ranks, for a setting that differs between them."""
     _, ranks = place_in(group)
     if ranks == 1:
+        return
+    digest = torch.tensor([*sha256(str(mine).encode()).digest()], device=device)
+    digests = [torch.empty_like(digest) for _ in range(ranks)]
+    dist.all_gather(digests, digest, group=group)
+    if all(torch.equal(one, digest) for one in digests):
         return
     every = [None] * ranks
     dist.all_gather_object(every, mine, group=group)

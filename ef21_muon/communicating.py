@@ -76,7 +76,8 @@ class CommunicatingOptimizer(StatefulOptimizer):
         for batch in batches:
             self.state.update(batch.parameter_state())
         self._formed = self._as_given()
-        require_equal_settings(self._settings(), self.process_group)
+        device = batches[0].broken_at.device
+        require_equal_settings(self._settings(), device, self.process_group)
         require_equal_parameters(self._named(), self.process_group)
 
     def _round(self) -> Traffic:

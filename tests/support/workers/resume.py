@@ -40,7 +40,7 @@ CASES = {
     "local, messages under way": (*LOCAL, "optimizer.stagger=true", "optimizer.delay=1"),
     "local ef21, two ranks a worker": (*LOCAL, "optimizer.feedback=ef21", "worker_size=2"),
     **{name: (f"optimizer={name}", "optimizer.every=3") for name in ("diloco", "muloco")},
-    "sparseloco": ("optimizer=sparseloco", "optimizer.every={0:3,3:1}"),
+    "sparseloco": ("optimizer=sparseloco", "optimizer.every={0:3,3:2}"),
     "asynchronous": (TOP, "compressor@s2w=natural"),
     "asynchronous adamw": ("optimizer=adamw",),
 }
