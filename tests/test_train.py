@@ -1,6 +1,7 @@
 """train.py in real processes: logs, bytes, determinism, sweeps, failures."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,12 @@ def test_the_log_has_the_documented_fields(two_workers):
     assert [r["step"] for r in trains] == [1, 2, 3, 4]
     assert [r["step"] for r in evals] == [2, 4]
     assert [r["tokens"] for r in trains] == [128, 256, 384, 512]
+    seconds = [r["seconds"] for r in (*trains, end)]
+    assert seconds[0] > 0 and seconds == sorted(seconds), "of training since the start"
+    (path,) = runs.glob("*/metrics.jsonl")
+    lasted = path.stat().st_mtime - datetime.fromisoformat(run["started"]).timestamp()
+    assert sum(trains[-1]["phases"].values()) <= seconds[-1] <= lasted + 1
+    assert 0 < end["optimizer_share"] < 1
     assert (end["record"], end["status"]) == ("end", "completed")
 
 
