@@ -86,7 +86,7 @@ def test_a_run_leaves_its_configuration_and_pictures(two_workers):
     assert names == files | {"checkpoints"}
     assert f"log      {directory}/metrics.jsonl" in stdout
     assert f"picture  {directory}/test_loss.png" in stdout
-    assert "top 10% natural" in stdout
+    assert "2 workers on cpu, " in stdout and "top 10% natural" in stdout
 
 
 def test_the_same_seed_gives_the_same_log(two_workers, small, tmp_path):

@@ -84,10 +84,12 @@ def plain_loop(train, test, workers, seed):
     return losses, test_losses
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_the_log_is_that_of_a_plain_loop(small, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "method"), [(1, "ef21_muon"), (2, "ef21_muon"), (3, "muon")])
+def test_the_log_is_that_of_a_plain_loop(small, tmp_path, workers, method):
+    """Muon takes the same steps on gradients that DistributedDataParallel averages."""
     seed = 10 + workers
-    launch(workers, *small, *SETTINGS, f"seed={seed}", f"directory={tmp_path}/run")
+    own = (f"optimizer={method}", *SETTINGS, f"seed={seed}", f"directory={tmp_path}/run")
+    launch(workers, *small, *own)
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     data = dict(one.split("=", 1) for one in small if one.startswith("data."))
     train, test = (np.fromfile(data[f"data.{part}"], np.uint16)[512:] for part in ("train", "test"))
