@@ -94,7 +94,7 @@ class LocalSteps(WrappingOptimizer):
         lanes: Lanes | None = None,
         process_group: dist.ProcessGroup | str | None = None,
     ):
-        self.rounds = Rounds(every)
+        self.every, self.rounds = every, Rounds(every)
         delay = whole_number("delay", delay, least=0)
         self.outer_lr = check_number("outer_lr", outer_lr, OUTER_NUMBERS)
         self.outer_momentum = check_number("outer_momentum", outer_momentum, OUTER_NUMBERS)
