@@ -12,7 +12,6 @@ from ef21_muon.checks import (
     check_number,
     choice,
     refuse_unused_decays,
-    require_mean_estimate,
     whole_number,
 )
 from ef21_muon.exchange.collectives import Traffic, place_in
@@ -100,12 +99,3 @@ class AveragedGradients(WrappingOptimizer):
     def _update(self, batch: EstimateBatch, received: Tensor) -> None:
         for parameter, mean in zip(batch.params, batch.as_parameters(received), strict=True):
             parameter.grad.copy_(mean)
-
-    def check_agreement(self) -> None:
-        """Raise ValueError if workers hold different parameters, or EF21's G is no mean of G_j.
-
-        Names rank and layer; to be called on all ranks. Waits for the device.
-        """
-        super().check_agreement()
-        if self.feedback.accumulates:
-            require_mean_estimate(self.batches, self.process_group)

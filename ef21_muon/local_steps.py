@@ -15,7 +15,6 @@ from ef21_muon.checks import (
     choice,
     flag,
     refuse_unused_decays,
-    require_mean_estimate,
     whole_number,
 )
 from ef21_muon.communicating import CommunicatingOptimizer
@@ -329,16 +328,9 @@ class LocalSteps(WrappingOptimizer):
                         "look at the data of the steps before"
                     )
 
-    def check_agreement(self) -> None:
-        """Raise ValueError if workers hold different W, or if EF21's G is not the mean of G_j.
-
-        Names rank and layer; to be called on all ranks. Waits for the device.
-        """
-        super().check_agreement()
-        if self.feedback.accumulates:
-            under_way = self.timetable.under_way(self.steps)
-            arrived = [batch for b, batch in enumerate(self.batches) if b not in under_way]
-            require_mean_estimate(arrived, self.process_group)
+    def _arrived(self) -> list[RoundBatch]:
+        under_way = self.timetable.under_way(self.steps)
+        return [batch for b, batch in enumerate(self.batches) if b not in under_way]
 
     def go_on_after(self, steps: int) -> None:
         super().go_on_after(steps)

@@ -10,7 +10,6 @@ from ef21_muon.checks import (
     check_group,
     choice,
     refuse_unused_decays,
-    require_mean_estimate,
     whole_number,
 )
 from ef21_muon.exchange.collectives import Traffic, place_in
@@ -212,13 +211,3 @@ class EF21Muon(ServedOptimizer):
         super().go_on_after(steps)
         for batch in self.batches:
             batch.versions = None
-
-    def check_agreement(self) -> None:
-        """Raise ValueError if workers hold different W, or if EF21's G is not the mean of G_j.
-
-        Names rank and layer; to be called on all ranks. Waits for the device. The second is told
-        from random projections, so that a few bytes a layer are sent.
-        """
-        super().check_agreement()
-        if self.feedback.accumulates:  # the others remember no G_j
-            require_mean_estimate(self.batches, self.process_group)

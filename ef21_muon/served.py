@@ -6,7 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ef21_muon.checks import refuse_compressed_shifts
+from ef21_muon.checks import refuse_compressed_shifts, require_mean_estimate
 from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.collectives import Exchange, Traffic, place_in
 from ef21_muon.exchange.layers import ServedBatch, relative_error, traffic_by_placement
@@ -165,6 +165,20 @@ class ServedOptimizer(CommunicatingOptimizer):
         for message in from_workers:
             received = batch.w2s.decode(message, *batch.shape)
             total.add_(received, alpha=1 / len(from_workers))
+
+    def check_agreement(self) -> None:
+        """Raise ValueError if workers hold different W, or if EF21's G is not the mean of G_j.
+
+        Names rank and layer; to be called on all ranks. Waits for the device. The second is told
+        from random projections, so that a few bytes a layer are sent.
+        """
+        super().check_agreement()
+        if self.feedback.accumulates:  # the others remember no G_j
+            require_mean_estimate(self._arrived(), self.process_group)
+
+    def _arrived(self) -> list[ServedBatch]:
+        """The batches whose messages have all come to the servers."""
+        return self.batches
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, dict[str, float]]:

@@ -2,7 +2,7 @@
 
 import textwrap
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 from scripts.shakespeare.findings import ROUNDS_TEXT, findings, paragraphs
 from scripts.shakespeare.results import (
@@ -75,9 +75,6 @@ def table(results: dict[str, Result], target: float) -> str:
     for name, result in results.items():
         if result.setting.family in ("grid", *LOCAL, *PEERS):
             continue
-        final = f"{mean(result.final):.4f}"
-        if len(result.final) > 1:
-            final += f" ± {stdev(result.final):.4f}"
         reached = ["not reached", "", ""]
         if name in saved:
             points = result.reach(target)
@@ -87,7 +84,8 @@ def table(results: dict[str, Result], target: float) -> str:
                 f"{saved[name]:.1f}x",
             ]
         over = f"{result.over(results['identity']):+.2f} %"
-        cells = [result.label, str(len(result.logs)), f"{result.bits:.3g}", final, over, *reached]
+        cells = [result.label, str(len(result.logs)), f"{result.bits:.3g}"]
+        cells += [result.final_told, over, *reached]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

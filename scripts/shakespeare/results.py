@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 from scripts.shakespeare.settings import SETTINGS, Setting
 from training.records import BYTES_PER_PARAMETER, Log, read_log
@@ -50,6 +50,12 @@ class Result:
         return [log.evals[-1]["test_loss"] for log in self.logs]
 
     @property
+    def final_told(self) -> str:
+        """Their mean, and one standard deviation where there are several."""
+        spread = f" ± {stdev(self.final):.4f}" if len(self.final) > 1 else ""
+        return f"{mean(self.final):.4f}{spread}"
+
+    @property
     def bits(self) -> float:
         """Bits sent to the servers for a parameter in a step, on average."""
         log = self.logs[0]
@@ -59,15 +65,6 @@ class Result:
     def sizes(self, sent: float) -> float:
         """Bytes in sizes of the model."""
         return sent / (BYTES_PER_PARAMETER * self.logs[0].run["parameters"])
-
-    @property
-    def by_bytes(self) -> list[tuple[float, float]]:
-        """Sizes of the model sent to the servers, and the test loss then, mean over seeds."""
-        rows = zip(*(log.evals for log in self.logs), strict=True)
-        return [
-            (self.sizes(row[0]["w2s_bytes"]), mean(record["test_loss"] for record in row))
-            for row in rows
-        ]
 
     @property
     def by_both(self) -> list[tuple[float, float]]:
@@ -191,17 +188,6 @@ def compressed(results: dict[str, Result]) -> list[Result]:
 def ours(results: dict[str, Result]) -> list[Result]:
     """All of ours that compress, of any number of steps a round."""
     return compressed(results) + [r for r in results.values() if r.setting.family in LOCAL]
-
-
-def best_two(results: dict[str, Result]) -> tuple[Result, Result]:
-    """Of ours the fewest bytes to the target, and the lowest final loss at a tenth of the bytes.
-
-    A tenth of the uncompressed run's.
-    """
-    saved = savings(results, target_loss(results["identity"]))
-    fewest = max(compressed(results), key=lambda result: saved.get(result.setting.name, 0))
-    few = [result for result in compressed(results) if result.bits < 3.2]
-    return fewest, min(few, key=lambda result: mean(result.final))
 
 
 def times(results: dict[str, Result], target: float, log: Path) -> dict[str, dict[str, float]]:

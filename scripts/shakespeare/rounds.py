@@ -1,6 +1,6 @@
 """Both axes of the study: bits a message, and messages a step; bytes sent and received."""
 
-from statistics import mean, stdev
+from statistics import mean
 
 from scripts.shakespeare.envelopes import ahead, fewest_both_ways
 from scripts.shakespeare.findings import filled
@@ -94,15 +94,17 @@ def rounds_table(results: dict[str, Result], target: float) -> str:
     identity = results["identity"]
     shown = [r for r in results.values() if r.setting.family in (*OF_ROUNDS, "DeMo")]
     for result in [identity, results["served6"], *shown]:
-        final = f"{mean(result.final):.4f}"
-        if len(result.final) > 1:
-            final += f" ± {stdev(result.final):.4f}"
         reached = result.both(target)
         told = ["not reached", ""]
         if reached:
             told = [in_figures(reached), f"{identity.both(target) / reached:,.0f}x"]
         method = "ours" if result in (identity, results["served6"]) else result.setting.family
-        cells = [result.label, method.replace("local steps", "ours"), str(len(result.logs)), final]
-        cells += [f"{result.over(identity):+.2f} %", in_figures(all_of(result)), *told]
+        cells = [result.label, method.replace("local steps", "ours"), str(len(result.logs))]
+        cells += [
+            result.final_told,
+            f"{result.over(identity):+.2f} %",
+            in_figures(all_of(result)),
+            *told,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -217,9 +217,7 @@ SETTINGS += [
         setting(f"local{h}-top30", "local steps", local(h, SIGNS, OUTER, HALF), of_seeds)
         for h, of_seeds in ((4, SEEDS), (10, (0,)), (30, (0,)), (60, (0,)))
     ),
-    setting(
-        "local120-60-top30", "local steps", local(SHORTER, top(30, "sign"), OUTER, HALF), SEEDS
-    ),
+    setting("local120-60-top30", "local steps", local(SHORTER, SIGNS, OUTER, HALF), SEEDS),
     setting("local4-top30-decay8", "local steps", local(4, SIGNS, OUTER, "error_decay=0.8")),
     setting("local60-top5", "local steps", local(60, top(5, "sign"), OUTER, HALF)),
     setting(
