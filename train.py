@@ -42,6 +42,7 @@ class Run:
         on_cuda = workers.device.type == "cuda"
         if on_cuda:  # of what the library compiles
             torch.compiler.set_stance("default" if config.compile else "force_eager")
+        group = workers.group(config.exchange)
         self.forward_sequences = share_of_batch(config, workers.count)
         model_config = build(config.model, "model")
         train_tokens, test_tokens = open_data(config)
@@ -51,7 +52,7 @@ class Run:
         self.batches = Prefetched(batches) if on_cuda else batches
         self.test = TestWindows(test_tokens, model_config.context, config.eval.tokens)
         self.raw_model = GPT(model_config, config.seed).to(workers.device)
-        self.optimizer = build_optimizer(config, self.raw_model, workers.timeout)
+        self.optimizer = build_optimizer(config, self.raw_model, workers.timeout, group)
         self.scheduler = new_scheduler(self.optimizer, config, steps=0)
         reduced = isinstance(self.optimizer, AllReduced)
         self.model = self.optimizer.wrap(self.raw_model) if reduced else self.raw_model

@@ -14,16 +14,23 @@ class HierarchicalEF21Muon(EF21Muon):
     options as in EF21Muon. A rank's own `param_groups` hold the layers of its lane alone, and
     `worker_groups` those of all; `step` drops the gradients of the others. `w2s_bytes`, `s2w_bytes`
     and `received_bytes` are of the whole worker, `wire_tx_bytes` what this rank sends to others. To
-    wait longer than `timeout`, by default torch's, for another rank is an error. Raises ValueError,
+    wait longer than `timeout`, by default torch's, for another rank is an error. `backend` is that
+    of messages between workers, by default torch's. Raises ValueError,
     on all ranks of a worker, where one of them cannot build its part, where `worker_size` does not
     divide the ranks or leaves one without a layer, and without a process group.
     """
 
     def __init__(
-        self, groups: list[dict], *, worker_size: int, timeout: timedelta | None = None, **options
+        self,
+        groups: list[dict],
+        *,
+        worker_size: int,
+        timeout: timedelta | None = None,
+        backend: str | None = None,
+        **options,
     ):
         parameters = [parameter for group in groups for _, parameter in group["params"]]
-        self.lanes = Lanes(parameters, worker_size, timeout)
+        self.lanes = Lanes(parameters, worker_size, timeout, backend)
         self.worker_groups = groups
         mine = [
             {**group, "params": [pair for pair in group["params"] if pair[1] in self.lanes.own]}

@@ -17,14 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
-from training.workers import RunError, one_line
+from training.workers import EXCHANGES, RunError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 # What does not change a run's numbers, and so not its name.
 INCIDENTAL = (
     *("runs", "directory", "log_every", "diagnostics_every", "check_every", "fail_fast"),
-    *("wandb", "label", "checkpoint", "resume", "dry_run"),
+    *("wandb", "label", "checkpoint", "resume", "dry_run", "exchange"),
 )
 # The nodes that describe an object, and the override that chooses a file for each.
 CHOICES = {
@@ -94,6 +94,7 @@ class Config:
     w2s: Any
     s2w: Any
     worker_size: int
+    exchange: str
     dry_run: bool
     seed: int
     steps: int
@@ -264,6 +265,9 @@ def _check_ranges(config: DictConfig) -> None:
         raise RunError(f"seed={config.seed} is not allowed: give a whole number below 2^63")
     if config.resume not in ("none", "auto", "elastic"):
         raise RunError(f"resume={config.resume} is not allowed: choose none, auto or elastic")
+    if config.exchange not in EXCHANGES:
+        allowed = " or ".join(EXCHANGES)
+        raise RunError(f"exchange={config.exchange} is not allowed: choose {allowed}")
     if config.resume == "elastic" and config.directory is None:
         raise RunError("resume=elastic needs directory=: say which run goes on")
     if config.wandb.mode not in ("disabled", "offline", "online"):

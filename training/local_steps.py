@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 
 from omegaconf import DictConfig
@@ -19,16 +18,19 @@ OTHERS = "others"  # the key of an inner optimizer for the roles that no other o
 
 
 def build_local_steps(
-    config: DictConfig, make: partial, groups: list[dict], timeout: timedelta | None
+    config: DictConfig, make: partial, groups: list[dict], place: dict
 ) -> LocalSteps:
     """make: of LocalSteps, with `inner` a partial, or partials by role.
+
+    place: a process group, or what lanes are made of.
 
     Raises RunError for an inner optimizer that cannot be built.
     """
     lanes, own = None, groups
     if config.worker_size > 1:
         parameters = [parameter for group in groups for _, parameter in group["params"]]
-        lanes = Lanes(parameters, config.worker_size, timeout)
+        lanes = Lanes(parameters, **place)
+        place = {"lanes": lanes, "process_group": lanes.lane}
         own = [
             {**group, "params": [pair for pair in group["params"] if pair[1] in lanes.own]}
             for group in groups
@@ -45,7 +47,6 @@ def build_local_steps(
     shares = _shares(options.pop("inner", None), own)
     with lanes.together() if lanes else nullcontext():
         inner = [_build_inner(key, maker, chosen, config.seed) for key, maker, chosen in shares]
-    place = {"lanes": lanes, "process_group": lanes.lane} if lanes else {}
     return make.func(inner, seed=config.seed, **compressors, **place, **options)
 
 

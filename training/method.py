@@ -7,6 +7,7 @@ from inspect import signature
 import torch
 from omegaconf import DictConfig
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from baselines import AllReduced
 from ef21_muon import EF21Muon, HierarchicalEF21Muon, LocalSteps, param_groups
@@ -40,20 +41,27 @@ def parameter_groups(config: DictConfig, model: nn.Module) -> list[dict]:
 
 
 def build_optimizer(
-    config: DictConfig, model: nn.Module, timeout: timedelta | None = None
+    config: DictConfig,
+    model: nn.Module,
+    timeout: timedelta | None = None,
+    group: ProcessGroup | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of all workers, which wait for each other as long as `timeout`.
 
-    Raises RunError for choices that contradict one another.
+    Their messages go by the process group. Raises RunError for choices that contradict one another.
     """
+    place = {"process_group": group}
+    if config.worker_size > 1:
+        backend = group and "gloo"
+        place = {"worker_size": config.worker_size, "timeout": timeout, "backend": backend}
     make = build(config.optimizer, "optimizer", _partial_=True)
     _require_arguments(make)
     groups = parameter_groups(config, model)
     if issubclass(make.func, LocalSteps):
-        optimizer = build_local_steps(config, make, groups, timeout)
+        optimizer = build_local_steps(config, make, groups, place)
         _require_accord(config, optimizer)
         return optimizer
-    options = {}
+    options = dict(place)
     if make.func is not EF21Muon:
         rule = ("norm", "radius") if issubclass(make.func, EF21Muon) else ()
         taken = ("name", "params", *rule)
@@ -63,7 +71,6 @@ def build_optimizer(
     if make.func is EF21Muon:
         options |= {"w2s": build(config.w2s, "w2s"), "s2w": build(config.s2w, "s2w")}
         if config.worker_size > 1:
-            options |= {"worker_size": config.worker_size, "timeout": timeout}
             make = partial(HierarchicalEF21Muon, **make.keywords)
     elif config.worker_size > 1:
         raise RunError(

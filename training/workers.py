@@ -22,6 +22,7 @@ MEANINGS = {
     "allocate memory": "the memory does not suffice: give a smaller model or batch.per_forward",
     "out of memory": "the memory does not suffice: give a smaller model or batch.per_forward",
 }
+EXCHANGES = ("device", "host")
 
 
 class RunError(Exception):
@@ -47,11 +48,13 @@ def leave(status: int) -> NoReturn:
 class Workers:
     """This process among the workers that torchrun started; alone without torchrun, or if told so.
 
-    `rank`, `count`, `device`: CUDA with NCCL where there is a GPU, else the CPU with gloo. They
-    meet in `finish`. To wait more than `timeout` seconds for another worker is an error.
+    `rank`, `count`, `device`: CUDA with NCCL where there is a GPU for each, else the CPU, or GPUs
+    that they share, with gloo. They meet in `finish`. To wait more than `timeout` seconds for
+    another worker is an error.
     """
 
-    ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK")  # by which torchrun says it
+    # By which torchrun says it.
+    ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
     # For workers to say that they are there, once one of them waited in vain; less than `timeout`.
     REPORT_SECONDS = 10
@@ -59,13 +62,16 @@ class Workers:
 
     def __init__(self, timeout: float = 600, alone: bool = False):
         self._environment = {} if alone else os.environ
-        self.rank, self.count, local_rank = (
+        self.rank, self.count, local_rank, local_count = (
             int(text) if (text := self._environment.get(name, "")).isdecimal() else default
-            for name, default in zip(self.ENVIRONMENT, (0, 1, 0), strict=True)
+            for name, default in zip(self.ENVIRONMENT, (0, 1, 0, 1), strict=True)
         )
-        on_cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
-        self.control = self._store = None
+        self.device, self.shared = torch.device("cpu"), False
+        if torch.cuda.is_available():
+            gpus = torch.cuda.device_count()
+            self.device = torch.device("cuda", local_rank % gpus)
+            self.shared = max(local_rank + 1, local_count) > gpus
+        self.control = self._from_host = self._store = None
         self._stop_requested = False
         self.timeout = timedelta(seconds=timeout)
 
@@ -81,18 +87,14 @@ class Workers:
                 "unset both"
             )
         if self.device.type == "cuda":
-            if self.device.index >= torch.cuda.device_count():
-                raise ValueError(
-                    f"LOCAL_RANK={self.device.index} has no GPU: start at most "
-                    f"{torch.cuda.device_count()} workers on this machine"
-                )
             torch.cuda.set_device(self.device)
 
     def _meet(self) -> None:
         store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
         self._store = dist.PrefixStore(self._agree_on_name(store), store)
+        apart = self.device.type == "cuda" and not self.shared
         dist.init_process_group(
-            "nccl" if self.device.type == "cuda" else "gloo",
+            "cpu:gloo,cuda:nccl" if apart else "gloo",
             store=self._store,
             rank=self.rank,
             world_size=self.count,
@@ -100,6 +102,8 @@ class Workers:
         )
         # On the CPU, and beside the training's own collectives.
         self.control = dist.new_group(backend="gloo", timeout=self.timeout)
+        if apart:
+            self._from_host = dist.new_group(backend="gloo", timeout=self.timeout)
 
     def _agree_on_name(self, store: dist.Store) -> str:
         """A name for what these processes store, which no earlier start of workers has used.
@@ -157,6 +161,18 @@ class Workers:
         """
         requests = self.start_total(self._stop_requested)
         return lambda: requests()[0] > 0
+
+    def group(self, exchange: str) -> dist.ProcessGroup | None:
+        """The process group of messages that go from `exchange`, "device" or "host"; None is all.
+
+        Raises RunError for messages from the device where workers share one.
+        """
+        if exchange == "device" and self.shared:
+            raise RunError(
+                f"exchange=device needs a GPU for each worker, and this machine has "
+                f"{torch.cuda.device_count()}: start as many, or give exchange=host"
+            )
+        return self._from_host if exchange == "host" else None
 
     @property
     def first(self) -> bool:
@@ -216,12 +232,7 @@ class Workers:
 
     def total(self, *numbers: float | torch.Tensor) -> list[float]:
         """The sums of the numbers over all workers, in float64."""
-        sums = torch.stack(
-            [torch.as_tensor(n, dtype=torch.float64, device=self.device) for n in numbers]
-        )
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        return sums.tolist()
+        return self.start_total(*numbers)()
 
     def finish(self, work: Callable[[], int]) -> int:
         """Meet the other workers, do the work of this process; returns the exit status.

@@ -22,12 +22,19 @@ class Lanes:
     parameters: of all layers, in the same order on all ranks. `worker` is the process group of this
     worker, `lane` that of the ranks which hold the same layers in all workers, `holders` every
     parameter with the rank of this worker that holds it, `own` those of this rank. To wait longer
-    than `timeout`, by default torch's, for another rank is an error. Raises ValueError where
+    than `timeout`, by default torch's, for another rank is an error. `backend` is that of `lane`:
+    by default torch's; with "gloo" messages go through the host's memory. Raises ValueError where
     `worker_size` does not divide the ranks or leaves one without a layer, and without a process
     group.
     """
 
-    def __init__(self, parameters: list[Tensor], worker_size: int, timeout: timedelta | None):
+    def __init__(
+        self,
+        parameters: list[Tensor],
+        worker_size: int,
+        timeout: timedelta | None,
+        backend: str | None = None,
+    ):
         if not dist.is_initialized():
             raise ValueError(f"worker_size={worker_size} needs a process group: use torchrun")
         rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -44,7 +51,7 @@ class Lanes:
         first = worker * worker_size
         self.worker_size = worker_size
         self.worker = _group(range(first, first + worker_size), timeout)
-        self.lane = _group(range(place, ranks, worker_size), timeout)
+        self.lane = _group(range(place, ranks, worker_size), timeout, backend)
         of_layers = spread([parameter.numel() for parameter in parameters], worker_size)
         self.holders = [
             (parameter, first + lane) for parameter, lane in zip(parameters, of_layers, strict=True)
@@ -109,5 +116,7 @@ class Lanes:
             work.wait()
 
 
-def _group(ranks: range, timeout: timedelta | None) -> dist.ProcessGroup:
-    return dist.new_group(list(ranks), timeout, use_local_synchronization=True)
+def _group(
+    ranks: range, timeout: timedelta | None, backend: str | None = None
+) -> dist.ProcessGroup:
+    return dist.new_group(list(ranks), timeout, backend, use_local_synchronization=True)

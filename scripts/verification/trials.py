@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ef21_muon import ALONE, Compressor, EF21Muon, Identity, LocalSteps, Sign, Spectral
+from ef21_muon.exchange.host import sender
 from ef21_muon.fingerprint import fingerprint
 from ef21_muon.lmo.norms import BiasRMS
 from training.workers import Workers
@@ -181,19 +182,34 @@ def constant_gradients(
 class Sent(TorchDispatchMode):
     """While it is entered, `bytes` counts what this rank hands to the network.
 
-    It sees every call of a c10d operator, however torch.distributed is used; RuntimeError for one
-    that no step has a need of.
+    It sees every call of a c10d operator, however torch.distributed is used, also of the thread
+    that sends from the host's memory; RuntimeError for one that no step has a need of.
     """
 
-    def __init__(self, workers: Workers):
+    def __init__(self, workers: Workers, elsewhere: bool = True):
         super().__init__()
-        self.others, self.bytes = workers.count - 1, 0
+        self.others, self.here = workers.count - 1, 0
+        self.of_sender = Sent(workers, elsewhere=False) if elsewhere else None
+
+    @property
+    def bytes(self) -> int:
+        return self.here + (self.of_sender.here if self.of_sender else 0)
+
+    def __enter__(self):
+        if self.of_sender:
+            sender().submit(self.of_sender.__enter__).result()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        if self.of_sender:
+            sender().submit(self.of_sender.__exit__, *error).result()
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator is torch.ops.c10d.send.default:
-            self.bytes += sum(tensor.nbytes for tensor in args[0])
+            self.here += sum(tensor.nbytes for tensor in args[0])
         elif operator is torch.ops.c10d._allgather_base_.default:
-            self.bytes += self.others * args[1].nbytes
+            self.here += self.others * args[1].nbytes
         elif operator.namespace == "c10d" and operator is not torch.ops.c10d.recv_.default:
             raise RuntimeError(f"a step called {operator}, whose bytes are not counted")
         return operator(*args, **(kwargs or {}))

@@ -136,6 +136,7 @@ CHOICES = {
     "compressor@w2s=unheard": "choose from chunk_topk, damping, dense, dropout",
     "compressor=topk": "Could not override 'compressor'. Did you mean ... compressor@s2w, compress",
     "experiment=thesis": "Could not find 'experiment/thesis': choose from paper",
+    "exchange=nccl": "exchange=nccl is not allowed: choose device or host",
     "resume=yes": "resume=yes is not allowed: choose none, auto or elastic",
     "wandb.mode=on": "wandb.mode=on is not allowed: choose disabled, offline or online",
     "data.train=/nowhere/*.bin": "/nowhere/*.bin: 0 matching files, expected 1; rebuild",

@@ -224,7 +224,9 @@ def test_more_workers_than_gpus(refuse, pristine, in_a_process_group, monkeypatc
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    refuse(pristine, "", "LOCAL_RANK=2 has no GPU: start at most 2 workers on this machine")
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    told = "exchange=device needs a GPU for each worker, and this machine has 2: start as many, or"
+    refuse(pristine, "", told)
 
 
 def test_a_rank_that_is_started_twice_is_told(pristine):
