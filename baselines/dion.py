@@ -12,6 +12,8 @@ from baselines.collectives import CollectiveOptimizer, StatefulBatch
 from baselines.numbers import check_number
 from ef21_muon.checks import choice
 from ef21_muon.exchange.collectives import Traffic
+from ef21_muon.lmo.newton_schulz import unit_largest
+from ef21_muon.messages.basis import orthonormal
 from ef21_muon.messages.formats import value_format
 from ef21_muon.messages.values import Float32, Values
 
@@ -137,7 +139,7 @@ class Dion(CollectiveOptimizer):
                 _accumulate(batch, gradient)
                 projections.append(batch.state["momentum"] @ batch.state["right_factor"])
             dion = self.factored + self.whole
-            left = [torch.linalg.qr(projection).Q for projection in projections]
+            left = [orthonormal(unit_largest(projection)) for projection in projections]
             right = [b.state["momentum"].mT @ p for b, p in zip(dion, left, strict=True)]
         means, _ = self._means(right[: len(self.factored)], [])
         right[: len(self.factored)] = means

@@ -8,7 +8,7 @@ little-endian, as on every machine that torch runs on.
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 18  # indices of a row to code at a time, so that temporaries stay small
+from ef21_muon.messages.pieces import at_a_time
 
 
 def packed_bytes(count: int, width: int) -> int:
@@ -72,10 +72,7 @@ def _word(width: int) -> torch.dtype:
 def _pack_below_byte(codes: Tensor, width: int) -> Tensor:
     rows, count = codes.shape
     groups = (count + 7) // 8
-    words = torch.zeros(rows, groups, dtype=_word(width), device=codes.device)
-    for place in range(8):
-        column = codes[:, place::8]
-        words[:, : column.shape[1]] |= column.to(words.dtype) << width * place
+    words = (words_at_once if codes.is_cuda else words_by_place)(codes, width)
     packed = words.view(torch.uint8).view(rows, groups, words.element_size())[..., :width]
     return packed.reshape(rows, groups * width)[:, : packed_bytes(count, width)]
 
@@ -87,10 +84,50 @@ def _unpack_below_byte(packed: Tensor, count: int, width: int) -> Tensor:
     padded[:, : packed.shape[1]] = packed
     padded = torch.nn.functional.pad(padded.view(rows, groups, width), (0, size - width))
     words = padded.view(rows, groups * size).view(_word(width))
-    codes = torch.empty(rows, groups, 8, dtype=torch.uint8, device=packed.device)
+    codes = (codes_at_once if packed.is_cuda else codes_by_place)(words, width)
+    return codes.view(rows, groups * 8)[:, :count]
+
+
+# Eight codes a word, either place after place, in little memory, or all at once, in few launches.
+
+
+def words_by_place(codes: Tensor, width: int) -> Tensor:
+    """(L, n) codes -> (L, ceil(n / 8)) words."""
+    rows, count = codes.shape
+    words = torch.zeros(rows, (count + 7) // 8, dtype=_word(width), device=codes.device)
+    for place in range(8):
+        column = codes[:, place::8]
+        words[:, : column.shape[1]] |= column.to(words.dtype) << width * place
+    return words
+
+
+def words_at_once(codes: Tensor, width: int) -> Tensor:
+    """The same."""
+    word = _word(width)
+    eights = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (eights.to(word) << _shifts(width, codes.device)).sum(2, dtype=word)
+
+
+def codes_by_place(words: Tensor, width: int) -> Tensor:
+    """(L, n) words -> uint8 (L, n, 8) codes."""
+    codes = torch.empty(*words.shape, 8, dtype=torch.uint8, device=words.device)
     for place in range(8):
         codes[..., place] = (words >> width * place & (1 << width) - 1).to(torch.uint8)
-    return codes.view(rows, groups * 8)[:, :count]
+    return codes
+
+
+def codes_at_once(words: Tensor, width: int) -> Tensor:
+    """The same."""
+    codes = torch.empty(*words.shape, 8, dtype=torch.uint8, device=words.device)
+    size = max(1, at_a_time(words.device) // (8 * max(1, len(words))))
+    shifts = _shifts(width, words.device)
+    for part, of_part in zip(words.split(size, 1), codes.split(size, 1), strict=True):
+        of_part.copy_(part[..., None] >> shifts & (1 << width) - 1)
+    return codes
+
+
+def _shifts(width: int, device: torch.device) -> Tensor:
+    return torch.arange(0, 8 * width, width, dtype=_word(width), device=device)
 
 
 # Elias-Fano: a sorted index is split into low bits, packed, and a high part, written in unary as a
@@ -124,11 +161,12 @@ def pack_indices(indices: Tensor, universe: int) -> Tensor:
         rows, count + (universe - 1 >> width), dtype=torch.uint8, device=indices.device
     )
     low = torch.empty(rows, count, dtype=torch.int32, device=indices.device)
-    for first in range(0, count, CHUNK):
-        piece = indices[:, first : first + CHUNK]
+    size = at_a_time(indices.device) // 4  # since places have 8 bytes
+    for first in range(0, count, size):
+        piece = indices[:, first : first + size]
         places = torch.arange(first, first + piece.shape[1], device=indices.device)
         bitmap.scatter_(1, places + (piece >> width), 1)
-        low[:, first : first + CHUNK] = piece & (1 << width) - 1
+        low[:, first : first + size] = piece & (1 << width) - 1
     return torch.cat([pack(low, width), pack(bitmap, 1)], 1)
 
 

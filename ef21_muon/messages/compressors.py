@@ -16,6 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.lmo.newton_schulz import unit_largest
+from ef21_muon.messages.basis import orthonormal
 from ef21_muon.messages.bits import (
     check_length,
     index_bytes,
@@ -247,7 +248,7 @@ class RankK(Fraction):
         size = len(x), x.shape[1], rank
         sketch = torch.randn(size, generator=generator, dtype=torch.float32, device=x.device)
         sketch = unit_largest(x @ unit_largest(x.mT @ sketch))
-        basis = torch.linalg.qr(sketch).Q
+        basis = orthonormal(sketch)
         factors = basis.mT, basis.mT @ x
         return torch.cat([self.values.encode(factor, generator) for factor in factors], 1)
 

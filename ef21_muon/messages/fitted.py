@@ -4,6 +4,7 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.lmo.newton_schulz import unit_largest
+from ef21_muon.messages.basis import orthonormal
 from ef21_muon.messages.bits import check_length, reinterpret
 from ef21_muon.messages.compressors import Fraction
 from ef21_muon.messages.formats import value_format
@@ -57,7 +58,7 @@ class FittedRank(Fraction):
         size = len(x), long, r
         basis = torch.randn(size, generator=generator, dtype=torch.float32, device=x.device)
         basis = unit_largest(x @ unit_largest(x.mT @ basis))
-        basis = torch.linalg.qr(basis).Q
+        basis = orthonormal(basis)
         sent = [self.basis.encode(basis.mT, generator)]
         basis = self.basis.decode(sent[0], r, long)
         gram, products = basis @ basis.mT, basis @ x

@@ -4,7 +4,8 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.messages.bits import pack, packed_bytes, reinterpret, unpack
-from ef21_muon.messages.values import CHUNK, Blockwise
+from ef21_muon.messages.pieces import at_a_time
+from ef21_muon.messages.values import Blockwise
 
 
 class Statistical(Blockwise):
@@ -69,7 +70,7 @@ class Statistical(Blockwise):
         one = 2.0 ** (60 - unit.shape[2].bit_length())
         sums = torch.zeros(*unit.shape[:2], self.bins, dtype=torch.int64, device=unit.device)
         counts = torch.zeros_like(sums)
-        size = max(1, CHUNK // (unit.shape[0] * unit.shape[1]))
+        size = max(1, at_a_time(unit.device) // (unit.shape[0] * unit.shape[1]))
         for part, of_part in zip(unit.split(size, 2), codes.split(size, 2), strict=True):
             places = of_part.to(torch.int64) & self.bins - 1
             sums.scatter_add_(2, places, (part * one).to(torch.int64))

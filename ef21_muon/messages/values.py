@@ -11,8 +11,8 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.messages.bits import check_length, pack, packed_bytes, reinterpret, unpack
+from ef21_muon.messages.pieces import at_a_time
 
-CHUNK = 1 << 20  # values to encode at a time, so that temporaries stay small
 MANTISSA = 1 << 23  # a float32 is a sign, 8 bits of exponent and 23 bits of mantissa
 
 
@@ -117,7 +117,7 @@ class Natural(Values):
     def encode(self, values: Tensor, generator: Generator | None = None) -> Tensor:
         bits = values.flatten(1).contiguous().view(torch.int32)
         exponents, signs = [], []
-        for piece in bits.split(_chunk(len(bits)), 1):
+        for piece in bits.split(_chunk(bits), 1):
             rounded = _carry(piece, self.stochastic, generator).add_(piece)
             exponents.append(rounded.bitwise_right_shift_(23).to(torch.uint8))
             signs.append(pack((piece < 0).to(torch.uint8), 1))
@@ -172,7 +172,7 @@ class Blockwise(Values):
         padded = padded.view(-1, blocks, length)
         # Pieces of eight blocks, or of a multiple of eight values of a single block, fill whole
         # bytes of codes.
-        chunk = _chunk(len(padded))
+        chunk = _chunk(padded)
         scales, codes, left = [], [], count
         for piece in padded.split(max(8, chunk // length // 8 * 8), 1):
             piece = self._rotate(piece)
@@ -347,9 +347,9 @@ class SignScale(Blockwise):
         return codes.float().mul_(-2).add_(1).mul_(scales)
 
 
-def _chunk(messages: int) -> int:
-    """Values of each of so many messages to encode at a time, a multiple of 8."""
-    return max(8, CHUNK // max(1, messages) // 8 * 8)
+def _chunk(messages: Tensor) -> int:
+    """Values of each of these messages to encode at a time, a multiple of 8."""
+    return max(8, at_a_time(messages.device) // max(1, len(messages)) // 8 * 8)
 
 
 def _carry(bits: Tensor, stochastic: bool, generator: Generator | None) -> Tensor:

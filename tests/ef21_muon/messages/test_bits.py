@@ -1,6 +1,7 @@
 """Codes and indices as packed bits, and back."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from compression import ALWAYS_THE_SAME
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ef21_muon.messages import bits
 from ef21_muon.messages.bits import (
     index_bytes,
     low_width,
@@ -42,13 +44,23 @@ def test_integers_of_any_count_come_back(width, rows, count, seed):
     assert torch.equal(unpack(pack(codes, width), count, width).long(), codes)
 
 
+@ALWAYS_THE_SAME
+@given(st.integers(1, 7), st.integers(1, 3), st.integers(0, 70), st.integers(0, 99))
+def test_a_gpu_packs_eight_at_once_into_the_same_bits(width, rows, count, seed):
+    codes = random_codes(rows, count, width, seed).to(torch.uint8)
+    words = bits.words_by_place(codes, width)
+    assert torch.equal(bits.words_at_once(codes, width), words)
+    with mock.patch("ef21_muon.messages.pieces.CHUNK", 32):
+        assert torch.equal(bits.codes_at_once(words, width), bits.codes_by_place(words, width))
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
 )
 def test_every_integer_dtype_is_packed(dtype):
-    bits = random_codes(2, 13, 1, seed=0)
+    ones = random_codes(2, 13, 1, seed=0)
     for width in (1, 5, 8, 13, 32):
-        assert torch.equal(unpack(pack(bits.to(dtype), width), 13, width).long(), bits)
+        assert torch.equal(unpack(pack(ones.to(dtype), width), 13, width).long(), ones)
 
 
 def test_packing_wastes_less_than_a_byte():

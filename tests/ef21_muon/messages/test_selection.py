@@ -36,9 +36,24 @@ def test_it_is_a_stable_sort(sorted_below, rows, n, share, seed, kind):
         assert torch.equal(largest(x, k), by_sorting(x, k))
 
 
+@settings(derandomize=True)
+@given(
+    rows=st.integers(1, 4), n=st.integers(1, 300), share=st.floats(0, 1), seed=st.integers(0, 99)
+)
+def test_a_gpu_finds_the_same_kth_entry_and_as_many_equal_to_it(rows, n, share, seed):
+    x = torch.randn(rows, n, generator=torch.Generator().manual_seed(seed)).mul(2).round()
+    bits, k = x.view(torch.int32), max(1, round(share * n))
+    for found, expected in zip(
+        selection.kth_by_topk(bits, k),
+        selection.kth_by_histograms(bits.split(7, 1), k),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
 def test_chunks_do_not_show(monkeypatch, chunk):
-    monkeypatch.setattr(selection, "CHUNK", chunk)
+    monkeypatch.setattr("ef21_muon.messages.pieces.CHUNK", chunk)
     monkeypatch.setattr(selection, "SORTED_BELOW", 0)
     x = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).mul(3).round()
     for k in (1, 13, 50):

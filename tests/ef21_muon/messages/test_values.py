@@ -182,5 +182,5 @@ def test_pieces_do_not_show(monkeypatch, name):
         x = torch.randn(2, rows, columns, generator=seeded())
         whole = formats.encode(x)
         with monkeypatch.context() as patch:
-            patch.setattr("ef21_muon.messages.values.CHUNK", 16)
+            patch.setattr("ef21_muon.messages.pieces.CHUNK", 16)
             assert torch.equal(formats.encode(x), whole)
