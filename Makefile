@@ -1,6 +1,7 @@
 # make train   set up, prepare the data and train (ARGS="KEY=VALUE ..." are Hydra overrides)
 # make verify  set up and check what the README promises, on this machine (NPROC=workers)
 # make study   run what is missing of results/shakespeare (hours; safe to stop and start)
+# make gpu     set up and run what a GPU has to show (ARGS="--minutes 9"; see results/gpu)
 # make figures redraw figures and tables of results/ from their logs
 # make test    set up and run the whole test suite, two files at a time (ARGS go to pytest)
 # make lint    ruff, check and format
@@ -11,7 +12,7 @@ NPROC ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 # One thread a worker: what torchrun would choose too, without its warning.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train verify study figures test lint setup data
+.PHONY: train verify study gpu figures test lint setup data
 
 train: setup data
 	.venv/bin/torchrun --standalone --nproc_per_node=$(NPROC) train.py $(ARGS)
@@ -22,6 +23,10 @@ verify: setup
 study: setup data
 	.venv/bin/python scripts/shakespeare/run.py $(ARGS)
 
+gpu: setup data
+	$(if $(filter-out 0,$(GPUS)),.venv/bin/python data/shakespeare.py --gpt2)
+	.venv/bin/python scripts/gpu/run.py $(ARGS)
+
 figures: setup
 	.venv/bin/python scripts/shakespeare/figures.py
 	.venv/bin/python scripts/codec/run.py --redraw
@@ -30,6 +35,7 @@ figures: setup
 	.venv/bin/python scripts/soak/run.py --redraw
 	.venv/bin/python scripts/step124m/run.py --redraw model=gpt2-124m
 	.venv/bin/python scripts/local_steps/links.py --redraw
+	.venv/bin/python scripts/gpu/run.py --redraw
 
 test: setup
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

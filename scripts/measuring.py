@@ -1,4 +1,4 @@
-"""What several benchmarks measure with: the name of the processor, and the time of a step."""
+"""What several benchmarks measure and tell with."""
 
 import platform
 import re
@@ -28,3 +28,10 @@ def time_steps(run: Run, steps: int, after_each: Callable = lambda: None) -> tup
         after_each()
     seconds = time.perf_counter() - start
     return seconds / steps, (run.optimizer.wire_tx_bytes - sent) / steps
+
+
+def markdown(rows: list[list[str]], text_columns: int) -> str:
+    """A table of rows of text, of which the first is the heading."""
+    heading, *body = rows
+    rule = ["---"] * text_columns + ["---:"] * (len(heading) - text_columns)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heading, rule, *body))

@@ -76,4 +76,7 @@ LONGEST = ("test_resume", "test_faults", "test_algorithm", "test_local_steps", "
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="there is no GPU"))
     items.sort(key=lambda item: not any(f"{name}.py" in str(item.path) for name in LONGEST))

@@ -3,6 +3,8 @@
 import argparse
 import shlex
 
+from scripts.measuring import markdown
+
 # How records and tables name what is not a step of EF21-Muon.
 GRADIENT = "gradient"
 ADAMW, MUON = "`torch.optim.AdamW`", "`torch.optim.Muon`, one block"
@@ -53,12 +55,6 @@ def log_name(options: argparse.Namespace) -> str:
     return f"{options.out.resolve().name}.jsonl"
 
 
-def table(rows: list[list[str]], text_columns: int) -> str:
-    heading, *body = rows
-    rule = ["---"] * text_columns + ["---:"] * (len(heading) - text_columns)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (heading, rule, *body))
-
-
 def by_phase(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
     """The records of all ranks, by method and phase."""
     grouped = {}
@@ -90,7 +86,7 @@ def phase_table(records: list[dict]) -> str:
                 f"{largest['largest_bytes'] / 4 / largest['largest_layer']:.2f}",
             ]
         )
-    return table(rows, text_columns=3)
+    return markdown(rows, text_columns=3)
 
 
 def step_table(records: list[dict]) -> str:
@@ -115,4 +111,4 @@ def step_table(records: list[dict]) -> str:
                 *(f"{number:.2f}" for number in (*state, sum(state) / len(state))),
             ]
         )
-    return table(rows, text_columns=1)
+    return markdown(rows, text_columns=1)

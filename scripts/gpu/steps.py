@@ -1,0 +1,178 @@
+"""Where time and memory of a step go on one GPU, for every compressor, beside torch's optimizers.
+
+    python scripts/gpu/steps.py --out records.jsonl model=gpt2-124m
+
+KEY=VALUE are Hydra overrides, as of train.py. One worker alone: nothing is sent, all else is done.
+Phases are timed by events on the device; whether a step makes the host wait is asked of torch
+(`torch.cuda.set_sync_debug_mode`). On a machine without a GPU the same is done by its processor.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from omegaconf import DictConfig
+
+from ef21_muon.timing import PhaseTimer
+from model import GPT
+from training.config import CONFIGS, build, compose
+from training.method import build_optimizer
+
+WARM_UP = 3  # steps, in which what is compiled is
+FORWARD, ADAMW, MUON = "forward and backward", "torch.optim.AdamW", "torch.optim.Muon, blocks"
+COMPRESSORS = sorted(path.stem for path in (CONFIGS / "compressor").glob("*.yaml"))
+# Not those of others in one, nor the exact SVD.
+METHODS = {
+    name: [f"compressor@w2s={name}"]
+    for name in COMPRESSORS
+    if name not in ("damping", "dropout", "residual", "switch", "top_singular")
+} | {"rank, both ways": ["compressor@w2s=rank", "compressor@s2w=rank"]}
+
+
+class Device:
+    """The GPU, or without one the processor."""
+
+    def __init__(self):
+        self.on_cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", 0) if self.on_cuda else torch.device("cpu")
+
+    def allocated(self) -> int:
+        """Bytes; without a GPU nobody counts."""
+        return torch.cuda.memory_allocated() if self.on_cuda else 0
+
+    def settle(self) -> None:
+        if self.on_cuda:
+            torch.cuda.synchronize()
+
+    def peak(self, step: Callable) -> int:
+        """The most bytes that a step allocates beyond what there is before it."""
+        if not self.on_cuda:
+            return 0
+        torch.cuda.reset_peak_memory_stats()
+        before = self.allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+
+    def wait(self, step: Callable) -> str | None:
+        """What in a step makes the host wait for the device, as torch says it; None if nothing."""
+        if not self.on_cuda:
+            return None
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return None
+
+
+def measure(device: Device, step: Callable, timer: PhaseTimer, steps: int) -> dict:
+    """Milliseconds of a step and its phases (medians), peak bytes and what makes the host wait."""
+    for _ in range(WARM_UP):
+        step()
+    waits = device.wait(step)
+    peak = device.peak(step)
+    seconds, phases = [], []
+    for _ in range(steps):
+        timer.read()
+        device.settle()
+        start = time.perf_counter()
+        step()
+        device.settle()
+        seconds.append(time.perf_counter() - start)
+        phases.append(timer.read())
+    return {
+        "ms": round(1000 * median(seconds), 3),
+        "phases_ms": {
+            phase: round(1000 * median(one[phase] for one in phases), 3) for phase in phases[0]
+        },
+        "peak_bytes": peak,
+        "waits": waits,
+    }
+
+
+def measure_method(
+    device: Device, new: Callable[[], torch.optim.Optimizer], gradients: Callable, steps: int
+) -> dict:
+    """An optimizer's step with the gradients that are there, and the state that it keeps."""
+    before = device.allocated()
+    optimizer = new()
+    timer = getattr(optimizer, "timer", PhaseTimer())
+    gradients()
+    numbers = measure(device, optimizer.step, timer, steps)
+    del timer
+    kept = device.allocated() - before
+    return numbers | {"state_bytes": kept}
+
+
+def measure_all(config: DictConfig, overrides: list[str], steps: int, tell: Callable) -> None:
+    """Tell the record of every method."""
+    device = Device()
+    model = GPT(build(config.model, "model"), config.seed).to(device.device)
+    compiled = torch.compile(model) if device.on_cuda else model
+    shape = config.batch.per_forward, model.config.context
+    tokens = torch.randint(model.config.vocab_size, (2, *shape), device=device.device)
+    timer = PhaseTimer()
+
+    def forward_backward() -> None:
+        model.zero_grad()
+        with timer("forward_backward"):
+            with torch.autocast(device.device.type, torch.bfloat16, enabled=device.on_cuda):
+                loss = compiled(*tokens)
+            loss.backward()
+
+    tell(FORWARD, measure(device, forward_backward, timer, steps) | {"tokens": tokens[0].numel()})
+    of_step = [parameter.grad.clone() for parameter in model.parameters()]
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for parameter, gradient, value in zip(model.parameters(), of_step, start, strict=True):
+            parameter.grad = gradient
+            parameter.copy_(value)
+
+    def ours(how: list[str]) -> Callable:
+        return lambda: build_optimizer(compose((*overrides, *how)).config, model)
+
+    def adamw() -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), fused=device.on_cuda)
+
+    def muon() -> torch.optim.Optimizer:
+        return torch.optim.Muon(model.blocks.parameters())
+
+    for name, new in {
+        ADAMW: adamw,
+        MUON: muon,
+        **{name: ours(how) for name, how in METHODS.items()},
+    }.items():
+        tell(name, measure_method(device, new, put_back, steps))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps (default %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="records are added to this file")
+    options = parser.parse_intermixed_args()
+
+    def tell(method: str, numbers: dict) -> None:
+        record = {"record": "step", "method": method} | numbers
+        with options.out.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(f"{method}: {numbers['ms']:.1f} ms {numbers['phases_ms']}", flush=True)
+
+    config = compose(tuple(options.overrides)).config
+    measure_all(config, options.overrides, options.steps, tell)
+
+
+if __name__ == "__main__":
+    main()

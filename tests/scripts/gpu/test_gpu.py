@@ -1,0 +1,70 @@
+"""scripts/gpu: on this machine without a GPU, and its report."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from run import PATIENCE, ROOT
+
+from scripts.gpu.report import report
+
+FACTS = {"record": "facts", "device": "H100", "torch": "2.9.0", "cores": 8, "cuda": "13.0"}
+
+
+def run(directory, *parts):
+    command = [sys.executable, "scripts/gpu/run.py", "--out", str(directory), "--parts", *parts]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = (directory / "gpu.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], (directory / "README.md").read_text()
+
+
+def test_a_step_of_every_compressor_is_measured_without_a_gpu(tmp_path):
+    records, text = run(tmp_path, "steps")
+    assert "prove nothing about GPUs" in text
+    methods = {record["method"]: record for record in records if record["record"] == "step"}
+    assert {"identity", "rank", "topk", "torch.optim.AdamW", "forward and backward"} < set(methods)
+    assert set(methods["rank"]["phases_ms"]) == {"encode", "exchange", "decode", "server"}
+    assert all(record["waits"] is None for record in methods.values())
+
+
+@pytest.mark.slow
+def test_every_part_runs_without_a_gpu(tmp_path):
+    records, text = run(tmp_path, "steps", "tests", "verify", "training")
+    assert [part["status"] for part in records if part["record"] == "part"] == [0] * 7
+    assert "0 of 16 claims fail" in text
+    assert "did not end" not in text and "not run" not in text
+
+
+def test_a_wait_for_the_device_and_what_did_not_end_are_told():
+    step = {"record": "step", "method": "topk", "ms": 2.0, "phases_ms": {"encode": 1.5}}
+    step |= {"peak_bytes": 3e6, "waits": "called a synchronizing CUDA operation", "tokens": 8}
+    train = {"record": "training", "run": "uncompressed", "of": "train"}
+    text = report(
+        [FACTS, {"record": "part", "part": "steps", "status": None, "seconds": 9}, step, train]
+    )
+    assert "| topk | 2.00 | 1.50 |  |  |  | 3 | called a synchronizing CUDA operation |" in text
+    assert "steps 9 (time was up)" in text
+    assert "| uncompressed | did not end |" in text and "| fitted rank 30 % | not run |" in text
+    assert "prove nothing" not in text
+
+
+def test_milliseconds_of_a_run_are_those_of_its_second_half():
+    lines = []
+    for step in (10, 20, 30):
+        seconds = {10: 100.0, 20: 101.0, 30: 101.5}[step]
+        phases = dict.fromkeys(("forward_backward", "encode", "exchange", "decode", "server"), 0.0)
+        phases["encode"] = seconds / 2
+        lines.append({"record": "training", "run": "uncompressed", "of": "train", "step": step,
+                      "seconds": seconds, "phases": phases})  # fmt: skip
+    end = {"record": "training", "run": "uncompressed", "of": "end", "test_loss": 3.25}
+    text = report([FACTS, *lines, end | {"w2s_bytes": 4000}])
+    assert "| uncompressed | 3.2500 | 4,000 | 50.0 | 0.0 | 25.0 | 0.0 | 0.0 | 0.0 |" in text
+
+
+def test_the_committed_report_is_that_of_the_committed_records():
+    folder = ROOT / "results/gpu"
+    records = [json.loads(line) for line in (folder / "gpu.jsonl").read_text().splitlines()]
+    assert report(records) == (folder / "README.md").read_text()
+    assert "| none |" in report(records) and "synchroniz" not in report(records)
