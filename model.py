@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 ROTARY_BASE = 10_000
 
@@ -23,7 +24,8 @@ class GPTConfig:
     """Sizes of a GPT.
 
     layers: blocks; width: channels C; heads: attention heads H; context: most tokens the model can
-    look back on, itself included; vocab_size: number of token ids V.
+    look back on, itself included; vocab_size: number of token ids V. checkpoint_blocks: whether a
+    backward pass computes every block's activations again, so that only its input is kept.
 
     Raises ValueError for a size that is not a positive integer, and for a width that `heads` does
     not divide into heads of even size (rotary embeddings turn channels in pairs).
@@ -34,9 +36,15 @@ class GPTConfig:
     heads: int
     context: int
     vocab_size: int
+    checkpoint_blocks: bool = False
 
     def __post_init__(self):
-        for field in fields(self):
+        if type(self.checkpoint_blocks) is not bool:
+            raise ValueError(
+                f"model.checkpoint_blocks is {self.checkpoint_blocks!r}: give true or false"
+            )
+        sizes = (field for field in fields(self) if field.type is int)
+        for field in sizes:
             size = getattr(self, field.name)
             if type(size) is not int or size < 1:
                 raise ValueError(
@@ -182,7 +190,10 @@ class GPT(nn.Module):
         cosine, sine = self.cosine[:length], self.sine[:length]
         x = rms_norm(self.embedding(tokens))
         for block in self.blocks:
-            x = block(x, cosine, sine)
+            if self.config.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, cosine, sine, use_reentrant=False)
+            else:
+                x = block(x, cosine, sine)
         logits = F.linear(rms_norm(x), self.embedding.weight).float()
         if targets is None:
             return logits

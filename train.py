@@ -28,6 +28,7 @@ from training.progress import Progress, fail
 from training.report import group_table, result_table
 from training.resume import BYTES, checkpoint_of, go_on, go_on_elastic
 from training.schedule import Later, due, new_scheduler
+from training.sharding import require_shards, shard
 from training.sweep import run_jobs
 from training.workers import RunError, Workers, leave, one_line
 
@@ -43,6 +44,8 @@ class Run:
         if on_cuda:  # of what the library compiles
             torch.compiler.set_stance("default" if config.compile else "force_eager")
         group = workers.group(config.exchange)
+        if config.shard:
+            require_shards(config.worker_size, workers.count)
         self.forward_sequences = share_of_batch(config, workers.count)
         model_config = build(config.model, "model")
         train_tokens, test_tokens = open_data(config)
@@ -52,6 +55,8 @@ class Run:
         self.batches = Prefetched(batches) if on_cuda else batches
         self.test = TestWindows(test_tokens, model_config.context, config.eval.tokens)
         self.raw_model = GPT(model_config, config.seed).to(workers.device)
+        if config.shard:
+            shard(self.raw_model, config.worker_size, workers)
         self.optimizer = build_optimizer(config, self.raw_model, workers.timeout, group)
         self.scheduler = new_scheduler(self.optimizer, config, steps=0)
         reduced = isinstance(self.optimizer, AllReduced)
@@ -103,13 +108,15 @@ class Run:
         """Mean loss of W, on which workers agree, on the test windows of all workers."""
         total = torch.zeros((), dtype=torch.float64, device=self.workers.device)
         tokens = 0
-        windows = self.test.batches(self.workers.rank, self.workers.count, self.forward_sequences)
+        windows = self.test.batches(
+            self.workers.rank, self.workers.count, self.forward_sequences, self.config.shard
+        )
         with self.agreed():
-            for batch in windows:
+            for *batch, counted in windows:
                 inputs, targets = self.to_device(batch)
                 with self.autocast:
-                    total += self.model(inputs, targets).double() * targets.numel()
-                tokens += targets.numel()
+                    total += self.model(inputs, targets).double() * counted
+                tokens += counted
         total, tokens = self.workers.total(total, tokens)
         if not math.isfinite(total):
             raise RunError(

@@ -191,17 +191,21 @@ class TestWindows:
         return self.count
 
     def batches(
-        self, worker: int, workers: int, sequences: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield inputs and targets, int64 of shape (at most `sequences`, context).
+        self, worker: int, workers: int, sequences: int, together: bool = False
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        """Yield inputs, targets, int64 (at most `sequences`, context), and how many tokens count.
 
         The worker reads the windows worker, worker + workers, ... in this order; all workers
-        together read every window once. A worker may have one window fewer than another, or none.
+        together read every window once. A worker may have one window fewer than another, or none;
+        but with `together`, for a model that they compute together, it yields as often as the
+        others, at last the first window again, of which no token counts.
         """
         own = range(worker, self.count, workers)
-        for first in range(0, len(own), sequences):
+        most = len(range(0, self.count, workers)) if together else len(own)
+        for first in range(0, most, sequences):
             starts = [self.stride * window for window in own[first : first + sequences]]
-            yield _windows(self.stream, starts, self.context)
+            inputs, targets = _windows(self.stream, starts or [0], self.context)
+            yield inputs, targets, targets.numel() if starts else 0
 
 
 def _windows(

@@ -22,6 +22,7 @@ from ef21_muon.exchange.collectives import Traffic, place_in
 from ef21_muon.exchange.lanes import Lanes
 from ef21_muon.exchange.layers import Batch
 from ef21_muon.exchange.roll_call import RollCall
+from ef21_muon.exchange.shards import local, require_whole
 from ef21_muon.stateful import StatefulOptimizer
 from ef21_muon.timing import PhaseTimer
 
@@ -63,6 +64,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
         self.missing = choice("missing", missing, ("refuse", "zero"))
         if not any(group["params"] for group in self.param_groups):
             raise ValueError("the parameter groups hold no parameter: give those of the model")
+        require_whole([p for g in self.param_groups for p in g["params"]], type(self).__name__)
         self.process_group = process_group
         self.timer, self.steps, self.traffic = PhaseTimer(), 0, Traffic()
         rank, self.ranks = place_in(process_group)
@@ -132,7 +134,8 @@ class CommunicatingOptimizer(StatefulOptimizer):
                 for parameter in self._held:
                     if parameter.grad is None:
                         parameter.grad = torch.zeros_like(parameter)
-            require_gradients(self.batches, type(self).__name__)
+            if not self._sharded:
+                require_gradients(self.batches, type(self).__name__)
             self._require_as_built()
             if self._overflowed(self._everyone):
                 return loss
@@ -182,6 +185,11 @@ class CommunicatingOptimizer(StatefulOptimizer):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     @property
+    def _sharded(self) -> bool:
+        """Whether gradients are of shards, which lanes look at where they gather them."""
+        return self.lanes is not None and self.lanes.shards is not None
+
+    @property
     def _everyone(self) -> dist.ProcessGroup | str | None:
         """The ranks of all workers, which are more than those of a lane."""
         return None if self.lanes else self.process_group
@@ -196,7 +204,8 @@ class CommunicatingOptimizer(StatefulOptimizer):
             return False
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
-            torch._foreach_mul_([p.grad for p in self._held if p.grad is not None], 1 / scale)
+            gradients = [local(p.grad) for p in self._held if p.grad is not None]
+            torch._foreach_mul_(gradients, 1 / scale)
         if place_in(group)[1] > 1:
             found_inf = found_inf.clone()
             dist.all_reduce(found_inf, group=group)

@@ -11,13 +11,16 @@ class HierarchicalEF21Muon(EF21Muon):
     """EF21Muon in which `worker_size` successive ranks are one worker (`ef21_muon.exchange.lanes`).
 
     groups: parameter groups of (name, parameter) pairs, alike on all ranks, with entries and other
-    options as in EF21Muon. A rank's own `param_groups` hold the layers of its lane alone, and
-    `worker_groups` those of all; `step` drops the gradients of the others. `w2s_bytes`, `s2w_bytes`
-    and `received_bytes` are of the whole worker, `wire_tx_bytes` what this rank sends to others. To
-    wait longer than `timeout`, by default torch's, for another rank is an error. `backend` is that
-    of messages between workers, by default torch's. Raises ValueError,
-    on all ranks of a worker, where one of them cannot build its part, where `worker_size` does not
-    divide the ranks or leaves one without a layer, and without a process group.
+    options as in EF21Muon. Parameters are whole, or sharded over the ranks of a worker by torch's
+    `fully_shard`, whose root is to be resharded after every forward pass. A rank's own
+    `param_groups` hold the layers of its lane alone, and `worker_groups` those of all; `step` drops
+    the gradients of the others, or of shards all. `w2s_bytes`, `s2w_bytes` and `received_bytes` are
+    of the whole worker, `wire_tx_bytes` what this rank sends to others. To wait longer than
+    `timeout`, by default torch's, for another rank is an error. `backend` is that of messages
+    between workers, by default torch's. Raises ValueError, on all ranks of a worker, where one of
+    them cannot build its part, where `worker_size` does not divide the ranks or leaves one without
+    a layer, for shards of another mesh than that of the worker's ranks, and without a process
+    group.
     """
 
     def __init__(
@@ -32,13 +35,9 @@ class HierarchicalEF21Muon(EF21Muon):
         parameters = [parameter for group in groups for _, parameter in group["params"]]
         self.lanes = Lanes(parameters, worker_size, timeout, backend)
         self.worker_groups = groups
-        mine = [
-            {**group, "params": [pair for pair in group["params"] if pair[1] in self.lanes.own]}
-            for group in groups
-        ]
         with self.lanes.together():
             super().__init__(
-                [group for group in mine if group["params"]],
+                self.lanes.of_lane(groups),
                 process_group=self.lanes.lane,
                 **options,
             )

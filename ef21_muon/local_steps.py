@@ -162,7 +162,8 @@ class LocalSteps(WrappingOptimizer):
             with torch.enable_grad():
                 loss = closure()
         with self._in_step():
-            require_a_gradient(self.param_groups)
+            if not self._sharded:
+                require_a_gradient(self.param_groups)
             self._require_as_built()
             # A worker whose gradient overflowed does without this step; its own ranks do alike.
             overflowed = self._overflowed(self.lanes.worker if self.lanes else ALONE)
@@ -302,6 +303,8 @@ class LocalSteps(WrappingOptimizer):
     @torch.no_grad()
     def _swap(self) -> None:
         self._swapped = not self._swapped
+        if self.lanes:
+            self.lanes.gather_parameters()
         for batch in self.batches:
             shifts = batch.as_parameters(batch.model_shift)  # views
             for parameter, shift in zip(batch.params, shifts, strict=True):

@@ -41,7 +41,7 @@ def test_the_loaded_model_is_the_trained_one(run, small):
     _, tokens = open_data(config)
     windows = TestWindows(tokens, config.model.context, config.eval.tokens)
     with torch.no_grad():
-        losses = [model(*batch).item() for batch in windows.batches(0, 1, 1)]
+        losses = [model(*batch).item() for *batch, _ in windows.batches(0, 1, 1)]
     logged = read_log(run / "metrics.jsonl").evals[-1]["test_loss"]
     assert sum(losses) / len(losses) == pytest.approx(logged, rel=1e-5)
 

@@ -214,3 +214,22 @@ def test_impossible_sizes_are_refused(change, message):
 def test_a_sequence_longer_than_the_context_is_refused():
     with pytest.raises(ValueError, match="has 13 tokens; the model's context is 12"):
         GPT(SMALL)(random_tokens(length=13))
+
+
+def test_blocks_that_are_computed_again_have_the_same_gradients_in_less_memory():
+    tokens, gradients, kept = random_tokens(), [], []
+    for again in (False, True):
+        model = trained(replace(SMALL, checkpoint_blocks=again))
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, saved=saved: saved.append(tensor.nbytes) or tensor, lambda tensor: tensor
+        ):
+            loss = model(tokens, tokens)
+            before = sum(saved)
+            loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        kept.append(before)
+    assert all(map(torch.equal, *gradients))
+    assert kept[1] < kept[0] / 3
+    with pytest.raises(ValueError, match=r"model.checkpoint_blocks is 1: give true or false"):
+        replace(SMALL, checkpoint_blocks=1)

@@ -22,10 +22,11 @@ from training.workers import EXCHANGES, RunError, one_line
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 # What does not change a run's numbers, and so not its name.
-INCIDENTAL = (
+INCIDENTAL = {
     *("runs", "directory", "log_every", "diagnostics_every", "check_every", "fail_fast"),
-    *("wandb", "label", "checkpoint", "resume", "dry_run", "exchange"),
-)
+    *("wandb", "label", "checkpoint", "resume", "dry_run", "exchange", "shard"),
+    "model.checkpoint_blocks",
+}
 # The nodes that describe an object, and the override that chooses a file for each.
 CHOICES = {
     "model": "model",
@@ -94,6 +95,7 @@ class Config:
     w2s: Any
     s2w: Any
     worker_size: int
+    shard: bool
     exchange: str
     dry_run: bool
     seed: int
@@ -131,7 +133,9 @@ class Job:
         told = [
             override.removeprefix("compressor@")
             for override in self.overrides
-            if re.split(r"[.=]", override.lstrip("+~"))[0] not in INCIDENTAL
+            if not INCIDENTAL.intersection(
+                re.match("(([^.=]*)[^=]*)", override.lstrip("+~")).groups()
+            )
         ]
         readable = re.sub(r"[^\w.=,@+~-]+", "-", ",".join(told) or "default")[:100]
         return f"{readable}-{digest[:8]}"
@@ -153,7 +157,8 @@ def what_matters(config: dict) -> dict:
 
 
 def _essential(config: dict) -> dict:
-    return {key: value for key, value in config.items() if key not in INCIDENTAL}
+    model = {k: v for k, v in config["model"].items() if f"model.{k}" not in INCIDENTAL}
+    return {k: v for k, v in config.items() if k not in INCIDENTAL} | {"model": model}
 
 
 def sweep(overrides: list[str], multirun: bool) -> list[tuple[str, ...]]:

@@ -31,11 +31,7 @@ def build_local_steps(
         parameters = [parameter for group in groups for _, parameter in group["params"]]
         lanes = Lanes(parameters, **place)
         place = {"lanes": lanes, "process_group": lanes.lane}
-        own = [
-            {**group, "params": [pair for pair in group["params"] if pair[1] in lanes.own]}
-            for group in groups
-        ]
-        own = [group for group in own if group["params"]]
+        own = lanes.of_lane(groups)
     compressors = {
         direction: {
             group["name"]: group.get(direction, build(config[direction], direction))

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ef21_muon.communicating import CommunicatingOptimizer
+from ef21_muon.exchange.shards import local
 from training.checkpoint import load, read_facts, stored_tensors
 from training.config import what_matters
 from training.local_steps import inner_tensors
@@ -103,9 +104,13 @@ def _tensors(run) -> dict[str, Tensor]:
     the optimizer which steps them.
     """
     worker, apart = f"worker.{run.workers.rank}", hasattr(run.optimizer, "agreed")
-    names = {parameter: name for name, parameter in run.raw_model.named_parameters()}
-    own = f"{worker}.{{}}.local_model" if apart else "parameter.{}"
-    tensors = {own.format(name): parameter.detach() for parameter, name in names.items()}
+    tensors = {}
+    for name, parameter in run.raw_model.named_parameters():
+        if apart:
+            tensors[f"{worker}.{name}.local_model"] = local(parameter.detach())
+        else:
+            tensors[f"parameter.{name}"] = parameter.detach()
+    names = {parameter: name for name, parameter in _stepped(run).items()}
     for parameter, state in run.optimizer.state.items():
         for key, tensor in state.items():
             holder = "server" if key.startswith(SERVER) else worker
@@ -118,9 +123,16 @@ def _tensors(run) -> dict[str, Tensor]:
     return tensors
 
 
+def _stepped(run) -> dict[str, Tensor]:
+    """What an optimizer of this rank steps of every layer, by name."""
+    lanes = getattr(run.optimizer, "lanes", None)
+    own = lanes.own if lanes else {}
+    return {name: own.get(one, one) for name, one in run.raw_model.named_parameters()}
+
+
 def _make_inner_state(run, path: Path, worker: int) -> None:
     """Room for what a worker's inner optimizers make in their first steps."""
-    parameters = dict(run.raw_model.named_parameters())
+    parameters = _stepped(run)
     for stored, metadata in stored_tensors(path).items():
         found = re.fullmatch(rf"worker\.{worker}\.(.+)\.inner\.(\w+)", stored)
         for inner in getattr(run.optimizer, "inner", ()) if found else ():

@@ -14,14 +14,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ef21_muon.exchange.placement import spread
+from ef21_muon.exchange.shards import Shards, is_sharded
 
 
 class Lanes:
     """This rank's place among the `worker_size` ranks of its worker, and the lane of every layer.
 
-    parameters: of all layers, in the same order on all ranks. `worker` is the process group of this
+    parameters: of all layers, in the same order on all ranks, whole or all of them sharded over the
+    ranks of the worker by torch's `fully_shard`. `worker` is the process group of this
     worker, `lane` that of the ranks which hold the same layers in all workers, `holders` every
-    parameter with the rank of this worker that holds it, `own` those of this rank. To wait longer
+    parameter with the rank of this worker that holds it, `own` those of this rank with what an
+    optimizer steps of them: itself, or a whole copy. To wait longer
     than `timeout`, by default torch's, for another rank is an error. `backend` is that of `lane`:
     by default torch's; with "gloo" messages go through the host's memory. Raises ValueError where
     `worker_size` does not divide the ranks or leaves one without a layer, and without a process
@@ -56,7 +59,31 @@ class Lanes:
         self.holders = [
             (parameter, first + lane) for parameter, lane in zip(parameters, of_layers, strict=True)
         ]
-        self.own = {parameter for parameter, holder in self.holders if holder == rank}
+        self.shards = None
+        self.own = {p: p for p, holder in self.holders if holder == rank}
+        if any(map(is_sharded, parameters)):
+            self.shards = self._shards(list(range(first, first + worker_size)))
+            self.own = self.shards.whole
+
+    def _shards(self, ranks: list[int]) -> Shards:
+        for parameter, _ in self.holders:
+            if not is_sharded(parameter):
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} is whole where others are "
+                    "sharded: call fully_shard for the whole model, too"
+                )
+        return Shards(self.holders, ranks, self.worker)
+
+    def of_lane(self, groups: list[dict]) -> list[dict]:
+        """Of parameter groups of (name, parameter) pairs the part of this rank's lane.
+
+        With what is stepped of each parameter; groups of which it has none are left out.
+        """
+        own = [
+            {**group, "params": [(n, self.own[p]) for n, p in group["params"] if p in self.own]}
+            for group in groups
+        ]
+        return [group for group in own if group["params"]]
 
     @contextmanager
     def together(self):
@@ -95,6 +122,10 @@ class Lanes:
                     f"a parameter of shape {tuple(parameter.shape)} has no gradient: all ranks of a"
                     " worker bring all gradients; give zeros for those that the loss does not reach"
                 )
+        if self.shards:
+            self.shards.gather_parameters()
+            self.shards.gather_gradients()
+            return
         works = [
             dist.reduce(parameter.grad, holder, group=self.worker, async_op=True)
             for parameter, holder in self.holders
@@ -106,8 +137,16 @@ class Lanes:
                 parameter.grad = None
         torch._foreach_div_([parameter.grad for parameter in self.own], self.worker_size)
 
+    def gather_parameters(self) -> None:
+        """What this rank steps of sharded layers, as the shards are."""
+        if self.shards:
+            self.shards.gather_parameters()
+
     def share_parameters(self) -> None:
         """Every layer as the rank that holds it has it."""
+        if self.shards:
+            self.shards.scatter_parameters()
+            return
         works = [
             dist.broadcast(parameter.detach(), holder, group=self.worker, async_op=True)
             for parameter, holder in self.holders

@@ -203,17 +203,32 @@ def test_test_windows_do_not_depend_on_the_workers(positions, context, sequences
     for workers in (1, 2, 3, 5):
         for worker in range(workers):
             batches = list(test.batches(worker, workers, sequences))
-            sizes = [len(inputs) for inputs, _ in batches]
+            sizes = [len(inputs) for inputs, _, _ in batches]
             assert all(size == sequences for size in sizes[:-1])
+            assert [context * size for size in sizes] == [counted for *_, counted in batches]
             for kind in (0, 1):
                 expected = everything[kind][worker::workers]
                 rows = [row for batch in batches for row in batch[kind]]
                 assert [row.tolist() for row in rows] == expected.tolist()
 
 
+@given(windows=st.integers(1, 20), workers=st.integers(1, 5), sequences=st.integers(1, 4))
+def test_workers_that_compute_together_read_as_often(positions, windows, workers, sequences):
+    """And what they read beside their own windows counts for nothing."""
+    test = TestWindows(positions, 10, 10 * windows)
+    every = [list(test.batches(worker, workers, sequences, True)) for worker in range(workers)]
+    assert len({len(batches) for batches in every}) == 1
+    for worker, batches in enumerate(every):
+        own = list(test.batches(worker, workers, sequences))
+        for batch, expected in zip(batches, own, strict=False):
+            assert all(map(torch.equal, batch[:2], expected[:2])) and batch[2] == expected[2]
+        for inputs, targets, counted in batches[len(own) :]:
+            assert inputs.shape == targets.shape == (1, 10) and counted == 0
+
+
 def test_whole_test_set_is_read_without_gap(tmp_path):
     stream = make_stream(tmp_path, np.arange(41))
-    [(inputs, targets)] = TestWindows(stream, context=8, tokens=40).batches(0, 1, 5)
+    [(inputs, targets, _)] = TestWindows(stream, context=8, tokens=40).batches(0, 1, 5)
     assert inputs.flatten().tolist() == list(range(40))
     assert targets.flatten().tolist() == list(range(1, 41))
 

@@ -1,5 +1,7 @@
 """Four ranks as two workers of two against two ranks; see tests/support/workers/hierarchy.py."""
 
+import re
+
 import numpy as np
 import pytest
 from run import torchrun
@@ -17,6 +19,63 @@ def runs(tmp_path_factory):
         torchrun("hierarchy.py", directory, worker_size, ranks=ranks)
         results.append([dict(np.load(directory / f"rank{rank}.npz")) for rank in range(ranks)])
     return results
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """Results by rank of 4 ranks with sharded parameters, as workers of 2 ranks and as one."""
+    results = {}
+    for worker_size in (2, 4):
+        directory = tmp_path_factory.mktemp(f"sharded{worker_size}")
+        torchrun("hierarchy.py", directory, worker_size, "sharded", ranks=4)
+        results[worker_size] = [dict(np.load(directory / f"rank{r}.npz")) for r in range(4)]
+    return results
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_parameters_take_the_same_steps_and_bytes(runs, sharded, case):
+    """Bit for bit, since a sum of two has one order; and nothing else is sent between workers."""
+    for found, expected in zip(sharded[2], runs[0], strict=True):
+        for what in ("model", "bytes", "state"):
+            np.testing.assert_array_equal(found[f"{case} {what}"], expected[f"{case} {what}"])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("rank", "local, stagger")])
+def test_a_worker_of_all_ranks_takes_the_steps_of_one(sharded, case, alone):
+    """But for the order of sums, and of the servers' own messages."""
+    model = f"{case} model"
+    for rank in sharded[4]:
+        distance = np.linalg.norm(rank[model] - alone[model])
+        assert distance < 1e-4 * np.linalg.norm(alone[model])
+        np.testing.assert_array_equal(rank[model], sharded[4][0][model])
+    states = [int(rank[f"{case} state"]) for rank in sharded[4]]
+    assert sum(states) == int(alone[f"{case} state"]) and max(states) < 0.5 * sum(states)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("alone")
+    torchrun("hierarchy.py", directory, 1, ranks=1)
+    return dict(np.load(directory / "rank0.npz"))
+
+
+def test_what_cannot_be_stepped_in_shards_is_refused(sharded):
+    shape = r"a parameter of shape \(12, 20\)"
+    expected = [
+        rf"{shape} is sharded: EF21Muon steps whole matrices; give HierarchicalEF21Muon, .*=2$",
+        rf"{shape} is sharded: LocalSteps steps whole matrices; give HierarchicalEF21Muon, .*=2$",
+        rf"{shape} is sharded over ranks .*, and the ranks of this worker are .*: .*worker_size=4$",
+        rf"{shape} is placed as .*Replicate.* on a mesh of 2 dimensions: shard its rows alone, by",
+        rf"{shape} is placed as .*dim=1.* on a mesh of 1 dimensions: shard its rows alone, by",
+        r"a parameter of shape \(16, 12\) is whole where others are sharded: call fully_shard for",
+        rf"{shape} is on the meta device and has no values: load or initialise the model first$",
+        "the model is in FullyShardedDataParallel, whose parameters are not matrices: shard it by",
+    ]
+    for rank in sharded[2]:
+        told = rank["refusals"][-len(expected) :]
+        assert len(told) == len(expected)
+        for message, pattern in zip(told, expected, strict=True):
+            assert re.match(pattern, message), message
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("rank", "local, stagger")])

@@ -22,7 +22,7 @@ COMMAND_LINES = {
 
 KEYS = {
     "stepz=3": "stepz is not a key of this configuration: did you mean steps?",
-    "+unheard=3": "unheard is not a key of this configuration: see train.py --cfg",
+    "+qqq=3": "qqq is not a key of this configuration: see train.py --cfg",
     "~steps": "steps has no value: give steps=VALUE",
     "~unheard": "Could not delete from config. 'unheard' does not exist.: see ... ~unheard)",
     "lr=0.1": "lr is not a key of this configuration: did you mean optimizer.lr?",
@@ -136,6 +136,7 @@ CHOICES = {
     "compressor@w2s=unheard": "choose from chunk_topk, damping, dense, dropout",
     "compressor=topk": "Could not override 'compressor'. Did you mean ... compressor@s2w, compress",
     "experiment=thesis": "Could not find 'experiment/thesis': choose from paper",
+    "shard=true": "shard=true needs workers of several ranks: give worker_size=2 or more",
     "exchange=nccl": "exchange=nccl is not allowed: choose device or host",
     "resume=yes": "resume=yes is not allowed: choose none, auto or elastic",
     "wandb.mode=on": "wandb.mode=on is not allowed: choose disabled, offline or online",

@@ -104,7 +104,7 @@ def test_in_the_middle_of_a_round_w_is_saved_and_tested_and_workers_are_apart(
     _, tokens = open_data(config)
     windows = TestWindows(tokens, config.model.context, config.eval.tokens)
     with torch.no_grad():
-        losses = [start(*batch).item() for batch in windows.batches(0, 1, 1)]
+        losses = [start(*batch).item() for *batch, _ in windows.batches(0, 1, 1)]
     evals = [one for one in repeatable(directory) if one["record"] == "eval"]
     assert [(one["step"], one["round"]) for one in evals] == [(2, 0), (4, 1)]
     assert evals[0]["test_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)

@@ -1,6 +1,6 @@
 """Least squares on every rank, by HierarchicalEF21Muon or EF21Muon; see test_hierarchy.py.
 
-    hierarchy.py DIRECTORY WORKER_SIZE
+    hierarchy.py DIRECTORY WORKER_SIZE [sharded]
 
 Data are of 4 parts. With 4 ranks every rank has one, with 2 ranks each has two. Writes
 DIRECTORY/rank{r}.npz: parameters and bytes for every case, and the errors of wrong choices.
@@ -13,6 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ef21_muon import (
     ALONE,
@@ -46,6 +50,29 @@ CASES = {
 }
 CASES["local, stagger"] = CASES["local"] | {"every": 4, "stagger": True}
 STEPS = 8
+
+
+class Layers(nn.Module):
+    """The layers as a module; its output is the mean loss on some parts."""
+
+    def __init__(self):
+        super().__init__()
+        for name, parameter in parameters().items():
+            self.register_parameter(name, parameter)
+
+    def forward(self, parts: range) -> torch.Tensor:
+        model = dict(self.named_parameters())
+        return sum(loss(model, part) for part in parts) / len(parts)
+
+
+def sharded(model: nn.Module, worker_size: int) -> nn.Module:
+    shape = dist.get_world_size() // worker_size, worker_size
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("worker", "rank"))["rank"]
+    return fully_shard(model, mesh=mesh, reshard_after_forward=True)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def parameters() -> dict[str, torch.nn.Parameter]:
@@ -86,16 +113,13 @@ def local_steps(layers: list[dict], worker_size: int, **options) -> LocalSteps:
     if worker_size > 1:
         lanes = Lanes([p for group in layers for _, p in group["params"]], worker_size, None)
         place = {"lanes": lanes, "process_group": lanes.lane}
-        layers = [
-            {**group, "params": [pair for pair in group["params"] if pair[1] in lanes.own]}
-            for group in layers
-        ]
-        layers = [group for group in layers if group["params"]]
+        layers = lanes.of_lane(layers)
     return LocalSteps(EF21Muon(layers, lr=0.05, process_group=ALONE), **place, **options)
 
 
-def train(case: str, worker_size: int) -> dict[str, np.ndarray]:
-    model = parameters()
+def train(case: str, worker_size: int, shard: bool) -> dict[str, np.ndarray]:
+    module = sharded(Layers(), worker_size) if shard else Layers()
+    model = dict(module.named_parameters())
     options = dict(CASES[case])
     layers = groups(model, **options.pop("head", {}))
     if "local" in case:
@@ -106,12 +130,17 @@ def train(case: str, worker_size: int) -> dict[str, np.ndarray]:
         optimizer = HierarchicalEF21Muon(layers, lr=0.05, worker_size=worker_size, **options)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     parts = range(4)[rank * 4 // ranks : (rank + 1) * 4 // ranks]
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        if step == STEPS // 2:  # as a user's own code or load_state_dict does
+            with torch.no_grad():
+                for parameter in model.values():
+                    parameter.mul_(0.5)
         optimizer.zero_grad()
-        (sum(loss(model, part) for part in parts) / len(parts)).backward()
+        module.zero_grad()  # of all lanes
+        module(parts).backward()
         optimizer.step()
     with getattr(optimizer, "agreed", nullcontext)():
-        flat = torch.cat([p.detach().flatten() for p in model.values()])
+        flat = torch.cat([whole(p.detach()).flatten() for p in model.values()])
     state = sum(t.numel() for s in optimizer.state.values() for t in s.values())
     return {
         f"{case} model": flat.numpy(),
@@ -134,12 +163,53 @@ def refusals() -> list[str]:
     return messages
 
 
+def refusals_of_shards() -> list[str]:
+    """Of two workers of two ranks, and of one of four."""
+    of_two, of_all = sharded(Layers(), 2), sharded(Layers(), 4)
+    flat = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "rank"))
+    of_both = fully_shard(Layers(), mesh=flat)
+    in_columns = {
+        name: nn.Parameter(distribute_tensor(p.detach(), flat["rank"], [Shard(1)]))
+        for name, p in parameters().items()
+    }
+    mixed = {**dict(of_two.named_parameters()), "head": parameters()["head"]}
+    without_values = {name: nn.Parameter(p.to("meta")) for name, p in parameters().items()}
+    first_fsdp = FullyShardedDataParallel(Layers(), device_id=torch.device("cpu"))
+    attempts = [
+        lambda: EF21Muon(groups(dict(of_two.named_parameters()))),
+        lambda: (
+            torch.optim.AdamW(of_two.parameters())
+            and LocalSteps(torch.optim.AdamW(of_two.parameters()))
+        ),
+        *(
+            lambda model=model: HierarchicalEF21Muon(groups(model), worker_size=2)
+            for model in (
+                dict(of_all.named_parameters()),
+                dict(of_both.named_parameters()),
+                in_columns,
+                mixed,
+            )
+        ),
+        lambda: EF21Muon(groups(without_values)),
+        lambda: EF21Muon(first_fsdp.parameters()),
+    ]
+    messages = []
+    for attempt in attempts:
+        try:
+            attempt()
+            messages.append("none")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
 def main() -> None:
     dist.init_process_group("gloo")
-    worker_size = int(sys.argv[2])
-    results = {"refusals": refusals()}
+    worker_size, shard = int(sys.argv[2]), "sharded" in sys.argv
+    told = refusals() if dist.get_world_size() > 1 else []
+    results = {"refusals": [*told, *(refusals_of_shards() if shard else [])]}
     for case in CASES:
-        results |= train(case, worker_size)
+        results |= train(case, worker_size, shard)
     np.savez(Path(sys.argv[1]) / f"rank{dist.get_rank()}.npz", **results)
     dist.destroy_process_group()
 

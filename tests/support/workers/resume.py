@@ -39,6 +39,8 @@ CASES = {
     "local": (*LOCAL, "compressor@s2w=natural", "optimizer.outer_momentum=0.5"),
     "local, messages under way": (*LOCAL, "optimizer.stagger=true", "optimizer.delay=1"),
     "local ef21, two ranks a worker": (*LOCAL, "optimizer.feedback=ef21", "worker_size=2"),
+    "sharded model": (TOP, "compressor@s2w=natural", "worker_size=2", "shard=true"),
+    "local, sharded model": (*LOCAL, "optimizer.outer_lr=0.9", "worker_size=2", "shard=true"),
     **{name: (f"optimizer={name}", "optimizer.every=3") for name in ("diloco", "muloco")},
     "sparseloco": ("optimizer=sparseloco", "optimizer.every={0:3,3:2}"),
     "asynchronous": (TOP, "compressor@s2w=natural"),

@@ -1,0 +1,128 @@
+"""What the ranks of a worker hold of a sharded model and its optimizer, after a step.
+
+    torchrun --standalone --nproc_per_node=4 scripts/step124m/sharded.py worker_size=4
+
+KEY=VALUE are Hydra overrides, as of train.py; `shard=true` is given. Every rank takes the gradient
+of one sequence and steps with it twice. Memory is what torch's CPU allocator still has handed out
+after the second step (parameters, whole copies, gradients, state), and the most in that step beyond
+it, as torch.profiler records it. The records go to sharded.jsonl in the folder `--out`, and from
+them comes sharded.md.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from model import GPT
+from scripts.measuring import markdown
+from scripts.step124m.allocations import Allocations, Phases
+from training.config import ROOT, build, compose
+from training.method import build_optimizer
+from training.sharding import require_shards, shard
+from training.workers import Workers, leave
+
+OUTPUT = ROOT / "results" / "step124m"
+
+
+def measure(overrides: list[str], workers: Workers) -> dict:
+    """Bytes of this rank, and what they are bounded by."""
+    config = compose((*overrides, "shard=true")).config
+    require_shards(config.worker_size, workers.count)
+    tokens = torch.zeros(1, config.model.context, dtype=torch.int64)
+    with Allocations() as built:
+        model = GPT(build(config.model, "model"), config.seed)
+        shard(model, config.worker_size, workers)
+        optimizer = build_optimizer(config, model, workers.timeout)
+        model(tokens, tokens).backward()
+        optimizer.step()
+    optimizer.timer = Phases()
+    model(tokens, tokens).backward()
+    with Allocations() as again:
+        optimizer.step()
+    parameters, ranks = model.config.parameter_count, config.worker_size
+    largest = max(parameter.numel() for parameter in model.parameters())
+    state = sum(x.nbytes for of in optimizer.state.values() for x in of.values())
+    (of_worker,) = optimizer.lanes.total(state)
+    whole = 4 * parameters + of_worker
+    return {
+        "rank": workers.rank,
+        "kept_bytes": built.kept,
+        "state_bytes": state,
+        "peak_bytes": max(memory.peak for memory in again.phases.values()),
+        "whole_bytes": whole,
+        "bound_bytes": 2 * (whole // ranks + 4 * largest),
+        "ranks": ranks,
+        "workers": workers.count // ranks,
+        "parameters": parameters,
+        "torch": torch.__version__,
+    }
+
+
+def report(records: list[dict]) -> str:
+    """sharded.md."""
+    facts = records[0]
+    rows = [
+        ["rank", "held, MB", "of it state", "share of the whole", "bound, MB", "step, MB beyond"]
+    ]
+    for one in records:
+        held = one["kept_bytes"]
+        rows.append(
+            [
+                str(one["rank"]),
+                f"{held / 1e6:.0f}",
+                f"{one['state_bytes'] / 1e6:.0f}",
+                f"{held / one['whole_bytes']:.2f}",
+                f"{one['bound_bytes'] / 1e6:.0f}",
+                f"{one['peak_bytes'] / 1e6:.0f}",
+            ]
+        )
+    launch = f"--nproc_per_node={len(records)} scripts/step124m/sharded.py"
+    return f"""# What a rank holds of a sharded model
+
+`torchrun --standalone {launch} {shlex.join(facts["overrides"])}`
+
+{facts["workers"]} worker(s) of {facts["ranks"]} ranks, {facts["parameters"]:,} parameters, torch
+{facts["torch"]}, CPU. A worker holds {facts["whole_bytes"] / 1e6:.0f} MB in all: parameters and the
+optimizer's state. A rank holds its rows of every layer, and of the layers of its lane a whole copy
+and the state. The bound is twice the sum of a fair share of the whole and of the largest layer's
+matrix.
+
+{markdown(rows, text_columns=1)}
+"""
+
+
+def job(options: argparse.Namespace, workers: Workers) -> int:
+    mine = measure(options.overrides, workers) | {"overrides": options.overrides}
+    records = workers.gather(mine)
+    if workers.first:
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (options.out / "sharded.jsonl").write_text(lines)
+        (options.out / "sharded.md").write_text(report(records))
+    workers.say(report(records))
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
+    parser.add_argument("--out", type=Path, default=OUTPUT, help="folder (default %(default)s)")
+    parser.add_argument("--redraw", action="store_true", help="sharded.md from the records alone")
+    options = parser.parse_intermixed_args()
+    if options.redraw:
+        lines = (options.out / "sharded.jsonl").read_text().splitlines()
+        text = report([json.loads(line) for line in lines])
+        (options.out / "sharded.md").write_text(text)
+        return 0
+    workers = Workers()
+    return workers.finish(lambda: job(options, workers))
+
+
+if __name__ == "__main__":
+    leave(main())

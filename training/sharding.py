@@ -1,0 +1,28 @@
+"""A model spread over the ranks of a worker, by torch's fully_shard."""
+
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from model import GPT
+from training.workers import RunError, Workers
+
+
+def require_shards(worker_size: int, ranks: int) -> None:
+    """Raise RunError for workers whose ranks have nothing to share."""
+    if worker_size == 1:
+        raise RunError("shard=true needs workers of several ranks: give worker_size=2 or more")
+    if worker_size < 1 or ranks % worker_size:
+        raise RunError(f"worker_size={worker_size} does not divide {ranks} ranks: give a divisor")
+
+
+def shard(model: GPT, worker_size: int, workers: Workers) -> None:
+    """Leave of every parameter some rows on each rank of a worker, in place.
+
+    A block is whole only while it computes. The root too is resharded after every forward pass, so
+    that what it computes with next are the rows as they are then.
+    """
+    shape = workers.count // worker_size, worker_size
+    mesh = init_device_mesh(workers.device.type, shape, mesh_dim_names=("worker", "rank"))["rank"]
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
