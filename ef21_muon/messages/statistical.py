@@ -71,10 +71,9 @@ class Statistical(Blockwise):
         sums = torch.zeros(*unit.shape[:2], self.bins, dtype=torch.int64, device=unit.device)
         counts = torch.zeros_like(sums)
         size = max(1, at_a_time(unit.device) // (unit.shape[0] * unit.shape[1]))
+        add = add_by_bins if unit.is_cuda and self.bins <= 16 else add_by_places
         for part, of_part in zip(unit.split(size, 2), codes.split(size, 2), strict=True):
-            places = of_part.to(torch.int64) & self.bins - 1
-            sums.scatter_add_(2, places, (part * one).to(torch.int64))
-            counts.scatter_add_(2, places, torch.ones_like(places))
+            add(sums, counts, (part * one).to(torch.int64), of_part)
         return (sums.double() / counts.clamp_min_(1)).div_(one).float()
 
     def decode(self, payload: Tensor, rows: int, columns: int) -> Tensor:
@@ -86,6 +85,25 @@ class Statistical(Blockwise):
         places = codes.view(-1, blocks, length).to(torch.int64)
         values = (told[..., 1:] + told[..., :1]).gather(2, places)
         return values.view(-1, rows, columns)
+
+
+def add_by_places(sums: Tensor, counts: Tensor, values: Tensor, codes: Tensor) -> None:
+    """Add int64 values (L, blocks, n) to the sums of their bins (L, blocks, bins), and count them.
+
+    What is not finite has any code.
+    """
+    places = codes.to(torch.int64) & sums.shape[2] - 1
+    sums.scatter_add_(2, places, values)
+    counts.scatter_add_(2, places, torch.ones_like(places))
+
+
+def add_by_bins(sums: Tensor, counts: Tensor, values: Tensor, codes: Tensor) -> None:
+    """The same, bin after bin: on a GPU all threads would wait to add to the same few numbers."""
+    places = codes & sums.shape[2] - 1
+    for number in range(sums.shape[2]):
+        chosen = places == number
+        sums[..., number] += torch.where(chosen, values, 0).sum(2)
+        counts[..., number] += chosen.sum(2)
 
 
 def _power_below(magnitudes: Tensor) -> Tensor:

@@ -36,9 +36,37 @@ def test_bytes_are_those_of_the_optimizer(server):
     s2w = 0 if server == "replicated" else optimizer.exchange.s2w_bytes
     assert number(found["s2w a round"]) == s2w
     assert number(found["w2s a run"]) == 7 * optimizer.exchange.w2s_bytes
-    assert number(found["s at 100 Mbit/s"]) == pytest.approx(
-        8 * busiest(optimizer, server, 4) / 1e8, rel=0.01
+    for workers in (2, 4, 8):
+        seconds = 8 * busiest(optimizer, server, workers) / 1e8
+        found = row(plan(config), workers)
+        assert number(found["s at 100 Mbit/s"]) == pytest.approx(seconds, rel=0.01)
+        assert number(found["s at 100 Gbit/s"]) == pytest.approx(seconds / 1000, rel=0.01)
+
+
+def test_facts_and_shares_are_those_of_the_run():
+    """A natural value has 9 bits of 32."""
+    config = compose(("model=tiny", "compressor@w2s=natural", "steps=7")).config
+    facts = dict(
+        re.split("  +", line, maxsplit=1) for line in plan(config).split("\n\n")[0].splitlines()[2:]
     )
+    assert facts["parameters"] == "819,200" and facts["steps"] == "7"
+    assert facts["tokens a step"] == "4,096" and facts["tokens"] == "28,672"
+    assert facts["tokens a parameter"] == "0.035"
+    assert number(row(plan(config), 2)["of float32"]) == pytest.approx(100 * 9 / 32, abs=0.01)
+
+
+@pytest.mark.parametrize("method", ["ef21_muon", "local"])
+def test_a_placements_time_is_shared_by_the_steps_of_a_round(method):
+    given = () if method == "ef21_muon" else ("optimizer.every={0:6,12:3}",)
+    overrides = ("model=tiny", "model.layers=3", f"optimizer={method}", "steps=24", *given)
+    text = plan(compose(overrides).config).split("\n\n")[-1]
+    rows = {cells[0]: cells[1:] for cells in (re.split("  +", one) for one in text.splitlines())}
+    for server in ("replicated", "sharded", "rank0"):
+        for column, workers in enumerate((2, 4, 8)):
+            size, seconds = rows[server][2 * column : 2 * column + 2]
+            every = 1 if method == "ef21_muon" else 3
+            assert float(seconds) == pytest.approx(8 * number(size) / 1e8 / every, rel=0.01)
+            assert rows["servers"][2 * column] == f"busiest rank, {workers} workers"
 
 
 ROLE = ("+compressor@norm.embedding.w2s=topk", "+compressor@norm.embedding.s2w=sign")
@@ -99,6 +127,21 @@ def test_memory_is_that_of_the_state():
     assert state == 3 * whole
     found = number(row(plan(config), 2)["GB a rank"])
     assert found == pytest.approx((2 * whole + state) / 1e9, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    "overrides, copies",
+    [
+        (["compressor@w2s=topk"], 5),  # W, its gradient, M_j, G_j and G
+        (["optimizer=local"], 7),  # x_j, its gradient, W, the error; inside M_j, G_j and G
+        (["optimizer=local", "optimizer.outer_momentum=0.5"], 8),
+        (["optimizer=diloco"], 5),  # AdamW's moments are not known before it steps
+    ],
+)
+def test_memory_of_124m_is_so_many_copies(overrides, copies):
+    config = compose(("model=gpt2-124m", "optimizer.server=replicated", *overrides)).config
+    found = number(row(plan(config), 2)["GB a rank"])
+    assert found == pytest.approx(copies * 4 * 123_568_128 / 1e9, abs=0.006)
 
 
 def test_every_preset_can_be_planned():

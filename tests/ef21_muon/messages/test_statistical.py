@@ -9,6 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ef21_muon import Statistical
+from ef21_muon.messages import statistical
 from ef21_muon.messages.formats import value_format
 
 
@@ -39,6 +40,18 @@ def test_it_agrees_with_a_loop(bits, x, by_row, span, piece):
             assume(np.abs(steps % 1 - 0.5).min() > 1e-4)
         expected = largest * local_reference.statistical(bits, span)(block / largest)
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * largest)
+
+
+@settings(ALWAYS_THE_SAME)
+@given(bits=st.integers(2, 4), rows=st.integers(1, 3), n=st.integers(1, 50), seed=st.integers(0, 9))
+def test_a_gpu_adds_up_the_same_sums(bits, rows, n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-(2**40), 2**40, (rows, 2, n), generator=generator)
+    codes = torch.randint(256, (rows, 2, n), generator=generator).to(torch.uint8)
+    found, expected = (torch.zeros(2, rows, 2, 2**bits, dtype=torch.int64) for _ in range(2))
+    statistical.add_by_bins(*found, values, codes)
+    statistical.add_by_places(*expected, values, codes)
+    assert torch.equal(found, expected) and expected[1].sum() == values.numel()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,56 @@
+"""The tables of a run, from optimizers without a run."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from model import GPT
+from training.config import build, compose
+from training.method import build_optimizer
+from training.report import group_table
+
+ALONE = SimpleNamespace(gather=lambda value: [value])
+
+
+@pytest.fixture
+def told():
+    """The table of a small model's groups, for some overrides."""
+
+    def table(*overrides):
+        config = compose(("model=tiny", "model.layers=2", *overrides)).config
+        return group_table(build_optimizer(config, GPT(build(config.model, "model"))), ALONE)
+
+    return table
+
+
+def test_bytes_are_those_of_all_layers_of_a_row(told):
+    """Of eight 128 x 128 matrices in 9 bits a value."""
+    text = told("compressor@w2s=natural")
+    (line,) = (one for one in text.splitlines() if "128x128" in one)
+    assert line.split()[:3] == ["hidden", "8", "128x128"]
+    assert f"dense natural  {8 * 128 * 128 * 9 // 8:,}" in line
+
+
+def test_what_changes_is_told_with_its_first_step(told):
+    switch = ("compressor@w2s=switch", "compressor@w2s.first=sign", "w2s.start=2", "steps=12")
+    for method, step in (((), 3), (("optimizer=local", "optimizer.every=4"), 9)):
+        (line,) = (one for one in told(*switch, *method).splitlines() if "128x128" in one)
+        assert f"dense sign, dense natural from step {step} " in line
+        row = 128 * (128 // 8 + 4)
+        assert f"{8 * row:,}, {8 * 128 * 128 * 9 // 8:,}" in line
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        ((), "a round a step, "),
+        (("optimizer=local", "optimizer.every=1"), "a round a step, "),
+        (("optimizer=local",), "a round every 30 steps, "),
+        (
+            ("optimizer=local", "optimizer.every={0:6,12:3}"),
+            "a round every 6, 3 from step 13 steps",
+        ),
+    ],
+)
+def test_rounds_are_told(told, overrides, expected):
+    assert expected in told(*overrides)
