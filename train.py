@@ -59,6 +59,8 @@ class Run:
             shard(self.raw_model, config.worker_size, workers)
         self.optimizer = build_optimizer(config, self.raw_model, workers.timeout, group)
         self.scheduler = new_scheduler(self.optimizer, config, steps=0)
+        correction = getattr(self.optimizer, "correction", None)
+        self.twice = correction is not None and correction.evaluates  # every batch
         reduced = isinstance(self.optimizer, AllReduced)
         self.model = self.optimizer.wrap(self.raw_model) if reduced else self.raw_model
         self.without_sync = self.model.no_sync if reduced else nullcontext
@@ -79,22 +81,33 @@ class Run:
 
     def step(self) -> torch.Tensor:
         """A training step; returns this worker's mean loss before it."""
-        loss = self.accumulate_gradient()
+        batch = self.next_batch()
+        loss = None if self.twice else self.accumulate_gradient(batch)
         if due(step := self.scheduler.last_epoch + 1, self.ask_every):
             answer = self.workers.stop_requested()  # on its way while the round is
             self.later.add(step, lambda: self.take(answer()))
-        self.optimizer.step()
+        if self.twice:
+            loss = self.optimizer.step(partial(self.accumulate_gradient, batch))
+        else:
+            self.optimizer.step()
         self.raw_model.zero_grad()  # of all layers, also those that another rank steps
         self.scheduler.step()
         return loss
 
-    def accumulate_gradient(self) -> torch.Tensor:
-        """This worker's gradient of one step, in forward passes of equal size; the mean loss."""
+    def next_batch(self) -> list[list[torch.Tensor]]:
+        """Inputs and targets of this worker's forward passes of one step, of equal size."""
         passes = self.config.batch.sequences // self.workers.count // self.forward_sequences
+        with self.optimizer.timer("data"):
+            return [
+                self.to_device(self.batches.next(self.forward_sequences)) for _ in range(passes)
+            ]
+
+    def accumulate_gradient(self, batch: list[list[torch.Tensor]]) -> torch.Tensor:
+        """This worker's gradient of a batch, where W is; its mean loss."""
+        self.raw_model.zero_grad()
+        passes = len(batch)
         total = torch.zeros((), device=self.workers.device)
-        for forward in range(1, passes + 1):
-            with self.optimizer.timer("data"):
-                inputs, targets = self.to_device(self.batches.next(self.forward_sequences))
+        for forward, (inputs, targets) in enumerate(batch, 1):
             sync = nullcontext() if forward == passes else self.without_sync()
             with self.optimizer.timer("forward_backward"), sync:
                 with self.autocast:

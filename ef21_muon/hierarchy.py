@@ -32,6 +32,11 @@ class HierarchicalEF21Muon(EF21Muon):
         backend: str | None = None,
         **options,
     ):
+        if options.get("momentum", "polyak") != "polyak":
+            raise ValueError(
+                f"momentum={options['momentum']!r} is not allowed with workers of several ranks, "
+                "of which each has a part of W: leave it at 'polyak', or use worker_size=1"
+            )
         parameters = [parameter for group in groups for _, parameter in group["params"]]
         self.lanes = Lanes(parameters, worker_size, timeout, backend)
         self.worker_groups = groups

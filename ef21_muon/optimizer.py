@@ -1,5 +1,6 @@
 """EF21-Muon (Gruntkowska et al., arXiv:2510.00643), Algorithm 1, as a torch optimizer."""
 
+from collections.abc import Callable
 from math import sqrt
 
 import torch
@@ -8,10 +9,12 @@ from torch import Tensor
 
 from ef21_muon.checks import (
     check_group,
+    check_number,
     choice,
     refuse_unused_decays,
     whole_number,
 )
+from ef21_muon.correction import KINDS, corrected, no_closure
 from ef21_muon.exchange.collectives import Traffic, place_in
 from ef21_muon.exchange.layers import LayerBatch, batch_layers, lmo_costs
 from ef21_muon.exchange.phases import new_phases
@@ -66,6 +69,10 @@ class EF21Muon(ServedOptimizer):
 
     Of all:
         feedback: "ef21" as above, "ef14" or "none" (`ef21_muon.messages.feedback`).
+        momentum: "polyak" is line 9. Others correct the gradient for how far W has gone
+            (`ef21_muon.correction`): "mvr" and "hessian" take a second gradient of the batch, so
+            that `step` needs a closure, "mvr1" has the one before. `gamma` is the correction's
+            weight.
         momentum_start: the first M_j is the "gradient", or with "zero" beta times it (Muon, Scion).
         first_message: "compressed", so that no gradient is ever sent whole, or "exact", so that
             G_j is M_j at first, as the L-smooth theorem has it, in float32.
@@ -99,6 +106,8 @@ class EF21Muon(ServedOptimizer):
         feedback: str = "ef21",
         error_decay: float = 1.0,
         server_momentum: float = 0.0,
+        momentum: str = "polyak",
+        gamma: float = 1.0,
         momentum_start: str = "gradient",
         first_message: str = "compressed",
         server: str = "auto",
@@ -123,6 +132,9 @@ class EF21Muon(ServedOptimizer):
         }
         whole_number("buckets", buckets, least=1)
         self.feedback = FEEDBACK[choice("feedback", feedback, FEEDBACK)]
+        self.momentum = choice("momentum", momentum, ("polyak", *KINDS))
+        self.gamma = check_number("gamma", gamma, {"gamma": ("of at least 0", lambda g: g >= 0)})
+        self.correction = None if momentum == "polyak" else KINDS[momentum](gamma)
         momenta = ("gradient", "zero")
         self._momentum_from_zero = choice("momentum_start", momentum_start, momenta) == "zero"
         first_messages = ("compressed", "exact")
@@ -137,7 +149,11 @@ class EF21Muon(ServedOptimizer):
         )
         refuse_unused_decays(self.param_groups, feedback)
         self._place_servers(server, self.param_groups, lmo_costs(self.param_groups))
-        self._begin(batch_layers(self.param_groups, self.server, *place_in(process_group)))
+        batches = batch_layers(self.param_groups, self.server, *place_in(process_group))
+        if self.correction:
+            for batch in batches:
+                batch.make_room(self.correction.remembers)
+        self._begin(batches)
         rules = [self.param_groups[batch.group]["w2s"] for batch in self.batches]
         if first_exact:
             rules = [Switch(Identity(), rule, start=1) for rule in rules]
@@ -150,6 +166,35 @@ class EF21Muon(ServedOptimizer):
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         check_group(self.param_groups[-1])
+
+    def step(self, closure=None):
+        """One round, on all workers together.
+
+        closure: clears the gradients, evaluates a batch, calls backward and returns the loss; with
+        a `momentum` that evaluates the batch twice it is called twice.
+        """
+        if self.correction:
+            closure = self._corrected(closure)
+        return super().step(closure)
+
+    def _corrected(self, closure: Callable | None) -> Callable:
+        """A closure that leaves corrected gradients. Raises RuntimeError where one is missing."""
+        if closure is None:
+            if self.correction.evaluates:
+                raise RuntimeError(
+                    f"momentum={self.momentum!r} evaluates every batch twice: call step(closure) "
+                    "with a function that clears the gradients, evaluates the batch, calls backward"
+                    " and returns the loss"
+                )
+            closure = no_closure
+        layers = [
+            (parameter, before, self.param_groups[batch.group]["beta"])
+            for batch in self.batches
+            for parameter, before in zip(
+                batch.params, batch.as_parameters(batch.previous), strict=True
+            )
+        ]
+        return corrected(self.correction, layers, closure, first=self.steps == 0)
 
     def _round(self) -> Traffic:
         for batch in self.batches:

@@ -156,9 +156,15 @@ def what_matters(config: dict) -> dict:
     return flat
 
 
+# What optimizers did before there was a choice; it is not told.
+AS_BEFORE = {"momentum": "polyak", "gamma": 1.0}
+
+
 def _essential(config: dict) -> dict:
     model = {k: v for k, v in config["model"].items() if f"model.{k}" not in INCIDENTAL}
-    return {k: v for k, v in config.items() if k not in INCIDENTAL} | {"model": model}
+    optimizer = {k: v for k, v in config["optimizer"].items() if AS_BEFORE.get(k) != v}
+    own = {"model": model, "optimizer": optimizer}
+    return {k: v for k, v in config.items() if k not in INCIDENTAL} | own
 
 
 def sweep(overrides: list[str], multirun: bool) -> list[tuple[str, ...]]:

@@ -133,10 +133,13 @@ class LayerBatch(EstimateBatch):
 
     Worker state beside G_j, (L, m, n) float32: `momentum` M_j. Server state beside G, where s2w
     loses anything: the iterate `server_model` X; the model shift W is the parameters themselves.
+    Where gradients are corrected, `previous` is what the last step is remembered by.
     """
 
     momentum: Tensor = field(init=False)
     server_model: Tensor | None = None
+    previous: Tensor | None = None
+    previous_name: str = ""
     versions: list[tuple[int, int]] | None = None
 
     def __post_init__(self):
@@ -145,6 +148,10 @@ class LayerBatch(EstimateBatch):
         self.momentum = self.zeros()
         if self.serves and not self.s2w.lossless:
             self.server_model = self.served_parameters()
+
+    def make_room(self, previous_name: str) -> None:
+        """For what is remembered of a step, "previous_model" or "previous_gradient"."""
+        self.previous, self.previous_name = self.zeros(), previous_name
 
     def note_versions(self) -> None:
         """Of the parameters as they are: later ones tell that somebody else has changed them."""
@@ -173,6 +180,8 @@ class LayerBatch(EstimateBatch):
     def tables(self) -> Iterator[tuple[str, Tensor, slice]]:
         yield "momentum", self.momentum, slice(None)
         yield from super().tables()
+        if self.previous is not None:
+            yield self.previous_name, self.previous, slice(None)
         if self.server_model is not None:
             yield "server_model", self.server_model, self.owned
 

@@ -320,8 +320,8 @@ def after_backward(step: int, deed: Callable[[train.Run], None]):
     """An accumulate_gradient of Run that does it to this step's gradients."""
     original = train.Run.accumulate_gradient
 
-    def accumulate_gradient(run: train.Run) -> torch.Tensor:
-        loss = original(run)
+    def accumulate_gradient(run: train.Run, batch: list) -> torch.Tensor:
+        loss = original(run, batch)
         if run.scheduler.last_epoch + 1 == step:
             deed(run)
         return loss

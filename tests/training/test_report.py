@@ -54,3 +54,9 @@ def test_what_changes_is_told_with_its_first_step(told):
 )
 def test_rounds_are_told(told, overrides, expected):
     assert expected in told(*overrides)
+
+
+def test_each_role_is_stepped_by_the_inner_optimizer_that_is_given_for_it(told):
+    lines = told("optimizer=muloco").splitlines()
+    embedding, hidden = (next(x for x in lines if x.startswith(n)) for n in ("embed", "hidden"))
+    assert "AdamW" in embedding and "AdamW" not in hidden and "Spectral" in hidden
