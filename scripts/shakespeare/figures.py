@@ -21,7 +21,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.shakespeare.envelopes import envelopes_figure
-from scripts.shakespeare.report import report
+from scripts.shakespeare.report import page
 from scripts.shakespeare.results import (
     LOCAL,
     NETWORK_LOG,
@@ -305,8 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for path in draw(RESULTS, RESULTS):
             print(path)
-        of_logs = read(RESULTS), read_replay(RESULTS), read_differences(RESULTS)
-        (RESULTS.parent / "README.md").write_text(report(*of_logs))
+        (RESULTS.parent / "README.md").write_text(page(RESULTS))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

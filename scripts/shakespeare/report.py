@@ -1,16 +1,21 @@
 """results/README.md: the study in words and tables, from its logs."""
 
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 
-from scripts.shakespeare.findings import ROUNDS_TEXT, findings, paragraphs
+from scripts.shakespeare.findings import ROUNDS_TEXT, filled, findings, paragraphs
 from scripts.shakespeare.results import (
     LOCAL,
     PEERS,
     TARGET_SHARE,
     Result,
     compressed,
+    read,
+    read_differences,
+    read_replay,
+    read_workers,
     savings,
     target_loss,
 )
@@ -20,15 +25,18 @@ from scripts.shakespeare.rounds import (
     rounds_table,
     where_others_are_ahead,
 )
-from scripts.shakespeare.settings import SETTINGS
+from scripts.shakespeare.settings import SETTINGS, WORKER_SETTINGS
+from scripts.shakespeare.workers import map_table, workers_table, workers_told
 
 TEXT = Path(__file__).with_name("report.md")
 RIVALS = ("Muon + PowerSGD", "Dion", "Dion float32", "DeMo")
 MORE_BITS = 1.01
 
 
-def report(results: dict[str, Result], replayed: dict[str, dict], differences: list[dict]) -> str:
-    """The page: report.md with numbers from the logs. Its words were written by looking at them."""
+def page(directory: Path) -> str:
+    """report.md with numbers from the logs. Its words were written by looking at them."""
+    results, replayed = read(directory), read_replay(directory)
+    workers = read_workers(directory, results)
     identity = results["identity"]
     target = target_loss(identity)
     run, last = identity.logs[0].run, identity.logs[0].evals[-1]
@@ -36,7 +44,7 @@ def report(results: dict[str, Result], replayed: dict[str, dict], differences: l
         headline=textwrap.fill(headline(results, target), 100),
         ahead=textwrap.fill(where_others_are_ahead(results), 100),
         rounds=rounds_table(results, target),
-        differences=differences_told(differences),
+        differences=differences_told(read_differences(directory)),
         rounds_findings=paragraphs(ROUNDS_TEXT, results, target),
         parameters=run["parameters"],
         steps=last["step"],
@@ -49,17 +57,20 @@ def report(results: dict[str, Result], replayed: dict[str, dict], differences: l
         more=MORE_BITS - 1,
         rivals=rivals_table(results),
         settings=table(results, target),
-        missing=missing(results),
+        workers=workers_table(workers),
+        workers_map=map_table(workers),
+        workers_findings=filled(workers_told(workers)),
+        missing=missing([results, *workers.values()]),
         grids=grid_table(results),
     )
 
 
-def missing(results: dict[str, Result]) -> str:
+def missing(parts: Iterable[dict[str, Result]]) -> str:
     """What of the study has not been run."""
+    runs = {one.setting.name: len(one.logs) for part in parts for one in part.values()}
     left = []
-    for setting in SETTINGS:
-        done = len(results[setting.name].logs) if setting.name in results else 0
-        if done < len(setting.seeds):
+    for setting in SETTINGS + WORKER_SETTINGS:
+        if (done := runs.get(setting.name, 0)) < len(setting.seeds):
             left.append(f"{setting.name} ({len(setting.seeds) - done})" if done else setting.name)
     return f"\nNot run yet (`make study` does): {', '.join(left)}.\n" if left else ""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from scripts.shakespeare.settings import SETTINGS, Setting
+from scripts.shakespeare.settings import OF_WORKERS, SETTINGS, WORKER_SETTINGS, Setting
 from training.records import BYTES_PER_PARAMETER, Log, read_log
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "shakespeare"
@@ -97,15 +97,29 @@ class Result:
 
 def read(directory: Path, settings: Sequence[Setting] = SETTINGS) -> dict[str, Result]:
     """The settings that have run, by name. Raises ValueError for a log that is not as it should."""
+    results = _read(directory, settings)
+    if "identity" not in results:
+        raise ValueError(
+            f"{directory} lacks identity-seed0.jsonl: run scripts/shakespeare/run.py first"
+        )
+    return results
+
+
+def read_workers(directory: Path, of_two: dict[str, Result]) -> dict[int, dict[str, Result]]:
+    """Those of OF_WORKERS that have run, by the number of workers and by name."""
+    found = {2: {name: of_two[name] for name in OF_WORKERS if name in of_two}}
+    for result in _read(directory, WORKER_SETTINGS).values():
+        name = result.setting.name.partition("-")[2]
+        found.setdefault(result.setting.workers, {})[name] = result
+    return found
+
+
+def _read(directory: Path, settings: Sequence[Setting]) -> dict[str, Result]:
     results = {}
     for setting in settings:
         paths = [directory / f"{setting.name}-seed{seed}.jsonl" for seed in setting.seeds]
         if logs := tuple(read_log(path) for path in paths if path.exists()):
             results[setting.name] = Result(setting, logs)
-    if "identity" not in results:
-        raise ValueError(
-            f"{directory} lacks identity-seed0.jsonl: run scripts/shakespeare/run.py first"
-        )
     return results
 
 

@@ -2,9 +2,10 @@
 
     python scripts/shakespeare/run.py [--only TEXT] [--list]
 
-One training at a time, with torchrun on two workers. A run whose log is in results/shakespeare is
-skipped; one that was interrupted goes on from its checkpoint. Logs are cut to the records that
-figures need, and are not edited. The runs and their overrides are in settings.py beside this file.
+One training at a time, with torchrun, on two workers but where more are studied. A run whose log is
+in results/shakespeare is skipped; one that was interrupted goes on from its checkpoint. Logs are
+cut to the records that figures need, and are not edited. The runs and their overrides are in
+settings.py beside this file.
 """
 
 import argparse
@@ -25,7 +26,6 @@ from scripts.shakespeare.settings import RUNS, StudyRun
 from training.config import ROOT, compose, what_matters
 from training.records import LOG_NAME
 
-WORKERS = 2
 KEPT = ("run", "eval", "diagnostics", "end")  # of the records of a log
 
 
@@ -64,7 +64,7 @@ def is_done(run: StudyRun) -> bool:
 def train(run: StudyRun) -> None:
     """Train, and keep the log. Raises CalledProcessError when the training fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={WORKERS}", "train.py", *overrides(run)]
+    command += [f"--nproc_per_node={run.workers}", "train.py", *overrides(run)]
     subprocess.run(command, cwd=ROOT, check=True)
     directory = ROOT / "runs" / "shakespeare" / run.name
     log_of(run).parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ everything else that takes its step, as in the paper. Other baselines have grids
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Setting:
     overrides: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
     level: str = ""
+    workers: int = 2
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class StudyRun:
 
     name: str
     overrides: tuple[str, ...]
+    workers: int = 2
 
 
 SEEDS = (0, 1, 2)
@@ -240,9 +242,18 @@ SETTINGS += [
     *grid("muloco", MULOCO, optimizer__outer_momentum=(0.3, 0.8)),
     *grid("sparseloco", SPARSELOCO, optimizer__inner__lr=(0.004, 0.008)),
 ]
-RUNS = [
-    StudyRun(f"{one.name}-seed{seed}", (*one.overrides, f"seed={seed}"))
-    for seed in SEEDS
+# The same with more workers, who share the 16 sequences of a step.
+MORE_WORKERS = (4, 8)
+OF_WORKERS = ("identity", "served6", "local4-top30", "local10-top30", "local30-top30")
+WORKER_SETTINGS = [
+    replace(one, name=f"workers/{workers}-{one.name}", seeds=(0,), workers=workers)
+    for workers in MORE_WORKERS
     for one in SETTINGS
+    if one.name in OF_WORKERS
+]
+RUNS = [
+    StudyRun(f"{one.name}-seed{seed}", (*one.overrides, f"seed={seed}"), one.workers)
+    for seed in SEEDS
+    for one in SETTINGS + WORKER_SETTINGS
     if seed in one.seeds
 ]

@@ -1,4 +1,4 @@
-"""Gradient norms against the horizon for each kind of momentum: `python scripts/theory/momentum.py`.
+"""Gradient norms against the horizon by kind of momentum: `python scripts/theory/momentum.py`.
 
 A single worker, uncompressed, on the function of the second theorem (`Rippled`, spectral norm) with
 noise that changes with X, so that two gradients of one sample do not differ by the exact amount:

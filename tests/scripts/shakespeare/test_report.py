@@ -10,8 +10,8 @@ from scripts.shakespeare import figures as study_figures
 from scripts.shakespeare import results as study_results
 from scripts.shakespeare import run as study
 from scripts.shakespeare.findings import PLACE, ROUNDS_TEXT, TEXT, findings
-from scripts.shakespeare.report import report, rivals
-from scripts.shakespeare.results import read, read_differences, read_replay, target_loss
+from scripts.shakespeare.report import page, rivals
+from scripts.shakespeare.results import read, read_replay, target_loss
 from scripts.shakespeare.rounds import headline
 from scripts.shakespeare.settings import SETTINGS, Setting
 
@@ -48,8 +48,7 @@ def test_the_findings_are_right_that_momentum_at_the_server_is_better():
 
 def test_the_committed_figures_and_tables_are_up_to_date(tmp_path):
     """The page byte for byte; figures as pictures, since fonts may differ in a pixel."""
-    of_logs = (of(study.RESULTS) for of in (read, read_replay, read_differences))
-    assert (study.RESULTS.parent / "README.md").read_text() == report(*of_logs)
+    assert (study.RESULTS.parent / "README.md").read_text() == page(study.RESULTS)
     written = study_figures.draw(study.RESULTS, tmp_path)
     pictures = [path for path in written if path.suffix == ".png"]
     assert pictures
