@@ -22,7 +22,7 @@ from ef21_muon.exchange.collectives import Traffic, place_in
 from ef21_muon.exchange.lanes import Lanes
 from ef21_muon.exchange.layers import Batch
 from ef21_muon.exchange.roll_call import RollCall
-from ef21_muon.exchange.shards import local, require_whole
+from ef21_muon.exchange.shards import require_whole
 from ef21_muon.stateful import StatefulOptimizer
 from ef21_muon.timing import PhaseTimer
 
@@ -202,13 +202,24 @@ class CommunicatingOptimizer(StatefulOptimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None:
             return False
+        if self._sharded:
+            raise RuntimeError(
+                "GradScaler does not see the gradients of a sharded model: train in bfloat16, "
+                "which needs no scaling"
+            )
+        gradients = [p.grad for p in self._held if p.grad is not None]
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
-            gradients = [local(p.grad) for p in self._held if p.grad is not None]
             torch._foreach_mul_(gradients, 1 / scale)
+        if self.lanes:  # of which the scaler has seen this rank's alone
+            norms = torch.stack(torch._foreach_norm(gradients, float("inf")))
+            found_inf = (~norms.isfinite()).any().float()
         if place_in(group)[1] > 1:
             found_inf = found_inf.clone()
             dist.all_reduce(found_inf, group=group)
+        if self.lanes and found_inf:  # as a step lets go of them
+            for parameter in self._held:
+                parameter.grad = None
         return bool(found_inf)
 
     def _own_precision(self):
@@ -246,6 +257,8 @@ class CommunicatingOptimizer(StatefulOptimizer):
 
         To be called on all ranks; names rank, and layer or group. Waits for the device.
         """
+        if self.lanes:
+            self.lanes.gather_parameters()
         require_equal_groups(self.param_groups, self.process_group)
         require_equal_parameters(self._named(), self.process_group)
 

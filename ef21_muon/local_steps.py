@@ -59,7 +59,8 @@ class LocalSteps(WrappingOptimizer):
     evenly, and with `delay` a message travels for as many steps each way while the training goes on
     (Streaming DiLoCo, arXiv:2501.18512): x_j then moves by W less the x_j of the turn, which keeps
     the steps since. `lanes`: of the ranks of a worker, where it has several; gradients are averaged
-    inside of it in every step, and inner optimizers hold the parameters of this rank's lane.
+    inside of it in every step, and inner optimizers hold the parameters of this rank's lane. A root
+    of `fully_shard` needs reshard_after_forward=True, or it goes on with W after `agreed()`.
 
     Memory: W and e_j, 8 bytes for each float32 parameter; on the rank that serves it 4 for V, and 4
     for e_s where s2w loses anything. A delay takes 4 more and the messages under way.

@@ -21,7 +21,7 @@ from training.workers import EXCHANGES, RunError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
-# What does not change a run's numbers, and so not its name.
+# What does not change a run's numbers, but for their rounding, and so not its name.
 INCIDENTAL = {
     *("runs", "directory", "log_every", "diagnostics_every", "check_every", "fail_fast"),
     *("wandb", "label", "checkpoint", "resume", "dry_run", "exchange", "shard"),

@@ -50,6 +50,11 @@ def go_on(run, path: Path) -> dict:
             f"{path} is of {facts['workers']} workers, this run has {run.workers.count}: start as "
             "many, or give resume=elastic"
         )
+    shards = facts["config"].get("shard", False)
+    if hasattr(run.optimizer, "agreed") and shards != run.config.shard:
+        raise RunError(
+            f"{path} has each rank's own model with shard={str(shards).lower()}: give the same"
+        )
     _make_inner_state(run, path, run.workers.rank)
     states = _generator_states(run)
     load(path, _tensors(run) | states)

@@ -1,6 +1,7 @@
 """A model spread over the ranks of a worker, by torch's fully_shard."""
 
-from torch.distributed.device_mesh import init_device_mesh
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from model import GPT
@@ -21,8 +22,10 @@ def shard(model: GPT, worker_size: int, workers: Workers) -> None:
     A block is whole only while it computes. The root too is resharded after every forward pass, so
     that what it computes with next are the rows as they are then.
     """
-    shape = workers.count // worker_size, worker_size
-    mesh = init_device_mesh(workers.device.type, shape, mesh_dim_names=("worker", "rank"))["rank"]
+    first = workers.rank // worker_size * worker_size
+    ranks = list(range(first, first + worker_size))
+    group = dist.new_group(ranks, workers.timeout, use_local_synchronization=True)
+    mesh = DeviceMesh.from_group(group, workers.device.type)
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)

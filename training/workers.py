@@ -92,6 +92,9 @@ class Workers:
     def _meet(self) -> None:
         store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
         self._store = dist.PrefixStore(self._agree_on_name(store), store)
+        self._store.set(f"shared/{self.rank}", str(self.shared))
+        of_ranks = [self._store.get(f"shared/{rank}") for rank in range(self.count)]
+        self.shared = b"True" in of_ranks  # on any machine
         apart = self.device.type == "cuda" and not self.shared
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if apart else "gloo",
@@ -169,8 +172,8 @@ class Workers:
         """
         if exchange == "device" and self.shared:
             raise RunError(
-                f"exchange=device needs a GPU for each worker, and this machine has "
-                f"{torch.cuda.device_count()}: start as many, or give exchange=host"
+                "exchange=device needs a GPU for each rank, and this machine, or another, has fewer"
+                f" (here {torch.cuda.device_count()}): start as many, or give exchange=host"
             )
         return self._from_host if exchange == "host" else None
 

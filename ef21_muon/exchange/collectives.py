@@ -11,12 +11,13 @@ one direction at a time (20 MB each way between two nodes at 100 Mbit/s: 3.1 s, 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ef21_muon.exchange.host import Send, sends_from_host, start_from_host
+from ef21_muon.exchange.host import sends_from_host, start_from_host
 
 # Given for a process group, a worker is alone though others run: nothing is sent.
 ALONE = "alone"
@@ -154,11 +155,12 @@ class Exchange:
             for rank in receivers
         ]
         mine = sum(self._lengths(self.w2s_sizes, self.rank, bucket))
-        if self.replicated:
+        if self.replicated and not self._from_host(messages[0]):
             flat = messages[0].new_empty(self.ranks * mine)
-            arrive = self._start(self._gather, messages, [flat])
-            received = list(flat.view(self.ranks, mine))
+            work = all_gather(flat, messages[0], self.group, async_op=True)
+            received, arrive = list(flat.view(self.ranks, mine)), partial(wait, [work])
         else:
+            messages = messages * self.ranks if self.replicated else messages
             received, arrive = self._swap(messages, [mine] * self.ranks)
 
         def receive() -> list[tuple[Tensor, ...]]:
@@ -215,27 +217,22 @@ class Exchange:
         outgoing, incoming = (
             [tensors[rank] for rank in others] for tensors in (messages, received)
         )
-        return received, self._start(send, outgoing, incoming)
-
-    def _gather(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> list[dist.Work]:
-        return [all_gather(*incoming, *outgoing, self.group, async_op=True)]
-
-    def _start(
-        self, send: Send, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]
-    ) -> Callable[[], None]:
-        """Start to send and to receive; returns what waits until all of it is there."""
-        if not outgoing:
-            return lambda: None
-        if not sends_from_host(self.group, outgoing[0].device):
-            works = send(outgoing, incoming)
-            return lambda: wait(works)
+        if not self._from_host(messages[0]):
+            return received, partial(wait, send(outgoing, incoming))
         works_of, take_up = start_from_host(send, outgoing, incoming)
 
         def arrive() -> None:
             wait(works_of())
             take_up()
 
-        return arrive
+        return received, arrive
+
+    def _from_host(self, message: Tensor) -> bool:
+        """Whether a thread sends it; then from rank to rank alone, by no collective of the group.
+
+        Those are matched in the order of their calls, which other threads make too.
+        """
+        return sends_from_host(self.group, message.device)
 
     def _lengths(self, sizes: list[int], rank: int, bucket: range) -> list[int]:
         """Bytes of what `rank` owns of each batch of the bucket."""

@@ -29,12 +29,13 @@ def sends_from_host(group: dist.ProcessGroup | None, device: torch.device) -> bo
 def start_from_host(
     send: Send, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]
 ) -> tuple[Callable[[], list[dist.Work]], Callable[[], None]]:
-    """Start to send `outgoing` from the host, in the order of calls.
+    """Start to send `outgoing` from the host, in the order of calls; a tensor is copied once.
 
     Returns a function that gives the works to wait for, and one that then starts the copies of what
     has arrived to `incoming`.
     """
-    copies, wait_for_copies = _copied(outgoing)
+    own, wait_for_copies = _copied(list({id(tensor): tensor for tensor in outgoing}.values()))
+    copies = [own[id(tensor)] for tensor in outgoing]
     arriving = [_on_host(buffer) for buffer in incoming]
 
     def hand_over() -> list[dist.Work]:
@@ -66,19 +67,19 @@ def _on_host(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
-def _copied(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Callable[[], None]]:
-    """Copies on the host, and what waits until they are there."""
-    copies = [_on_host(tensor) for tensor in tensors]
+def _copied(tensors: Sequence[Tensor]) -> tuple[dict[int, Tensor], Callable[[], None]]:
+    """Copies on the host by the tensor's id, and what waits until they are there."""
+    copies = {id(tensor): _on_host(tensor) for tensor in tensors}
     if not any(tensor.is_cuda for tensor in tensors):
-        for copy, tensor in zip(copies, tensors, strict=True):
-            copy.copy_(tensor)
+        for tensor in tensors:
+            copies[id(tensor)].copy_(tensor)
         return copies, lambda: None
     device = tensors[0].device
     stream, done = _stream(device), torch.cuda.Event()
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for copy, tensor in zip(copies, tensors, strict=True):
-            copy.copy_(tensor, non_blocking=True)
+        for tensor in tensors:
+            copies[id(tensor)].copy_(tensor, non_blocking=True)
             tensor.record_stream(stream)
         done.record()
     return copies, done.synchronize

@@ -2,7 +2,8 @@
 
 torch's `fully_shard` keeps of every parameter some rows on each rank. A step is of a matrix, so the
 rank whose lane has the layer gathers its rows and those of its gradient, steps the whole, and sends
-every rank its rows again. W is what the shards hold.
+every rank its rows again. W is what the shards hold, also for the root of the model: call
+fully_shard(root, reshard_after_forward=True), or it computes on with what it has gathered before.
 """
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
+
+from ef21_muon.exchange.host import sends_from_host
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -78,6 +81,11 @@ class Shards:
     ):
         for parameter, _ in holders:
             require_shards(parameter, ranks)
+        if sends_from_host(group, local(holders[0][0]).device):
+            raise ValueError(
+                "the ranks of a worker exchange shards from GPU to GPU, which gloo does not: give "
+                "every rank a GPU and the group NCCL, or leave the model whole"
+            )
         self.holders, self.ranks, self.group = holders, ranks, group
         self.rank = dist.get_rank()
         self.whole = {

@@ -18,8 +18,8 @@ def largest(x: Tensor, k: int) -> Tensor:
 
     x: float32 (L, n), 1 <= k <= n; returns int64 (L, k). Of equal magnitudes the first are taken.
     Floats of one sign are ordered as their bits, which tell the k-th entry exactly. Beside the
-    result it takes about a byte an entry, and on a GPU four. Rows shorter than a histogram are
-    sorted. Does not wait for the device.
+    result it takes about a byte an entry, on a GPU four, and 12 for each of the k. Rows that are
+    shorter than a histogram are sorted. Does not wait for the device.
     """
     if x.shape[1] < SORTED_BELOW:
         order = x.abs().sort(dim=1, descending=True, stable=True).indices

@@ -6,9 +6,9 @@
     training   300 steps of 124M on Shakespeare in GPT-2's tokens, two workers on one GPU
 
 Records go to the folder `--out`, and from them comes README.md; what does not end in time is told
-and left out. It needs no package index: torch, numpy, matplotlib, pytest and hypothesis have to be
-there, and the pure-Python wheels hydra-core, omegaconf and antlr4-python3-runtime are taken from
-the folder `--wheels`; the text's tokens are made elsewhere (`python data/shakespeare.py --gpt2`).
+and left out. It needs no package index: torch, numpy, matplotlib, tqdm, pytest and hypothesis have
+to be there, and the pure-Python wheels hydra-core, omegaconf and antlr4-python3-runtime are taken
+from the folder `--wheels`; the tokens are made elsewhere (`python data/shakespeare.py --gpt2`).
 On a machine without a GPU the same parts run on a tiny model, which proves nothing about GPUs.
 """
 
@@ -72,13 +72,12 @@ class Session:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,
         )
         try:
             output, _ = process.communicate(timeout=max(1, self.until - start))
             status = process.returncode
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
+            process.terminate()  # torchrun ends its workers, which are sessions of their own
             output, _ = process.communicate()
             status = None
         seconds = time.monotonic() - start
@@ -147,6 +146,7 @@ def environment(wheels: Path | None, folder: str) -> dict[str, str]:
                 archive.extractall(folder)
     paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+    own["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "5"  # seconds, after which torchrun kills them
     return {**os.environ, **own}
 
 

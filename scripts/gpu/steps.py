@@ -1,4 +1,4 @@
-"""Where time and memory of a step go on one GPU, for every compressor, beside torch's optimizers.
+"""Where time and memory of a step go on one GPU, with most compressors, beside torch's optimizers.
 
     python scripts/gpu/steps.py --out records.jsonl model=gpt2-124m
 

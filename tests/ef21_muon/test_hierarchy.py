@@ -123,3 +123,15 @@ def test_what_a_lane_refuses_all_ranks_refuse(runs):
             "w2s has compressors for hidden, and none for the group 'head': give one for the name "
             "of every group",
         ]
+
+
+def test_workers_that_have_parted_are_told_by_a_check(runs, sharded):
+    for rank in (*runs[0], *sharded[2]):
+        assert "differs between rank 0 and rank 1: all workers hold the same" in str(rank["parted"])
+
+
+def test_an_overflow_in_a_layer_of_another_lane_is_skipped_by_all(runs, sharded):
+    for rank in runs[0]:
+        assert list(rank["overflow"]) == [0, 0]
+    for rank in sharded[2]:
+        assert "GradScaler does not see the gradients of a sharded" in str(rank["overflow"])

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 from run import PATIENCE, ROOT
 
 from scripts.gpu.report import report
+from scripts.gpu.run import Session, environment
 
 FACTS = {"record": "facts", "device": "H100", "torch": "2.9.0", "cores": 8, "cuda": "13.0"}
 
@@ -35,6 +37,17 @@ def test_every_part_runs_without_a_gpu(tmp_path):
     assert [part["status"] for part in records if part["record"] == "part"] == [0] * 7
     assert "0 of 16 claims fail" in text
     assert "did not end" not in text and "not run" not in text
+
+
+def test_what_does_not_end_in_time_is_ended_with_its_workers(tmp_path):
+    script = tmp_path / "sleeps.py"
+    script.write_text(f"import time\ntime.sleep({PATIENCE})\n")
+    start = time.monotonic()
+    session = Session(tmp_path, start + 8, environment(None, str(tmp_path)))
+    status, _ = session.torchrun("sleep", 2, script)
+    assert status is None and time.monotonic() - start < PATIENCE / 4
+    (record,) = map(json.loads, session.log.read_text().splitlines())
+    assert record["part"] == "sleep" and record["status"] is None
 
 
 def test_a_wait_for_the_device_and_what_did_not_end_are_told():

@@ -163,6 +163,47 @@ def refusals() -> list[str]:
     return messages
 
 
+def overflow(worker_size: int) -> list[int]:
+    """Rounds, and gradients that are left, after an overflow on rank 0 in every layer of others."""
+    model = parameters()
+    optimizer = HierarchicalEF21Muon(groups(model), worker_size=worker_size)
+    loss(model, 0).backward()
+    if dist.get_rank() == 0:
+        for parameter in model.values():
+            if parameter not in optimizer.lanes.own:
+                parameter.grad.fill_(torch.inf)
+    optimizer.found_inf = torch.zeros(())  # of this rank's own layers, as GradScaler says it
+    optimizer.step()
+    return [optimizer.round, sum(parameter.grad is not None for parameter in model.values())]
+
+
+def parted(shard: bool) -> str:
+    """What a check says of two workers, each of whose ranks have changed their model alike."""
+    module = sharded(Layers(), 2) if shard else Layers()
+    model = dict(module.named_parameters())
+    optimizer = HierarchicalEF21Muon(groups(model), worker_size=2)
+    with torch.no_grad():
+        for parameter in model.values():
+            parameter.mul_(1 + dist.get_rank() // 2)
+    try:
+        optimizer.check_agreement()
+    except ValueError as error:
+        return str(error)
+    return "agreed"
+
+
+def scaled_shards() -> str:
+    module = sharded(Layers(), 2)
+    optimizer = HierarchicalEF21Muon(groups(dict(module.named_parameters())), worker_size=2)
+    module(range(2)).backward()
+    optimizer.found_inf = 0  # what GradScaler makes of no gradients
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
 def refusals_of_shards() -> list[str]:
     """Of two workers of two ranks, and of one of four."""
     of_two, of_all = sharded(Layers(), 2), sharded(Layers(), 4)
@@ -208,6 +249,9 @@ def main() -> None:
     worker_size, shard = int(sys.argv[2]), "sharded" in sys.argv
     told = refusals() if dist.get_world_size() > 1 else []
     results = {"refusals": [*told, *(refusals_of_shards() if shard else [])]}
+    if worker_size == 2:
+        results["parted"] = parted(shard)
+        results["overflow"] = scaled_shards() if shard else overflow(worker_size)
     for case in CASES:
         results |= train(case, worker_size, shard)
     np.savez(Path(sys.argv[1]) / f"rank{dist.get_rank()}.npz", **results)

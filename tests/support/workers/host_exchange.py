@@ -38,6 +38,9 @@ CASES = {
     "local, delay": lambda parameters: LocalSteps(
         muon(parameters, process_group=ALONE), every=4, delay=1, stagger=True, server="sharded"
     ),
+    "local, delay, replicated": lambda parameters: LocalSteps(
+        muon(parameters, process_group=ALONE), every=3, delay=1, w2s=TopK(0.3), server="replicated"
+    ),
     "averaged": lambda parameters: AveragedGradients(
         torch.optim.AdamW(parameters, lr=0.01), w2s=TopK(0.3)
     ),
@@ -60,7 +63,7 @@ def main(directory: str, device: str, path: str) -> None:
             for parameter, goal in zip(parameters, goals, strict=True):
                 parameter.grad = parameter.detach() - goal.to(device)
             optimizer.step()
-        optimizer.check_agreement()
+            optimizer.check_agreement()  # while messages may be under way
         results[f"{case} model"] = torch.cat([p.detach().flatten().cpu() for p in parameters])
         results[f"{case} bytes"] = [optimizer.w2s_bytes, optimizer.wire_tx_bytes]
     np.savez(Path(directory, f"rank{rank}.npz"), **results)
