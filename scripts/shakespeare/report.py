@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 from scripts.shakespeare.findings import ROUNDS_TEXT, filled, findings, paragraphs
+from scripts.shakespeare.momenta import momenta_table, momenta_told
 from scripts.shakespeare.results import (
     LOCAL,
     PEERS,
@@ -14,6 +15,7 @@ from scripts.shakespeare.results import (
     compressed,
     read,
     read_differences,
+    read_momentum,
     read_replay,
     read_workers,
     savings,
@@ -25,7 +27,7 @@ from scripts.shakespeare.rounds import (
     rounds_table,
     where_others_are_ahead,
 )
-from scripts.shakespeare.settings import SETTINGS, WORKER_SETTINGS
+from scripts.shakespeare.settings import MOMENTUM_SETTINGS, SETTINGS, WORKER_SETTINGS
 from scripts.shakespeare.workers import map_table, workers_table, workers_told
 
 TEXT = Path(__file__).with_name("report.md")
@@ -36,7 +38,7 @@ MORE_BITS = 1.01
 def page(directory: Path) -> str:
     """report.md with numbers from the logs. Its words were written by looking at them."""
     results, replayed = read(directory), read_replay(directory)
-    workers = read_workers(directory, results)
+    workers, momenta = read_workers(directory, results), read_momentum(directory)
     identity = results["identity"]
     target = target_loss(identity)
     run, last = identity.logs[0].run, identity.logs[0].evals[-1]
@@ -59,8 +61,10 @@ def page(directory: Path) -> str:
         settings=table(results, target),
         workers=workers_table(workers),
         workers_map=map_table(workers),
+        momenta=momenta_table(momenta, results),
+        momenta_findings=filled(momenta_told(momenta, results)),
         workers_findings=filled(workers_told(workers)),
-        missing=missing([results, *workers.values()]),
+        missing=missing([results, momenta, *workers.values()]),
         grids=grid_table(results),
     )
 
@@ -69,7 +73,7 @@ def missing(parts: Iterable[dict[str, Result]]) -> str:
     """What of the study has not been run."""
     runs = {one.setting.name: len(one.logs) for part in parts for one in part.values()}
     left = []
-    for setting in SETTINGS + WORKER_SETTINGS:
+    for setting in SETTINGS + WORKER_SETTINGS + MOMENTUM_SETTINGS:
         if (done := runs.get(setting.name, 0)) < len(setting.seeds):
             left.append(f"{setting.name} ({len(setting.seeds) - done})" if done else setting.name)
     return f"\nNot run yet (`make study` does): {', '.join(left)}.\n" if left else ""

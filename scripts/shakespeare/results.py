@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from scripts.shakespeare.settings import OF_WORKERS, SETTINGS, WORKER_SETTINGS, Setting
+from scripts.shakespeare.settings import (
+    MOMENTUM_SETTINGS,
+    OF_WORKERS,
+    SETTINGS,
+    WORKER_SETTINGS,
+    Setting,
+)
 from training.records import BYTES_PER_PARAMETER, Log, read_log
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "shakespeare"
@@ -112,6 +118,11 @@ def read_workers(directory: Path, of_two: dict[str, Result]) -> dict[int, dict[s
         name = result.setting.name.partition("-")[2]
         found.setdefault(result.setting.workers, {})[name] = result
     return found
+
+
+def read_momentum(directory: Path) -> dict[str, Result]:
+    """Those of MOMENTUM_SETTINGS that have run, by name."""
+    return _read(directory, MOMENTUM_SETTINGS)
 
 
 def _read(directory: Path, settings: Sequence[Setting]) -> dict[str, Result]:

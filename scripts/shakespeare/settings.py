@@ -251,9 +251,19 @@ WORKER_SETTINGS = [
     for one in SETTINGS
     if one.name in OF_WORKERS
 ]
+# Two gradients a batch, so that half the steps take as many.
+MOMENTUM_SETTINGS = [
+    setting(
+        f"momentum/{kind}-{name}",
+        "momentum",
+        f"{message} optimizer.momentum={kind} {TUNED} {GRID_STEPS}",
+    )
+    for name, message in (("identity", IDENTITY), ("fitted9", fitted(9)))
+    for kind in ("polyak", "mvr", "hessian")
+]
 RUNS = [
     StudyRun(f"{one.name}-seed{seed}", (*one.overrides, f"seed={seed}"), one.workers)
     for seed in SEEDS
-    for one in SETTINGS + WORKER_SETTINGS
+    for one in SETTINGS + WORKER_SETTINGS + MOMENTUM_SETTINGS
     if seed in one.seeds
 ]

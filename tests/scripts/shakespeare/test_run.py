@@ -19,7 +19,7 @@ def test_names_are_unique_and_every_run_composes():
     assert len({run.name for run in RUNS}) == len(RUNS)
     for run in RUNS:
         config = composed(study.overrides(run)).config
-        assert config.steps == (300 if run.name.startswith("grid/") else 600)
+        assert config.steps == (300 if run.name.startswith(("grid/", "momentum/")) else 600)
         assert config.model.context * config.batch.sequences == 4096
 
 
