@@ -166,7 +166,7 @@ CONTRADICTIONS = {
         "resume=elastic is not allowed for fitted rank 30% ... EF14: it needs optimizer=ef21_muon"
     ),
     "compressor@w2s=switch": "w2s.start=240 is not below steps=4: give a round of the run, or the",
-    "compressor@w2s=switch w2s.start=4": "w2s.start=4 is not below steps=4: give a round of the run, or the",
+    "compressor@w2s=switch w2s.start=4": "w2s.start=4 is not below steps=4: give a round of the",
     "compressor@w2s=switch w2s.start=0": "w2s: Switch got start=0: give a round, a whole number",
     "compressor@s2w=switch": "is not allowed: give a Compressor of ef21_muon (group ",
     "worker_size=2": "worker_size=2 needs a process group: use torchrun",

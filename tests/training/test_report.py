@@ -6,7 +6,7 @@ import pytest
 
 from model import GPT
 from training.config import build, compose
-from training.method import build_optimizer
+from training.method import build_optimizer, run_label
 from training.report import group_table
 
 ALONE = SimpleNamespace(gather=lambda value: [value])
@@ -60,3 +60,18 @@ def test_each_role_is_stepped_by_the_inner_optimizer_that_is_given_for_it(told):
     lines = told("optimizer=muloco").splitlines()
     embedding, hidden = (next(x for x in lines if x.startswith(n)) for n in ("embed", "hidden"))
     assert "AdamW" in embedding and "AdamW" not in hidden and "Spectral" in hidden
+
+
+@pytest.mark.parametrize(
+    "overrides, label",
+    [
+        ((), "dense normal2, every 30"),
+        (("optimizer.error_decay=0.5",), "dense normal2, every 30 decay 0.5"),
+        (("optimizer.outer_momentum=0.3",), "dense normal2, every 30 outer 1/0.3"),
+        (("optimizer.delay=1",), "dense normal2, every 30 delay 1"),
+        (("optimizer.feedback=ef21",), "dense normal2, every 30 EF21"),
+    ],
+)
+def test_a_label_tells_what_of_local_steps_is_not_the_default(overrides, label):
+    config = compose(("model=tiny", "model.layers=1", "optimizer=local", *overrides)).config
+    assert run_label(build_optimizer(config, GPT(build(config.model, "model")))) == label
