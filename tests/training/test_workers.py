@@ -3,11 +3,12 @@
 import threading
 from datetime import timedelta
 
+import pytest
 import torch.distributed as dist
 from run import PATIENCE
 from waiting import SleptTime
 
-from training.workers import Workers
+from training.workers import RunError, Workers
 
 
 class Start:
@@ -69,3 +70,22 @@ def test_if_the_store_does_not_answer_its_node_is_lost():
     worker = Start(Silent(), 2, 0.2).workers[1]
     worker.timeout = timedelta(seconds=0.2)
     assert worker._lost() == [0]
+
+
+@pytest.mark.parametrize(
+    "local_rank, local_count, shared, device", [(1, 2, False, 1), (0, 3, True, 0), (2, 3, True, 0)]
+)
+def test_workers_share_gpus_where_a_machine_has_fewer(
+    monkeypatch, local_rank, local_count, shared, device
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    place = {"RANK": local_rank, "WORLD_SIZE": local_count, "LOCAL_RANK": local_rank}
+    for name, value in {**place, "LOCAL_WORLD_SIZE": local_count}.items():
+        monkeypatch.setenv(name, str(value))
+    workers = Workers()
+    assert (workers.shared, workers.device.index) == (shared, device)
+    if shared:
+        with pytest.raises(RunError, match=r"exchange=device needs a GPU for each rank"):
+            workers.group("device")
+    assert workers.group("host") is None  # the default group, or none yet
