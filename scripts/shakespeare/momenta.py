@@ -3,10 +3,12 @@
 from statistics import mean
 
 from scripts.measuring import markdown
+from scripts.shakespeare.findings import listed
 from scripts.shakespeare.results import Result
 
 MESSAGES = ("identity", "fitted9")
-TWICE = ("mvr", "hessian")  # take two gradients a batch
+# Take two gradients a batch; of the second the correction has a tenth of its weight.
+TWICE = {"mvr": "mvr", "mvr0.1": "mvr, gamma 0.1", "hessian": "hessian"}
 
 
 def momenta_table(found: dict[str, Result], study: dict[str, Result]) -> str:
@@ -23,21 +25,33 @@ def momenta_table(found: dict[str, Result], study: dict[str, Result]) -> str:
                 steps = result.logs[0].evals[-1]["step"]
                 gradients = (2 if kind in TWICE else 1) * steps
                 end = f"{mean(result.final):.4f}"
-                rows.append([study[name].label, kind, str(steps), str(gradients), end])
+                told = TWICE.get(kind, kind)
+                rows.append([study[name].label, told, str(steps), str(gradients), end])
     return markdown(rows, text_columns=2)
 
 
-def momenta_told(found: dict[str, Result], study: dict[str, Result]) -> str:
-    """How the corrected kinds end against Polyak's, at as many steps and at as many gradients."""
+def momenta_told(found: dict[str, Result], study: dict[str, Result], changes: list[dict]) -> str:
+    """How the corrected kinds end against Polyak's, and why; nothing where it has not run."""
     told = []
     for name in MESSAGES:
-        runs = {kind: found.get(f"momentum/{kind}-{name}") for kind in ("polyak", *TWICE)}
-        if all(runs.values()):
-            half, whole = (mean(result.final) for result in (runs["polyak"], study[name]))
-            gaps = (
-                f"{kind} {100 * (mean(runs[kind].final) / half - 1):+.1f} % over as many steps and "
-                f"{100 * (mean(runs[kind].final) / whole - 1):+.1f} % over as many gradients"
-                for kind in TWICE
-            )
-            told.append(f"{study[name].label}: {', '.join(gaps)}")
-    return f"Against Polyak's momentum, {'; '.join(told)}." if told else ""
+        polyak = found.get(f"momentum/polyak-{name}")
+        for kind, title in TWICE.items():
+            run = found.get(f"momentum/{kind}-{name}")
+            if polyak and run:
+                steps, gradients = (
+                    f"{100 * (mean(run.final) / mean(other.final) - 1):+.0f} %"
+                    for other in (polyak, study[name])
+                )
+                told.append(f"{title} at {steps} ({gradients}) with {study[name].label}")
+    if not (told and changes):
+        return ""
+    hidden = [one for one in changes if one["layer"].startswith("blocks")]
+    size, cosine = (mean(one[key] for one in hidden) for key in ("size", "cosine"))
+    return (
+        "Over Polyak's momentum, at as many steps (at as many gradients), end "
+        f"{listed(told)}. At their full weight they lose, and steps of full length are why "
+        "(`scripts/shakespeare/changes.py`): in one of them a hidden layer's gradient changes by "
+        f"{size:.1f} times its own size, alike for all batches (a cosine of {cosine:.2f}). W goes "
+        "to and fro across what is steep; momentum that keeps up follows it there, and the mean of "
+        "the last steps' gradients does not."
+    )

@@ -21,7 +21,7 @@ OTHERS = ("Muon", "AdamW", "Muon + PowerSGD", "Dion", "Dion float32", "DeMo")  #
 LOCAL = ("local steps",)  # ours, of rounds of several steps
 PEERS = ("DiLoCo", "MuLoCo", "SparseLoCo")  # not ours, likewise
 NETWORK_LOG, REPLAY_LOG = "network.jsonl", "replay.jsonl"
-DIFFERENCES_LOG = "differences.jsonl"
+DIFFERENCES_LOG, CHANGES_LOG = "differences.jsonl", "changes.jsonl"
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,15 @@ def read_replay(directory: Path) -> dict[str, dict]:
 
 def read_differences(directory: Path) -> list[dict]:
     """What scripts/shakespeare/differences.py measured; nothing where it has not run."""
-    path = directory / DIFFERENCES_LOG
+    return _lines(directory / DIFFERENCES_LOG)
+
+
+def read_changes(directory: Path) -> list[dict]:
+    """What scripts/shakespeare/changes.py measured; nothing where it has not run."""
+    return _lines(directory / CHANGES_LOG)
+
+
+def _lines(path: Path) -> list[dict]:
     return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
 
 

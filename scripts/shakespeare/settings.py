@@ -261,6 +261,13 @@ MOMENTUM_SETTINGS = [
     for name, message in (("identity", IDENTITY), ("fitted9", fitted(9)))
     for kind in ("polyak", "mvr", "hessian")
 ]
+MOMENTUM_SETTINGS.append(
+    setting(
+        "momentum/mvr0.1-identity",
+        "momentum",
+        f"{IDENTITY} optimizer.momentum=mvr optimizer.gamma=0.1 {TUNED} {GRID_STEPS}",
+    )
+)
 RUNS = [
     StudyRun(f"{one.name}-seed{seed}", (*one.overrides, f"seed={seed}"), one.workers)
     for seed in SEEDS
