@@ -26,6 +26,7 @@ from waiting import SleptTime, wait_until
 import train
 import training.workers
 from ef21_muon import EF21Muon
+from ef21_muon.exchange import collectives
 from ef21_muon.exchange.collectives import Exchange
 from training.checkpoint import Checkpoints
 from training.workers import Workers, leave
@@ -82,10 +83,10 @@ class Patience:
         Workers._meet = meet_patiently
 
     def lose(self) -> None:
-        swap = Exchange._swap
-        Exchange._swap = lambda *arguments: [
-            SimpleNamespace(wait=partial(work.wait, self.asked_for)) for work in swap(*arguments)
-        ]
+        wait = collectives.wait
+        collectives.wait = lambda works: wait(
+            [SimpleNamespace(wait=partial(work.wait, self.asked_for)) for work in works]
+        )
 
 
 class Faults:
