@@ -40,7 +40,15 @@ RUNS = {
 }
 # To compile the model twice takes longer than 300 steps save.
 LARGE = ["model=gpt2-124m", "data=shakespeare_gpt2", "steps=300", "compile=false"]
-SMALL = ["model=tiny", "steps=20", "eval.every=10", "batch.per_forward=2", "batch.sequences=4"]
+SMALL = [
+    "model=tiny",
+    "model.layers=1",
+    "steps=4",
+    "eval.every=2",
+    "log_every=1",
+    "batch.per_forward=2",
+    "batch.sequences=4",
+]
 KEPT = ("run", "train", "eval", "end")  # of a run's log
 
 
