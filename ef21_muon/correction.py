@@ -18,7 +18,7 @@ STEP = 0.1  # of the way from W^k back to W^{k-1}, over which a Hessian is diffe
 
 
 class Correction:
-    """Of one kind; a subclass says what of the step before is remembered and what d is.
+    """d is the gradient at W^k less another one; a subclass says which, and of how much of the way.
 
     gamma: d is multiplied by it.
     """
@@ -31,11 +31,11 @@ class Correction:
 
     def place(self, model: Tensor, before: Tensor) -> Tensor:
         """Where the gradient is taken a second time, for W^k and W^{k-1}."""
-        raise NotImplementedError
+        return before
 
     def moved(self, gradient: Tensor, other: Tensor) -> Tensor:
         """d from the gradient at W^k and the other one."""
-        raise NotImplementedError
+        return gradient - other
 
 
 class VarianceReduction(Correction):
@@ -43,12 +43,6 @@ class VarianceReduction(Correction):
 
     It takes a second gradient of the same batch, and keeps W^{k-1}.
     """
-
-    def place(self, model: Tensor, before: Tensor) -> Tensor:
-        return before
-
-    def moved(self, gradient: Tensor, other: Tensor) -> Tensor:
-        return gradient - other
 
 
 class ReusedGradient(Correction):
@@ -60,9 +54,6 @@ class ReusedGradient(Correction):
 
     evaluates = False
     remembers = "previous_gradient"
-
-    def moved(self, gradient: Tensor, other: Tensor) -> Tensor:
-        return gradient - other
 
 
 class HessianCorrection(Correction):
@@ -77,7 +68,7 @@ class HessianCorrection(Correction):
         return torch.lerp(model, before, STEP)
 
     def moved(self, gradient: Tensor, other: Tensor) -> Tensor:
-        return (gradient - other) / STEP
+        return super().moved(gradient, other) / STEP
 
 
 KINDS = {"mvr": VarianceReduction, "mvr1": ReusedGradient, "hessian": HessianCorrection}

@@ -34,11 +34,7 @@ def require_whole(parameters: list[Tensor], optimizer: str) -> None:
                 " matrices; give HierarchicalEF21Muon, or the lanes of LocalSteps, worker_size="
                 f"{parameter.device_mesh.size()}"
             )
-        if parameter.is_meta:
-            raise ValueError(
-                f"a parameter of shape {tuple(parameter.shape)} is on the meta device and has no "
-                "values: load or initialise the model first"
-            )
+        require_values(parameter)
         # As torch's first FSDP marks what it has put into one flat parameter.
         if getattr(parameter, "_is_flat_param", False) or hasattr(parameter, "_fsdp_flattened"):
             raise ValueError(
@@ -47,10 +43,18 @@ def require_whole(parameters: list[Tensor], optimizer: str) -> None:
             )
 
 
+def require_values(parameter: Tensor) -> None:
+    """Raise ValueError for a parameter on the meta device."""
+    if parameter.is_meta:
+        raise ValueError(
+            f"a parameter of shape {tuple(parameter.shape)} is on the meta device and has no "
+            "values: load or initialise the model first"
+        )
+
+
 def require_shards(parameter: DTensor, ranks: list[int]) -> None:
     """Raise ValueError unless the ranks of this worker alone hold it, in rows."""
-    if parameter.is_meta:
-        require_whole([local(parameter)], "")
+    require_values(parameter)
     mesh = parameter.device_mesh
     if mesh.ndim != 1 or parameter.placements != (Shard(0),):
         raise ValueError(

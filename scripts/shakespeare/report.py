@@ -29,7 +29,7 @@ from scripts.shakespeare.rounds import (
     where_others_are_ahead,
 )
 from scripts.shakespeare.settings import MOMENTUM_SETTINGS, SETTINGS, WORKER_SETTINGS
-from scripts.shakespeare.workers import map_table, workers_table, workers_told
+from scripts.shakespeare.workers import more_workers
 
 TEXT = Path(__file__).with_name("report.md")
 RIVALS = ("Muon + PowerSGD", "Dion", "Dion float32", "DeMo")
@@ -60,11 +60,9 @@ def page(directory: Path) -> str:
         more=MORE_BITS - 1,
         rivals=rivals_table(results),
         settings=table(results, target),
-        workers=workers_table(workers),
-        workers_map=map_table(workers),
+        more_workers=more_workers(workers),
         momenta=momenta_table(momenta, results),
         momenta_findings=filled(momenta_told(momenta, results, read_changes(directory))),
-        workers_findings=filled(workers_told(workers)),
         missing=missing([results, momenta, *workers.values()]),
         grids=grid_table(results),
     )

@@ -3,13 +3,34 @@
 from statistics import mean
 
 from scripts.measuring import markdown
-from scripts.shakespeare.findings import listed
+from scripts.shakespeare.findings import filled, listed
 from scripts.shakespeare.results import Result
 from scripts.shakespeare.rounds import all_of, in_figures
 from scripts.shakespeare.settings import OF_WORKERS
 
 SEQUENCES = 16  # in a step, of all workers
 BUDGETS = (1, 3, 10, 30, 100)  # sizes sent and received in the whole run
+
+
+def more_workers(found: dict[int, dict[str, Result]]) -> str:
+    """The page's section; nothing where no run of more than two has been made."""
+    if len(found) < 2:
+        return ""
+    return f"""## More workers
+
+The same {SEQUENCES} sequences of a step, shared by more workers; nothing was tuned again, one seed.
+A worker receives the messages of all others, unless those come back as one from the servers; sizes
+are of what it sends and receives in the whole run.
+
+{workers_table(found)}
+
+Of these, by the sizes that a worker may send and receive, the lowest loss at the end:
+
+{map_table(found)}
+
+{filled(workers_told(found))}
+
+"""
 
 
 def workers_table(found: dict[int, dict[str, Result]]) -> str:
@@ -54,6 +75,5 @@ def workers_told(found: dict[int, dict[str, Result]]) -> str:
             )
             told.append(f"{n} workers, of {SEQUENCES // n} sequences each, {every_30} ({every_10})")
     return (
-        "Over their own uncompressed runs a round every 30 steps (every 10) costs "
-        f"{listed(told)}: local steps are noisier where a worker has fewer sequences."
+        f"Over their own uncompressed runs a round every 30 steps (every 10) costs {listed(told)}."
     )

@@ -29,6 +29,7 @@ from ef21_muon import EF21Muon
 from scripts.measuring import markdown
 from scripts.theory.algorithm import gradient_norms
 from scripts.theory.problems import Rippled, geometry
+from scripts.theory.run import read
 from training.config import ROOT
 from training.picture import STYLE, line_look, save
 
@@ -133,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
         lines = [json.dumps(record) + "\n" for record in all_records()]
         log_file.write_text("".join(lines))
-    records = [json.loads(line) for line in log_file.read_text().splitlines()]
+    records = read(log_file)
     (options.out / "momentum.md").write_text(report(records))
     save(figure(records), options.out / "momentum")
     print(report(records))

@@ -7,6 +7,8 @@ from statistics import mean
 import pytest
 
 from scripts.shakespeare import run as study
+from scripts.shakespeare.results import read, read_workers
+from scripts.shakespeare.workers import workers_table
 
 PAGE = (study.RESULTS.parent / "README.md").read_text()
 
@@ -22,8 +24,13 @@ def ends(name):
 
 
 def table_after(heading):
-    """The rows of the first table below a heading, as lists of cells."""
-    lines = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0].splitlines()
+    """The first table below a heading of the page."""
+    return first_table(PAGE.split(f"## {heading}\n")[1].split("\n## ")[0])
+
+
+def first_table(text):
+    """Its heading, and its rows, as lists of cells."""
+    lines = text.splitlines()
     first = next(place for place, line in enumerate(lines) if line.startswith("| "))
     rows = []
     for line in lines[first:]:
@@ -33,8 +40,14 @@ def table_after(heading):
     return rows[0], rows[2:]
 
 
+def test_nothing_is_said_of_more_workers_before_they_have_run():
+    assert ("## More workers" in PAGE) == bool(list(study.RESULTS.glob("workers/*.jsonl")))
+
+
 def test_losses_and_sizes_of_more_workers_are_those_of_the_logs():
-    heading, rows = table_after("More workers")
+    found = read_workers(study.RESULTS, read(study.RESULTS))
+    heading, rows = first_table(workers_table(found))
+    assert len(found) == 1 or workers_table(found) in PAGE
     counts = [int(cell.split()[0]) for cell in heading[1::2]]
     names = ("identity", "served6", "local4-top30", "local10-top30", "local30-top30")
     checked = 0
