@@ -45,6 +45,7 @@ SMALL = [
     "model.layers=1",
     "steps=4",
     "eval.every=2",
+    "eval.tokens=1024",
     "log_every=1",
     "batch.per_forward=2",
     "batch.sequences=4",
@@ -59,6 +60,7 @@ class Session:
     out: Path
     until: float
     environment: dict[str, str]
+    overrides: list[str] = field(default_factory=list)  # for the runs of `training`
     on_gpu: bool = field(default_factory=torch.cuda.is_available)
 
     @property
@@ -120,6 +122,7 @@ def steps(session: Session) -> None:
 
 def training(session: Session) -> None:
     common = [*(LARGE if session.on_gpu else SMALL), "exchange=host", "checkpoint.every=0"]
+    common += session.overrides
     for name, own in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder, "run")
@@ -160,6 +163,7 @@ def environment(wheels: Path | None, folder: str) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for the training runs")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=OUTPUT, help="folder (default %(default)s)")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to take packages from")
@@ -168,7 +172,8 @@ def main() -> None:
     options = parser.parse_args()
     until = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as folder:
-        session = Session(options.out, until, environment(options.wheels, folder))
+        where = environment(options.wheels, folder)
+        session = Session(options.out, until, where, options.overrides)
         if not options.redraw:
             options.out.mkdir(parents=True, exist_ok=True)
             session.log.unlink(missing_ok=True)

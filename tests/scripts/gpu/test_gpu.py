@@ -13,8 +13,9 @@ from scripts.gpu.run import Session, environment
 FACTS = {"record": "facts", "device": "H100", "torch": "2.9.0", "cores": 8, "cuda": "13.0"}
 
 
-def test_every_part_runs_without_a_gpu_and_says_what_that_proves(tmp_path):
-    command = [sys.executable, "scripts/gpu/run.py", "--out", str(tmp_path), "--minutes=20"]
+def test_every_part_runs_without_a_gpu_and_says_what_that_proves(tmp_path, small):
+    data = [override for override in small if override.startswith("data.")]
+    command = [sys.executable, "scripts/gpu/run.py", "--out", tmp_path, "--minutes=20", *data]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stdout + result.stderr
     records = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
