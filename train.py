@@ -15,18 +15,17 @@ import torch
 from omegaconf import DictConfig
 
 from baselines import AllReduced
-from data.loader import Prefetched, TestWindows, WorkerBatches
 from model import GPT
-from training.arguments import parse_arguments, pasted
+from training.arguments import how_to_go_on, parse_arguments
 from training.checkpoint import Checkpoints
 from training.config import Job, build
-from training.data import open_data, share_of_batch
+from training.data import Feed
 from training.log import RunLog
 from training.method import build_optimizer, rounds_of, run_label
 from training.picture import draw
 from training.progress import Progress, fail
-from training.report import group_table, result_table
-from training.resume import BYTES, checkpoint_of, go_on, go_on_elastic
+from training.report import introduction, result_table
+from training.resume import checkpoint_of, go_on, go_on_elastic
 from training.schedule import Later, due, new_scheduler
 from training.sharding import require_shards, shard
 from training.sweep import run_jobs
@@ -46,14 +45,8 @@ class Run:
         group = workers.group(config.exchange)
         if config.shard:
             require_shards(config.worker_size, workers.count)
-        self.forward_sequences = share_of_batch(config, workers.count)
         model_config = build(config.model, "model")
-        train_tokens, test_tokens = open_data(config)
-        batches = WorkerBatches(
-            train_tokens, model_config.context, workers.rank, workers.count, config.seed
-        )
-        self.batches = Prefetched(batches) if on_cuda else batches
-        self.test = TestWindows(test_tokens, model_config.context, config.eval.tokens)
+        self.feed = Feed(config, model_config.context, workers)
         self.raw_model = GPT(model_config, config.seed).to(workers.device)
         if config.shard:
             shard(self.raw_model, config.worker_size, workers)
@@ -76,12 +69,14 @@ class Run:
         self.stop = False
         self.autocast = torch.autocast(workers.device.type, torch.bfloat16, enabled=on_cuda)
         self.label = config.label or run_label(self.optimizer)
-        self.first_step, self.progress = 1, Progress(workers, self.optimizer)
-        self.bytes_before = dict.fromkeys(BYTES, 0)  # of what the optimizer does not count itself
+        self.tokens_per_step = config.batch.sequences * model_config.context
+        self.progress = Progress(workers, self.optimizer, self.tokens_per_step)
+        self.first_step = 1
 
     def step(self) -> torch.Tensor:
         """A training step; returns this worker's mean loss before it."""
-        batch = self.next_batch()
+        with self.optimizer.timer("data"):
+            batch = self.feed.next()
         loss = None if self.twice else self.accumulate_gradient(batch)
         if due(step := self.scheduler.last_epoch + 1, self.ask_every):
             answer = self.workers.stop_requested()  # on its way while the round is
@@ -93,14 +88,6 @@ class Run:
         self.raw_model.zero_grad()  # of all layers, also those that another rank steps
         self.scheduler.step()
         return loss
-
-    def next_batch(self) -> list[list[torch.Tensor]]:
-        """Inputs and targets of this worker's forward passes of one step, of equal size."""
-        passes = self.config.batch.sequences // self.workers.count // self.forward_sequences
-        with self.optimizer.timer("data"):
-            return [
-                self.to_device(self.batches.next(self.forward_sequences)) for _ in range(passes)
-            ]
 
     def accumulate_gradient(self, batch: list[list[torch.Tensor]]) -> torch.Tensor:
         """This worker's gradient of a batch, where W is; its mean loss."""
@@ -121,12 +108,8 @@ class Run:
         """Mean loss of W, on which workers agree, on the test windows of all workers."""
         total = torch.zeros((), dtype=torch.float64, device=self.workers.device)
         tokens = 0
-        windows = self.test.batches(
-            self.workers.rank, self.workers.count, self.forward_sequences, self.config.shard
-        )
         with self.agreed():
-            for *batch, counted in windows:
-                inputs, targets = self.to_device(batch)
+            for inputs, targets, counted in self.feed.test():
                 with self.autocast:
                     total += self.model(inputs, targets).double() * counted
                 tokens += counted
@@ -138,25 +121,9 @@ class Run:
             )
         return total / tokens
 
-    def to_device(self, tensors):
-        if self.workers.device.type == "cuda":  # else the copy would wait for the device
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        return [tensor.to(self.workers.device, non_blocking=True) for tensor in tensors]
-
     def position(self) -> dict:
-        """Where the run is: the fields that all records share. Bytes are per worker."""
-        step = self.scheduler.last_epoch
-        return {
-            "step": step,
-            "round": getattr(self.optimizer, "round", step),
-            "tokens": step * self.tokens_per_step,
-            **{key: self.bytes_before[key] + getattr(self.optimizer, key) for key in BYTES},
-            "seconds": round(self.progress.seconds, 3),
-        }
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.config.batch.sequences * self.raw_model.config.context
+        """Where the run is: the fields that all records share."""
+        return self.progress.position(self.scheduler.last_epoch)
 
     def take(self, stop: bool) -> None:
         """Whether to stop, as all workers have answered."""
@@ -244,13 +211,9 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
     """
     config = job.config
     run = workers.together(lambda: Run(config, workers))
-    parameters = run.raw_model.config.parameter_count
-    count = f"{workers.count // config.worker_size} workers"
-    count += f" of {config.worker_size} ranks" if config.worker_size > 1 else ""
-    workers.say(f"{count} on {workers.device.type}, {parameters:,} parameters\n")
-    workers.say(group_table(run.optimizer, workers) + "\n")
+    workers.say(introduction(run))
     facts = {
-        "parameters": parameters,
+        "parameters": run.raw_model.config.parameter_count,
         "world_size": workers.count,
         "worker_size": config.worker_size,
         "device": workers.device.type,
@@ -283,10 +246,7 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
         workers.say(f"\n{result_table(end)}\n\nlog      {log.path}\npicture  {picture}")
     elif log:
         log.end("stopped", step=run.scheduler.last_epoch)
-        how = f"go on with resume=auto {pasted('directory', directory)}"
-        if not config.checkpoint.every:
-            how = "without a checkpoint, since checkpoint.every=0"
-        workers.say(f"\nstopped as asked: {how}")
+        workers.say(f"\nstopped as asked: {how_to_go_on(config, directory)}")
     return end is not None
 
 

@@ -5,6 +5,8 @@ import re
 import shlex
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from training.config import CONFIGS
 from training.workers import RunError
 
@@ -53,6 +55,13 @@ def pasted(key: str, path: Path) -> str:
     escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + m[2].replace("'", "\\'"), text)
     override = f"{key}='{escaped}'"
     return shlex.quote(override) if re.search(r'[$`"\\!]', override) else f'"{override}"'
+
+
+def how_to_go_on(config: DictConfig, directory: Path) -> str:
+    """What to give for it to a run that was stopped, in words."""
+    if not config.checkpoint.every:
+        return "without a checkpoint, since checkpoint.every=0"
+    return f"go on with resume=auto {pasted('directory', directory)}"
 
 
 def seconds(text: str) -> float:

@@ -1,4 +1,4 @@
-"""How far a run is: times and phases in all, and the losses that its next record is of."""
+"""How far a run is: bytes, times and phases in all, and the losses that its next record is of."""
 
 import time
 from collections.abc import Callable
@@ -8,6 +8,8 @@ import torch
 from training.workers import Workers
 
 OPTIMIZER_PHASES = ("encode", "exchange", "server", "decode")
+# Cumulative byte counts go on from those of a checkpoint, whoever counts.
+BYTES = ("w2s_bytes", "s2w_bytes", "received_bytes", "wire_tx_bytes")
 
 
 class Progress:
@@ -16,8 +18,10 @@ class Progress:
     The time runs from `start` on, and counts with every call of `clock`.
     """
 
-    def __init__(self, workers: Workers, optimizer: torch.optim.Optimizer):
+    def __init__(self, workers: Workers, optimizer: torch.optim.Optimizer, tokens_per_step: int):
         self.workers, self.optimizer = workers, optimizer
+        self.tokens_per_step = tokens_per_step
+        self.bytes_before = dict.fromkeys(BYTES, 0)  # of what the optimizer does not count itself
         self.seconds = 0.0
         self.phases = dict.fromkeys(("data", "forward_backward", *OPTIMIZER_PHASES), 0.0)
         self.loss_sum, self.steps = torch.zeros((), device=workers.device), 0
@@ -67,6 +71,16 @@ class Progress:
             write(record | {"loss": loss})
 
         return read
+
+    def position(self, step: int) -> dict:
+        """Where the run is after so many steps, for a record. Bytes are per worker."""
+        return {
+            "step": step,
+            "round": getattr(self.optimizer, "round", step),
+            "tokens": step * self.tokens_per_step,
+            **{key: self.bytes_before[key] + getattr(self.optimizer, key) for key in BYTES},
+            "seconds": round(self.seconds, 3),
+        }
 
     @property
     def rounded_phases(self) -> dict[str, float]:

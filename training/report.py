@@ -22,6 +22,16 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def introduction(run) -> str:
+    """What a train.Run is of. To be asked for by all workers."""
+    ranks, worker_size = run.workers.count, run.config.worker_size
+    workers = f"{ranks // worker_size} workers"
+    workers += f" of {worker_size} ranks" if worker_size > 1 else ""
+    parameters = f"{run.raw_model.config.parameter_count:,} parameters"
+    groups = group_table(run.optimizer, run.workers)
+    return f"{workers} on {run.workers.device.type}, {parameters}\n\n{groups}\n"
+
+
 def group_table(optimizer: torch.optim.Optimizer, workers: Workers) -> str:
     """What a worker sends for which layers, in bytes a round; of a baseline, what it trains."""
     if not has_servers(optimizer):

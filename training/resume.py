@@ -14,11 +14,10 @@ from ef21_muon.exchange.shards import local
 from training.checkpoint import load, read_facts, stored_tensors
 from training.config import what_matters
 from training.local_steps import inner_tensors
+from training.progress import BYTES
 from training.schedule import new_scheduler
 from training.workers import RunError
 
-# Cumulative byte counts go on from those of the checkpoint, whoever counts.
-BYTES = ("w2s_bytes", "s2w_bytes", "received_bytes", "wire_tx_bytes")
 SERVER = "server_"  # what the names of a server's state begin with
 
 
@@ -30,7 +29,7 @@ def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
         "config_hash": _hash(config),
         "workers": run.workers.count,
         "placement": getattr(run.optimizer, "server", None),
-        "data": run.workers.gather(run.batches.state_dict()),
+        "data": run.workers.gather(run.feed.batches.state_dict()),
         "round": getattr(run.optimizer, "round", None),
         "position": run.position(),
         **run.progress.state(),
@@ -60,7 +59,7 @@ def go_on(run, path: Path) -> dict:
     load(path, _tensors(run) | states)
     for state, generator in zip(states.values(), _generators(run).values(), strict=True):
         generator.set_state(state)
-    run.batches.load_state_dict(facts["data"][run.workers.rank])
+    run.feed.batches.load_state_dict(facts["data"][run.workers.rank])
     _continue(run, facts)
     return facts
 
@@ -89,7 +88,7 @@ def go_on_elastic(run, path: Path) -> dict:
         else:
             _load_mean(path, [f"worker.{j}.{layer}.{key}" for j in range(facts["workers"])], tensor)
         resync_bytes += tensor.nbytes
-    run.batches.restart(facts["position"]["step"])
+    run.feed.batches.restart(facts["position"]["step"])
     _continue(run, facts)
     return facts | {"resync_bytes": resync_bytes}
 
@@ -165,8 +164,8 @@ def _continue(run, facts: dict) -> None:
     if isinstance(run.optimizer, CommunicatingOptimizer):
         run.optimizer.go_on_after(position["step"])
     run.first_step = position["step"] + 1
-    run.bytes_before = {key: position[key] - getattr(run.optimizer, key) for key in BYTES}
     run.progress.go_on(facts)
+    run.progress.bytes_before = {key: position[key] - getattr(run.optimizer, key) for key in BYTES}
     run.scheduler = new_scheduler(run.optimizer, run.config, position["step"])
 
 

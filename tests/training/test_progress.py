@@ -26,7 +26,7 @@ class Crew:
 
 def progress(rank, count, states=None):
     optimizer = SimpleNamespace(check_finite=lambda: None)
-    return Progress(Crew(rank, count, states), optimizer)
+    return Progress(Crew(rank, count, states), optimizer, tokens_per_step=1)
 
 
 def told(one):

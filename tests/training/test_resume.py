@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from workers.resume import CASES, COMPRESSORS, run_alone
 
 import train
+import training.data
 from data.loader import Prefetched, TestWindows, WorkerBatches
 from model import GPT
 from training.config import build, compose
@@ -138,7 +139,9 @@ def test_reading_ahead_changes_nothing(run, tmp_path, monkeypatch):
     """As on CUDA, in a whole run and in one that goes on from its second step."""
     plain, ahead = tmp_path / "plain", tmp_path / "ahead"
     expected = run(plain)
-    monkeypatch.setattr(train, "WorkerBatches", lambda *args: Prefetched(WorkerBatches(*args)))
+    monkeypatch.setattr(
+        training.data, "WorkerBatches", lambda *args: Prefetched(WorkerBatches(*args))
+    )
     assert run(ahead, "checkpoint.keep=4") == expected
     for step in (3, 4):
         shutil.rmtree(ahead / f"checkpoints/step-{step:08}")
