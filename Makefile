@@ -1,4 +1,5 @@
 # make train   set up, prepare the data and train (ARGS="KEY=VALUE ..." are Hydra overrides)
+# make fleet   set up and train with NPROC workers that may come and go (scripts/fleet.py)
 # make verify  set up and check what the README promises, on this machine (NPROC=workers)
 # make study   run what is missing of results/shakespeare (hours; safe to stop and start)
 # make gpu     set up and run what a GPU has to show (ARGS="--minutes 9"; see results/gpu)
@@ -12,10 +13,14 @@ NPROC ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 # One thread a worker: what torchrun would choose too, without its warning.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train verify study gpu figures test lint setup data
+.PHONY: train fleet verify study gpu figures test lint setup data
 
 train: setup data
 	.venv/bin/torchrun --standalone --nproc_per_node=$(NPROC) train.py $(ARGS)
+
+fleet: setup data
+	.venv/bin/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[fleet]'
+	.venv/bin/python scripts/fleet.py start --workers $(NPROC) optimizer=local $(ARGS)
 
 verify: setup
 	.venv/bin/torchrun --standalone --nproc_per_node=$(NPROC) scripts/verify.py

@@ -20,6 +20,16 @@ from training.arguments import how_to_go_on, parse_arguments
 from training.checkpoint import Checkpoints
 from training.config import Job, build
 from training.data import Feed
+from training.fleet import (
+    Meetings,
+    Stopped,
+    Watch,
+    as_it_was_left,
+    comes_and_goes,
+    follow,
+    place_among_all,
+    with_fleet,
+)
 from training.log import RunLog
 from training.method import build_optimizer, rounds_of, run_label
 from training.picture import draw
@@ -50,7 +60,9 @@ class Run:
         self.raw_model = GPT(model_config, config.seed).to(workers.device)
         if config.shard:
             shard(self.raw_model, config.worker_size, workers)
-        self.optimizer = build_optimizer(config, self.raw_model, workers.timeout, group)
+        self.comes_and_goes = comes_and_goes(config)
+        members = partial(with_fleet, config, workers=workers) if self.comes_and_goes else None
+        self.optimizer = build_optimizer(config, self.raw_model, workers.timeout, group, members)
         self.scheduler = new_scheduler(self.optimizer, config, steps=0)
         correction = getattr(self.optimizer, "correction", None)
         self.twice = correction is not None and correction.evaluates  # every batch
@@ -70,14 +82,19 @@ class Run:
         self.autocast = torch.autocast(workers.device.type, torch.bfloat16, enabled=on_cuda)
         self.label = config.label or run_label(self.optimizer)
         self.tokens_per_step = config.batch.sequences * model_config.context
-        self.progress = Progress(workers, self.optimizer, self.tokens_per_step)
-        self.first_step = 1
+        told = self.tokens_per_step // (config.membership.workers or 1)
+        self.progress = Progress(workers, self.optimizer, told)
+        self.meetings = Meetings()
+        # One that hangs ends itself, where the others can go on without it.
+        watch = Watch(workers.timeout.total_seconds())
+        self.at_work = watch if self.comes_and_goes else lambda what: nullcontext()
 
     def step(self) -> torch.Tensor:
         """A training step; returns this worker's mean loss before it."""
-        with self.optimizer.timer("data"):
-            batch = self.feed.next()
-        loss = None if self.twice else self.accumulate_gradient(batch)
+        with self.at_work("step"):
+            with self.optimizer.timer("data"):
+                batch = self.feed.next()
+            loss = None if self.twice else self.accumulate_gradient(batch)
         if due(step := self.scheduler.last_epoch + 1, self.ask_every):
             answer = self.workers.stop_requested()  # on its way while the round is
             self.later.add(step, lambda: self.take(answer()))
@@ -87,6 +104,8 @@ class Run:
             self.optimizer.step()
         self.raw_model.zero_grad()  # of all layers, also those that another rank steps
         self.scheduler.step()
+        if self.comes_and_goes:
+            follow(self)
         return loss
 
     def accumulate_gradient(self, batch: list[list[torch.Tensor]]) -> torch.Tensor:
@@ -108,7 +127,7 @@ class Run:
         """Mean loss of W, on which workers agree, on the test windows of all workers."""
         total = torch.zeros((), dtype=torch.float64, device=self.workers.device)
         tokens = 0
-        with self.agreed():
+        with self.at_work("evaluation"), self.agreed():
             for inputs, targets, counted in self.feed.test():
                 with self.autocast:
                     total += self.model(inputs, targets).double() * counted
@@ -135,13 +154,17 @@ class Run:
         `log` is None but on rank 0.
         """
         config, progress = self.config, self.progress
+        if self.comes_and_goes:
+            self.optimizer.join()
+            follow(self)
         progress.start()
         test_loss = None
-        for step in range(self.first_step, config.steps + 1):
+        while (step := self.scheduler.last_epoch + 1) <= config.steps:
             lr = self.scheduler.get_last_lr()[0]
             if due(step, config.diagnostics_every):
                 self.optimizer.watch = True
             progress.add(self.step())
+            step = self.scheduler.last_epoch
             last = step == config.steps
             if last:
                 self.finish()
@@ -151,7 +174,9 @@ class Run:
             self.later.settle(math.inf if evaluate or save else step)
             save |= self.stop
             if log:
-                log.advance()
+                log.advance(step)
+                for record in self.meetings.records(self.optimizer):
+                    log.membership(record)
             if config.diagnostics_every and self.optimizer.watch and self.optimizer.watched:
                 if log:
                     log.diagnostics(step, self.optimizer.diagnostics())
@@ -191,9 +216,10 @@ class Run:
 
     def save(self, log: RunLog | None, checkpoints: Checkpoints) -> None:
         """Write a checkpoint of this moment."""
-        tensors, facts = checkpoint_of(self)
-        log_bytes = self.workers.together(lambda: log.size() if log else None)
-        checkpoints.save(self.scheduler.last_epoch, tensors, facts | {"log_bytes": log_bytes})
+        with self.at_work("checkpoint"):
+            tensors, facts = checkpoint_of(self)
+            log_bytes = self.workers.together(lambda: log.size() if log else None)
+            checkpoints.save(self.scheduler.last_epoch, tensors, facts | {"log_bytes": log_bytes})
 
     def summary(self, test_loss: float) -> dict:
         """The facts of the end record."""
@@ -201,6 +227,7 @@ class Run:
             "test_loss": test_loss,
             "uncompressed_bytes": self.config.steps * 4 * self.raw_model.config.parameter_count,
             "optimizer_share": round(self.progress.optimizer_share, 4),
+            **({"state": f"{self.optimizer.digest():016x}"} if self.comes_and_goes else {}),
         }
 
 
@@ -214,7 +241,7 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
     workers.say(introduction(run))
     facts = {
         "parameters": run.raw_model.config.parameter_count,
-        "world_size": workers.count,
+        "world_size": place_among_all(config, workers)[1],
         "worker_size": config.worker_size,
         "device": workers.device.type,
         "placement": getattr(run.optimizer, "server", None),
@@ -227,11 +254,14 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
         elastic = config.resume == "elastic"
         resumed = workers.together(lambda: (go_on_elastic if elastic else go_on)(run, newest))
         workers.say(f"going on from {newest}\n")
+    elif run.comes_and_goes:
+        resumed = as_it_was_left(config, directory)
     log = workers.together(
         lambda: RunLog(directory, job, run.label, facts, resumed) if workers.first else None
     )
+    end = None
     try:
-        with workers.stoppable():
+        with workers.stoppable(), suppress(Stopped):
             end = run.train(log, checkpoints)
     except BaseException as error:
         with suppress(OSError):  # of a disk that is full, which the error says
@@ -240,6 +270,8 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
         if isinstance(error, RunError):  # of all workers
             checkpoints.settle()
         raise
+    if run.comes_and_goes:
+        run.optimizer.leave()
     if log and end:
         log.end("completed", **end)
         picture = draw([directory], directory)[0]

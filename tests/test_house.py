@@ -104,10 +104,13 @@ def imports_downwards(module: Module) -> Iterator[str]:
 
 
 def needs_torch_alone(module: Module) -> Iterator[str]:
+    allowed = sys.stdlib_module_names | {"torch", "ef21_muon"} | EXTRAS.get(module.name, set())
     for name in imports(module) if fits(module.name, "ef21_muon") else ():
-        if name.partition(".")[0] not in sys.stdlib_module_names | {"torch", "ef21_muon"}:
+        if name.partition(".")[0] not in allowed:
             yield f"imports {name}"
 
+
+EXTRAS = {"ef21_muon.exchange.fleet": {"torchft"}}
 
 RULES = (is_short, has_short_functions, says_what_it_is, imports_downwards, needs_torch_alone)
 

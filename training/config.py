@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
+from training.membership import Membership, check_membership
 from training.workers import EXCHANGES, RunError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +25,7 @@ CONFIGS = ROOT / "configs"
 # What does not change a run's numbers, but for their rounding, and so not its name.
 INCIDENTAL = {
     *("runs", "directory", "log_every", "diagnostics_every", "check_every", "fail_fast"),
-    *("wandb", "label", "checkpoint", "resume", "dry_run", "exchange", "shard"),
+    *("wandb", "label", "checkpoint", "resume", "dry_run", "exchange", "shard", "membership"),
     "model.checkpoint_blocks",
 }
 # The nodes that describe an object, and the override that chooses a file for each.
@@ -109,6 +110,7 @@ class Config:
     directory: str | None
     resume: str
     fail_fast: bool
+    membership: Membership
     data: Data
     batch: Batch
     schedule: Schedule
@@ -164,6 +166,8 @@ def _essential(config: dict) -> dict:
     model = {k: v for k, v in config["model"].items() if f"model.{k}" not in INCIDENTAL}
     optimizer = {k: v for k, v in config["optimizer"].items() if AS_BEFORE.get(k) != v}
     own = {"model": model, "optimizer": optimizer}
+    if config.get("membership", {}).get("workers"):  # as many parts of the tokens
+        own["workers"] = config["membership"]["workers"]
     return {k: v for k, v in config.items() if k not in INCIDENTAL} | own
 
 
@@ -281,6 +285,7 @@ def _check_ranges(config: DictConfig) -> None:
         raise RunError(f"exchange={config.exchange} is not allowed: choose {allowed}")
     if config.resume == "elastic" and config.directory is None:
         raise RunError("resume=elastic needs directory=: say which run goes on")
+    check_membership(config.membership, config.resume)
     if config.wandb.mode not in ("disabled", "offline", "online"):
         raise RunError(
             f"wandb.mode={config.wandb.mode} is not allowed: choose disabled, offline or online"

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from data.loader import Prefetched, TestWindows, TokenStream, WorkerBatches, open_streams
 from training.config import ROOT
+from training.fleet import place_among_all
 from training.workers import RunError, Workers
 
 
@@ -19,10 +20,11 @@ class Feed:
 
     def __init__(self, config: DictConfig, context: int, workers: Workers):
         self.workers, self.together = workers, config.shard
-        self.sequences = share_of_batch(config, workers.count)  # of a forward pass
-        self.passes = config.batch.sequences // workers.count // self.sequences
+        rank, count = place_among_all(config, workers)
+        self.sequences = share_of_batch(config, count)  # of a forward pass
+        self.passes = config.batch.sequences // count // self.sequences
         train_tokens, test_tokens = open_data(config)
-        batches = WorkerBatches(train_tokens, context, workers.rank, workers.count, config.seed)
+        batches = WorkerBatches(train_tokens, context, rank, count, config.seed)
         self.on_cuda = workers.device.type == "cuda"
         self.batches = Prefetched(batches) if self.on_cuda else batches
         self.windows = TestWindows(test_tokens, context, config.eval.tokens)

@@ -94,9 +94,9 @@ class RunLog:
         os.fsync(self._file.fileno())
         return self._file.tell()
 
-    def advance(self) -> None:
-        """One step more on the progress bar."""
-        self._bar.update()
+    def advance(self, step: int) -> None:
+        """As far as this step on the progress bar."""
+        self._bar.update(step - self._bar.n)
 
     def train(self, record: dict) -> None:
         """A record of training since the last one."""
@@ -113,6 +113,10 @@ class RunLog:
     def diagnostics(self, step: int, layers: dict[str, dict[str, float]]) -> None:
         """What compression did to each layer in a step."""
         self._write({"record": "diagnostics", "step": step, "layers": layers})
+
+    def membership(self, record: dict) -> None:
+        """Who met in a round, of workers that come and go."""
+        self._write({"record": "membership", **record})
 
     def eval(self, record: dict) -> None:
         """An evaluation on the test set."""

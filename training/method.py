@@ -1,5 +1,6 @@
 """The method of a run: the optimizer that its configuration describes."""
 
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from inspect import signature
@@ -45,10 +46,12 @@ def build_optimizer(
     model: nn.Module,
     timeout: timedelta | None = None,
     group: ProcessGroup | None = None,
+    with_members: Callable[[partial], partial] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of all workers, which wait for each other as long as `timeout`.
 
-    Their messages go by the process group. Raises RunError for choices that contradict one another.
+    Their messages go by the process group, or by what `with_members` makes of local steps. Raises
+    RunError for choices that contradict one another.
     """
     place = {"process_group": group}
     if config.worker_size > 1:
@@ -56,6 +59,8 @@ def build_optimizer(
         place = {"worker_size": config.worker_size, "timeout": timeout, "backend": backend}
     make = build(config.optimizer, "optimizer", _partial_=True)
     _require_arguments(make)
+    if with_members:
+        make = with_members(make)
     groups = parameter_groups(config, model)
     if issubclass(make.func, LocalSteps):
         optimizer = build_local_steps(config, make, groups, place)

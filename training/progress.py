@@ -77,7 +77,7 @@ class Progress:
         return {
             "step": step,
             "round": getattr(self.optimizer, "round", step),
-            "tokens": step * self.tokens_per_step,
+            "tokens": getattr(self.optimizer, "told", step) * self.tokens_per_step,
             **{key: self.bytes_before[key] + getattr(self.optimizer, key) for key in BYTES},
             "seconds": round(self.seconds, 3),
         }

@@ -13,6 +13,7 @@ NEEDED_FIELDS = {
     "end": (),
     "diagnostics": (),
     "elastic": (),
+    "membership": ("workers",),
 }
 BYTES_PER_PARAMETER = 4
 

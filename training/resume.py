@@ -32,6 +32,7 @@ def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
         "data": run.workers.gather(run.feed.batches.state_dict()),
         "round": getattr(run.optimizer, "round", None),
         "position": run.position(),
+        "fleet": run.optimizer.fleet_state() if run.comes_and_goes else None,
         **run.progress.state(),
     }
     return _tensors(run) | _generator_states(run), facts
@@ -163,7 +164,8 @@ def _continue(run, facts: dict) -> None:
     position = {"received_bytes": _received(facts)} | facts["position"]
     if isinstance(run.optimizer, CommunicatingOptimizer):
         run.optimizer.go_on_after(position["step"])
-    run.first_step = position["step"] + 1
+    if run.comes_and_goes:
+        run.optimizer.load_fleet_state(facts["fleet"])
     run.progress.go_on(facts)
     run.progress.bytes_before = {key: position[key] - getattr(run.optimizer, key) for key in BYTES}
     run.scheduler = new_scheduler(run.optimizer, run.config, position["step"])

@@ -173,8 +173,9 @@ def claim_directory(job: Job, workers: int, multirun: bool) -> Claim:
 def _claim(job: Job, workers: int, multirun: bool) -> Claim:
     config = job.config
     again = multirun or config.resume != "none"
+    own = "" if config.membership.worker is None else f"worker{config.membership.worker}"
     if config.directory is not None:
-        path = Path(config.directory)
+        path = Path(config.directory, own)
         if path.exists() and not path.is_dir():
             raise RunError(f"directory={path} is a file: give a folder")
         try:
@@ -183,7 +184,7 @@ def _claim(job: Job, workers: int, multirun: bool) -> Claim:
             raise RunError(
                 f"directory={path} exists already: go on with resume=auto, or give another"
             ) from None
-    path = Path(config.runs) / job.name(workers)
+    path = Path(config.runs, job.name(workers), own)
     if again:
         return Claim(path)
     for candidate in (path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 10_000))):

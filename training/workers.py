@@ -72,7 +72,7 @@ class Workers:
             self.device = torch.device("cuda", local_rank % gpus)
             self.shared = max(local_rank + 1, local_count) > gpus
         self.control = self._from_host = self._store = None
-        self._stop_requested = False
+        self.asked_to_stop = False
         self.timeout = timedelta(seconds=timeout)
 
     def _take_place(self) -> None:
@@ -155,14 +155,14 @@ class Workers:
             signal.signal(number, handler)
 
     def _request_stop(self, number: int, frame: object) -> None:
-        self._stop_requested = True
+        self.asked_to_stop = True
 
     def stop_requested(self) -> Callable[[], bool]:
         """Start to ask whether a stop was requested of any worker, on all of them.
 
         Returns a function that waits for the answer, the same on all.
         """
-        requests = self.start_total(self._stop_requested)
+        requests = self.start_total(self.asked_to_stop)
         return lambda: requests()[0] > 0
 
     def group(self, exchange: str) -> dist.ProcessGroup | None:
@@ -293,7 +293,7 @@ class Workers:
         lost, since = [0], time.monotonic()
 
         def patience() -> float:
-            longest = self.ENDING_SECONDS if self._stop_requested else self.REPORT_SECONDS
+            longest = self.ENDING_SECONDS if self.asked_to_stop else self.REPORT_SECONDS
             return min(longest, self.timeout.total_seconds()) - (time.monotonic() - since)
 
         def ask() -> None:

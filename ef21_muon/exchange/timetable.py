@@ -59,7 +59,7 @@ class Timetable:
         ]
         for table in (self._up, self._down):
             of_rank = [table.get(place, Traffic()) for place in places]
-            table.update(zip(places, _of_worker(of_rank, lanes), strict=True))
+            table.update(zip(places, of_worker(of_rank, lanes), strict=True))
 
     def departing(self, step: int) -> tuple[Phase, list[range]]:
         """The buckets whose turn a step is."""
@@ -93,7 +93,7 @@ class Timetable:
             for of in (exchange.traffic_to_servers, exchange.traffic_to_workers)
             for bucket in buckets
         )
-        return _of_worker([of_rank], self._lanes)[0] if self._lanes else of_rank
+        return of_worker([of_rank], self._lanes)[0] if self._lanes else of_rank
 
     def _of(self, table: dict, step: int) -> Traffic:
         if step < 0:
@@ -112,7 +112,7 @@ def _total(traffic: Iterable[Traffic]) -> Traffic:
     return reduce(add, traffic, Traffic())
 
 
-def _of_worker(traffic: list[Traffic], lanes: Lanes) -> list[Traffic]:
+def of_worker(traffic: list[Traffic], lanes: Lanes) -> list[Traffic]:
     """Counts summed over the ranks of the worker, but what each hands to the network."""
     counts = [(one.w2s_bytes, one.s2w_bytes, one.received_bytes) for one in traffic]
     sums = lanes.total(*chain(*counts))

@@ -1,0 +1,215 @@
+"""Local steps of workers that come and go."""
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ef21_muon.exchange.collectives import ALONE, Exchange, Traffic
+from ef21_muon.exchange.fleet import Fleet, Meeting
+from ef21_muon.exchange.layers import RoundBatch
+from ef21_muon.exchange.phases import Phase
+from ef21_muon.exchange.timetable import of_worker
+from ef21_muon.fingerprint import fingerprint
+from ef21_muon.local_steps import LocalSteps
+from ef21_muon.messages.feedback import EF21
+from ef21_muon.rules import W2S, starts_of
+
+MEETINGS = 1000  # at most, that are remembered for who asks for them
+SHARED = ("model_shift", "server_momentum")  # of the tables of batches
+
+
+class FleetSteps(LocalSteps):
+    """LocalSteps whose rounds go on with the workers that are there.
+
+    The mean of a round is over the messages that came. A worker that comes anew, was away, or has
+    another W takes over what the others share, which is W, the outer momentum V and the step; its
+    own state, e_j and that of the inner optimizers, begins anew, and its message of that round,
+    which was made from another W, does not count. So no worker goes on with another W than the
+    others: `digest` is compared in every round. `told` counts the local steps in W, of all workers.
+
+    fleet: the others; on every rank of a worker one. A process group, where there is one, is of
+    this worker's own ranks. `join()` comes before the first step. Options are those of LocalSteps,
+    but every worker serves all layers and a round is one message, whatever `buckets` says.
+
+    Raises ValueError for what cannot go on without a member or within a round: other placements,
+    messages back that lose anything, feedback "ef21" (whose servers remember the mean of all
+    workers), `stagger`, `delay`, and compressors that change in the run. From `step` and `join`
+    ValueError where the others are built otherwise, and what Fleet.gather raises.
+    """
+
+    def __init__(
+        self,
+        inner: Optimizer | Sequence[Optimizer],
+        every: int | Mapping[int, int] = 30,
+        *,
+        fleet: Fleet,
+        w2s: W2S | None = None,
+        server: str = "auto",
+        buckets: int = 4,
+        stagger: bool = False,
+        delay: int = 0,
+        **options,
+    ):
+        if server not in ("auto", "replicated"):
+            raise ValueError(
+                f"server={server!r} is not allowed for workers that come and go: a server would go "
+                "with its worker, give replicated"
+            )
+        if stagger or delay:
+            raise ValueError(
+                f"stagger={stagger}, delay={delay} are not allowed for workers that come and go: "
+                "they meet in whole rounds, leave both out"
+            )
+        if w2s is not None and starts_of(w2s) != {0}:
+            raise ValueError(
+                f"w2s={w2s} is not allowed for workers that come and go: give one compressor for "
+                "the whole run"
+            )
+        self.fleet, self.told = fleet, 0
+        self.meetings: deque[Meeting] = deque(maxlen=MEETINGS)
+        super().__init__(inner, every, w2s=w2s, server="replicated", buckets=1, **options)
+        if self.feedback is EF21:
+            raise ValueError(
+                "feedback='ef21' is not allowed for workers that come and go: its servers remember "
+                "the mean of all workers, give ef14 or none"
+            )
+        self._built = {key: str(value) for key, value in self._settings().items()}
+        fleet.attach(self)
+
+    def _new_phases(self, *arguments) -> list[Phase]:
+        phases = super()._new_phases(*arguments)
+        return [replace(one, exchange=FleetExchange(one.exchange, self._meet)) for one in phases]
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Meet the others in the round that they are in, and go on from where they are."""
+        phase, _ = self.timetable.departing(self.steps)
+        (bucket,) = phase.buckets
+        empty = torch.zeros(phase.exchange.size, dtype=torch.uint8, device=self._device)
+        messages = self._meet(empty, counts=False)
+        if messages or self.meetings[-1].healed:
+            self._sent[bucket] = lambda: phase.exchange.parts(messages, bucket)
+            self._return(phase, bucket)
+            self._land(phase, bucket)
+            self.go_on_after(self.steps + bool(messages))
+            if self.lanes:
+                self.lanes.share_parameters()
+
+    def fleet_state(self) -> dict[str, int]:
+        """Beside a state: how far all workers were."""
+        return {"told": self.told, **self.fleet.state()}
+
+    def load_fleet_state(self, state: dict[str, int]) -> None:
+        """With a state that was loaded, before `join`."""
+        counters = dict(state)
+        self.told = counters.pop("told")
+        self.fleet.load_state(counters)
+
+    def leave(self) -> None:
+        """Let the others go on without this worker."""
+        self.fleet.leave()
+
+    def _meet(self, message: Tensor, counts: bool = True) -> list[Tensor]:
+        messages, meeting = self.fleet.gather(message, counts)
+        if messages:
+            self.steps = meeting.step
+            _, place, _ = self.rounds.of(self.steps)
+            self.told += len(messages) * (place + 1)
+        traffic = meeting.traffic
+        self.traffic += of_worker([traffic], self.lanes)[0] if self.lanes else traffic
+        self.meetings.append(meeting)
+        return messages
+
+    def _receive(self, batch: RoundBatch, from_workers: tuple[Tensor, ...]) -> None:
+        if from_workers:
+            super()._receive(batch, from_workers)
+
+    def _server_message(self, batch: RoundBatch) -> Tensor:
+        if batch.outer_gradient is None:  # no message counts: W stays, and V
+            return batch.s2w.encode(batch.zeros(batch.owned), self.generators["s2w"])
+        return super()._server_message(batch)
+
+    def _is_its_inner(self, batch: RoundBatch) -> bool:
+        return False
+
+    @property
+    def _device(self) -> torch.device:
+        return self.batches[0].broken_at.device
+
+    def _shared(self) -> list[Tensor]:
+        tables = (one for batch in self.batches for one in batch.tables())
+        return [table for name, table, _ in tables if name in SHARED]
+
+    def digest(self) -> int:
+        """Of all that workers share, below 2^64. Waits for the device."""
+        total = torch.zeros((), dtype=torch.int64, device=self._device)
+        for table in self._shared():
+            total = total * 6364136223846793005 + fingerprint(table)
+        return total.item() % 2**64
+
+    def shared_state(self) -> dict:
+        """What all workers share; its tensors are not copies."""
+        counters = {"steps": self.steps, "told": self.told}
+        return {"built": self._built, **counters, "tensors": self._shared()}
+
+    @torch.no_grad()
+    def take_shared_state(self, state: dict) -> None:
+        """Go on from what the others share; this worker's own state begins anew.
+
+        Raises ValueError where they are built otherwise.
+        """
+        mine, theirs = self._built, state["built"]
+        differing = [
+            f"{key}={mine.get(key)} (theirs {theirs.get(key)})"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key) != theirs.get(key)
+        ]
+        shapes, other_shapes = (
+            [tuple(one.shape) for one in tensors] for tensors in (self._shared(), state["tensors"])
+        )
+        if differing or shapes != other_shapes:
+            raise ValueError(
+                f"the other workers are built otherwise: {', '.join(differing) or other_shapes}: "
+                "start all of them alike"
+            )
+        for table, new in zip(self._shared(), state["tensors"], strict=True):
+            table.copy_(new)
+        for batch in self.batches:
+            batch.memory.zero_()
+        for optimizer in self.inner:
+            for own in optimizer.state.values():
+                for tensor in own.values():
+                    tensor.zero_()
+        self.told = state["told"]
+        self.go_on_after(state["steps"])
+
+    def __getstate__(self) -> dict:
+        raise TypeError("a worker among others that come and go cannot be copied: save its state")
+
+
+class FleetExchange(Exchange):
+    """A worker's own part of a round, whose messages `gather` sends and counts."""
+
+    def __init__(self, exchange: Exchange, gather: Callable[[Tensor], list[Tensor]]):
+        super().__init__(exchange.owned, exchange.w2s_sizes, exchange.s2w_sizes, ALONE)
+        self.gather = gather
+        every = range(len(self.owned))
+        self.size = sum(self._lengths(self.w2s_sizes, self.rank, every))
+
+    def traffic_to_servers(self, bucket: range) -> Traffic:
+        return Traffic()
+
+    traffic_to_workers = traffic_to_servers
+
+    def to_servers(self, payloads: list[Tensor], bucket: range) -> Callable[[], list]:
+        message = torch.cat([payload.flatten() for payload in payloads])
+        return lambda: self.parts(self.gather(message), bucket)
+
+    def parts(self, messages: list[Tensor], bucket: range) -> list[tuple[Tensor, ...]]:
+        """Of every batch of the bucket what each message has, (layers, w2s size)."""
+        of_workers = [self._rows(m[None], self.w2s_sizes, self.rank, bucket) for m in messages]
+        return [tuple(rows[place][0] for rows in of_workers) for place in range(len(bucket))]

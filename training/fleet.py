@@ -1,0 +1,160 @@
+"""Workers that come and go, in a run: membership=torchft."""
+
+import faulthandler
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ef21_muon import LocalSteps
+from training.records import LOG_NAME
+from training.resume import require_same_config
+from training.schedule import new_scheduler
+from training.workers import RunError, Workers, one_line
+
+MARGIN, FACTOR = 30.0, 5  # seconds, and times the longest so far, after which something hangs
+
+
+class Stopped(Exception):
+    """This worker was asked to stop while it waited for others."""
+
+
+def comes_and_goes(config: DictConfig) -> bool:
+    """Whether the workers of a run do."""
+    return config.membership.workers is not None
+
+
+def place_among_all(config: DictConfig, workers: Workers) -> tuple[int, int]:
+    """This rank among those of all workers that there may be, and how many those are."""
+    if not comes_and_goes(config):
+        return workers.rank, workers.count
+    own = config.membership
+    return own.worker * workers.count + workers.rank, own.workers * workers.count
+
+
+def with_fleet(config: DictConfig, make: partial, workers: Workers) -> partial:
+    """A maker of the same local steps, whose rounds are of the workers of the moment.
+
+    Raises RunError where there is no torchft, and for what is not LocalSteps.
+    """
+    own = config.membership
+    if not issubclass(make.func, LocalSteps):
+        raise RunError(
+            f"membership={own.name} needs local steps, {make.func.__name__} cannot go on without a "
+            "worker: give optimizer=local, diloco, muloco or sparseloco"
+        )
+    if workers.count != config.worker_size:
+        raise RunError(
+            f"membership={own.name} has a torchrun for each worker, of worker_size="
+            f"{config.worker_size} ranks, this one has {workers.count}: see scripts/fleet.py"
+        )
+    try:
+        from ef21_muon.exchange.fleet import Fleet
+        from ef21_muon.fleet import FleetSteps
+    except ImportError as error:
+        raise RunError(f"membership={own.name}: {one_line(error)}") from error
+
+    def stop_if_asked() -> None:
+        if workers.asked_to_stop:
+            raise Stopped
+
+    fleet = Fleet(
+        own.worker,
+        own.lighthouse,
+        host=own.host,
+        group=workers.control if workers.count > 1 else None,
+        patience=workers.timeout.total_seconds(),
+        while_waiting=stop_if_asked,
+    )
+    return partial(FleetSteps, fleet=fleet, **make.keywords)
+
+
+def follow(run) -> None:
+    """Go on from the step that the other workers are at, where that is another."""
+    steps = run.optimizer.steps
+    if steps != run.scheduler.last_epoch:
+        run.scheduler = new_scheduler(run.optimizer, run.config, steps)
+        run.feed.batches.restart(steps)
+
+
+class Watch:
+    """Ends this process where it hangs, and tells where; then the others go on without it.
+
+    What hangs is what takes far longer than ever before; `patience` seconds at first. torchrun
+    starts the worker again.
+    """
+
+    def __init__(self, patience: float):
+        self.patience = patience
+        self.longest: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        longest, start = self.longest.get(what), time.monotonic()
+        limit = self.patience if longest is None else min(self.patience, MARGIN + FACTOR * longest)
+        faulthandler.dump_traceback_later(limit, exit=True)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+        self.longest[what] = max(longest or 0.0, time.monotonic() - start)
+
+
+class Meetings:
+    """The records of rounds: who met, why others than before, and how long it took."""
+
+    def __init__(self):
+        self.workers: tuple[int, ...] | None = None
+
+    def records(self, optimizer) -> Iterator[dict]:
+        """Of the rounds since the last call."""
+        while optimizer.meetings:
+            meeting = optimizer.meetings.popleft()
+            before, self.workers = self.workers, meeting.workers
+            why = []
+            if before is not None:
+                why += [f"worker {one} came" for one in sorted({*self.workers} - {*before})]
+                why += [f"worker {one} is gone" for one in sorted({*before} - {*self.workers})]
+            if meeting.parted:
+                why.append("had another history")
+            if meeting.healed:
+                why.append("took over the others' state")
+            yield {
+                "step": meeting.step and meeting.step + 1,
+                "workers": list(meeting.workers),
+                "messages": meeting.messages,
+                "why": why,
+                "tries": meeting.tries,
+                "seconds": round(meeting.seconds, 3),
+                "state": meeting.history,
+            }
+
+
+def as_it_was_left(config: DictConfig, directory: Path) -> dict | None:
+    """What a log goes on behind, of a worker that starts again without a checkpoint.
+
+    Raises RunError for that of another configuration.
+    """
+    path = directory / LOG_NAME
+    if not path.exists():
+        return None
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    if not lines:
+        return None
+    require_same_config(config, json.loads(lines[0])["config"], directory)
+    position = next(
+        (
+            record
+            for record in map(json.loads, reversed(lines))
+            if {"step", "tokens", "seconds"} <= record.keys()
+        ),
+        {"step": 0, "tokens": 0, "seconds": 0.0},
+    )
+    size = sum(map(len, lines))
+    return {"log_bytes": size, "step": position["step"], "position": position}
