@@ -34,7 +34,8 @@ HISTORY = 16  # bytes, of the first two
 NEVER = timedelta(days=1)
 SLOWEST = 10e6 / 8  # bytes a second, at which the state of a worker that comes is fetched
 PATIENCE = 10.0  # seconds, beside what something has to take
-AWAY = 0.2  # seconds between questions to a lighthouse that does not answer
+PAUSE = 0.2  # seconds between questions
+AWAY = (TimeoutError, RuntimeError)  # what torchft raises where the lighthouse is
 
 
 class FleetError(ConnectionError):
@@ -125,10 +126,17 @@ class Fleet:
         In the order of workers, (bytes,) uint8 each, as `message`, which is of one size for all;
         counts: whether it stands for local steps.
         Raises FleetError without a quorum for `patience` seconds, and what `while_waiting` and
-        `take_shared_state` raise.
+        `take_shared_state` raise; the others then need not wait for this worker.
         """
         if self.manager is None:
             self._enter(message)
+        try:
+            return self._gather(message, counts)
+        except Exception:
+            self.leave()
+            raise
+
+    def _gather(self, message: Tensor, counts: bool) -> tuple[list[Tensor], Meeting]:
         start, tries, parted, traffic = time.monotonic(), 0, 0, Traffic()
         self._healed = False
         while True:
@@ -142,7 +150,7 @@ class Fleet:
                 rows = self._send(torch.cat([_bytes(mine), message.cpu()]))
             if rows is not None:
                 heads = [bytes(row.tolist()) for row in rows[:, : HEAD.size]]
-                theirs = max(head[:HISTORY] for head in heads)
+                theirs = _history(heads)
                 traffic += self._traffic(message.numel(), len(rows))
                 if mine[:HISTORY] != theirs:  # then the others commit, and are ahead
                     parted += 1
@@ -171,6 +179,7 @@ class Fleet:
         """The others need not wait for this one any more."""
         if self.manager:
             self.manager.shutdown(wait=False)
+            self.process_group.shutdown()
 
     def _enter(self, message: Tensor) -> None:
         """From here on the others wait for this worker, so it is as late as can be."""
@@ -186,27 +195,44 @@ class Fleet:
         healing = timedelta(seconds=PATIENCE + (state + message.numel()) / SLOWEST)
         self.transport = Transport(self.host, timeout=healing)
         self.process_group = Group(self.ranks, timeout=healing)
-        self.manager = Manager(
-            pg=self.process_group,
-            state_dict=self.shared.shared_state,
-            load_state_dict=self._take,
-            min_replica_size=1,  # the lighthouse asks for more
-            use_async_quorum=False,
-            init_sync=False,
-            checkpoint_transport=self.transport,
-            replica_id=f"worker{self.worker}",
-            hostname=self.host,
-            rank=self.rank,
-            world_size=self.ranks,
-            store_addr=host,
-            store_port=port,
-            lighthouse_addr=self.lighthouse,
-            timeout=healing,
-            quorum_timeout=NEVER,
-            connect_timeout=timedelta(seconds=PATIENCE),
-            quorum_retries=int(NEVER.total_seconds()),
-        )
+        self.manager = self._new_manager(host, port, healing)
         self.manager.load_state_dict(self._counters)
+
+    def _new_manager(self, store: str, port: int, healing: timedelta) -> Manager:
+        start = time.monotonic()
+        while True:
+            try:
+                return Manager(
+                    pg=self.process_group,
+                    state_dict=self.shared.shared_state,
+                    load_state_dict=self._take,
+                    min_replica_size=1,  # the lighthouse asks for more
+                    use_async_quorum=False,
+                    init_sync=False,
+                    checkpoint_transport=self.transport,
+                    replica_id=f"worker{self.worker}",
+                    hostname=self.host,
+                    rank=self.rank,
+                    world_size=self.ranks,
+                    store_addr=store,
+                    store_port=port,
+                    lighthouse_addr=self.lighthouse,
+                    timeout=healing,
+                    quorum_timeout=NEVER,
+                    connect_timeout=timedelta(seconds=min(PATIENCE, self.patience)),
+                    quorum_retries=int(NEVER.total_seconds()),
+                )
+            except AWAY as error:
+                self._wait_for_the_lighthouse(start, error)
+
+    def _wait_for_the_lighthouse(self, start: float, error: Exception) -> None:
+        self.while_waiting()
+        if time.monotonic() - start > self.patience:
+            raise FleetError(
+                f"no quorum at the lighthouse {self.lighthouse} for {self.patience:g} s: start it, "
+                "and most of the workers"
+            ) from error
+        time.sleep(PAUSE)
 
     def _take(self, state: dict) -> None:
         self.shared.take_shared_state(state)
@@ -216,19 +242,14 @@ class Fleet:
     def _quorum(self, start: float) -> bool:
         """Wait for the others; whether there is a quorum. `_take` may be called."""
         future = self._caller.submit(self.manager.start_quorum)
-        while not wait([future], timeout=AWAY).done:
+        while not wait([future], timeout=PAUSE).done:
             self.while_waiting()
         if (error := future.exception()) is None:
             return True
-        if not isinstance(error, (TimeoutError, RuntimeError)):
+        if not isinstance(error, AWAY):
             raise error
         self.manager._quorum_future = None  # else it raises the same again
-        if time.monotonic() - start > self.patience:
-            raise FleetError(
-                f"no quorum at the lighthouse {self.lighthouse} for {self.patience:g} s: start it, "
-                "and most of the workers"
-            ) from error
-        time.sleep(AWAY)
+        self._wait_for_the_lighthouse(start, error)
         return False
 
     def _head(self, counts: bool) -> bytes:
@@ -308,6 +329,12 @@ class Transport(HTTPTransport):
         traffic = Traffic(0, 0, self.received, self.sent)
         self.received = self.sent = 0
         return traffic
+
+
+def _history(heads: list[bytes]) -> bytes:
+    """The one that goes on: of most messages, then of most workers."""
+    histories = [head[:HISTORY] for head in heads]
+    return max(histories, key=lambda one: (one[:8], histories.count(one), one))
 
 
 def _size(state: dict) -> int:

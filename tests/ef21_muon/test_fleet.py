@@ -1,0 +1,275 @@
+"""Workers that come and go: threads with a lighthouse, against a plain simulation."""
+
+import copy
+import threading
+import time
+
+import fleet as crew
+import pytest
+import torch
+from fleet import (
+    DATA,
+    LighthouseProcess,
+    Worker,
+    free_port,
+    gradient,
+    lighthouse,
+    new_model,
+    parameters_of,
+)
+from run import PATIENCE
+
+from ef21_muon import Dense, Identity, LocalSteps, Switch, TopK
+from ef21_muon.exchange.fleet import HEAD, Fleet, FleetError
+from ef21_muon.fleet import FleetSteps
+
+EVERY = 3
+
+
+def train_all(workers, *arguments, **options):
+    threads = [worker.start(*arguments, **options) for worker in workers]
+    for thread in threads:
+        thread.join(PATIENCE)
+    errors = [worker.error for worker in workers if worker.error]
+    if errors:
+        raise errors[0]
+
+
+def simulated(numbers: dict[int, tuple[int, ...]], until: int, momentum: float = 0.0):
+    """W after every round, by its step: plain averages of plain SGD steps, with Nesterov outside.
+
+    numbers: of every round the workers whose steps count.
+    """
+    shared, outer = [p.detach().clone() for p in new_model().parameters()], None
+    found = {}
+    for first in range(0, until, EVERY):
+        ends = []
+        for number in numbers[first // EVERY]:
+            model = new_model()
+            with torch.no_grad():
+                for parameter, value in zip(model.parameters(), shared, strict=True):
+                    parameter.copy_(value)
+            for step in range(first, first + EVERY):
+                gradient(model, number, step)
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter -= 0.1 * parameter.grad
+            ends.append([p.detach() for p in model.parameters()])
+        means = [torch.stack(one).mean(0) for one in zip(*ends, strict=True)]
+        moves = [w - mean for w, mean in zip(shared, means, strict=True)]
+        outer = moves if outer is None else [momentum * v + d for v, d in zip(outer, moves)]  # noqa: B905
+        shared = [w - (d + momentum * v) for w, d, v in zip(shared, moves, outer)]  # noqa: B905
+        found[first + EVERY] = torch.cat([w.flatten() for w in shared])
+    return found
+
+
+def who_counted(workers) -> dict[int, tuple[int, ...]]:
+    """Of every round the workers whose messages did, as they say themselves."""
+    counted: dict[int, list[int]] = {}
+    for worker in workers:
+        for one in worker.optimizer.meetings:
+            if one.step is not None and not one.healed:
+                counted.setdefault(one.step // EVERY, []).append(worker.number)
+    return {round: tuple(sorted(numbers)) for round, numbers in counted.items()}
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_undisturbed_they_are_the_mean_of_their_steps(momentum):
+    with lighthouse(3) as url, crew.workers(url, range(3), outer_momentum=momentum) as workers:
+        train_all(workers, until=12)
+        expected = simulated(dict.fromkeys(range(4), (0, 1, 2)), 12, momentum)
+        assert workers[0].agreed.keys() == expected.keys()
+        for worker in workers:
+            for step, model in expected.items():
+                torch.testing.assert_close(worker.agreed[step], model, rtol=0, atol=1e-5)
+                assert torch.equal(worker.agreed[step], workers[0].agreed[step])
+            assert worker.optimizer.told == 36
+
+
+def test_what_a_round_takes_is_counted():
+    compressor = Dense("normal2")
+    with lighthouse(3) as url, crew.workers(url, range(3), w2s=compressor) as workers:
+        train_all(workers, until=6)
+        shapes = [(8, DATA), (8, 1), (2, 8), (2, 1)]
+        size = sum(compressor.fit(*shape).payload_bytes(*shape) for shape in shapes)
+        for worker in workers:
+            optimizer, met = worker.optimizer, len(worker.optimizer.meetings)
+            assert met == 3 and all(one.tries == 1 for one in optimizer.meetings)
+            assert optimizer.w2s_bytes == met * size
+            assert optimizer.received_bytes == met * 2 * size
+            assert optimizer.wire_tx_bytes == met * 2 * (size + HEAD.size)
+
+
+def test_they_go_on_without_one_and_one_joins_them():
+    gone, back = threading.Event(), threading.Event()
+
+    def wait_for_the_joiner(worker):
+        if worker.optimizer.steps == 9:  # so that the rounds which it joins are known
+            back.wait(PATIENCE)
+
+    with lighthouse(2) as url, crew.workers(url, range(3), outer_momentum=0.6) as workers:
+        threads = [one.start(18, before_step=wait_for_the_joiner) for one in workers[:2]]
+        workers[2].train(until=6)
+        workers[2].optimizer.leave()
+        gone.set()
+        with crew.workers(url, [2], outer_momentum=0.6) as (joiner,):
+            thread = joiner.start(18)
+            while joiner.optimizer.fleet.manager is None:
+                time.sleep(0.01)
+            time.sleep(0.5)  # until the lighthouse has heard of it
+            back.set()
+            for one in (*threads, thread):
+                one.join(PATIENCE)
+            counted = who_counted([*workers, joiner])
+            assert counted[2] == (0, 1) and counted[5] == (0, 1, 2)
+            expected = simulated(counted, 18, 0.6)
+            for worker in (*workers[:2], joiner):
+                assert worker.error is None
+                for step, model in worker.agreed.items():
+                    torch.testing.assert_close(model, expected[step], rtol=0, atol=1e-5)
+                assert torch.equal(worker.agreed[18], joiner.agreed[18])
+                assert worker.optimizer.told == EVERY * sum(map(len, counted.values()))
+            assert joiner.optimizer.meetings[0].healed
+            assert joiner.optimizer.fleet.state() == workers[0].optimizer.fleet.state()
+
+
+@pytest.mark.parametrize("table", ["model_shift", "server_momentum"])
+def test_another_history_is_noticed_and_never_averaged(table):
+    def part(worker):
+        if worker.number == 1 and worker.optimizer.steps == 4:
+            getattr(worker.optimizer.batches[0], table).add_(1e-4)
+
+    with lighthouse(2) as url, crew.workers(url, range(3), outer_momentum=0.6) as workers:
+        train_all(workers, until=15, before_step=part)
+        met = workers[1].optimizer.meetings
+        parted = [place for place, one in enumerate(met) if one.parted]
+        assert len(parted) == 1 and met[parted[0]].healed
+        for step in (9, 12, 15):
+            models = [one.agreed[step] for one in workers if step in one.agreed]
+            assert len(models) >= 2
+            assert all(torch.equal(model, models[0]) for model in models)
+        assert not any(one.parted for one in workers[0].optimizer.meetings)
+
+
+def test_a_lighthouse_that_starts_again_is_waited_for():
+    port = free_port()
+    first = LighthouseProcess(2, port)
+    with crew.workers(f"http://localhost:{port}", range(2)) as workers:
+        train_all(workers, until=6)
+        first.end()
+        threads = [worker.start(12, joins=False) for worker in workers]
+        while not all(worker.optimizer.steps == 8 for worker in workers):  # they wait for it
+            time.sleep(0.01)
+        second = LighthouseProcess(2, port)
+        for thread in threads:
+            thread.join(PATIENCE)
+        second.end()
+        assert [worker.error for worker in workers] == [None, None]
+        expected = simulated(dict.fromkeys(range(4), (0, 1)), 12)
+        for worker in workers:
+            assert torch.equal(worker.agreed[12], workers[0].agreed[12])
+            torch.testing.assert_close(worker.agreed[12], expected[12], rtol=0, atol=1e-5)
+
+
+def test_without_a_lighthouse_it_says_so():
+    url = f"http://localhost:{free_port()}"
+    with (
+        crew.workers(url, [0], patience=1) as (worker,),
+        pytest.raises(FleetError, match=f"no quorum at the lighthouse {url}"),
+    ):
+        worker.train(until=3)
+
+
+def test_what_waits_can_be_ended():
+    def end():
+        raise InterruptedError
+
+    with lighthouse(2) as url, crew.workers(url, [0]) as (worker,):
+        worker.optimizer.fleet.while_waiting = end
+        with pytest.raises(InterruptedError):
+            worker.optimizer.join()
+
+
+def test_a_worker_that_is_built_otherwise_is_refused():
+    with lighthouse(2) as url, crew.workers(url, range(2)) as workers:
+        threads = [worker.start(30) for worker in workers]
+        other = Worker(2, url, outer_lr=0.7)
+        thread = other.start(30)
+        for one in (thread, *threads):
+            one.join(PATIENCE)
+        assert isinstance(other.error, ValueError)
+        assert "outer_lr=0.7 (theirs 1.0)" in str(other.error)
+
+
+def test_a_whole_fleet_goes_on_from_the_newest_round_of_any():
+    states = {}
+
+    def keep(worker):
+        for number, step in ((0, 7), (1, 4)):
+            if worker.number == number and worker.optimizer.steps == step:
+                optimizer, model = worker.optimizer, worker.model
+                saved = model.state_dict(), optimizer.state_dict(), optimizer.fleet_state()
+                states[number] = copy.deepcopy(saved)
+
+    with lighthouse(2) as url:
+        with crew.workers(url, range(2), outer_momentum=0.6) as workers:
+            train_all(workers, until=12, before_step=keep)
+            expected = workers[0].agreed
+        with crew.workers(url, range(2), outer_momentum=0.6) as workers:
+            for worker in workers:
+                of_model, of_optimizer, of_fleet = states[worker.number]
+                worker.model.load_state_dict(of_model)
+                worker.optimizer.load_state_dict(of_optimizer)
+                worker.optimizer.load_fleet_state(of_fleet)
+            train_all(workers, until=12)
+            assert workers[1].optimizer.meetings[0].healed
+            assert torch.equal(workers[0].agreed[12], workers[1].agreed[12])
+            assert workers[0].optimizer.told == 24
+            # The one behind was at W after two rounds, and has made its third anew.
+            assert not torch.equal(workers[0].agreed[12], expected[9])
+
+
+def test_what_is_remembered_of_a_lost_message_is_forgotten():
+    with lighthouse(2) as url, crew.workers(url, range(2), w2s=TopK(0.1)) as workers:
+        train_all(workers, until=6)
+        optimizer = workers[0].optimizer
+        assert any(batch.memory.any() for batch in optimizer.batches)
+        optimizer.take_shared_state(workers[1].optimizer.shared_state())
+        assert not any(batch.memory.any() for batch in optimizer.batches)
+
+
+REFUSED = {
+    "server": ({"server": "sharded"}, "server='sharded' is not allowed"),
+    "stagger": ({"stagger": True}, "stagger=True, delay=0 are not allowed"),
+    "delay": ({"delay": 1}, "delay=1 are not allowed"),
+    "feedback": ({"feedback": "ef21"}, "feedback='ef21' is not allowed"),
+    "s2w": ({"s2w": TopK(0.5)}, "s2w"),
+    "w2s": ({"w2s": Switch(Identity(), TopK(0.5), start=2)}, "give one compressor"),
+    "every": ({"every": 0}, "every=0 is not allowed"),
+}
+
+
+@pytest.mark.parametrize("options, message", REFUSED.values(), ids=REFUSED)
+def test_what_cannot_go_on_without_a_member_is_refused(options, message):
+    inner = torch.optim.SGD(new_model().parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        FleetSteps(inner, **options, fleet=Fleet(0, "http://localhost:1"))
+
+
+def test_a_worker_is_not_copied():
+    inner = torch.optim.SGD(new_model().parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="cannot be copied"):
+        copy.deepcopy(FleetSteps(inner, fleet=Fleet(0, "http://localhost:1")))
+
+
+def test_alone_it_is_local_steps():
+    with lighthouse(1) as url, crew.workers(url, [0], w2s=TopK(0.3)) as (worker,):
+        worker.train(until=12)
+        model = new_model()
+        inner = torch.optim.SGD(model.named_parameters(), lr=0.1)
+        optimizer = LocalSteps(inner, every=3, w2s=TopK(0.3))
+        for step in range(12):
+            gradient(model, 0, step)
+            optimizer.step()
+        with optimizer.agreed():
+            assert torch.equal(parameters_of(model), worker.agreed[12])

@@ -1,0 +1,133 @@
+"""Workers that come and go, as threads of one process, and their lighthouse."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+os.environ.setdefault("RUST_LOG", "error")
+
+import torch
+from torch import nn
+from torchft.coordination import LighthouseServer
+
+from ef21_muon.exchange.fleet import Fleet
+from ef21_muon.fleet import FleetSteps
+
+HEARTBEAT_MS = 1000
+DATA = 4  # inputs, of which a function is learnt
+
+
+@contextmanager
+def lighthouse(least: int):
+    """Its address."""
+    server = LighthouseServer(
+        bind="[::]:0",
+        min_replicas=least,
+        join_timeout_ms=600_000,
+        quorum_tick_ms=10,
+        heartbeat_timeout_ms=HEARTBEAT_MS,
+    )
+    try:
+        yield f"http://localhost:{server.address().rpartition(':')[2]}"
+    finally:
+        server.shutdown()
+
+
+class LighthouseProcess:
+    """One that can end and start again, which one in this process cannot."""
+
+    def __init__(self, least: int, port: int):
+        options = {
+            "bind": f"[::]:{port}",
+            "min_replicas": least,
+            "join_timeout_ms": 600_000,
+            "quorum_tick_ms": 10,
+            "heartbeat_timeout_ms": HEARTBEAT_MS,
+        }
+        told = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        self.process = subprocess.Popen(
+            [Path(sys.executable).with_name("torchft_lighthouse"), *told]
+        )
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def new_model() -> nn.Sequential:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(DATA, 8), nn.Tanh(), nn.Linear(8, 2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
+    return model
+
+
+def batch(worker: int, step: int) -> torch.Tensor:
+    return torch.randn(8, DATA, generator=torch.Generator().manual_seed(1000 * worker + step))
+
+
+def gradient(model: nn.Module, worker: int, step: int) -> None:
+    """Of this worker's batch of a step, into the parameters."""
+    inputs = batch(worker, step)
+    model.zero_grad()
+    model(inputs).sub(inputs[:, :2].sin()).square().mean().backward()
+
+
+def parameters_of(model: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+class Worker:
+    """A worker's model and optimizer; `train` in a thread of its own."""
+
+    def __init__(self, number: int, url: str, lr: float = 0.1, **options):
+        self.number, self.model = number, new_model()
+        inner = torch.optim.SGD(self.model.named_parameters(), lr=lr)
+        fleet = Fleet(number, url, patience=options.pop("patience", 60))
+        self.optimizer = FleetSteps(inner, **{"every": 3, "seed": number, **options}, fleet=fleet)
+        self.agreed: dict[int, torch.Tensor] = {}  # W after every round, by its step
+        self.error: Exception | None = None
+
+    def train(self, until: int, joins: bool = True, before_step=lambda worker: None) -> None:
+        optimizer = self.optimizer
+        if joins:
+            optimizer.join()
+        while optimizer.steps < until:
+            before_step(self)
+            gradient(self.model, self.number, optimizer.steps)
+            optimizer.step()
+            if optimizer.rounds.of(optimizer.steps)[1] == 0:
+                with optimizer.agreed():
+                    self.agreed[optimizer.steps] = parameters_of(self.model)
+
+    def start(self, *arguments, **options) -> threading.Thread:
+        def run() -> None:
+            try:
+                self.train(*arguments, **options)
+            except Exception as error:
+                self.error = error
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
+
+
+@contextmanager
+def workers(url: str, numbers, **options):
+    made = [Worker(number, url, **options) for number in numbers]
+    try:
+        yield made
+    finally:
+        for worker in made:
+            with suppress(Exception):
+                worker.optimizer.leave()
