@@ -133,6 +133,9 @@ def serve(path: str) -> None:
     print("ready", flush=True)
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
         if sys.stdin in ready:
             return
         connection, _ = listener.accept()
@@ -140,9 +143,6 @@ def serve(path: str) -> None:
             listener.close()
             keep(connection)
         connection.close()
-        with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
 
 
 def keep(connection: socket.socket) -> NoReturn:
