@@ -118,6 +118,7 @@ def _exactly(connection: socket.socket, size: int) -> bytes:
 def serve(path: str) -> None:
     """Fork what is asked for at the socket, until standard input ends."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, reap)
     global LIBRARIES
     LIBRARIES = sys.path[2:]  # behind this folder and PYTHONPATH
     import torch._dynamo  # as every optimizer does
@@ -133,9 +134,6 @@ def serve(path: str) -> None:
     print("ready", flush=True)
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
-        with suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
         if sys.stdin in ready:
             return
         connection, _ = listener.accept()
@@ -145,8 +143,15 @@ def serve(path: str) -> None:
         connection.close()
 
 
+def reap(*_: object) -> None:
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
 def keep(connection: socket.socket) -> NoReturn:
     """Fork the process that is asked for, and tell of its start and its end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, outputs, _, _ = socket.recv_fds(connection, 8, 2)
     arguments, folder, environment = json.loads(_exactly(connection, int.from_bytes(size, "big")))
     pid = os.fork()
