@@ -32,7 +32,6 @@ from training.fleet import (
 )
 from training.log import RunLog
 from training.method import build_optimizer, rounds_of, run_label
-from training.picture import draw
 from training.progress import Progress, fail
 from training.report import introduction, result_table
 from training.resume import checkpoint_of, go_on, go_on_elastic
@@ -273,6 +272,8 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
     if run.comes_and_goes:
         run.optimizer.leave()
     if log and end:
+        from training.picture import draw  # matplotlib, for which other workers need not wait
+
         log.end("completed", **end)
         picture = draw([directory], directory)[0]
         workers.say(f"\n{result_table(end)}\n\nlog      {log.path}\npicture  {picture}")

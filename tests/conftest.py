@@ -72,7 +72,10 @@ def process_group(tmp_path):
 
 
 # Files of one long launch each: with two processes, the other one would wait for a late one.
-LONGEST = ("test_resume", "test_faults", "test_algorithm", "test_local_steps", "soak/test_run")
+LONGEST = (
+    *("test_resume", "test_faults", "test_algorithm", "test_local_steps"),
+    *("soak/test_run", "gpu/test_gpu"),
+)
 
 
 def pytest_collection_modifyitems(items):

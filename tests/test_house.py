@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,13 +49,18 @@ class Module:
         return self.name.rpartition(".")[0]
 
 
+@cache
+def read(name: str, text: str) -> Module:
+    return Module(name, text)
+
+
 def modules(root: Path) -> Iterator[Module]:
     """All below the root; a package is the module `__init__` of its folder."""
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(n for n in folders if n not in LEFT_OUT and not n.startswith("."))
         for path in (Path(folder, name) for name in sorted(files) if name.endswith(".py")):
             name = ".".join(path.relative_to(root).with_suffix("").parts)
-            yield Module(name, path.read_text())
+            yield read(name, path.read_text())
 
 
 def fits(name: str, pattern: str) -> bool:

@@ -18,10 +18,13 @@ def records(runs: Path, kind: str | None = None) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def two_workers(small, tmp_path_factory):
-    """A run on two workers, TopK + natural to the server and back, and its standard output."""
+    """A run on two workers, TopK + natural to the server and back, and its standard output.
+
+    Of processes that were started anew: what later launches repeat, forks repeat.
+    """
     runs = tmp_path_factory.mktemp("runs")
     both = [f"compressor@{way}=topk" for way in ("w2s", "s2w")]
-    result = launch(2, *small, *both, "w2s.fraction=0.1", f"runs={runs}")
+    result = launch(2, *small, *both, "w2s.fraction=0.1", f"runs={runs}", fresh=True)
     return runs, result.stdout
 
 

@@ -2,7 +2,6 @@
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 
 from model import GPT
 from training.workers import RunError, Workers
@@ -22,6 +21,8 @@ def shard(model: GPT, worker_size: int, workers: Workers) -> None:
     A block is whole only while it computes. The root too is resharded after every forward pass, so
     that what it computes with next are the rows as they are then.
     """
+    from torch.distributed.fsdp import fully_shard  # which takes long, where nothing is sharded
+
     first = workers.rank // worker_size * worker_size
     ranks = list(range(first, first + worker_size))
     group = dist.new_group(ranks, workers.timeout, use_local_synchronization=True)

@@ -6,18 +6,28 @@ every rank its rows again. W is what the shards hold, also for the root of the m
 fully_shard(root, reshard_after_forward=True), or it computes on with what it has gathered before.
 """
 
+import sys
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 
 from ef21_muon.exchange.host import sends_from_host
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 
 def is_sharded(parameter: Tensor) -> bool:
-    return isinstance(parameter, DTensor)
+    """Whether it is a DTensor: torch makes none before torch.distributed.tensor is imported.
+
+    That takes a third as long as torch itself.
+    """
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(parameter, tensors.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -52,8 +62,10 @@ def require_values(parameter: Tensor) -> None:
         )
 
 
-def require_shards(parameter: DTensor, ranks: list[int]) -> None:
+def require_shards(parameter: "DTensor", ranks: list[int]) -> None:
     """Raise ValueError unless the ranks of this worker alone hold it, in rows."""
+    from torch.distributed.tensor import Shard
+
     require_values(parameter)
     mesh = parameter.device_mesh
     if mesh.ndim != 1 or parameter.placements != (Shard(0),):
@@ -79,7 +91,7 @@ class Shards:
 
     def __init__(
         self,
-        holders: list[tuple[DTensor, int]],
+        holders: list[tuple["DTensor", int]],
         ranks: list[int],
         group: dist.ProcessGroup,
     ):
@@ -149,7 +161,7 @@ class Shards:
         self._wait(transfers)
         self._versions = self._now()
 
-    def _gather(self, parts: list[Tensor], to: dict[DTensor, Tensor]) -> None:
+    def _gather(self, parts: list[Tensor], to: dict["DTensor", Tensor]) -> None:
         """The parts that ranks hold of every layer, to the rank that steps it."""
         transfers = []
         for (parameter, holder), mine in zip(self.holders, parts, strict=True):
@@ -173,7 +185,7 @@ class Shards:
         for work in dist.batch_isend_irecv(transfers) if transfers else []:
             work.wait()
 
-    def _rows(self, parameter: DTensor) -> list[slice]:
+    def _rows(self, parameter: "DTensor") -> list[slice]:
         """Of every rank, as torch.chunk cuts them; the last ones may have none."""
         count = parameter.shape[0]
         size = -(-count // len(self.ranks))

@@ -5,6 +5,8 @@ Functions work on rows, one message a row: (L, n) numbers to (L, bytes) and back
 little-endian, as on every machine that torch runs on.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -134,6 +136,7 @@ def _shifts(width: int, device: torch.device) -> Tensor:
 # bitmap in which index i of high part h sets bit h + i (Elias 1974, Fano 1971).
 
 
+@cache
 def low_width(universe: int, count: int) -> int:
     """The number of low bits that makes `count` indices below `universe` shortest."""
     return min(range(33), key=lambda width: _index_bytes(universe, count, width))

@@ -2,8 +2,10 @@
 
 import os
 import subprocess
-import sys
+import tempfile
 from pathlib import Path
+
+from preloaded import TORCHRUN, start
 
 SUPPORT = Path(__file__).resolve().parent
 ROOT = SUPPORT.parents[1]
@@ -28,37 +30,43 @@ def torchrun(worker: str, *arguments, ranks: int) -> str:
     The workers import what the repository has, and the modules of tests/support/.
     """
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *(f"--nproc_per_node={ranks}", str(SUPPORT / "workers" / worker), *map(str, arguments)),
+        *(*TORCHRUN, "--standalone", f"--nproc_per_node={ranks}"),
+        *(str(SUPPORT / "workers" / worker), *map(str, arguments)),
     ]
     paths = os.pathsep.join([str(ROOT), str(SUPPORT)])
-    with subprocess.Popen(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    with tempfile.TemporaryFile("w+") as output:
+        process = start(command, cwd=Path.cwd(), env=env, stdout=output, stderr=output)
         try:
-            output, _ = process.communicate(timeout=PATIENCE)
+            process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun ends its workers
-            output, _ = process.communicate()
-    assert process.returncode == 0, f"{worker} on {ranks} ranks failed:\n{output}"
-    return output
+            process.wait()
+        output.seek(0)
+        text = output.read()
+    assert process.returncode == 0, f"{worker} on {ranks} ranks failed:\n{text}"
+    return text
 
 
-def launch(workers: int, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess:
-    """Run train.py under torchrun, or without it when `workers` is 0."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}"]
-    result = subprocess.run(
-        [sys.executable, *(torchrun if workers else []), "train.py", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+def launch(
+    workers: int, *arguments: str, expect: int = 0, fresh: bool = False
+) -> subprocess.CompletedProcess:
+    """Run train.py under torchrun, or without it when `workers` is 0; `fresh`: see preloaded.py."""
+    torchrun = [*TORCHRUN, "--standalone", f"--nproc_per_node={workers}"]
+    command = [*(torchrun if workers else []), "train.py", *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        process = start(command, fresh, cwd=ROOT, env=env, stdout=stdout, stderr=stderr)
+        try:
+            process.wait(PATIENCE)
+        except BaseException:
+            process.kill()
+            raise
+        stdout.seek(0)
+        stderr.seek(0)
+        result = subprocess.CompletedProcess(
+            command, process.returncode, stdout.read(), stderr.read()
+        )
     assert result.returncode == expect, result.stdout + result.stderr
     return result
 

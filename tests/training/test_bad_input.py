@@ -40,7 +40,7 @@ def pristine(small, tmp_path_factory):
         shutil.copy(option.partition("=")[2], scene / "data")
     shutil.copytree(CONFIGS, scene / "configs")
     with pytest.MonkeyPatch.context() as patch, handlers_kept():
-        patch.setattr("train.draw", lambda *_: ["no picture"])
+        patch.setattr("training.picture.draw", lambda *_: ["no picture"])
         more = (f"directory={scene}/completed", "checkpoint.every=2")
         patch.setattr("sys.argv", ["train.py", *options(scene), *more])
         assert train.main() == 0

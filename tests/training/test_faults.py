@@ -4,12 +4,14 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import pytest
+from preloaded import TORCHRUN, start
 from run import PATIENCE, ROOT, SUPPORT
 
 from scripts.soak.outcome import outcome
@@ -23,21 +25,26 @@ LOSSY = [
 
 def command(ranks: int, script: Path, *arguments: object, restarts: int = 0) -> list[str]:
     torchrun = [
-        *("-m", "torch.distributed.run", "--standalone"),
+        *(*TORCHRUN, "--standalone"),
         *(f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"),
     ]
-    return [sys.executable, *(torchrun if ranks else []), str(script), *map(str, arguments)]
+    return [*(torchrun if ranks else []), str(script), *map(str, arguments)]
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        arguments,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@contextmanager
+def started(*arguments: object, **options: int) -> Iterator[tuple[object, TextIO]]:
+    """A process of a `command`, which ends with it, and its output."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}"}
+    reading, writing = os.pipe()
+    with open(reading) as output:
+        with open(writing, "w") as all_output:
+            places = {"stdout": all_output, "stderr": all_output}
+            process = start(command(*arguments, **options), cwd=ROOT, env=env, **places)
+        watchdog = threading.Timer(PATIENCE, process.kill)
+        watchdog.start()
+        yield process, output
+        process.wait()
+        watchdog.cancel()
 
 
 @pytest.fixture
@@ -47,8 +54,8 @@ def launch(small, tmp_path):
     def launch(ranks: int, *faults: str, options: tuple[str, ...] = (), restarts: int = 0):
         run = [*small, *LOSSY, *options, f"directory={tmp_path}/run"]
         script = [FAULTS, tmp_path, ",".join(faults)] if faults else [ROOT / "train.py"]
-        with start(*command(ranks, *script, *run, restarts=restarts)) as process:
-            output, _ = process.communicate(timeout=PATIENCE)
+        with started(ranks, *script, *run, restarts=restarts) as (process, lines):
+            output = lines.read()
         assert all((tmp_path / fault).exists() for fault in faults), output
         return process.returncode, output
 
@@ -60,8 +67,8 @@ def undisturbed(small, tmp_path_factory):
     """The outcome of the run on two workers without faults."""
     directory = tmp_path_factory.mktemp("undisturbed") / "run"
     run = [*small, *LOSSY, f"directory={directory}"]
-    with start(*command(2, ROOT / "train.py", *run)) as process:
-        output, _ = process.communicate(timeout=PATIENCE)
+    with started(2, ROOT / "train.py", *run) as (process, lines):
+        output = lines.read()
     assert process.returncode == 0, output
     log, files = outcome(directory)
     assert log[-1]["status"] == "completed" and [r["step"] for r in log[1:]][-1] == 6
@@ -139,14 +146,11 @@ def test_a_hung_worker_is_named_and_the_run_goes_on(small, undisturbed, tmp_path
     faults = f"{fault},3:encode:0:lose_patience"
     run = [*small, *LOSSY, f"directory={tmp_path}/run", "--timeout=5"]
     named = []
-    with start(*command(2, FAULTS, tmp_path, faults, *run, restarts=1)) as process:
-        watchdog = threading.Timer(PATIENCE, process.kill)
-        watchdog.start()
-        for line in process.stdout:
+    with started(2, FAULTS, tmp_path, faults, *run, restarts=1) as (process, lines):
+        for line in lines:
             if line.startswith("error: rank 0: lost rank 1: "):
                 named.append(line)
                 os.kill(int((tmp_path / fault).read_text()), signal.SIGKILL)
-        watchdog.cancel()
     assert process.returncode == 0 and len(named) == 1
     assert "Timed out waiting 5000ms" in named[0]
     assert outcome(tmp_path / "run") == undisturbed

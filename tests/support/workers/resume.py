@@ -98,7 +98,7 @@ def run_alone(directory: Path, *overrides: str) -> None:
     handlers = [signal.getsignal(number) for number in numbers]
     job = compose(("checkpoint.every=1", *overrides))
     try:
-        with mock.patch("train.draw", return_value=["no picture"]):
+        with mock.patch("training.picture.draw", return_value=["no picture"]):
             assert train.run_job(job, directory, Workers())
     finally:
         for number, handler in zip(numbers, handlers, strict=True):
@@ -213,7 +213,7 @@ def damage(what: str, job: Job, directory: Path, workers: Workers) -> None:
 
 def main() -> int:
     what, directory, *small = sys.argv[1:]
-    with mock.patch("train.draw", return_value=["no picture"]):
+    with mock.patch("training.picture.draw", return_value=["no picture"]):
         if what == "elastic":
             return run_elastic(Path(directory), small)
         workers = Workers(timeout=PATIENCE)

@@ -18,7 +18,7 @@ from ef21_muon import Dense, EF21Muon, FittedRank, Identity, Natural, RankK, Sig
 from ef21_muon.exchange.placement import PLACEMENTS
 from training.workers import leave
 
-ROUNDS = 20
+ROUNDS = 10
 LR, DECAY, BETA, SEED = 1.0, 0.9, 0.3, 11
 HEAD_RADIUS = 3.0
 FRACTION = 0.3

@@ -1,0 +1,249 @@
+"""Launches of processes that have imported torch and train.py already.
+
+To import them takes longer than all else that most launches do, in every process of each. So a
+server imports them once, and every process that is asked for is a fork of it; torchrun's agents,
+which are torch's own, fork their workers likewise. From there on a process is as if it had been
+started: arguments, environment, folder, output, signals and exit status. With FRESH=1 in the
+environment, and where there is a GPU, all are started instead.
+"""
+
+import atexit
+import io
+import json
+import os
+import resource
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = ["-m", "torch.distributed.run"]
+
+
+def start(arguments: list[str], fresh: bool = False, **options) -> "subprocess.Popen | Process":
+    """`python ARGUMENT ...`, a script or torchrun; options: cwd, env, and stdout, stderr, as files.
+
+    What subprocess.Popen returns, or what has of it all that is used.
+    """
+    if fresh or os.environ.get("FRESH") == "1" or torch.cuda.is_available():
+        return subprocess.Popen([sys.executable, *arguments], **options)
+    return Process(arguments, **options)
+
+
+class Process:
+    """A fork of the server, with what subprocess.Popen has."""
+
+    def __init__(self, arguments: list[str], cwd: Path, env: dict[str, str], stdout, stderr):
+        self.args, self.returncode = arguments, None
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(_server())
+        request = json.dumps([arguments, str(cwd), env]).encode()
+        outputs = [stdout.fileno(), stderr.fileno()]
+        socket.send_fds(self._connection, [len(request).to_bytes(8, "big")], outputs)
+        self._connection.sendall(request)
+        self.pid = self._told()
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self._connection.settimeout(timeout)
+            try:
+                self.returncode = self._told()
+            except TimeoutError:
+                raise subprocess.TimeoutExpired(self.args, timeout) from None
+            self._connection.close()
+        return self.returncode
+
+    def terminate(self) -> None:
+        self._kill(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._kill(signal.SIGKILL)
+
+    def _kill(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def _told(self) -> int:
+        return int.from_bytes(_exactly(self._connection, 8), "big", signed=True)
+
+
+@cache
+def _server() -> str:
+    """Where the server of this process listens; it ends with this process."""
+    folder = tempfile.TemporaryDirectory(prefix="preloaded-")
+    path = f"{folder.name}/socket"
+    # One thread, also of what numpy multiplies with: a fork has no others.
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    process = subprocess.Popen(
+        [sys.executable, __file__, path],
+        cwd=ROOT,
+        env=os.environ | threads | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"ready\n"
+
+    def end() -> None:
+        process.stdin.close()
+        process.wait()
+        folder.cleanup()
+
+    atexit.register(end)
+    return path
+
+
+def _exactly(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        piece = connection.recv(size - len(data))
+        if not piece:
+            raise ConnectionError("the server of launches has ended")
+        data += piece
+    return data
+
+
+def serve(path: str) -> None:
+    """Fork what is asked for at the socket, until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, reap)
+    global LIBRARIES
+    LIBRARIES = sys.path[2:]  # behind this folder and PYTHONPATH
+    import torch._dynamo  # as every optimizer does
+    import torch.distributed.fsdp
+    import torch.distributed.run  # noqa: F401
+
+    import train  # noqa: F401
+
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork has the thread alone that forks"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(64)
+    print("ready", flush=True)
+    while True:
+        ready, _, _ = select.select([listener, sys.stdin], [], [])
+        if sys.stdin in ready:
+            return
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            keep(connection)
+        connection.close()
+
+
+def reap(*_: object) -> None:
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def keep(connection: socket.socket) -> NoReturn:
+    """Fork the process that is asked for, and tell of its start and its end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    size, outputs, _, _ = socket.recv_fds(connection, 8, 2)
+    arguments, folder, environment = json.loads(_exactly(connection, int.from_bytes(size, "big")))
+    pid = os.fork()
+    if pid == 0:
+        connection.detach()  # which is closed with all files
+        become(arguments, environment, folder, outputs)
+    for number in outputs:
+        os.close(number)
+    connection.sendall(pid.to_bytes(8, "big"))
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:
+        connection.sendall(code.to_bytes(8, "big", signed=True))
+    finally:
+        os._exit(0)
+
+
+def become(arguments: list[str], environment: dict, folder: str, outputs: list[int]) -> NoReturn:
+    """Do what a new interpreter does with them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, output in enumerate(outputs, 1):
+        os.dup2(output, number)
+    os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    os.environ.clear()
+    os.environ |= environment
+    os.chdir(folder)
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), "utf-8", write_through=True)
+    first = folder if arguments[:2] == TORCHRUN else os.path.dirname(arguments[0])
+    paths = environment.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = [os.path.abspath(first), *filter(None, paths), *LIBRARIES]
+    sys.argv[:] = arguments
+    status = 0
+    try:
+        if arguments[:2] == TORCHRUN:
+            torchrun(arguments[1:])
+        else:
+            runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if not isinstance(end.code, int | None):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    try:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def torchrun(arguments: list[str]) -> None:
+    """torch's own, but for workers, which are forks of it."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    SubprocessHandler._popen = lambda handler, command, environment: Worker(command, environment)
+    sys.argv[:] = arguments
+    run.main()
+
+
+class Worker:
+    """A fork of this process, with what torchrun uses of subprocess.Popen."""
+
+    def __init__(self, command: tuple[str, ...], environment: dict[str, str]):
+        python, unbuffered, *arguments = command
+        assert (python, unbuffered) == (sys.executable, "-u"), command
+        self.args, self.returncode = command, None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_DFL)
+            become(arguments, environment, os.getcwd(), [1, 2])
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.01)
+        return self.returncode
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
