@@ -187,6 +187,7 @@ IN_A_PROCESS_GROUP = {  # of one process
     "worker_size=2": "worker_size=2 does not divide 1 ranks: give a divisor",
     "optimizer=dion diagnostics_every=1": "diagnostics_every=1 needs optimizer=ef21_muon or local",
     "optimizer=muon_powersgd": "checkpoint.every=100 is not allowed with hook=powersgd: ... to 0",
+    "optimizer=muon_greedylore optimizer.every=0": "every=0 is not allowed: give a whole number",
     "optimizer=adamw optimizer.hook=bfloat16": "hook='bfloat16' is not allowed on gloo: use float",
     "optimizer=adamw optimizer.hook=zip": "hook='zip' is not allowed: choose float32, float16",
     "optimizer=adamw optimizer.lr=fast": "lr=fast is not allowed: give a number of at least 0",
