@@ -185,6 +185,14 @@ SETTINGS = [
     ours("natural", "natural", "compressor@w2s=natural"),
     ours("sign", "sign", "compressor@w2s=sign"),
     *(
+        ours(name, "int4", f"compressor@w2s=dense w2s.values={values}", level=level)
+        for name, values, level in (
+            ("int4-message", "int4@message", "one block"),
+            ("int4-112", "int4@112", "blocks of 112"),
+            ("smooth4", "smooth4", "rows and columns"),
+        )
+    ),
+    *(
         ours(f"{kind}-{feedback}", "feedback", f"{message} optimizer.feedback={feedback}")
         for kind, message in (("rank5", rank(5, "float32")), ("top5", top(5, "float32")))
         for feedback in ("ef14", "none")

@@ -143,7 +143,7 @@ CHOICES = {
     "data.train=/nowhere/*.bin": "/nowhere/*.bin: 0 matching files, expected 1; rebuild",
     "data.train_shards=2": "train.bin: 1 matching files, expected 2; rebuild with: python data/",
     "w2s.values=float8": "values=float8 is not a value format: choose from float32, bfloat16",
-    "w2s.values=int4@0": "w2s: Integer got block=0: give row, message or a number",
+    "w2s.values=int4@0": "w2s: Integer got block=0: give row, message, a number of values above 0",
     "optimizer.server=moon": "server='moon' is not a placement: choose auto, rank0, sharded",
     "optimizer.feedback=ef22": "feedback='ef22' is not allowed: choose ef21, ef14, none",
     "+norm.hidden.norm.method=qr": "norm.hidden.norm: Spectral got method='qr': choose jordan",
