@@ -36,9 +36,11 @@ gpu: setup data
 figures: setup
 	.venv/bin/python scripts/shakespeare/figures.py
 	.venv/bin/python scripts/codec/run.py --redraw
+	.venv/bin/python scripts/codec/blocks.py --redraw
 	.venv/bin/python scripts/network/run.py --redraw
 	.venv/bin/python scripts/theory/run.py --redraw
 	.venv/bin/python scripts/theory/momentum.py --redraw
+	.venv/bin/python scripts/theory/tight.py --redraw
 	.venv/bin/python scripts/soak/run.py --redraw
 	.venv/bin/python scripts/step124m/run.py --redraw model=gpt2-124m
 	.venv/bin/python scripts/step124m/sharded.py --redraw

@@ -13,6 +13,8 @@ from torch.distributed import GradBucket, ProcessGroup
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from baselines.collectives import Collectives
+from baselines.greedylore import GreedyLore
 from baselines.numbers import check_number
 from ef21_muon.checks import choice, require_equal_parameters, whole_number
 from ef21_muon.exchange.collectives import ALONE
@@ -20,7 +22,8 @@ from ef21_muon.exchange.layers import named_layers
 from ef21_muon.optimizer import EF21Muon
 from ef21_muon.timing import PhaseTimer
 
-HOOKS = ("float32", "float16", "bfloat16", "powersgd")
+HOOKS = ("float32", "float16", "bfloat16", "powersgd", "greedylore")
+LOW_RANK = ("powersgd", "greedylore")
 
 
 class AllReduced:
@@ -28,13 +31,19 @@ class AllReduced:
 
     hook: "float32" is the plain all-reduce, "float16" and "bfloat16" (NCCL alone) halve it, and
     "powersgd" (Vogels et al., arXiv:1905.13727) sends factors of rank `rank`, in float32, from the
-    third step on. Raises ValueError for a hook that there is not, and without a process group.
+    third step on. "greedylore" (baselines.greedylore) sends gradients whole every `every` steps,
+    the first included, and at rank `rank` in the steps between. Raises ValueError for a hook that
+    there is not, and without a process group.
     """
 
     name: str
 
-    def _reduce_with(self, hook: str, rank: int, process_group: ProcessGroup | None) -> None:
+    def _reduce_with(
+        self, hook: str, rank: int, every: int, process_group: ProcessGroup | None
+    ) -> None:
+        """To be called at the end of a constructor: a hook's state is part of the optimizer's."""
         self.hook, self.rank = choice("hook", hook, HOOKS), whole_number("rank", rank, least=1)
+        self.every = whole_number("every", every, least=1)
         if not dist.is_initialized():
             raise ValueError("an all-reduce needs a process group: launch with torchrun")
         if hook == "bfloat16" and dist.get_backend(process_group) == "gloo":
@@ -42,25 +51,33 @@ class AllReduced:
         self.reduced_over = process_group
         self.reduced_bytes = 0
         self.timer = PhaseTimer()
+        if hook == "greedylore":
+            self.collectives = Collectives(process_group)
+            self.lore = GreedyLore(self, rank, every, self.collectives.mean)
 
     @property
     def title(self) -> str:
         """The method's name in figures."""
-        how = {"float32": "all-reduce", "powersgd": f"PowerSGD rank {self.rank}"}
+        how = {
+            "float32": "all-reduce",
+            "powersgd": f"PowerSGD rank {self.rank}",
+            "greedylore": f"GreedyLore rank {self.rank}, whole every {self.every}",
+        }
         return f"{self.name}, {how.get(self.hook, f'all-reduce {self.hook}')}"
 
     def wrap(self, model: nn.Module) -> DistributedDataParallel:
         """The module to call in place of `model`, whose backward pass averages the gradients."""
-        powersgd = self.hook == "powersgd"
         # The PowerSGD hook starts collectives from callbacks; on gloo with several buckets ranks
-        # start them in different orders and wait for one another for ever. So it gets one bucket.
+        # start them in different orders and wait for one another for ever. So it gets one bucket;
+        # GreedyLore, which waits for its own, sends one buffer of all layers so.
         wrapped = DistributedDataParallel(
             model,
             process_group=self.reduced_over,
             forward_sync_buffers=False,
-            bucket_cap_mb=1024 if powersgd else None,
+            bucket_cap_mb=1024 if self.hook in LOW_RANK else None,
         )
-        wrapped.register_comm_hook(None, self._powersgd() if powersgd else self._plain())
+        hooks = {"powersgd": self._powersgd, "greedylore": self._greedylore}
+        wrapped.register_comm_hook(None, hooks.get(self.hook, self._plain)())
         return wrapped
 
     def check_finite(self) -> None:
@@ -124,6 +141,21 @@ class AllReduced:
 
         return counted
 
+    def _greedylore(self) -> Callable:
+        def counted(state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+            self.lore.average(bucket.parameters(), bucket.gradients(), self._steps_taken)
+            self.reduced_bytes += self.collectives.read().w2s_bytes
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        return counted
+
+    @property
+    def _steps_taken(self) -> int:
+        """Also before a checkpoint from which this goes on."""
+        raise NotImplementedError
+
 
 class AdamW(AllReduced, torch.optim.AdamW):
     """torch.optim.AdamW (Loshchilov and Hutter, arXiv:1711.05101) behind DDP."""
@@ -139,6 +171,7 @@ class AdamW(AllReduced, torch.optim.AdamW):
         weight_decay: float = 0.1,
         hook: str = "float32",
         rank: int = 4,
+        every: int = 200,
         process_group: ProcessGroup | None = None,
     ):
         if not (isinstance(betas, Sequence) and len(betas) == 2):
@@ -148,11 +181,15 @@ class AdamW(AllReduced, torch.optim.AdamW):
         for beta in betas:
             check_number("betas", beta)
         super().__init__(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
-        self._reduce_with(hook, rank, process_group)
         for group in self.param_groups:
             for p in group["params"]:  # now, and not in the first step: a checkpoint needs places
                 moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                 self.state[p] = {"step": torch.tensor(0.0, dtype=torch.float32), **moments}
+        self._reduce_with(hook, rank, every, process_group)
+
+    @property
+    def _steps_taken(self) -> int:
+        return int(self.state[self.param_groups[0]["params"][0]]["step"])
 
     def step(self, closure=None):
         with self.timer("server"):
@@ -176,7 +213,12 @@ class Muon(AllReduced, EF21Muon):
         beta: float = 0.1,
         hook: str = "float32",
         rank: int = 4,
+        every: int = 200,
         process_group: ProcessGroup | None = None,
     ):
         super().__init__(params, lr, beta=beta, process_group=ALONE)
-        self._reduce_with(hook, rank, process_group)
+        self._reduce_with(hook, rank, every, process_group)
+
+    @property
+    def _steps_taken(self) -> int:
+        return self.steps

@@ -27,6 +27,7 @@ from ef21_muon.messages.fitted import FittedRank
 from ef21_muon.messages.noneuclidean import Damping, Dropout, TopColumns, TopSingular
 from ef21_muon.messages.normal import Normal
 from ef21_muon.messages.residual import Residual
+from ef21_muon.messages.smoothness import SmoothnessAware
 from ef21_muon.messages.statistical import Statistical
 from ef21_muon.messages.switch import Switch
 from ef21_muon.messages.values import (
@@ -73,6 +74,7 @@ __all__ = [
     "RowNorm",
     "Sign",
     "SignScale",
+    "SmoothnessAware",
     "Spectral",
     "Statistical",
     "Switch",

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 
 from ef21_muon.messages.normal import Normal
+from ef21_muon.messages.smoothness import SmoothnessAware
 from ef21_muon.messages.statistical import Statistical
 from ef21_muon.messages.values import (
     BFloat16,
@@ -17,23 +18,24 @@ from ef21_muon.messages.values import (
 
 NAMES = (
     "float32, bfloat16, natural, natural3 to natural7, int2 to int8, normal1 to normal6, sign, "
-    "statistical2 to statistical8"
+    "smooth2 to smooth8, statistical2 to statistical8"
 )
-BITS_NEEDED = ("int", "normal", "statistical")
+BITS_NEEDED = ("int", "normal", "smooth", "statistical")
 
 
 def value_format(values: Values | str | Mapping) -> Values:
     """A format from what configurations write; a format is returned as it is.
 
     A name, with the bits of a window, of integers or of levels behind it and a block behind
-    @ ("natural4", "int4@128", "sign@message"), or a mapping with such a `format` and further
-    options ({format: natural4, stochastic: false}). Raises ValueError for anything else.
+    @ ("natural4", "int4@128", "int4@8blocks", "sign@message"), or a mapping with such a `format`
+    and further options ({format: natural4, stochastic: false}). Raises ValueError for anything
+    else.
     """
     if isinstance(values, Values):
         return values
     options = dict(values) if isinstance(values, Mapping) else {"format": values}
     name = str(options.pop("format", None))
-    kinds = "float32|bfloat16|natural|normal|int|sign|statistical"
+    kinds = "float32|bfloat16|natural|normal|int|sign|smooth|statistical"
     match = re.fullmatch(rf"({kinds})(\d?)(?:@(\w+))?", name)
     if not match or (match[1] in BITS_NEEDED) > bool(match[2]):
         raise ValueError(f"values={name} is not a value format: choose from {NAMES}")
@@ -44,7 +46,7 @@ def value_format(values: Values | str | Mapping) -> Values:
         options["exponent_bits" if kind == "natural" else "bits"] = int(bits)
     formats = {"float32": Float32, "bfloat16": BFloat16, "sign": SignScale}
     formats |= {"int": Integer, "normal": Normal, "natural": NaturalWindow if bits else Natural}
-    formats["statistical"] = Statistical
+    formats |= {"smooth": SmoothnessAware, "statistical": Statistical}
     try:
         return formats[kind](**options)
     except TypeError:

@@ -5,6 +5,7 @@ and back; each of the L is a message of its own. Formats document their bits a v
 are unbiased (E decode(encode(v)) = v), and `omega`: E ||decode(encode(v)) - v||^2 <= omega ||v||^2.
 """
 
+import re
 from math import sqrt
 
 import torch
@@ -134,20 +135,23 @@ class Natural(Values):
 class Blockwise(Values):
     """Formats with a scale a block: small codes of `width` bits, `scale_bytes` for each block.
 
-    block: "row", "message", or a number of consecutive values. The fewer values share a scale, the
-    smaller the error and the more scales are sent.
+    block: "row", "message", a number of consecutive values, or "8blocks" for so many equal blocks
+    a message (fewer where it has not that many values). The fewer values share a scale, the smaller
+    the error and the more scales are sent.
     """
 
     width: int
     scale_dtype: torch.dtype
 
     def __init__(self, block: int | str = "row"):
-        if not (block in ("row", "message") or (type(block) is int and block > 0)):
+        counted = re.fullmatch(r"([1-9]\d*)blocks", block) if isinstance(block, str) else None
+        known = block in ("row", "message") or counted or (type(block) is int and block > 0)
+        if not known:
             raise ValueError(
                 f"{type(self).__name__} got block={block}: "
-                "give row, message or a number of values above 0"
+                "give row, message, a number of values above 0, or of blocks as 8blocks"
             )
-        self.block = block
+        self.block, self._count = block, int(counted[1]) if counted else 1
 
     def _told_block(self) -> str:
         return "" if self.block == "row" else f"@{self.block}"
@@ -156,8 +160,9 @@ class Blockwise(Values):
         """How many blocks there are, and how many values each has, the last one padded."""
         if self.block == "row":
             return rows, columns
-        length = rows * columns if self.block == "message" else min(self.block, rows * columns)
-        return -(-rows * columns // length), length
+        total = rows * columns
+        length = min(self.block, total) if type(self.block) is int else -(-total // self._count)
+        return -(-total // length), length
 
     def payload_bytes(self, rows: int, columns: int) -> int:
         scales = self.blocks(rows, columns)[0] * self.scale_dtype.itemsize

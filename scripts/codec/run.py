@@ -245,6 +245,8 @@ The momentum difference M_j - G_j is that of a worker alone, after {run["rounds"
 The noise is Gaussian, and on it no code of R bits a parameter has an alpha above 1 - 2^(-2R), the
 Shannon bound; the momentum difference has structure and is not bound by it. The picture leaves out
 what loses less than {LEAST_DRAWN:g}.
+
+What more blocks and a diagonal geometry save: [blocks.md](blocks.md).
 """
 
 

@@ -31,6 +31,7 @@ METHODS = (
     Method("AdamW + DDP", ("AdamW",), COLOURS[6]),
     Method("Dion", ("Dion", "Dion float32"), COLOURS[2]),
     Method("Muon +\nPowerSGD", ("Muon + PowerSGD",), COLOURS[1], (7, 8)),
+    Method("Muon +\nGreedyLore", ("Muon + GreedyLore",), COLOURS[0], (7, 18), style=":"),
     Method("EF21-Muon,\nuncompressed", ("identity",), COLOURS[4], (9, 9)),
     Method("Muon + DDP", ("Muon",), COLOURS[5], (9, -10), style="--"),
     Method("DeMo", ("DeMo",), COLOURS[3], (7, 7)),

@@ -47,7 +47,10 @@ METHODS = {  # by family
     "identity": "EF21-Muon, uncompressed",
     "fitted rank": "EF21-Muon, fitted rank",
     "fitted rank, server momentum": "EF14, fitted rank, server momentum",
-    **{name: name for name in ("Muon", "AdamW", "Muon + PowerSGD", "Dion", "DeMo")},
+    **{
+        name: name
+        for name in ("Muon", "AdamW", "Muon + PowerSGD", "Muon + GreedyLore", "Dion", "DeMo")
+    },
 }
 METHOD_SHARES = (0.5, TARGET_SHARE)  # of the uncompressed run's tokens
 

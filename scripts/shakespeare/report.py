@@ -32,7 +32,7 @@ from scripts.shakespeare.settings import MOMENTUM_SETTINGS, SETTINGS, WORKER_SET
 from scripts.shakespeare.workers import more_workers
 
 TEXT = Path(__file__).with_name("report.md")
-RIVALS = ("Muon + PowerSGD", "Dion", "Dion float32", "DeMo")
+RIVALS = ("Muon + PowerSGD", "Muon + GreedyLore", "Dion", "Dion float32", "DeMo")
 MORE_BITS = 1.01
 
 

@@ -17,7 +17,9 @@ from training.records import BYTES_PER_PARAMETER, Log, read_log
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "shakespeare"
 TARGET_SHARE = 0.75  # of the uncompressed run's tokens
-OTHERS = ("Muon", "AdamW", "Muon + PowerSGD", "Dion", "Dion float32", "DeMo")  # families not ours
+OTHERS = (  # families not ours
+    *("Muon", "AdamW", "Muon + PowerSGD", "Muon + GreedyLore", "Dion", "Dion float32", "DeMo"),
+)
 LOCAL = ("local steps",)  # ours, of rounds of several steps
 PEERS = ("DiLoCo", "MuLoCo", "SparseLoCo")  # not ours, likewise
 NETWORK_LOG, REPLAY_LOG = "network.jsonl", "replay.jsonl"

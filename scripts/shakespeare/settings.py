@@ -56,6 +56,10 @@ def powersgd(rank: int) -> str:
     return f"{POWERSGD} optimizer.rank={rank} {TUNED}"
 
 
+def greedylore(rank: int, every: int) -> str:
+    return f"optimizer=muon_greedylore optimizer.rank={rank} optimizer.every={every} {TUNED}"
+
+
 def dion(percent: float, values: str) -> str:
     best = "optimizer.lr=0.04 optimizer.mu=0.8"
     return f"{DION32} {best} optimizer.rank_fraction={percent / 100:g} optimizer.values={values}"
@@ -181,6 +185,14 @@ SETTINGS = [
     ours("natural", "natural", "compressor@w2s=natural"),
     ours("sign", "sign", "compressor@w2s=sign"),
     *(
+        ours(name, "int4", f"compressor@w2s=dense w2s.values={values}", level=level)
+        for name, values, level in (
+            ("int4-message", "int4@message", "one block"),
+            ("int4-112", "int4@112", "blocks of 112"),
+            ("smooth4", "smooth4", "rows and columns"),
+        )
+    ),
+    *(
         ours(f"{kind}-{feedback}", "feedback", f"{message} optimizer.feedback={feedback}")
         for kind, message in (("rank5", rank(5, "float32")), ("top5", top(5, "float32")))
         for feedback in ("ef14", "none")
@@ -200,6 +212,13 @@ SETTINGS = [
     setting("muon", "Muon", f"optimizer=muon {TUNED}"),
     setting("adamw", "AdamW", "optimizer=adamw optimizer.lr=0.004"),
     *(setting(f"powersgd{r}", "Muon + PowerSGD", powersgd(r), level=f"rank {r}") for r in (4, 16)),
+    *(
+        setting(f"greedylore{r}", "Muon + GreedyLore", greedylore(r, 100), level=f"rank {r}")
+        for r in (4, 16)
+    ),
+    setting(
+        "greedylore16-every20", "Muon + GreedyLore", greedylore(16, 20), level="rank 16, every 20"
+    ),
     setting("dion15", "Dion float32", dion(15, "float32"), level="15%"),
     *(setting(f"dion{p}-normal4", "Dion", dion(p, "normal4"), level=f"{p}%") for p in (5, 15)),
     *(

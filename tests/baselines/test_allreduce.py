@@ -50,11 +50,17 @@ def test_muon_is_ef21_muon_without_compression(ranks):
 
 
 @pytest.mark.parametrize(
-    ("hook", "least", "most"), [("float16", 1e-7, 1e-2), ("powersgd", 1e-2, 1)]
+    ("hook", "least", "most"),
+    [("float16", 1e-7, 1e-2), ("powersgd", 1e-2, 1), ("greedylore", 1e-2, 1)],
 )
 def test_hooks_change_what_is_averaged(ranks, hook, least, most):
     difference = apart(ranks[0][f"muon {hook} parameters"], ranks[0]["muon parameters"])
     assert least < difference < most
+
+
+def test_greedylore_that_sends_all_is_the_all_reduce(ranks):
+    assert apart(ranks[0]["adamw whole parameters"], ranks[0]["adamw parameters"]) < 1e-6
+    assert apart(ranks[0]["adamw greedylore parameters"], ranks[0]["adamw parameters"]) > 1e-2
 
 
 @pytest.mark.parametrize("method", allreduce.METHODS)
@@ -74,6 +80,11 @@ def powersgd_entries(rank):
         ("muon", 4 * ENTRIES * STEPS),
         ("muon float16", 2 * ENTRIES * STEPS),
         ("muon powersgd", 4 * (2 * ENTRIES + (STEPS - 2) * powersgd_entries(3))),
+        *(
+            # whole in the first and the fifth of six steps
+            (f"{name} greedylore", 4 * (2 * ENTRIES + 4 * (24 + 3 * 32 + 16 + 3 * 32)))
+            for name in ("muon", "adamw")
+        ),
     ],
 )
 def test_the_bytes_are_those_of_the_collectives(ranks, method, expected):

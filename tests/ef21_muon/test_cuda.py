@@ -35,6 +35,7 @@ COMPRESSORS = {
     "natural4": Dense("natural4"),
     "normal2": Dense("normal2"),
     "sign": Dense("sign"),
+    "smooth": Dense("smooth4"),
     "bfloat16": Dense("bfloat16"),
     "statistical": Dense("statistical4"),
     "dropout": Dropout(TopK(0.3), 0.5),

@@ -143,3 +143,34 @@ class DeMo:
             self.gap = min(self.gap, gap / sorted_magnitudes[0])
         values = self.rounding(np.array([coefficients[place] for place in places]))
         return dict(zip(places, values, strict=True))
+
+
+class GreedyLore:
+    """What GreedyLore makes of the workers' gradients of a matrix (m, n), m <= n.
+
+    `gap` is the least distance so far, relative to the largest, between the last direction's
+    estimate that was taken and the next.
+    """
+
+    def __init__(self, workers, shape, rank, every):
+        self.errors = [np.zeros(shape) for _ in range(workers)]
+        self.rank, self.every, self.basis, self.step, self.gap = rank, every, None, 0, np.inf
+
+    def average(self, gradients, probe):
+        wanted = [g + e for g, e in zip(gradients, self.errors, strict=True)]
+        whole, self.step = self.step % self.every == 0, self.step + 1
+        if whole:
+            mean = sum(wanted) / len(wanted)
+            self.errors = [np.zeros(mean.shape) for _ in wanted]
+            # Eigenvectors of B B^T, of falling eigenvalues.
+            self.basis = np.linalg.eigh(mean @ mean.T)[1][:, ::-1]
+            return mean
+        energies = [
+            sum((self.basis[:, i] @ x) @ probe[i] for x in wanted) ** 2 for i in range(len(probe))
+        ]
+        order = sorted(range(len(probe)), key=lambda i: -energies[i])
+        last, next_one = (energies[order[place]] for place in (self.rank - 1, self.rank))
+        self.gap = min(self.gap, (last - next_one) / energies[order[0]])
+        projection = sum(np.outer(u, u) for u in self.basis.T[order[: self.rank]])
+        self.errors = [x - projection @ x for x in wanted]
+        return projection @ sum(wanted) / len(wanted)

@@ -65,6 +65,10 @@ for format_name, values in FORMATS.items():
         COMPRESSORS[f"singular {fraction} {format_name}"] = TopSingular(fraction, values)
         COMPRESSORS[f"fitted {fraction} {format_name}"] = FittedRank(fraction, values)
 
+COMPRESSORS["dense int4@3blocks"] = Dense("int4@3blocks")
+COMPRESSORS["dense smooth4"] = Dense("smooth4")
+COMPRESSORS["dense nearest smooth3"] = Dense({"format": "smooth3", "stochastic": False})
+
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS.values(), ids=COMPRESSORS)
 
 

@@ -23,6 +23,7 @@ GAPS = {  # between the neighbours of v, as multiples of |v| and of the largest 
     **{NaturalWindow(bits): (1, 2.0 ** (3 - 2**bits)) for bits in (3, 4, 7)},
     **{Integer(bits): (0, 1 / (2 ** (bits - 1) - 1)) for bits in (2, 4, 8)},
     Integer(3, block="message"): (0, 1 / 3),
+    Integer(3, block="1blocks"): (0, 1 / 3),
 }
 
 
@@ -128,6 +129,8 @@ def test_blocks_do_not_see_one_another(kind):
         ("sign", 1, 4 * 64),
         ("sign@message", 1, 4),
         ("int4@128", 4, 4 * 48),
+        ("int4@8blocks", 4, 4 * 8),
+        *((f"smooth{b}", b, 4 * 64 + 2 * 96) for b in range(2, 9)),
         ("natural4@64", 5, 96),
     ],
 )
@@ -160,6 +163,12 @@ def test_formats_from_mappings():
             "float16",
             "int4@0",
             "int4@day",
+            "int4@0blocks",
+            "int4@blocks",
+            "normal4@8blocks",
+            "smooth",
+            "smooth1",
+            "smooth4@row",
         ),
         *({"format": "natural", "block": 3}, {"format": "float32", "bits": 4}, {"bits": 4}, None),
         *("natural4@-1", "", 7, {"format": "sign", "stochastic": True}),
@@ -172,7 +181,11 @@ def test_what_is_no_format_is_refused_in_one_line(wrong):
 
 
 @pytest.mark.parametrize(
-    "name", ["natural4", "int4", "normal3", "normal3@message", "sign", "sign@5", "int4@message"]
+    "name",
+    [
+        *("natural4", "int4", "normal3", "normal3@message", "sign", "sign@5", "int4@message"),
+        "sign@4blocks",
+    ],
 )
 def test_pieces_do_not_show(monkeypatch, name):
     """Encoded eight blocks, or eight values, at a time: the same message."""

@@ -37,9 +37,11 @@ def test_bytes_rise_and_losses_never_do():
     assert losses[-1] == 1.5
 
 
-def test_every_method_of_the_picture_has_runs_and_reaches_their_best_loss():
+def test_every_method_of_the_picture_that_has_runs_reaches_their_best_loss():
     results = read(RESULTS)
-    assert len(METHODS) == 10
-    for method in METHODS:
+    assert len(METHODS) == 11
+    have_runs = [method for method in METHODS if of_method(results, method)]
+    assert len(have_runs) >= 10
+    for method in have_runs:
         runs = [result.by_both for result in of_method(results, method)]
         assert envelope(runs)[-1][1] == min(loss for run in runs for _, loss in run)

@@ -15,7 +15,10 @@ from scripts.shakespeare.envelopes import fewest_both_ways
 from scripts.shakespeare.results import read, target_loss
 from scripts.shakespeare.rounds import closest, headline, where_others_are_ahead
 
-OTHERS = ("muon", "adamw", "powersgd", "dion", "demo", "diloco", "muloco", "sparseloco")
+OTHERS = (
+    *("muon", "adamw", "powersgd", "greedylore", "dion", "demo"),
+    *("diloco", "muloco", "sparseloco"),
+)
 
 
 def runs():

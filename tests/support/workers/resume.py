@@ -37,6 +37,8 @@ CASES = {
     "switch as it goes on": ("compressor@w2s=switch", "w2s.start=2"),
     "switch after": ("compressor@w2s=switch", "w2s.start=3", "optimizer.server=replicated"),
     **{name: (f"optimizer={name}",) for name in ("adamw", "muon", "muon_fp16", "dion", "demo")},
+    "muon_greedylore": ("optimizer=muon_greedylore", "optimizer.every=3"),
+    "adamw greedylore": ("optimizer=adamw", "optimizer.hook=greedylore", "+optimizer.every=3"),
     "dion natural": ("optimizer=dion", "optimizer.values=natural"),
     "demo natural": ("optimizer=demo", "optimizer.values=natural"),
     "local": (*LOCAL, "compressor@s2w=natural", "optimizer.outer_momentum=0.5"),
