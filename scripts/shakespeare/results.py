@@ -103,7 +103,7 @@ class Result:
 
 def read(directory: Path, settings: Sequence[Setting] = SETTINGS) -> dict[str, Result]:
     """The settings that have run, by name. Raises ValueError for a log that is not as it should."""
-    results = _read(directory, settings)
+    results = read_settings(directory, settings)
     if "identity" not in results:
         raise ValueError(
             f"{directory} lacks identity-seed0.jsonl: run scripts/shakespeare/run.py first"
@@ -114,7 +114,7 @@ def read(directory: Path, settings: Sequence[Setting] = SETTINGS) -> dict[str, R
 def read_workers(directory: Path, of_two: dict[str, Result]) -> dict[int, dict[str, Result]]:
     """Those of OF_WORKERS that have run, by the number of workers and by name."""
     found = {2: {name: of_two[name] for name in OF_WORKERS if name in of_two}}
-    for result in _read(directory, WORKER_SETTINGS).values():
+    for result in read_settings(directory, WORKER_SETTINGS).values():
         name = result.setting.name.partition("-")[2]
         found.setdefault(result.setting.workers, {})[name] = result
     return found
@@ -122,10 +122,11 @@ def read_workers(directory: Path, of_two: dict[str, Result]) -> dict[int, dict[s
 
 def read_momentum(directory: Path) -> dict[str, Result]:
     """Those of MOMENTUM_SETTINGS that have run, by name."""
-    return _read(directory, MOMENTUM_SETTINGS)
+    return read_settings(directory, MOMENTUM_SETTINGS)
 
 
-def _read(directory: Path, settings: Sequence[Setting]) -> dict[str, Result]:
+def read_settings(directory: Path, settings: Sequence[Setting]) -> dict[str, Result]:
+    """Those that have run, by name."""
     results = {}
     for setting in settings:
         paths = [directory / f"{setting.name}-seed{seed}.jsonl" for seed in setting.seeds]
