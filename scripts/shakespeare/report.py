@@ -7,6 +7,7 @@ from statistics import mean
 
 from scripts.shakespeare.findings import ROUNDS_TEXT, filled, findings, paragraphs
 from scripts.shakespeare.momenta import momenta_table, momenta_told
+from scripts.shakespeare.muon_feedback import WITHOUT, muon_feedback
 from scripts.shakespeare.results import (
     LOCAL,
     PEERS,
@@ -19,6 +20,7 @@ from scripts.shakespeare.results import (
     read_momentum,
     read_replay,
     read_settings,
+    read_sign_replay,
     read_workers,
     savings,
     target_loss,
@@ -30,6 +32,7 @@ from scripts.shakespeare.rounds import (
     where_others_are_ahead,
 )
 from scripts.shakespeare.settings import ALL_SETTINGS, FEEDBACK_SETTINGS, SIGN_SETTINGS
+from scripts.shakespeare.signs import signs_section
 from scripts.shakespeare.workers import more_workers
 
 TEXT = Path(__file__).with_name("report.md")
@@ -65,6 +68,8 @@ def page(directory: Path) -> str:
         more_workers=more_workers(workers),
         momenta=momenta_table(momenta, results),
         momenta_findings=filled(momenta_told(momenta, results, read_changes(directory))),
+        muon_feedback=muon_feedback(feedback),
+        signs=signs_section(signs, feedback.get(WITHOUT), read_sign_replay(directory)),
         missing=missing([results, momenta, feedback, signs, *workers.values()]),
         grids=grid_table(results),
     )

@@ -22,6 +22,7 @@ LOCAL = ("local steps",)  # ours, of rounds of several steps
 PEERS = ("DiLoCo", "MuLoCo", "SparseLoCo")  # not ours, likewise
 NETWORK_LOG, REPLAY_LOG = "network.jsonl", "replay.jsonl"
 DIFFERENCES_LOG, CHANGES_LOG = "differences.jsonl", "changes.jsonl"
+SIGN_REPLAY_LOG = "sign_replay.jsonl"
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,11 @@ def read_differences(directory: Path) -> list[dict]:
 def read_changes(directory: Path) -> list[dict]:
     """What scripts/shakespeare/changes.py measured; nothing where it has not run."""
     return _lines(directory / CHANGES_LOG)
+
+
+def read_sign_replay(directory: Path) -> list[dict]:
+    """What scripts/shakespeare/sign_replay.py measured; nothing where it has not run."""
+    return _lines(directory / SIGN_REPLAY_LOG)
 
 
 def _lines(path: Path) -> list[dict]:

@@ -55,7 +55,7 @@ def test_every_log_is_of_the_configuration_that_the_study_asks_for(monkeypatch):
     logs = {path.relative_to(study.RESULTS).as_posix() for path in study.RESULTS.rglob("*.jsonl")}
     measured = {
         getattr(study_results, f"{log}_LOG")
-        for log in ("NETWORK", "REPLAY", "DIFFERENCES", "CHANGES")
+        for log in ("NETWORK", "REPLAY", "DIFFERENCES", "CHANGES", "SIGN_REPLAY")
     }
     assert logs - measured <= {f"{run.name}.jsonl" for run in RUNS}
 
