@@ -20,9 +20,10 @@ class SignMuon(EF21Muon):
         feedback="none"  R_j = C(D_j)        X = X + lr radius mean of R_j      SignMuon
         feedback="ef21"  R_j = C(D_j - G_j)  G = G + mean of R_j, X = X + lr radius G  EF21-SignMuon
 
-    C(x) is mean |x| sign(x), a scale a layer, unless w2s says otherwise. As in that work's
-    language models; there SignMuon's step is sign(D_j) / sqrt(d_in), which for square D_j is as
-    long as 1.25 times this one, and with several workers a vote has the place of the mean.
+    C(x) is mean |x| sign(x), a scale a layer, unless w2s says otherwise. That work's language
+    models have one momentum, as one worker has here, and SignMuon's step there is
+    sign(D) / sqrt(d_in), 1.25 times as long as this one for a square D; its several workers take a
+    vote, not the mean.
 
     params, lr, beta, norm, radius, w2s, s2w, nesterov, weight_decay, server, buckets, missing, seed
     and process_group are those of EF21Muon, and so is what is raised; ValueError also for an

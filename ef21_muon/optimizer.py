@@ -65,8 +65,8 @@ class EF21Muon(ServedOptimizer):
             messages of "ef14" and "none" with it.
         transposed: True where weights are stored as (d_in, d_out), unlike torch.nn.Linear's.
         lmo_feedback: True takes, of lr radius G and what earlier steps left of it, the part along
-            the LMO's direction, so that the length of the step is not fixed, and gradients count by
-            their size: EF-Muon (arXiv:2605.08980).
+            the LMO's direction: EF-Muon (arXiv:2605.08980). Steps are as long as gradients are, and
+            lr radius is the step size of gradient descent; radius is a number.
         kernels: True divides the step of convolutions with kernels of k entries by sqrt(k), which
             makes it Scion's (arXiv:2502.07529), sqrt(d_out / d_in) / k.
 

@@ -63,9 +63,11 @@ def feedback_told(found: dict[str, Result]) -> str:
     seeds = min(len(muon.final), len(chosen.final))
     worse = sum(chosen.final[seed] > muon.final[seed] for seed in range(seeds))
     radius = chosen.setting.name.partition("-radius")[2]
+    holds = "holds" if worse == seeds else "does not hold"
+    end = " (an end of the grid)" if int(radius) in (FEEDBACK_RADII[0], FEEDBACK_RADII[-1]) else ""
     return (
-        f"At its best radius, {radius}, Muon with feedback ends {over(chosen, muon):+.1f} % over "
-        f"Muon, and higher with {worse} of {seeds} seeds. What it leaves out is why: X - e is the "
-        "iterate of gradient descent with momentum, exactly and for any LMO, so that over many "
-        "steps the sum of its steps has the sizes of gradients, and not the equal ones of Muon."
+        f"At its best radius, {radius}{end}, Muon with feedback ends {over(chosen, muon):+.1f} % "
+        f"over Muon, and higher with {worse} of {seeds} seeds: the claim {holds} here. With "
+        "feedback X - e is the iterate of gradient descent with momentum, exactly and for any LMO: "
+        "over many steps its way has the sizes of gradients, and not the equal ones of Muon."
     )
