@@ -69,5 +69,5 @@ def feedback_told(found: dict[str, Result]) -> str:
         f"At its best radius, {radius}{end}, Muon with feedback ends {over(chosen, muon):+.1f} % "
         f"over Muon, and higher with {worse} of {seeds} seeds: the claim {holds} here. With "
         "feedback X - e is the iterate of gradient descent with momentum, exactly and for any LMO: "
-        "over many steps its way has the sizes of gradients, and not the equal ones of Muon."
+        "what Muon does otherwise is in e, and is taken back."
     )
