@@ -37,8 +37,8 @@ An independent implementation (arXiv:2607.29674) reports that with one sign an e
 than no error feedback: 3.3203 for 3.2959 at 124 M parameters. These are of signs *before* the LMO,
 where EF21-Muon has them; there are two rules after it too. Here are all four, by one worker as
 there, half the steps, one seed, with Muon's radii and beta; a scale a layer, and the embedding is
-sent whole. SignMuon's steps have 0.8 of the length of Muon's, and in a run of their own half of
-that: in that work half of it all.
+sent whole. SignMuon's steps are 0.8 times as long as Muon's, and 0.4 times in a run of their own;
+in that work 0.5 times.
 
 {signs_table(found, muon, replayed)}
 
@@ -111,14 +111,14 @@ def why_told(replayed: list[dict]) -> str:
         f"rules; last columns). In a step M turns by {turns[0]} of its own length, so that what "
         "EF21 has learnt of it is old before it is of use: servers are off by "
         f"{pair('before', 'error')}.",
-        "The LMO gives all directions one length, those of the error too, and steps have cosines "
-        f"of {pair('before', 'alignment')} with Muon's. After the LMO nothing is magnified, and "
-        f"the cosines are {pair('after', 'alignment')}.",
-        "What is old costs more where W goes to and fro: with minus the newest gradient Muon's "
-        f"step has a cosine of {of['muon', BETA]['descent']:.2f}, the rules before the LMO "
-        f"{pair('before', 'descent')}, those after it {pair('after', 'descent')}.",
-        f"With a slower momentum, beta {slow:g}, M turns by {turns[1]}, and the cosines with "
-        f"Muon's steps before the LMO are {pair('before', 'alignment', slow)}: feedback of signs "
-        "pays where what is told changes by less than a message can say.",
+        "The LMO gives all directions one length, those of the error too, and the cosine of a "
+        f"step with Muon's is {pair('before', 'alignment')}. After the LMO nothing is magnified, "
+        f"and it is {pair('after', 'alignment')}.",
+        "What is old costs more where W goes to and fro. The cosine with minus the newest "
+        f"gradient is {of['muon', BETA]['descent']:.2f} for Muon, before the LMO "
+        f"{pair('before', 'descent')}, and after it {pair('after', 'descent')}.",
+        f"With a slower momentum, beta {slow:g}, M turns by {turns[1]}, and the cosine with "
+        f"Muon's step before the LMO is {pair('before', 'alignment', slow)}: feedback of signs "
+        "asks for what changes slowly. Nothing was trained with that.",
     ]
     return filled(" ".join(told))
