@@ -4,7 +4,8 @@
     python data/fineweb.py verify                   compare the files with manifest.json
     python data/fineweb.py tokenize                 the same from the text (27 GB)
 
-All three can be stopped and started again. `--help` after a command lists its options.
+With --dataset finewebedu10B the first two are of FineWeb-Edu, which has 99 training shards. All
+three can be stopped and started again. `--help` after a command lists its options.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import re
 import shlex
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
@@ -28,13 +30,32 @@ from data.files import Claim
 from data.manifest import Manifest, sha256, shard_paths
 from data.shards import ShardError, open_shard
 
-DIRECTORY = Path(__file__).resolve().parent / "fineweb10B"
-REPOSITORY = "kjj0/fineweb10B-gpt2"
-TRAIN_SHARDS = 103
+
+@dataclass(frozen=True)
+class Published:
+    """A data set of the hub in shards: one of the test, and training shards of 10^8 tokens.
+
+    Files are named by the prefix.
+    """
+
+    repository: str
+    prefix: str
+    train_shards: int
+
+
+# By the names of their folders beside this file. Names and numbers are those in the scripts of
+# microsoft/dion (data/cached_fineweb10B.py and data/cached_finewebedu10B.py).
+DATASETS = {
+    "fineweb10B": Published("kjj0/fineweb10B-gpt2", "fineweb", 103),
+    "finewebedu10B": Published("kjj0/finewebedu10B-gpt2", "finewebedu", 99),
+}
+FINEWEB = DATASETS["fineweb10B"]
 ATTEMPTS = 5  # of a shard whose transfer breaks or whose content is wrong
 
 
-def download(directory: Path, shards: int, rebuild: str) -> Manifest:
+def download(
+    directory: Path, shards: int, rebuild: str, published: Published = FINEWEB
+) -> Manifest:
     """Fetch the test shard and the first `shards` training shards; keep those already right.
 
     A shard that the manifest lists is checked against it, without the network; the others against
@@ -43,10 +64,11 @@ def download(directory: Path, shards: int, rebuild: str) -> Manifest:
     shards of another source.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    manifest = Manifest.start(directory, {"repository": REPOSITORY}, rebuild)
+    source = {"repository": published.repository}
+    manifest = Manifest.start(directory, source, rebuild, published.prefix)
     manifest.train_shards = max(shards, len(manifest.shards) - 1)
     manifest.save()
-    train, test = shard_paths(directory, shards)
+    train, test = shard_paths(directory, shards, published.prefix)
     for path in tqdm(test + train, unit="shard"):
         if path.name in manifest.shards:
             try:
@@ -55,35 +77,36 @@ def download(directory: Path, shards: int, rebuild: str) -> Manifest:
             except ShardError as error:
                 tqdm.write(f"fetching again: {error}", file=sys.stderr)
         try:
-            revision = fetch(path, rebuild)
+            revision = fetch(path, published.repository, rebuild)
         except HfHubHTTPError as error:
             answer = f"the hub answers HTTP {error.response.status_code}"
-            raise _failure(path, answer, rebuild) from error
+            raise _failure(path, published.repository, answer, rebuild) from error
         except httpx2.TransportError as error:
-            raise _failure(path, f"no connection ({error})", rebuild) from error
+            problem = f"no connection ({error})"
+            raise _failure(path, published.repository, problem, rebuild) from error
         manifest.record(path.name, revision=revision)
     return manifest
 
 
-def fetch(path: Path, rebuild: str) -> str:
-    """Fetch one shard from the hub unless it is there; return the hub's revision.
+def fetch(path: Path, repository: str, rebuild: str) -> str:
+    """Fetch one shard from a data set of the hub unless it is there; return the hub's revision.
 
     The bytes go to a file beside it with `.partial` added, where a later call goes on. It gets its
     name when length, SHA-256 and header are right. Raises RuntimeError if they still are not after
     ATTEMPTS attempts, ShardError if the hub's file is no shard, HfHubHTTPError if the hub refuses
     (429 and 5xx only after the tries and waits, Retry-After included, of its own client).
     """
-    url = hf_hub_url(REPOSITORY, path.name, repo_type="dataset")
+    url = hf_hub_url(repository, path.name, repo_type="dataset")
     expected = get_hf_file_metadata(url, retry_on_errors=True)
     if expected.size is None or not re.fullmatch("[0-9a-f]{64}", expected.etag or ""):
-        raise _failure(path, "the hub gives no length or no SHA-256", rebuild)
+        raise _failure(path, repository, "the hub gives no length or no SHA-256", rebuild)
     if path.exists():
         problem = _difference(path, expected)
         if problem is None:
             return expected.commit_hash
         tqdm.write(f"fetching again: {path}: {problem}", file=sys.stderr)
 
-    url = hf_hub_url(REPOSITORY, path.name, repo_type="dataset", revision=expected.commit_hash)
+    url = hf_hub_url(repository, path.name, repo_type="dataset", revision=expected.commit_hash)
     partial = path.with_name(path.name + ".partial")
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -99,7 +122,7 @@ def fetch(path: Path, rebuild: str) -> str:
         if attempt < ATTEMPTS:
             time.sleep(2 ** (attempt - 1))
     else:
-        raise _failure(path, f"{problem}, after {ATTEMPTS} attempts", rebuild)
+        raise _failure(path, repository, f"{problem}, after {ATTEMPTS} attempts", rebuild)
     try:
         open_shard(partial, rebuild)
     except ShardError:
@@ -151,9 +174,9 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _failure(path: Path, problem: str, rebuild: str) -> RuntimeError:
+def _failure(path: Path, repository: str, problem: str, rebuild: str) -> RuntimeError:
     return RuntimeError(
-        f"{path.name} of {REPOSITORY}: {problem}; to go on from here, run again: {rebuild}"
+        f"{path.name} of {repository}: {problem}; to go on from here, run again: {rebuild}"
     )
 
 
@@ -189,8 +212,7 @@ def main() -> None:
     fetching.add_argument(
         "--shards",
         type=int,
-        default=TRAIN_SHARDS,
-        help=f"training shards of 100 million tokens (200 MB) each, 1 to {TRAIN_SHARDS} (default)",
+        help="training shards of 100 million tokens (200 MB) each; all by default, 103 or 99",
     )
     checking = commands.add_parser("verify", help="compare the files with manifest.json")
     making = commands.add_parser("tokenize", help="make the shards from the text")
@@ -207,14 +229,19 @@ def main() -> None:
     making.add_argument(
         "--shard-tokens", type=int, default=10**8, help="tokens of a shard, default %(default)s"
     )
+    for command in (fetching, checking):
+        command.add_argument("--dataset", choices=DATASETS, help="default: fineweb10B")
     for command in (fetching, checking, making):
+        command.set_defaults(dataset="fineweb10B")
         command.add_argument(
-            "--out", type=Path, default=DIRECTORY, help="folder of the shards, default %(default)s"
+            "--out", type=Path, help="folder of the shards, by default data/fineweb10B or the like"
         )
     arguments = parser.parse_args()
-    for name, most in (("shards", TRAIN_SHARDS), ("processes", 1024), ("shard_tokens", 2**31 - 1)):
-        value = getattr(arguments, name, 1)
-        if not 1 <= value <= most:
+    arguments.out = arguments.out or Path(__file__).resolve().parent / arguments.dataset
+    most_shards = DATASETS[arguments.dataset].train_shards
+    for name, most in (("shards", most_shards), ("processes", 1024), ("shard_tokens", 2**31 - 1)):
+        value = getattr(arguments, name, None)
+        if value is not None and not 1 <= value <= most:
             parser.error(f"--{name.replace('_', '-')} is {value}: use 1 to {most}")
     try:
         manifest = _run(arguments)
@@ -232,7 +259,9 @@ def _run(arguments: argparse.Namespace) -> Manifest:
         return verify(directory)
     with Claim(directory):
         if arguments.command == "download":
-            return download(directory, arguments.shards, rebuild)
+            published = DATASETS[arguments.dataset]
+            shards = arguments.shards or published.train_shards
+            return download(directory, shards, rebuild, published)
 
         from data.tokenize_fineweb import hub_files, local_files, tokenize
 

@@ -11,10 +11,12 @@ from data.shards import ShardError, open_shard
 FILE_NAME = "manifest.json"
 
 
-def shard_paths(directory: Path, shards: int) -> tuple[list[Path], list[Path]]:
+def shard_paths(
+    directory: Path, shards: int, prefix: str = "fineweb"
+) -> tuple[list[Path], list[Path]]:
     """Return the paths of the first `shards` training shards, and of the test shard in a list."""
-    train = [directory / f"fineweb_train_{index:06d}.bin" for index in range(1, shards + 1)]
-    return train, [directory / "fineweb_val_000000.bin"]
+    train = [directory / f"{prefix}_train_{index:06d}.bin" for index in range(1, shards + 1)]
+    return train, [directory / f"{prefix}_val_000000.bin"]
 
 
 def sha256(path: Path) -> str:
@@ -30,7 +32,7 @@ class Manifest:
     `source` says what the tokens are made from and `rebuild` with which command. `train_shards`
     training shards beside the test shard make the set complete; it is None while the number is
     not known yet. `shards` maps the name of every finished file to its `tokens`, its `sha256` and
-    where it comes from.
+    where it comes from. Names begin with the `prefix`.
     """
 
     directory: Path
@@ -38,12 +40,13 @@ class Manifest:
     rebuild: str
     train_shards: int | None = None
     shards: dict[str, dict] = field(default_factory=dict)
+    prefix: str = "fineweb"
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
         """Raises ShardError if there is no manifest or it is not one."""
         path = directory / FILE_NAME
-        remedy = "python data/fineweb.py download (or tokenize)"
+        remedy = "python data/fineweb.py download (or tokenize), with the same --dataset and --out"
         if not path.is_file():
             raise ShardError(path, "no such file", remedy)
         try:
@@ -52,12 +55,14 @@ class Manifest:
             raise ShardError(path, f"not a manifest ({error})", f"rm {path}; {remedy}") from error
 
     @classmethod
-    def start(cls, directory: Path, source: dict, rebuild: str) -> "Manifest":
+    def start(
+        cls, directory: Path, source: dict, rebuild: str, prefix: str = "fineweb"
+    ) -> "Manifest":
         """Return the manifest that is there, or an empty one.
 
         Raises ValueError if the one that is there lists shards of another source.
         """
-        new = cls(directory, source, rebuild)
+        new = cls(directory, source, rebuild, prefix=prefix)
         manifest = cls.read(directory) if (directory / FILE_NAME).is_file() else new
         if not manifest.shards:
             return new
@@ -102,7 +107,7 @@ class Manifest:
 
     def names(self) -> list[str]:
         """Return the names of all shards that have to be there or are there, in sorted order."""
-        train, test = shard_paths(self.directory, self.train_shards or 0)
+        train, test = shard_paths(self.directory, self.train_shards or 0, self.prefix)
         expected = {path.name for path in test + train}
-        present = {path.name for path in self.directory.glob("fineweb_*.bin")}
+        present = {path.name for path in self.directory.glob(f"{self.prefix}_*.bin")}
         return sorted(expected | present | set(self.shards))

@@ -76,8 +76,13 @@ def check_group(group: dict) -> None:
     for name in NUMBERS:
         if not (name == "radius" and isinstance(group[name], AdaptiveRadius)):
             check_number(name, group[name], NUMBERS, _where(group))
-    for name in ("nesterov", "transposed", "kernels"):
+    for name in ("nesterov", "transposed", "kernels", "lmo_feedback"):
         flag(name, group[name])
+    if group["lmo_feedback"] and isinstance(group["radius"], AdaptiveRadius):
+        raise ValueError(
+            f"radius={group['radius']} is not allowed with lmo_feedback=True, whose steps are as "
+            f"long as gradients are: give a number{_where(group)}"
+        )
     _require_kind("norm", group, Norm)
     check_compressors(group)
 

@@ -64,6 +64,9 @@ class EF21Muon(ServedOptimizer):
         error_decay: of what "ef14" did not send, in a round; server_momentum: the servers add up
             messages of "ef14" and "none" with it.
         transposed: True where weights are stored as (d_in, d_out), unlike torch.nn.Linear's.
+        lmo_feedback: True takes, of lr radius G and what earlier steps left of it, the part along
+            the LMO's direction: EF-Muon (arXiv:2605.08980). Steps are as long as gradients are, and
+            lr radius is the step size of gradient descent; radius is a number.
         kernels: True divides the step of convolutions with kernels of k entries by sqrt(k), which
             makes it Scion's (arXiv:2502.07529), sqrt(d_out / d_in) / k.
 
@@ -103,6 +106,7 @@ class EF21Muon(ServedOptimizer):
         s2w: Compressor | None = None,
         nesterov: bool = False,
         weight_decay: float = 0.0,
+        lmo_feedback: bool = False,
         feedback: str = "ef21",
         error_decay: float = 1.0,
         server_momentum: float = 0.0,
@@ -127,6 +131,7 @@ class EF21Muon(ServedOptimizer):
             "s2w": s2w or Identity(),
             "nesterov": nesterov,
             "weight_decay": weight_decay,
+            "lmo_feedback": lmo_feedback,
             "transposed": False,
             "kernels": False,
         }
@@ -150,9 +155,9 @@ class EF21Muon(ServedOptimizer):
         refuse_unused_decays(self.param_groups, feedback)
         self._place_servers(server, self.param_groups, lmo_costs(self.param_groups))
         batches = batch_layers(self.param_groups, self.server, *place_in(process_group))
-        if self.correction:
-            for batch in batches:
-                batch.make_room(self.correction.remembers)
+        for batch in batches:
+            left_out = self.param_groups[batch.group]["lmo_feedback"]
+            batch.make_room(self.correction and self.correction.remembers, left_out)
         self._begin(batches)
         rules = [self.param_groups[batch.group]["w2s"] for batch in self.batches]
         if first_exact:
@@ -214,7 +219,12 @@ class EF21Muon(ServedOptimizer):
         target = batch.momentum
         if group["nesterov"]:
             target = torch.stack(gradients).lerp_(batch.momentum, 1 - beta)
+        target = self._told(target, group)
         return self._compress(batch, target, batch.gradient_estimate, group["error_decay"])
+
+    def _told(self, momentum: Tensor, group: dict) -> Tensor:
+        """What servers are to know of M_j (L, m, n): all of it."""
+        return momentum
 
     def _receive(self, batch: LayerBatch, from_workers: tuple[Tensor, ...]) -> None:
         """Line 14."""
@@ -233,19 +243,38 @@ class EF21Muon(ServedOptimizer):
     def _lmo_step(self, batch: LayerBatch) -> Tensor:
         """Line 3: X^{k+1} - X^k for the layers owned here."""
         group = self.param_groups[batch.group]
-        step = group["norm"].lmo(batch.server_gradient)
-        if group["kernels"]:
-            step /= sqrt(batch.kernel)
-        if isinstance(group["radius"], AdaptiveRadius):
-            rows, columns = batch.server_gradient.flatten(1)[:, None], step.flatten(1)[..., None]
-            dual = -torch.bmm(rows, columns).flatten()  # of an exact LMO, the dual norm
-            step.mul_(group["radius"](dual)[:, None, None]).mul_(group["lr"])
+        if batch.server_lmo_error is None:
+            step = self._step_of_a_length(batch, group)
         else:
-            step.mul_(group["lr"] * group["radius"])
+            step = self._step_with_feedback(batch, group)
         if group["weight_decay"]:
             model = batch.server_model
             model = batch.served_parameters() if model is None else model
             step.sub_(model, alpha=group["lr"] * group["weight_decay"])
+        return step
+
+    def _direction(self, batch: LayerBatch, group: dict) -> Tensor:
+        """LMO(G)."""
+        return group["norm"].lmo(batch.server_gradient)
+
+    def _step_of_a_length(self, batch: LayerBatch, group: dict) -> Tensor:
+        """lr radius LMO(G)."""
+        step = self._direction(batch, group)
+        if group["kernels"]:
+            step /= sqrt(batch.kernel)
+        if not isinstance(group["radius"], AdaptiveRadius):
+            return step.mul_(group["lr"] * group["radius"])
+        rows, columns = batch.server_gradient.flatten(1)[:, None], step.flatten(1)[..., None]
+        dual = -torch.bmm(rows, columns).flatten()  # of an exact LMO, the dual norm
+        return step.mul_(group["radius"](dual)[:, None, None]).mul_(group["lr"])
+
+    @staticmethod
+    def _step_with_feedback(batch: LayerBatch, group: dict) -> Tensor:
+        """d = e + lr radius G; the step is the part of -d along LMO(d); e <- d + step."""
+        wanted = batch.server_lmo_error
+        wanted.add_(batch.server_gradient, alpha=group["lr"] * group["radius"])
+        step = group["norm"].projected(wanted)
+        wanted += step
         return step
 
     def _update(self, batch: LayerBatch, received: Tensor) -> None:

@@ -36,7 +36,7 @@ CHOICES = {
     "s2w": "compressor@s2w",
 }
 # What a role may have in the norm group, and what of it describes an object.
-RULE = ("norm", "radius", "w2s", "s2w")
+RULE = ("norm", "radius", "lmo_feedback", "w2s", "s2w")
 DESCRIBED = {
     "norm": "give norm.ROLE.norm._target_=CLASS, as in configs/norm",
     "w2s": "give +compressor@norm.ROLE.w2s=NAME",

@@ -68,12 +68,17 @@ def _shares(inner: object, groups: list[dict]) -> Iterator[tuple[str, partial, l
 
 def _build_inner(key: str, maker: partial, groups: list[dict], seed: int) -> Optimizer:
     own = issubclass(maker.func, CommunicatingOptimizer)
-    taken = ("name", "params", *(("norm", "radius") if issubclass(maker.func, EF21Muon) else ()))
     options = {"process_group": ALONE, "seed": seed} if own else {}
     try:
-        return maker([{entry: group[entry] for entry in taken} for group in groups], **options)
+        return maker([stepped_by(maker.func, group) for group in groups], **options)
     except (TypeError, ValueError) as error:
         raise RunError(f"{key}: {one_line(error)}") from error
+
+
+def stepped_by(method: type, group: dict) -> dict:
+    """Of a group what an optimizer that sends nothing by itself takes: no compressors."""
+    rule = ("norm", "radius", "lmo_feedback") if issubclass(method, EF21Muon) else ()
+    return {entry: group[entry] for entry in ("name", "params", *rule) if entry in group}
 
 
 def inner_tensors(optimizer: Optimizer) -> Iterator[tuple[Tensor, str, Tensor]]:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from baselines import AllReduced
+from baselines import AllReduced, SignMuon
 from ef21_muon import EF21Muon, HierarchicalEF21Muon, LocalSteps, param_groups
 from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.rounds import Rounds
@@ -18,7 +18,7 @@ from ef21_muon.messages.feedback import EF14, EF21
 from ef21_muon.messages.switch import starts
 from ef21_muon.served import ServedOptimizer
 from training.config import build
-from training.local_steps import build_local_steps
+from training.local_steps import build_local_steps, stepped_by
 from training.workers import RunError
 
 METHODS = (CommunicatingOptimizer, AllReduced)  # what train.py can use
@@ -67,16 +67,14 @@ def build_optimizer(
         _require_accord(config, optimizer)
         return optimizer
     options = dict(place)
-    if make.func is not EF21Muon:
-        rule = ("norm", "radius") if issubclass(make.func, EF21Muon) else ()
-        taken = ("name", "params", *rule)
-        groups = [{entry: group[entry] for entry in taken} for group in groups]
     if not issubclass(make.func, AllReduced):
         options["seed"] = config.seed
-    if make.func is EF21Muon:
+    if issubclass(make.func, EF21Muon) and not issubclass(make.func, AllReduced):
         options |= {"w2s": build(config.w2s, "w2s"), "s2w": build(config.s2w, "s2w")}
-        if config.worker_size > 1:
-            make = partial(HierarchicalEF21Muon, **make.keywords)
+    else:
+        groups = [stepped_by(make.func, group) for group in groups]
+    if make.func is EF21Muon and config.worker_size > 1:
+        make = partial(HierarchicalEF21Muon, **make.keywords)
     elif config.worker_size > 1:
         raise RunError(
             f"worker_size={config.worker_size} needs optimizer=ef21_muon or local: set it to 1"
@@ -163,7 +161,11 @@ def run_label(optimizer: torch.optim.Optimizer) -> str:
             label = f"{label}, {group['name']} back {own}"
     if local:
         return f"{label}, {_local_label(optimizer)}"
+    if isinstance(optimizer, SignMuon):
+        return f"{optimizer.title}, {label}"
     told = [optimizer.feedback.title] if optimizer.feedback is not EF21 else []
+    if any(group["lmo_feedback"] for group in optimizer.param_groups):
+        told.append("LMO feedback")
     if (decay := optimizer.defaults["error_decay"]) != 1:
         told.append(f"decay {decay:g}")
     if momentum := optimizer.defaults["server_momentum"]:

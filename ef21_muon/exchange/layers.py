@@ -133,11 +133,13 @@ class LayerBatch(EstimateBatch):
 
     Worker state beside G_j, (L, m, n) float32: `momentum` M_j. Server state beside G, where s2w
     loses anything: the iterate `server_model` X; the model shift W is the parameters themselves.
-    Where gradients are corrected, `previous` is what the last step is remembered by.
+    With `lmo_feedback` also `server_lmo_error`, what steps left out. Where gradients are corrected,
+    `previous` is what the last step is remembered by.
     """
 
     momentum: Tensor = field(init=False)
     server_model: Tensor | None = None
+    server_lmo_error: Tensor | None = None
     previous: Tensor | None = None
     previous_name: str = ""
     versions: list[tuple[int, int]] | None = None
@@ -149,9 +151,12 @@ class LayerBatch(EstimateBatch):
         if self.serves and not self.s2w.lossless:
             self.server_model = self.served_parameters()
 
-    def make_room(self, previous_name: str) -> None:
-        """For what is remembered of a step, "previous_model" or "previous_gradient"."""
-        self.previous, self.previous_name = self.zeros(), previous_name
+    def make_room(self, previous_name: str | None, lmo_feedback: bool) -> None:
+        """For what is left out of a step, and remembered of it: "previous_model" or the like."""
+        if previous_name:
+            self.previous, self.previous_name = self.zeros(), previous_name
+        if lmo_feedback:
+            self.server_lmo_error = self.zeros(self.owned)
 
     def note_versions(self) -> None:
         """Of the parameters as they are: later ones tell that somebody else has changed them."""
@@ -184,6 +189,8 @@ class LayerBatch(EstimateBatch):
             yield self.previous_name, self.previous, slice(None)
         if self.server_model is not None:
             yield "server_model", self.server_model, self.owned
+        if self.server_lmo_error is not None:
+            yield "server_lmo_error", self.server_lmo_error, self.owned
 
 
 @dataclass(kw_only=True)

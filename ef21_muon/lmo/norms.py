@@ -45,6 +45,17 @@ class Norm:
         """The dual norm. (..., d_out, d_in) -> (...)."""
         return self.dual_norm(gradient) * self.scale(*gradient.shape[-2:])
 
+    def projected(self, wanted: Tensor) -> Tensor:
+        """The part of -wanted along the LMO's direction Z, -(<wanted, Z> / ||Z||_2^2) Z.
+
+        With an exact LMO it is (||wanted||_* / ||Z||_2^2) Z; zero where `wanted` is.
+        (..., d_out, d_in) -> the same shape.
+        """
+        direction = self.lmo(wanted)
+        along = (wanted * direction).sum((-2, -1), keepdim=True)
+        squared = direction.square().sum((-2, -1), keepdim=True)
+        return direction.mul_(torch.where(squared > 0, -along / squared, 0.0))
+
     @torch.no_grad()
     def init_(self, weight: Tensor, generator: Generator | None = None) -> Tensor:
         """Fill weight (..., d_out, d_in) with random extreme points of the unit ball; returns it.

@@ -46,13 +46,15 @@ EVERY = 5  # rounds between two that are measured
 NOT_REPLAYED = ("grid", "feedback", "both ways", "embedding apart", "fitted rank, server momentum")
 
 
-def training_of(config: DictConfig) -> tuple[GPT, Optimizer, list[WorkerBatches]]:
+def training_of(
+    config: DictConfig, count: int = WORKERS
+) -> tuple[GPT, Optimizer, list[WorkerBatches]]:
     """Of all workers in one process: the model, its optimizer, and what each worker reads."""
     model = GPT(build(config.model, "model"), config.seed)
     tokens, _ = open_data(config)
     workers = [
-        WorkerBatches(tokens, config.model.context, rank, WORKERS, config.seed)
-        for rank in range(WORKERS)
+        WorkerBatches(tokens, config.model.context, rank, count, config.seed)
+        for rank in range(count)
     ]
     return model, build_optimizer(config, model), workers
 
@@ -60,25 +62,28 @@ def training_of(config: DictConfig) -> tuple[GPT, Optimizer, list[WorkerBatches]
 def train(
     config: DictConfig, model: GPT, optimizer: Optimizer, workers: list[WorkerBatches], steps: int
 ) -> Iterator[None]:
-    """Steps on the mean gradient; gives way when the first worker's, over WORKERS, is there."""
+    """Steps on the mean gradient; gives way when the first worker's share of it is there."""
+    count = len(workers)
     for _ in range(steps):
         for rank, windows in enumerate(workers):
-            loss = model(*windows.next(config.batch.sequences // WORKERS))
-            (loss / WORKERS).backward()
+            loss = model(*windows.next(config.batch.sequences // count))
+            (loss / count).backward()
             if rank == 0:
                 yield
         optimizer.step()
         optimizer.zero_grad()
 
 
-def worker_gradients(config: DictConfig, rounds: int) -> dict[str, list[Tensor]]:
+def worker_gradients(
+    config: DictConfig, rounds: int, count: int = WORKERS
+) -> dict[str, list[Tensor]]:
     """The first worker's gradients of LAYERS, each (m, n), in every round of a training."""
-    model, optimizer, workers = training_of(config)
+    model, optimizer, workers = training_of(config, count)
     layers = {name: p for name, p in model.named_parameters() if name in LAYERS}
     gradients: dict[str, list[Tensor]] = {name: [] for name in layers}
     for _ in train(config, model, optimizer, workers, rounds):
         for name, layer in layers.items():
-            gradients[name].append(WORKERS * layer.grad)
+            gradients[name].append(count * layer.grad)
     return gradients
 
 

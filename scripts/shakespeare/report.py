@@ -7,6 +7,7 @@ from statistics import mean
 
 from scripts.shakespeare.findings import ROUNDS_TEXT, filled, findings, paragraphs
 from scripts.shakespeare.momenta import momenta_table, momenta_told
+from scripts.shakespeare.muon_feedback import WITHOUT, muon_feedback
 from scripts.shakespeare.results import (
     LOCAL,
     PEERS,
@@ -18,6 +19,8 @@ from scripts.shakespeare.results import (
     read_differences,
     read_momentum,
     read_replay,
+    read_settings,
+    read_sign_replay,
     read_workers,
     savings,
     target_loss,
@@ -28,7 +31,8 @@ from scripts.shakespeare.rounds import (
     rounds_table,
     where_others_are_ahead,
 )
-from scripts.shakespeare.settings import MOMENTUM_SETTINGS, SETTINGS, WORKER_SETTINGS
+from scripts.shakespeare.settings import ALL_SETTINGS, FEEDBACK_SETTINGS, SIGN_SETTINGS
+from scripts.shakespeare.signs import signs_section
 from scripts.shakespeare.workers import more_workers
 
 TEXT = Path(__file__).with_name("report.md")
@@ -40,6 +44,7 @@ def page(directory: Path) -> str:
     """report.md with numbers from the logs. Its words were written by looking at them."""
     results, replayed = read(directory), read_replay(directory)
     workers, momenta = read_workers(directory, results), read_momentum(directory)
+    feedback, signs = (read_settings(directory, s) for s in (FEEDBACK_SETTINGS, SIGN_SETTINGS))
     identity = results["identity"]
     target = target_loss(identity)
     run, last = identity.logs[0].run, identity.logs[0].evals[-1]
@@ -63,7 +68,9 @@ def page(directory: Path) -> str:
         more_workers=more_workers(workers),
         momenta=momenta_table(momenta, results),
         momenta_findings=filled(momenta_told(momenta, results, read_changes(directory))),
-        missing=missing([results, momenta, *workers.values()]),
+        muon_feedback=muon_feedback(feedback),
+        signs=signs_section(signs, feedback.get(WITHOUT), read_sign_replay(directory)),
+        missing=missing([results, momenta, feedback, signs, *workers.values()]),
         grids=grid_table(results),
     )
 
@@ -72,7 +79,7 @@ def missing(parts: Iterable[dict[str, Result]]) -> str:
     """What of the study has not been run."""
     runs = {one.setting.name: len(one.logs) for part in parts for one in part.values()}
     left = []
-    for setting in SETTINGS + WORKER_SETTINGS + MOMENTUM_SETTINGS:
+    for setting in ALL_SETTINGS:
         if (done := runs.get(setting.name, 0)) < len(setting.seeds):
             left.append(f"{setting.name} ({len(setting.seeds) - done})" if done else setting.name)
     return f"\nNot run yet (`make study` does): {', '.join(left)}.\n" if left else ""

@@ -24,6 +24,7 @@ LOCAL = ("local steps",)  # ours, of rounds of several steps
 PEERS = ("DiLoCo", "MuLoCo", "SparseLoCo")  # not ours, likewise
 NETWORK_LOG, REPLAY_LOG = "network.jsonl", "replay.jsonl"
 DIFFERENCES_LOG, CHANGES_LOG = "differences.jsonl", "changes.jsonl"
+SIGN_REPLAY_LOG = "sign_replay.jsonl"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Result:
 
 def read(directory: Path, settings: Sequence[Setting] = SETTINGS) -> dict[str, Result]:
     """The settings that have run, by name. Raises ValueError for a log that is not as it should."""
-    results = _read(directory, settings)
+    results = read_settings(directory, settings)
     if "identity" not in results:
         raise ValueError(
             f"{directory} lacks identity-seed0.jsonl: run scripts/shakespeare/run.py first"
@@ -116,7 +117,7 @@ def read(directory: Path, settings: Sequence[Setting] = SETTINGS) -> dict[str, R
 def read_workers(directory: Path, of_two: dict[str, Result]) -> dict[int, dict[str, Result]]:
     """Those of OF_WORKERS that have run, by the number of workers and by name."""
     found = {2: {name: of_two[name] for name in OF_WORKERS if name in of_two}}
-    for result in _read(directory, WORKER_SETTINGS).values():
+    for result in read_settings(directory, WORKER_SETTINGS).values():
         name = result.setting.name.partition("-")[2]
         found.setdefault(result.setting.workers, {})[name] = result
     return found
@@ -124,10 +125,11 @@ def read_workers(directory: Path, of_two: dict[str, Result]) -> dict[int, dict[s
 
 def read_momentum(directory: Path) -> dict[str, Result]:
     """Those of MOMENTUM_SETTINGS that have run, by name."""
-    return _read(directory, MOMENTUM_SETTINGS)
+    return read_settings(directory, MOMENTUM_SETTINGS)
 
 
-def _read(directory: Path, settings: Sequence[Setting]) -> dict[str, Result]:
+def read_settings(directory: Path, settings: Sequence[Setting]) -> dict[str, Result]:
+    """Those that have run, by name."""
     results = {}
     for setting in settings:
         paths = [directory / f"{setting.name}-seed{seed}.jsonl" for seed in setting.seeds]
@@ -151,6 +153,11 @@ def read_differences(directory: Path) -> list[dict]:
 def read_changes(directory: Path) -> list[dict]:
     """What scripts/shakespeare/changes.py measured; nothing where it has not run."""
     return _lines(directory / CHANGES_LOG)
+
+
+def read_sign_replay(directory: Path) -> list[dict]:
+    """What scripts/shakespeare/sign_replay.py measured; nothing where it has not run."""
+    return _lines(directory / SIGN_REPLAY_LOG)
 
 
 def _lines(path: Path) -> list[dict]:

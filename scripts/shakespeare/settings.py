@@ -40,6 +40,11 @@ def setting(
     return Setting(name, family, tuple(overrides.split()), tuple(seeds), level)
 
 
+def alone(name: str, family: str, overrides: str, seeds: Sequence[int] = (0,)) -> Setting:
+    """Of one worker, which has the whole batch."""
+    return replace(setting(name, family, overrides, seeds), workers=1)
+
+
 def rank(percent: float, values: str) -> str:
     return f"compressor@w2s=rank w2s.fraction={percent / 100:g} w2s.values={values}"
 
@@ -125,6 +130,9 @@ DEMO = "optimizer=demo optimizer.values=int8"
 # server the radii alone.
 RADII = "norm.hidden.radius=2 norm.embedding.radius=60"
 TUNED = f"{RADII} optimizer.beta=0.2"
+ONE_SIGN = (  # an entry, and a scale a layer
+    "compressor@w2s=sign w2s.values=sign@message +compressor@norm.embedding.w2s=identity"
+)
 SERVED = "optimizer.feedback=ef14 optimizer.beta=1 optimizer.server_momentum=0.7"
 
 
@@ -287,9 +295,40 @@ MOMENTUM_SETTINGS.append(
         f"{IDENTITY} optimizer.momentum=mvr optimizer.gamma=0.1 {TUNED} {GRID_STEPS}",
     )
 )
+# One worker, half the steps: what follows is of steps, and of signs of one momentum.
+HALF_ALONE = f"{GRID_STEPS} {TUNED}"
+FEEDBACK_RADII = (15, 60, 250, 1000)  # of hidden layers; steps with feedback are as gradients are
+BEST_WITH_FEEDBACK = 250  # of these, and with more seeds
+FEEDBACK_SETTINGS = [
+    alone("muon_feedback/without", "muon feedback", f"{IDENTITY} {HALF_ALONE}", SEEDS),
+    *(
+        alone(
+            f"muon_feedback/with-radius{radius}",
+            "muon feedback",
+            f"{IDENTITY} {HALF_ALONE} +norm.hidden.lmo_feedback=true norm.hidden.radius={radius}",
+            SEEDS if radius == BEST_WITH_FEEDBACK else (0,),
+        )
+        for radius in FEEDBACK_RADII
+    ),
+]
+# Before the LMO and after it, with EF21 and without; of the embedding all is sent.
+SIGN_SETTINGS = [
+    alone(f"signs/{name}", "signs", f"{made_by} {ONE_SIGN} {HALF_ALONE}{shorter}")
+    for name, made_by, shorter in (
+        ("before-ef21", "", ""),
+        ("before-none", "optimizer.feedback=none", ""),
+        ("after-ef21", "optimizer=sign_muon optimizer.feedback=ef21", ""),
+        ("after-none", "optimizer=sign_muon", ""),
+        ("after-none-radius1", "optimizer=sign_muon", " norm.hidden.radius=1"),
+    )
+]
+ALL_SETTINGS = [
+    *(*SETTINGS, *WORKER_SETTINGS, *MOMENTUM_SETTINGS),
+    *(*FEEDBACK_SETTINGS, *SIGN_SETTINGS),
+]
 RUNS = [
     StudyRun(f"{one.name}-seed{seed}", (*one.overrides, f"seed={seed}"), one.workers)
     for seed in SEEDS
-    for one in SETTINGS + WORKER_SETTINGS + MOMENTUM_SETTINGS
+    for one in ALL_SETTINGS
     if seed in one.seeds
 ]

@@ -149,36 +149,21 @@ def _join(rank: int, count: int, directory: str, work: Callable, arguments: tupl
     leave(0)
 
 
-def muon(valley: Valley, norm: Norm, beta: float, radius: Callable, rounds: int) -> Tensor:
+def muon(
+    valley: Valley,
+    norm: Norm,
+    beta: float,
+    radius: Callable,
+    rounds: int,
+    lmo_feedback: bool = False,
+) -> Tensor:
     """X^0, ..., X^K of Muon, which is EF21Muon with one worker; `radius` is a function of k."""
     model = torch.nn.Parameter(valley.start.clone())
-    optimizer = EF21Muon([model], beta=beta, norm=norm)
+    optimizer = EF21Muon([model], beta=beta, norm=norm, lmo_feedback=lmo_feedback)
     models = [model.detach().clone()]
     for k in range(rounds):
         optimizer.param_groups[0]["lr"] = radius(k)
         model.grad = valley.subgradient(model.detach())
         optimizer.step()
         models.append(model.detach().clone())
-    return torch.stack(models)
-
-
-def error_feedback_muon(
-    valley: Valley, norm: Norm, beta: float, step_size: Callable, rounds: int
-) -> Tensor:
-    """X^0, ..., X^K of Muon with error feedback: what a step leaves out is in the next one.
-
-    With d = e + eta M for the momentum M, eta = step_size(k), the step is the projection of -d on
-    the LMO's direction Z, - C(d) = (||d||_* / ||Z||_2^2) Z, and e <- d - C(d). C is contractive:
-    ||C(d) - d||_2^2 = ||d||_2^2 - ||d||_*^2 / ||Z||_2^2, and ||d||_* >= rho ||d||_2.
-    """
-    model, error = valley.start.clone(), torch.zeros_like(valley.start)
-    momentum = valley.subgradient(model)
-    models = [model]
-    for k in range(rounds):
-        momentum = momentum.lerp(valley.subgradient(model), beta)
-        wanted = error + step_size(k) * momentum
-        direction = norm.lmo(wanted)
-        step = norm.dual(wanted) / direction.square().sum().clamp_min(1e-30) * direction
-        model, error = model + step, wanted + step
-        models.append(model)
     return torch.stack(models)

@@ -14,7 +14,6 @@ from ef21_muon.messages.noneuclidean import Damping
 from ef21_muon.theory import GeneralizedSmooth, LSmooth
 from scripts.theory.algorithm import (
     Setting,
-    error_feedback_muon,
     gradient_norms,
     muon,
     on_workers,
@@ -213,8 +212,8 @@ def valley_record(run: tuple[float, float, int, str, str]) -> dict:
     torch.set_num_threads(1)
     slope, beta, rounds, method, schedule = run
     valley, norm = Valley(slope), Spectral("svd", scaling="none")
-    step = muon if method == "Muon" else error_feedback_muon
-    values = valley.value(step(valley, norm, beta, SCHEDULES[schedule], rounds))
+    feedback = method == "error feedback"
+    values = valley.value(muon(valley, norm, beta, SCHEDULES[schedule], rounds, feedback))
     places = sorted({min(rounds, round(2 ** (p / 4))) for p in range(56)})
     what = {"record": "valley", "slope": slope, "beta": beta, "method": method}
     curve = {"rounds": places, "least_value": values.cummin(0).values[places].tolist()}

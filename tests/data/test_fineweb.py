@@ -19,7 +19,7 @@ from waiting import wait_until
 
 from data import fineweb
 from data.loader import open_streams
-from data.shards import ShardError, open_shard, write_shard
+from data.shards import ShardError, write_shard
 
 VAL, FIRST, SECOND = NAMES = [
     "fineweb_val_000000.bin",
@@ -30,6 +30,13 @@ COMMAND = "python data/fineweb.py download --shards 2"
 TOKENS = 40_000
 SIZE = 1024 + 2 * TOKENS
 TOKEN = "hf_thisIsNobodysTokenAtAll"
+REPOSITORY, TRAIN_SHARDS = "kjj0/fineweb10B-gpt2", 103
+EDU, EDU_REPOSITORY, EDU_TRAIN_SHARDS = "finewebedu10B", "kjj0/finewebedu10B-gpt2", 99
+
+
+def of_edu(name):
+    """A shard's name in FineWeb-Edu."""
+    return name.replace("fineweb", "finewebedu")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,8 @@ def shards(tmp_path_factory):
 def hub(shards, monkeypatch):
     """The running hub with these shards, which this process and its children talk to."""
     with running_hub() as hub:
-        hub.datasets[fineweb.REPOSITORY] |= shards
+        hub.datasets[REPOSITORY] |= shards
+        hub.datasets[EDU_REPOSITORY] |= {of_edu(name): shard for name, shard in shards.items()}
         template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
@@ -174,8 +182,8 @@ def test_wrong_content_is_fetched_again_and_never_kept(
 
 
 def test_a_missing_shard_is_an_error_at_once(tmp_path, hub, waits):
-    del hub.datasets[fineweb.REPOSITORY][SECOND]
-    with pytest.raises(RuntimeError, match=f"^{SECOND} of {fineweb.REPOSITORY}: .* HTTP 404;"):
+    del hub.datasets[REPOSITORY][SECOND]
+    with pytest.raises(RuntimeError, match=f"^{SECOND} of {REPOSITORY}: .* HTTP 404;"):
         download(tmp_path)
     assert hub.seen("HEAD", SECOND) == [None]
     assert waits == []
@@ -201,7 +209,7 @@ def test_too_many_requests_are_waited_for_as_told(tmp_path, hub, shards, waits, 
 
 
 def test_a_file_of_the_hub_that_is_no_shard_is_refused(tmp_path, hub, waits):
-    hub.datasets[fineweb.REPOSITORY][FIRST] = b"no such page"
+    hub.datasets[REPOSITORY][FIRST] = b"no such page"
     with pytest.raises(ShardError, match=f"{FIRST}.* 12 bytes, shorter .* with: {COMMAND}$"):
         download(tmp_path)
     assert set(content(tmp_path)) == {VAL}
@@ -294,22 +302,67 @@ def test_verify_without_a_manifest(tmp_path, text):
         fineweb.verify(tmp_path)
 
 
-def test_training_reads_what_was_downloaded(tmp_path, hub, shards):
-    directory = tmp_path / "data" / "fineweb10B"
-    download(directory)
-    config = OmegaConf.create(
-        {"data": OmegaConf.load(ROOT / "configs" / "data" / "fineweb10b.yaml")}
-    )
-    assert (config.data.vocab_size, config.data.train_shards) == (50257, fineweb.TRAIN_SHARDS)
+@pytest.mark.parametrize(
+    ("dataset", "name", "told", "train_shards"),
+    [
+        ("fineweb10B", "fineweb10b", "", TRAIN_SHARDS),
+        (EDU, "fineweb_edu10b", f"--dataset {EDU} ", EDU_TRAIN_SHARDS),
+    ],
+)
+def test_training_reads_what_was_downloaded(
+    tmp_path, hub, shards, dataset, name, told, train_shards
+):
+    directory = tmp_path / "data" / dataset
+    fineweb.download(directory, 2, COMMAND, fineweb.DATASETS[dataset])
+    config = OmegaConf.create({"data": OmegaConf.load(ROOT / "configs" / "data" / f"{name}.yaml")})
+    assert (config.data.vocab_size, config.data.train_shards) == (50257, train_shards)
     config.data.train_shards = 3
     options = OmegaConf.to_container(config.data, resolve=True)
-    assert options.pop("name") == "fineweb10b"
-    with pytest.raises(ShardError, match=r"2 matching files, .*fineweb.py download --shards 3$"):
+    assert options.pop("name") == name
+    command = f"python data/fineweb.py download {told}--shards 3"
+    with pytest.raises(ShardError, match=f"2 matching files, .*: {command}$"):
         open_streams(**options, root=tmp_path)
     train, test = open_streams(**{**options, "train_shards": 2}, root=tmp_path)
     assert (len(train), len(test)) == (2 * TOKENS, TOKENS)
-    first = open_shard(directory / FIRST, COMMAND)
+    first = np.frombuffer(shards[FIRST][1024:], dtype=np.uint16)
     assert train.read(0, TOKENS).tolist() == first.tolist()
+
+
+def test_commands_for_fineweb_edu(tmp_path, hub, shards, monkeypatch, capsys):
+    """In a folder of its own, which does not take FineWeb's, and is not taken for it."""
+    published = {of_edu(name): shard for name, shard in shards.items() if name != SECOND}
+    command = ["--dataset", EDU, "--out", str(tmp_path)]
+
+    def run_main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fineweb.py", *arguments])
+        fineweb.main()
+
+    run_main("download", "--shards", "1", *command)
+    assert "1 test shard and 1 training shards, 80,000 tokens" in capsys.readouterr().out
+    assert content(tmp_path) == published
+    assert {path for _, path, _, _ in hub.requests} == published.keys()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["source"] == {"repository": EDU_REPOSITORY}
+    run_main("verify", *command)
+    (tmp_path / of_edu(FIRST)).unlink()
+    with pytest.raises(SystemExit, match=f"1 of 2 shards .* download --shards 1 --dataset {EDU} "):
+        run_main("verify", *command)
+    with pytest.raises(
+        SystemExit, match=f"another source .*{EDU_REPOSITORY} there and {REPOSITORY}"
+    ):
+        run_main("download", "--shards", "1", "--out", str(tmp_path))
+    assert f"error: {tmp_path / of_edu(FIRST)}: no such file" in capsys.readouterr().err
+
+
+def test_folders_are_named_by_the_data_set(monkeypatch):
+    """Where configs/data look for them."""
+    folders = []
+    monkeypatch.setattr(fineweb, "_run", lambda options: folders.append(options.out) or sys.exit())
+    for told in ([], ["--dataset", EDU]):
+        monkeypatch.setattr(sys, "argv", ["fineweb.py", "verify", *told])
+        with pytest.raises(SystemExit):
+            fineweb.main()
+    assert folders == [ROOT / "data" / "fineweb10B", ROOT / "data" / EDU]
 
 
 @pytest.mark.parametrize(
@@ -317,6 +370,7 @@ def test_training_reads_what_was_downloaded(tmp_path, hub, shards):
     [
         (["download", "--shards", "0"], "--shards is 0: use 1 to 103"),
         (["download", "--shards", "104"], "--shards is 104: use 1 to 103"),
+        (["download", "--dataset", EDU, "--shards", "100"], "--shards is 100: use 1 to 99"),
         (["tokenize", "--processes", "0"], "--processes is 0: use 1 to 1024"),
         (["tokenize", "--shard-tokens", "0"], "--shard-tokens is 0: use 1 to 2147483647"),
     ],

@@ -24,6 +24,7 @@ from workers.recovered import (
     SCION_LR,
     SCION_WEIGHT,
     SHAPES,
+    SIGN_MUON,
     STEPS,
 )
 
@@ -226,3 +227,18 @@ def test_ef21_p(recorded):
     uncompressed, _ = ef21_p(lambda x: x)
     agree(recorded, "ef21-p", shifts, {"compressor": uncompressed, "iterates": iterates})
     assert distance(recorded[1][0]["ef21-p X"], iterates) < CLOSE
+
+
+@pytest.mark.parametrize("case", SIGN_MUON)
+def test_sign_muon(recorded, case):
+    """The baseline, since it is EF21Muon with the LMO elsewhere."""
+    feedback = SIGN_MUON[case] == "ef21"
+
+    def sign_muon(feedback=feedback, weight=SCION_WEIGHT):
+        lmos = dict.fromkeys(MATRICES, reference.spectral_lmo)
+        own = gradients(recorded[0])
+        models = recovered.sign_muon(start(MATRICES), own, lmos, SCION_LR, weight, feedback)
+        return trajectory(models)
+
+    different = {"feedback": sign_muon(not feedback), "weight": sign_muon(weight=1.0)}
+    agree(recorded, case, sign_muon(), different)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from baselines import DeMo, Dion
+from baselines import DeMo, Dion, SignMuon
 from ef21_muon import ALONE, EF21Muon, LocalSteps, RankK, Switch, TopK
 
 MAKE = {
@@ -18,6 +18,7 @@ MAKE = {
     "local": lambda p: LocalSteps(EF21Muon(p, process_group=ALONE), every=3, w2s=TopK(0.2)),
     "dion": lambda p: Dion([{"name": "hidden", "params": p}]),
     "demo": lambda p: DeMo([{"name": "hidden", "params": p}]),
+    "sign_muon": lambda p: SignMuon(p, feedback="ef21"),
 }
 
 

@@ -40,7 +40,7 @@ KEYS = {
     "+w2s.k=3": "w2s: ... unexpected keyword argument 'k': give what that class takes",
     "norm.hidden.norm.method=svd": "is not a key ... has steps; ... +norm.hidden.norm.method=VALUE",
     "+norm.other.radius=1": "norm.other lacks a norm or a radius: give norm.other.norm and",
-    "+norm.hidden.lr=1": "norm.hidden.lr is not allowed: a role has norm, radius, w2s, s2w",
+    "+norm.hidden.lr=1": "norm.hidden.lr is not allowed: a role has norm, radius, lmo_feedback, w2",
     "+norm.hidden.w2s=topk": "norm.hidden.w2s describes no class: give +compressor@norm.hid",
     "+norm.hidden.s2w.fraction=0.5": "norm.hidden.s2w describes no class: give +compressor@nor",
     "+compressor@norm.hidden.w2s=topk norm.hidden.w2s.fracton=1": "mean norm.hidden.w2s.fraction?",

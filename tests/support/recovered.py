@@ -1,4 +1,4 @@
-"""Methods that EF21-Muon contains, each written from its paper, in NumPy and float64.
+"""Methods that EF21-Muon contains or is next to, each written from its paper, in NumPy and float64.
 
 A model is a dict of layers, (m, n) arrays. `gradient(model, step)` is the mean gradient of all
 workers, `gradients(model, step)` is the list of theirs, as dicts of layers. Every method yields its
@@ -80,6 +80,28 @@ def ef21_p(model, gradients, compress, gamma):
         model = descend(model, gradients(shift, step), gamma)
         shift = {name: shift[name] + compress(model[name] - shift[name]) for name in model}
         yield shift, model
+
+
+def sign_muon(model, gradients, lmos, lr, weight, feedback):
+    """SignMuon and EF21-SignMuon of arXiv:2607.29674, with a mean for the vote.
+
+    m_i <- (1 - a) m_i + a grad_i; d_i = lmo(m_i), or d_i = lmo(m_i) - g_i with feedback;
+    s_i = mean |d_i| sign(d_i); x <- x + lr mean s_i, or g_i <- g_i + s_i and x <- x + lr mean g_i.
+    """
+    momenta = known = None
+    for step in count():
+        new = gradients(model, step)
+        momenta = momenta or new
+        known = known or [dict.fromkeys(model, 0.0) for _ in new]
+        for i, gradient in enumerate(new):
+            momenta[i] = {n: (1 - weight) * momenta[i][n] + weight * gradient[n] for n in model}
+            before = known[i] if feedback else dict.fromkeys(model, 0.0)
+            wanted = {name: lmos[name](momenta[i][name]) - before[name] for name in model}
+            known[i] = {
+                name: before[name] + np.abs(d).mean() * np.sign(d) for name, d in wanted.items()
+            }
+        model = descend(model, known, -lr)
+        yield model
 
 
 def descend(model, directions, gamma):

@@ -12,6 +12,7 @@ from scripts.shakespeare.settings import RUNS, StudyRun
 from training.config import compose
 from training.records import LOG_NAME
 
+OF_HALF_THE_STEPS = ("grid/", "momentum/", "muon_feedback/", "signs/")
 composed = cache(compose)  # a fifth of a second each, and asked for twice
 
 
@@ -19,7 +20,7 @@ def test_names_are_unique_and_every_run_composes():
     assert len({run.name for run in RUNS}) == len(RUNS)
     for run in RUNS:
         config = composed(study.overrides(run)).config
-        assert config.steps == (300 if run.name.startswith(("grid/", "momentum/")) else 600)
+        assert config.steps == (300 if run.name.startswith(OF_HALF_THE_STEPS) else 600)
         assert config.model.context * config.batch.sequences == 4096
 
 
@@ -54,7 +55,7 @@ def test_every_log_is_of_the_configuration_that_the_study_asks_for(monkeypatch):
     logs = {path.relative_to(study.RESULTS).as_posix() for path in study.RESULTS.rglob("*.jsonl")}
     measured = {
         getattr(study_results, f"{log}_LOG")
-        for log in ("NETWORK", "REPLAY", "DIFFERENCES", "CHANGES")
+        for log in ("NETWORK", "REPLAY", "DIFFERENCES", "CHANGES", "SIGN_REPLAY")
     }
     assert logs - measured <= {f"{run.name}.jsonl" for run in RUNS}
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from baselines import SignMuon
 from ef21_muon import (
     AdaptiveRadius,
     BiasRMS,
@@ -84,6 +85,14 @@ GLUON_NORMS = {
     "head": Sign(),
     "bias": BiasRMS(),
 }
+SIGN_MUON = {"sign_muon none": "none", "sign_muon ef21": "ef21"}
+
+
+def sign_muon_case(feedback):
+    groups = [{"params": MATRICES, "norm": Spectral()}]
+    return groups, {"lr": SCION_LR, "beta": SCION_WEIGHT, "feedback": feedback}
+
+
 CASES = {  # groups with the names of layers for parameters, and the other options
     **dict(muon_cases()),
     "scion unconstrained": scion_case(decay=0.0),
@@ -95,6 +104,7 @@ CASES = {  # groups with the names of layers for parameters, and the other optio
     "ef21": euclidean_case(beta=1.0, w2s=TopK(FRACTION)),
     "ef21-sgdm": euclidean_case(beta=ETA, w2s=TopK(FRACTION), first_message="exact"),
     "ef21-p": euclidean_case(beta=1.0, s2w=TopK(FRACTION), server="rank0"),
+    **{case: sign_muon_case(feedback) for case, feedback in SIGN_MUON.items()},
 }
 
 
@@ -111,7 +121,7 @@ def record(case, worker):
         group | {"params": [(name, parameters[name]) for name in group["params"]]}
         for group in groups
     ]
-    optimizer = EF21Muon(groups, **options)
+    optimizer = (SignMuon if case in SIGN_MUON else EF21Muon)(groups, **options)
     recorded = {"W": [], "X": []}
     for step in range(STEPS):
         model = {name: parameter.detach().numpy() for name, parameter in parameters.items()}
