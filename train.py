@@ -60,7 +60,12 @@ class Run:
         if config.shard:
             shard(self.raw_model, config.worker_size, workers)
         self.comes_and_goes = comes_and_goes(config)
-        members = partial(with_fleet, config, workers=workers) if self.comes_and_goes else None
+        # One that hangs ends itself, where the others can go on without it.
+        self.watch = Watch(workers.timeout.total_seconds())
+        self.at_work = self.watch if self.comes_and_goes else lambda what: nullcontext()
+        members = None
+        if self.comes_and_goes:
+            members = partial(with_fleet, config, workers=workers, watch=self.watch)
         self.optimizer = build_optimizer(config, self.raw_model, workers.timeout, group, members)
         self.scheduler = new_scheduler(self.optimizer, config, steps=0)
         correction = getattr(self.optimizer, "correction", None)
@@ -84,16 +89,12 @@ class Run:
         told = self.tokens_per_step // (config.membership.workers or 1)
         self.progress = Progress(workers, self.optimizer, told)
         self.meetings = Meetings()
-        # One that hangs ends itself, where the others can go on without it.
-        watch = Watch(workers.timeout.total_seconds())
-        self.at_work = watch if self.comes_and_goes else lambda what: nullcontext()
 
     def step(self) -> torch.Tensor:
         """A training step; returns this worker's mean loss before it."""
-        with self.at_work("step"):
-            with self.optimizer.timer("data"):
-                batch = self.feed.next()
-            loss = None if self.twice else self.accumulate_gradient(batch)
+        with self.optimizer.timer("data"):
+            batch = self.feed.next()
+        loss = None if self.twice else self.accumulate_gradient(batch)
         if due(step := self.scheduler.last_epoch + 1, self.ask_every):
             answer = self.workers.stop_requested()  # on its way while the round is
             self.later.add(step, lambda: self.take(answer()))
@@ -162,7 +163,8 @@ class Run:
             lr = self.scheduler.get_last_lr()[0]
             if due(step, config.diagnostics_every):
                 self.optimizer.watch = True
-            progress.add(self.step())
+            with self.at_work("step"):
+                progress.add(self.step())
             step = self.scheduler.last_epoch
             last = step == config.steps
             if last:
@@ -204,6 +206,7 @@ class Run:
                 break
             if evaluate or save:
                 progress.start()
+        self.watch.stop()
         checkpoints.settle()
         if self.stop and not last:
             return None
@@ -270,6 +273,7 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
             checkpoints.settle()
         raise
     if run.comes_and_goes:
+        run.watch.stop()
         run.optimizer.leave()
     if log and end:
         from training.picture import draw  # matplotlib, for which other workers need not wait

@@ -63,12 +63,12 @@ def worker_overrides(options: argparse.Namespace, number: int) -> list[str]:
     return [*told, *options.overrides]
 
 
-def worker_command(options: argparse.Namespace, number: int) -> list[str]:
-    """torchrun of a worker."""
+def worker_command(options: argparse.Namespace, number: int, *script: str) -> list[str]:
+    """torchrun of a worker, of train.py or of a script that is called as it is."""
     launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}"]
     launch += ["--max-restarts=1000", "--monitor-interval=0.2"]
-    train = [str(ROOT / "train.py"), *worker_overrides(options, number)]
-    return [sys.executable, "-m", *launch, *train]
+    script = script or (str(ROOT / "train.py"),)
+    return [sys.executable, "-m", *launch, *script, *worker_overrides(options, number)]
 
 
 def start(options: argparse.Namespace) -> int:

@@ -29,7 +29,14 @@ DIRECTIONS = {
     "train": ("training", *LIBRARIES),
     "sample": ("training", "data", "model"),
     "scripts": ("train", "training", *LIBRARIES),
-    "scripts.*.*": ("scripts.netns", "scripts.measuring", "train", "training", *LIBRARIES),
+    "scripts.*.*": (
+        "scripts.netns",
+        "scripts.fleet",
+        "scripts.measuring",
+        "train",
+        "training",
+        *LIBRARIES,
+    ),
     "tests": ("*",),
 }
 ROOMS = {name.partition(".")[0] for name in DIRECTIONS}

@@ -36,7 +36,7 @@ def place_among_all(config: DictConfig, workers: Workers) -> tuple[int, int]:
     return own.worker * workers.count + workers.rank, own.workers * workers.count
 
 
-def with_fleet(config: DictConfig, make: partial, workers: Workers) -> partial:
+def with_fleet(config: DictConfig, make: partial, workers: Workers, watch: "Watch") -> partial:
     """A maker of the same local steps, whose rounds are of the workers of the moment.
 
     Raises RunError where there is no torchft, and for what is not LocalSteps.
@@ -58,9 +58,10 @@ def with_fleet(config: DictConfig, make: partial, workers: Workers) -> partial:
     except ImportError as error:
         raise RunError(f"membership={own.name}: {one_line(error)}") from error
 
-    def stop_if_asked() -> None:
+    def wait(seconds: float) -> None:
         if workers.asked_to_stop:
             raise Stopped
+        watch.extend(seconds)
 
     fleet = Fleet(
         own.worker,
@@ -68,7 +69,7 @@ def with_fleet(config: DictConfig, make: partial, workers: Workers) -> partial:
         host=own.host,
         group=workers.control if workers.count > 1 else None,
         patience=workers.timeout.total_seconds(),
-        while_waiting=stop_if_asked,
+        while_waiting=wait,
     )
     return partial(FleetSteps, fleet=fleet, **make.keywords)
 
@@ -95,13 +96,22 @@ class Watch:
     @contextmanager
     def __call__(self, what: str) -> Iterator[None]:
         longest, start = self.longest.get(what), time.monotonic()
-        limit = self.patience if longest is None else min(self.patience, MARGIN + FACTOR * longest)
-        faulthandler.dump_traceback_later(limit, exit=True)
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+        self._end_in(self.patience if longest is None else MARGIN + FACTOR * longest)
+        yield
         self.longest[what] = max(longest or 0.0, time.monotonic() - start)
+        self.extend(0)
+
+    def extend(self, seconds: float) -> None:
+        """It waits for so long at most, and for good reason."""
+        self._end_in(seconds + MARGIN)
+
+    def stop(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+    @staticmethod
+    def _end_in(seconds: float) -> None:
+        # By a thread that needs nothing of Python's.
+        faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 class Meetings:
@@ -111,9 +121,10 @@ class Meetings:
         self.workers: tuple[int, ...] | None = None
 
     def records(self, optimizer) -> Iterator[dict]:
-        """Of the rounds since the last call."""
-        while optimizer.meetings:
-            meeting = optimizer.meetings.popleft()
+        """Of the rounds since the last call; there are none where workers are fixed."""
+        meetings = getattr(optimizer, "meetings", None)
+        while meetings:
+            meeting = meetings.popleft()
             before, self.workers = self.workers, meeting.workers
             why = []
             if before is not None:

@@ -23,7 +23,8 @@ class RunLog:
     """Writes `metrics.jsonl` into `directory` and shows progress.
 
     Byte fields are cumulative and per worker; `seconds` is training time without evaluations. The
-    file is flushed at every evaluation, before every checkpoint and at the end.
+    file is flushed at every evaluation, before every checkpoint, where workers come and go at every
+    round, and at the end.
 
     A new log replaces an old one and its checkpoints. With `resumed`, the facts of a checkpoint, it
     goes on behind the records that the checkpoint knew, and those after it are cut off; ValueError
@@ -117,6 +118,7 @@ class RunLog:
     def membership(self, record: dict) -> None:
         """Who met in a round, of workers that come and go."""
         self._write({"record": "membership", **record})
+        self._flush()
 
     def eval(self, record: dict) -> None:
         """An evaluation on the test set."""

@@ -83,7 +83,8 @@ class Fleet:
 
     worker: its number among all that there may be; lighthouse: the URL; host: by which others reach
     this one, its name by default; group: of the worker's own ranks, on the CPU. The lighthouse is
-    waited for `patience` seconds. `while_waiting` is called again and again, and may raise.
+    waited for `patience` seconds. `while_waiting` is called again and again, with the seconds that
+    it waits at most before the next call, and may raise.
 
     State is fetched from a peer by torchft over HTTP and unpickled: trust the network.
     """
@@ -96,7 +97,7 @@ class Fleet:
         host: str | None = None,
         group: dist.ProcessGroup | None = None,
         patience: float = 600.0,
-        while_waiting: Callable[[], None] = lambda: None,
+        while_waiting: Callable[[float], None] = lambda seconds: None,
     ):
         self.worker, self.lighthouse, self.group = worker, lighthouse, group
         local = urlsplit(lighthouse).hostname in ("localhost", "127.0.0.1", "::1")
@@ -192,13 +193,13 @@ class Fleet:
             dist.broadcast_object_list(address, group=self.group, group_src=0)
         ((host, port),) = address
         state = _size(self.shared.shared_state())
-        healing = timedelta(seconds=PATIENCE + (state + message.numel()) / SLOWEST)
-        self.transport = Transport(self.host, timeout=healing)
-        self.process_group = Group(self.ranks, timeout=healing)
-        self.manager = self._new_manager(host, port, healing)
+        self.healing = timedelta(seconds=PATIENCE + (state + message.numel()) / SLOWEST)
+        self.transport = Transport(self.host, timeout=self.healing)
+        self.process_group = Group(self.ranks, timeout=self.healing)
+        self.manager = self._new_manager(host, port)
         self.manager.load_state_dict(self._counters)
 
-    def _new_manager(self, store: str, port: int, healing: timedelta) -> Manager:
+    def _new_manager(self, store: str, port: int) -> Manager:
         start = time.monotonic()
         while True:
             try:
@@ -217,7 +218,7 @@ class Fleet:
                     store_addr=store,
                     store_port=port,
                     lighthouse_addr=self.lighthouse,
-                    timeout=healing,
+                    timeout=self.healing,
                     quorum_timeout=NEVER,
                     connect_timeout=timedelta(seconds=min(PATIENCE, self.patience)),
                     quorum_retries=int(NEVER.total_seconds()),
@@ -226,7 +227,7 @@ class Fleet:
                 self._wait_for_the_lighthouse(start, error)
 
     def _wait_for_the_lighthouse(self, start: float, error: Exception) -> None:
-        self.while_waiting()
+        self.while_waiting(PAUSE)
         if time.monotonic() - start > self.patience:
             raise FleetError(
                 f"no quorum at the lighthouse {self.lighthouse} for {self.patience:g} s: start it, "
@@ -243,7 +244,7 @@ class Fleet:
         """Wait for the others; whether there is a quorum. `_take` may be called."""
         future = self._caller.submit(self.manager.start_quorum)
         while not wait([future], timeout=PAUSE).done:
-            self.while_waiting()
+            self.while_waiting(PAUSE)
         if (error := future.exception()) is None:
             return True
         if not isinstance(error, AWAY):
@@ -260,9 +261,11 @@ class Fleet:
         """All workers' heads and messages, (workers, bytes), or None where it failed."""
         ranks = self.process_group.size()
         flat = torch.empty(ranks * len(packed), dtype=torch.uint8)
-        options = AllgatherOptions()
-        if self.longest and self.process_group.settled:  # nobody comes
-            options.timeout = timedelta(seconds=PATIENCE + 5 * self.longest)
+        options, patience = AllgatherOptions(), self.healing  # of somebody who comes
+        if self.longest and self.process_group.settled:
+            patience = timedelta(seconds=PATIENCE + 5 * self.longest)
+        options.timeout = patience
+        self.while_waiting(patience.total_seconds())
         start = time.monotonic()
         try:
             parent = self.process_group.parent

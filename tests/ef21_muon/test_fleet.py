@@ -181,7 +181,7 @@ def test_without_a_lighthouse_it_says_so():
 
 
 def test_what_waits_can_be_ended():
-    def end():
+    def end(seconds):
         raise InterruptedError
 
     with lighthouse(2) as url, crew.workers(url, [0]) as (worker,):

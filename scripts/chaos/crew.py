@@ -1,0 +1,139 @@
+"""A fleet on this machine, whose workers and lighthouse can be ended and started one by one."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from scripts.fleet import ROOT, worker_command
+from training.log import completed
+from training.records import LOG_NAME
+
+WORKER = Path(__file__).with_name("worker.py")
+FLEET = ROOT / "scripts" / "fleet.py"
+TAIL = 1 << 14  # bytes of a log, with its newest records
+STARTING = 180  # seconds, at most, until a worker is there again
+
+
+class Crew:
+    """`workers` of a run in `directory`, whose steps take at least `pace` seconds.
+
+    What they print goes to files beside the directory.
+    """
+
+    def __init__(self, workers: int, port: int, directory: Path, overrides: list[str], pace: float):
+        self.directory, self.pace, self.port = directory, pace, port
+        self.options = argparse.Namespace(
+            workers=workers,
+            ranks=1,
+            lighthouse=f"http://localhost:{port}",
+            overrides=[*overrides, f"directory={directory}"],
+        )
+        self.jobs: dict[int, subprocess.Popen] = {}
+        self.start_lighthouse()
+        for worker in range(workers):
+            self.start(worker)
+
+    def start(self, worker: int) -> None:
+        command = worker_command(self.options, worker, str(WORKER), str(self.pace))
+        self.jobs[worker] = self._start(command, f"worker{worker}.txt")
+
+    def start_lighthouse(self) -> None:
+        told = ["lighthouse", "--workers", str(self.options.workers), "--port", str(self.port)]
+        self.lighthouse = self._start([sys.executable, str(FLEET), *told], "lighthouse.txt")
+
+    def _start(self, command: list[str], output: str) -> subprocess.Popen:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        with (self.directory / output).open("a") as file:
+            return subprocess.Popen(
+                command, stdout=file, stderr=file, env=env, cwd=ROOT, start_new_session=True
+            )
+
+    def send(self, worker: int, number: signal.Signals) -> None:
+        """To the worker's process, not to torchrun."""
+        for child in self._children(self.jobs[worker].pid):
+            os.kill(child, number)
+
+    def end(self, worker: int, number: signal.Signals) -> None:
+        """The worker and its torchrun; returns when both are gone."""
+        job = self.jobs[worker]
+        if number == signal.SIGKILL:
+            job.kill()  # first, or it starts the worker again
+        for child in self._children(job.pid):
+            os.kill(child, number)
+        job.wait()
+
+    def end_lighthouse(self) -> None:
+        self.lighthouse.kill()
+        self.lighthouse.wait()
+
+    def close(self) -> None:
+        """End all that is left."""
+        for worker in self.jobs:
+            self.end(worker, signal.SIGKILL)
+        self.end_lighthouse()
+
+    @staticmethod
+    def _children(pid: int) -> list[int]:
+        path = Path(f"/proc/{pid}/task/{pid}/children")
+        return [int(text) for text in path.read_text().split()] if path.exists() else []
+
+    def records(self, worker: int) -> list[dict]:
+        """Of its log, whole ones."""
+        return _records(self._log(worker).read_text()) if self._log(worker).exists() else []
+
+    def last_step(self) -> int:
+        """Of the newest round of any worker."""
+        return max((one["step"] or 0 for one in map(self._last, self.jobs) if one), default=0)
+
+    def is_done(self) -> bool:
+        """Whether a worker has completed the run."""
+        return any(completed(self.directory / f"worker{one}") for one in self.jobs)
+
+    def wait_until_all_meet(self, step: int) -> bool:
+        """Wait for a round, with that step or later, that has messages of all workers.
+
+        Returns False if the run ends first. Raises RuntimeError if they do not come.
+        """
+        until, everybody = time.monotonic() + STARTING, len(self.jobs)
+        while not self.is_done():
+            for last in filter(None, map(self._last, self.jobs)):
+                if (last["step"] or 0) >= step and last["messages"] == everybody:
+                    return True
+            if time.monotonic() > until:
+                raise RuntimeError(f"not all workers met in {STARTING} s: see {self.directory}")
+            time.sleep(0.1)
+        return False
+
+    def wait_until_all_end(self) -> None:
+        """Wait for the workers to complete the run. Raises RuntimeError if one does not."""
+        while not self.is_done():
+            time.sleep(0.2)
+        for worker, job in self.jobs.items():
+            try:
+                job.wait(STARTING)
+            except subprocess.TimeoutExpired:
+                raise RuntimeError(f"worker {worker} did not end: see {self.directory}") from None
+
+    def _log(self, worker: int) -> Path:
+        return self.directory / f"worker{worker}" / LOG_NAME
+
+    def _last(self, worker: int) -> dict | None:
+        """Its newest round."""
+        if not self._log(worker).exists():
+            return None
+        with self._log(worker).open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - TAIL))
+            records = _records(file.read().decode().partition("\n")[2])
+        meetings = [one for one in records if one["record"] == "membership"]
+        return meetings[-1] if meetings else None
+
+
+def _records(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.split("\n")[:-1]]

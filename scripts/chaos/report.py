@@ -1,0 +1,62 @@
+"""results/chaos/README.md, from the records of a chaos run alone."""
+
+from statistics import mean
+
+
+def report(records: list[dict]) -> tuple[str, bool]:
+    """What happened in sentences, and a table; and whether all held that is asked for."""
+    first = records[0]
+    faults, rounds, calm = (
+        [one for one in records if one["record"] == kind] for kind in ("fault", "round", "calm")
+    )
+    equal = all(one["equal_at_the_end"] and not one["rounds_with_two_histories"] for one in rounds)
+    in_time = all(one["longest_wait"] <= one["promised"] for one in faults)
+    losses, without = ([one["test_loss"] for one in some] for some in (rounds, calm))
+    among = bool(losses) and min(without) <= mean(losses) <= max(without)
+    kinds = sorted({one["kind"] for one in faults})
+    text = [
+        "# Chaos\n",
+        f"`python scripts/chaos/run.py --seed {first['seed']}`: {len(faults)} faults of "
+        f"{len(kinds)} kinds in {len(rounds)} runs of {first['workers']} workers that come and go, "
+        f"{sum(one['seconds'] for one in rounds) / 60:.0f} minutes.\n",
+        f"- W is the same on all workers, bit for bit, before every one of "
+        f"{sum(one['rounds_seen'] for one in rounds):,} rounds and at the end: {_told(equal)}.",
+        f"- No worker to which nothing happened waited longer than promised: {_told(in_time)}.",
+        f"- The mean test loss, {_losses(losses)}, lies among those of as many runs without "
+        f"faults with the same tokens, {_losses(without)} ({len(calm)} seeds): {_told(among)}.\n",
+        "| fault | times | longest wait of others, s | promised, s | all are back after, s |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for kind in kinds:
+        of_kind = [one for one in faults if one["kind"] == kind]
+        backs = [one["back_after_seconds"] for one in of_kind if one["back_after_seconds"]]
+        cells = [kind, len(of_kind), f"{max(one['longest_wait'] for one in of_kind):.1f}"]
+        cells.append(f"{max(one['promised'] for one in of_kind):.0f}")
+        cells.append(f"{mean(backs):.1f}" if backs else "-")
+        text.append(f"| {' | '.join(map(str, cells))} |")
+    text += [
+        "",
+        "| seed | tokens | test loss | steps without faults | tokens | test loss |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for one, other in zip(rounds, calm, strict=False):
+        left = f"{one['seed']} | {one['tokens']:,} | {one['test_loss']:.4f}"
+        right = f"{other['steps']:,} | {other['tokens']:,} | {other['test_loss']:.4f}"
+        text.append(f"| {left} | {right} |")
+    text += [
+        "",
+        f"A step takes {first['pace']:g} s at least, so that {first['workers']} machines fit on "
+        "one. `kill`: SIGKILL; `lose`: with its torchrun, back later; `preempt`: SIGTERM, back "
+        "later; `stop`: SIGSTOP, later SIGCONT; `hang`: in Python, while it says that it lives; "
+        "`part`: its W becomes another; `lighthouse`: away for a while.",
+        "",
+    ]
+    return "\n".join(text), equal and in_time and among
+
+
+def _told(holds: bool) -> str:
+    return f"**{'yes' if holds else 'NO'}**"
+
+
+def _losses(losses: list[float]) -> str:
+    return f"{mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})" if losses else "none"

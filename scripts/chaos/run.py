@@ -1,0 +1,180 @@
+"""Chaos: workers die, hang, stop, part and come back at random times, and the run goes on.
+
+    python scripts/chaos/run.py [--faults 60] [--workers 4] [--seed 0] [KEY=VALUE ...]
+
+Rounds of a run of local steps by workers that come and go (scripts/fleet.py), each with a seed of
+its own, until so many faults have happened; a fault comes when all workers have met again after the
+last. Then every round's W has to be the same on all workers, bit for bit, no worker to which
+nothing happened may have waited longer than promised (faults.py), and the test loss has to lie
+among those of runs without faults: as many, of the same seeds, of as many steps as have the same
+tokens. Four machines on one: a step takes at least --pace seconds. Exits with 1 if one of that does
+not hold.
+"""
+
+import argparse
+import json
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts.chaos.crew import Crew
+from scripts.chaos.faults import FAULTS, bound, draws
+from scripts.chaos.report import report
+from training.config import ROOT
+
+OUTPUT = ROOT / "results" / "chaos"
+LOG = "chaos.jsonl"
+EVERY = 20  # steps
+TINY = [
+    *("model.layers=1", "model.width=32", "model.heads=2", "model.context=32"),
+    *("batch.sequences=12", "batch.per_forward=2", "eval.tokens=32768"),
+    *("optimizer=local", f"optimizer.every={EVERY}"),
+    *("eval.every=1000", "log_every=100", "checkpoint.every=500", "check_every=0"),
+]
+CALM = 5 * EVERY  # steps at the end, in which nothing happens
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def disturbed(crew: Crew, faults: list[dict], steps: int, due) -> Iterator[dict]:
+    """Let faults happen until the run is nearly done; yields each with what came of it."""
+    while faults and due() and crew.wait_until_all_meet(crew.last_step() + 2 * EVERY):
+        draw = faults[0]
+        time.sleep(draw["delay"])
+        before, start = crew.last_step(), time.monotonic()
+        if before > steps - CALM:
+            break
+        faults.pop(0)
+        FAULTS[draw["kind"]](crew, draw["worker"], draw["lasts"])
+        after = crew.last_step() if draw["kind"] not in ("kill", "hang", "part") else before
+        back = crew.wait_until_all_meet(after + 2 * EVERY)
+        yield draw | {
+            "record": "fault",
+            "step": before,
+            "back_after_seconds": round(time.monotonic() - start, 1) if back else None,
+            "until_step": crew.last_step(),
+        }
+
+
+def longest_wait(crew: Crew, fault: dict) -> dict:
+    """In the rounds of a fault: of workers to which nothing happened, and what is promised."""
+    spared = [one for one in crew.jobs if fault["kind"] == "lighthouse" or one != fault["worker"]]
+    waits = [
+        one["seconds"]
+        for worker in spared
+        for one in crew.records(worker)
+        if one["record"] == "membership"
+        and one["step"] is not None
+        and fault["step"] < one["step"] <= fault["until_step"]
+    ]
+    promised = bound(fault["kind"], fault["lasts"], crew.pace)
+    return {"longest_wait": max(waits, default=0.0), "promised": round(promised, 1)}
+
+
+def outcome(crew: Crew) -> dict:
+    """What the workers have agreed on: in every round, and at the end."""
+    histories: dict[int, set] = {}
+    parted = 0
+    for worker in crew.jobs:
+        for one in crew.records(worker):
+            if one["record"] == "membership" and one["step"] is not None:
+                histories.setdefault(one["step"], set()).add(one["state"])
+                parted += "had another history" in one["why"]
+    ends = [crew.records(worker)[-1] for worker in crew.jobs]
+    completed = [one for one in ends if one.get("status") == "completed"]
+    return {
+        "rounds_seen": len(histories),
+        "rounds_with_two_histories": sum(len(states) > 1 for states in histories.values()),
+        "had_another_history": parted,
+        "workers_completed": len(completed),
+        "equal_at_the_end": len({(one["state"], one["test_loss"]) for one in completed}) == 1,
+        "tokens": completed[0]["tokens"],
+        "test_loss": completed[0]["test_loss"],
+    }
+
+
+def run(options: argparse.Namespace, write) -> None:
+    """All rounds with faults, then those without."""
+    faults = draws(options.faults, list(FAULTS), options.workers, options.seed)
+    last_start = time.monotonic() + 60 * options.minutes
+    rounds: list[dict] = []
+    with tempfile.TemporaryDirectory(prefix="ef21-chaos-") as folder:
+
+        def train(name: str, steps: int, seed: int, pace: float) -> Crew:
+            overrides = [*TINY, *options.overrides, f"steps={steps}", f"seed={seed}"]
+            return Crew(options.workers, free_port(), Path(folder, name), overrides, pace)
+
+        while faults and time.monotonic() < last_start:
+            seed, start = len(rounds), time.monotonic()
+            crew = train(f"faults{seed}", options.steps, seed, options.pace)
+            try:
+                happened = list(
+                    disturbed(crew, faults, options.steps, lambda: time.monotonic() < last_start)
+                )
+                crew.wait_until_all_end()
+                for fault in happened:
+                    write(fault | {"round": seed} | longest_wait(crew, fault))
+                seconds = round(time.monotonic() - start, 1)
+                rounds.append(
+                    {"record": "round", "seed": seed, "seconds": seconds, **outcome(crew)}
+                )
+                write(rounds[-1])
+            finally:
+                crew.close()
+        for one in rounds:
+            every_round = options.tokens_a_step * EVERY
+            steps = EVERY * round(one["tokens"] / every_round)
+            crew = train(f"calm{one['seed']}", steps, one["seed"], 0.0)
+            try:
+                crew.wait_until_all_end()
+                calm = {key: outcome(crew)[key] for key in ("tokens", "test_loss")}
+                write({"record": "calm", "seed": one["seed"], "steps": steps, **calm})
+            finally:
+                crew.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--faults", type=int, default=60, help="(default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=40, help="at most, of faults")
+    parser.add_argument("--workers", type=int, default=4, help="(default %(default)s)")
+    parser.add_argument("--steps", type=int, default=6000, help="of a round (default %(default)s)")
+    parser.add_argument("--pace", type=float, default=0.1, help="seconds of a step, at least")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults")
+    parser.add_argument("--out", type=Path, default=OUTPUT, help="folder (default %(default)s)")
+    parser.add_argument("--redraw", action="store_true", help="README.md from the records alone")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
+    options = parser.parse_args()
+    options.tokens_a_step = 12 * 32
+    log = options.out / LOG
+    if not options.redraw:
+        options.out.mkdir(parents=True, exist_ok=True)
+        start = time.monotonic()
+        with log.open("w") as file:
+
+            def write(record: dict) -> None:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                print(json.dumps(record), flush=True)
+
+            told = {"workers": options.workers, "pace": options.pace, "steps": options.steps}
+            write({"record": "start", "seed": options.seed, **told})
+            run(options, write)
+            write({"record": "end", "seconds": round(time.monotonic() - start, 1)})
+    text, holds = report([json.loads(line) for line in log.read_text().splitlines()])
+    (options.out / "README.md").write_text(text)
+    print(text)
+    return 0 if holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
