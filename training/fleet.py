@@ -3,6 +3,7 @@
 import faulthandler
 import json
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,8 @@ from training.resume import require_same_config
 from training.schedule import new_scheduler
 from training.workers import RunError, Workers, one_line
 
+# What torchft fetches is read, and not written.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
 MARGIN, FACTOR = 30.0, 5  # seconds, and times the longest so far, after which something hangs
 
 

@@ -26,7 +26,7 @@ if not __package__:
 from scripts.chaos.crew import Crew
 from scripts.chaos.faults import FAULTS, bound, draws
 from scripts.chaos.report import report
-from training.config import ROOT
+from training.config import ROOT, compose
 
 OUTPUT = ROOT / "results" / "chaos"
 LOG = "chaos.jsonl"
@@ -37,7 +37,6 @@ TINY = [
     *("optimizer=local", f"optimizer.every={EVERY}"),
     *("eval.every=1000", "log_every=100", "checkpoint.every=500", "check_every=0"),
 ]
-CALM = 5 * EVERY  # steps at the end, in which nothing happens
 
 
 def free_port() -> int:
@@ -45,13 +44,13 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def disturbed(crew: Crew, faults: list[dict], steps: int, due) -> Iterator[dict]:
-    """Let faults happen until the run is nearly done; yields each with what came of it."""
+def disturbed(crew: Crew, faults: list[dict], last_step: int, due) -> Iterator[dict]:
+    """Let faults happen up to a step; yields each with what came of it."""
     while faults and due() and crew.wait_until_all_meet(crew.last_step() + 2 * EVERY):
         draw = faults[0]
         time.sleep(draw["delay"])
         before, start = crew.last_step(), time.monotonic()
-        if before > steps - CALM:
+        if before > last_step:
             break
         faults.pop(0)
         FAULTS[draw["kind"]](crew, draw["worker"], draw["lasts"])
@@ -96,7 +95,8 @@ def outcome(crew: Crew) -> dict:
         "rounds_with_two_histories": sum(len(states) > 1 for states in histories.values()),
         "had_another_history": parted,
         "workers_completed": len(completed),
-        "equal_at_the_end": len({(one["state"], one["test_loss"]) for one in completed}) == 1,
+        "equal_at_the_end": len(completed) == len(crew.jobs)
+        and len({(one["state"], one["test_loss"]) for one in completed}) == 1,
         "tokens": completed[0]["tokens"],
         "test_loss": completed[0]["test_loss"],
     }
@@ -104,9 +104,12 @@ def outcome(crew: Crew) -> dict:
 
 def run(options: argparse.Namespace, write) -> None:
     """All rounds with faults, then those without."""
-    faults = draws(options.faults, list(FAULTS), options.workers, options.seed)
+    faults = draws(options.faults, options.kinds.split(","), options.workers, options.seed)
+    last_step = options.steps - options.calm / options.pace
     last_start = time.monotonic() + 60 * options.minutes
     rounds: list[dict] = []
+    config = compose((*TINY, *options.overrides)).config
+    tokens_a_step = config.batch.sequences * config.model.context
     with tempfile.TemporaryDirectory(prefix="ef21-chaos-") as folder:
 
         def train(name: str, steps: int, seed: int, pace: float) -> Crew:
@@ -118,7 +121,7 @@ def run(options: argparse.Namespace, write) -> None:
             crew = train(f"faults{seed}", options.steps, seed, options.pace)
             try:
                 happened = list(
-                    disturbed(crew, faults, options.steps, lambda: time.monotonic() < last_start)
+                    disturbed(crew, faults, last_step, lambda: time.monotonic() < last_start)
                 )
                 crew.wait_until_all_end()
                 for fault in happened:
@@ -131,8 +134,7 @@ def run(options: argparse.Namespace, write) -> None:
             finally:
                 crew.close()
         for one in rounds:
-            every_round = options.tokens_a_step * EVERY
-            steps = EVERY * round(one["tokens"] / every_round)
+            steps = EVERY * round(one["tokens"] / (EVERY * tokens_a_step))
             crew = train(f"calm{one['seed']}", steps, one["seed"], 0.0)
             try:
                 crew.wait_until_all_end()
@@ -149,12 +151,13 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=4, help="(default %(default)s)")
     parser.add_argument("--steps", type=int, default=6000, help="of a round (default %(default)s)")
     parser.add_argument("--pace", type=float, default=0.1, help="seconds of a step, at least")
+    parser.add_argument("--calm", type=float, default=60, help="seconds at the end of a round")
+    parser.add_argument("--kinds", default=",".join(FAULTS), help="of faults (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     parser.add_argument("--out", type=Path, default=OUTPUT, help="folder (default %(default)s)")
     parser.add_argument("--redraw", action="store_true", help="README.md from the records alone")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     options = parser.parse_args()
-    options.tokens_a_step = 12 * 32
     log = options.out / LOG
     if not options.redraw:
         options.out.mkdir(parents=True, exist_ok=True)

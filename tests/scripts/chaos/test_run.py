@@ -25,23 +25,17 @@ def chaos(tmp_path, small, *options) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-SEED = 282  # with it, three quick faults come first: another W, a death, and one that stands still
-
-
 def test_the_run_goes_on_with_one_w(tmp_path, small):
-    kinds = [one["kind"] for one in draws(3, list(FAULTS), 3, SEED)]
-    assert set(kinds) == {"kill", "part", "stop"}
-    options = ["--faults=3", "--workers=3", "--steps=500", "--pace=0.03", f"--seed={SEED}"]
-    records = chaos(tmp_path, small, *options)
+    options = ["--faults=2", "--kinds=kill,part", "--workers=3", "--calm=10"]
+    records = chaos(tmp_path, small, *options, "--steps=900", "--pace=0.03", "batch.sequences=3")
     faults, rounds = ([r for r in records if r["record"] == kind] for kind in ("fault", "round"))
-    assert [one["kind"] for one in faults] == kinds
+    assert {one["kind"] for one in faults} == {"kill", "part"}
     assert all(one["longest_wait"] <= one["promised"] for one in faults)
     for one in rounds:
         assert one["equal_at_the_end"] and one["rounds_with_two_histories"] == 0
-        assert one["workers_completed"] == 3
     assert sum(one["had_another_history"] for one in rounds) == 1
-    (calm, *_) = (one for one in records if one["record"] == "calm")
-    assert abs(calm["tokens"] - rounds[0]["tokens"]) <= 20 * 12 * 32
+    calm = next(one for one in records if one["record"] == "calm")
+    assert abs(calm["tokens"] - rounds[0]["tokens"]) <= 20 * 3 * 32
 
 
 @pytest.mark.slow

@@ -1,0 +1,121 @@
+"""Workers that come and go, in a run: what hangs, what is logged, and what a restart finds."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import OmegaConf
+from run import PATIENCE, ROOT
+
+from ef21_muon.exchange.collectives import Traffic
+from ef21_muon.exchange.fleet import Meeting
+from training.config import compose
+from training.fleet import Meetings, as_it_was_left, place_among_all
+from training.workers import RunError, Workers
+
+HANGS = """
+import sys, time
+from training import fleet
+fleet.MARGIN = 0.5
+watch = fleet.Watch(0.5)
+with watch("step"):
+    time.sleep(0.01)
+for _ in range(3):  # it is in time, and waits for good reason
+    with watch("step"):
+        watch.extend(1.0)
+        time.sleep(0.7)
+        watch.extend(0)
+print("in time", flush=True)
+{}
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("place", ["pass", "watch.stop()", "watch('step').__enter__()"])
+def test_what_hangs_ends_and_says_where(place):
+    command = [sys.executable, "-c", HANGS.format(place)]
+    environment = {"PYTHONPATH": str(ROOT)}
+    if place == "watch.stop()":
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "in time\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        process.send_signal(signal.SIGKILL)
+        return
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert result.stdout == "in time\n" and result.returncode == 1
+    assert "Timeout" in result.stderr and 'File "<string>"' in result.stderr
+
+
+def meeting(workers, **changes) -> Meeting:
+    usual = {"messages": len(workers), "step": 29, "healed": False, "parted": 0, "history": "00"}
+    usual |= {"tries": 1, "seconds": 0.01234, "traffic": Traffic()}
+    return Meeting(**usual | {"workers": workers} | changes)
+
+
+def test_the_log_says_who_met_and_why_others_than_before():
+    optimizer, told, seen = SimpleNamespace(meetings=deque()), Meetings(), []
+    for one in (
+        meeting((0, 1, 2)),
+        meeting((0, 1, 2)),
+        meeting((0, 2), tries=2),
+        meeting((0, 1, 2), messages=2, healed=True, parted=1),
+        meeting((0, 1), step=None, messages=0),
+    ):
+        optimizer.meetings.append(one)
+        seen += told.records(optimizer)
+    assert [one["why"] for one in seen] == [
+        [],
+        [],
+        ["worker 1 is gone"],
+        ["worker 1 came", "had another history", "took over the others' state"],
+        ["worker 2 is gone"],
+    ]
+    assert [one["step"] for one in seen] == [30, 30, 30, 30, None]
+    assert seen[2] == {
+        "step": 30,
+        "workers": [0, 2],
+        "messages": 2,
+        "why": ["worker 1 is gone"],
+        "tries": 2,
+        "seconds": 0.012,
+        "state": "00",
+    }
+    assert list(told.records(object())) == []
+
+
+def fleet_config(worker: int, *overrides: str):
+    own = ["membership=torchft", "membership.workers=3", f"membership.worker={worker}"]
+    return compose((*own, "optimizer=local", *overrides)).config
+
+
+def test_every_rank_of_every_worker_has_a_part_of_its_own():
+    class OfTwo(Workers):
+        def __init__(self, rank):
+            self.rank, self.count = rank, 2
+
+    places = [place_among_all(fleet_config(w), OfTwo(rank)) for w in range(3) for rank in (0, 1)]
+    assert places == [(place, 6) for place in range(6)]
+    assert place_among_all(compose(()).config, OfTwo(1)) == (1, 2)
+
+
+def test_a_log_without_a_checkpoint_is_gone_on_with(tmp_path):
+    config = fleet_config(0)
+    assert as_it_was_left(config, tmp_path) is None
+    run = {"record": "run", "config": OmegaConf.to_container(config, resolve=True)}
+    train = {"record": "train", "step": 40, "tokens": 99, "seconds": 1.5}
+    met = {"record": "membership", "step": 60, "workers": [0]}
+    whole = "".join(json.dumps(one) + "\n" for one in (run, train, met))
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"record": "tra')
+    found = as_it_was_left(fleet_config(1), tmp_path)  # which worker it is, makes no difference
+    assert found == {"log_bytes": len(whole), "step": 40, "position": train}
+    with pytest.raises(RunError, match="made with another configuration: seed=1"):
+        as_it_was_left(fleet_config(0, "seed=1"), tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"record": "ru')
+    assert as_it_was_left(config, tmp_path) is None
