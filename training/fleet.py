@@ -28,7 +28,7 @@ class Stopped(Exception):
 
 def comes_and_goes(config: DictConfig) -> bool:
     """Whether the workers of a run do."""
-    return config.membership.workers is not None
+    return config.membership.name != "fixed"
 
 
 def place_among_all(config: DictConfig, workers: Workers) -> tuple[int, int]:

@@ -20,14 +20,20 @@ class Membership:
 
 def check_membership(own: DictConfig, resume: str) -> None:
     """Raise RunError for values out of range, and for those of another kind of membership."""
-    if own.workers is None:
-        for key in ("worker", "lighthouse", "host"):
+    if own.name == "fixed":
+        for key in ("workers", "worker", "lighthouse", "host"):
             if own[key] is not None:
                 raise RunError(
                     f"membership.{key}={own[key]} is not allowed with membership={own.name}: "
                     "workers that come and go need membership=torchft"
                 )
         return
+    for key in ("workers", "worker", "lighthouse"):
+        if own[key] is None:
+            raise RunError(
+                f"membership.{key} has no value: give membership.{key}=VALUE, or start workers "
+                "with scripts/fleet.py"
+            )
     if own.workers < 1:
         raise RunError(
             f"membership.workers={own.workers} is not allowed: give a whole number of at least 1"

@@ -79,7 +79,7 @@ TYPES = {
     "steps=${nope}": "Interpolation key 'nope' not found: see train.py ... steps=${nope})",
 }
 
-FLEET = "membership=torchft membership.workers=3 membership.worker=0 optimizer=local"
+FLEET = "membership=torchft membership.workers=2 membership.worker=0 optimizer=local"
 RANGES = {
     "steps=0": "steps=0 is not allowed: give a whole number of at least 1",
     "batch.sequences=0": "batch.sequences=0 is not allowed: give a whole number of at least 1",
@@ -116,7 +116,7 @@ RANGES = {
     "optimizer=local optimizer.server=replicated compressor@s2w=topk": "sends nothing back to",
     "optimizer=local resume=elastic directory=x optimizer.delay=1": "resume=elastic is not allowed",
     "optimizer=local compressor@w2s=switch w2s.start=9": "w2s.start=9 is not below 0 rounds of",
-    f"{FLEET} membership.worker=3": "membership.worker=3 is not allowed: give one of 0 to 2, each",
+    f"{FLEET} membership.worker=2": "membership.worker=2 is not allowed: give one of 0 to 1, each",
     f"{FLEET} membership.workers=0": "membership.workers=0 is not allowed: give a whole number of",
     f"{FLEET} resume=none": "resume=none is not allowed with membership=torchft: a worker that",
     f"{FLEET} optimizer=muon": "membership=torchft needs local steps, Muon cannot go on without a",
@@ -125,7 +125,7 @@ RANGES = {
     f"{FLEET} optimizer.server=rank0": "server='rank0' is not allowed for workers that come and",
     f"{FLEET} optimizer.feedback=ef21": "feedback='ef21' is not allowed for workers that come and",
     f"{FLEET} compressor@s2w=topk": "sends nothing back to",
-    f"{FLEET} batch.sequences=4": "batch.sequences=4 cannot be split over 3 workers: give a",
+    f"{FLEET} batch.sequences=3": "batch.sequences=3 cannot be split over 2 workers: give a",
     f"{FLEET} worker_size=2": "membership=torchft has a torchrun for each worker, of worker_size=2",
     "membership=torchft": "membership.workers has no value: give membership.workers=VALUE",
     "membership.worker=1": "membership.worker=1 is not allowed with membership=fixed: workers",
