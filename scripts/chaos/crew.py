@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from scripts.fleet import ROOT, worker_command
+from scripts.netns import Network
 from training.log import completed
 from training.records import LOG_NAME
 
@@ -22,15 +23,25 @@ STARTING = 180  # seconds, at most, until a worker is there again
 class Crew:
     """`workers` of a run in `directory`, whose steps take at least `pace` seconds.
 
-    What they print goes to files beside the directory.
+    What they print goes to files in the directory. With a network each is on a node of its own, the
+    lighthouse on the first one's.
     """
 
-    def __init__(self, workers: int, port: int, directory: Path, overrides: list[str], pace: float):
-        self.directory, self.pace, self.port = directory, pace, port
+    def __init__(
+        self,
+        workers: int,
+        port: int,
+        directory: Path,
+        overrides: list[str],
+        pace: float,
+        network: Network | None = None,
+    ):
+        self.directory, self.pace, self.port, self.network = directory, pace, port, network
+        first = network.addresses[0] if network else "localhost"
         self.options = argparse.Namespace(
             workers=workers,
             ranks=1,
-            lighthouse=f"http://localhost:{port}",
+            lighthouse=f"http://{first}:{port}",
             overrides=[*overrides, f"directory={directory}"],
         )
         self.jobs: dict[int, subprocess.Popen] = {}
@@ -40,15 +51,22 @@ class Crew:
 
     def start(self, worker: int) -> None:
         command = worker_command(self.options, worker, str(WORKER), str(self.pace))
-        self.jobs[worker] = self._start(command, f"worker{worker}.txt")
+        if self.network:
+            command.append(f"membership.host={self.network.addresses[worker]}")
+            place = command.index("--standalone") + 1
+            command.insert(place, f"--local-addr={self.network.addresses[worker]}")
+        self.jobs[worker] = self._start(command, f"worker{worker}.txt", worker)
 
     def start_lighthouse(self) -> None:
         told = ["lighthouse", "--workers", str(self.options.workers), "--port", str(self.port)]
-        self.lighthouse = self._start([sys.executable, str(FLEET), *told], "lighthouse.txt")
+        self.lighthouse = self._start([sys.executable, str(FLEET), *told], "lighthouse.txt", 0)
 
-    def _start(self, command: list[str], output: str) -> subprocess.Popen:
+    def _start(self, command: list[str], output: str, node: int) -> subprocess.Popen:
         self.directory.mkdir(parents=True, exist_ok=True)
         env = os.environ | {"OMP_NUM_THREADS": "1"}
+        if self.network:
+            env["GLOO_SOCKET_IFNAME"] = "eth0"
+            command = ["ip", "netns", "exec", self.network.names[node], *command]
         with (self.directory / output).open("a") as file:
             return subprocess.Popen(
                 command, stdout=file, stderr=file, env=env, cwd=ROOT, start_new_session=True

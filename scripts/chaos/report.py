@@ -3,8 +3,11 @@
 from statistics import mean
 
 
-def report(records: list[dict]) -> tuple[str, bool]:
-    """What happened in sentences, and a table; and whether all held that is asked for."""
+def report(records: list[dict], link: list[dict], cost: list[dict]) -> tuple[str, bool]:
+    """What happened in sentences, and a table; and whether all held that is asked for.
+
+    link, cost: the records of link.py and cost.py.
+    """
     first = records[0]
     faults, rounds, calm = (
         [one for one in records if one["record"] == kind] for kind in ("fault", "round", "calm")
@@ -51,7 +54,43 @@ def report(records: list[dict]) -> tuple[str, bool]:
         "`part`: its W becomes another; `lighthouse`: away for a while.",
         "",
     ]
+    text += [*_link(link), *_cost(cost)]
     return "\n".join(text), equal and in_time and among
+
+
+def _link(records: list[dict]) -> list[str]:
+    if not records:
+        return []
+    first, *faults, end = records
+    told = [
+        f"- for {one['lasts']} s: {one['rounds_without']} rounds without it, the others waited for "
+        f"{one['longest_wait']:.1f} s at most, and all met {one['back_after_seconds']:.1f} s after "
+        "it was cut off;"
+        for one in faults
+    ]
+    equal = end["equal_at_the_end"] and not end["rounds_with_two_histories"]
+    return [
+        "## Over slow links\n",
+        f"`sudo python scripts/chaos/link.py`: {first['workers']} workers on nodes of their own, "
+        f"{first['rate']} with {first['delay']} one way, one of them cut off twice:\n",
+        *told,
+        f"- the same W on all, in all {end['rounds_seen']} rounds and at the end: {_told(equal)}.",
+        "",
+    ]
+
+
+def _cost(records: list[dict]) -> list[str]:
+    if not records:
+        return []
+    pairs = ", ".join(f"{one['fixed']:.1f} and {one['torchft']:.1f}" for one in records)
+    more = mean(one["torchft"] - one["fixed"] for one in records)
+    return [
+        "## When nothing happens\n",
+        "`python scripts/chaos/cost.py`: a step with a round, of three processes on two cores, "
+        f"takes with fixed membership and with torchft's {pairs} ms (medians in turns), so "
+        f"{more:.1f} ms more.",
+        "",
+    ]
 
 
 def _told(holds: bool) -> str:

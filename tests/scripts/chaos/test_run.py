@@ -63,8 +63,11 @@ def test_what_is_promised():
 
 
 def test_the_committed_run_holds_what_its_report_says():
-    records = [json.loads(line) for line in (COMMITTED / "chaos.jsonl").read_text().splitlines()]
-    text, holds = report(records)
+    records, link, cost = (
+        [json.loads(line) for line in (COMMITTED / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("chaos", "link", "cost")
+    )
+    text, holds = report(records, link, cost)
     assert (COMMITTED / "README.md").read_text() == text
     faults = [one for one in records if one["record"] == "fault"]
     rounds = [one for one in records if one["record"] == "round"]
@@ -77,6 +80,10 @@ def test_the_committed_run_holds_what_its_report_says():
         assert one["rounds_with_two_histories"] == 0 and one["equal_at_the_end"]
     assert len(calm) == len(rounds)
     losses, without = ([one["test_loss"] for one in some] for some in (rounds, calm))
+    cut = [one for one in link if one["record"] == "fault"]
+    assert len(cut) == 2 and all(one["longest_wait"] <= 20 for one in cut)
+    assert link[-1]["equal_at_the_end"] and link[-1]["rounds_with_two_histories"] == 0
+    assert statistics.mean(one["torchft"] - one["fixed"] for one in cost) <= 20
     assert holds == (min(without) <= statistics.mean(losses) <= max(without))
 
 
@@ -89,7 +96,7 @@ def test_a_fault_that_held_others_up_for_too_long_fails():
         | {"rounds_with_two_histories": 0, "equal_at_the_end": True, "test_loss": 2.0},
         {"record": "calm", "seed": 0, "steps": 9, "tokens": 9, "test_loss": 2.0},
     ]
-    assert report(records)[1]
+    assert report(records, [], [])[1]
     for one, key, value in (
         (fault, "longest_wait", 21.0),
         (round_, "rounds_with_two_histories", 1),
@@ -97,4 +104,4 @@ def test_a_fault_that_held_others_up_for_too_long_fails():
         (round_, "test_loss", 2.1),
     ):
         broken = [record | {key: value} if record is one else record for record in records]
-        assert not report(broken)[1]
+        assert not report(broken, [], [])[1]
