@@ -24,17 +24,15 @@ from training.fleet import (
     Meetings,
     Stopped,
     Watch,
-    as_it_was_left,
     comes_and_goes,
     follow,
-    place_among_all,
     with_fleet,
 )
 from training.log import RunLog
 from training.method import build_optimizer, rounds_of, run_label
 from training.progress import Progress, fail
-from training.report import introduction, result_table
-from training.resume import checkpoint_of, go_on, go_on_elastic
+from training.report import facts_of, introduction, result_table
+from training.resume import checkpoint_of, resume
 from training.schedule import Later, due, new_scheduler
 from training.sharding import require_shards, shard
 from training.sweep import run_jobs
@@ -241,25 +239,12 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
     config = job.config
     run = workers.together(lambda: Run(config, workers))
     workers.say(introduction(run))
-    facts = {
-        "parameters": run.raw_model.config.parameter_count,
-        "world_size": place_among_all(config, workers)[1],
-        "worker_size": config.worker_size,
-        "device": workers.device.type,
-        "placement": getattr(run.optimizer, "server", None),
-    }
     checkpoints = Checkpoints(
         directory / "checkpoints", workers, config.checkpoint.keep, config.checkpoint.asynchronous
     )
-    resumed = None
-    if config.resume != "none" and (newest := checkpoints.newest()):
-        elastic = config.resume == "elastic"
-        resumed = workers.together(lambda: (go_on_elastic if elastic else go_on)(run, newest))
-        workers.say(f"going on from {newest}\n")
-    elif run.comes_and_goes:
-        resumed = as_it_was_left(config, directory)
+    resumed = resume(run, checkpoints, directory)
     log = workers.together(
-        lambda: RunLog(directory, job, run.label, facts, resumed) if workers.first else None
+        lambda: RunLog(directory, job, run.label, facts_of(run), resumed) if workers.first else None
     )
     end = None
     try:

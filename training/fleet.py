@@ -1,19 +1,15 @@
 """Workers that come and go, in a run: membership=torchft."""
 
 import faulthandler
-import json
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 from omegaconf import DictConfig
 
 from ef21_muon import LocalSteps
-from training.records import LOG_NAME
-from training.resume import require_same_config
 from training.schedule import new_scheduler
 from training.workers import RunError, Workers, one_line
 
@@ -146,29 +142,3 @@ class Meetings:
                 "seconds": round(meeting.seconds, 3),
                 "state": meeting.history,
             }
-
-
-def as_it_was_left(config: DictConfig, directory: Path) -> dict | None:
-    """What a log goes on behind, of a worker that starts again without a checkpoint.
-
-    Raises RunError for that of another configuration.
-    """
-    path = directory / LOG_NAME
-    if not path.exists():
-        return None
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-    if not lines:
-        return None
-    require_same_config(config, json.loads(lines[0])["config"], directory)
-    position = next(
-        (
-            record
-            for record in map(json.loads, reversed(lines))
-            if {"step", "tokens", "seconds"} <= record.keys()
-        ),
-        {"step": 0, "tokens": 0, "seconds": 0.0},
-    )
-    size = sum(map(len, lines))
-    return {"log_bytes": size, "step": position["step"], "position": position}

@@ -8,6 +8,7 @@ from ef21_muon import AdaptiveRadius, Compressor, LocalSteps, Switch
 from ef21_muon.exchange.layers import ServedBatch
 from ef21_muon.messages.switch import in_round
 from ef21_muon.served import ServedOptimizer
+from training.fleet import place_among_all
 from training.method import has_servers, rounds_of, rules
 from training.workers import Workers
 
@@ -22,10 +23,24 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def facts_of(run) -> dict:
+    """What the run record has beside the configuration, of a train.Run."""
+    return {
+        "parameters": run.raw_model.config.parameter_count,
+        "world_size": place_among_all(run.config, run.workers)[1],
+        "worker_size": run.config.worker_size,
+        "device": run.workers.device.type,
+        "placement": getattr(run.optimizer, "server", None),
+    }
+
+
 def introduction(run) -> str:
     """What a train.Run is of. To be asked for by all workers."""
     ranks, worker_size = run.workers.count, run.config.worker_size
     workers = f"{ranks // worker_size} workers"
+    if run.comes_and_goes:
+        own = run.config.membership
+        workers = f"worker {own.worker} of up to {own.workers}"
     workers += f" of {worker_size} ranks" if worker_size > 1 else ""
     parameters = f"{run.raw_model.config.parameter_count:,} parameters"
     groups = group_table(run.optimizer, run.workers)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.shards import local
-from training.checkpoint import load, read_facts, stored_tensors
+from training.checkpoint import Checkpoints, load, read_facts, stored_tensors
 from training.config import what_matters
 from training.local_steps import inner_tensors
 from training.progress import BYTES
+from training.records import LOG_NAME
 from training.schedule import new_scheduler
 from training.workers import RunError
 
@@ -36,6 +37,17 @@ def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
         **run.progress.state(),
     }
     return _tensors(run) | _generator_states(run), facts
+
+
+def resume(run, checkpoints: Checkpoints, directory: Path) -> dict | None:
+    """Go on as the configuration says; the facts of what it goes on from, None if it begins."""
+    config, workers = run.config, run.workers
+    if config.resume != "none" and (newest := checkpoints.newest()):
+        how = go_on_elastic if config.resume == "elastic" else go_on
+        facts = workers.together(lambda: how(run, newest))
+        workers.say(f"going on from {newest}\n")
+        return facts
+    return as_it_was_left(config, directory) if run.comes_and_goes else None
 
 
 def go_on(run, path: Path) -> dict:
@@ -196,3 +208,29 @@ def require_same_config(config, saved: dict, path: Path, free: tuple[str, ...] =
             f"{path} was made with another configuration: {', '.join(differing)}; "
             "give the same values, or another directory"
         )
+
+
+def as_it_was_left(config, directory: Path) -> dict | None:
+    """What a log goes on behind, of a worker that starts again without a checkpoint.
+
+    Raises RunError for that of another configuration.
+    """
+    path = directory / LOG_NAME
+    if not path.exists():
+        return None
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    if not lines:
+        return None
+    require_same_config(config, json.loads(lines[0])["config"], directory)
+    position = next(
+        (
+            record
+            for record in map(json.loads, reversed(lines))
+            if {"step", "tokens", "seconds"} <= record.keys()
+        ),
+        {"step": 0, "tokens": 0, "seconds": 0.0},
+    )
+    size = sum(map(len, lines))
+    return {"log_bytes": size, "step": position["step"], "position": position}

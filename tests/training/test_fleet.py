@@ -14,7 +14,8 @@ from run import PATIENCE, ROOT
 from ef21_muon.exchange.collectives import Traffic
 from ef21_muon.exchange.fleet import Meeting
 from training.config import compose
-from training.fleet import Meetings, as_it_was_left, place_among_all
+from training.fleet import Meetings, place_among_all
+from training.resume import as_it_was_left
 from training.workers import RunError, Workers
 
 HANGS = """
