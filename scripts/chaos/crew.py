@@ -136,6 +136,14 @@ class Crew:
         while any(job.poll() is None for job in self.jobs.values()) and time.monotonic() < until:
             time.sleep(0.2)
 
+    def news(self) -> str:
+        """The newest that all have printed and logged."""
+        told = []
+        for path in sorted([*self.directory.glob("*.txt"), *self.directory.glob(f"*/{LOG_NAME}")]):
+            lines = path.read_text(errors="replace").replace("\r", "\n").splitlines()
+            told.append("\n".join([f"-- {path}", *(line[:300] for line in lines[-12:])]))
+        return "\n".join(told)
+
     def _log(self, worker: int) -> Path:
         return self.directory / f"worker{worker}" / LOG_NAME
 

@@ -54,6 +54,7 @@ def disturbed(crew: Crew, faults: list[dict], last_step: int, due) -> Iterator[d
         if before > last_step:
             break
         faults.pop(0)
+        print(f"step {before}: {draw}", flush=True)
         FAULTS[draw["kind"]](crew, draw["worker"], draw["lasts"])
         after = crew.last_step() if draw["kind"] not in ("kill", "hang", "part") else before
         back = crew.wait_until_all_meet(after + 2 * EVERY)
@@ -88,17 +89,19 @@ def run(options: argparse.Namespace, write) -> None:
             seed, start = len(rounds), time.monotonic()
             crew = train(f"faults{seed}", options.steps, seed, options.pace)
             try:
-                happened = list(
-                    disturbed(crew, faults, last_step, lambda: time.monotonic() < last_start)
-                )
-                crew.wait_until_all_end()
-                for fault in happened:
+                for fault in disturbed(
+                    crew, faults, last_step, lambda: time.monotonic() < last_start
+                ):
                     write(fault | {"round": seed} | longest_wait(crew, fault))
+                crew.wait_until_all_end()
                 seconds = round(time.monotonic() - start, 1)
                 rounds.append(
                     {"record": "round", "seed": seed, "seconds": seconds, **outcome(crew)}
                 )
                 write(rounds[-1])
+            except BaseException:
+                print(crew.news(), file=sys.stderr)
+                raise
             finally:
                 crew.close()
         for one in rounds:
