@@ -21,6 +21,7 @@ from training.checkpoint import Checkpoints
 from training.config import Job, build
 from training.data import Feed
 from training.fleet import (
+    LATE,
     Meetings,
     Stopped,
     Watch,
@@ -79,6 +80,8 @@ class Run:
         # Workers that seldom send seldom ask each other whether to stop, over the same slow links,
         # and do not wait for the answers, nor for the sum of their losses, while they train on.
         self.ask_every = min(*rounds_of(self.optimizer).lengths, SELDOM)
+        if self.comes_and_goes:  # of this worker alone
+            self.ask_every = 1
         self.later = Later(self.ask_every // 2)
         self.stop = False
         self.autocast = torch.autocast(workers.device.type, torch.bfloat16, enabled=on_cuda)
@@ -156,7 +159,7 @@ class Run:
             self.optimizer.join()
             follow(self)
         progress.start()
-        test_loss = None
+        test_loss, last = None, True
         while (step := self.scheduler.last_epoch + 1) <= config.steps:
             lr = self.scheduler.get_last_lr()[0]
             if due(step, config.diagnostics_every):
@@ -164,7 +167,7 @@ class Run:
             with self.at_work("step"):
                 progress.add(self.step())
             step = self.scheduler.last_epoch
-            last = step == config.steps
+            last = step >= config.steps
             if last:
                 self.finish()
             evaluate = last or due(step, config.eval.every)
@@ -204,11 +207,17 @@ class Run:
                 break
             if evaluate or save:
                 progress.start()
-        self.watch.stop()
-        checkpoints.settle()
         if self.stop and not last:
             return None
-        return self.summary(self.test_loss() if test_loss is None else test_loss)
+        if self.comes_and_goes:
+            self.optimizer.see_off(config.membership.workers, LATE)
+            for record in self.meetings.records(self.optimizer) if log else ():
+                log.membership(record)
+        if test_loss is None:  # this worker came after the last step
+            test_loss = self.test_loss()
+            if log:
+                log.eval(self.position() | {"test_loss": test_loss})
+        return self.summary(test_loss)
 
     def check(self) -> None:
         """Raise RunError if workers have parted or state was lost."""
@@ -248,8 +257,10 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
     )
     end = None
     try:
-        with workers.stoppable(), suppress(Stopped):
-            end = run.train(log, checkpoints)
+        with workers.stoppable():
+            with suppress(Stopped):
+                end = run.train(log, checkpoints)
+            checkpoints.settle()
     except BaseException as error:
         with suppress(OSError):  # of a disk that is full, which the error says
             if log:
@@ -257,9 +268,10 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
         if isinstance(error, RunError):  # of all workers
             checkpoints.settle()
         raise
-    if run.comes_and_goes:
+    finally:
         run.watch.stop()
-        run.optimizer.leave()
+        if run.comes_and_goes:
+            run.optimizer.leave()
     if log and end:
         from training.picture import draw  # matplotlib, for which other workers need not wait
 

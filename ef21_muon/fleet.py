@@ -1,11 +1,13 @@
 """Local steps of workers that come and go."""
 
+import hashlib
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.optim import Optimizer
 
 from ef21_muon.exchange.collectives import ALONE, Exchange, Traffic
@@ -18,6 +20,7 @@ from ef21_muon.local_steps import LocalSteps
 from ef21_muon.messages.feedback import EF21
 from ef21_muon.rules import W2S, starts_of
 
+PAUSE = 2.0  # seconds between meetings for those that are late
 MEETINGS = 1000  # at most, that are remembered for who asks for them
 SHARED = ("model_shift", "server_momentum")  # of the tables of batches
 
@@ -31,7 +34,8 @@ class FleetSteps(LocalSteps):
     which was made from another W, does not count. So no worker goes on with another W than the
     others: `digest` is compared in every round. `told` counts the local steps in W, of all workers.
 
-    fleet: the others; on every rank of a worker one. A process group, where there is one, is of
+    fleet: the others; on every rank of a worker one. run: what else has to be the same on all, as a
+    hash of their configuration. A process group, where there is one, is of
     this worker's own ranks. `join()` comes before the first step. Options are those of LocalSteps,
     but every worker serves all layers and a round is one message, whatever `buckets` says.
 
@@ -47,6 +51,7 @@ class FleetSteps(LocalSteps):
         every: int | Mapping[int, int] = 30,
         *,
         fleet: Fleet,
+        run: str = "",
         w2s: W2S | None = None,
         server: str = "auto",
         buckets: int = 4,
@@ -70,6 +75,7 @@ class FleetSteps(LocalSteps):
                 "the whole run"
             )
         self.fleet, self.told = fleet, 0
+        self._within_step, self._untold = False, 0  # local steps since the last meeting
         self.meetings: deque[Meeting] = deque(maxlen=MEETINGS)
         super().__init__(inner, every, w2s=w2s, server="replicated", buckets=1, **options)
         if self.feedback is EF21:
@@ -77,8 +83,14 @@ class FleetSteps(LocalSteps):
                 "feedback='ef21' is not allowed for workers that come and go: its servers remember "
                 "the mean of all workers, give ef14 or none"
             )
-        self._built = {key: str(value) for key, value in self._settings().items()}
+        self._built = {key: str(value) for key, value in self._settings().items()} | {"run": run}
+        told = hashlib.sha256(repr(sorted(self._built.items())).encode()).digest()
+        self._digest_of_built = int.from_bytes(told[:7], "big")
         fleet.attach(self)
+
+    def _new_generator(self, seed: int, rank: int, purpose: str) -> Generator:
+        fleet = self.fleet  # each worker has its own random numbers, as with fixed membership
+        return super()._new_generator(seed, fleet.worker * fleet.ranks + rank, purpose)
 
     def _new_phases(self, *arguments) -> list[Phase]:
         phases = super()._new_phases(*arguments)
@@ -95,9 +107,37 @@ class FleetSteps(LocalSteps):
             self._sent[bucket] = lambda: phase.exchange.parts(messages, bucket)
             self._return(phase, bucket)
             self._land(phase, bucket)
-            self.go_on_after(self.steps + bool(messages))
             if self.lanes:
                 self.lanes.share_parameters()
+
+    def step(self, closure=None):
+        self._within_step, self._untold = True, self._untold + 1
+        try:
+            return super().step(closure)
+        finally:
+            self._within_step = False
+
+    def finish(self) -> None:
+        if self._untold:
+            super().finish()
+
+    @property
+    def done(self) -> int:
+        """Steps so far, with the one that is being taken."""
+        return self.steps + self._within_step
+
+    @torch.no_grad()
+    def see_off(self, workers: int, seconds: float) -> None:
+        """After the last step: wait for all `workers` to come to it, at most so many seconds.
+
+        One that was lost in the last round takes over what the others share.
+        """
+        until = time.monotonic() + seconds
+        phase, _ = self.timetable.departing(max(0, self.steps - 1))
+        empty = torch.zeros(phase.exchange.size, dtype=torch.uint8, device=self._device)
+        while len(self.meetings[-1].workers) < workers and time.monotonic() < until:
+            time.sleep(PAUSE)
+            self._meet(empty, counts=False)
 
     def fleet_state(self) -> dict[str, int]:
         """Beside a state: how far all workers were."""
@@ -115,9 +155,10 @@ class FleetSteps(LocalSteps):
 
     def _meet(self, message: Tensor, counts: bool = True) -> list[Tensor]:
         messages, meeting = self.fleet.gather(message, counts)
+        self._untold = 0
         if messages:
-            self.steps = meeting.step
-            _, place, _ = self.rounds.of(self.steps)
+            self.steps = meeting.step - self._within_step
+            _, place, _ = self.rounds.of(meeting.step - 1)
             self.told += len(messages) * (place + 1)
         traffic = meeting.traffic
         self.traffic += of_worker([traffic], self.lanes)[0] if self.lanes else traffic
@@ -145,15 +186,15 @@ class FleetSteps(LocalSteps):
         return [table for name, table, _ in tables if name in SHARED]
 
     def digest(self) -> int:
-        """Of all that workers share, below 2^64. Waits for the device."""
-        total = torch.zeros((), dtype=torch.int64, device=self._device)
+        """Of all that workers share, and how they are built, below 2^64. Waits for the device."""
+        total = torch.full((), self._digest_of_built, dtype=torch.int64, device=self._device)
         for table in self._shared():
             total = total * 6364136223846793005 + fingerprint(table)
         return total.item() % 2**64
 
     def shared_state(self) -> dict:
         """What all workers share; its tensors are not copies."""
-        counters = {"steps": self.steps, "told": self.told}
+        counters = {"done": self.done, "told": self.told}
         return {"built": self._built, **counters, "tensors": self._shared()}
 
     @torch.no_grad()
@@ -185,7 +226,7 @@ class FleetSteps(LocalSteps):
                 for tensor in own.values():
                     tensor.zero_()
         self.told = state["told"]
-        self.go_on_after(state["steps"])
+        self.go_on_after(state["done"] - self._within_step)
 
     def __getstate__(self) -> dict:
         raise TypeError("a worker among others that come and go cannot be copied: save its state")

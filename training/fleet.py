@@ -1,21 +1,26 @@
 """Workers that come and go, in a run: membership=torchft."""
 
 import faulthandler
+import hashlib
+import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from ef21_muon import LocalSteps
+from training.config import what_matters
 from training.schedule import new_scheduler
 from training.workers import RunError, Workers, one_line
 
 # What torchft fetches is read, and not written.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 MARGIN, FACTOR = 30.0, 5  # seconds, and times the longest so far, after which something hangs
+LAST_WAIT = 10.0  # seconds for others, of a worker that was asked to stop
+LATE = 60.0  # seconds that one waits at the end for those that are late
 
 
 class Stopped(Exception):
@@ -57,9 +62,13 @@ def with_fleet(config: DictConfig, make: partial, workers: Workers, watch: "Watc
     except ImportError as error:
         raise RunError(f"membership={own.name}: {one_line(error)}") from error
 
+    asked: list[float] = []
+
     def wait(seconds: float) -> None:
-        if workers.asked_to_stop:
-            raise Stopped
+        if workers.asked_to_stop:  # the round may be about to come
+            asked.append(time.monotonic())
+            if asked[-1] - asked[0] > LAST_WAIT:
+                raise Stopped
         watch.extend(seconds)
 
     fleet = Fleet(
@@ -70,7 +79,10 @@ def with_fleet(config: DictConfig, make: partial, workers: Workers, watch: "Watc
         patience=workers.timeout.total_seconds(),
         while_waiting=wait,
     )
-    return partial(FleetSteps, fleet=fleet, **make.keywords)
+    watch.waited = lambda: fleet.waited
+    run = json.dumps(what_matters(OmegaConf.to_container(config, resolve=True)), sort_keys=True)
+    digest = hashlib.sha256(run.encode()).hexdigest()[:16]
+    return partial(FleetSteps, fleet=fleet, run=digest, **make.keywords)
 
 
 def follow(run) -> None:
@@ -91,13 +103,15 @@ class Watch:
     def __init__(self, patience: float):
         self.patience = patience
         self.longest: dict[str, float] = {}
+        self.waited: Callable[[], float] = lambda: 0.0  # seconds for others, so far
 
     @contextmanager
     def __call__(self, what: str) -> Iterator[None]:
-        longest, start = self.longest.get(what), time.monotonic()
+        longest, start = self.longest.get(what), time.monotonic() - self.waited()
         self._end_in(self.patience if longest is None else MARGIN + FACTOR * longest)
         yield
-        self.longest[what] = max(longest or 0.0, time.monotonic() - start)
+        took = time.monotonic() - self.waited() - start
+        self.longest[what] = max(longest or 0.0, took)
         self.extend(0)
 
     def extend(self, seconds: float) -> None:
@@ -134,7 +148,7 @@ class Meetings:
             if meeting.healed:
                 why.append("took over the others' state")
             yield {
-                "step": meeting.step and meeting.step + 1,
+                "step": meeting.step,
                 "workers": list(meeting.workers),
                 "messages": meeting.messages,
                 "why": why,

@@ -90,7 +90,8 @@ class Progress:
     @property
     def optimizer_share(self) -> float:
         """The share of the optimizer's phases in all."""
-        return sum(self.phases[phase] for phase in OPTIMIZER_PHASES) / sum(self.phases.values())
+        in_all = sum(self.phases.values()) or 1.0  # of a worker that came after the last step
+        return sum(self.phases[phase] for phase in OPTIMIZER_PHASES) / in_all
 
     def state(self) -> dict:
         """Of all workers, for a checkpoint's facts."""

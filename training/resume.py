@@ -42,12 +42,22 @@ def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
 def resume(run, checkpoints: Checkpoints, directory: Path) -> dict | None:
     """Go on as the configuration says; the facts of what it goes on from, None if it begins."""
     config, workers = run.config, run.workers
+    facts = None
     if config.resume != "none" and (newest := checkpoints.newest()):
         how = go_on_elastic if config.resume == "elastic" else go_on
         facts = workers.together(lambda: how(run, newest))
         workers.say(f"going on from {newest}\n")
+    if not run.comes_and_goes:
         return facts
-    return as_it_was_left(config, directory) if run.comes_and_goes else None
+    # What this worker has sent, it has sent: its log and its counts go on from where they are.
+    left = as_it_was_left(config, directory)
+    if left:
+        position = left["position"]
+        run.progress.seconds = position["seconds"]
+        if "w2s_bytes" in position:
+            counted = {key: position[key] - getattr(run.optimizer, key) for key in BYTES}
+            run.progress.bytes_before = counted
+    return left and (facts or {}) | left
 
 
 def go_on(run, path: Path) -> dict:

@@ -36,6 +36,11 @@ def run_jobs(arguments: Namespace, workers: Workers, build_run: BuildRun, run_jo
     jobs = [job for job in jobs if isinstance(job, Job)]
     if errors and all(job.config.fail_fast for job in jobs):
         raise errors[0]
+    if len(all_overrides) > 1 and any(job.config.membership.name != "fixed" for job in jobs):
+        raise RunError(
+            "a sweep has to have membership=fixed: start the workers that come and go of one run "
+            "after the other"
+        )
     if arguments.cfg:
         workers.say("---\n".join(OmegaConf.to_yaml(job.config) for job in jobs))
     elif any(job.config.dry_run for job in jobs):

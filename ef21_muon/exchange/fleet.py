@@ -27,7 +27,7 @@ except ImportError as error:
         "workers that come and go need torchft, for Linux on x86-64: pip install 'ef21-muon[fleet]'"
     ) from error
 
-# Before a message: the messages in W so far, a digest of what all workers share, the step that the
+# Before a message: the messages in W so far, a digest of what all workers share, the steps that the
 # message was made after, and whether it counts.
 HEAD = Struct(">Q8sQ?")
 HISTORY = 16  # bytes, of the first two
@@ -45,7 +45,7 @@ class FleetError(ConnectionError):
 class Shared(Protocol):
     """What all workers share, and agree on bit for bit: as FleetSteps has it."""
 
-    steps: int
+    done: int
 
     def shared_state(self) -> dict: ...
     def take_shared_state(self, state: dict) -> None: ...
@@ -56,7 +56,7 @@ class Shared(Protocol):
 class Meeting:
     """Of a round of workers.
 
-    messages: how many count; step: after which they were made, None without one; workers: the
+    messages: how many count; step: up to which they tell, None without one; workers: the
     numbers of those that met; healed: whether this one took over what the others share; parted: how
     often it found that it had another history than others; history: in hexadecimal, how many
     messages there were before and the digest of what all shared; tries: quorums that it took;
@@ -83,8 +83,8 @@ class Fleet:
 
     worker: its number among all that there may be; lighthouse: the URL; host: by which others reach
     this one, its name by default; group: of the worker's own ranks, on the CPU. The lighthouse is
-    waited for `patience` seconds. `while_waiting` is called again and again, with the seconds that
-    it waits at most before the next call, and may raise.
+    waited for `patience` seconds, other workers as long as it takes. `while_waiting` is called
+    again and again, with the seconds that it waits at most before the next call, and may raise.
 
     State is fetched from a peer by torchft over HTTP and unpickled: trust the network.
     """
@@ -106,6 +106,8 @@ class Fleet:
         self.rank, self.ranks = place_in(group)
         self.manager: Manager | None = None
         self.longest = 0.0  # seconds that a gather took
+        self.waited = 0.0  # seconds, in all gathers
+        self._away_since: float | None = None
         self._counters = {"step": 0, "batches_committed": 0}
         self._caller = ThreadPoolExecutor(1, "fleet")
 
@@ -126,29 +128,33 @@ class Fleet:
 
         In the order of workers, (bytes,) uint8 each, as `message`, which is of one size for all;
         counts: whether it stands for local steps.
-        Raises FleetError without a quorum for `patience` seconds, and what `while_waiting` and
-        `take_shared_state` raise; the others then need not wait for this worker.
+
+        Raises FleetError where the lighthouse does not answer for `patience` seconds, and what
+        `while_waiting` and `take_shared_state` raise; then nobody has to wait for this worker.
         """
         if self.manager is None:
             self._enter(message)
+        start = time.monotonic()
         try:
             return self._gather(message, counts)
         except Exception:
             self.leave()
             raise
+        finally:
+            self.waited += time.monotonic() - start
 
     def _gather(self, message: Tensor, counts: bool) -> tuple[list[Tensor], Meeting]:
         start, tries, parted, traffic = time.monotonic(), 0, 0, Traffic()
         self._healed = False
         while True:
             tries += 1
-            if not self._quorum(start):
+            if not self._quorum():
                 continue
             counts &= not self._everywhere(self._healed)
             rows, theirs = None, b""
             if not self.manager.errored():
                 mine = self._head(counts)
-                rows = self._send(torch.cat([_bytes(mine), message.cpu()]))
+                rows = self._send(torch.cat([_bytes(mine), message.cpu()]), tries)
             if rows is not None:
                 heads = [bytes(row.tolist()) for row in rows[:, : HEAD.size]]
                 theirs = _history(heads)
@@ -156,7 +162,7 @@ class Fleet:
                 if mine[:HISTORY] != theirs:  # then the others commit, and are ahead
                     parted += 1
                     self.manager.report_error(FleetError("another history than the others"))
-            if not self.manager.should_commit():  # of this worker: others may have the round
+            if not self._commit():
                 continue
             self._forget_addresses()
             traffic += self.transport.traffic()
@@ -193,14 +199,13 @@ class Fleet:
             dist.broadcast_object_list(address, group=self.group, group_src=0)
         ((host, port),) = address
         state = _size(self.shared.shared_state())
-        self.healing = timedelta(seconds=PATIENCE + (state + message.numel()) / SLOWEST)
+        self.healing = timedelta(seconds=PATIENCE + state / SLOWEST)
         self.transport = Transport(self.host, timeout=self.healing)
-        self.process_group = Group(self.ranks, timeout=self.healing)
+        self.process_group = Group(self.ranks, timeout=timedelta(seconds=PATIENCE))
         self.manager = self._new_manager(host, port)
         self.manager.load_state_dict(self._counters)
 
     def _new_manager(self, store: str, port: int) -> Manager:
-        start = time.monotonic()
         while True:
             try:
                 return Manager(
@@ -224,14 +229,15 @@ class Fleet:
                     quorum_retries=int(NEVER.total_seconds()),
                 )
             except AWAY as error:
-                self._wait_for_the_lighthouse(start, error)
+                self._wait_for_the_lighthouse(error)
 
-    def _wait_for_the_lighthouse(self, start: float, error: Exception) -> None:
+    def _wait_for_the_lighthouse(self, error: Exception) -> None:
         self.while_waiting(PAUSE)
-        if time.monotonic() - start > self.patience:
+        self._away_since = self._away_since or time.monotonic()
+        if time.monotonic() - self._away_since > self.patience:
             raise FleetError(
-                f"no quorum at the lighthouse {self.lighthouse} for {self.patience:g} s: start it, "
-                "and most of the workers"
+                f"no answer of the lighthouse {self.lighthouse} for {self.patience:g} s: start it, "
+                "or give the address where it is"
             ) from error
         time.sleep(PAUSE)
 
@@ -240,36 +246,43 @@ class Fleet:
         self.transport.received += _size(state)
         self._healed = True
 
-    def _quorum(self, start: float) -> bool:
+    def _quorum(self) -> bool:
         """Wait for the others; whether there is a quorum. `_take` may be called."""
         future = self._caller.submit(self.manager.start_quorum)
         while not wait([future], timeout=PAUSE).done:
             self.while_waiting(PAUSE)
         if (error := future.exception()) is None:
+            self._away_since = None
             return True
         if not isinstance(error, AWAY):
             raise error
         self.manager._quorum_future = None  # else it raises the same again
-        self._wait_for_the_lighthouse(start, error)
+        self._wait_for_the_lighthouse(error)
         return False
 
     def _head(self, counts: bool) -> bytes:
-        digest = self.shared.digest().to_bytes(8, "big")
-        return HEAD.pack(self.manager.batches_committed(), digest, self.shared.steps, counts)
+        digest = self.shared.digest()
+        if self.ranks > 1:  # of the worker as a whole
+            of_all = [None] * self.ranks
+            dist.all_gather_object(of_all, digest, group=self.group)
+            digest = sum(of_all) % 2**64
+        digest = digest.to_bytes(8, "big")
+        return HEAD.pack(self.manager.batches_committed(), digest, self.shared.done, counts)
 
-    def _send(self, packed: Tensor) -> Tensor | None:
+    def _send(self, packed: Tensor, tries: int) -> Tensor | None:
         """All workers' heads and messages, (workers, bytes), or None where it failed."""
         ranks = self.process_group.size()
         flat = torch.empty(ranks * len(packed), dtype=torch.uint8)
-        options, patience = AllgatherOptions(), self.healing  # of somebody who comes
-        if self.longest and self.process_group.settled:
-            patience = timedelta(seconds=PATIENCE + 5 * self.longest)
-        options.timeout = patience
-        self.while_waiting(patience.total_seconds())
+        patience = PATIENCE + 5 * self.longest
+        if not (self.longest and self.process_group.settled):  # somebody comes
+            patience = (self.healing.total_seconds() + len(flat) / SLOWEST) * 2 ** (tries - 1)
+        options = AllgatherOptions()
+        options.timeout = timedelta(seconds=patience)
+        self.while_waiting(patience)
         start = time.monotonic()
         try:
-            parent = self.process_group.parent
-            parent.allgather_into_tensor_coalesced([flat], [packed], options).wait()
+            # Gloo's coalesced gather would not look at the timeout.
+            self.process_group.parent._allgather_base(flat, packed, options).wait()
         except RuntimeError as error:
             self.manager.report_error(error)
             return None
@@ -278,10 +291,19 @@ class Fleet:
         self.process_group.settled = True
         return flat.view(ranks, len(packed))
 
+    def _commit(self) -> bool:
+        """Whether this worker has the round; others may have it."""
+        self.while_waiting(self.healing.total_seconds())  # of one that still fetches its state
+        try:
+            return self.manager.should_commit()
+        except AWAY:
+            return False
+
     def _everywhere(self, flag: bool) -> bool:
         """Whether it holds on any rank of this worker."""
         if self.ranks == 1:
             return flag
+        self.while_waiting(self.healing.total_seconds())  # the other ranks may still fetch theirs
         one = torch.tensor(int(flag))
         dist.all_reduce(one, dist.ReduceOp.MAX, group=self.group)
         return bool(one)

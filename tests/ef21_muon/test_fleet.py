@@ -20,6 +20,7 @@ from fleet import (
 from run import PATIENCE
 
 from ef21_muon import Dense, Identity, LocalSteps, Switch, TopK
+from ef21_muon.exchange import fleet as exchange
 from ef21_muon.exchange.fleet import HEAD, Fleet, FleetError
 from ef21_muon.fleet import FleetSteps
 
@@ -69,7 +70,7 @@ def who_counted(workers) -> dict[int, tuple[int, ...]]:
     for worker in workers:
         for one in worker.optimizer.meetings:
             if one.step is not None and not one.healed:
-                counted.setdefault(one.step // EVERY, []).append(worker.number)
+                counted.setdefault((one.step - 1) // EVERY, []).append(worker.number)
     return {round: tuple(sorted(numbers)) for round, numbers in counted.items()}
 
 
@@ -175,7 +176,7 @@ def test_without_a_lighthouse_it_says_so():
     url = f"http://localhost:{free_port()}"
     with (
         crew.workers(url, [0], patience=1) as (worker,),
-        pytest.raises(FleetError, match=f"no quorum at the lighthouse {url}"),
+        pytest.raises(FleetError, match=f"no answer of the lighthouse {url}"),
     ):
         worker.train(until=3)
 
@@ -236,6 +237,83 @@ def test_what_is_remembered_of_a_lost_message_is_forgotten():
         assert any(batch.memory.any() for batch in optimizer.batches)
         optimizer.take_shared_state(workers[1].optimizer.shared_state())
         assert not any(batch.memory.any() for batch in optimizer.batches)
+
+
+def test_who_is_lost_in_the_last_round_comes_to_the_same_end():
+    """With a last round that is cut short, and one that is whole."""
+    for until in (12, 14):
+        with lighthouse(2) as url, crew.workers(url, range(3), outer_momentum=0.6) as workers:
+
+            def end(worker, until=until):
+                worker.train(until)
+                worker.optimizer.finish()
+                worker.optimizer.see_off(3, PATIENCE)
+
+            threads = [threading.Thread(target=end, args=(worker,)) for worker in workers[:2]]
+            for thread in threads:
+                thread.start()
+            workers[2].train(until=10)
+            workers[2].optimizer.leave()
+            while workers[0].optimizer.steps < until:
+                time.sleep(0.01)
+            time.sleep(0.5)
+            with crew.workers(url, [2], outer_momentum=0.6) as (late,):
+                end(late)
+                for thread in threads:
+                    thread.join(PATIENCE)
+                found = []
+                for worker in (*workers[:2], late):
+                    assert worker.optimizer.steps == until
+                    with worker.optimizer.agreed():
+                        found.append(parameters_of(worker.model))
+                assert all(torch.equal(model, found[0]) for model in found)
+                rounds = [(0, 1, 2)] * 3 + [(0, 1)] * (-(-until // EVERY) - 3)
+                steps = [min(EVERY, until - EVERY * place) for place in range(len(rounds))]
+                told = sum(len(who) * length for who, length in zip(rounds, steps, strict=True))
+                assert {w.optimizer.told for w in (*workers[:2], late)} == {told}
+
+
+def test_one_that_stands_still_in_a_message_is_not_waited_for_as_long_as_a_state_takes(monkeypatch):
+    monkeypatch.setattr(exchange, "PATIENCE", 1.0)
+    monkeypatch.setattr(exchange, "SLOWEST", 1.0)  # bytes a second: a state takes minutes
+    still = threading.Event()
+
+    def stand_still(worker):
+        if worker.number == 1 and worker.optimizer.steps == 8:
+            send = worker.optimizer.fleet._send
+            monkeypatch.setattr(
+                worker.optimizer.fleet, "_send", lambda *a: still.wait(3) or send(*a)
+            )
+
+    with lighthouse(2) as url, crew.workers(url, range(2)) as workers:
+        start = time.monotonic()
+        threads = [worker.start(12, before_step=stand_still) for worker in workers]
+        while workers[0].optimizer.fleet.manager is None or workers[0].optimizer.steps < 8:
+            time.sleep(0.01)
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert time.monotonic() - start < 60
+        assert [worker.error for worker in workers] == [None, None]
+        assert max(one.tries for one in workers[0].optimizer.meetings) > 1
+        assert torch.equal(workers[0].agreed[12], workers[1].agreed[12])
+
+
+def test_workers_draw_their_own_random_numbers():
+    def generator(worker, seed=0):
+        inner = torch.optim.SGD(new_model().parameters(), lr=0.1)
+        optimizer = FleetSteps(inner, seed=seed, fleet=Fleet(worker, "http://localhost:1"))
+        return torch.rand(4, generator=optimizer.generators["w2s"])
+
+    assert torch.equal(generator(1), generator(1))
+    assert not torch.equal(generator(1), generator(2))
+
+
+def test_another_run_is_another_history():
+    def digest(run):
+        inner = torch.optim.SGD(new_model().parameters(), lr=0.1)
+        return FleetSteps(inner, run=run, fleet=Fleet(0, "http://localhost:1")).digest()
+
+    assert digest("a") == digest("a") != digest("b")
 
 
 REFUSED = {

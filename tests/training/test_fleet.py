@@ -55,7 +55,7 @@ def test_what_hangs_ends_and_says_where(place):
 
 
 def meeting(workers, **changes) -> Meeting:
-    usual = {"messages": len(workers), "step": 29, "healed": False, "parted": 0, "history": "00"}
+    usual = {"messages": len(workers), "step": 30, "healed": False, "parted": 0, "history": "00"}
     usual |= {"tries": 1, "seconds": 0.01234, "traffic": Traffic()}
     return Meeting(**usual | {"workers": workers} | changes)
 
