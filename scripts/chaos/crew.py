@@ -35,12 +35,13 @@ class Crew:
         overrides: list[str],
         pace: float,
         network: Network | None = None,
+        ranks: int = 1,
     ):
         self.directory, self.pace, self.port, self.network = directory, pace, port, network
         first = network.addresses[0] if network else "localhost"
         self.options = argparse.Namespace(
             workers=workers,
-            ranks=1,
+            ranks=ranks,
             lighthouse=f"http://{first}:{port}",
             overrides=[*overrides, f"directory={directory}"],
         )
@@ -74,7 +75,7 @@ class Crew:
 
     def send(self, worker: int, number: signal.Signals) -> None:
         """To the worker's process, not to torchrun."""
-        for child in self._children(self.jobs[worker].pid):
+        for child in self.children(worker):
             os.kill(child, number)
 
     def end(self, worker: int, number: signal.Signals) -> None:
@@ -82,7 +83,7 @@ class Crew:
         job = self.jobs[worker]
         if number == signal.SIGKILL:
             job.kill()  # first, or it starts the worker again
-        for child in self._children(job.pid):
+        for child in self.children(worker):
             os.kill(child, number)
         job.wait()
 
@@ -96,8 +97,9 @@ class Crew:
             self.end(worker, signal.SIGKILL)
         self.end_lighthouse()
 
-    @staticmethod
-    def _children(pid: int) -> list[int]:
+    def children(self, worker: int) -> list[int]:
+        """The processes of its ranks."""
+        pid = self.jobs[worker].pid
         path = Path(f"/proc/{pid}/task/{pid}/children")
         return [int(text) for text in path.read_text().split()] if path.exists() else []
 

@@ -1,6 +1,7 @@
 """Workers that come and go, in a run: what hangs, what is logged, and what a restart finds."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,11 +9,13 @@ from collections import deque
 from types import SimpleNamespace
 
 import pytest
+from fleet import free_port
 from omegaconf import OmegaConf
 from run import PATIENCE, ROOT
 
 from ef21_muon.exchange.collectives import Traffic
 from ef21_muon.exchange.fleet import Meeting
+from scripts.chaos.crew import Crew
 from training.config import compose
 from training.fleet import Meetings, place_among_all
 from training.resume import as_it_was_left
@@ -120,3 +123,24 @@ def test_a_log_without_a_checkpoint_is_gone_on_with(tmp_path):
         as_it_was_left(fleet_config(0, "seed=1"), tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"record": "ru')
     assert as_it_was_left(config, tmp_path) is None
+
+
+@pytest.mark.slow
+def test_a_worker_of_two_ranks_is_gone_as_a_whole_and_comes_back(small, tmp_path):
+    own = [one for one in small if not one.startswith(("steps", "batch.sequences"))]
+    told = ["optimizer=local", "optimizer.every=5", "steps=800", "batch.sequences=6"]
+    overrides = [*own, *told, "eval.every=800", "checkpoint.every=200"]
+    crew = Crew(3, free_port(), tmp_path / "run", overrides, 0.05, ranks=2)
+    try:
+        assert crew.wait_until_all_meet(20)
+        os.kill(crew.children(1)[1], signal.SIGKILL)
+        assert crew.wait_until_all_meet(crew.last_step() + 60)
+        crew.wait_until_all_end()
+        ends = [crew.records(worker)[-1] for worker in range(3)]
+        assert len({one["state"] for one in ends}) == 1 and ends[0]["step"] == 800
+        met = [one for one in crew.records(0) if one["record"] == "membership"]
+        assert [0, 2] in [one["workers"] for one in met]
+        told = [one["why"] for one in crew.records(1) if one["record"] == "membership"]
+        assert ["took over the others' state"] in told
+    finally:
+        crew.close()
