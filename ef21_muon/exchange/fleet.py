@@ -150,9 +150,10 @@ class Fleet:
             tries += 1
             if not self._quorum():
                 continue
-            counts &= not self._everywhere(self._healed)
+            healed, broken = self._of_all_ranks(self._healed, bool(self.manager.errored()))
+            counts &= not healed
             rows, theirs = None, b""
-            if not self.manager.errored():
+            if not broken:
                 mine = self._head(counts)
                 rows = self._send(torch.cat([_bytes(mine), message.cpu()]), tries)
             if rows is not None:
@@ -299,14 +300,14 @@ class Fleet:
         except AWAY:
             return False
 
-    def _everywhere(self, flag: bool) -> bool:
-        """Whether it holds on any rank of this worker."""
+    def _of_all_ranks(self, *flags: bool) -> tuple[bool, ...]:
+        """Of each whether it holds on any rank of this worker."""
         if self.ranks == 1:
-            return flag
+            return flags
         self.while_waiting(self.healing.total_seconds())  # the other ranks may still fetch theirs
-        one = torch.tensor(int(flag))
-        dist.all_reduce(one, dist.ReduceOp.MAX, group=self.group)
-        return bool(one)
+        found = torch.tensor(flags, dtype=torch.int64)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return tuple(map(bool, found))
 
     def _traffic(self, size: int, ranks: int) -> Traffic:
         others = ranks - 1
