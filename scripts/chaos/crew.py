@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from scripts.fleet import ROOT, worker_command
@@ -80,11 +81,12 @@ class Crew:
 
     def end(self, worker: int, number: signal.Signals) -> None:
         """The worker and its torchrun; returns when both are gone."""
-        job = self.jobs[worker]
+        job, ranks = self.jobs[worker], self.children(worker)
         if number == signal.SIGKILL:
             job.kill()  # first, or it starts the worker again
-        for child in self.children(worker):
-            os.kill(child, number)
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(rank, number)
         job.wait()
 
     def end_lighthouse(self) -> None:

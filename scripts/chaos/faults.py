@@ -22,7 +22,7 @@ def draws(count: int, kinds: list[str], workers: int, seed: int) -> list[dict]:
         {
             "kind": kind,
             "worker": generator.randrange(workers),
-            "delay": round(generator.uniform(0, 6), 2),
+            "delay": round(generator.uniform(0, 3), 2),
             "lasts": round(generator.uniform(1, 12), 2),
         }
         for kind in order[:count]
