@@ -209,15 +209,21 @@ class Run:
                 progress.start()
         if self.stop and not last:
             return None
+        late = test_loss is None  # this worker came after the last step
+        test_loss = self.test_loss() if late else test_loss
         if self.comes_and_goes:
-            self.optimizer.see_off(config.membership.workers, LATE)
-            for record in self.meetings.records(self.optimizer) if log else ():
-                log.membership(record)
-        if test_loss is None:  # this worker came after the last step
-            test_loss = self.test_loss()
-            if log:
-                log.eval(self.position() | {"test_loss": test_loss})
+            self.see_off(log, test_loss if late else None)
         return self.summary(test_loss)
+
+    def see_off(self, log: RunLog | None, test_loss: float | None) -> None:
+        """Wait for workers that are late; the test loss is of one that was late itself."""
+        self.optimizer.see_off(self.config.membership.workers, LATE)
+        if not log:
+            return
+        for record in self.meetings.records(self.optimizer):
+            log.membership(record)
+        if test_loss is not None:
+            log.eval(self.position() | {"test_loss": test_loss})
 
     def check(self) -> None:
         """Raise RunError if workers have parted or state was lost."""

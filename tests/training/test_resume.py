@@ -12,8 +12,8 @@ from run import torchrun
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from workers.resume import CASES, COMPRESSORS, run_alone
 
-import train
 import training.data
+import training.resume
 from data.loader import Prefetched, TestWindows, WorkerBatches
 from model import GPT
 from training.config import build, compose
@@ -219,7 +219,7 @@ def test_local_steps_go_on_with_other_workers_from_the_middle_of_a_round(
     (directory / "metrics.jsonl").write_text("".join(log[:-1]))
     dcp_to_torch_save(directory / "checkpoints" / "step-00000002", tmp_path / "tensors.pt")
     saved = torch.load(tmp_path / "tensors.pt", weights_only=True)
-    go_on, seen = train.go_on_elastic, {}
+    go_on, seen = training.resume.go_on_elastic, {}
 
     def look(run, path):
         facts = go_on(run, path)
@@ -232,7 +232,7 @@ def test_local_steps_go_on_with_other_workers_from_the_middle_of_a_round(
                 seen[layer] |= {f"inner.{key}": tensor.clone() for key, tensor in own}
         return facts
 
-    monkeypatch.setattr(train, "go_on_elastic", look)
+    monkeypatch.setattr(training.resume, "go_on_elastic", look)
     common = ("checkpoint.every=2", "check_every=1", "schedule.warmup=0.75")
     place = ("resume=elastic", f"directory={directory}")
     records = run(directory, *common, *CASES[case], *place)

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from run import PATIENCE
 
 import train
+import training.resume
 from training.config import CONFIGS, Job, compose
 from training.workers import RunError, Workers, leave
 
@@ -179,7 +180,7 @@ def run_with(workers: Workers, directory: Path, small: list[str]) -> int:
 
 def go_on(job: Job, directory: Path, workers: Workers) -> None:
     """Run it, and write what every worker went on with."""
-    go_on_elastic = train.go_on_elastic
+    go_on_elastic = training.resume.go_on_elastic
 
     def recorded(run, path):
         facts = go_on_elastic(run, path)
@@ -190,7 +191,7 @@ def go_on(job: Job, directory: Path, workers: Workers) -> None:
         torch.save(state, directory / f"{workers.rank}.pt")
         return facts
 
-    with mock.patch("train.go_on_elastic", recorded):
+    with mock.patch("training.resume.go_on_elastic", recorded):
         train.run_job(job, directory, workers)
 
 
