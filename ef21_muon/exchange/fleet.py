@@ -1,5 +1,6 @@
 """The workers of the moment, who come and go: their messages of a round. By torchft, an extra."""
 
+import logging
 import os
 import socket
 import time
@@ -26,6 +27,9 @@ except ImportError as error:
     raise ImportError(
         "workers that come and go need torchft, for Linux on x86-64: pip install 'ef21-muon[fleet]'"
     ) from error
+
+# Or it warns, at every change, that NCCL has no flight recorder.
+logging.getLogger("torchft.manager").setLevel(logging.ERROR)
 
 # Before a message: the messages in W so far, a digest of what all workers share, the steps that the
 # message was made after, and whether it counts.
