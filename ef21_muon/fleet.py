@@ -77,6 +77,7 @@ class FleetSteps(LocalSteps):
         self.fleet, self.told = fleet, 0
         self._within_step, self._untold = False, 0  # local steps since the last meeting
         self.meetings: deque[Meeting] = deque(maxlen=MEETINGS)
+        self._met: tuple[int, ...] = ()  # the workers of the last one
         super().__init__(inner, every, w2s=w2s, server="replicated", buckets=1, **options)
         if self.feedback is EF21:
             raise ValueError(
@@ -103,7 +104,7 @@ class FleetSteps(LocalSteps):
         (bucket,) = phase.buckets
         empty = torch.zeros(phase.exchange.size, dtype=torch.uint8, device=self._device)
         messages = self._meet(empty, counts=False)
-        if messages or self.meetings[-1].healed:
+        if messages or self.fleet.healed:
             self._sent[bucket] = lambda: phase.exchange.parts(messages, bucket)
             self._return(phase, bucket)
             self._land(phase, bucket)
@@ -135,7 +136,7 @@ class FleetSteps(LocalSteps):
         until = time.monotonic() + seconds
         phase, _ = self.timetable.departing(max(0, self.steps - 1))
         empty = torch.zeros(phase.exchange.size, dtype=torch.uint8, device=self._device)
-        while len(self.meetings[-1].workers) < workers and time.monotonic() < until:
+        while len(self._met) < workers and time.monotonic() < until:
             time.sleep(PAUSE)
             self._meet(empty, counts=False)
 
@@ -163,6 +164,7 @@ class FleetSteps(LocalSteps):
         traffic = meeting.traffic
         self.traffic += of_worker([traffic], self.lanes)[0] if self.lanes else traffic
         self.meetings.append(meeting)
+        self._met = meeting.workers
         return messages
 
     def _receive(self, batch: RoundBatch, from_workers: tuple[Tensor, ...]) -> None:

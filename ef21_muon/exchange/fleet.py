@@ -109,6 +109,7 @@ class Fleet:
         self.patience, self.while_waiting = patience, while_waiting
         self.rank, self.ranks = place_in(group)
         self.manager: Manager | None = None
+        self.healed = False  # in the last gather
         self.longest = 0.0  # seconds that a gather took
         self.waited = 0.0  # seconds, in all gathers
         self._away_since: float | None = None
@@ -149,12 +150,12 @@ class Fleet:
 
     def _gather(self, message: Tensor, counts: bool) -> tuple[list[Tensor], Meeting]:
         start, tries, parted, traffic = time.monotonic(), 0, 0, Traffic()
-        self._healed = False
+        self.healed = False
         while True:
             tries += 1
             if not self._quorum():
                 continue
-            healed, broken = self._of_all_ranks(self._healed, bool(self.manager.errored()))
+            healed, broken = self._of_all_ranks(self.healed, bool(self.manager.errored()))
             counts &= not healed
             rows, theirs = None, b""
             if not broken:
@@ -179,7 +180,7 @@ class Fleet:
                 messages=len(messages),
                 step=told[counted[0]][2] if counted else None,
                 workers=self.process_group.workers,
-                healed=self._healed,
+                healed=self.healed,
                 parted=parted,
                 history=theirs.hex(),
                 tries=tries,
@@ -249,7 +250,7 @@ class Fleet:
     def _take(self, state: dict) -> None:
         self.shared.take_shared_state(state)
         self.transport.received += _size(state)
-        self._healed = True
+        self.healed = True
 
     def _quorum(self) -> bool:
         """Wait for the others; whether there is a quorum. `_take` may be called."""
