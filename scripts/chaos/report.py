@@ -2,6 +2,8 @@
 
 from statistics import mean
 
+from scripts.chaos.faults import bound
+
 
 def report(records: list[dict], link: list[dict], cost: list[dict]) -> tuple[str, bool]:
     """What happened in sentences, and a table; and whether all held that is asked for.
@@ -13,7 +15,9 @@ def report(records: list[dict], link: list[dict], cost: list[dict]) -> tuple[str
         [one for one in records if one["record"] == kind] for kind in ("fault", "round", "calm")
     )
     equal = all(one["equal_at_the_end"] and not one["rounds_with_two_histories"] for one in rounds)
-    in_time = all(one["longest_wait"] <= one["promised"] for one in faults)
+    promises = [promised(place, faults, first["pace"]) for place in range(len(faults))]
+    waits = [one["longest_wait"] for one in faults]
+    in_time = all(wait <= most for wait, most in zip(waits, promises, strict=True))
     losses, without = ([one["test_loss"] for one in some] for some in (rounds, calm))
     among = bool(losses) and min(without) <= mean(losses) <= max(without)
     kinds = sorted({one["kind"] for one in faults})
@@ -34,7 +38,8 @@ def report(records: list[dict], link: list[dict], cost: list[dict]) -> tuple[str
         of_kind = [one for one in faults if one["kind"] == kind]
         backs = [one["back_after_seconds"] for one in of_kind if one["back_after_seconds"]]
         cells = [kind, len(of_kind), f"{max(one['longest_wait'] for one in of_kind):.1f}"]
-        cells.append(f"{max(one['promised'] for one in of_kind):.0f}")
+        most = [m for one, m in zip(faults, promises, strict=True) if one["kind"] == kind]
+        cells.append(f"{min(most):.0f}" + (f" to {max(most):.0f}" if min(most) < max(most) else ""))
         cells.append(f"{mean(backs):.1f}" if backs else "-")
         text.append(f"| {' | '.join(map(str, cells))} |")
     text += [
@@ -56,6 +61,21 @@ def report(records: list[dict], link: list[dict], cost: list[dict]) -> tuple[str
     ]
     text += [*_link(link), *_cost(cost)]
     return "\n".join(text), equal and in_time and among
+
+
+def promised(place: int, faults: list[dict], pace: float) -> float:
+    """Seconds that others wait at most for a fault.
+
+    One that hangs ends itself by its longest step, which is as long as it stood still in one.
+    """
+    fault = faults[place]
+    stood_still = [
+        one["lasts"]
+        for one in faults[:place]
+        if one["kind"] == "stop"
+        and (one["round"], one["worker"]) == (fault["round"], fault["worker"])
+    ]
+    return bound(fault["kind"], fault["lasts"], pace + max(stood_still, default=0.0))
 
 
 def _link(records: list[dict]) -> list[str]:
