@@ -107,8 +107,8 @@ def _cost(records: list[dict]) -> list[str]:
     return [
         "## When nothing happens\n",
         "`python scripts/chaos/cost.py`: a step with a round, of three processes on two cores, "
-        f"takes with fixed membership and with torchft's {pairs} ms (medians in turns), so "
-        f"{more:.1f} ms more.",
+        f"takes with fixed membership and with torchft's {pairs} ms (medians in turns, on a "
+        f"busy machine): {more:+.1f} ms in the mean.",
         "",
     ]
 
