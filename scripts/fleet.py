@@ -32,6 +32,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from training.config import compose
+from training.data import share_of_batch
 from training.workers import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,11 +132,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     training.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     parts.add_parser("start", parents=[common, port, training]).set_defaults(do=start)
     parts.add_parser("lighthouse", parents=[common, port]).set_defaults(do=serve)
-    worker = parts.add_parser("worker", parents=[common])
+    worker = parts.add_parser("worker", parents=[common, training])
     worker.add_argument("--number", type=int, required=True, help="of this worker, from 0")
     worker.add_argument("--lighthouse", required=True, metavar="URL")
-    worker.add_argument("--ranks", type=int, default=1, help="processes of a worker")
-    worker.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     worker.set_defaults(do=work)
     options = parser.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun has it for several processes
@@ -144,7 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "overrides" in options:
         options.lighthouse = getattr(options, "lighthouse", "http://localhost")
         try:  # before anything starts, and is started again and again
-            compose(tuple(worker_overrides(options, getattr(options, "number", 0))))
+            job = compose(tuple(worker_overrides(options, getattr(options, "number", 0))))
+            share_of_batch(job.config, options.workers * options.ranks)
         except RunError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

@@ -7,11 +7,11 @@ import time
 import fleet as crew
 import pytest
 import torch
+from bad_inputs import free_port
 from fleet import (
     DATA,
     LighthouseProcess,
     Worker,
-    free_port,
     gradient,
     lighthouse,
     new_model,
@@ -140,7 +140,7 @@ def test_another_history_is_noticed_and_never_averaged(table):
         if worker.number == 1 and worker.optimizer.steps == 4:
             getattr(worker.optimizer.batches[0], table).add_(1e-4)
 
-    with lighthouse(2) as url, crew.workers(url, range(3), outer_momentum=0.6) as workers:
+    with lighthouse(3) as url, crew.workers(url, range(3), outer_momentum=0.6) as workers:
         train_all(workers, until=15, before_step=part)
         met = workers[1].optimizer.meetings
         parted = [place for place, one in enumerate(met) if one.parted]
@@ -250,6 +250,7 @@ def test_who_is_lost_in_the_last_round_comes_to_the_same_end():
                 worker.optimizer.meetings.clear()  # as one does that has logged them
                 worker.optimizer.see_off(3, PATIENCE)
 
+            crew.enter(workers)
             threads = [threading.Thread(target=end, args=(worker,)) for worker in workers[:2]]
             for thread in threads:
                 thread.start()

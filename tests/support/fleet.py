@@ -1,7 +1,6 @@
 """Workers that come and go, as threads of one process, and their lighthouse."""
 
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -56,11 +55,6 @@ class LighthouseProcess:
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
-
-
-def free_port() -> int:
-    with socket.create_server(("", 0)) as server:
-        return server.getsockname()[1]
 
 
 def new_model() -> nn.Sequential:
@@ -120,6 +114,13 @@ class Worker:
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
         return thread
+
+
+def enter(workers) -> None:
+    """So that the lighthouse has heard of all before one of them asks for the others."""
+    for worker in workers:
+        worker.optimizer.fleet._enter(torch.empty(0))
+    time.sleep(0.5)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections import deque
 from types import SimpleNamespace
 
 import pytest
-from fleet import free_port
+from bad_inputs import free_port
 from omegaconf import OmegaConf
 from run import PATIENCE, ROOT
 
