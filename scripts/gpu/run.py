@@ -33,10 +33,10 @@ OUTPUT = ROOT / "results" / "gpu"
 LOG = "gpu.jsonl"
 # Of the runs of `training` the overrides, by name.
 RUNS = {
-    "local, every 30, 2 bits": ["optimizer=local"],
-    "fitted rank 30 %": ["compressor@w2s=fitted_rank"],
     "uncompressed": ["compressor@w2s=identity"],
+    "fitted rank 30 %": ["compressor@w2s=fitted_rank"],
     "AdamW, all-reduce": ["optimizer=adamw"],
+    "local, every 30, 2 bits": ["optimizer=local"],
 }
 # To compile the model twice takes longer than 300 steps save.
 LARGE = ["model=gpt2-124m", "data=shakespeare_gpt2", "steps=300", "compile=false"]

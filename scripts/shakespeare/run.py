@@ -1,11 +1,12 @@
 """Run the study of results/shakespeare, or what is missing of it.
 
-    python scripts/shakespeare/run.py [--only TEXT] [--list]
+    python scripts/shakespeare/run.py [--only TEXT ...] [--processes N] [--list]
 
-One training at a time, with torchrun, on two workers but where more are studied. A run whose log is
-in results/shakespeare is skipped; one that was interrupted goes on from its checkpoint. Logs are
-cut to the records that figures need, and are not edited. The runs and their overrides are in
-settings.py beside this file.
+With torchrun, on two workers but where more are studied; one training at a time, or as many as have
+N processes in all, on a GPU that they share. A run whose log is in results/shakespeare is skipped;
+one that was interrupted goes on from its checkpoint. Logs are cut to the records that figures need,
+and are not edited. The runs and their overrides are in settings.py and conditions.py beside this
+file.
 """
 
 import argparse
@@ -13,8 +14,10 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from omegaconf import OmegaConf
 
@@ -22,10 +25,12 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.shakespeare.results import RESULTS
-from scripts.shakespeare.settings import RUNS, StudyRun
+from scripts.shakespeare.runs import RUNS, StudyRun
 from training.config import ROOT, compose, what_matters
 from training.records import LOG_NAME
 
+PRINTED = "printed.txt"  # in a run's directory
+POLL = 0.2  # seconds
 KEPT = ("run", "eval", "diagnostics", "end")  # of the records of a log
 
 
@@ -61,15 +66,58 @@ def is_done(run: StudyRun) -> bool:
     return True
 
 
-def train(run: StudyRun) -> None:
-    """Train, and keep the log. Raises CalledProcessError when the training fails."""
+def directory_of(run: StudyRun) -> Path:
+    """Where the run trains."""
+    return ROOT / "runs" / "shakespeare" / run.name
+
+
+def start(run: StudyRun, output: IO | None = None) -> subprocess.Popen:
+    """Its training, begun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={run.workers}", "train.py", *overrides(run)]
-    subprocess.run(command, cwd=ROOT, check=True)
-    directory = ROOT / "runs" / "shakespeare" / run.name
+    return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+
+
+def keep(run: StudyRun) -> None:
+    """Put the log of a run that has ended in its place. Raises ValueError if it was stopped."""
+    directory = directory_of(run)
     log_of(run).parent.mkdir(parents=True, exist_ok=True)
     log_of(run).write_text(cut((directory / LOG_NAME).read_text()))
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+
+
+def train(run: StudyRun) -> None:
+    """Train, and keep the log. Raises CalledProcessError when the training fails."""
+    if status := (training := start(run)).wait():
+        raise subprocess.CalledProcessError(status, training.args)
+    keep(run)
+
+
+def train_at_once(runs: Sequence[StudyRun], processes: int) -> None:
+    """Train, the first that fits first, with at most so many workers at a time, but one run at least.
+
+    What a run prints goes to its directory. Raises CalledProcessError after the last one if a
+    training failed.
+    """
+    waiting, training, failed = list(runs), {}, None
+    while waiting or training:
+        for run in list(waiting):
+            busy = sum(run.workers for run in training)
+            if not training or busy + run.workers <= processes:
+                waiting.remove(run)
+                directory_of(run).mkdir(parents=True, exist_ok=True)
+                with (directory_of(run) / PRINTED).open("a") as output:
+                    training[run] = start(run, output)
+        time.sleep(POLL)
+        for run in [run for run, process in training.items() if process.poll() is not None]:
+            process = training.pop(run)
+            print(f"{run.name}: {'failed' if process.returncode else 'done'}", flush=True)
+            if process.returncode:
+                failed = subprocess.CalledProcessError(process.returncode, process.args)
+            else:
+                keep(run)
+    if failed:
+        raise failed
 
 
 def cut(log: str) -> str:
@@ -83,14 +131,21 @@ def cut(log: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", metavar="TEXT", default="", help="runs whose name contains TEXT")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", default=[""], help="runs whose name contains a TEXT"
+    )
+    parser.add_argument("--processes", type=int, metavar="N", help="workers at once, of all runs")
     parser.add_argument("--list", action="store_true", help="say what is done and what is missing")
     options = parser.parse_args(arguments)
     try:
-        chosen = [run for run in RUNS if options.only in run.name]
+        chosen = [run for text in options.only for run in RUNS if text in run.name]
+        chosen = list(dict.fromkeys(chosen))
         missing = [run for run in chosen if not is_done(run)]
         for run in chosen if options.list else ():
             print(f"{'missing' if run in missing else 'done   '}  {run.name}")
+        if options.processes and not options.list:
+            train_at_once(missing, options.processes)
+            return 0
         for number, run in enumerate(() if options.list else missing, 1):
             print(f"\n{run.name} ({number} of {len(missing)})", flush=True)
             train(run)

@@ -1,4 +1,4 @@
-"""The runs of the study in results/shakespeare, as overrides of `experiment=shakespeare`.
+"""The settings of the study in results/shakespeare, as overrides of `experiment=shakespeare`.
 
 The uncompressed run is tuned by a grid, on half the steps; the best radii and beta, TUNED, hold for
 everything else that takes its step, as in the paper. Other baselines have grids of their own.
@@ -17,15 +17,6 @@ class Setting:
     overrides: tuple[str, ...]
     seeds: tuple[int, ...] = (0,)
     level: str = ""
-    workers: int = 2
-
-
-@dataclass(frozen=True)
-class StudyRun:
-    """A run: the name of its log below results/shakespeare, and what it overrides."""
-
-    name: str
-    overrides: tuple[str, ...]
     workers: int = 2
 
 
@@ -269,15 +260,6 @@ SETTINGS += [
     *grid("muloco", MULOCO, optimizer__outer_momentum=(0.3, 0.8)),
     *grid("sparseloco", SPARSELOCO, optimizer__inner__lr=(0.004, 0.008)),
 ]
-# The same with more workers, who share the 16 sequences of a step.
-MORE_WORKERS = (4, 8)
-OF_WORKERS = ("identity", "served6", "local4-top30", "local10-top30", "local30-top30")
-WORKER_SETTINGS = [
-    replace(one, name=f"workers/{workers}-{one.name}", seeds=(0,), workers=workers)
-    for workers in MORE_WORKERS
-    for one in SETTINGS
-    if one.name in OF_WORKERS
-]
 # Two gradients a batch, so that half the steps take as many.
 MOMENTUM_SETTINGS = [
     setting(
@@ -298,7 +280,7 @@ MOMENTUM_SETTINGS.append(
 # One worker, half the steps: what follows is of steps, and of signs of one momentum.
 HALF_ALONE = f"{GRID_STEPS} {TUNED}"
 FEEDBACK_RADII = (15, 60, 250, 1000)  # of hidden layers; steps with feedback are as gradients are
-BEST_WITH_FEEDBACK = 250  # of these, and with more seeds
+BEST_WITH_FEEDBACK = 1000  # of these, and with more seeds
 FEEDBACK_SETTINGS = [
     alone("muon_feedback/without", "muon feedback", f"{IDENTITY} {HALF_ALONE}", SEEDS),
     *(
@@ -321,14 +303,4 @@ SIGN_SETTINGS = [
         ("after-none", "optimizer=sign_muon", ""),
         ("after-none-radius1", "optimizer=sign_muon", " norm.hidden.radius=1"),
     )
-]
-ALL_SETTINGS = [
-    *(*SETTINGS, *WORKER_SETTINGS, *MOMENTUM_SETTINGS),
-    *(*FEEDBACK_SETTINGS, *SIGN_SETTINGS),
-]
-RUNS = [
-    StudyRun(f"{one.name}-seed{seed}", (*one.overrides, f"seed={seed}"), one.workers)
-    for seed in SEEDS
-    for one in ALL_SETTINGS
-    if seed in one.seeds
 ]

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from ef21_muon import FittedRank
 from ef21_muon.lmo.newton_schulz import unit_largest
+from ef21_muon.messages import basis
 from ef21_muon.messages.basis import by_gram, orthonormal
 
 
@@ -45,11 +47,55 @@ def test_it_spans_what_qr_spans(m, r, smallest):
 )
 def test_where_directions_are_missing_it_is_at_most_a_projection(x):
     """No direction is longer than 1, and the span is kept."""
-    basis = by_gram(x)
-    assert basis.isfinite().all()
-    assert torch.linalg.matrix_norm(basis, 2).max() < 1 + 1e-5
-    rest = x.double() - projected(basis, x.double())
+    found = by_gram(x)
+    assert found.isfinite().all()
+    assert torch.linalg.matrix_norm(found, 2).max() < 1 + 1e-5
+    rest = x.double() - projected(found, x.double())
     assert torch.linalg.norm(rest) <= 1e-4 * torch.linalg.norm(x)
+
+
+def few_large_rows(m, n, seed=0):
+    """As an embedding's gradient is: (1, m, n), of a few tokens large, small of most."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, m, n, generator=generator)
+    x[:, 2:] *= 1e-3
+    return x
+
+
+def row_after_row(x):
+    """Inner products in float32 as a GPU may sum them: into one sum, in the order of the rows."""
+    total = x.new_zeros(len(x), x.shape[2], x.shape[2])
+    for row in x.unbind(1):
+        total += row[:, :, None] * row[:, None, :]
+    return total
+
+
+def test_rounding_of_long_columns_leaves_a_basis(monkeypatch):
+    """Whose Gram matrix has eigenvalues below zero then, by more than a shift of 1e-5."""
+    generator = torch.Generator().manual_seed(1)
+    x = few_large_rows(4000, 64)
+    sketch = unit_largest(x @ (x.mT @ torch.randn(1, 4000, 48, generator=generator)))
+    summed = row_after_row(sketch)
+    lowest = torch.linalg.eigvalsh(summed.double()).min()
+    assert lowest < -1.5e-5 * summed.diagonal(dim1=1, dim2=2).max()
+
+    monkeypatch.setattr(basis, "gram", row_after_row)
+    found = by_gram(sketch)
+    assert found.isfinite().all()
+    assert torch.linalg.matrix_norm(found, 2).max() < 1 + 1e-4
+    rest = x.double() - projected(found, x.double())
+    best = torch.linalg.svdvals(x.double())[0, 2:].norm()  # what two directions leave
+    assert torch.linalg.norm(rest) < best
+
+
+@pytest.mark.cuda
+def test_an_embeddings_gradient_on_a_gpu():
+    x = few_large_rows(50_304, 768).cuda()
+    generator = torch.Generator("cuda").manual_seed(0)
+    fitted = FittedRank(0.3)
+    sent = fitted.decode(fitted.encode(x, generator), 50_304, 768)
+    assert sent.isfinite().all()
+    assert (x - sent).norm() < 0.5 * x.norm()
 
 
 def test_what_is_not_finite_stays_so():

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from scripts.shakespeare import results as study_results
 from scripts.shakespeare import run as study
-from scripts.shakespeare.settings import RUNS, StudyRun
+from scripts.shakespeare.runs import RUNS, StudyRun
 from training.config import compose
 from training.records import LOG_NAME
 

@@ -1,0 +1,102 @@
+"""Points of both axes under other conditions: more workers, larger models, unlike text.
+
+These runs are made on one GPU that all workers share, and their messages go through the host's
+memory; each condition has an uncompressed run of its own.
+"""
+
+from dataclasses import replace
+
+from scripts.shakespeare.settings import (
+    HALF,
+    IDENTITY,
+    MULOCO,
+    OUTER,
+    SIGNS,
+    TUNED,
+    Setting,
+    dense,
+    local,
+    served,
+    setting,
+)
+
+SHARED_GPU = "exchange=host compile=false checkpoint.every=0"
+POINTS = {
+    "identity": f"{IDENTITY} {TUNED}",
+    "served6": served(6, 20),
+    "local4-top30": local(4, SIGNS, OUTER, HALF),
+    "local10-top30": local(10, SIGNS, OUTER, HALF),
+    "local30-top30": local(30, SIGNS, OUTER, HALF),
+    "local60-top30": local(60, SIGNS, OUTER, HALF),
+    "muloco": f"{MULOCO} optimizer.outer_momentum=0.3",
+}
+
+# More workers, who share the 16 sequences of a step.
+WORKERS = (2, 4, 8)
+# What may help where rounds are rare and batches are small, by what it changes.
+REMEDIES = {
+    f"local{every}-{name}": local(every, message, *options)
+    for every in (10, 30)
+    for name, message, options in (
+        ("dense2", dense(2), ()),
+        ("dense2-outer3", dense(2), (OUTER,)),
+        ("top30-outer6", SIGNS, ("outer_momentum=0.6", HALF)),
+        ("top30-beta1", SIGNS, (OUTER, HALF, "inner.beta=0.1")),
+        ("top30-beta05", SIGNS, (OUTER, HALF, "inner.beta=0.05")),
+    )
+} | {
+    f"local{every}-top30-radius1": f"{local(every, SIGNS, OUTER, HALF)} norm.hidden.radius=1"
+    for every in (10, 30)
+}
+WORKER_SETTINGS = [
+    replace(
+        setting(f"workers/{workers}-{name}", "workers", f"{overrides} {SHARED_GPU}"),
+        workers=workers,
+    )
+    for workers in WORKERS
+    for name, overrides in (POINTS | REMEDIES).items()
+]
+
+
+def of_size(size: str, tokens: int, name: str, overrides: str) -> Setting:
+    """A setting in a model of this size, with so many tokens a parameter."""
+    layers, width, heads, steps_of = SIZES[size]
+    steps = steps_of[tokens]
+    model = f"model.layers={layers} model.width={width} model.heads={heads}"
+    length = f"steps={steps} eval.every={steps // 12} log_every={steps // 12}"
+    return setting(
+        f"sizes/{size}-{tokens}-{name}", "sizes", f"{overrides} {model} {length} {SHARED_GPU}"
+    )
+
+
+# Layers, width, heads, and by tokens a parameter the steps, in twelfths of which it is evaluated.
+SIZES = {
+    "0.8M": (4, 128, 4, {1: 204}),  # three a parameter are the two workers' runs above
+    "3M": (4, 256, 4, {1: 780, 3: 2352}),
+    "10M": (6, 384, 6, {1: 2616}),
+}
+SIZE_SETTINGS = [
+    of_size(size, tokens, name, overrides)
+    for size, (*_, steps_of) in SIZES.items()
+    for tokens in steps_of
+    for name, overrides in POINTS.items()
+    if name != "local10-top30"
+]
+# Whether radii transfer.
+SIZE_SETTINGS += [
+    of_size("3M", 1, f"identity-radius{radius}", f"{IDENTITY} {TUNED} norm.hidden.radius={radius}")
+    for radius in (1, 4)
+]
+
+# Histories to one worker and as much of comedies to the other, or both to both.
+GENRES = ("apart", "mixed")
+GENRE_SETTINGS = [
+    setting(
+        f"genres/{genres}-{name}",
+        "genres",
+        f"{overrides} data.train=data/shakespeare_genres/{genres}_train_*.bin {SHARED_GPU}",
+    )
+    for genres in GENRES
+    for name, overrides in POINTS.items()
+    if name not in ("local10-top30", "muloco")
+]
