@@ -5,6 +5,7 @@ once each way, and `wire_tx_bytes` what a ring all-reduce of it sends, 2 (n - 1)
 """
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,10 @@ from ef21_muon.timing import PhaseTimer
 
 HOOKS = ("float32", "float16", "bfloat16", "powersgd", "greedylore")
 LOW_RANK = ("powersgd", "greedylore")
+_of_ddp = signature(DistributedDataParallel.__init__).parameters
+SYNC_BUFFERS = (  # before torch 2.12 and after
+    "forward_sync_buffers" if "forward_sync_buffers" in _of_ddp else "broadcast_buffers"
+)
 
 
 class AllReduced:
@@ -73,7 +78,7 @@ class AllReduced:
         wrapped = DistributedDataParallel(
             model,
             process_group=self.reduced_over,
-            forward_sync_buffers=False,
+            **{SYNC_BUFFERS: False},
             bucket_cap_mb=1024 if self.hook in LOW_RANK else None,
         )
         hooks = {"powersgd": self._powersgd, "greedylore": self._greedylore}

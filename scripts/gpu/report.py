@@ -53,7 +53,8 @@ def of(records: list[dict], kind: str) -> list[dict]:
 
 
 def _end(part: dict) -> str:
-    told = {0: "", None: " (time was up)"}.get(part["status"], f" (exit {part['status']})")
+    failed = f" (exit {part['status']}: {part.get('error') or 'no line says why'})"
+    told = {0: "", None: " (time was up)"}.get(part["status"], failed)
     return f"{part['seconds']:.0f}{told}"
 
 

@@ -92,7 +92,10 @@ class Session:
             status = None
         seconds = time.monotonic() - start
         print("\n".join(output.splitlines()[-40:]), flush=True)
-        self.tell({"record": "part", "part": part, "status": status, "seconds": round(seconds, 1)})
+        told = {"record": "part", "part": part, "status": status, "seconds": round(seconds, 1)}
+        if status:  # torchrun's own lines come after it
+            told["error"] = next((line for line in output.splitlines() if "rror: " in line), "")
+        self.tell(told)
         return status, output
 
     def torchrun(self, part: str, workers: int, *command: str | Path) -> tuple[int | None, str]:
