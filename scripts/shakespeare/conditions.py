@@ -1,7 +1,7 @@
 """Points of both axes under other conditions: more workers, larger models, unlike text.
 
-These runs are made on one GPU that all workers share, and their messages go through the host's
-memory; each condition has an uncompressed run of its own.
+Each condition has an uncompressed run of its own. Those of sizes are made on one GPU that all
+workers share, and their messages go through the host's memory.
 """
 
 from dataclasses import replace
@@ -32,29 +32,34 @@ POINTS = {
 }
 
 # More workers, who share the 16 sequences of a step.
-WORKERS = (2, 4, 8)
-# What may help where rounds are rare and batches are small, by what it changes.
+MORE_WORKERS = (4, 8)
+OF_WORKERS = ("identity", "served6", "local4-top30", "local10-top30", "local30-top30")
+# What may help the most of them, whose batches are small, by what it changes.
 REMEDIES = {
-    f"local{every}-{name}": local(every, message, *options)
-    for every in (10, 30)
-    for name, message, options in (
-        ("dense2", dense(2), ()),
-        ("dense2-outer3", dense(2), (OUTER,)),
-        ("top30-outer6", SIGNS, ("outer_momentum=0.6", HALF)),
-        ("top30-beta1", SIGNS, (OUTER, HALF, "inner.beta=0.1")),
-        ("top30-beta05", SIGNS, (OUTER, HALF, "inner.beta=0.05")),
-    )
-} | {
-    f"local{every}-top30-radius1": f"{local(every, SIGNS, OUTER, HALF)} norm.hidden.radius=1"
-    for every in (10, 30)
+    "dense2": dense(2),
+    "beta1": f"{SIGNS} optimizer.{OUTER} optimizer.{HALF} optimizer.inner.beta=0.1",
+    "outer6": f"{SIGNS} optimizer.outer_momentum=0.6 optimizer.{HALF}",
+    "radius1": f"{SIGNS} optimizer.{OUTER} optimizer.{HALF} norm.hidden.radius=1",
 }
+
+
+def of_workers(workers: int, name: str, overrides: str) -> Setting:
+    """A setting with more workers than two."""
+    return replace(setting(f"workers/{workers}-{name}", "workers", overrides), workers=workers)
+
+
 WORKER_SETTINGS = [
-    replace(
-        setting(f"workers/{workers}-{name}", "workers", f"{overrides} {SHARED_GPU}"),
-        workers=workers,
-    )
-    for workers in WORKERS
-    for name, overrides in (POINTS | REMEDIES).items()
+    *(of_workers(n, name, POINTS[name]) for n in MORE_WORKERS for name in OF_WORKERS),
+    *(
+        of_workers(8, f"local{every}-{name}", local(every, changed))
+        for every in (10, 30)
+        for name, changed in REMEDIES.items()
+    ),
+]
+# Of them three once more, to see what a GPU and its bfloat16 change.
+GPU_SETTINGS = [
+    of_workers(8, f"{name}-gpu", f"{POINTS[name]} {SHARED_GPU}")
+    for name in ("identity", "local4-top30", "local30-top30")
 ]
 
 
@@ -71,7 +76,7 @@ def of_size(size: str, tokens: int, name: str, overrides: str) -> Setting:
 
 # Layers, width, heads, and by tokens a parameter the steps, in twelfths of which it is evaluated.
 SIZES = {
-    "0.8M": (4, 128, 4, {1: 204}),  # three a parameter are the two workers' runs above
+    "0.8M": (4, 128, 4, {1: 204}),  # three a parameter are the study's runs
     "3M": (4, 256, 4, {1: 780, 3: 2352}),
     "10M": (6, 384, 6, {1: 2616}),
 }
@@ -94,9 +99,9 @@ GENRE_SETTINGS = [
     setting(
         f"genres/{genres}-{name}",
         "genres",
-        f"{overrides} data.train=data/shakespeare_genres/{genres}_train_*.bin {SHARED_GPU}",
+        f"{overrides} data.train=data/shakespeare_genres/{genres}_train_*.bin",
     )
     for genres in GENRES
     for name, overrides in POINTS.items()
-    if name not in ("local10-top30", "muloco")
+    if name in ("identity", "local4-top30", "local30-top30")
 ]

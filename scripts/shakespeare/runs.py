@@ -2,7 +2,12 @@
 
 from dataclasses import dataclass
 
-from scripts.shakespeare.conditions import GENRE_SETTINGS, SIZE_SETTINGS, WORKER_SETTINGS
+from scripts.shakespeare.conditions import (
+    GENRE_SETTINGS,
+    GPU_SETTINGS,
+    SIZE_SETTINGS,
+    WORKER_SETTINGS,
+)
 from scripts.shakespeare.settings import (
     FEEDBACK_SETTINGS,
     MOMENTUM_SETTINGS,
@@ -23,7 +28,7 @@ class StudyRun:
 
 ALL_SETTINGS = [
     *(*SETTINGS, *MOMENTUM_SETTINGS, *FEEDBACK_SETTINGS, *SIGN_SETTINGS),
-    *(*WORKER_SETTINGS, *SIZE_SETTINGS, *GENRE_SETTINGS),
+    *(*WORKER_SETTINGS, *GPU_SETTINGS, *SIZE_SETTINGS, *GENRE_SETTINGS),
 ]
 RUNS = [
     StudyRun(f"{one.name}-seed{seed}", (*one.overrides, f"seed={seed}"), one.workers)
