@@ -45,6 +45,8 @@ left out; phases are rank 0's, by events on the device, so that its waiting for 
 whole step alone.
 
 {training_table(records)}
+
+{commits(records)}
 """
 
 
@@ -90,6 +92,19 @@ def step_table(records: list[dict]) -> str:
     return markdown(rows, text_columns=1)
 
 
+def commits(records: list[dict]) -> str:
+    """Which versions the runs are of."""
+    versions = {one["run"]: one["commit"] for one in of(records, "training") if "commit" in one}
+    return "; ".join(f"{run}: {commit}" for run, commit in versions.items())
+
+
+def _why_not(told: list[dict], ends: list[dict]) -> str:
+    """Why a run has no test loss at its end."""
+    if ends and "error" in ends[-1]:
+        return f"failed: {ends[-1]['error'].partition(':')[0]}"
+    return "did not end" if told else "not run"
+
+
 def training_table(records: list[dict]) -> str:
     heading = ["run", "test loss", "bytes sent", "ms a step"]
     rows = [[*heading, *(phase.replace("_", ", ") for phase in PHASES)]]
@@ -101,7 +116,7 @@ def training_table(records: list[dict]) -> str:
         told = [one for one in lines if one["of"] == "train"]
         ends = [one for one in lines if one["of"] == "end"]
         if not ends or "test_loss" not in ends[-1]:
-            rows.append([name, "did not end" if told else "not run", *[""] * (len(rows[0]) - 2)])
+            rows.append([name, _why_not(told, ends), *[""] * (len(rows[0]) - 2)])
             continue
         first, last = told[(len(told) - 1) // 2], told[-1]
         between = max(1, last["step"] - first["step"])
