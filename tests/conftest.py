@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -18,6 +19,9 @@ from data.shards import write_shard
 torch.set_num_threads(1)
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+# Of the extra `fleet`, which not every machine has a wheel for.
+OF_FLEETS = ("ef21_muon/test_fleet.py", "training/test_fleet.py", "scripts/chaos/test_run.py")
+collect_ignore = [] if find_spec("torchft") else list(OF_FLEETS)
 # What other programs wait for: wandb for its service, the hub's client for an answer, and torchrun
 # for workers to end that it has asked to.
 WAITS = (

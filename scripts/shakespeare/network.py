@@ -1,9 +1,10 @@
-"""Time a step of settings of the study over slow links.
+"""Time a step of settings of the study over slow and far links.
 
-    sudo python scripts/shakespeare/network.py [--steps 20]
+    sudo python scripts/shakespeare/network.py [--steps 12]
 
-Two nodes are network namespaces (scripts/netns.py; root on Linux, iproute2), a worker of one thread
-each. Every setting is trained for some steps at every rate, and the mean time of a step goes to
+Two nodes are network namespaces (scripts/netns.py; root on Linux, iproute2, /dev/net/tun), a worker
+of one thread each, 50 ms from one another. Every setting is trained for some steps of whole rounds
+at every rate, then without a limit and a delay, and the mean time of a step goes to
 results/shakespeare/network.jsonl. EF21-Muon is timed with its servers on every rank, where nothing
 is sent back: placements take the same steps bit for bit, so the study's losses are theirs too.
 """
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+from math import ceil
 from pathlib import Path
 
 if not __package__:
@@ -19,14 +21,18 @@ if not __package__:
 
 from scripts.measuring import WARM_UP, time_steps
 from scripts.netns import Network, requirements_missing
-from scripts.shakespeare.results import NETWORK_LOG, RESULTS
+from scripts.shakespeare.results import NETWORK_LOG, RESULTS, UNLIMITED
 from scripts.shakespeare.settings import SETTINGS, Setting
 from train import Run
 from training.config import compose
+from training.method import rounds_of
 from training.workers import Workers, leave
 
-RATES = ("100mbit", "1gbit")
-TIMED = ("identity", "served6", "fitted9", "served12", "fitted30", "muon", "powersgd16")
+RATES, DELAY = ("10mbit", "100mbit", "1gbit", UNLIMITED), "50ms"
+TIMED = (
+    *("identity", "muon", "powersgd16", "muloco", "served6", "rank40-int5"),
+    *(f"local{every}-top30" for every in (4, 10, 30, 60)),
+)
 
 
 def overrides(setting: Setting) -> tuple[str, ...]:
@@ -42,7 +48,8 @@ def job(options: argparse.Namespace, workers: Workers) -> int:
         run = Run(compose(overrides(setting)).config, workers)
         for _ in range(WARM_UP):
             run.step()
-        seconds, sent = time_steps(run, options.steps)
+        round_steps = max(rounds_of(run.optimizer).lengths)
+        seconds, sent = time_steps(run, round_steps * ceil(options.steps / round_steps))
         record = {"rate": options.rate, "name": setting.name, "seconds": seconds, "bytes": sent}
         workers.say(f"{options.rate:>8}  {setting.name:<24} {seconds:.3f} s a step")
         if workers.first:
@@ -54,7 +61,7 @@ def job(options: argparse.Namespace, workers: Workers) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rate", help=argparse.SUPPRESS)  # of this process's link
-    parser.add_argument("--steps", type=int, default=20, help="timed steps (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps (default %(default)s)")
     parser.add_argument("--to", type=Path, default=RESULTS / NETWORK_LOG, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if "RANK" in os.environ:
@@ -66,7 +73,8 @@ def main() -> int:
     options.to.unlink(missing_ok=True)
     for rate in RATES:
         own = [f"--rate={rate}", f"--steps={options.steps}", f"--to={options.to.resolve()}"]
-        with Network(2, rate) as network:
+        limits = (None, None) if rate == UNLIMITED else (rate, DELAY)
+        with Network(2, *limits) as network:
             network.torchrun(__file__, *own, show=True, timeout=1200)
     return 0
 

@@ -18,6 +18,7 @@ OTHERS = (  # families not ours
 LOCAL = ("local steps",)  # ours, of rounds of several steps
 PEERS = ("DiLoCo", "MuLoCo", "SparseLoCo")  # not ours, likewise
 NETWORK_LOG, REPLAY_LOG = "network.jsonl", "replay.jsonl"
+UNLIMITED = "no limit, no delay"  # of links
 DIFFERENCES_LOG, CHANGES_LOG = "differences.jsonl", "changes.jsonl"
 SIGN_REPLAY_LOG = "sign_replay.jsonl"
 

@@ -226,6 +226,7 @@ SETTINGS = [
     ),
     *grid("adamw", "optimizer=adamw", optimizer__lr=(0.002, 0.004, 0.008)),
     *grid("powersgd", f"{POWERSGD} optimizer.rank=16 {TUNED}", optimizer__lr=(0.01, 0.02, 0.04)),
+    *grid("greedylore", greedylore(16, 100), optimizer__lr=(0.01, 0.02, 0.04)),
     *grid("dion", DION, optimizer__lr=(0.01, 0.02, 0.04), optimizer__lion_lr=(0.003, 0.01)),
     *grid("dion32", DION32, optimizer__lr=(0.02, 0.04), optimizer__mu=(0.95,)),
     *grid("dion32", DION32, optimizer__lr=(0.02, 0.04, 0.08), optimizer__mu=(0.8,)),
@@ -295,7 +296,12 @@ FEEDBACK_SETTINGS = [
 ]
 # Before the LMO and after it, with EF21 and without; of the embedding all is sent.
 SIGN_SETTINGS = [
-    alone(f"signs/{name}", "signs", f"{made_by} {ONE_SIGN} {HALF_ALONE}{shorter}")
+    alone(
+        f"signs/{name}",
+        "signs",
+        f"{made_by} {ONE_SIGN} {HALF_ALONE}{shorter}",
+        (0,) if shorter else SEEDS,
+    )
     for name, made_by, shorter in (
         ("before-ef21", "", ""),
         ("before-none", "optimizer.feedback=none", ""),

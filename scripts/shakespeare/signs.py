@@ -36,15 +36,15 @@ def signs_section(found: dict[str, Result], muon: Result | None, replayed: list[
 An independent implementation (arXiv:2607.29674) reports that with one sign an entry EF21 ends worse
 than no error feedback: 3.3203 for 3.2959 at 124 M parameters. These are of signs *before* the LMO,
 where EF21-Muon has them; there are two rules after it too. Here are all four, by one worker as
-there, half the steps, one seed, with Muon's radii and beta; a scale a layer, and the embedding is
-sent whole. SignMuon's steps are 0.8 times as long as Muon's, and 0.4 times in a run of their own;
-in that work 0.5 times.
+there, half the steps, with Muon's radii and beta; a scale a layer, and the embedding is sent whole.
+SignMuon's steps are 0.8 times as long as Muon's, and 0.4 times in a run of their own; in that work
+0.5 times.
 
 {signs_table(found, muon, replayed)}
 
 {filled(signs_told(found))}
 
-{why_told(replayed)}
+{why_told(found, replayed)}
 
 """
 
@@ -57,13 +57,13 @@ def signs_table(found: dict[str, Result], muon: Result, replayed: list[dict]) ->
             *("signs", "feedback", "end", "over Muon", "at 124 M: name", "end", "over Muon"),
             *MEASURED,
         ],
-        ["none: Muon", "", f"{muon.final[0]:.4f}", "", "Muon", f"{THEIR_MUON:.4f}", ""],
+        ["none: Muon", "", muon.final_told, "", "Muon", f"{THEIR_MUON:.4f}", ""],
     ]
     rows[1] += measured(of_rules.get("muon"))
     for rule, titles in TITLES.items():
         if (result := found.get(f"signs/{rule}")) is None:
             continue
-        cells = [*titles, f"{mean(result.final):.4f}", f"{over(result, muon):+.1f} %"]
+        cells = [*titles, result.final_told, f"{over(result, muon):+.1f} %"]
         if rule in THEIRS:
             name, loss = THEIRS[rule]
             cells += [name, f"{loss:.4f}", f"{100 * (loss / THEIR_MUON - 1):+.1f} %"]
@@ -94,7 +94,14 @@ def signs_told(found: dict[str, Result]) -> str:
     return f"In this setting, {', and '.join(told)}." if told else ""
 
 
-def why_told(replayed: list[dict]) -> str:
+def in_order(found: dict[str, Result], of: dict[tuple[str, float], dict]) -> bool:
+    """Whether the rules' losses fall as their steps go further down the newest gradient."""
+    rules = [rule for rule in THEIRS if f"signs/{rule}" in found]
+    by_loss = sorted(rules, key=lambda rule: mean(found[f"signs/{rule}"].final))
+    return by_loss == sorted(rules, key=lambda rule: -of[rule, BETA]["descent"])
+
+
+def why_told(found: dict[str, Result], replayed: list[dict]) -> str:
     """What the replay says, where it has been run."""
     of = {(one["rule"], one["beta"]): one for one in replayed}
     if not of:
@@ -116,7 +123,8 @@ def why_told(replayed: list[dict]) -> str:
         f"and it is {pair('after', 'alignment')}.",
         "What is old costs more where W goes to and fro. The cosine with minus the newest "
         f"gradient is {of['muon', BETA]['descent']:.2f} for Muon, before the LMO "
-        f"{pair('before', 'descent')}, and after it {pair('after', 'descent')}.",
+        f"{pair('before', 'descent')}, and after it {pair('after', 'descent')}"
+        f"{', in the order of the losses' if in_order(found, of) else ''}.",
         f"With a slower momentum, beta {slow:g}, M turns by {turns[1]}, and the cosine with "
         f"Muon's step before the LMO is {pair('before', 'alignment', slow)}: feedback of signs "
         "asks for what changes slowly. Nothing was trained with that.",

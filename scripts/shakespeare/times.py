@@ -1,0 +1,33 @@
+"""Seconds to the target over slow and far links: a table of the page."""
+
+from pathlib import Path
+
+from scripts.measuring import markdown
+from scripts.shakespeare.results import NETWORK_LOG, UNLIMITED, Result, times
+
+LINKS = {  # as the log has them, and in words
+    "10mbit": "10 Mbit/s",
+    "100mbit": "100 Mbit/s",
+    "1gbit": "1 Gbit/s",
+    UNLIMITED: UNLIMITED,
+}
+
+
+def times_table(results: dict[str, Result], target: float, directory: Path) -> str:
+    """Seconds by setting and link, and over those of the same steps without a limit and a delay.
+
+    Nothing where scripts/shakespeare/network.py has not run.
+    """
+    log = directory / NETWORK_LOG
+    found = times(results, target, log) if log.exists() else {}
+    if UNLIMITED not in found:
+        return ""
+    rows = [["setting", *LINKS.values()]]
+    for name, free in found[UNLIMITED].items():
+        cells = [
+            f"{seconds:,.0f} ({seconds / free:.2f}x)" if (seconds := found[link].get(name)) else ""
+            for link in LINKS
+            if link != UNLIMITED
+        ]
+        rows.append([results[name].label, *cells, f"{free:,.0f}"])
+    return markdown(rows, text_columns=1)
