@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 
+from scripts.shakespeare.conditions import GENRE_SETTINGS, GPU_SETTINGS, SIZE_SETTINGS
 from scripts.shakespeare.findings import ROUNDS_TEXT, filled, findings, paragraphs
 from scripts.shakespeare.momenta import momenta_table, momenta_told
 from scripts.shakespeare.muon_feedback import WITHOUT, muon_feedback
@@ -31,8 +32,10 @@ from scripts.shakespeare.rounds import (
     rounds_table,
     where_others_are_ahead,
 )
-from scripts.shakespeare.settings import ALL_SETTINGS, FEEDBACK_SETTINGS, SIGN_SETTINGS
+from scripts.shakespeare.runs import ALL_SETTINGS
+from scripts.shakespeare.settings import FEEDBACK_SETTINGS, SIGN_SETTINGS
 from scripts.shakespeare.signs import signs_section
+from scripts.shakespeare.sizes import larger_models, unlike_text
 from scripts.shakespeare.workers import more_workers
 
 TEXT = Path(__file__).with_name("report.md")
@@ -45,6 +48,9 @@ def page(directory: Path) -> str:
     results, replayed = read(directory), read_replay(directory)
     workers, momenta = read_workers(directory, results), read_momentum(directory)
     feedback, signs = (read_settings(directory, s) for s in (FEEDBACK_SETTINGS, SIGN_SETTINGS))
+    sizes, genres, on_gpu = (
+        read_settings(directory, s) for s in (SIZE_SETTINGS, GENRE_SETTINGS, GPU_SETTINGS)
+    )
     identity = results["identity"]
     target = target_loss(identity)
     run, last = identity.logs[0].run, identity.logs[0].evals[-1]
@@ -65,12 +71,16 @@ def page(directory: Path) -> str:
         more=MORE_BITS - 1,
         rivals=rivals_table(results),
         settings=table(results, target),
-        more_workers=more_workers(workers),
+        more_workers=more_workers(workers, on_gpu),
+        larger_models=larger_models(sizes),
+        unlike_text=unlike_text(genres),
         momenta=momenta_table(momenta, results),
         momenta_findings=filled(momenta_told(momenta, results, read_changes(directory))),
         muon_feedback=muon_feedback(feedback),
         signs=signs_section(signs, feedback.get(WITHOUT), read_sign_replay(directory)),
-        missing=missing([results, momenta, feedback, signs, *workers.values()]),
+        missing=missing(
+            [results, momenta, feedback, signs, sizes, genres, on_gpu, *workers.values()]
+        ),
         grids=grid_table(results),
     )
 

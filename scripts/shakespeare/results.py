@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from scripts.shakespeare.settings import SETTINGS, Setting
+from scripts.shakespeare.conditions import OF_WORKERS, WORKER_SETTINGS
+from scripts.shakespeare.settings import MOMENTUM_SETTINGS, SETTINGS, Setting
 from training.records import BYTES_PER_PARAMETER, Log, read_log
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "shakespeare"
@@ -106,6 +107,20 @@ def read(directory: Path, settings: Sequence[Setting] = SETTINGS) -> dict[str, R
             f"{directory} lacks identity-seed0.jsonl: run scripts/shakespeare/run.py first"
         )
     return results
+
+
+def read_workers(directory: Path, of_two: dict[str, Result]) -> dict[int, dict[str, Result]]:
+    """What has run with more workers, by their number and by the point, and the same of two."""
+    found = {2: {name: of_two[name] for name in OF_WORKERS if name in of_two}}
+    for result in read_settings(directory, WORKER_SETTINGS).values():
+        name = result.setting.name.partition("-")[2]
+        found.setdefault(result.setting.workers, {})[name] = result
+    return found
+
+
+def read_momentum(directory: Path) -> dict[str, Result]:
+    """Those of MOMENTUM_SETTINGS that have run, by name."""
+    return read_settings(directory, MOMENTUM_SETTINGS)
 
 
 def read_settings(directory: Path, settings: Sequence[Setting]) -> dict[str, Result]:

@@ -24,6 +24,7 @@ from omegaconf import OmegaConf
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from scripts.shakespeare.genres import SHARDS, prepare
 from scripts.shakespeare.results import RESULTS
 from scripts.shakespeare.runs import RUNS, StudyRun
 from training.config import ROOT, compose, what_matters
@@ -72,7 +73,9 @@ def directory_of(run: StudyRun) -> Path:
 
 
 def start(run: StudyRun, output: IO | None = None) -> subprocess.Popen:
-    """Its training, begun."""
+    """Its training, begun. Raises RuntimeError where its text cannot be fetched."""
+    if any(override.startswith(f"data.train=data/{SHARDS.name}/") for override in run.overrides):
+        prepare(SHARDS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={run.workers}", "train.py", *overrides(run)]
     return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
@@ -94,7 +97,7 @@ def train(run: StudyRun) -> None:
 
 
 def train_at_once(runs: Sequence[StudyRun], processes: int) -> None:
-    """Train, the first that fits first, with at most so many workers at a time, but one run at least.
+    """Train with at most so many workers at a time, but one run at least: the first that fits.
 
     What a run prints goes to its directory. Raises CalledProcessError after the last one if a
     training failed.
@@ -149,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number, run in enumerate(() if options.list else missing, 1):
             print(f"\n{run.name} ({number} of {len(missing)})", flush=True)
             train(run)
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+    except (ValueError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -3,34 +3,42 @@
 from statistics import mean
 
 from scripts.measuring import markdown
+from scripts.shakespeare.conditions import MORE_WORKERS, OF_WORKERS, REMEDIES
 from scripts.shakespeare.findings import filled, listed
 from scripts.shakespeare.results import Result
 from scripts.shakespeare.rounds import all_of, in_figures
-from scripts.shakespeare.settings import OF_WORKERS
 
 SEQUENCES = 16  # in a step, of all workers
+CHANGED = {  # of a round every so many steps
+    "top30": "{}, as above",
+    "dense2": "{}, every entry in 2 bits, all of the error kept, no outer momentum",
+    "beta1": "{}, inner beta 0.1, half as much",
+    "outer6": "{}, outer momentum 0.6, twice as much",
+    "radius1": "{}, hidden radius 1, half as much",
+}
 BUDGETS = (1, 3, 10, 30, 100)  # sizes sent and received in the whole run
 
 
-def more_workers(found: dict[int, dict[str, Result]]) -> str:
+def more_workers(found: dict[int, dict[str, Result]], on_gpu: dict[str, Result]) -> str:
     """The page's section; nothing where no run of more than two has been made."""
     if len(found) < 2:
         return ""
-    return f"""## More workers
-
-The same {SEQUENCES} sequences of a step, shared by more workers; nothing was tuned again, one seed.
-A worker receives the messages of all others, unless those come back as one from the servers; sizes
-are of what it sends and receives in the whole run.
-
-{workers_table(found)}
-
-Of these, by the sizes that a worker may send and receive, the lowest loss at the end:
-
-{map_table(found)}
-
-{filled(workers_told(found))}
-
-"""
+    parts = (
+        "## More workers",
+        filled(
+            f"The same {SEQUENCES} sequences of a step, shared by more workers; one seed, and "
+            "nothing was tuned again but what is told below. A worker receives the messages of all "
+            "others, unless those come back as one from the servers; sizes are of what it sends "
+            "and receives in the whole run."
+        ),
+        workers_table(found),
+        "Of all runs, by the sizes that a worker may send and receive, the lowest loss at the end:",
+        map_table(found),
+        filled(workers_told(found)),
+        remedies(found),
+        filled(gpu_told(found, on_gpu)),
+    )
+    return "\n\n".join(filter(None, parts)) + "\n\n"
 
 
 def workers_table(found: dict[int, dict[str, Result]]) -> str:
@@ -77,3 +85,31 @@ def workers_told(found: dict[int, dict[str, Result]]) -> str:
     return (
         f"Over their own uncompressed runs a round every 30 steps (every 10) costs {listed(told)}."
     )
+
+
+def remedies(found: dict[int, dict[str, Result]]) -> str:
+    """What was tried for the most workers, beside what it was to help; nothing where none ran."""
+    most = found.get(max(MORE_WORKERS), {})
+    rows = [["a round every", "end", "over uncompressed"]]
+    for every in (10, 30):
+        for name in (f"local{every}-{what}" for what in ("top30", *REMEDIES)):
+            if name in most and "identity" in most:
+                one = most[name]
+                over = f"{one.over(most['identity']):+.1f} %"
+                rows.append([CHANGED[name.partition("-")[2]].format(every), one.final_told, over])
+    if len(rows) < 4:
+        return ""
+    what = f"What may help {max(MORE_WORKERS)} workers, whose batches are the smallest:"
+    return f"{what}\n\n{markdown(rows, text_columns=1)}"
+
+
+def gpu_told(found: dict[int, dict[str, Result]], on_gpu: dict[str, Result]) -> str:
+    """What the same runs came to on a GPU."""
+    told = []
+    for name, one in on_gpu.items():
+        workers, _, point = name.removeprefix("workers/").removesuffix("-gpu").partition("-")
+        if (here := found.get(int(workers), {}).get(point)) is not None:
+            told.append(f"{mean(one.final):.4f} ({here.label}, here {mean(here.final):.4f})")
+    if not told:
+        return ""
+    return f"On a GPU that all workers share, in bfloat16, they end at {listed(told)}."

@@ -47,16 +47,18 @@ def write(directory, losses):
 
 
 def test_the_best_radius_is_that_of_seed_0_and_is_told_by_its_seeds(tmp_path):
-    radii = {15: [1.9], 60: [1.7], 250: [1.65, 1.55, 1.75], 1000: [1.8]}
+    radii = {15: [1.9], 60: [1.7], 250: [1.8], 1000: [1.65, 1.55, 1.75]}
     losses = {f"muon_feedback/with-radius{radius}": seeds for radius, seeds in radii.items()}
     write(tmp_path, {"muon_feedback/without": [1.5, 1.6, 1.7]})
     assert feedback_told(read_settings(tmp_path, FEEDBACK_SETTINGS)) == ""
     write(tmp_path, losses)
     found = read_settings(tmp_path, FEEDBACK_SETTINGS)
-    assert best(found).setting.name == "muon_feedback/with-radius250"
+    assert best(found).setting.name == "muon_feedback/with-radius1000"
     told = " ".join(muon_feedback(found).split())
     gap = 100 * ((1.65 + 1.55 + 1.75) / (1.5 + 1.6 + 1.7) - 1)
-    assert f"radius, 250, Muon with feedback ends {gap:+.1f} % over Muon" in told
+    assert (
+        f"radius, 1000 (an end of the grid), Muon with feedback ends {gap:+.1f} % over Muon" in told
+    )
     assert "higher with 2 of 3 seeds: the claim does not hold here." in told
     assert f"| with feedback | 15 | 1 | 1.9000 | {100 * (1.9 / 1.5 - 1):+.1f} % |" in told
 

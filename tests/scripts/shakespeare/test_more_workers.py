@@ -84,3 +84,70 @@ def test_kinds_of_momentum_have_the_losses_of_their_logs():
         assert int(gradients) == int(steps) * (1 if kind == "polyak" else 2)
         found.append(re.sub(r"\W", "", f"{name}{kind}{steps}"))
     assert len(set(found)) == len(found) >= 2
+
+
+def moved(last, size):
+    return (last["w2s_bytes"] + last["received_bytes"]) / size
+
+
+def test_losses_and_bytes_of_larger_models_are_those_of_the_logs():
+    section = PAGE.split("## Larger models\n")[1].split("\n## ")[0]
+    _, rows = first_table(section)
+    plain = {}
+    for path in study.RESULTS.glob("sizes/*-1-identity-seed0.jsonl"):
+        run, *records = map(json.loads, path.read_text().splitlines())
+        plain[run["parameters"]] = [one for one in records if one["record"] == "eval"]
+    logs = [
+        path for path in study.RESULTS.glob("sizes/*.jsonl") if "identity-radius" not in path.name
+    ]
+    assert len(rows) == len(logs) >= 10
+    for path in logs:
+        run, *records = map(json.loads, path.read_text().splitlines())
+        assert run["device"] == "cuda" and run["world_size"] == 2
+        evals = [one for one in records if one["record"] == "eval"]
+        last, size = evals[-1], 4 * run["parameters"]
+        begins = [f"{run['parameters']:,}", run["label"], f"{last['test_loss']:.4f}"]
+        (cells,) = (row[3:] for row in rows if row[:3] == begins)
+        assert float(cells[1].replace(",", "")) == pytest.approx(moved(last, size), rel=0.006)
+        assert last["tokens"] == pytest.approx(run["parameters"], rel=0.03)
+        if run["parameters"] not in plain:
+            assert cells[0] == "not run" and cells[2:] == ["", ""]
+            continue
+        of_plain = plain[run["parameters"]]
+        over = 100 * (last["test_loss"] / of_plain[-1]["test_loss"] - 1)
+        assert float(cells[0].rstrip(" %")) == pytest.approx(over, abs=0.006)
+        target = of_plain[8]["test_loss"]  # of twelve
+        sizes = [moved(one, size) for one in evals]
+        losses = [one["test_loss"] for one in evals]
+        if min(losses) > target:
+            assert cells[2:] == ["never", ""]
+            continue
+        first = next(place for place, loss in enumerate(losses) if loss <= target)
+        share = (losses[first - 1] - target) / (losses[first - 1] - losses[first])
+        reached = sizes[first - 1] + share * (sizes[first] - sizes[first - 1])
+        assert float(cells[2].replace(",", "")) == pytest.approx(reached, rel=0.006)
+        times = moved(of_plain[8], size) / reached
+        assert float(cells[3].rstrip("x").replace(",", "")) == pytest.approx(times, rel=0.006)
+
+
+def test_what_may_help_eight_workers_and_a_gpu_is_told_by_the_logs():
+    workers = PAGE.split("## More workers\n")[1].split("\n## ")[0]
+    for name in ("identity", "local4-top30", "local30-top30"):
+        (end,) = (last["test_loss"] for last, *_ in ends(f"workers/8-{name}-gpu"))
+        if ends(f"workers/8-{name}"):
+            assert f"{end:.4f} (" in workers
+    plain = ends("workers/8-identity")
+    names = ("dense2", "beta1", "outer6", "radius1")
+    tried = [f"workers/8-local{every}-{name}" for every in (10, 30) for name in names]
+    for (last, *_), *_ in filter(None, map(ends, tried)):
+        over = 100 * (last["test_loss"] / plain[0][0]["test_loss"] - 1)
+        assert f"| {last['test_loss']:.4f} | {over:+.1f} % |" in workers
+
+
+def test_unlike_text_is_told_by_the_logs():
+    for order in ("apart", "mixed"):
+        plain = ends(f"genres/{order}-identity")
+        for name in ("local4-top30", "local30-top30"):
+            for last, *_ in ends(f"genres/{order}-{name}"):
+                over = 100 * (last["test_loss"] / plain[0][0]["test_loss"] - 1)
+                assert f"| {last['test_loss']:.4f} | {over:+.2f} % |" in PAGE

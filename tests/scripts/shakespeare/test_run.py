@@ -13,15 +13,25 @@ from training.config import compose
 from training.records import LOG_NAME
 
 OF_HALF_THE_STEPS = ("grid/", "momentum/", "muon_feedback/", "signs/")
-composed = cache(compose)  # a fifth of a second each, and asked for twice
 
 
-def test_names_are_unique_and_every_run_composes():
+def test_every_run_composes_and_every_log_is_of_what_the_study_asks_for(monkeypatch):
     assert len({run.name for run in RUNS}) == len(RUNS)
+    composed = cache(compose)  # a fifth of a second each
+    monkeypatch.setattr(study, "compose", composed)
     for run in RUNS:
-        config = composed(study.overrides(run)).config
-        assert config.steps == (300 if run.name.startswith(OF_HALF_THE_STEPS) else 600)
-        assert config.model.context * config.batch.sequences == 4096
+        if not study.is_done(run) and run.name.endswith("-seed0"):  # others have another seed
+            composed(study.overrides(run))
+        if not run.name.startswith("sizes/") and run.name.endswith("-seed0"):
+            config = composed(study.overrides(run)).config
+            assert config.steps == (300 if run.name.startswith(OF_HALF_THE_STEPS) else 600)
+            assert config.model.context * config.batch.sequences == 4096
+    logs = {path.relative_to(study.RESULTS).as_posix() for path in study.RESULTS.rglob("*.jsonl")}
+    measured = {
+        getattr(study_results, f"{log}_LOG")
+        for log in ("NETWORK", "REPLAY", "DIFFERENCES", "CHANGES", "SIGN_REPLAY")
+    }
+    assert logs - measured <= {f"{run.name}.jsonl" for run in RUNS}
 
 
 def test_a_log_is_cut_not_edited(tmp_path):
@@ -48,16 +58,45 @@ def test_what_is_done_is_skipped_and_what_was_asked_otherwise_is_refused(tmp_pat
     assert study.is_done(run)
 
 
-def test_every_log_is_of_the_configuration_that_the_study_asks_for(monkeypatch):
-    monkeypatch.setattr(study, "compose", composed)
-    for run in RUNS:
-        study.is_done(run)
-    logs = {path.relative_to(study.RESULTS).as_posix() for path in study.RESULTS.rglob("*.jsonl")}
-    measured = {
-        getattr(study_results, f"{log}_LOG")
-        for log in ("NETWORK", "REPLAY", "DIFFERENCES", "CHANGES", "SIGN_REPLAY")
-    }
-    assert logs - measured <= {f"{run.name}.jsonl" for run in RUNS}
+def trained(monkeypatch, root, failing=(), lasts=0):
+    """The commands of trainings that are done at once, or after so many looks; some fail."""
+    commands = []
+
+    class Training:
+        def __init__(self, command, **options):
+            commands.append(command)
+            self.args, self.looks = command, 0
+            (place,) = (word for word in command if word.startswith("directory="))
+            self.name = place.removeprefix("directory=runs/shakespeare/")
+            write_study_log(root / "runs/shakespeare" / self.name / LOG_NAME, [3.0])
+
+        def poll(self):
+            self.looks += 1
+            self.returncode = int(self.name in failing)
+            return self.returncode if self.looks > lasts else None
+
+        def wait(self):
+            return self.poll()
+
+    monkeypatch.setattr(study.subprocess, "Popen", Training)
+    return commands
+
+
+def test_runs_go_on_at_once_as_far_as_their_workers_have_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "POLL", 0)
+    counts = {"a": 8, "b": 4, "c": 2, "d": 4}
+    monkeypatch.setattr(study, "RUNS", [StudyRun(name, (), n) for name, n in counts.items()])
+    begun = trained(monkeypatch, tmp_path, failing="b", lasts=3)
+    busy = []
+    monkeypatch.setattr(study.time, "sleep", lambda seconds: busy.append(len(begun)))
+    assert study.main(["--processes", "7"]) == 1
+    assert busy[:3] == [1, 1, 1]  # the first has more than there are places: alone
+    names = [word[-1] for command in begun for word in command if word.startswith("directory=")]
+    assert names == ["a", "b", "c", "d"] and busy[4] == 3
+    assert capsys.readouterr().out.splitlines().count("b: failed") == 1
+    assert {path.stem for path in (tmp_path / "results").iterdir()} == {"a", "c", "d"}
 
 
 def test_only_the_missing_is_run(tmp_path, monkeypatch, capsys):
@@ -65,13 +104,7 @@ def test_only_the_missing_is_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "ROOT", tmp_path)
     monkeypatch.setattr(study, "is_done", lambda run: run.name == "a")
     monkeypatch.setattr(study, "RUNS", [StudyRun("a", ()), StudyRun("b/c", ("seed=1",))])
-    commands = []
-
-    def run(command, **options):
-        commands.append(command)
-        write_study_log(tmp_path / "runs/shakespeare/b/c" / LOG_NAME, [3.0])
-
-    monkeypatch.setattr(study.subprocess, "run", run)
+    commands = trained(monkeypatch, tmp_path)
     assert study.main([]) == 0
     (command,) = commands
     assert command[-5:] == [
