@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
+from training.links import Plan, check_plan
 from training.membership import Membership, check_membership
 from training.workers import EXCHANGES, RunError, one_line
 
@@ -25,7 +26,8 @@ CONFIGS = ROOT / "configs"
 # What does not change a run's numbers, but for their rounding, and so not its name.
 INCIDENTAL = {
     *("runs", "directory", "log_every", "diagnostics_every", "check_every", "fail_fast"),
-    *("wandb", "label", "checkpoint", "resume", "dry_run", "exchange", "shard", "membership"),
+    *("wandb", "label", "checkpoint", "resume", "dry_run", "plan", "exchange", "shard"),
+    "membership",
     "model.checkpoint_blocks",
 }
 # The nodes that describe an object, and the override that chooses a file for each.
@@ -42,7 +44,13 @@ DESCRIBED = {
     "w2s": "give +compressor@norm.ROLE.w2s=NAME",
     "s2w": "give +compressor@norm.ROLE.s2w=NAME",
 }
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    float | None: "a number or null",
+    bool: "true or false",
+    str: "text",
+}
 
 
 @dataclass
@@ -99,6 +107,7 @@ class Config:
     shard: bool
     exchange: str
     dry_run: bool
+    plan: Plan
     seed: int
     steps: int
     log_every: int
@@ -286,6 +295,7 @@ def _check_ranges(config: DictConfig) -> None:
     if config.resume == "elastic" and config.directory is None:
         raise RunError("resume=elastic needs directory=: say which run goes on")
     check_membership(config.membership, config.resume)
+    check_plan(config.plan)
     if config.wandb.mode not in ("disabled", "offline", "online"):
         raise RunError(
             f"wandb.mode={config.wandb.mode} is not allowed: choose disabled, offline or online"

@@ -7,28 +7,20 @@ import torch
 from omegaconf import DictConfig
 
 from ef21_muon import EF21Muon, Identity, LocalSteps
-from ef21_muon.exchange.layers import (
-    LayerBatch,
-    RoundBatch,
-    batch_layers,
-    lmo_costs,
-    named_layers,
-    serve,
-    traffic_by_placement,
-)
+from ef21_muon.exchange.layers import LayerBatch, RoundBatch, batch_layers, serve
 from ef21_muon.exchange.placement import AUTO
-from ef21_muon.exchange.rounds import Rounds
 from ef21_muon.messages.feedback import FEEDBACK
 from ef21_muon.messages.switch import in_round, starts
 from model import GPT
 from training.config import build
-from training.method import parameter_groups
+from training.links import LINKS
+from training.overlap import overlap
 from training.report import table
+from training.study import WORKERS
+from training.traffic import busiest_by_placement, costs_of, groups_of, rounds_of_method
 from training.workers import RunError
 
-LINKS = {"100 Mbit/s": 1e8, "1 Gbit/s": 1e9, "10 Gbit/s": 1e10, "100 Gbit/s": 1e11}
 SLOWEST = next(iter(LINKS))
-WORKERS = (2, 4, 8)
 
 
 def plan(config: DictConfig) -> str:
@@ -36,8 +28,8 @@ def plan(config: DictConfig) -> str:
 
     Memory is of parameters, gradients and the optimizer's state of the rank that holds most of it,
     without activations and without what an inner optimizer of torch's keeps. The time of a round is
-    that of the bytes which the busiest rank sends, at the link's rate. Raises RunError for a
-    baseline.
+    that of the bytes which the busiest rank sends, at the link's rate. Last comes the study's map,
+    for this model. Raises RunError for a baseline.
     """
     method = build(config.optimizer, "optimizer", _partial_=True)
     if method.func not in (EF21Muon, LocalSteps):
@@ -53,36 +45,27 @@ def plan(config: DictConfig) -> str:
         ["parameters", f"{model_config.parameter_count:,}"],
         ["tokens a step", f"{tokens:,}"],
         ["steps", f"{config.steps:,}"],
-        ["steps a round", str(_steps_a_round(method))],
+        ["steps a round", str(rounds_of_method(method))],
         ["tokens", f"{config.steps * tokens:,}"],
         ["tokens a parameter", f"{config.steps * tokens / model_config.parameter_count:.3g}"],
     ]
-    groups = _groups(config, model)
+    groups = groups_of(config, model)
     tables = table(facts), _rounds(config, method, groups), _placements(method, groups)
-    return "\n\n".join(tables)
-
-
-def _groups(config: DictConfig, model: GPT) -> list[dict]:
-    groups = parameter_groups(config, model)
-    for group in groups:
-        for direction in ("w2s", "s2w"):
-            group.setdefault(direction, build(config[direction], direction))
-        group["param_names"], group["params"] = zip(*group["params"], strict=True)
-    return groups
+    return "\n\n".join([*tables, *overlap(config, model)])
 
 
 def _rounds(config: DictConfig, method: partial, groups: list[dict]) -> str:
     heading = ["workers", "from step", "w2s a round", "of float32", "s2w a round", "w2s a run"]
     rows = [[*heading, "GB a rank", *(f"s at {link}" for link in LINKS), "servers"]]
     whole = 4 * sum(parameter.numel() for group in groups for parameter in group["params"])
-    steps = _steps_a_round(method)
+    steps = rounds_of_method(method)
     rounds = steps.of(config.steps - 1)[0] + 1  # the last one may be of fewer steps
     begins = set().union(*(starts(group["w2s"]) for group in groups))
     begins = sorted(start for start in begins if start < rounds)
     for workers in WORKERS:
         server = method.keywords.get("server", AUTO)
         if server == AUTO:
-            server, *_ = traffic_by_placement(groups, _costs(method, groups), workers)
+            server, *_ = busiest_by_placement(method, groups, workers)
         phases = []
         for begin in begins:
             of_phase = [{**group, "w2s": in_round(group["w2s"], begin)} for group in groups]
@@ -109,25 +92,15 @@ def _rounds(config: DictConfig, method: partial, groups: list[dict]) -> str:
     return table(rows)
 
 
-def _steps_a_round(method: partial) -> Rounds:
-    return Rounds(method.keywords.get("every", 1))
-
-
-def _costs(method: partial, groups: list[dict]) -> list[int]:
-    if method.func is EF21Muon:
-        return lmo_costs(groups)
-    return [parameter.numel() for _, _, parameter, _ in named_layers(groups)]
-
-
 def _placements(method: partial, groups: list[dict]) -> str:
     """What the busiest rank moves in a round, and its time a step, wherever servers may be.
 
     Where rounds change, of the shortest.
     """
-    every, costs = min(_steps_a_round(method).lengths), _costs(method, groups)
+    every = min(rounds_of_method(method).lengths)
     heading = [f"busiest rank, {workers} workers" for workers in WORKERS]
     rows = [["servers", *(cell for name in heading for cell in (name, f"s a step at {SLOWEST}"))]]
-    traffic = [traffic_by_placement(groups, costs, workers) for workers in WORKERS]
+    traffic = [busiest_by_placement(method, groups, workers) for workers in WORKERS]
     for server in traffic[0]:
         sizes = [of_placement[server] for of_placement in traffic]
         seconds = [8 * size / LINKS[SLOWEST] / every for size in sizes]
@@ -144,7 +117,7 @@ def _rank(
         if method.func is EF21Muon:
             batches, inner = batch_layers(groups, server, rank, workers), []
         else:
-            batches = serve(RoundBatch, groups, _costs(method, groups), server, rank, workers)
+            batches = serve(RoundBatch, groups, costs_of(method, groups), server, rank, workers)
             feedback = FEEDBACK[method.keywords["feedback"]]
             for batch in batches:
                 batch.make_room(feedback.accumulates, method.keywords["outer_momentum"])

@@ -1,0 +1,163 @@
+"""What a dry run says to be hidden, against what local steps take and send."""
+
+import re
+import shlex
+
+import pytest
+from omegaconf import OmegaConf
+
+from ef21_muon.exchange.timetable import Timetable
+from model import GPT
+from training.config import build, compose, what_matters
+from training.links import LINKS
+from training.method import build_optimizer
+from training.overlap import Exchange
+from training.plan import plan
+from training.study import MAP, WORKERS
+
+TINY = ("model=tiny", "steps=600")
+STEP, RATE, LATENCY = 0.25, 5e6, 0.05
+LINK = ("plan.step_seconds=0.25", "plan.mbit=5", "plan.latency_ms=50")
+EVERY = {
+    **{"identity": 1, "served6": 1, "local4-top30": 4, "local10-top30": 10, "local30-top30": 30},
+    **{"local60-top30": 60, "local120-60-top30": 60},
+    **{"local10-dense2": 10, "local30-dense2": 30, "local60-dense2": 60},
+}
+
+
+def planned(*overrides):
+    """What it prints, by paragraphs."""
+    return plan(compose((*TINY, *overrides)).config).split("\n\n")
+
+
+def rows_of(paragraph):
+    """Of a table: dicts by heading."""
+    heading, _, *rows = (re.split("  +", line) for line in paragraph.splitlines())
+    return [dict(zip(heading, cells, strict=True)) for cells in rows]
+
+
+def by_setting(paragraph):
+    """The cells of a table of settings, by name and number of workers."""
+    names = {setting.words: setting.name for setting in MAP}
+    return {
+        (names[row["setting of the study"]], int(row["workers"])): row for row in rows_of(paragraph)
+    }
+
+
+def new_optimizer(setting, *more):
+    config = compose((*TINY, *setting.overrides(compose(TINY).config), *more)).config
+    return build_optimizer(config, GPT(build(config.model, "model")))
+
+
+@pytest.fixture(scope="module")
+def at_this_link():
+    return planned(*LINK)
+
+
+def test_without_a_link_there_is_the_map_alone(at_this_link):
+    assert planned() == at_this_link[:5] and len(at_this_link) == 11
+
+
+def test_the_shortest_step_is_what_the_messages_of_all_others_take(at_this_link):
+    found = by_setting(at_this_link[4])
+    assert found.keys() == {(name, workers) for name in EVERY for workers in WORKERS}
+    for setting in MAP[1:]:  # whose servers are replicated, so that nothing comes back
+        sent = new_optimizer(setting).exchange.w2s_bytes
+        for workers in WORKERS:
+            row = found[setting.name, workers]
+            size = (workers - 1) * sent
+            assert row["bytes a round"] == f"{size:,}"
+            for link, rate in LINKS.items():
+                waits, _, seconds = row[link].rpartition(" ")
+                steps = max(1, EVERY[setting.name] - 1)
+                assert float(seconds) == pytest.approx(8 * size / rate / steps, rel=0.01)
+                assert bool(waits) == (setting.name == "served6")
+
+
+def test_placements_are_those_that_auto_takes(at_this_link):
+    found = by_setting(at_this_link[4])
+    for setting in MAP[:3]:
+        *_, placements, _, _ = planned(*setting.overrides(compose(TINY).config))
+        for column, workers in enumerate(WORKERS):
+            sizes = [re.split("  +", line)[2 * column + 1] for line in placements.splitlines()[2:]]
+            least = min(sizes, key=lambda size: int(size.replace(",", "")))
+            assert found[setting.name, workers]["bytes a round"] == least
+
+
+@pytest.mark.parametrize("ways", [1, 2])
+def test_the_longest_delay_is_that_of_the_library(ways):
+    for setting in (one for one in MAP if one.name in ("local4-top30", "local120-60-top30")):
+        optimizer = new_optimizer(setting)
+        for phase in optimizer.phases:
+            phase.exchange.replicated = ways == 1
+        longest = Exchange(setting, 2, EVERY[setting.name], 1, ways).longest_delay
+        Timetable(optimizer.phases, optimizer.rounds, longest, stagger=False)
+        with pytest.raises(ValueError, match=f"give at most {longest}$"):
+            Timetable(optimizer.phases, optimizer.rounds, longest + 1, stagger=False)
+
+
+def test_a_message_arrives_before_its_delay_ends(at_this_link):
+    sizes = by_setting(at_this_link[4])
+    seen = set()
+    for (name, workers), row in by_setting(at_this_link[6]).items():
+        one_way = 8 * int(sizes[name, workers]["bytes a round"].replace(",", "")) / RATE + LATENCY
+        ways = 2 if name == "identity" and workers > 2 else 1
+        seconds = one_way + (ways - 1) * LATENCY
+        assert float(row["s a round"]) == pytest.approx(seconds, rel=0.01)
+        share = 100 * seconds / (seconds + EVERY[name] * STEP)
+        assert float(row["waits"].rstrip("%")) == pytest.approx(share, abs=0.06)
+        if row["hidden with"] == "nothing":
+            assert one_way > (EVERY[name] - 1) * STEP
+        else:
+            delay = int(row["hidden with"].removeprefix("optimizer.delay="))
+            assert (delay - 1) * STEP < one_way <= delay * STEP and delay < EVERY[name]
+        seen.add(row["hidden with"] != "nothing")
+    assert seen == {True, False}
+
+
+def test_both_ways_have_half_of_a_round_each():
+    """A way might be that of all the bytes."""
+    exchange = Exchange(MAP[3], 2, steps=10, size=1_000_000, ways=2)
+    assert exchange.seconds(8e6, 0.5) == 2
+    assert exchange.delay(1.5 / 4, 8e6, 0.5) == 4
+    assert exchange.delay(1.49 / 4, 8e6, 0.5) is None
+
+
+def test_the_answer_is_hidden_and_of_the_lowest_loss(at_this_link):
+    hidden = by_setting(at_this_link[6])
+    over = {setting.name: setting.over for setting in MAP}
+    for answer, workers in zip(at_this_link[8:], WORKERS[:2], strict=False):
+        assert answer.startswith(f"{workers} workers: ")
+        told, line = answer.splitlines()
+        named = [setting for setting in MAP if f" {setting.words} (" in told]
+        assert len(named) == 1
+        (setting,) = named
+        delay = hidden[setting.name, workers]["hidden with"]
+        for name in over:
+            if hidden[name, workers]["hidden with"] != "nothing" and workers in over[name]:
+                assert over[setting.name][workers] <= over[name][workers]
+        assert f"({over[setting.name][workers]:+.1f} %)" in told
+        assert shlex.split(line) == [*setting.overrides(compose(TINY).config), delay]
+        assert new_optimizer(setting, delay).timetable.delay == int(delay.partition("=")[2])
+
+
+def test_of_workers_that_have_not_run_the_next_fewer_are_told(monkeypatch):
+    monkeypatch.setattr("training.study.OVER", {"local10-top30": {2: 1.19}, "local30-top30": {}})
+    told = planned("plan.step_seconds=10", "plan.mbit=100")[-1]
+    assert told.startswith(
+        "8 workers: signs of the largest 30 %, every 10 steps (+1.2 % with 2 workers, not run with "
+        "8):\noptimizer=local "
+    )
+
+
+def test_nothing_is_hidden_behind_steps_that_are_too_short():
+    for step in ("1e-6", "1e-300"):
+        *_, answer = planned(f"plan.step_seconds={step}", "plan.mbit=1e-20")
+        assert answer == "8 workers: none, the steps are too short for this link"
+
+
+def test_a_plan_changes_neither_a_runs_name_nor_what_it_goes_on_with():
+    with_plan, without = compose((*TINY, *LINK)), compose(TINY)
+    assert with_plan.name(2) == without.name(2)
+    matters = [what_matters(OmegaConf.to_container(job.config)) for job in (with_plan, without)]
+    assert matters[0] == matters[1]

@@ -1,0 +1,44 @@
+"""Links between workers, and the one that a dry run is asked about."""
+
+import math
+from dataclasses import dataclass
+
+from omegaconf import DictConfig
+
+from training.workers import RunError
+
+LINKS = {  # bits a second, each way
+    "10 Mbit/s": 1e7,
+    "100 Mbit/s": 1e8,
+    "1 Gbit/s": 1e9,
+    "10 Gbit/s": 1e10,
+    "100 Gbit/s": 1e11,
+}
+
+
+@dataclass
+class Plan:
+    """`plan` of configs/config.yaml: how long a step computes, and over which link it sends."""
+
+    step_seconds: float | None
+    mbit: float | None
+    latency_ms: float
+
+
+def check_plan(own: DictConfig) -> None:
+    """Raise RunError for values out of range, and for some of them without the others."""
+    for key in ("step_seconds", "mbit"):
+        value = own[key]
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise RunError(f"plan.{key}={value:g} is not allowed: give a number above 0")
+    if not (own.latency_ms >= 0 and math.isfinite(own.latency_ms)):
+        raise RunError(
+            f"plan.latency_ms={own.latency_ms:g} is not allowed: give a number of at least 0"
+        )
+    given = [f"plan.{key}={own[key]:g}" for key in own if own[key]]
+    lacking = [f"plan.{key}" for key in ("step_seconds", "mbit") if own[key] is None]
+    if given and lacking:
+        raise RunError(
+            f"{' '.join(given)} needs {' and '.join(lacking)}: give a step's seconds and the "
+            "link's rate, or neither"
+        )

@@ -1,0 +1,156 @@
+"""Which settings of the study hide their messages behind the computation, for a model and a link.
+
+With local steps and `optimizer.delay=D` a message travels for D steps, each way, while the training
+goes on. It is hidden where it takes no longer than those, and D is less than the steps of a round,
+or than half of them where servers send back. Anything else is waited for.
+"""
+
+import math
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from omegaconf import DictConfig
+
+from model import GPT
+from training.config import build, compose
+from training.links import LINKS
+from training.report import table
+from training.study import MAP, WORKERS, Setting
+from training.traffic import busiest_by_placement, groups_of, rounds_of_method
+
+NOT_RUN = "not run"
+NOTE = """\
+The settings of the study, for this model. Messages are hidden where they travel while the training
+goes on: with local steps and optimizer.delay=D they have D steps, each way. Here are the seconds
+that a step has to compute for that, at the longest delay that a round allows. Without a delay a
+round is waited for, as a message a step always is: "waits" has the seconds of it in every step, of
+which some pass while other messages are encoded. Losses are over those of as many workers without
+compression (results/README.md: 0.8 M parameters, 600 steps, no delay)."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A round of a setting, of so many workers: its fewest steps, and what its busiest rank moves.
+
+    size: bytes sent or received, whichever is more; ways: 2 where servers send something back.
+    """
+
+    setting: Setting
+    workers: int
+    steps: int
+    size: int
+    ways: int
+
+    @property
+    def longest_delay(self) -> int:
+        """In steps, each way; 0 where each message is waited for."""
+        return (self.steps - 1) // self.ways
+
+    @property
+    def over(self) -> str:
+        """What the study saw."""
+        over = self.setting.over.get(self.workers)
+        return NOT_RUN if over is None else f"{over:+.1f} %"
+
+    def seconds(self, rate: float, latency: float = 0.0) -> float:
+        """A round's, waited for; rate in bits a second, latency in seconds, one way."""
+        return 8 * self.size / rate + self.ways * latency
+
+    def delay(self, step: float, rate: float, latency: float) -> int | None:
+        """The shortest that hides it behind steps of so many seconds, None where none does.
+
+        Either way might be that of all the bytes.
+        """
+        one_way = 8 * self.size / rate + latency
+        if one_way > self.longest_delay * step:
+            return None
+        return min(math.ceil(one_way / step), self.longest_delay)
+
+
+def overlap(config: DictConfig, model: GPT) -> list[str]:
+    """The study's map for this model, and what `plan` hides of it, as paragraphs.
+
+    The model may be without values. Of the configuration only the model, the length of the run, its
+    schedule and `plan` matter: settings have optimizer, norms and compressors of their own.
+    """
+    exchanges = list(_exchanges(config, model))
+    parts = [NOTE, _shortest_steps(exchanges)]
+    if config.plan.step_seconds is not None:
+        parts += _at_this_link(config, exchanges)
+    return parts
+
+
+def _exchanges(config: DictConfig, model: GPT) -> Iterator[Exchange]:
+    of_settings = []
+    for setting in MAP:
+        own = _composed(setting.overrides(config))
+        method = build(own.optimizer, "optimizer", _partial_=True)
+        of_settings.append((setting, method, groups_of(own, model)))
+    for workers in WORKERS:
+        for setting, method, groups in of_settings:
+            server, size = next(iter(busiest_by_placement(method, groups, workers).items()))
+            steps = min(rounds_of_method(method).lengths)
+            yield Exchange(setting, workers, steps, size, 1 if server == "replicated" else 2)
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> DictConfig:
+    return compose(overrides).config
+
+
+def _shortest_steps(exchanges: list[Exchange]) -> str:
+    heading = ["workers", "setting of the study", "loss", "bytes a round"]
+    rows = [[*heading, *LINKS]]
+    for one in exchanges:
+        seconds = map(one.seconds, LINKS.values())
+        if one.longest_delay:
+            cells = [f"{each / one.longest_delay:.3g}" for each in seconds]
+        else:
+            cells = [f"waits {each / one.steps:.3g}" for each in seconds]
+        rows.append([*_first_cells(one), f"{one.size:,}", *cells])
+    return table(rows)
+
+
+def _first_cells(one: Exchange) -> list[str]:
+    return [str(one.workers), one.setting.words, one.over]
+
+
+def _at_this_link(config: DictConfig, exchanges: list[Exchange]) -> list[str]:
+    plan = config.plan
+    step, link = plan.step_seconds, (1e6 * plan.mbit, plan.latency_ms / 1000)
+    delays = [(one, one.delay(step, *link)) for one in exchanges]
+    rows = [["workers", "setting of the study", "loss", "s a round", "waits", "hidden with"]]
+    for one, delay in delays:
+        seconds = one.seconds(*link)
+        rows.append(
+            [
+                *_first_cells(one),
+                f"{seconds:.3g}",
+                f"{seconds / (seconds + one.steps * step):.1%}",
+                "nothing" if delay is None else f"optimizer.delay={delay}",
+            ]
+        )
+    return [
+        f"Behind {step:g} s of computation a step, at {plan.mbit:g} Mbit/s and {plan.latency_ms:g} "
+        'ms one way; "waits" is the share of the time, without a delay.',
+        table(rows),
+        "Hidden, of the lowest loss in the study; in place of what else the command line has of "
+        "optimizer, norm and compressors:",
+        *(_answer(config, workers, delays) for workers in WORKERS),
+    ]
+
+
+def _answer(config: DictConfig, workers: int, delays: list[tuple[Exchange, int | None]]) -> str:
+    """The best of what is hidden, by the losses of as many workers, or else of the next fewer."""
+    hidden = [(one, d) for one, d in delays if one.workers == workers and d is not None]
+    if not hidden:
+        return f"{workers} workers: none, the steps are too short for this link"
+    seen = max(n for one, _ in hidden for n in one.setting.over if n <= workers)
+    run = [(one, delay) for one, delay in hidden if seen in one.setting.over]
+    one, delay = min(run, key=lambda pair: pair[0].setting.over[seen])
+    told = f"{one.setting.over[seen]:+.1f} %"
+    told += "" if seen == workers else f" with {seen} workers, {NOT_RUN} with {workers}"
+    overrides = shlex.join([*one.setting.overrides(config), f"optimizer.delay={delay}"])
+    return f"{workers} workers: {one.setting.words} ({told}):\n{overrides}"

@@ -1,0 +1,42 @@
+"""What a configuration sends: its groups of layers, its rounds, the bytes of the busiest rank."""
+
+from functools import partial
+
+from omegaconf import DictConfig
+
+from ef21_muon import EF21Muon
+from ef21_muon.exchange.layers import lmo_costs, named_layers, traffic_by_placement
+from ef21_muon.exchange.rounds import Rounds
+from model import GPT
+from training.config import build
+from training.method import parameter_groups
+
+
+def groups_of(config: DictConfig, model: GPT) -> list[dict]:
+    """The model's groups as an optimizer has them: each with its params, their names, w2s and s2w.
+
+    The model may be without values.
+    """
+    groups = parameter_groups(config, model)
+    for group in groups:
+        for direction in ("w2s", "s2w"):
+            group.setdefault(direction, build(config[direction], direction))
+        group["param_names"], group["params"] = zip(*group["params"], strict=True)
+    return groups
+
+
+def rounds_of_method(method: partial) -> Rounds:
+    """The rounds of EF21Muon, of a step each, or of LocalSteps."""
+    return Rounds(method.keywords.get("every", 1))
+
+
+def costs_of(method: partial, groups: list[dict]) -> list[int]:
+    """What serving each layer costs, by which servers are spread."""
+    if method.func is EF21Muon:
+        return lmo_costs(groups)
+    return [parameter.numel() for _, _, parameter, _ in named_layers(groups)]
+
+
+def busiest_by_placement(method: partial, groups: list[dict], workers: int) -> dict[str, int]:
+    """Bytes that the busiest rank sends or receives in a round; first the least, as auto takes."""
+    return traffic_by_placement(groups, costs_of(method, groups), workers)
