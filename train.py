@@ -29,7 +29,7 @@ from training.fleet import (
     follow,
     with_fleet,
 )
-from training.log import RunLog
+from training.log import NoLog, RunLog
 from training.method import build_optimizer, rounds_of, run_label
 from training.progress import Progress, fail
 from training.report import facts_of, introduction, result_table
@@ -149,11 +149,8 @@ class Run:
         """Whether to stop, as all workers have answered."""
         self.stop |= stop
 
-    def train(self, log: RunLog | None, checkpoints: Checkpoints) -> dict | None:
-        """The training loop; returns the facts of the end record, None if it was asked to stop.
-
-        `log` is None but on rank 0.
-        """
+    def train(self, log: RunLog | NoLog, checkpoints: Checkpoints) -> dict | None:
+        """The training loop; returns the facts of the end record, None if it was asked to stop."""
         config, progress = self.config, self.progress
         if self.comes_and_goes:
             self.optimizer.join()
@@ -175,13 +172,11 @@ class Run:
             told = evaluate or save or due(step, config.log_every)
             self.later.settle(math.inf if evaluate or save else step)
             save |= self.stop
-            if log:
-                log.advance(step)
-                for record in self.meetings.records(self.optimizer):
-                    log.membership(record)
+            log.advance(step)
+            for record in self.meetings.records(self.optimizer):
+                log.membership(record)
             if config.diagnostics_every and self.optimizer.watch and self.optimizer.watched:
-                if log:
-                    log.diagnostics(step, self.optimizer.diagnostics())
+                log.diagnostics(step, self.optimizer.diagnostics())
                 self.optimizer.watch = False
             if save or due(step, config.check_every):
                 self.check()
@@ -191,15 +186,13 @@ class Run:
             progress.clock()
             if told:
                 record = self.position() | {"lr": lr, "phases": progress.rounded_phases}
-                write = log.train if log else lambda record: None
-                self.later.add(step, progress.tell(record, write))
+                self.later.add(step, progress.tell(record, log.train))
             else:  # it stops, and goes on in the middle of what the next record is of
                 progress.require_finite()
             self.later.settle(math.inf if evaluate or save else step)
             if evaluate:
                 test_loss = self.test_loss()
-                if log:
-                    log.eval(self.position() | {"test_loss": test_loss})
+                log.eval(self.position() | {"test_loss": test_loss})
             if save and config.checkpoint.every:
                 self.save(log, checkpoints)
             checkpoints.poll()
@@ -215,11 +208,9 @@ class Run:
             self.see_off(log, test_loss if late else None)
         return self.summary(test_loss)
 
-    def see_off(self, log: RunLog | None, test_loss: float | None) -> None:
+    def see_off(self, log: RunLog | NoLog, test_loss: float | None) -> None:
         """Wait for workers that are late; the test loss is of one that was late itself."""
         self.optimizer.see_off(self.config.membership.workers, LATE)
-        if not log:
-            return
         for record in self.meetings.records(self.optimizer):
             log.membership(record)
         if test_loss is not None:
@@ -229,11 +220,11 @@ class Run:
         """Raise RunError if workers have parted or state was lost."""
         self.workers.together(self.optimizer.check_agreement)
 
-    def save(self, log: RunLog | None, checkpoints: Checkpoints) -> None:
+    def save(self, log: RunLog | NoLog, checkpoints: Checkpoints) -> None:
         """Write a checkpoint of this moment."""
         with self.at_work("checkpoint"):
             tensors, facts = checkpoint_of(self)
-            log_bytes = self.workers.together(lambda: log.size() if log else None)
+            log_bytes = self.workers.together(log.size)
             checkpoints.save(self.scheduler.last_epoch, tensors, facts | {"log_bytes": log_bytes})
 
     def summary(self, test_loss: float) -> dict:
@@ -258,9 +249,8 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
         directory / "checkpoints", workers, config.checkpoint.keep, config.checkpoint.asynchronous
     )
     resumed = resume(run, checkpoints, directory)
-    log = workers.together(
-        lambda: RunLog(directory, job, run.label, facts_of(run), resumed) if workers.first else None
-    )
+    new_log = partial(RunLog, directory, job, run.label, facts_of(run), resumed)
+    log = workers.together(new_log if workers.first else NoLog)
     end = None
     try:
         with workers.stoppable():
@@ -269,8 +259,7 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
             checkpoints.settle()
     except BaseException as error:
         with suppress(OSError):  # of a disk that is full, which the error says
-            if log:
-                log.end("failed", error=one_line(error))
+            log.end("failed", error=one_line(error))
         if isinstance(error, RunError):  # of all workers
             checkpoints.settle()
         raise
@@ -278,15 +267,15 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
         run.watch.stop()
         if run.comes_and_goes:
             run.optimizer.leave()
-    if log and end:
+    if end is None:
+        log.end("stopped", step=run.scheduler.last_epoch)
+        workers.say(f"\nstopped as asked: {how_to_go_on(config, directory)}")
+    elif workers.first:
         from training.picture import draw  # matplotlib, for which other workers need not wait
 
         log.end("completed", **end)
         picture = draw([directory], directory)[0]
         workers.say(f"\n{result_table(end)}\n\nlog      {log.path}\npicture  {picture}")
-    elif log:
-        log.end("stopped", step=run.scheduler.last_epoch)
-        workers.say(f"\nstopped as asked: {how_to_go_on(config, directory)}")
     return end is not None
 
 
