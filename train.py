@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from baselines import AllReduced
 from model import GPT
 from training.arguments import how_to_go_on, parse_arguments
 from training.checkpoint import Checkpoints
@@ -31,6 +30,7 @@ from training.fleet import (
 )
 from training.log import NoLog, RunLog
 from training.method import build_optimizer, rounds_of, run_label
+from training.passes import Passes
 from training.progress import Progress, fail
 from training.report import facts_of, introduction, result_table
 from training.resume import checkpoint_of, resume
@@ -67,15 +67,7 @@ class Run:
             members = partial(with_fleet, config, workers=workers, watch=self.watch)
         self.optimizer = build_optimizer(config, self.raw_model, workers.timeout, group, members)
         self.scheduler = new_scheduler(self.optimizer, config, steps=0)
-        correction = getattr(self.optimizer, "correction", None)
-        self.twice = correction is not None and correction.evaluates  # every batch
-        reduced = isinstance(self.optimizer, AllReduced)
-        self.model = self.optimizer.wrap(self.raw_model) if reduced else self.raw_model
-        self.without_sync = self.model.no_sync if reduced else nullcontext
-        if on_cuda and config.compile:
-            self.model = torch.compile(self.model)
-        # W is evaluated, where a worker's own parameters are apart from it.
-        self.agreed = getattr(self.optimizer, "agreed", nullcontext)
+        self.passes = Passes(self.raw_model, self.optimizer, workers.device, config.compile)
         self.finish = getattr(self.optimizer, "finish", lambda: None)
         # Workers that seldom send seldom ask each other whether to stop, over the same slow links,
         # and do not wait for the answers, nor for the sum of their losses, while they train on.
@@ -84,7 +76,6 @@ class Run:
             self.ask_every = 1
         self.later = Later(self.ask_every // 2)
         self.stop = False
-        self.autocast = torch.autocast(workers.device.type, torch.bfloat16, enabled=on_cuda)
         self.label = config.label or run_label(self.optimizer)
         self.tokens_per_step = config.batch.sequences * model_config.context
         told = self.tokens_per_step // (config.membership.workers or 1)
@@ -95,12 +86,13 @@ class Run:
         """A training step; returns this worker's mean loss before it."""
         with self.optimizer.timer("data"):
             batch = self.feed.next()
-        loss = None if self.twice else self.accumulate_gradient(batch)
+        gradient = partial(self.passes.gradient, batch)
+        loss = None if self.passes.twice else gradient()
         if due(step := self.scheduler.last_epoch + 1, self.ask_every):
             answer = self.workers.stop_requested()  # on its way while the round is
             self.later.add(step, lambda: self.take(answer()))
-        if self.twice:
-            loss = self.optimizer.step(partial(self.accumulate_gradient, batch))
+        if self.passes.twice:
+            loss = self.optimizer.step(gradient)
         else:
             self.optimizer.step()
         self.raw_model.zero_grad()  # of all layers, also those that another rank steps
@@ -109,30 +101,10 @@ class Run:
             follow(self)
         return loss
 
-    def accumulate_gradient(self, batch: list[list[torch.Tensor]]) -> torch.Tensor:
-        """This worker's gradient of a batch, where W is; its mean loss."""
-        self.raw_model.zero_grad()
-        passes = len(batch)
-        total = torch.zeros((), device=self.workers.device)
-        for forward, (inputs, targets) in enumerate(batch, 1):
-            sync = nullcontext() if forward == passes else self.without_sync()
-            with self.optimizer.timer("forward_backward"), sync:
-                with self.autocast:
-                    loss = self.model(inputs, targets) / passes
-                loss.backward()
-                total += loss.detach()
-        return total
-
-    @torch.no_grad()
     def test_loss(self) -> float:
         """Mean loss of W, on which workers agree, on the test windows of all workers."""
-        total = torch.zeros((), dtype=torch.float64, device=self.workers.device)
-        tokens = 0
-        with self.at_work("evaluation"), self.agreed():
-            for inputs, targets, counted in self.feed.test():
-                with self.autocast:
-                    total += self.model(inputs, targets).double() * counted
-                tokens += counted
+        with self.at_work("evaluation"):
+            total, tokens = self.passes.loss_sum(self.feed.test())
         total, tokens = self.workers.total(total, tokens)
         if not math.isfinite(total):
             raise RunError(
