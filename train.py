@@ -7,7 +7,7 @@ configuration, its log metrics.jsonl and a picture of it.
 """
 
 import math
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,17 +19,9 @@ from training.arguments import how_to_go_on, parse_arguments
 from training.checkpoint import Checkpoints
 from training.config import Job, build
 from training.data import Feed
-from training.fleet import (
-    LATE,
-    Meetings,
-    Stopped,
-    Watch,
-    comes_and_goes,
-    follow,
-    with_fleet,
-)
+from training.fleet import Stopped, members_of
 from training.log import NoLog, RunLog
-from training.method import build_optimizer, rounds_of, run_label
+from training.method import build_optimizer, run_label
 from training.passes import Passes
 from training.progress import Progress, fail
 from training.report import facts_of, introduction, result_table
@@ -38,8 +30,6 @@ from training.schedule import Later, due, new_scheduler
 from training.sharding import require_shards, shard
 from training.sweep import run_jobs
 from training.workers import RunError, Workers, leave, one_line
-
-SELDOM = 10  # steps, at most, between questions of workers whether to stop
 
 
 class Run:
@@ -58,29 +48,21 @@ class Run:
         self.raw_model = GPT(model_config, config.seed).to(workers.device)
         if config.shard:
             shard(self.raw_model, config.worker_size, workers)
-        self.comes_and_goes = comes_and_goes(config)
-        # One that hangs ends itself, where the others can go on without it.
-        self.watch = Watch(workers.timeout.total_seconds())
-        self.at_work = self.watch if self.comes_and_goes else lambda what: nullcontext()
-        members = None
-        if self.comes_and_goes:
-            members = partial(with_fleet, config, workers=workers, watch=self.watch)
-        self.optimizer = build_optimizer(config, self.raw_model, workers.timeout, group, members)
+        self.members = members_of(config, workers)
+        self.optimizer = build_optimizer(
+            config, self.raw_model, workers.timeout, group, self.members.among
+        )
         self.scheduler = new_scheduler(self.optimizer, config, steps=0)
         self.passes = Passes(self.raw_model, self.optimizer, workers.device, config.compile)
         self.finish = getattr(self.optimizer, "finish", lambda: None)
-        # Workers that seldom send seldom ask each other whether to stop, over the same slow links,
-        # and do not wait for the answers, nor for the sum of their losses, while they train on.
-        self.ask_every = min(*rounds_of(self.optimizer).lengths, SELDOM)
-        if self.comes_and_goes:  # of this worker alone
-            self.ask_every = 1
+        # While workers train on, answers whether to stop are on their way, and sums of losses.
+        self.ask_every = self.members.ask_every(self.optimizer)
         self.later = Later(self.ask_every // 2)
         self.stop = False
         self.label = config.label or run_label(self.optimizer)
         self.tokens_per_step = config.batch.sequences * model_config.context
         told = self.tokens_per_step // (config.membership.workers or 1)
         self.progress = Progress(workers, self.optimizer, told)
-        self.meetings = Meetings()
 
     def step(self) -> torch.Tensor:
         """A training step; returns this worker's mean loss before it."""
@@ -97,13 +79,12 @@ class Run:
             self.optimizer.step()
         self.raw_model.zero_grad()  # of all layers, also those that another rank steps
         self.scheduler.step()
-        if self.comes_and_goes:
-            follow(self)
+        self.members.follow(self)
         return loss
 
     def test_loss(self) -> float:
         """Mean loss of W, on which workers agree, on the test windows of all workers."""
-        with self.at_work("evaluation"):
+        with self.members.at_work("evaluation"):
             total, tokens = self.passes.loss_sum(self.feed.test())
         total, tokens = self.workers.total(total, tokens)
         if not math.isfinite(total):
@@ -124,29 +105,27 @@ class Run:
     def train(self, log: RunLog | NoLog, checkpoints: Checkpoints) -> dict | None:
         """The training loop; returns the facts of the end record, None if it was asked to stop."""
         config, progress = self.config, self.progress
-        if self.comes_and_goes:
-            self.optimizer.join()
-            follow(self)
+        self.members.join(self)
         progress.start()
-        test_loss, last = None, True
+        test_loss = None
         while (step := self.scheduler.last_epoch + 1) <= config.steps:
             lr = self.scheduler.get_last_lr()[0]
             if due(step, config.diagnostics_every):
                 self.optimizer.watch = True
-            with self.at_work("step"):
+            with self.members.at_work("step"):
                 progress.add(self.step())
-            step = self.scheduler.last_epoch
+            step = self.scheduler.last_epoch  # in a fleet that of the others
             last = step >= config.steps
             if last:
                 self.finish()
+
             evaluate = last or due(step, config.eval.every)
             save = last or due(step, config.checkpoint.every)
             told = evaluate or save or due(step, config.log_every)
             self.later.settle(math.inf if evaluate or save else step)
             save |= self.stop
             log.advance(step)
-            for record in self.meetings.records(self.optimizer):
-                log.membership(record)
+            self.members.tell(self, log)
             if config.diagnostics_every and self.optimizer.watch and self.optimizer.watched:
                 log.diagnostics(step, self.optimizer.diagnostics())
                 self.optimizer.watch = False
@@ -169,24 +148,14 @@ class Run:
                 self.save(log, checkpoints)
             checkpoints.poll()
             if self.stop and not last:
-                break
+                return None
             if evaluate or save:
                 progress.start()
-        if self.stop and not last:
-            return None
+
         late = test_loss is None  # this worker came after the last step
         test_loss = self.test_loss() if late else test_loss
-        if self.comes_and_goes:
-            self.see_off(log, test_loss if late else None)
+        self.members.see_off(self, log, test_loss if late else None)
         return self.summary(test_loss)
-
-    def see_off(self, log: RunLog | NoLog, test_loss: float | None) -> None:
-        """Wait for workers that are late; the test loss is of one that was late itself."""
-        self.optimizer.see_off(self.config.membership.workers, LATE)
-        for record in self.meetings.records(self.optimizer):
-            log.membership(record)
-        if test_loss is not None:
-            log.eval(self.position() | {"test_loss": test_loss})
 
     def check(self) -> None:
         """Raise RunError if workers have parted or state was lost."""
@@ -194,7 +163,7 @@ class Run:
 
     def save(self, log: RunLog | NoLog, checkpoints: Checkpoints) -> None:
         """Write a checkpoint of this moment."""
-        with self.at_work("checkpoint"):
+        with self.members.at_work("checkpoint"):
             tensors, facts = checkpoint_of(self)
             log_bytes = self.workers.together(log.size)
             checkpoints.save(self.scheduler.last_epoch, tensors, facts | {"log_bytes": log_bytes})
@@ -205,7 +174,7 @@ class Run:
             "test_loss": test_loss,
             "uncompressed_bytes": self.config.steps * 4 * self.raw_model.config.parameter_count,
             "optimizer_share": round(self.progress.optimizer_share, 4),
-            **({"state": f"{self.optimizer.digest():016x}"} if self.comes_and_goes else {}),
+            **self.members.facts(self),
         }
 
 
@@ -236,9 +205,7 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
             checkpoints.settle()
         raise
     finally:
-        run.watch.stop()
-        if run.comes_and_goes:
-            run.optimizer.leave()
+        run.members.leave(run)
     if end is None:
         log.end("stopped", step=run.scheduler.last_epoch)
         workers.say(f"\nstopped as asked: {how_to_go_on(config, directory)}")
