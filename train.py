@@ -7,30 +7,22 @@ configuration, its log metrics.jsonl and a picture of it.
 """
 
 import math
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
 
-from baselines import AllReduced
 from model import GPT
 from training.arguments import how_to_go_on, parse_arguments
 from training.checkpoint import Checkpoints
 from training.config import Job, build
 from training.data import Feed
-from training.fleet import (
-    LATE,
-    Meetings,
-    Stopped,
-    Watch,
-    comes_and_goes,
-    follow,
-    with_fleet,
-)
-from training.log import RunLog
-from training.method import build_optimizer, rounds_of, run_label
+from training.fleet import Stopped, members_of
+from training.log import NoLog, RunLog
+from training.method import build_optimizer, run_label
+from training.passes import Passes
 from training.progress import Progress, fail
 from training.report import facts_of, introduction, result_table
 from training.resume import checkpoint_of, resume
@@ -38,8 +30,6 @@ from training.schedule import Later, due, new_scheduler
 from training.sharding import require_shards, shard
 from training.sweep import run_jobs
 from training.workers import RunError, Workers, leave, one_line
-
-SELDOM = 10  # steps, at most, between questions of workers whether to stop
 
 
 class Run:
@@ -58,81 +48,44 @@ class Run:
         self.raw_model = GPT(model_config, config.seed).to(workers.device)
         if config.shard:
             shard(self.raw_model, config.worker_size, workers)
-        self.comes_and_goes = comes_and_goes(config)
-        # One that hangs ends itself, where the others can go on without it.
-        self.watch = Watch(workers.timeout.total_seconds())
-        self.at_work = self.watch if self.comes_and_goes else lambda what: nullcontext()
-        members = None
-        if self.comes_and_goes:
-            members = partial(with_fleet, config, workers=workers, watch=self.watch)
-        self.optimizer = build_optimizer(config, self.raw_model, workers.timeout, group, members)
+        self.members = members_of(config, workers)
+        self.optimizer = build_optimizer(
+            config, self.raw_model, workers.timeout, group, self.members.among
+        )
         self.scheduler = new_scheduler(self.optimizer, config, steps=0)
-        correction = getattr(self.optimizer, "correction", None)
-        self.twice = correction is not None and correction.evaluates  # every batch
-        reduced = isinstance(self.optimizer, AllReduced)
-        self.model = self.optimizer.wrap(self.raw_model) if reduced else self.raw_model
-        self.without_sync = self.model.no_sync if reduced else nullcontext
-        if on_cuda and config.compile:
-            self.model = torch.compile(self.model)
-        # W is evaluated, where a worker's own parameters are apart from it.
-        self.agreed = getattr(self.optimizer, "agreed", nullcontext)
+        self.passes = Passes(self.raw_model, self.optimizer, workers.device, config.compile)
         self.finish = getattr(self.optimizer, "finish", lambda: None)
-        # Workers that seldom send seldom ask each other whether to stop, over the same slow links,
-        # and do not wait for the answers, nor for the sum of their losses, while they train on.
-        self.ask_every = min(*rounds_of(self.optimizer).lengths, SELDOM)
-        if self.comes_and_goes:  # of this worker alone
-            self.ask_every = 1
+        # While workers train on, answers whether to stop are on their way, and sums of losses.
+        self.ask_every = self.members.ask_every(self.optimizer)
         self.later = Later(self.ask_every // 2)
         self.stop = False
-        self.autocast = torch.autocast(workers.device.type, torch.bfloat16, enabled=on_cuda)
         self.label = config.label or run_label(self.optimizer)
         self.tokens_per_step = config.batch.sequences * model_config.context
         told = self.tokens_per_step // (config.membership.workers or 1)
         self.progress = Progress(workers, self.optimizer, told)
-        self.meetings = Meetings()
 
     def step(self) -> torch.Tensor:
         """A training step; returns this worker's mean loss before it."""
         with self.optimizer.timer("data"):
             batch = self.feed.next()
-        loss = None if self.twice else self.accumulate_gradient(batch)
+        gradient = partial(self.passes.gradient, batch)
+        loss = None if self.passes.twice else gradient()
         if due(step := self.scheduler.last_epoch + 1, self.ask_every):
             answer = self.workers.stop_requested()  # on its way while the round is
             self.later.add(step, lambda: self.take(answer()))
-        if self.twice:
-            loss = self.optimizer.step(partial(self.accumulate_gradient, batch))
+        if self.passes.twice:
+            loss = self.optimizer.step(gradient)
         else:
             self.optimizer.step()
         self.raw_model.zero_grad()  # of all layers, also those that another rank steps
         self.scheduler.step()
-        if self.comes_and_goes:
-            follow(self)
+        self.members.follow(self)
         return loss
 
-    def accumulate_gradient(self, batch: list[list[torch.Tensor]]) -> torch.Tensor:
-        """This worker's gradient of a batch, where W is; its mean loss."""
-        self.raw_model.zero_grad()
-        passes = len(batch)
-        total = torch.zeros((), device=self.workers.device)
-        for forward, (inputs, targets) in enumerate(batch, 1):
-            sync = nullcontext() if forward == passes else self.without_sync()
-            with self.optimizer.timer("forward_backward"), sync:
-                with self.autocast:
-                    loss = self.model(inputs, targets) / passes
-                loss.backward()
-                total += loss.detach()
-        return total
-
-    @torch.no_grad()
     def test_loss(self) -> float:
         """Mean loss of W, on which workers agree, on the test windows of all workers."""
-        total = torch.zeros((), dtype=torch.float64, device=self.workers.device)
-        tokens = 0
-        with self.at_work("evaluation"), self.agreed():
-            for inputs, targets, counted in self.feed.test():
-                with self.autocast:
-                    total += self.model(inputs, targets).double() * counted
-                tokens += counted
+        with self.members.at_work("evaluation"):
+            total, tokens = self.passes.loss_sum(self.feed.test())
         total, tokens = self.workers.total(total, tokens)
         if not math.isfinite(total):
             raise RunError(
@@ -149,39 +102,32 @@ class Run:
         """Whether to stop, as all workers have answered."""
         self.stop |= stop
 
-    def train(self, log: RunLog | None, checkpoints: Checkpoints) -> dict | None:
-        """The training loop; returns the facts of the end record, None if it was asked to stop.
-
-        `log` is None but on rank 0.
-        """
+    def train(self, log: RunLog | NoLog, checkpoints: Checkpoints) -> dict | None:
+        """The training loop; returns the facts of the end record, None if it was asked to stop."""
         config, progress = self.config, self.progress
-        if self.comes_and_goes:
-            self.optimizer.join()
-            follow(self)
+        self.members.join(self)
         progress.start()
-        test_loss, last = None, True
+        test_loss = None
         while (step := self.scheduler.last_epoch + 1) <= config.steps:
             lr = self.scheduler.get_last_lr()[0]
             if due(step, config.diagnostics_every):
                 self.optimizer.watch = True
-            with self.at_work("step"):
+            with self.members.at_work("step"):
                 progress.add(self.step())
-            step = self.scheduler.last_epoch
+            step = self.scheduler.last_epoch  # in a fleet that of the others
             last = step >= config.steps
             if last:
                 self.finish()
+
             evaluate = last or due(step, config.eval.every)
             save = last or due(step, config.checkpoint.every)
             told = evaluate or save or due(step, config.log_every)
             self.later.settle(math.inf if evaluate or save else step)
             save |= self.stop
-            if log:
-                log.advance(step)
-                for record in self.meetings.records(self.optimizer):
-                    log.membership(record)
+            log.advance(step)
+            self.members.tell(self, log)
             if config.diagnostics_every and self.optimizer.watch and self.optimizer.watched:
-                if log:
-                    log.diagnostics(step, self.optimizer.diagnostics())
+                log.diagnostics(step, self.optimizer.diagnostics())
                 self.optimizer.watch = False
             if save or due(step, config.check_every):
                 self.check()
@@ -191,49 +137,35 @@ class Run:
             progress.clock()
             if told:
                 record = self.position() | {"lr": lr, "phases": progress.rounded_phases}
-                write = log.train if log else lambda record: None
-                self.later.add(step, progress.tell(record, write))
+                self.later.add(step, progress.tell(record, log.train))
             else:  # it stops, and goes on in the middle of what the next record is of
                 progress.require_finite()
             self.later.settle(math.inf if evaluate or save else step)
             if evaluate:
                 test_loss = self.test_loss()
-                if log:
-                    log.eval(self.position() | {"test_loss": test_loss})
+                log.eval(self.position() | {"test_loss": test_loss})
             if save and config.checkpoint.every:
                 self.save(log, checkpoints)
             checkpoints.poll()
             if self.stop and not last:
-                break
+                return None
             if evaluate or save:
                 progress.start()
-        if self.stop and not last:
-            return None
+
         late = test_loss is None  # this worker came after the last step
         test_loss = self.test_loss() if late else test_loss
-        if self.comes_and_goes:
-            self.see_off(log, test_loss if late else None)
+        self.members.see_off(self, log, test_loss if late else None)
         return self.summary(test_loss)
-
-    def see_off(self, log: RunLog | None, test_loss: float | None) -> None:
-        """Wait for workers that are late; the test loss is of one that was late itself."""
-        self.optimizer.see_off(self.config.membership.workers, LATE)
-        if not log:
-            return
-        for record in self.meetings.records(self.optimizer):
-            log.membership(record)
-        if test_loss is not None:
-            log.eval(self.position() | {"test_loss": test_loss})
 
     def check(self) -> None:
         """Raise RunError if workers have parted or state was lost."""
         self.workers.together(self.optimizer.check_agreement)
 
-    def save(self, log: RunLog | None, checkpoints: Checkpoints) -> None:
+    def save(self, log: RunLog | NoLog, checkpoints: Checkpoints) -> None:
         """Write a checkpoint of this moment."""
-        with self.at_work("checkpoint"):
+        with self.members.at_work("checkpoint"):
             tensors, facts = checkpoint_of(self)
-            log_bytes = self.workers.together(lambda: log.size() if log else None)
+            log_bytes = self.workers.together(log.size)
             checkpoints.save(self.scheduler.last_epoch, tensors, facts | {"log_bytes": log_bytes})
 
     def summary(self, test_loss: float) -> dict:
@@ -242,7 +174,7 @@ class Run:
             "test_loss": test_loss,
             "uncompressed_bytes": self.config.steps * 4 * self.raw_model.config.parameter_count,
             "optimizer_share": round(self.progress.optimizer_share, 4),
-            **({"state": f"{self.optimizer.digest():016x}"} if self.comes_and_goes else {}),
+            **self.members.facts(self),
         }
 
 
@@ -258,9 +190,8 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
         directory / "checkpoints", workers, config.checkpoint.keep, config.checkpoint.asynchronous
     )
     resumed = resume(run, checkpoints, directory)
-    log = workers.together(
-        lambda: RunLog(directory, job, run.label, facts_of(run), resumed) if workers.first else None
-    )
+    new_log = partial(RunLog, directory, job, run.label, facts_of(run), resumed)
+    log = workers.together(new_log if workers.first else NoLog)
     end = None
     try:
         with workers.stoppable():
@@ -269,24 +200,21 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
             checkpoints.settle()
     except BaseException as error:
         with suppress(OSError):  # of a disk that is full, which the error says
-            if log:
-                log.end("failed", error=one_line(error))
+            log.end("failed", error=one_line(error))
         if isinstance(error, RunError):  # of all workers
             checkpoints.settle()
         raise
     finally:
-        run.watch.stop()
-        if run.comes_and_goes:
-            run.optimizer.leave()
-    if log and end:
+        run.members.leave(run)
+    if end is None:
+        log.end("stopped", step=run.scheduler.last_epoch)
+        workers.say(f"\nstopped as asked: {how_to_go_on(config, directory)}")
+    elif workers.first:
         from training.picture import draw  # matplotlib, for which other workers need not wait
 
         log.end("completed", **end)
         picture = draw([directory], directory)[0]
         workers.say(f"\n{result_table(end)}\n\nlog      {log.path}\npicture  {picture}")
-    elif log:
-        log.end("stopped", step=run.scheduler.last_epoch)
-        workers.say(f"\nstopped as asked: {how_to_go_on(config, directory)}")
     return end is not None
 
 

@@ -1,1 +1,1 @@
-"""What train.py needs around the loop: configuration, workers, logs and tables."""
+"""What train.py needs beside its loop: configuration, workers, passes, logs and tables."""

@@ -6,13 +6,16 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ef21_muon import LocalSteps
 from training.config import what_matters
+from training.log import NoLog, RunLog
+from training.method import rounds_of
 from training.schedule import new_scheduler
 from training.workers import RunError, Workers, one_line
 
@@ -20,6 +23,7 @@ from training.workers import RunError, Workers, one_line
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 MARGIN, FACTOR = 30.0, 5  # seconds, and times the longest so far, after which something hangs
 LAST_WAIT = 10.0  # seconds for others, of a worker that was asked to stop
+SELDOM = 10  # steps, at most, between questions of fixed workers whether to stop
 LATE = 60.0  # seconds that one waits at the end for those that are late
 
 
@@ -40,57 +44,141 @@ def place_among_all(config: DictConfig, workers: Workers) -> tuple[int, int]:
     return own.worker * workers.count + workers.rank, own.workers * workers.count
 
 
-def with_fleet(config: DictConfig, make: partial, workers: Workers, watch: "Watch") -> partial:
-    """A maker of the same local steps, whose rounds are of the workers of the moment.
+def members_of(config: DictConfig, workers: Workers) -> "FixedMembers | FleetMembers":
+    """What a run does because of who its workers are."""
+    return FleetMembers(config, workers) if comes_and_goes(config) else FixedMembers()
 
-    Raises RunError where there is no torchft, and for what is not LocalSteps.
+
+class FixedMembers:
+    """Workers that are there from the first step of a run to its last: little is done for that.
+
+    FleetMembers has the same calls, and says what they are for. `run` is a train.Run.
     """
-    own = config.membership
-    if not issubclass(make.func, LocalSteps):
-        raise RunError(
-            f"membership={own.name} needs local steps, {make.func.__name__} cannot go on without a "
-            "worker: give optimizer=local, diloco, muloco or sparseloco"
-        )
-    if workers.count != config.worker_size:
-        raise RunError(
-            f"membership={own.name} has a torchrun for each worker, of worker_size="
-            f"{config.worker_size} ranks, this one has {workers.count}: see scripts/fleet.py"
-        )
-    try:
-        from ef21_muon.exchange.fleet import Fleet
-        from ef21_muon.fleet import FleetSteps
-    except ImportError as error:
-        raise RunError(f"membership={own.name}: {one_line(error)}") from error
 
-    asked: list[float] = []
+    def among(self, make: partial) -> partial:
+        return make
 
-    def wait(seconds: float) -> None:
-        if workers.asked_to_stop:  # the round may be about to come
-            asked.append(time.monotonic())
-            if asked[-1] - asked[0] > LAST_WAIT:
+    def ask_every(self, optimizer: torch.optim.Optimizer) -> int:
+        """Steps between questions whether to stop, which go over the same links as messages.
+
+        So workers that seldom send seldom ask.
+        """
+        return min(*rounds_of(optimizer).lengths, SELDOM)
+
+    def at_work(self, what: str) -> AbstractContextManager:
+        return nullcontext()
+
+    def join(self, run) -> None: ...
+
+    def follow(self, run) -> None: ...
+
+    def tell(self, run, log: RunLog | NoLog) -> None: ...
+
+    def see_off(self, run, log: RunLog | NoLog, late: float | None) -> None: ...
+
+    def facts(self, run) -> dict:
+        return {}
+
+    def leave(self, run) -> None: ...
+
+
+class FleetMembers:
+    """A worker among others that come and go."""
+
+    def __init__(self, config: DictConfig, workers: Workers):
+        self.config, self.workers = config, workers
+        # One that hangs ends itself, since the others can go on without it.
+        self.watch = Watch(workers.timeout.total_seconds())
+        self.meetings = Meetings()
+        self._asked: float | None = None  # when it was first seen that this worker shall stop
+
+    def among(self, make: partial) -> partial:
+        """A maker of the same local steps, whose rounds are of the workers of the moment.
+
+        Raises RunError where there is no torchft, and for what is not LocalSteps.
+        """
+        own, workers = self.config.membership, self.workers
+        if not issubclass(make.func, LocalSteps):
+            raise RunError(
+                f"membership={own.name} needs local steps, {make.func.__name__} cannot go on "
+                "without a worker: give optimizer=local, diloco, muloco or sparseloco"
+            )
+        if workers.count != self.config.worker_size:
+            raise RunError(
+                f"membership={own.name} has a torchrun for each worker, of worker_size="
+                f"{self.config.worker_size} ranks, this one has {workers.count}: see "
+                "scripts/fleet.py"
+            )
+        try:
+            from ef21_muon.exchange.fleet import Fleet
+            from ef21_muon.fleet import FleetSteps
+        except ImportError as error:
+            raise RunError(f"membership={own.name}: {one_line(error)}") from error
+
+        fleet = Fleet(
+            own.worker,
+            own.lighthouse,
+            host=own.host,
+            group=workers.control if workers.count > 1 else None,
+            patience=workers.timeout.total_seconds(),
+            while_waiting=self._wait,
+        )
+        self.watch.waited = lambda: fleet.waited
+        run = what_matters(OmegaConf.to_container(self.config, resolve=True))
+        digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
+        return partial(FleetSteps, fleet=fleet, run=digest, **make.keywords)
+
+    def _wait(self, seconds: float) -> None:
+        if self.workers.asked_to_stop:  # the round may be about to come
+            now = time.monotonic()
+            self._asked = self._asked or now
+            if now - self._asked > LAST_WAIT:
                 raise Stopped
-        watch.extend(seconds)
+        self.watch.extend(seconds)
 
-    fleet = Fleet(
-        own.worker,
-        own.lighthouse,
-        host=own.host,
-        group=workers.control if workers.count > 1 else None,
-        patience=workers.timeout.total_seconds(),
-        while_waiting=wait,
-    )
-    watch.waited = lambda: fleet.waited
-    run = json.dumps(what_matters(OmegaConf.to_container(config, resolve=True)), sort_keys=True)
-    digest = hashlib.sha256(run.encode()).hexdigest()[:16]
-    return partial(FleetSteps, fleet=fleet, run=digest, **make.keywords)
+    def ask_every(self, optimizer: torch.optim.Optimizer) -> int:
+        """Steps between questions whether to stop, which are of this worker alone."""
+        return 1
 
+    def at_work(self, what: str) -> AbstractContextManager:
+        """Within it this worker is at work on `what`, and ends itself if it hangs."""
+        return self.watch(what)
 
-def follow(run) -> None:
-    """Go on from the step that the other workers are at, where that is another."""
-    steps = run.optimizer.steps
-    if steps != run.scheduler.last_epoch:
-        run.scheduler = new_scheduler(run.optimizer, run.config, steps)
-        run.feed.batches.restart(steps)
+    def join(self, run) -> None:
+        """Meet the others, before the first step, and go on from where they are."""
+        run.optimizer.join()
+        self.follow(run)
+
+    def follow(self, run) -> None:
+        """Go on from the step that the others are at, where that is another."""
+        steps = run.optimizer.steps
+        if steps != run.scheduler.last_epoch:
+            run.scheduler = new_scheduler(run.optimizer, run.config, steps)
+            run.feed.batches.restart(steps)
+
+    def tell(self, run, log: RunLog | NoLog) -> None:
+        """Records of the rounds since the last call."""
+        for record in self.meetings.records(run.optimizer):
+            log.membership(record)
+
+    def see_off(self, run, log: RunLog | NoLog, late: float | None) -> None:
+        """After the last step: wait for others that are late.
+
+        late: the test loss of this worker if it was late itself, which the log has not yet.
+        """
+        run.optimizer.see_off(self.config.membership.workers, LATE)
+        self.tell(run, log)
+        if late is not None:
+            log.eval(run.position() | {"test_loss": late})
+
+    def facts(self, run) -> dict:
+        """What the end record has beside the usual: a hash of the state, equal on all workers."""
+        return {"state": f"{run.optimizer.digest():016x}"}
+
+    def leave(self, run) -> None:
+        """Let the others go on without this worker, which has nothing more to do."""
+        self.watch.stop()
+        run.optimizer.leave()
 
 
 class Watch:
@@ -134,10 +222,9 @@ class Meetings:
         self.workers: tuple[int, ...] | None = None
 
     def records(self, optimizer) -> Iterator[dict]:
-        """Of the rounds since the last call; there are none where workers are fixed."""
-        meetings = getattr(optimizer, "meetings", None)
-        while meetings:
-            meeting = meetings.popleft()
+        """Of the rounds since the last call."""
+        while optimizer.meetings:
+            meeting = optimizer.meetings.popleft()
             before, self.workers = self.workers, meeting.workers
             why = []
             if before is not None:

@@ -150,6 +150,24 @@ class RunLog:
             self._wandb.log(numbers, step=record["step"])
 
 
+class NoLog:
+    """In place of a RunLog, on ranks that write none."""
+
+    def size(self) -> None: ...
+
+    def advance(self, step: int) -> None: ...
+
+    def train(self, record: dict) -> None: ...
+
+    def diagnostics(self, step: int, layers: dict[str, dict[str, float]]) -> None: ...
+
+    def membership(self, record: dict) -> None: ...
+
+    def eval(self, record: dict) -> None: ...
+
+    def end(self, status: str, **facts) -> None: ...
+
+
 def completed(directory: Path) -> dict | None:
     """The configuration of the run if its log has its end record, `completed`; else None."""
     path = directory / LOG_NAME

@@ -8,7 +8,7 @@ from ef21_muon import AdaptiveRadius, Compressor, LocalSteps, Switch
 from ef21_muon.exchange.layers import ServedBatch
 from ef21_muon.messages.switch import in_round
 from ef21_muon.served import ServedOptimizer
-from training.fleet import place_among_all
+from training.fleet import comes_and_goes, place_among_all
 from training.method import has_servers, rounds_of, rules
 from training.workers import Workers
 
@@ -38,7 +38,7 @@ def introduction(run) -> str:
     """What a train.Run is of. To be asked for by all workers."""
     ranks, worker_size = run.workers.count, run.config.worker_size
     workers = f"{ranks // worker_size} workers"
-    if run.comes_and_goes:
+    if comes_and_goes(run.config):
         own = run.config.membership
         workers = f"worker {own.worker} of up to {own.workers}"
     workers += f" of {worker_size} ranks" if worker_size > 1 else ""

@@ -13,6 +13,7 @@ from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.shards import local
 from training.checkpoint import Checkpoints, load, read_facts, stored_tensors
 from training.config import what_matters
+from training.fleet import comes_and_goes
 from training.local_steps import inner_tensors
 from training.progress import BYTES
 from training.records import LOG_NAME
@@ -33,7 +34,7 @@ def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
         "data": run.workers.gather(run.feed.batches.state_dict()),
         "round": getattr(run.optimizer, "round", None),
         "position": run.position(),
-        "fleet": run.optimizer.fleet_state() if run.comes_and_goes else None,
+        "fleet": run.optimizer.fleet_state() if comes_and_goes(run.config) else None,
         **run.progress.state(),
     }
     return _tensors(run) | _generator_states(run), facts
@@ -47,7 +48,7 @@ def resume(run, checkpoints: Checkpoints, directory: Path) -> dict | None:
         how = go_on_elastic if config.resume == "elastic" else go_on
         facts = workers.together(lambda: how(run, newest))
         workers.say(f"going on from {newest}\n")
-    if not run.comes_and_goes:
+    if not comes_and_goes(config):
         return facts
     # What this worker has sent, it has sent: its log and its counts go on from where they are.
     left = as_it_was_left(config, directory)
@@ -186,7 +187,7 @@ def _continue(run, facts: dict) -> None:
     position = {"received_bytes": _received(facts)} | facts["position"]
     if isinstance(run.optimizer, CommunicatingOptimizer):
         run.optimizer.go_on_after(position["step"])
-    if run.comes_and_goes:
+    if comes_and_goes(run.config):
         run.optimizer.load_fleet_state(facts["fleet"])
     run.progress.go_on(facts)
     run.progress.bytes_before = {key: position[key] - getattr(run.optimizer, key) for key in BYTES}

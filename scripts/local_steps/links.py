@@ -22,6 +22,7 @@ from scripts.netns import Network, requirements_missing
 from train import Run
 from training.checkpoint import Checkpoints
 from training.config import ROOT, compose
+from training.log import NoLog
 from training.workers import Workers, leave
 
 LINKS = ROOT / "results" / "local_steps" / "links.jsonl"
@@ -42,7 +43,7 @@ METHODS = {  # overrides, and how many steps are timed
 }  # fmt: skip
 
 
-class Records:
+class Records(NoLog):
     """In place of a run's log, on every rank: the train records by step."""
 
     def __init__(self):
@@ -50,12 +51,6 @@ class Records:
 
     def train(self, record: dict) -> None:
         self.of_step[record["step"]] = record
-
-    def eval(self, record: dict) -> None:
-        pass
-
-    def advance(self) -> None:
-        pass
 
 
 def time_training(overrides: list[str], steps: int, workers: Workers) -> dict:

@@ -88,7 +88,7 @@ def time_ddp(options: argparse.Namespace, workers: Workers, method: list[str]) -
     for _ in range(WARM_UP):
         run.step()
     seconds, sent = time_steps(run, options.steps)
-    with run.without_sync():
+    with run.passes.without_sync():
         compute, _ = time_steps(run, options.steps)
     return {
         "seconds": seconds,

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from checkpoints import rewrite_facts
 
-import train
 from data.shards import HEADER_ENTRIES, MAGIC, write_shard
+from model import GPT
 from training.checkpoint import Checkpoints
+from training.passes import Passes
 from training.workers import Workers
 
 
@@ -316,14 +317,14 @@ GRADIENTS = {
 }
 
 
-def after_backward(step: int, deed: Callable[[train.Run], None]):
-    """An accumulate_gradient of Run that does it to this step's gradients."""
-    original = train.Run.accumulate_gradient
+def after_backward(step: int, deed: Callable[[GPT], None]):
+    """A `gradient` of Passes that does it to the model with this step's gradients."""
+    original = Passes.gradient
 
-    def accumulate_gradient(run: train.Run, batch: list) -> torch.Tensor:
-        loss = original(run, batch)
-        if run.scheduler.last_epoch + 1 == step:
-            deed(run)
+    def gradient(passes: Passes, batch: list) -> torch.Tensor:
+        loss = original(passes, batch)
+        if passes.optimizer.steps + 1 == step:
+            deed(passes.raw_model)
         return loss
 
-    return accumulate_gradient
+    return gradient

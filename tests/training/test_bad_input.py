@@ -28,6 +28,7 @@ from waiting import wait_until
 
 import train
 from training.config import CONFIGS
+from training.passes import Passes
 from training.workers import Workers
 
 
@@ -183,8 +184,8 @@ def test_shards(refuse, scene, what):
 def test_shards_while_they_are_read(refuse, scene, monkeypatch, what):
     damage, told = bad_inputs.WHILE_RUNNING[what]
     shard = scene / "data/train.bin"
-    at_step_2 = bad_inputs.after_backward(2, lambda run: damage(shard))
-    monkeypatch.setattr(train.Run, "accumulate_gradient", at_step_2)
+    at_step_2 = bad_inputs.after_backward(2, lambda model: damage(shard))
+    monkeypatch.setattr(Passes, "gradient", at_step_2)
     refuse(scene, "", told, apart_from=shard)
     assert last_record(scene)["status"] == "failed"
 
@@ -288,11 +289,11 @@ def test_too_many_workers_for_the_data(pristine):
 def test_gradients(refuse, pristine, monkeypatch, what):
     damage, given, told = bad_inputs.GRADIENTS[what]
 
-    def deed(run):
-        damage(run.raw_model.get_parameter(bad_inputs.NAME))
+    def deed(model):
+        damage(model.get_parameter(bad_inputs.NAME))
 
     at_step_2 = bad_inputs.after_backward(2, deed)
-    monkeypatch.setattr(train.Run, "accumulate_gradient", at_step_2)
+    monkeypatch.setattr(Passes, "gradient", at_step_2)
     refuse(pristine, f"{given} directory=SCENE/runs/{what.replace(' ', '-')}", told)
     end = last_record(pristine)
     assert end["status"] == "failed"

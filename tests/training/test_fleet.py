@@ -1,5 +1,6 @@
 """Workers that come and go, in a run: what hangs, what is logged, and what a restart finds."""
 
+import inspect
 import json
 import os
 import signal
@@ -17,7 +18,8 @@ from ef21_muon.exchange.collectives import Traffic
 from ef21_muon.exchange.fleet import Meeting
 from scripts.chaos.crew import Crew
 from training.config import compose
-from training.fleet import Meetings, place_among_all
+from training.fleet import FixedMembers, FleetMembers, Meetings, members_of, place_among_all
+from training.log import NoLog, RunLog
 from training.resume import as_it_was_left
 from training.workers import RunError, Workers
 
@@ -91,7 +93,7 @@ def test_the_log_says_who_met_and_why_others_than_before():
         "seconds": 0.012,
         "state": "00",
     }
-    assert list(told.records(object())) == []
+    assert list(told.records(optimizer)) == []
 
 
 def fleet_config(worker: int, *overrides: str):
@@ -107,6 +109,25 @@ def test_every_rank_of_every_worker_has_a_part_of_its_own():
     places = [place_among_all(fleet_config(w), OfTwo(rank)) for w in range(3) for rank in (0, 1)]
     assert places == [(place, 6) for place in range(6)]
     assert place_among_all(compose(()).config, OfTwo(1)) == (1, 2)
+
+
+@pytest.mark.parametrize(("whole", "null"), [(FleetMembers, FixedMembers), (RunLog, NoLog)])
+def test_what_does_nothing_is_called_as_what_does_it(whole, null):
+    def calls(kind):
+        methods = inspect.getmembers(kind, inspect.isfunction)
+        return {
+            name: [*inspect.signature(method).parameters]
+            for name, method in methods
+            if not name.startswith("_")
+        }
+
+    assert calls(null) == calls(whole) and calls(null)
+
+
+def test_membership_decides_who_the_members_are():
+    assert isinstance(members_of(compose(()).config, Workers()), FixedMembers)
+    fleet = members_of(fleet_config(0), Workers())
+    assert isinstance(fleet, FleetMembers) and fleet.ask_every(None) == 1
 
 
 def test_a_log_without_a_checkpoint_is_gone_on_with(tmp_path):

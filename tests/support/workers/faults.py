@@ -29,10 +29,11 @@ from ef21_muon import EF21Muon
 from ef21_muon.exchange import collectives
 from ef21_muon.exchange.collectives import Exchange
 from training.checkpoint import Checkpoints
+from training.passes import Passes
 from training.workers import Workers, leave
 
 PLACES = {
-    "forward": (train.Run, "accumulate_gradient"),
+    "forward": (Passes, "gradient"),
     "encode": (EF21Muon, "_worker_message"),  # of one batch of layers; others are to come
     "exchange": (Exchange, "to_servers"),  # one message is on its way; others are to come
     "write": (FileSystemWriter, "write_data"),  # this rank's file of the checkpoint
@@ -119,8 +120,8 @@ class Faults:
 
     def step_of(self, caller: object, args: tuple) -> int:
         """That of the training, or of the checkpoint, which may be written in a later one."""
-        if isinstance(caller, train.Run):
-            self.step = caller.scheduler.last_epoch + 1
+        if isinstance(caller, Passes):
+            self.step = caller.optimizer.steps + 1
         if isinstance(caller, FileSystemWriter):
             return int(Path(caller.path).stem.removeprefix("step-"))
         if isinstance(caller, Checkpoints):

@@ -1,0 +1,66 @@
+"""Forward and backward passes of a run's model on this worker."""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from baselines import AllReduced
+from model import GPT
+
+
+class Passes:
+    """The losses and gradients of a model, as its optimizer needs them; on a GPU in bfloat16.
+
+    What is called, `model`, is `raw_model` behind DDP where the optimizer's gradients are
+    all-reduced, and compiled on a GPU if `compiled`. `without_sync()`: within it they are not
+    all-reduced. `twice`: whether the optimizer evaluates every batch by itself, at two W.
+    """
+
+    def __init__(
+        self,
+        raw_model: GPT,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        compiled: bool,
+    ):
+        self.raw_model, self.optimizer, self.device = raw_model, optimizer, device
+        reduced, on_cuda = isinstance(optimizer, AllReduced), device.type == "cuda"
+        self.model = optimizer.wrap(raw_model) if reduced else raw_model
+        self.without_sync = self.model.no_sync if reduced else nullcontext
+        if on_cuda and compiled:
+            self.model = torch.compile(self.model)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_cuda)
+        # W is evaluated, where a worker's own parameters are apart from it.
+        self.agreed = getattr(optimizer, "agreed", nullcontext)
+        correction = getattr(optimizer, "correction", None)
+        self.twice = correction is not None and correction.evaluates
+
+    def gradient(self, batch: list[list[Tensor]]) -> Tensor:
+        """Leave the gradient of a batch, of passes of equal size, in `grad`; its mean loss, ()."""
+        self.raw_model.zero_grad()
+        passes = len(batch)
+        total = torch.zeros((), device=self.device)
+        for number, (inputs, targets) in enumerate(batch, 1):
+            sync = nullcontext() if number == passes else self.without_sync()
+            with self.optimizer.timer("forward_backward"), sync:
+                with self.autocast:
+                    loss = self.model(inputs, targets) / passes
+                loss.backward()
+                total += loss.detach()
+        return total
+
+    @torch.no_grad()
+    def loss_sum(self, batches: Iterable[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, int]:
+        """The sum of W's losses over all tokens that count, (), and how many these are.
+
+        batches: inputs, targets, and how many tokens count.
+        """
+        total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        with self.agreed():
+            for inputs, targets, counted in batches:
+                with self.autocast:
+                    total += self.model(inputs, targets).double() * counted
+                tokens += counted
+        return total, tokens
