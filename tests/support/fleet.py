@@ -17,7 +17,7 @@ from torchft.coordination import LighthouseServer
 from ef21_muon.exchange.fleet import Fleet
 from ef21_muon.fleet import FleetSteps
 
-HEARTBEAT_MS = 1000
+HEARTBEAT_MS = 2500
 DATA = 4  # inputs, of which a function is learnt
 
 

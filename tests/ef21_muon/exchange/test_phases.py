@@ -106,8 +106,8 @@ def test_a_switch_is_for_workers_alone():
 
 def test_a_plan_counts_every_phase():
     given = ("model=tiny", "compressor@w2s=switch", "w2s.start=3", "steps=10")
-    lines = [line.split() for line in plan(compose(given).config).splitlines()]
-    first, later = [line for line in lines if line[:1] == ["4"] and len(line) > 5]
+    _, rounds, *_ = plan(compose(given).config).split("\n\n")
+    first, later = (line.split() for line in rounds.splitlines() if line.startswith("4 "))
     sizes = [int(line[2].replace(",", "")) for line in (first, later)]
     assert (first[1], later[1]) == ("1", "4")
     assert int(first[5].replace(",", "")) == 3 * sizes[0] + 7 * sizes[1]
