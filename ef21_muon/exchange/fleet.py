@@ -5,10 +5,12 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
+from concurrent.futures.thread import _threads_queues
 from dataclasses import dataclass
 from datetime import timedelta
 from struct import Struct
+from threading import Thread
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -114,7 +116,6 @@ class Fleet:
         self.waited = 0.0  # seconds, in all gathers
         self._away_since: float | None = None
         self._counters = {"step": 0, "batches_committed": 0}
-        self._caller = ThreadPoolExecutor(1, "fleet")
 
     def attach(self, shared: Shared) -> None:
         """Of what all workers share here."""
@@ -142,7 +143,7 @@ class Fleet:
         start = time.monotonic()
         try:
             return self._gather(message, counts)
-        except Exception:
+        except BaseException:
             self.leave()
             raise
         finally:
@@ -191,6 +192,7 @@ class Fleet:
     def leave(self) -> None:
         """The others need not wait for this one any more."""
         if self.manager:
+            _let_go(self.manager._executor)
             self.manager.shutdown(wait=False)
             self.process_group.shutdown()
 
@@ -254,10 +256,12 @@ class Fleet:
 
     def _quorum(self) -> bool:
         """Wait for the others; whether there is a quorum. `_take` may be called."""
-        future = self._caller.submit(self.manager.start_quorum)
-        while not wait([future], timeout=PAUSE).done:
+        asked = Future()
+        # Threads that a daemon starts, as the manager's own, are daemons.
+        Thread(target=_answer, args=(asked, self.manager.start_quorum), daemon=True).start()
+        while not wait([asked], timeout=PAUSE).done:
             self.while_waiting(PAUSE)
-        if (error := future.exception()) is None:
+        if (error := asked.exception()) is None:
             self._away_since = None
             return True
         if not isinstance(error, AWAY):
@@ -371,6 +375,19 @@ def _history(heads: list[bytes]) -> bytes:
 def _size(state: dict) -> int:
     """Bytes of the tensors of a shared state."""
     return sum(tensor.nbytes for tensor in state["tensors"])
+
+
+def _answer(asked: Future, call: Callable[[], None]) -> None:
+    try:
+        asked.set_result(call())
+    except Exception as error:
+        asked.set_exception(error)
+
+
+def _let_go(executor: Executor) -> None:
+    """A process that ends does not wait for these threads, which may wait for others for a day."""
+    for thread in executor._threads:
+        _threads_queues.pop(thread, None)
 
 
 def _bytes(head: bytes) -> Tensor:

@@ -1,6 +1,8 @@
 """Workers that come and go: threads with a lighthouse, against a plain simulation."""
 
 import copy
+import subprocess
+import sys
 import threading
 import time
 
@@ -354,3 +356,26 @@ def test_alone_it_is_local_steps():
             optimizer.step()
         with optimizer.agreed():
             assert torch.equal(parameters_of(model), worker.agreed[12])
+
+
+ENDS = """
+import sys
+import torch
+from ef21_muon.exchange.fleet import Fleet
+from ef21_muon.fleet import FleetSteps
+
+def tired(seconds):
+    raise KeyboardInterrupt
+
+model = torch.nn.Linear(2, 2)
+inner = torch.optim.SGD(model.named_parameters(), lr=0.1)
+FleetSteps(inner, every=1, fleet=Fleet(0, sys.argv[1], while_waiting=tired)).join()
+"""
+
+
+def test_a_process_that_ends_while_it_waits_for_others_ends():
+    with lighthouse(2) as url:
+        ended = subprocess.run(
+            [sys.executable, "-c", ENDS, url], capture_output=True, text=True, timeout=PATIENCE
+        )
+    assert ended.returncode != 0 and "KeyboardInterrupt" in ended.stderr
