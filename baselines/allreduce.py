@@ -26,7 +26,7 @@ from ef21_muon.timing import PhaseTimer
 HOOKS = ("float32", "float16", "bfloat16", "powersgd", "greedylore")
 LOW_RANK = ("powersgd", "greedylore")
 _of_ddp = signature(DistributedDataParallel.__init__).parameters
-SYNC_BUFFERS = (  # before torch 2.12 and after
+SYNC_BUFFERS = (  # which older versions of torch name otherwise
     "forward_sync_buffers" if "forward_sync_buffers" in _of_ddp else "broadcast_buffers"
 )
 

@@ -295,7 +295,7 @@ def _check_ranges(config: DictConfig) -> None:
     if config.resume == "elastic" and config.directory is None:
         raise RunError("resume=elastic needs directory=: say which run goes on")
     check_membership(config.membership, config.resume)
-    check_plan(config.plan)
+    check_plan(config.plan, config.dry_run)
     if config.wandb.mode not in ("disabled", "offline", "online"):
         raise RunError(
             f"wandb.mode={config.wandb.mode} is not allowed: choose disabled, offline or online"

@@ -25,8 +25,8 @@ class Plan:
     latency_ms: float
 
 
-def check_plan(own: DictConfig) -> None:
-    """Raise RunError for values out of range, and for some of them without the others."""
+def check_plan(own: DictConfig, dry_run: bool) -> None:
+    """Raise RunError for values out of range, for some without the others, and without dry_run."""
     for key in ("step_seconds", "mbit"):
         value = own[key]
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -42,3 +42,5 @@ def check_plan(own: DictConfig) -> None:
             f"{' '.join(given)} needs {' and '.join(lacking)}: give a step's seconds and the "
             "link's rate, or neither"
         )
+    if given and not dry_run:
+        raise RunError(f"{' '.join(given)} is of dry_run=true alone: add it, or leave these out")

@@ -49,6 +49,11 @@ class Exchange:
         return (self.steps - 1) // self.ways
 
     @property
+    def seen(self) -> int | None:
+        """The most workers up to these with which the setting has run."""
+        return max((n for n in self.setting.over if n <= self.workers), default=None)
+
+    @property
     def over(self) -> str:
         """What the study saw."""
         over = self.setting.over.get(self.workers)
@@ -143,13 +148,13 @@ def _at_this_link(config: DictConfig, exchanges: list[Exchange]) -> list[str]:
 
 
 def _answer(config: DictConfig, workers: int, delays: list[tuple[Exchange, int | None]]) -> str:
-    """The best of what is hidden, by the losses of as many workers, or else of the next fewer."""
+    """The best of what is hidden, by each one's loss with as many workers, or the next fewer."""
     hidden = [(one, d) for one, d in delays if one.workers == workers and d is not None]
     if not hidden:
         return f"{workers} workers: none, the steps are too short for this link"
-    seen = max(n for one, _ in hidden for n in one.setting.over if n <= workers)
-    run = [(one, delay) for one, delay in hidden if seen in one.setting.over]
-    one, delay = min(run, key=lambda pair: pair[0].setting.over[seen])
+    run = [(one, delay) for one, delay in hidden if one.seen]
+    one, delay = min(run, key=lambda pair: pair[0].setting.over[pair[0].seen])
+    seen = one.seen
     told = f"{one.setting.over[seen]:+.1f} %"
     told += "" if seen == workers else f" with {seen} workers, {NOT_RUN} with {workers}"
     overrides = shlex.join([*one.setting.overrides(config), f"optimizer.delay={delay}"])

@@ -18,11 +18,11 @@ LONG, SHORT = 120, 60  # steps of a round, before the lr falls and then
 # By setting and number of workers the test loss at the end over that of as many workers without
 # compression, percent. Two workers have run all settings.
 OVER = {
-    "identity": {2: 0.0, 4: 0.0},
+    "identity": {2: 0.0, 4: 0.0, 8: 0.0},
     "served6": {2: 6.75, 4: 5.52},
     "local4-top30": {2: -0.14, 4: 0.27},
-    "local10-top30": {2: 1.19, 4: 2.98},
-    "local30-top30": {2: 3.71},
+    "local10-top30": {2: 1.19, 4: 2.98, 8: 6.76},
+    "local30-top30": {2: 3.71, 8: 16.31},
     "local60-top30": {2: 6.14},
     "local120-60-top30": {2: 7.35},
     "local10-dense2": {2: 1.57},

@@ -95,14 +95,17 @@ def step_table(records: list[dict]) -> str:
 def commits(records: list[dict]) -> str:
     """Which versions the runs are of."""
     versions = {one["run"]: one["commit"] for one in of(records, "training") if "commit" in one}
-    return "; ".join(f"{run}: {commit}" for run, commit in versions.items())
+    told = "; ".join(f"{run}: {commit}" for run, commit in versions.items())
+    joined = "Joined of several calls of `make gpu`, on machines alike. "
+    return f"{joined if len({*versions.values()}) > 1 else ''}{told}"
 
 
-def _why_not(told: list[dict], ends: list[dict]) -> str:
+def _why_not(told: list[dict], ends: list[dict], part: list[dict]) -> str:
     """Why a run has no test loss at its end."""
-    if ends and "error" in ends[-1]:
-        return f"failed: {ends[-1]['error'].partition(':')[0]}"
-    return "did not end" if told else "not run"
+    for one in (*ends, *part):
+        if one.get("error"):
+            return f"failed: {one['error'].removeprefix('error: ').partition(':')[0]}"
+    return "did not end" if told or part else "not run"
 
 
 def training_table(records: list[dict]) -> str:
@@ -116,7 +119,8 @@ def training_table(records: list[dict]) -> str:
         told = [one for one in lines if one["of"] == "train"]
         ends = [one for one in lines if one["of"] == "end"]
         if not ends or "test_loss" not in ends[-1]:
-            rows.append([name, _why_not(told, ends), *[""] * (len(rows[0]) - 2)])
+            part = [one for one in of(records, "part") if one["part"] == name]
+            rows.append([name, _why_not(told, ends, part), *[""] * (len(rows[0]) - 2)])
             continue
         first, last = told[(len(told) - 1) // 2], told[-1]
         between = max(1, last["step"] - first["step"])

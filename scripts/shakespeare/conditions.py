@@ -48,6 +48,11 @@ def of_workers(workers: int, name: str, overrides: str) -> Setting:
     return replace(setting(f"workers/{workers}-{name}", "workers", overrides), workers=workers)
 
 
+def of_gpu(one: Setting) -> Setting:
+    """The same on a GPU that all workers share."""
+    return replace(one, overrides=(*one.overrides, *SHARED_GPU.split()), on_gpu=True)
+
+
 WORKER_SETTINGS = [
     *(of_workers(n, name, POINTS[name]) for n in MORE_WORKERS for name in OF_WORKERS),
     *(
@@ -58,38 +63,36 @@ WORKER_SETTINGS = [
 ]
 # Of them three once more, to see what a GPU and its bfloat16 change.
 GPU_SETTINGS = [
-    of_workers(8, f"{name}-gpu", f"{POINTS[name]} {SHARED_GPU}")
+    of_gpu(of_workers(8, f"{name}-gpu", POINTS[name]))
     for name in ("identity", "local4-top30", "local30-top30")
 ]
 
 
-def of_size(size: str, tokens: int, name: str, overrides: str) -> Setting:
-    """A setting in a model of this size, with so many tokens a parameter."""
-    layers, width, heads, steps_of = SIZES[size]
-    steps = steps_of[tokens]
+# One token a parameter: layers, width, heads, and steps, in twelfths of which it is evaluated.
+SIZES = {
+    "0.8M": (4, 128, 4, 204),
+    "3M": (4, 256, 4, 780),
+    "10M": (6, 384, 6, 2616),
+}
+RADII_OF = "3M"  # where it is looked at whether they transfer
+
+
+def of_size(size: str, name: str, overrides: str) -> Setting:
+    """A setting in a model of this size."""
+    layers, width, heads, steps = SIZES[size]
     model = f"model.layers={layers} model.width={width} model.heads={heads}"
     length = f"steps={steps} eval.every={steps // 12} log_every={steps // 12}"
-    return setting(
-        f"sizes/{size}-{tokens}-{name}", "sizes", f"{overrides} {model} {length} {SHARED_GPU}"
-    )
+    return of_gpu(setting(f"sizes/{size}-1-{name}", "sizes", f"{overrides} {model} {length}"))
 
 
-# Layers, width, heads, and by tokens a parameter the steps, in twelfths of which it is evaluated.
-SIZES = {
-    "0.8M": (4, 128, 4, {1: 204}),  # three a parameter are the study's runs
-    "3M": (4, 256, 4, {1: 780, 3: 2352}),
-    "10M": (6, 384, 6, {1: 2616}),
-}
 SIZE_SETTINGS = [
-    of_size(size, tokens, name, overrides)
-    for size, (*_, steps_of) in SIZES.items()
-    for tokens in steps_of
+    of_size(size, name, overrides)
+    for size in SIZES
     for name, overrides in POINTS.items()
     if name != "local10-top30"
 ]
-# Whether radii transfer.
 SIZE_SETTINGS += [
-    of_size("3M", 1, f"identity-radius{radius}", f"{IDENTITY} {TUNED} norm.hidden.radius={radius}")
+    of_size(RADII_OF, f"radius{radius}", f"{IDENTITY} {TUNED} norm.hidden.radius={radius}")
     for radius in (1, 4)
 ]
 

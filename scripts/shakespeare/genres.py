@@ -53,4 +53,7 @@ def prepare(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    prepare(SHARDS)
+    try:
+        prepare(SHARDS)
+    except (RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -70,13 +70,22 @@ def main() -> int:
     if missing := requirements_missing():
         print(f"error: {missing}", file=sys.stderr)
         return 1
+    try:
+        measure(options)
+    except (RuntimeError, OSError) as error:  # of what the system refuses
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def measure(options: argparse.Namespace) -> None:
+    """At every rate, into a new log."""
     options.to.unlink(missing_ok=True)
     for rate in RATES:
         own = [f"--rate={rate}", f"--steps={options.steps}", f"--to={options.to.resolve()}"]
         limits = (None, None) if rate == UNLIMITED else (rate, DELAY)
         with Network(2, *limits) as network:
             network.torchrun(__file__, *own, show=True, timeout=1200)
-    return 0
 
 
 if __name__ == "__main__":

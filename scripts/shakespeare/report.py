@@ -36,7 +36,7 @@ from scripts.shakespeare.runs import ALL_SETTINGS
 from scripts.shakespeare.settings import FEEDBACK_SETTINGS, SIGN_SETTINGS
 from scripts.shakespeare.signs import signs_section
 from scripts.shakespeare.sizes import larger_models, unlike_text
-from scripts.shakespeare.times import times_table
+from scripts.shakespeare.times import time_to_target
 from scripts.shakespeare.workers import more_workers
 
 TEXT = Path(__file__).with_name("report.md")
@@ -68,7 +68,7 @@ def page(directory: Path) -> str:
         torch=run["versions"]["torch"],
         target_share=TARGET_SHARE,
         target=target,
-        times=times_table(results, target, directory),
+        times=time_to_target(results, target, directory),
         findings=findings(results, target, replayed),
         more=MORE_BITS - 1,
         rivals=rivals_table(results),

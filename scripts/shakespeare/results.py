@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from scripts.shakespeare.conditions import OF_WORKERS, WORKER_SETTINGS
+from scripts.shakespeare.conditions import WORKER_SETTINGS
 from scripts.shakespeare.settings import MOMENTUM_SETTINGS, SETTINGS, Setting
 from training.records import BYTES_PER_PARAMETER, Log, read_log
 
@@ -111,8 +111,8 @@ def read(directory: Path, settings: Sequence[Setting] = SETTINGS) -> dict[str, R
 
 
 def read_workers(directory: Path, of_two: dict[str, Result]) -> dict[int, dict[str, Result]]:
-    """What has run with more workers, by their number and by the point, and the same of two."""
-    found = {2: {name: of_two[name] for name in OF_WORKERS if name in of_two}}
+    """What has run with more workers, by their number and by the point, and ours of two."""
+    found = {2: {one.setting.name: one for one in (of_two["identity"], *ours(of_two))}}
     for result in read_settings(directory, WORKER_SETTINGS).values():
         name = result.setting.name.partition("-")[2]
         found.setdefault(result.setting.workers, {})[name] = result

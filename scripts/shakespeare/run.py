@@ -3,7 +3,8 @@
     python scripts/shakespeare/run.py [--only TEXT ...] [--processes N] [--list]
 
 With torchrun, on two workers but where more are studied; one training at a time, or as many as have
-N processes in all, on a GPU that they share. A run whose log is in results/shakespeare is skipped;
+N processes in all, on a GPU that they share. Runs that are of a GPU are left out without one, and
+others do not use it. A run whose log is in results/shakespeare is skipped;
 one that was interrupted goes on from its checkpoint. Logs are cut to the records that figures need,
 and are not edited. The runs and their overrides are in settings.py and conditions.py beside this
 file.
@@ -11,6 +12,7 @@ file.
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+import torch
 from omegaconf import OmegaConf
 
 if not __package__:
@@ -78,7 +81,8 @@ def start(run: StudyRun, output: IO | None = None) -> subprocess.Popen:
         prepare(SHARDS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={run.workers}", "train.py", *overrides(run)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+    devices = os.environ if run.on_gpu else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=devices)
 
 
 def keep(run: StudyRun) -> None:
@@ -99,8 +103,7 @@ def train(run: StudyRun) -> None:
 def train_at_once(runs: Sequence[StudyRun], processes: int) -> None:
     """Train with at most so many workers at a time, but one run at least: the first that fits.
 
-    What a run prints goes to its directory. Raises CalledProcessError after the last one if a
-    training failed.
+    What a run prints goes to its directory. Raises after the last one what one has failed with.
     """
     waiting, training, failed = list(runs), {}, None
     while waiting or training:
@@ -114,11 +117,15 @@ def train_at_once(runs: Sequence[StudyRun], processes: int) -> None:
         time.sleep(POLL)
         for run in [run for run, process in training.items() if process.poll() is not None]:
             process = training.pop(run)
-            print(f"{run.name}: {'failed' if process.returncode else 'done'}", flush=True)
-            if process.returncode:
-                failed = subprocess.CalledProcessError(process.returncode, process.args)
-            else:
+            try:
+                if process.returncode:
+                    raise subprocess.CalledProcessError(process.returncode, process.args)
                 keep(run)
+            except (ValueError, OSError, subprocess.CalledProcessError) as error:
+                failed = error
+                print(f"{run.name}: failed, see {directory_of(run) / PRINTED}", flush=True)
+            else:
+                print(f"{run.name}: done", flush=True)
     if failed:
         raise failed
 
@@ -144,6 +151,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = [run for text in options.only for run in RUNS if text in run.name]
         chosen = list(dict.fromkeys(chosen))
         missing = [run for run in chosen if not is_done(run)]
+        if not (options.list or torch.cuda.is_available()):
+            left = [run.name for run in missing if run.on_gpu]
+            missing = [run for run in missing if not run.on_gpu]
+            if left:
+                print(f"left for a machine with a GPU: {', '.join(left)}")
         for run in chosen if options.list else ():
             print(f"{'missing' if run in missing else 'done   '}  {run.name}")
         if options.processes and not options.list:

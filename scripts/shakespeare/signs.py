@@ -124,7 +124,7 @@ def why_told(found: dict[str, Result], replayed: list[dict]) -> str:
         "What is old costs more where W goes to and fro. The cosine with minus the newest "
         f"gradient is {of['muon', BETA]['descent']:.2f} for Muon, before the LMO "
         f"{pair('before', 'descent')}, and after it {pair('after', 'descent')}"
-        f"{', in the order of the losses' if in_order(found, of) else ''}.",
+        f"{', in the order of the losses of these four' if in_order(found, of) else ''}.",
         f"With a slower momentum, beta {slow:g}, M turns by {turns[1]}, and the cosine with "
         f"Muon's step before the LMO is {pair('before', 'alignment', slow)}: feedback of signs "
         "asks for what changes slowly. Nothing was trained with that.",

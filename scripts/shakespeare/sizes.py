@@ -3,7 +3,7 @@
 from statistics import mean
 
 from scripts.measuring import markdown
-from scripts.shakespeare.conditions import GENRES, SIZES
+from scripts.shakespeare.conditions import GENRES, RADII_OF, SIZES
 from scripts.shakespeare.findings import filled, listed
 from scripts.shakespeare.results import Result, target_loss
 from scripts.shakespeare.rounds import all_of, in_figures
@@ -33,8 +33,7 @@ def larger_models(found: dict[str, Result]) -> str:
     if not found:
         return ""
     torch = next(iter(found.values())).logs[0].run["versions"]["torch"]
-    steps = {size: next(iter(steps_of.values())) for size, (*_, steps_of) in SIZES.items()}
-    told = listed(f"{count:,} ({size})" for size, count in steps.items())
+    told = listed(f"{steps:,} ({size})" for size, (*_, steps) in SIZES.items())
     setting = (
         f"One token a parameter, so that there are {told} steps of 4,096 tokens, by two workers "
         f"that share an H100 (torch {torch}, bfloat16), one seed; radii and beta are those of "
@@ -49,14 +48,13 @@ def sizes_table(found: dict[str, Result]) -> str:
     """Of every size and point the loss at the end, and what it sends and receives."""
     heading = ["parameters", "setting", "end", "over uncompressed", "sizes in all"]
     rows = [[*heading, "sizes to target", "fewer than uncompressed"]]
-    for size, (*_, steps_of) in SIZES.items():
-        for tokens in steps_of:
-            points = of_condition(found, f"sizes/{size}-{tokens}")
-            rows += [
-                [f"{one.logs[0].run['parameters']:,}", one.label, *cells(one, points)]
-                for name, one in points.items()
-                if not name.startswith("identity-")
-            ]
+    for size in SIZES:
+        points = of_condition(found, f"sizes/{size}-1")
+        rows += [
+            [f"{one.logs[0].run['parameters']:,}", one.label, *cells(one, points)]
+            for name, one in points.items()
+            if not name.startswith("radius")
+        ]
     return markdown(rows, text_columns=2)
 
 
@@ -88,10 +86,19 @@ def sizes_told(found: dict[str, Result]) -> str:
     ends = [
         f"{told} {mean(largest[name].final):.4f}" for name, told in SHORT.items() if name in largest
     ]
+    of_radii = of_condition(found, f"sizes/{RADII_OF}-1")
+    radii = [
+        f"{name.removeprefix('radius')} {mean(one.final):.4f}"
+        for name, one in of_radii.items()
+        if name.startswith("radius")
+    ]
+    transfer = ""
+    if radii:
+        transfer = f" Of {RADII_OF}, uncompressed, with a hidden radius of {listed(radii)}."
     return (
         f"Over the uncompressed run of its size, from the smallest model on: {'; '.join(several)}."
         " A larger model has more steps here, so more rounds: which of the two helps, these runs "
-        f"do not tell. In the largest: {'; '.join(ends)}."
+        f"do not tell. In the largest: {'; '.join(ends)}.{transfer}"
     )
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from scripts.measuring import markdown
+from scripts.shakespeare.findings import filled
 from scripts.shakespeare.results import NETWORK_LOG, UNLIMITED, Result, times
 
 LINKS = {  # as the log has them, and in words
@@ -13,15 +14,25 @@ LINKS = {  # as the log has them, and in words
 }
 
 
-def times_table(results: dict[str, Result], target: float, directory: Path) -> str:
-    """Seconds by setting and link, and over those of the same steps without a limit and a delay.
-
-    Nothing where scripts/shakespeare/network.py has not run.
-    """
+def time_to_target(results: dict[str, Result], target: float, directory: Path) -> str:
+    """The page's section; nothing where scripts/shakespeare/network.py has not run."""
     log = directory / NETWORK_LOG
     found = times(results, target, log) if log.exists() else {}
     if UNLIMITED not in found:
         return ""
+    setting = (
+        "Two nodes of a worker each on one machine, 50 ms from one another, every way at the rate "
+        "(`scripts/shakespeare/network.py`): the measured seconds of a step, over whole rounds, "
+        "times the steps to the target. In brackets what they are over the same steps without a "
+        "limit and a delay."
+    )
+    picture = "![Time over slow links](shakespeare/time.png)"
+    parts = ("## Time to the target", picture, filled(setting), times_table(results, found))
+    return "\n\n".join(parts) + "\n\n"
+
+
+def times_table(results: dict[str, Result], found: dict[str, dict[str, float]]) -> str:
+    """Seconds by setting and link, and over those of the same steps without a limit and a delay."""
     rows = [["setting", *LINKS.values()]]
     for name, free in found[UNLIMITED].items():
         cells = [

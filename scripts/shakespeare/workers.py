@@ -32,7 +32,10 @@ def more_workers(found: dict[int, dict[str, Result]], on_gpu: dict[str, Result])
             "and receives in the whole run."
         ),
         workers_table(found),
-        "Of all runs, by the sizes that a worker may send and receive, the lowest loss at the end:",
+        filled(
+            "Of all that each number of workers has run of ours, by the sizes that a worker may "
+            "send and receive, the lowest loss at the end:"
+        ),
         map_table(found),
         filled(workers_told(found)),
         remedies(found),
@@ -64,12 +67,19 @@ def map_table(found: dict[int, dict[str, Result]]) -> str:
     for budget in BUDGETS:
         cells = []
         for n in sorted(found):
-            compressed = (one for name, one in found[n].items() if name != "identity")
-            within = (one for one in compressed if all_of(one) <= budget)
-            best = min(within, key=lambda one: mean(one.final), default=None)
-            cells.append(f"{best.label} ({mean(best.final):.4f})" if best else "none")
+            compressed = {name: one for name, one in found[n].items() if name != "identity"}
+            within = {name: one for name, one in compressed.items() if all_of(one) <= budget}
+            best = min(within, key=lambda name: mean(within[name].final), default=None)
+            cells.append(point_told(best, within[best]) if best else "none")
         rows.append([str(budget), *cells])
     return markdown(rows, text_columns=len(rows[0]))
+
+
+def point_told(name: str, one: Result) -> str:
+    """A point by its label, and by what it changes that labels do not tell; and its loss."""
+    changed = CHANGED.get(name.partition("-")[2], "").format("").partition(", ")[2]
+    told = f", {changed}" if changed and not changed.startswith("as above") else ""
+    return f"{one.label}{told} ({mean(one.final):.4f})"
 
 
 def workers_told(found: dict[int, dict[str, Result]]) -> str:

@@ -199,6 +199,7 @@ CONTRADICTIONS = {
         "server_momentum=0.7 is not allowed with feedback='ef21': leave it at 0, or use feedback="
     ),
     "plan.mbit=100": "plan.mbit=100 needs plan.step_seconds: give a step's seconds and the link's",
+    "plan.step_seconds=1 plan.mbit=9": "plan.step_seconds=1 plan.mbit=9 is of dry_run=true alone",
     "plan.latency_ms=50": "plan.latency_ms=50 needs plan.step_seconds and plan.mbit: give a step's",
     "dry_run=true optimizer=adamw": "dry_run=true plans EF21-Muon and local steps: give",
     "data=fineweb10b": "model.vocab_size=256 is smaller than the 50257 ... set model.vocab_size to",

@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 from run import PATIENCE, ROOT
 
 from ef21_muon.exchange.collectives import Traffic
-from ef21_muon.exchange.fleet import Meeting
 from scripts.chaos.crew import Crew
 from training.config import compose
 from training.fleet import FixedMembers, FleetMembers, Meetings, members_of, place_among_all
@@ -59,10 +58,11 @@ def test_what_hangs_ends_and_says_where(place):
     assert "Timeout" in result.stderr and 'File "<string>"' in result.stderr
 
 
-def meeting(workers, **changes) -> Meeting:
+def meeting(workers, **changes):
+    fleet = pytest.importorskip("ef21_muon.exchange.fleet", exc_type=ImportError)
     usual = {"messages": len(workers), "step": 30, "healed": False, "parted": 0, "history": "00"}
     usual |= {"tries": 1, "seconds": 0.01234, "traffic": Traffic()}
-    return Meeting(**usual | {"workers": workers} | changes)
+    return fleet.Meeting(**usual | {"workers": workers} | changes)
 
 
 def test_the_log_says_who_met_and_why_others_than_before():

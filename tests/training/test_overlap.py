@@ -15,7 +15,7 @@ from training.overlap import Exchange
 from training.plan import plan
 from training.study import MAP, WORKERS
 
-TINY = ("model=tiny", "steps=600")
+TINY = ("model=tiny", "steps=600", "dry_run=true")
 STEP, RATE, LATENCY = 0.25, 5e6, 0.05
 LINK = ("plan.step_seconds=0.25", "plan.mbit=5", "plan.latency_ms=50")
 EVERY = {

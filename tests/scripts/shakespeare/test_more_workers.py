@@ -97,9 +97,7 @@ def test_losses_and_bytes_of_larger_models_are_those_of_the_logs():
     for path in study.RESULTS.glob("sizes/*-1-identity-seed0.jsonl"):
         run, *records = map(json.loads, path.read_text().splitlines())
         plain[run["parameters"]] = [one for one in records if one["record"] == "eval"]
-    logs = [
-        path for path in study.RESULTS.glob("sizes/*.jsonl") if "identity-radius" not in path.name
-    ]
+    logs = [path for path in study.RESULTS.glob("sizes/*.jsonl") if "-radius" not in path.name]
     assert len(rows) == len(logs) >= 10
     for path in logs:
         run, *records = map(json.loads, path.read_text().splitlines())
@@ -139,7 +137,9 @@ def test_what_may_help_eight_workers_and_a_gpu_is_told_by_the_logs():
     plain = ends("workers/8-identity")
     names = ("dense2", "beta1", "outer6", "radius1")
     tried = [f"workers/8-local{every}-{name}" for every in (10, 30) for name in names]
-    for (last, *_), *_ in filter(None, map(ends, tried)):
+    tried = list(filter(None, map(ends, tried)))
+    assert len(tried) >= 1 and len(plain) == 1
+    for (last, *_), *_ in tried:
         over = 100 * (last["test_loss"] / plain[0][0]["test_loss"] - 1)
         assert f"| {last['test_loss']:.4f} | {over:+.1f} % |" in workers
 
@@ -147,6 +147,7 @@ def test_what_may_help_eight_workers_and_a_gpu_is_told_by_the_logs():
 def test_unlike_text_is_told_by_the_logs():
     for order in ("apart", "mixed"):
         plain = ends(f"genres/{order}-identity")
+        assert len(plain) == len(ends(f"genres/{order}-local30-top30")) == 1
         for name in ("local4-top30", "local30-top30"):
             for last, *_ in ends(f"genres/{order}-{name}"):
                 over = 100 * (last["test_loss"] / plain[0][0]["test_loss"] - 1)

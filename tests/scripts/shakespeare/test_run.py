@@ -95,8 +95,23 @@ def test_runs_go_on_at_once_as_far_as_their_workers_have_place(tmp_path, monkeyp
     assert busy[:3] == [1, 1, 1]  # the first has more than there are places: alone
     names = [word[-1] for command in begun for word in command if word.startswith("directory=")]
     assert names == ["a", "b", "c", "d"] and busy[4] == 3
-    assert capsys.readouterr().out.splitlines().count("b: failed") == 1
+    assert f"b: failed, see {tmp_path}" in capsys.readouterr().out
     assert {path.stem for path in (tmp_path / "results").iterdir()} == {"a", "c", "d"}
+
+
+def test_what_is_of_a_gpu_is_left_out_without_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "RUNS", [StudyRun("a", (), 8, on_gpu=True), StudyRun("b", ())])
+    monkeypatch.setattr(study, "is_done", lambda run: False)
+    begun = trained(monkeypatch, tmp_path)
+    for there in (False, True):
+        monkeypatch.setattr(study.torch.cuda, "is_available", lambda there=there: there)
+        assert study.main([]) == 0
+        told = capsys.readouterr().out
+        assert ("left for a machine with a GPU: a" in told) == (not there)
+    names = [word[10:] for command in begun for word in command if word.startswith("directory=")]
+    assert [name.rpartition("/")[2] for name in names] == ["b", "a", "b"]
 
 
 def test_only_the_missing_is_run(tmp_path, monkeypatch, capsys):
