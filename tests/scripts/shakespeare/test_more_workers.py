@@ -129,7 +129,7 @@ def test_losses_and_bytes_of_larger_models_are_those_of_the_logs():
 
 
 def test_what_may_help_eight_workers_and_a_gpu_is_told_by_the_logs():
-    workers = PAGE.split("## More workers\n")[1].split("\n## ")[0]
+    workers = " ".join(PAGE.split("## More workers\n")[1].split("\n## ")[0].split())
     for name in ("identity", "local4-top30", "local30-top30"):
         (end,) = (last["test_loss"] for last, *_ in ends(f"workers/8-{name}-gpu"))
         if ends(f"workers/8-{name}"):
