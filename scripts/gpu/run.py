@@ -51,6 +51,7 @@ SMALL = [
     "batch.sequences=4",
 ]
 KEPT = ("run", "train", "eval", "end")  # of a run's log
+MARK = "mark.cuda"  # in what a file of tests says
 
 
 @dataclass
@@ -104,7 +105,8 @@ class Session:
 
 
 def tests(session: Session) -> None:
-    _, output = session.run("tests", "-m", "pytest", "-q", "-m", "cuda", "tests/ef21_muon")
+    marked = sorted(p for p in (ROOT / "tests").rglob("test_*.py") if MARK in p.read_text())
+    _, output = session.run("tests", "-m", "pytest", "-q", "-m", "cuda", *marked)
     lines = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     summary = (output.splitlines() or ["nothing"])[-1].strip("= ")
     session.tell({"record": "tests", "summary": summary, "failed": lines})

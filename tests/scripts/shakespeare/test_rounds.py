@@ -131,6 +131,38 @@ def test_the_readme_tells_what_rounds_of_signs_cost():
     ) in told
 
 
+def last_of(name):
+    """The last evaluation of seed 0, and the model's size in bytes."""
+    run, *records = map(json.loads, (study.RESULTS / f"{name}-seed0.jsonl").open())
+    return [one for one in records if one["record"] == "eval"][-1], 4 * run["parameters"]
+
+
+def over(name, plain):
+    return f"{100 * (last_of(name)[0]['test_loss'] / last_of(plain)[0]['test_loss'] - 1):+.1f} %"
+
+
+def test_the_readme_tells_of_a_larger_model_and_of_more_workers():
+    told = " ".join(README.split())
+    (last, size), (plain, _) = (
+        last_of(f"sizes/3M-1-{name}") for name in ("local4-top30", "identity")
+    )
+    sent, whole = (one["w2s_bytes"] + one["received_bytes"] for one in (last, plain))
+    every_4, every_30 = (
+        over(f"sizes/3M-1-local{every}-top30", "sizes/3M-1-identity") for every in (4, 30)
+    )
+    assert (
+        f"A model of {size / 4e6:.1f} M parameters ends at {every_4} with {whole / sent:.0f} times "
+        f"fewer, and with a round every 30 steps at {every_30} where 0.8 M end at "
+        f"{over('sizes/0.8M-1-local30-top30', 'sizes/0.8M-1-identity')}, all with a token a "
+        "parameter."
+    ) in told
+    of_eight = [over(f"workers/8-local{n}-top30", "workers/8-identity") for n in (4, 10, 30)]
+    assert (
+        "Eight workers, who share the batch of two, end at {}, {} and {} with a round every 4, 10 "
+        "and 30 steps.".format(*of_eight)
+    ) in told
+
+
 def test_differences_are_told_as_they_were_measured():
     records = list(map(json.loads, (study.RESULTS / "differences.jsonl").open()))
     steps = sorted({one["every"] for one in records})
