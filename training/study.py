@@ -20,7 +20,7 @@ LONG, SHORT = 120, 60  # steps of a round, before the lr falls and then
 OVER = {
     "identity": {2: 0.0, 4: 0.0, 8: 0.0},
     "served6": {2: 6.75, 4: 5.52},
-    "local4-top30": {2: -0.14, 4: 0.27},
+    "local4-top30": {2: -0.14, 4: 0.27, 8: 2.47},
     "local10-top30": {2: 1.19, 4: 2.98, 8: 6.76},
     "local30-top30": {2: 3.71, 8: 16.31},
     "local60-top30": {2: 6.14},
