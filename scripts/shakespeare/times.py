@@ -24,7 +24,7 @@ def time_to_target(results: dict[str, Result], target: float, directory: Path) -
         "Two nodes of a worker each on one machine, 50 ms from one another, every way at the rate "
         "(`scripts/shakespeare/network.py`): the measured seconds of a step, over whole rounds, "
         "times the steps to the target. In brackets what they are over the same steps without a "
-        "limit and a delay."
+        "limit and a delay; each was measured once, and those below 1 tell how noisy that is."
     )
     picture = "![Time over slow links](shakespeare/time.png)"
     parts = ("## Time to the target", picture, filled(setting), times_table(results, found))
