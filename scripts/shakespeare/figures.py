@@ -36,6 +36,7 @@ from scripts.shakespeare.results import (
     target_loss,
     times,
 )
+from scripts.shakespeare.times import LINKS
 from training.picture import COLOURS, STYLE, line_look, plain_losses, plain_sizes, save
 
 PANELS = {  # the paper's family in its first two panels, and in its last two
@@ -259,7 +260,7 @@ def time_figure(results: dict[str, Result], target: float, log: Path) -> Figure:
             axes.annotate(f"{value:.0f} s", (place, value), ha="center", va="bottom")
         labels = [results[name].short for name in seconds]
         axes.set_xticks(range(len(labels)), labels, rotation=40, ha="right")
-        axes.set_title(rate, fontsize=9)
+        axes.set_title(LINKS[rate], fontsize=9)
         axes.set_axisbelow(True)
         axes.set_ylabel(f"seconds to loss {target:.3f}")
     return figure

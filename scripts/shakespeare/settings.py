@@ -236,7 +236,13 @@ SETTINGS = [
 SETTINGS += [
     *(setting(f"local{h}", "local steps", local(h, dense(2))) for h in (10, 30, 60)),
     *(
-        setting(f"local{h}-top30", "local steps", local(h, SIGNS, OUTER, HALF), of_seeds)
+        setting(
+            f"local{h}-top30",
+            "local steps",
+            local(h, SIGNS, OUTER, HALF),
+            of_seeds,
+            level=f"every {h}",
+        )
         for h, of_seeds in ((4, SEEDS), (10, (0,)), (30, (0,)), (60, (0,)))
     ),
     setting("local120-60-top30", "local steps", local(SHORTER, SIGNS, OUTER, HALF), SEEDS),
