@@ -35,7 +35,8 @@ def test_the_run_goes_on_with_one_w(tmp_path, small):
         assert one["equal_at_the_end"] and one["rounds_with_two_histories"] == 0
     assert sum(one["had_another_history"] for one in rounds) == 1
     calm = next(one for one in records if one["record"] == "calm")
-    assert abs(calm["tokens"] - rounds[0]["tokens"]) <= 20 * 3 * 32
+    # In runs of so few steps one that starts a little later misses some of them.
+    assert calm["tokens"] == pytest.approx(rounds[0]["tokens"], rel=0.1)
 
 
 @pytest.mark.slow
