@@ -25,7 +25,7 @@ OVER = {
     "local30-top30": {2: 3.71, 8: 16.31},
     "local60-top30": {2: 6.14},
     "local120-60-top30": {2: 7.35},
-    "local10-dense2": {2: 1.57},
+    "local10-dense2": {2: 1.57, 8: 9.06},
     "local30-dense2": {2: 3.86},
     "local60-dense2": {2: 5.01},
 }

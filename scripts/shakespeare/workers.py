@@ -109,7 +109,7 @@ def remedies(found: dict[int, dict[str, Result]]) -> str:
                 rows.append([CHANGED[name.partition("-")[2]].format(every), one.final_told, over])
     if len(rows) < 4:
         return ""
-    what = f"What may help {max(MORE_WORKERS)} workers, whose batches are the smallest:"
+    what = f"What was tried for {max(MORE_WORKERS)} workers, whose batches are the smallest:"
     return f"{what}\n\n{markdown(rows, text_columns=1)}"
 
 

@@ -138,7 +138,7 @@ def test_what_may_help_eight_workers_and_a_gpu_is_told_by_the_logs():
     names = ("dense2", "beta1", "outer6", "radius1")
     tried = [f"workers/8-local{every}-{name}" for every in (10, 30) for name in names]
     tried = list(filter(None, map(ends, tried)))
-    assert bool(tried) == ("What may help 8 workers" in workers) and len(plain) == 1
+    assert bool(tried) == ("What was tried for 8 workers" in workers) and len(plain) == 1
     for (last, *_), *_ in tried:
         over = 100 * (last["test_loss"] / plain[0][0]["test_loss"] - 1)
         assert f"| {last['test_loss']:.4f} | {over:+.1f} % |" in workers
