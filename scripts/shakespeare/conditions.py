@@ -9,27 +9,22 @@ from dataclasses import replace
 from scripts.shakespeare.settings import (
     HALF,
     IDENTITY,
-    MULOCO,
     OUTER,
+    SETTINGS,
     SIGNS,
     TUNED,
     Setting,
     dense,
     local,
-    served,
     setting,
 )
 
 SHARED_GPU = "exchange=host compile=false checkpoint.every=0"
-POINTS = {
-    "identity": f"{IDENTITY} {TUNED}",
-    "served6": served(6, 20),
-    "local4-top30": local(4, SIGNS, OUTER, HALF),
-    "local10-top30": local(10, SIGNS, OUTER, HALF),
-    "local30-top30": local(30, SIGNS, OUTER, HALF),
-    "local60-top30": local(60, SIGNS, OUTER, HALF),
-    "muloco": f"{MULOCO} optimizer.outer_momentum=0.3",
-}
+OF_CONDITIONS = (
+    *("identity", "served6", "local4-top30", "local10-top30", "local30-top30", "local60-top30"),
+    "muloco",
+)
+POINTS = {one.name: " ".join(one.overrides) for one in SETTINGS if one.name in OF_CONDITIONS}
 
 # More workers, who share the 16 sequences of a step.
 MORE_WORKERS = (4, 8)

@@ -85,19 +85,17 @@ def start(run: StudyRun, output: IO | None = None) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=devices)
 
 
-def keep(run: StudyRun) -> None:
-    """Put the log of a run that has ended in its place. Raises ValueError if it was stopped."""
+def finish(run: StudyRun, training: subprocess.Popen) -> None:
+    """Wait for its training, and keep the log.
+
+    Raises CalledProcessError when the training failed, ValueError if it was stopped.
+    """
+    if status := training.wait():
+        raise subprocess.CalledProcessError(status, training.args)
     directory = directory_of(run)
     log_of(run).parent.mkdir(parents=True, exist_ok=True)
     log_of(run).write_text(cut((directory / LOG_NAME).read_text()))
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-
-
-def train(run: StudyRun) -> None:
-    """Train, and keep the log. Raises CalledProcessError when the training fails."""
-    if status := (training := start(run)).wait():
-        raise subprocess.CalledProcessError(status, training.args)
-    keep(run)
 
 
 def train_at_once(runs: Sequence[StudyRun], processes: int) -> None:
@@ -116,11 +114,8 @@ def train_at_once(runs: Sequence[StudyRun], processes: int) -> None:
                     training[run] = start(run, output)
         time.sleep(POLL)
         for run in [run for run, process in training.items() if process.poll() is not None]:
-            process = training.pop(run)
             try:
-                if process.returncode:
-                    raise subprocess.CalledProcessError(process.returncode, process.args)
-                keep(run)
+                finish(run, training.pop(run))
             except (ValueError, OSError, subprocess.CalledProcessError) as error:
                 failed = error
                 print(f"{run.name}: failed, see {directory_of(run) / PRINTED}", flush=True)
@@ -151,19 +146,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = [run for text in options.only for run in RUNS if text in run.name]
         chosen = list(dict.fromkeys(chosen))
         missing = [run for run in chosen if not is_done(run)]
-        if not (options.list or torch.cuda.is_available()):
+        if options.list:
+            for run in chosen:
+                print(f"{'missing' if run in missing else 'done   '}  {run.name}")
+            return 0
+        if not torch.cuda.is_available():
             left = [run.name for run in missing if run.on_gpu]
             missing = [run for run in missing if not run.on_gpu]
             if left:
                 print(f"left for a machine with a GPU: {', '.join(left)}")
-        for run in chosen if options.list else ():
-            print(f"{'missing' if run in missing else 'done   '}  {run.name}")
-        if options.processes and not options.list:
+        if options.processes:
             train_at_once(missing, options.processes)
             return 0
-        for number, run in enumerate(() if options.list else missing, 1):
+        for number, run in enumerate(missing, 1):
             print(f"\n{run.name} ({number} of {len(missing)})", flush=True)
-            train(run)
+            finish(run, start(run))
     except (ValueError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -9,12 +9,11 @@ from scripts.shakespeare.results import Result
 from scripts.shakespeare.rounds import all_of, in_figures
 
 SEQUENCES = 16  # in a step, of all workers
-CHANGED = {  # of a round every so many steps
-    "top30": "{}, as above",
-    "dense2": "{}, every entry in 2 bits, all of the error kept, no outer momentum",
-    "beta1": "{}, inner beta 0.1, half as much",
-    "outer6": "{}, outer momentum 0.6, twice as much",
-    "radius1": "{}, hidden radius 1, half as much",
+CHANGED = {  # by remedies
+    "dense2": "every entry in 2 bits, all of the error kept, no outer momentum",
+    "beta1": "inner beta 0.1, half as much",
+    "outer6": "outer momentum 0.6, twice as much",
+    "radius1": "hidden radius 1, half as much",
 }
 BUDGETS = (1, 3, 10, 30, 100)  # sizes sent and received in the whole run
 
@@ -77,9 +76,8 @@ def map_table(found: dict[int, dict[str, Result]]) -> str:
 
 def point_told(name: str, one: Result) -> str:
     """A point by its label, and by what it changes that labels do not tell; and its loss."""
-    changed = CHANGED.get(name.partition("-")[2], "").format("").partition(", ")[2]
-    told = f", {changed}" if changed and not changed.startswith("as above") else ""
-    return f"{one.label}{told} ({mean(one.final):.4f})"
+    changed = CHANGED.get(name.partition("-")[2])
+    return f"{one.label}{f', {changed}' if changed else ''} ({mean(one.final):.4f})"
 
 
 def workers_told(found: dict[int, dict[str, Result]]) -> str:
@@ -102,11 +100,10 @@ def remedies(found: dict[int, dict[str, Result]]) -> str:
     most = found.get(max(MORE_WORKERS), {})
     rows = [["a round every", "end", "over uncompressed"]]
     for every in (10, 30):
-        for name in (f"local{every}-{what}" for what in ("top30", *REMEDIES)):
-            if name in most and "identity" in most:
-                one = most[name]
+        for what in ("top30", *REMEDIES):
+            if "identity" in most and (one := most.get(f"local{every}-{what}")) is not None:
                 over = f"{one.over(most['identity']):+.1f} %"
-                rows.append([CHANGED[name.partition("-")[2]].format(every), one.final_told, over])
+                rows.append([f"{every}, {CHANGED.get(what, 'as above')}", one.final_told, over])
     if len(rows) < 4:
         return ""
     what = f"What was tried for {max(MORE_WORKERS)} workers, whose batches are the smallest:"

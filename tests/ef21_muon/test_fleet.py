@@ -60,8 +60,9 @@ def simulated(numbers: dict[int, tuple[int, ...]], until: int, momentum: float =
             ends.append([p.detach() for p in model.parameters()])
         means = [torch.stack(one).mean(0) for one in zip(*ends, strict=True)]
         moves = [w - mean for w, mean in zip(shared, means, strict=True)]
-        outer = moves if outer is None else [momentum * v + d for v, d in zip(outer, moves)]  # noqa: B905
-        shared = [w - (d + momentum * v) for w, d, v in zip(shared, moves, outer)]  # noqa: B905
+        outer = outer or [torch.zeros_like(d) for d in moves]
+        outer = [momentum * v + d for v, d in zip(outer, moves, strict=True)]
+        shared = [w - d - momentum * v for w, d, v in zip(shared, moves, outer, strict=True)]
         found[first + EVERY] = torch.cat([w.flatten() for w in shared])
     return found
 
