@@ -20,6 +20,8 @@ from matplotlib.ticker import EngFormatter, NullLocator
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from scripts.shakespeare.conditions import SIZE_SETTINGS
+from scripts.shakespeare.ends import ends_figure
 from scripts.shakespeare.envelopes import envelopes_figure
 from scripts.shakespeare.report import page
 from scripts.shakespeare.results import (
@@ -32,11 +34,16 @@ from scripts.shakespeare.results import (
     read,
     read_differences,
     read_replay,
+    read_settings,
+    read_workers,
     savings,
     target_loss,
     times,
 )
+from scripts.shakespeare.rounds import rounds_figure
+from scripts.shakespeare.sizes import sizes_figure
 from scripts.shakespeare.times import LINKS
+from scripts.shakespeare.workers import workers_figure
 from training.picture import COLOURS, STYLE, line_look, plain_losses, plain_sizes, save
 
 PANELS = {  # the paper's family in its first two panels, and in its last two
@@ -287,12 +294,18 @@ def draw(directory: Path, output: Path) -> list[Path]:
     figures: dict[str, Callable[[], Figure]] = {
         "paper": lambda: paper_figure(results, target),
         "envelopes": lambda: envelopes_figure(results, target),
+        "rounds": lambda: rounds_figure(results, target),
+        "ends": lambda: ends_figure(results),
         "bytes": lambda: bytes_figure(results, target),
         "rate": lambda: rate_figure(results),
         "methods": lambda: methods_figure(results),
     }
     if any(result.setting.family == "both ways" for result in results.values()):
         figures["directions"] = lambda: directions_figure(results, target)
+    if len(workers := read_workers(directory, results)) > 1:
+        figures["workers"] = lambda: workers_figure(workers)
+    if sizes := read_settings(directory, SIZE_SETTINGS):
+        figures["sizes"] = lambda: sizes_figure(sizes)
     if replayed := read_replay(directory):
         figures["why"] = lambda: why_figure(results, replayed)
     if measured := read_differences(directory):

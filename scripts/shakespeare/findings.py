@@ -10,6 +10,7 @@ from scripts.shakespeare.results import Result, savings
 
 TEXT = Path(__file__).with_name("findings.md")
 ROUNDS_TEXT = Path(__file__).with_name("rounds.md")
+PEERS_TEXT = Path(__file__).with_name("peers.md")
 PLACE = re.compile(r"\{(\w+)\s([^}]+)\}")
 
 

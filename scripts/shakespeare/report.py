@@ -6,7 +6,8 @@ from pathlib import Path
 from statistics import mean
 
 from scripts.shakespeare.conditions import GENRE_SETTINGS, GPU_SETTINGS, SIZE_SETTINGS
-from scripts.shakespeare.findings import ROUNDS_TEXT, filled, findings, paragraphs
+from scripts.shakespeare.ends import nothing_lost
+from scripts.shakespeare.findings import PEERS_TEXT, ROUNDS_TEXT, filled, findings, paragraphs
 from scripts.shakespeare.momenta import momenta_table, momenta_told
 from scripts.shakespeare.muon_feedback import WITHOUT, muon_feedback
 from scripts.shakespeare.results import (
@@ -14,7 +15,6 @@ from scripts.shakespeare.results import (
     PEERS,
     TARGET_SHARE,
     Result,
-    compressed,
     read,
     read_changes,
     read_differences,
@@ -26,6 +26,7 @@ from scripts.shakespeare.results import (
     savings,
     target_loss,
 )
+from scripts.shakespeare.rivals import MORE, peers_table, rivals_table
 from scripts.shakespeare.rounds import (
     differences_told,
     headline,
@@ -35,13 +36,11 @@ from scripts.shakespeare.rounds import (
 from scripts.shakespeare.runs import ALL_SETTINGS
 from scripts.shakespeare.settings import FEEDBACK_SETTINGS, SIGN_SETTINGS
 from scripts.shakespeare.signs import signs_section
-from scripts.shakespeare.sizes import larger_models, unlike_text
+from scripts.shakespeare.sizes import larger_models
 from scripts.shakespeare.times import time_to_target
-from scripts.shakespeare.workers import more_workers
+from scripts.shakespeare.workers import more_workers, unlike_text
 
 TEXT = Path(__file__).with_name("report.md")
-RIVALS = ("Muon + PowerSGD", "Muon + GreedyLore", "Dion", "Dion float32", "DeMo")
-MORE_BITS = 1.01
 
 
 def page(directory: Path) -> str:
@@ -58,6 +57,8 @@ def page(directory: Path) -> str:
     return TEXT.read_text().format(
         headline=textwrap.fill(headline(results, target), 100),
         ahead=textwrap.fill(where_others_are_ahead(results), 100),
+        peers=peers_table(results),
+        peers_findings=paragraphs(PEERS_TEXT, results, target),
         rounds=rounds_table(results, target),
         differences=differences_told(read_differences(directory)),
         rounds_findings=paragraphs(ROUNDS_TEXT, results, target),
@@ -69,8 +70,9 @@ def page(directory: Path) -> str:
         target_share=TARGET_SHARE,
         target=target,
         times=time_to_target(results, target, directory),
+        nothing_lost=nothing_lost(results),
         findings=findings(results, target, replayed),
-        more=MORE_BITS - 1,
+        more=MORE - 1,
         rivals=rivals_table(results),
         settings=table(results, target),
         more_workers=more_workers(workers, on_gpu),
@@ -120,34 +122,6 @@ def table(results: dict[str, Result], target: float) -> str:
         over = f"{result.over(results['identity']):+.2f} %"
         cells = [result.label, str(len(result.logs)), f"{result.bits:.3g}"]
         cells += [result.final_told, over, *reached]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def rivals(results: dict[str, Result]) -> dict[str, str]:
-    """Of every run of another method that compresses, the best of ours up to its rate, by name."""
-    others = [result for result in results.values() if result.setting.family in RIVALS]
-    ours = [results["identity"], *compressed(results)]
-    found = {}
-    for other in others:
-        near = [result for result in ours if result.bits <= MORE_BITS * other.bits]
-        if near:
-            best = min(near, key=lambda result: mean(result.final))
-            found[other.setting.name] = best.setting.name
-    return found
-
-
-def rivals_table(results: dict[str, Result]) -> str:
-    """What `rivals` finds: bits a parameter and step, losses over the uncompressed run's."""
-    lines = [
-        "| other method | bits | at the end | ours | bits | at the end |",
-        "| --- | ---: | ---: | --- | ---: | ---: |",
-    ]
-    for pair in rivals(results).items():
-        cells = []
-        for result in (results[name] for name in pair):
-            over = result.over(results["identity"])
-            cells += [result.label, f"{result.bits:.3g}", f"{over:+.2f} %"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -134,6 +134,16 @@ def read_settings(directory: Path, settings: Sequence[Setting]) -> dict[str, Res
     return results
 
 
+def of_condition(found: dict[str, Result], condition: str) -> dict[str, Result]:
+    """Those whose names begin so, by the rest of their names."""
+    begins = f"{condition}-"
+    return {
+        name.removeprefix(begins): result
+        for name, result in found.items()
+        if name.startswith(begins)
+    }
+
+
 def read_replay(directory: Path) -> dict[str, dict]:
     """What scripts/shakespeare/replay.py measured, by setting; nothing where it has not run."""
     path = directory / REPLAY_LOG

@@ -2,12 +2,26 @@
 
 from statistics import mean
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
 from scripts.shakespeare.envelopes import ahead, fewest_both_ways
 from scripts.shakespeare.findings import filled
 from scripts.shakespeare.results import LOCAL, PEERS, TARGET_SHARE, Result, ours
+from training.picture import line_look
 
 FEWER = 100  # times, of what ends closest to the uncompressed run
 OF_ROUNDS = (*LOCAL, *PEERS)
+LINES = {  # of the picture: a message, and the settings that send it
+    "signs of the largest 30 %": [
+        f"local{every}-top30" for every in (1, 4, 10, 30, 60, 120, 200, 300)
+    ],
+    "every entry in 2 bits": [f"local{every}" for every in (4, 10, 30, 60)],
+    "MuLoCo, 2 bits": ["muloco-every10", "muloco"],
+    "fitted rank 6 %, momentum at the server": ["served6"],
+    "Muon, PowerSGD rank 16": ["powersgd16"],
+    "everything": ["identity"],
+}
 
 
 def all_of(result: Result) -> float:
@@ -108,3 +122,33 @@ def rounds_table(results: dict[str, Result], target: float) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def rounds_figure(results: dict[str, Result], target: float) -> Figure:
+    """By message and steps a round: bytes both ways to the target, and the loss at the end."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    to_target, at_the_end = figure.subplots(1, 2)
+    identity, ticks = results["identity"], set()
+    for index, (message, names) in enumerate(LINES.items()):
+        shown = [(every(results[name]), results[name]) for name in names if name in results]
+        ticks |= {steps for steps, _ in shown}
+        look = line_look(index) | {"label": message}
+        reached = [(steps, sizes) for steps, one in shown if (sizes := one.both(target))]
+        to_target.plot(*zip(*reached, strict=True), **look)
+        at_the_end.plot(
+            *zip(*((steps, one.over(identity)) for steps, one in shown), strict=True), **look
+        )
+    to_target.set(ylabel=f"sizes sent and received to loss {target:.3f}", yscale="log")
+    to_target.yaxis.set_major_formatter("{x:g}")
+    at_the_end.set_ylabel("final test loss over the uncompressed run's (%)")
+    for axes in (to_target, at_the_end):
+        axes.set(xlabel="steps a round", xscale="log")
+        axes.set_xticks(sorted(ticks), [str(steps) for steps in sorted(ticks)])
+        axes.xaxis.set_minor_locator(NullLocator())
+    to_target.legend(fontsize=7)
+    return figure
+
+
+def every(result: Result) -> int:
+    """Steps of its rounds."""
+    return result.logs[0].run["config"]["optimizer"].get("every", 1)

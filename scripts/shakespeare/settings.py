@@ -97,6 +97,7 @@ def grid(method: str, overrides: str, **values: tuple[float, ...]) -> list[Setti
 
 
 EMBEDDING_FITTED = "+compressor@norm.embedding.w2s=fitted_rank norm.embedding.w2s.fraction"
+EMBEDDING_DENSE = "+compressor@norm.embedding.w2s=dense norm.embedding.w2s.values"
 INT5 = "{format:int5,stochastic:false}"  # rounded to nearest, a scale a row
 IDENTITY = "compressor@w2s=identity"
 HIDDEN, EMBEDDING = "norm.hidden.radius=1", "norm.embedding.radius=60"
@@ -112,6 +113,11 @@ MULOCO = (
 )
 DILOCO = "optimizer=diloco optimizer.every=30 optimizer.inner.lr=0.004"
 SPARSELOCO = "optimizer=sparseloco"
+BEST_OF_PEERS = {  # of the grids below
+    "DiLoCo": f"{DILOCO} optimizer.outer_momentum=0.3",
+    "MuLoCo": f"{MULOCO} optimizer.outer_momentum=0.3",
+    "SparseLoCo": f"{SPARSELOCO} optimizer.inner.lr=0.004",
+}
 DISTRO = "optimizer=demo optimizer.values=sign optimizer.k=4"  # 0.02 bits a parameter and step
 DENSE_BACK = "compressor@s2w=sign s2w.values=normal2"
 POWERSGD = "optimizer=muon_powersgd checkpoint.every=0"  # torch keeps its state to itself
@@ -243,7 +249,7 @@ SETTINGS += [
             of_seeds,
             level=f"every {h}",
         )
-        for h, of_seeds in ((4, SEEDS), (10, (0,)), (30, (0,)), (60, (0,)))
+        for h, of_seeds in ((4, SEEDS), *((h, (0,)) for h in (1, 10, 30, 60, 120, 200, 300)))
     ),
     setting("local120-60-top30", "local steps", local(SHORTER, SIGNS, OUTER, HALF), SEEDS),
     setting("local4-top30-decay8", "local steps", local(4, SIGNS, OUTER, "error_decay=0.8")),
@@ -258,9 +264,25 @@ SETTINGS += [
     setting("local30-top10", "local steps", local(30, top(10, "sign"))),
     setting("local30-top10-decay7", "local steps", local(30, top(10, "sign"), "error_decay=0.7")),
     setting("local30-top10-ef21", "local steps", local(30, top(10, "sign"), EF21)),
-    setting("diloco", "DiLoCo", f"{DILOCO} optimizer.outer_momentum=0.3"),
-    setting("muloco", "MuLoCo", f"{MULOCO} optimizer.outer_momentum=0.3"),
-    setting("sparseloco", "SparseLoCo", f"{SPARSELOCO} optimizer.inner.lr=0.004"),
+    setting("local4", "local steps", local(4, dense(2), OUTER)),
+    setting("local30-normal4", "local steps", local(30, dense(4))),
+    setting("local30-fitted30", "local steps", local(30, fitted(30), OUTER, HALF)),
+    setting(
+        "local30-roles", "local steps", local(30, f"{SIGNS} {EMBEDDING_DENSE}=normal2", OUTER, HALF)
+    ),
+    *(
+        setting(
+            f"{method.lower()}{ending}", method, f"{best} optimizer.every={h}", level=f"every {h}"
+        )
+        for method, best in BEST_OF_PEERS.items()
+        for h, ending in ((30, ""), (10, "-every10"))
+    ),
+    setting(
+        "muloco-4bits",
+        "MuLoCo",
+        f"{BEST_OF_PEERS['MuLoCo']} w2s.values=statistical4",
+        level="every 30, 4 bits",
+    ),
     setting("demo4", "DeMo", f"{DISTRO} optimizer.lr=0.005", level="k=4"),
     *grid("local5", local(5, dense(2), OUTER), optimizer__inner__beta=(0.1, 0.2)),
     *grid("local5", local(5, dense(2), OUTER), norm__hidden__radius=(1.4,)),

@@ -1,12 +1,16 @@
-"""Whether it holds as the model grows, and for text that is unlike: sections of the page."""
+"""Whether it holds as the model grows: a section of the page."""
 
 from statistics import mean
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
 from scripts.measuring import markdown
-from scripts.shakespeare.conditions import GENRES, RADII_OF, SIZES
+from scripts.shakespeare.conditions import RADII_OF, SIZES
 from scripts.shakespeare.findings import filled, listed
-from scripts.shakespeare.results import Result, target_loss
+from scripts.shakespeare.results import Result, of_condition, target_loss
 from scripts.shakespeare.rounds import all_of, in_figures
+from training.picture import line_look
 
 OTHER = "muloco"
 SHORT = {  # in sentences
@@ -16,16 +20,6 @@ SHORT = {  # in sentences
     "local60-top30": "every 60",
     OTHER: "MuLoCo every 30",
 }
-
-
-def of_condition(found: dict[str, Result], condition: str) -> dict[str, Result]:
-    """Those whose names begin so, by the rest of their names."""
-    begins = f"{condition}-"
-    return {
-        name.removeprefix(begins): result
-        for name, result in found.items()
-        if name.startswith(begins)
-    }
 
 
 def larger_models(found: dict[str, Result]) -> str:
@@ -40,7 +34,13 @@ def larger_models(found: dict[str, Result]) -> str:
         "0.8 M parameters. Each size has a target of its own, the uncompressed run's loss at 75 % "
         "of its tokens."
     )
-    parts = ("## Larger models", filled(setting), sizes_table(found), filled(sizes_told(found)))
+    parts = (
+        "## Does it hold as the model grows?",
+        "![Bytes to the target, and loss at the end, by parameters](shakespeare/sizes.png)",
+        filled(setting),
+        sizes_table(found),
+        filled(sizes_told(found)),
+    )
     return "\n\n".join(parts) + "\n\n"
 
 
@@ -102,25 +102,34 @@ def sizes_told(found: dict[str, Result]) -> str:
     )
 
 
-def unlike_text(found: dict[str, Result]) -> str:
-    """The page's section; nothing where none of its runs has been made."""
-    both = {order: of_condition(found, f"genres/{order}") for order in GENRES}
-    if not all("identity" in points for points in both.values()):
-        return ""
-    rows = [["setting", *(f"{order}: {what}" for order in GENRES for what in ("end", "over"))]]
-    for name in both[GENRES[0]]:
-        if not all(name in points for points in both.values()):
-            continue
-        told = [both[GENRES[0]][name].label]
-        for points in both.values():
-            over = points[name].over(points["identity"])
-            told += [f"{mean(points[name].final):.4f}", f"{over:+.2f} %"]
-        rows.append(told)
-    setting = (
-        "Histories to one worker and as much of comedies to the other (apart), or passages of "
-        "1,024 bytes of both to both (mixed): the same text, 600 steps, one seed; over the "
-        "uncompressed run of the same. The test text is of all plays. In the study itself one "
-        "worker has comedies and histories, the other tragedies, romances and the rest."
-    )
-    parts = ("## Unlike text", filled(setting), markdown(rows, text_columns=1))
-    return "\n\n".join(parts) + "\n\n"
+def sizes_figure(found: dict[str, Result]) -> Figure:
+    """By parameters: how many times fewer bytes to each size's target, and loss at the end."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    fewer, over = figure.subplots(1, 2)
+    ticks = {}
+    for index, (name, told) in enumerate(SHORT.items()):
+        to_target, at_the_end = [], []
+        for size in SIZES:
+            points = of_condition(found, f"sizes/{size}-1")
+            if not {name, "identity"} <= points.keys():
+                continue
+            one, identity = points[name], points["identity"]
+            parameters = one.logs[0].run["parameters"]
+            ticks[parameters] = f"{parameters / 1e6:.1f} M"
+            target = target_loss(identity)
+            if reached := one.both(target):
+                to_target.append((parameters, identity.both(target) / reached))
+            at_the_end.append((parameters, one.over(identity)))
+        for axes, points in ((fewer, to_target), (over, at_the_end)):
+            if points:
+                axes.plot(*zip(*points, strict=True), label=told, **line_look(index))
+    fewer.set(ylabel="times fewer bytes to the size's own target", yscale="log")
+    fewer.yaxis.set_major_formatter("{x:g}")
+    over.set_ylabel("final test loss over the uncompressed run's (%)")
+    over.axhline(0, color="#888888", linewidth=0.8)
+    for axes in (fewer, over):
+        axes.set(xlabel="parameters", xscale="log")
+        axes.set_xticks(list(ticks), list(ticks.values()))
+        axes.xaxis.set_minor_locator(NullLocator())
+    over.legend(fontsize=7)
+    return figure

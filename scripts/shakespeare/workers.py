@@ -1,12 +1,16 @@
-"""What more workers cost: the same points of both axes, with 2, 4 and 8 of them."""
+"""What more workers cost, 2, 4 and 8 of them, and text that is unlike: a section of the page."""
 
 from statistics import mean
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
 from scripts.measuring import markdown
-from scripts.shakespeare.conditions import MORE_WORKERS, OF_WORKERS, REMEDIES
+from scripts.shakespeare.conditions import GENRES, MORE_WORKERS, OF_WORKERS, REMEDIES
 from scripts.shakespeare.findings import filled, listed
-from scripts.shakespeare.results import Result
+from scripts.shakespeare.results import Result, of_condition
 from scripts.shakespeare.rounds import all_of, in_figures
+from training.picture import line_look, plain_sizes
 
 SEQUENCES = 16  # in a step, of all workers
 CHANGED = {  # by remedies
@@ -23,7 +27,8 @@ def more_workers(found: dict[int, dict[str, Result]], on_gpu: dict[str, Result])
     if len(found) < 2:
         return ""
     parts = (
-        "## More workers",
+        "## With more workers?",
+        "![Loss at the end by number of workers, and by bytes](shakespeare/workers.png)",
         filled(
             f"The same {SEQUENCES} sequences of a step, shared by more workers; one seed, and "
             "nothing was tuned again but what is told below. A worker receives the messages of all "
@@ -120,3 +125,57 @@ def gpu_told(found: dict[int, dict[str, Result]], on_gpu: dict[str, Result]) -> 
     if not told:
         return ""
     return f"On a GPU that all workers share, in bfloat16, they end at {listed(told)}."
+
+
+def workers_figure(found: dict[int, dict[str, Result]]) -> Figure:
+    """The loss at the end over that of as many workers uncompressed: by their number, by bytes."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    by_number, by_bytes = figure.subplots(1, 2, sharey=True)
+    for index, name in enumerate(name for name in OF_WORKERS if name != "identity"):
+        points = [
+            (n, of_many[name].over(of_many["identity"]))
+            for n, of_many in sorted(found.items())
+            if {name, "identity"} <= of_many.keys()
+        ]
+        by_number.plot(*zip(*points, strict=True), label=found[2][name].short, **line_look(index))
+    for index, (n, of_many) in enumerate(sorted(found.items())):
+        points = sorted(
+            (all_of(of_many[name]), of_many[name].over(of_many["identity"]))
+            for name in OF_WORKERS
+            if name.endswith("top30") and {name, "identity"} <= of_many.keys()
+        )
+        by_bytes.plot(*zip(*points, strict=True), label=f"{n} workers", **line_look(index))
+    by_number.set(xlabel="workers", xscale="log")
+    by_number.set_ylabel("final test loss over the uncompressed run's (%)")
+    by_number.set_xticks(sorted(found), [str(n) for n in sorted(found)])
+    by_number.xaxis.set_minor_locator(NullLocator())
+    by_bytes.set(xlabel="sizes sent and received in all, signs of the largest 30 %", xscale="log")
+    plain_sizes(by_bytes)
+    for axes in (by_number, by_bytes):
+        axes.axhline(0, color="#888888", linewidth=0.8)
+        axes.legend(fontsize=7)
+    return figure
+
+
+def unlike_text(found: dict[str, Result]) -> str:
+    """Its part of the section; nothing where none of its runs has been made."""
+    both = {order: of_condition(found, f"genres/{order}") for order in GENRES}
+    if not all("identity" in points for points in both.values()):
+        return ""
+    rows = [["setting", *(f"{order}: {what}" for order in GENRES for what in ("end", "over"))]]
+    for name in both[GENRES[0]]:
+        if not all(name in points for points in both.values()):
+            continue
+        told = [both[GENRES[0]][name].label]
+        for points in both.values():
+            over = points[name].over(points["identity"])
+            told += [f"{mean(points[name].final):.4f}", f"{over:+.2f} %"]
+        rows.append(told)
+    setting = (
+        "Histories to one worker and as much of comedies to the other (apart), or passages of "
+        "1,024 bytes of both to both (mixed): the same text, 600 steps, one seed; over the "
+        "uncompressed run of the same. The test text is of all plays. In the study itself one "
+        "worker has comedies and histories, the other tragedies, romances and the rest."
+    )
+    parts = ("### Unlike text", filled(setting), markdown(rows, text_columns=1))
+    return "\n\n".join(parts) + "\n\n"

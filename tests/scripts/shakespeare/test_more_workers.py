@@ -41,7 +41,7 @@ def first_table(text):
 
 
 def test_nothing_is_said_of_more_workers_before_they_have_run():
-    assert ("## More workers" in PAGE) == bool(list(study.RESULTS.glob("workers/*.jsonl")))
+    assert ("## With more workers?" in PAGE) == bool(list(study.RESULTS.glob("workers/*.jsonl")))
 
 
 def test_losses_and_sizes_of_more_workers_are_those_of_the_logs():
@@ -91,7 +91,7 @@ def moved(last, size):
 
 
 def test_losses_and_bytes_of_larger_models_are_those_of_the_logs():
-    section = PAGE.split("## Larger models\n")[1].split("\n## ")[0]
+    section = PAGE.split("## Does it hold as the model grows?\n")[1].split("\n## ")[0]
     _, rows = first_table(section)
     plain = {}
     for path in study.RESULTS.glob("sizes/*-1-identity-seed0.jsonl"):
@@ -129,7 +129,7 @@ def test_losses_and_bytes_of_larger_models_are_those_of_the_logs():
 
 
 def test_what_may_help_eight_workers_and_a_gpu_is_told_by_the_logs():
-    workers = " ".join(PAGE.split("## More workers\n")[1].split("\n## ")[0].split())
+    workers = " ".join(PAGE.split("## With more workers?\n")[1].split("\n## ")[0].split())
     for name in ("identity", "local4-top30", "local30-top30"):
         (end,) = (last["test_loss"] for last, *_ in ends(f"workers/8-{name}-gpu"))
         if ends(f"workers/8-{name}"):

@@ -9,9 +9,10 @@ from logs import write_study_log
 from scripts.shakespeare import figures as study_figures
 from scripts.shakespeare import results as study_results
 from scripts.shakespeare import run as study
-from scripts.shakespeare.findings import PLACE, ROUNDS_TEXT, TEXT, findings
-from scripts.shakespeare.report import page, rivals
+from scripts.shakespeare.findings import PEERS_TEXT, PLACE, ROUNDS_TEXT, TEXT, findings
+from scripts.shakespeare.report import page
 from scripts.shakespeare.results import read, read_replay, target_loss
+from scripts.shakespeare.rivals import at_their_rate
 from scripts.shakespeare.rounds import headline
 from scripts.shakespeare.settings import SETTINGS, Setting
 
@@ -28,12 +29,12 @@ def test_rivals_are_met_at_their_rate(tmp_path):
         *(("less", 1.9, 50), ("same", 1.8, 101), ("more", 1.5, 110)),
     ):
         write_study_log(tmp_path / f"{name}-seed0.jsonl", [3.0, loss], bytes_a_step=sent)
-    assert rivals(read(tmp_path, settings)) == {"demo": "same"}
+    assert at_their_rate(read(tmp_path, settings)) == {"demo": "same"}
 
 
 def test_the_readme_is_right_that_ours_is_ahead_of_other_methods():
     results = read(study.RESULTS)
-    met = rivals(results)
+    met = at_their_rate(results)
     assert {"powersgd16", "dion15-normal4", "demo32", "demo128"} <= met.keys()
     for other, ours in met.items():
         assert mean(results[ours].final) < mean(results[other].final), (ours, other)
@@ -80,6 +81,6 @@ def test_findings_are_told_where_their_runs_are_done():
 
 
 def test_findings_speak_of_settings_alone():
-    text = TEXT.read_text() + ROUNDS_TEXT.read_text()
+    text = "".join(file.read_text() for file in (TEXT, ROUNDS_TEXT, PEERS_TEXT))
     names = {name for _, several in PLACE.findall(text) for name in several.split()}
     assert names <= {setting.name for setting in SETTINGS}

@@ -131,6 +131,64 @@ def test_the_readme_tells_what_rounds_of_signs_cost():
     ) in told
 
 
+def sizes_of(name):
+    """Sent and received in the whole run, of the first seed."""
+    return RUNS[name][0][0][-1][0]
+
+
+def over_identity(name):
+    return f"{100 * (end(name) / end('identity') - 1):+.2f} %"
+
+
+def rows_below(heading):
+    """The rows of the first table of a section of the page, as lists of cells."""
+    page = (study.RESULTS.parent / "README.md").read_text()
+    lines = page.split(f"## {heading}\n")[1].split("\n## ")[0].splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    first = lines.index(table[0])
+    length = next(n for n, line in enumerate([*lines[first:], ""]) if not line.startswith("|"))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:length]]
+
+
+def test_peers_stand_beside_the_best_of_ours_that_sends_as_much():
+    found = []
+    for _, sizes, its_end, _, our_sizes, our_end in rows_below(
+        "Against DiLoCo, MuLoCo and SparseLoCo?"
+    ):
+        (peer,) = (
+            name
+            for name in RUNS
+            if name.startswith(OTHERS)
+            and over_identity(name) == its_end
+            and sizes_of(name) == pytest.approx(float(sizes.replace(",", "")), rel=0.006)
+        )
+        near = [n for n in RUNS if is_ours(n) and sizes_of(n) <= 1.01 * sizes_of(peer)]
+        best = min(near, key=end)
+        assert over_identity(best) == our_end
+        assert sizes_of(best) == pytest.approx(float(our_sizes.replace(",", "")), rel=0.006)
+        found.append(peer)
+    asked = ("diloco", "muloco", "sparseloco", "demo")
+    assert sorted(found) == sorted(name for name in RUNS if name.startswith(asked))
+
+
+def test_what_is_lost_at_the_end_is_what_the_logs_say():
+    rows = rows_below("Is nothing lost at the end?")
+    assert len(rows) >= 5
+    for times, _, ours, other, theirs in rows:
+        enough = [
+            name
+            for name in RUNS
+            if sizes_of("identity") >= float(times.replace(",", "")) * sizes_of(name)
+        ]
+        best = min(filter(is_ours, enough), key=end)
+        assert over_identity(best) == ours
+        of_others = [name for name in enough if name.startswith(OTHERS)]
+        if not of_others:
+            assert (other, theirs) == ("none", "")
+            continue
+        assert over_identity(min(of_others, key=end)) == theirs
+
+
 def last_of(name):
     """The last evaluation of seed 0, and the model's size in bytes."""
     run, *records = map(json.loads, (study.RESULTS / f"{name}-seed0.jsonl").open())
