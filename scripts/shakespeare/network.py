@@ -1,12 +1,13 @@
 """Time a step of settings of the study over slow and far links.
 
-    sudo python scripts/shakespeare/network.py [--steps 12]
+    sudo python scripts/shakespeare/network.py [--steps 12] [--repeats 1] [--only NAME ...]
 
 Two nodes are network namespaces (scripts/netns.py; root on Linux, iproute2, /dev/net/tun), a worker
 of one thread each, 50 ms from one another. Every setting is trained for some steps of whole rounds
-at every rate, then without a limit and a delay, and the mean time of a step goes to
-results/shakespeare/network.jsonl. EF21-Muon is timed with its servers on every rank, where nothing
-is sent back: placements take the same steps bit for bit, so the study's losses are theirs too.
+at every rate, then without a limit and a delay, and so on for every repeat; the mean time of a step
+is added to results/shakespeare/network.jsonl, of which the page takes medians. EF21-Muon is timed
+with its servers on every rank, where nothing is sent back: placements take the same steps bit for
+bit, so the study's losses are theirs too.
 """
 
 import argparse
@@ -44,7 +45,7 @@ def overrides(setting: Setting) -> tuple[str, ...]:
 
 def job(options: argparse.Namespace, workers: Workers) -> int:
     """On every node: time all settings; rank 0 writes them."""
-    for setting in (one for one in SETTINGS if one.name in TIMED):
+    for setting in (one for one in SETTINGS if one.name in options.only):
         run = Run(compose(overrides(setting)).config, workers)
         for _ in range(WARM_UP):
             run.step()
@@ -62,6 +63,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rate", help=argparse.SUPPRESS)  # of this process's link
     parser.add_argument("--steps", type=int, default=12, help="timed steps (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=1, help="of all (default %(default)s)")
+    parser.add_argument("--rates", nargs="+", choices=RATES, default=RATES, metavar="RATE")
+    parser.add_argument("--only", nargs="+", choices=TIMED, default=TIMED, metavar="NAME")
     parser.add_argument("--to", type=Path, default=RESULTS / NETWORK_LOG, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if "RANK" in os.environ:
@@ -79,10 +83,10 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """At every rate, into a new log."""
-    options.to.unlink(missing_ok=True)
-    for rate in RATES:
+    """At every rate, as often as asked."""
+    for rate in options.repeats * list(options.rates):
         own = [f"--rate={rate}", f"--steps={options.steps}", f"--to={options.to.resolve()}"]
+        own += ["--only", *options.only]
         limits = (None, None) if rate == UNLIMITED else (rate, DELAY)
         with Network(2, *limits) as network:
             network.torchrun(__file__, *own, show=True, timeout=1200)

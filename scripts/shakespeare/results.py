@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 from scripts.shakespeare.conditions import WORKER_SETTINGS
 from scripts.shakespeare.settings import MOMENTUM_SETTINGS, SETTINGS, Setting
@@ -238,13 +238,21 @@ def ours(results: dict[str, Result]) -> list[Result]:
     return compressed(results) + [r for r in results.values() if r.setting.family in LOCAL]
 
 
+def step_times(log: Path) -> dict[tuple[str, str], list[float]]:
+    """Seconds of a step by rate and setting, all that scripts/shakespeare/network.py measured."""
+    measured: dict[tuple[str, str], list[float]] = {}
+    for record in _lines(log):
+        measured.setdefault((record["rate"], record["name"]), []).append(record["seconds"])
+    return measured
+
+
 def times(results: dict[str, Result], target: float, log: Path) -> dict[str, dict[str, float]]:
-    """Seconds to the target by rate and setting: steps to it, times a step's seconds in `log`."""
+    """Seconds to the target by rate and setting: steps to it, times the median step."""
     found: dict[str, dict[str, float]] = {}
-    for record in map(json.loads, log.read_text().splitlines()):
-        result = results.get(record["name"])
+    for (rate, name), seconds in step_times(log).items():
+        result = results.get(name)
         if result and all(points := result.reach(target)):
             last = result.logs[0].evals[-1]
             steps = mean(point.tokens for point in points) * last["step"] / last["tokens"]
-            found.setdefault(record["rate"], {})[record["name"]] = steps * record["seconds"]
+            found.setdefault(rate, {})[name] = steps * median(seconds)
     return found

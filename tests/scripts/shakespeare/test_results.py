@@ -68,7 +68,8 @@ def test_time_to_the_target_is_steps_times_a_steps_time(tmp_path):
     write_study_log(tmp_path / "identity-seed0.jsonl", [3.0, 2.0])
     results = read(tmp_path, [Setting("identity", "identity", ())])
     log = tmp_path / "network.jsonl"
-    timed = [("100mbit", "identity", 2.0), ("1gbit", "identity", 0.5), ("1gbit", "other", 9.0)]
+    timed = [("100mbit", "identity", 2.0), ("1gbit", "other", 9.0)]
+    timed += [("1gbit", "identity", seconds) for seconds in (0.5, 4.0, 0.1)]  # of which the median
     lines = [json.dumps(dict(zip(("rate", "name", "seconds"), one, strict=True))) for one in timed]
     log.write_text("\n".join(lines))
     found = study_results.times(results, 2.5, log)  # reached after 15 steps
