@@ -63,21 +63,26 @@ GPU_SETTINGS = [
 ]
 
 
-# One token a parameter: layers, width, heads, and steps, in twelfths of which it is evaluated.
+# Layers, width, heads, and the steps of a token a parameter, in twelfths of which it is evaluated.
 SIZES = {
     "0.8M": (4, 128, 4, 204),
     "3M": (4, 256, 4, 780),
     "10M": (6, 384, 6, 2616),
 }
-RADII_OF = "3M"  # where it is looked at whether they transfer
+MIDDLE = "3M"  # of it also whether radii transfer, and with more tokens a parameter
+LONGER = 3  # tokens a parameter, of the smallest size those of the study itself
+OF_LONGER = ("identity", "local4-top30", "local30-top30", "local60-top30")
 
 
-def of_size(size: str, name: str, overrides: str) -> Setting:
-    """A setting in a model of this size."""
+def of_size(size: str, name: str, overrides: str, tokens: int = 1) -> Setting:
+    """A setting in a model of this size, with so many tokens a parameter."""
     layers, width, heads, steps = SIZES[size]
+    steps *= tokens
     model = f"model.layers={layers} model.width={width} model.heads={heads}"
     length = f"steps={steps} eval.every={steps // 12} log_every={steps // 12}"
-    return of_gpu(setting(f"sizes/{size}-1-{name}", "sizes", f"{overrides} {model} {length}"))
+    return of_gpu(
+        setting(f"sizes/{size}-{tokens}-{name}", "sizes", f"{overrides} {model} {length}")
+    )
 
 
 SIZE_SETTINGS = [
@@ -87,9 +92,10 @@ SIZE_SETTINGS = [
     if name != "local10-top30"
 ]
 SIZE_SETTINGS += [
-    of_size(RADII_OF, f"radius{radius}", f"{IDENTITY} {TUNED} norm.hidden.radius={radius}")
+    of_size(MIDDLE, f"radius{radius}", f"{IDENTITY} {TUNED} norm.hidden.radius={radius}")
     for radius in (1, 4)
 ]
+SIZE_SETTINGS += [of_size(MIDDLE, name, POINTS[name], LONGER) for name in OF_LONGER]
 
 # Histories to one worker and as much of comedies to the other, or both to both.
 GENRES = ("apart", "mixed")

@@ -76,7 +76,7 @@ def page(directory: Path) -> str:
         rivals=rivals_table(results),
         settings=table(results, target),
         more_workers=more_workers(workers, on_gpu),
-        larger_models=larger_models(sizes),
+        larger_models=larger_models(sizes, results),
         unlike_text=unlike_text(genres),
         momenta=momenta_table(momenta, results),
         momenta_findings=filled(momenta_told(momenta, results, read_changes(directory))),

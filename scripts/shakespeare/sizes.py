@@ -1,12 +1,13 @@
 """Whether it holds as the model grows: a section of the page."""
 
+from collections.abc import Iterable
 from statistics import mean
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from scripts.measuring import markdown
-from scripts.shakespeare.conditions import RADII_OF, SIZES
+from scripts.shakespeare.conditions import LONGER, MIDDLE, OF_LONGER, SIZES
 from scripts.shakespeare.findings import filled, listed
 from scripts.shakespeare.results import Result, of_condition, target_loss
 from scripts.shakespeare.rounds import all_of, in_figures
@@ -22,7 +23,7 @@ SHORT = {  # in sentences
 }
 
 
-def larger_models(found: dict[str, Result]) -> str:
+def larger_models(found: dict[str, Result], studied: dict[str, Result]) -> str:
     """The page's section; nothing where no run of another size has been made."""
     if not found:
         return ""
@@ -38,18 +39,31 @@ def larger_models(found: dict[str, Result]) -> str:
         "## Does it hold as the model grows?",
         "![Bytes to the target, and loss at the end, by parameters](shakespeare/sizes.png)",
         filled(setting),
-        sizes_table(found),
+        sizes_table(of_condition(found, f"sizes/{size}-1") for size in SIZES),
         filled(sizes_told(found)),
+        *longer(found, studied),
     )
     return "\n\n".join(parts) + "\n\n"
 
 
-def sizes_table(found: dict[str, Result]) -> str:
+def longer(found: dict[str, Result], studied: dict[str, Result]) -> list[str]:
+    """What more tokens a parameter change, once they have run."""
+    points = of_condition(found, f"sizes/{MIDDLE}-{LONGER}")
+    if "identity" not in points:
+        return []
+    told = (
+        f"With {LONGER} tokens a parameter, which in the smallest model are the runs of the study "
+        "itself, on CPUs:"
+    )
+    of_study = {name: studied[name] for name in OF_LONGER if name in studied}
+    return [told, sizes_table([of_study, points])]
+
+
+def sizes_table(several: Iterable[dict[str, Result]]) -> str:
     """Of every size and point the loss at the end, and what it sends and receives."""
     heading = ["parameters", "setting", "end", "over uncompressed", "sizes in all"]
     rows = [[*heading, "sizes to target", "fewer than uncompressed"]]
-    for size in SIZES:
-        points = of_condition(found, f"sizes/{size}-1")
+    for points in several:
         rows += [
             [f"{one.logs[0].run['parameters']:,}", one.label, *cells(one, points)]
             for name, one in points.items()
@@ -86,7 +100,7 @@ def sizes_told(found: dict[str, Result]) -> str:
     ends = [
         f"{told} {mean(largest[name].final):.4f}" for name, told in SHORT.items() if name in largest
     ]
-    of_radii = of_condition(found, f"sizes/{RADII_OF}-1")
+    of_radii = of_condition(found, f"sizes/{MIDDLE}-1")
     radii = [
         f"{name.removeprefix('radius')} {mean(one.final):.4f}"
         for name, one in of_radii.items()
@@ -94,7 +108,7 @@ def sizes_told(found: dict[str, Result]) -> str:
     ]
     transfer = ""
     if radii:
-        transfer = f" Of {RADII_OF}, uncompressed, with a hidden radius of {listed(radii)}."
+        transfer = f" Of {MIDDLE}, uncompressed, with a hidden radius of {listed(radii)}."
     return (
         f"Over the uncompressed run of its size, from the smallest model on: {'; '.join(several)}."
         " A larger model has more steps here, so more rounds: which of the two helps, these runs "

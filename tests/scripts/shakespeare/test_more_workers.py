@@ -2,12 +2,16 @@
 
 import json
 import re
+from dataclasses import replace
 from statistics import mean
 
 import pytest
+from logs import write_study_log
 
 from scripts.shakespeare import run as study
-from scripts.shakespeare.results import read, read_workers
+from scripts.shakespeare.results import read, read_settings, read_workers
+from scripts.shakespeare.settings import Setting
+from scripts.shakespeare.sizes import longer
 from scripts.shakespeare.workers import workers_table
 
 PAGE = (study.RESULTS.parent / "README.md").read_text()
@@ -97,7 +101,8 @@ def test_losses_and_bytes_of_larger_models_are_those_of_the_logs():
     for path in study.RESULTS.glob("sizes/*-1-identity-seed0.jsonl"):
         run, *records = map(json.loads, path.read_text().splitlines())
         plain[run["parameters"]] = [one for one in records if one["record"] == "eval"]
-    logs = [path for path in study.RESULTS.glob("sizes/*.jsonl") if "-radius" not in path.name]
+    logs = [path for path in study.RESULTS.glob("sizes/*.jsonl") if "-1-" in path.name]
+    logs = [path for path in logs if "-radius" not in path.name]
     assert len(rows) == len(logs) >= 10
     for path in logs:
         run, *records = map(json.loads, path.read_text().splitlines())
@@ -126,6 +131,31 @@ def test_losses_and_bytes_of_larger_models_are_those_of_the_logs():
         assert float(cells[2].replace(",", "")) == pytest.approx(reached, rel=0.006)
         times = moved(of_plain[8], size) / reached
         assert float(cells[3].rstrip("x").replace(",", "")) == pytest.approx(times, rel=0.006)
+
+
+def test_more_tokens_a_parameter_stand_beside_the_runs_of_the_study(tmp_path):
+    settings = [Setting("identity", "identity", ()), Setting("local4-top30", "local steps", ())]
+    settings += [replace(one, name=f"sizes/3M-3-{one.name}") for one in settings]
+    losses = {"identity": 2.0, "local4-top30": 2.2}
+    losses |= {"sizes/3M-3-identity": 1.0, "sizes/3M-3-local4-top30": 1.05}
+    for one in settings:
+        write_study_log(
+            tmp_path / f"{one.name}-seed0.jsonl",
+            [9.0, 5.0, 3.0, losses[one.name]],
+            parameters=300 if one.name.startswith("sizes/") else 100,
+        )
+    results = read_settings(tmp_path, settings)
+    of_sizes = {name: one for name, one in results.items() if name.startswith("sizes/")}
+    _, rows = first_table("\n".join(longer(of_sizes, results)))
+    ends = [(row[0], row[2], row[3]) for row in rows]
+    assert ends == [
+        ("100", "2.0000", "+0.00 %"),
+        ("100", "2.2000", "+10.00 %"),
+        ("300", "1.0000", "+0.00 %"),
+        ("300", "1.0500", "+5.00 %"),
+    ]
+    del of_sizes["sizes/3M-3-identity"]
+    assert longer(of_sizes, results) == []
 
 
 def test_what_may_help_eight_workers_and_a_gpu_is_told_by_the_logs():
