@@ -7,6 +7,7 @@ workers share, and their messages go through the host's memory.
 from dataclasses import replace
 
 from scripts.shakespeare.settings import (
+    DENSE_BACK,
     HALF,
     IDENTITY,
     OUTER,
@@ -35,6 +36,12 @@ REMEDIES = {
     "beta1": f"{SIGNS} optimizer.{OUTER} optimizer.{HALF} optimizer.inner.beta=0.1",
     "outer6": f"{SIGNS} optimizer.outer_momentum=0.6 optimizer.{HALF}",
     "radius1": f"{SIGNS} optimizer.{OUTER} optimizer.{HALF} norm.hidden.radius=1",
+    "back": f"{SIGNS} optimizer.{OUTER} optimizer.{HALF} {DENSE_BACK}",
+}
+REMEDIES_EVERY = {  # so many steps a round
+    4: ("back",),
+    10: tuple(REMEDIES),
+    30: tuple(name for name in REMEDIES if name != "back"),
 }
 
 
@@ -51,9 +58,9 @@ def of_gpu(one: Setting) -> Setting:
 WORKER_SETTINGS = [
     *(of_workers(n, name, POINTS[name]) for n in MORE_WORKERS for name in OF_WORKERS),
     *(
-        of_workers(8, f"local{every}-{name}", local(every, changed))
-        for every in (10, 30)
-        for name, changed in REMEDIES.items()
+        of_workers(8, f"local{every}-{name}", local(every, REMEDIES[name]))
+        for every, names in REMEDIES_EVERY.items()
+        for name in names
     ),
 ]
 # Of them three once more, to see what a GPU and its bfloat16 change.

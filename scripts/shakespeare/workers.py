@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from scripts.measuring import markdown
-from scripts.shakespeare.conditions import GENRES, MORE_WORKERS, OF_WORKERS, REMEDIES
+from scripts.shakespeare.conditions import GENRES, MORE_WORKERS, OF_WORKERS, REMEDIES_EVERY
 from scripts.shakespeare.findings import filled, listed
 from scripts.shakespeare.results import Result, of_condition
 from scripts.shakespeare.rounds import all_of, in_figures
@@ -18,7 +18,9 @@ CHANGED = {  # by remedies
     "beta1": "inner beta 0.1, half as much",
     "outer6": "outer momentum 0.6, twice as much",
     "radius1": "hidden radius 1, half as much",
+    "back": "and back in 2 bits, of the mean of all",
 }
+NOT_IN_LABELS = ("beta1", "radius1")
 BUDGETS = (1, 3, 10, 30, 100)  # sizes sent and received in the whole run
 
 
@@ -81,8 +83,9 @@ def map_table(found: dict[int, dict[str, Result]]) -> str:
 
 def point_told(name: str, one: Result) -> str:
     """A point by its label, and by what it changes that labels do not tell; and its loss."""
-    changed = CHANGED.get(name.partition("-")[2])
-    return f"{one.label}{f', {changed}' if changed else ''} ({mean(one.final):.4f})"
+    what = name.partition("-")[2]
+    changed = f", {CHANGED[what]}" if what in NOT_IN_LABELS else ""
+    return f"{one.label}{changed} ({mean(one.final):.4f})"
 
 
 def workers_told(found: dict[int, dict[str, Result]]) -> str:
@@ -103,13 +106,14 @@ def workers_told(found: dict[int, dict[str, Result]]) -> str:
 def remedies(found: dict[int, dict[str, Result]]) -> str:
     """What was tried for the most workers, beside what it was to help; nothing where none ran."""
     most = found.get(max(MORE_WORKERS), {})
-    rows = [["a round every", "end", "over uncompressed"]]
-    for every in (10, 30):
-        for what in ("top30", *REMEDIES):
+    rows = [["a round every", "end", "over uncompressed", "sizes"]]
+    for every, names in REMEDIES_EVERY.items():
+        for what in ("top30", *names):
             if "identity" in most and (one := most.get(f"local{every}-{what}")) is not None:
-                over = f"{one.over(most['identity']):+.1f} %"
-                rows.append([f"{every}, {CHANGED.get(what, 'as above')}", one.final_told, over])
-    if len(rows) < 4:
+                told = [one.final_told, f"{one.over(most['identity']):+.1f} %"]
+                told.append(in_figures(all_of(one)))
+                rows.append([f"{every}, {CHANGED.get(what, 'as above')}", *told])
+    if len(rows) <= 1 + len(REMEDIES_EVERY):
         return ""
     what = f"What was tried for {max(MORE_WORKERS)} workers, whose batches are the smallest:"
     return f"{what}\n\n{markdown(rows, text_columns=1)}"

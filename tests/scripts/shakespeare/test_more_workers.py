@@ -165,13 +165,14 @@ def test_what_may_help_eight_workers_and_a_gpu_is_told_by_the_logs():
         if ends(f"workers/8-{name}"):
             assert f"{end:.4f} (" in workers
     plain = ends("workers/8-identity")
-    names = ("dense2", "beta1", "outer6", "radius1")
-    tried = [f"workers/8-local{every}-{name}" for every in (10, 30) for name in names]
+    names = ("dense2", "beta1", "outer6", "radius1", "back")
+    tried = [f"workers/8-local{every}-{name}" for every in (4, 10, 30) for name in names]
     tried = list(filter(None, map(ends, tried)))
     assert bool(tried) == ("What was tried for 8 workers" in workers) and len(plain) == 1
-    for (last, *_), *_ in tried:
+    for (last, size, *_), *_ in tried:
         over = 100 * (last["test_loss"] / plain[0][0]["test_loss"] - 1)
-        assert f"| {last['test_loss']:.4f} | {over:+.1f} % |" in workers
+        told = f"| {last['test_loss']:.4f} | {over:+.1f} % | {moved(last, size):.3g} |"
+        assert told in workers
 
 
 def test_unlike_text_is_told_by_the_logs():
