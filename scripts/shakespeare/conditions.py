@@ -39,6 +39,7 @@ REMEDIES = {
     "back": f"{SIGNS} optimizer.{OUTER} optimizer.{HALF} {DENSE_BACK}",
 }
 REMEDIES_EVERY = {  # so many steps a round
+    2: ("back",),
     4: ("back",),
     10: tuple(REMEDIES),
     30: tuple(name for name in REMEDIES if name != "back"),
