@@ -11,12 +11,13 @@ from omegaconf import DictConfig
 WORKERS = (2, 4, 8)
 SIGNS = "compressor@w2s=topk w2s.fraction=0.3 w2s.values=sign"
 DENSE = "compressor@w2s=dense w2s.values=normal2"
+BACK = "compressor@s2w=sign s2w.values=normal2"
 OUTSIDE = "optimizer.outer_momentum=0.3 optimizer.error_decay=0.5"
 LOCAL = "optimizer=local norm.hidden.radius=2"
 RADII = "norm.hidden.radius=2 norm.embedding.radius=60"
 LONG, SHORT = 120, 60  # steps of a round, before the lr falls and then
 # By setting and number of workers the test loss at the end over that of as many workers without
-# compression, percent. Two workers have run all settings.
+# compression, percent. Two workers have run all settings but those that send back in 2 bits.
 OVER = {
     "identity": {2: 0.0, 4: 0.0, 8: 0.0},
     "served6": {2: 6.75, 4: 5.52},
@@ -88,5 +89,13 @@ MAP = (
             f"{LOCAL} optimizer.every={every} {DENSE}",
         )
         for every in (10, 30, 60)
+    ),
+    *(
+        Setting(
+            f"local{every}-back",
+            f"signs of the largest 30 %, back in 2 bits, every {every} steps",
+            f"{LOCAL} optimizer.every={every} {SIGNS} {OUTSIDE} {BACK}",
+        )
+        for every in (2, 4, 10)
     ),
 )

@@ -249,10 +249,11 @@ SETTINGS += [
             of_seeds,
             level=f"every {h}",
         )
-        for h, of_seeds in ((4, SEEDS), *((h, (0,)) for h in (1, 10, 30, 60, 120, 200, 300)))
+        for h, of_seeds in ((4, SEEDS), *((h, (0,)) for h in (1, 10, 30, 60, 120, 200, 300, 600)))
     ),
     setting("local120-60-top30", "local steps", local(SHORTER, SIGNS, OUTER, HALF), SEEDS),
     setting("local4-top30-decay8", "local steps", local(4, SIGNS, OUTER, "error_decay=0.8")),
+    setting("local200-top25", "local steps", local(200, top(25, "sign"), OUTER, HALF)),
     setting("local60-top5", "local steps", local(60, top(5, "sign"), OUTER, HALF)),
     setting(
         "local30-chunks", "local steps", local(30, CHUNKS, "error_decay=0.95", "inner.lr=0.005")
