@@ -14,8 +14,9 @@ from baselines import AllReduced, SignMuon
 from ef21_muon import EF21Muon, HierarchicalEF21Muon, LocalSteps, param_groups
 from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.rounds import Rounds
+from ef21_muon.messages.compressors import Compressor
 from ef21_muon.messages.feedback import EF14, EF21
-from ef21_muon.messages.switch import starts
+from ef21_muon.messages.switch import Switch, starts
 from ef21_muon.served import ServedOptimizer
 from training.config import build
 from training.local_steps import build_local_steps, stepped_by
@@ -153,12 +154,14 @@ def run_label(optimizer: torch.optim.Optimizer) -> str:
         rules(optimizer)[0][direction] if local else optimizer.defaults[direction]
         for direction in ("w2s", "s2w")
     )
-    label = str(w2s) if s2w.lossless else f"{w2s}, back {s2w}"
+    label = _sent(optimizer, "w2s", w2s)
+    if not s2w.lossless:
+        label = f"{label}, back {_sent(optimizer, 's2w', s2w)}"
     for group in getattr(optimizer, "worker_groups", rules(optimizer)):
-        if (own := str(group.get("w2s", w2s))) != str(w2s):
-            label = f"{label}, {group['name']} {own}"
-        if (own := str(group.get("s2w", s2w))) != str(s2w):
-            label = f"{label}, {group['name']} back {own}"
+        if str(own := group.get("w2s", w2s)) != str(w2s):
+            label = f"{label}, {group['name']} {_sent(optimizer, 'w2s', own)}"
+        if str(own := group.get("s2w", s2w)) != str(s2w):
+            label = f"{label}, {group['name']} back {_sent(optimizer, 's2w', own)}"
     if local:
         return f"{label}, {_local_label(optimizer)}"
     if isinstance(optimizer, SignMuon):
@@ -171,6 +174,18 @@ def run_label(optimizer: torch.optim.Optimizer) -> str:
     if momentum := optimizer.defaults["server_momentum"]:
         told.append(f"server momentum {momentum:g}")
     return ", ".join([label, " ".join(told)] if told else [label])
+
+
+def _sent(optimizer: ServedOptimizer, direction: str, chosen: Compressor | Switch) -> str:
+    """The compressor by its name, or what all layers that have it send because it saves no byte."""
+    if isinstance(chosen, Switch):
+        return str(chosen)
+    used = {
+        str(getattr(batch, direction))
+        for batch in optimizer.batches
+        if str(rules(optimizer)[batch.group][direction]) == str(chosen)
+    }
+    return used.pop() if len(used) == 1 else str(chosen)
 
 
 def _local_label(optimizer: LocalSteps) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 
 WORKERS = (2, 4, 8)
-SIGNS = "compressor@w2s=topk w2s.fraction=0.3 w2s.values=sign"
+SIGNS = "compressor@w2s=sign"
 DENSE = "compressor@w2s=dense w2s.values=normal2"
 BACK = "compressor@s2w=sign s2w.values=normal2"
 OUTSIDE = "optimizer.outer_momentum=0.3 optimizer.error_decay=0.5"
@@ -21,14 +21,17 @@ LONG, SHORT = 120, 60  # steps of a round, before the lr falls and then
 OVER = {
     "identity": {2: 0.0, 4: 0.0, 8: 0.0},
     "served6": {2: 6.75, 4: 5.52},
-    "local4-top30": {2: -0.14, 4: 0.27, 8: 2.47},
-    "local10-top30": {2: 1.19, 4: 2.98, 8: 6.76},
-    "local30-top30": {2: 3.71, 8: 16.31},
-    "local60-top30": {2: 6.14},
-    "local120-60-top30": {2: 7.35},
+    "local4-signs": {2: -0.14, 4: 0.27, 8: 2.47},
+    "local10-signs": {2: 1.19, 4: 2.98, 8: 6.76},
+    "local30-signs": {2: 3.71, 8: 16.31},
+    "local60-signs": {2: 6.14},
+    "local120-60-signs": {2: 7.35},
     "local10-dense2": {2: 1.57, 8: 9.06},
     "local30-dense2": {2: 3.86},
     "local60-dense2": {2: 5.01},
+    "local2-back": {},
+    "local4-back": {8: 2.78},
+    "local10-back": {8: 7.3},
 }
 
 
@@ -71,15 +74,15 @@ MAP = (
     ),
     *(
         Setting(
-            f"local{every}-top30",
-            f"signs of the largest 30 %, every {every} steps",
+            f"local{every}-signs",
+            f"signs of all entries, every {every} steps",
             f"{LOCAL} optimizer.every={every} {SIGNS} {OUTSIDE}",
         )
         for every in (4, 10, 30, 60)
     ),
     Setting(
-        f"local{LONG}-{SHORT}-top30",
-        f"signs of the largest 30 %, every {LONG}, then {SHORT} steps",
+        f"local{LONG}-{SHORT}-signs",
+        f"signs of all entries, every {LONG}, then {SHORT} steps",
         f"{LOCAL} optimizer.every=SHORTER {SIGNS} {OUTSIDE}",
     ),
     *(
@@ -93,7 +96,7 @@ MAP = (
     *(
         Setting(
             f"local{every}-back",
-            f"signs of the largest 30 %, back in 2 bits, every {every} steps",
+            f"signs of all entries, back in 2 bits, every {every} steps",
             f"{LOCAL} optimizer.every={every} {SIGNS} {OUTSIDE} {BACK}",
         )
         for every in (2, 4, 10)

@@ -22,14 +22,14 @@ from scripts.shakespeare.settings import (
 
 SHARED_GPU = "exchange=host compile=false checkpoint.every=0"
 OF_CONDITIONS = (
-    *("identity", "served6", "local4-top30", "local10-top30", "local30-top30", "local60-top30"),
+    *("identity", "served6", "local4-signs", "local10-signs", "local30-signs", "local60-signs"),
     "muloco",
 )
 POINTS = {one.name: " ".join(one.overrides) for one in SETTINGS if one.name in OF_CONDITIONS}
 
 # More workers, who share the 16 sequences of a step.
 MORE_WORKERS = (4, 8)
-OF_WORKERS = ("identity", "served6", "local4-top30", "local10-top30", "local30-top30")
+OF_WORKERS = ("identity", "served6", "local4-signs", "local10-signs", "local30-signs")
 # What may help the most of them, whose batches are small, by what it changes.
 REMEDIES = {
     "dense2": dense(2),
@@ -67,7 +67,7 @@ WORKER_SETTINGS = [
 # Of them three once more, to see what a GPU and its bfloat16 change.
 GPU_SETTINGS = [
     of_gpu(of_workers(8, f"{name}-gpu", POINTS[name]))
-    for name in ("identity", "local4-top30", "local30-top30")
+    for name in ("identity", "local4-signs", "local30-signs")
 ]
 
 
@@ -79,7 +79,7 @@ SIZES = {
 }
 MIDDLE = "3M"  # of it also whether radii transfer, and with more tokens a parameter
 LONGER = 3  # tokens a parameter, of the smallest size those of the study itself
-OF_LONGER = ("identity", "local4-top30", "local30-top30", "local60-top30")
+OF_LONGER = ("identity", "local4-signs", "local30-signs", "local60-signs")
 
 
 def of_size(size: str, name: str, overrides: str, tokens: int = 1) -> Setting:
@@ -97,7 +97,7 @@ SIZE_SETTINGS = [
     of_size(size, name, overrides)
     for size in SIZES
     for name, overrides in POINTS.items()
-    if name != "local10-top30"
+    if name != "local10-signs"
 ]
 SIZE_SETTINGS += [
     of_size(MIDDLE, f"radius{radius}", f"{IDENTITY} {TUNED} norm.hidden.radius={radius}")
@@ -115,5 +115,5 @@ GENRE_SETTINGS = [
     )
     for genres in GENRES
     for name, overrides in POINTS.items()
-    if name in ("identity", "local4-top30", "local30-top30")
+    if name in ("identity", "local4-signs", "local30-signs")
 ]

@@ -32,7 +32,7 @@ from training.workers import Workers, leave
 RATES, DELAY = ("10mbit", "100mbit", "1gbit", UNLIMITED), "50ms"
 TIMED = (
     *("identity", "muon", "powersgd16", "muloco", "served6", "rank40-int5"),
-    *(f"local{every}-top30" for every in (4, 10, 30, 60)),
+    *(f"local{every}-signs" for every in (4, 10, 30, 60)),
 )
 
 

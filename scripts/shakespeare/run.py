@@ -35,6 +35,7 @@ from training.records import LOG_NAME
 
 PRINTED = "printed.txt"  # in a run's directory
 POLL = 0.2  # seconds
+TOP_30 = {"_target_": "ef21_muon.TopK", "fraction": 0.3, "values": "sign"}
 KEPT = ("run", "eval", "diagnostics", "end")  # of the records of a log
 
 
@@ -55,7 +56,7 @@ def is_done(run: StudyRun) -> bool:
     if not path.exists():
         return False
     with path.open() as file:
-        made_with = what_matters(json.loads(file.readline())["config"])
+        made_with = as_sent(what_matters(json.loads(file.readline())["config"]))
     asked = what_matters(OmegaConf.to_container(compose(overrides(run)).config, resolve=True))
     asked.pop("optimizer.server", None)  # placements take the same steps
     # A later version may have other keys, but a role's compressor is there where it was asked for.
@@ -68,6 +69,17 @@ def is_done(run: StudyRun) -> bool:
     if differing:
         raise ValueError(f"{path}: {', '.join(differing)}; remove it, or mend settings.py")
     return True
+
+
+def as_sent(config: dict) -> dict:
+    """What matters of a log, with the signs of all entries where the largest 30 % were asked for.
+
+    See ASKED_FOR: their places took more bytes than those.
+    """
+    if any(config.get(f"w2s.{key}") != value for key, value in TOP_30.items()):
+        return config
+    kept = {key: value for key, value in config.items() if key.removeprefix("w2s.") not in TOP_30}
+    return kept | {"w2s._target_": "ef21_muon.Dense", "w2s.values": "sign"}
 
 
 def directory_of(run: StudyRun) -> Path:

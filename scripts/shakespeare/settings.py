@@ -105,7 +105,9 @@ BETA = "optimizer.beta=0.1"
 LOW_RATE = f"{fitted(4)} {EMBEDDING}"
 LOCAL = "optimizer=local norm.hidden.radius=2"
 # Rounds that get shorter as the lr falls, which it does from 60 % of the steps on.
-SHORTER, SIGNS = "{0:120,360:60}", top(30, "sign")
+SHORTER, SIGNS = "{0:120,360:60}", "compressor@w2s=sign"
+# A scale a layer, but of the embedding a scale a row: bytes differ in how often they come.
+SIGNS_BY_MESSAGE = "compressor@w2s=sign w2s.values=sign@message +compressor@norm.embedding.w2s=sign"
 CHUNKS = "compressor@w2s=chunk_topk"  # as SparseLoCo has them
 OUTER, HALF, EF21 = "outer_momentum=0.3", "error_decay=0.5", "feedback=ef21"
 MULOCO = (
@@ -243,7 +245,7 @@ SETTINGS += [
     *(setting(f"local{h}", "local steps", local(h, dense(2))) for h in (10, 30, 60)),
     *(
         setting(
-            f"local{h}-top30",
+            f"local{h}-signs",
             "local steps",
             local(h, SIGNS, OUTER, HALF),
             of_seeds,
@@ -251,9 +253,14 @@ SETTINGS += [
         )
         for h, of_seeds in ((4, SEEDS), *((h, (0,)) for h in (1, 10, 30, 60, 120, 200, 300, 600)))
     ),
-    setting("local120-60-top30", "local steps", local(SHORTER, SIGNS, OUTER, HALF), SEEDS),
-    setting("local4-top30-decay8", "local steps", local(4, SIGNS, OUTER, "error_decay=0.8")),
-    setting("local200-top25", "local steps", local(200, top(25, "sign"), OUTER, HALF)),
+    setting("local120-60-signs", "local steps", local(SHORTER, SIGNS, OUTER, HALF), SEEDS),
+    setting("local4-signs-decay8", "local steps", local(4, SIGNS, OUTER, "error_decay=0.8")),
+    *(
+        setting(
+            f"local{name}-signs-message", "local steps", local(h, SIGNS_BY_MESSAGE, OUTER, HALF)
+        )
+        for name, h in (("4", 4), ("60", 60), ("120-60", SHORTER), ("200", 200))
+    ),
     setting("local60-top5", "local steps", local(60, top(5, "sign"), OUTER, HALF)),
     setting(
         "local30-chunks", "local steps", local(30, CHUNKS, "error_decay=0.95", "inner.lr=0.005")

@@ -16,9 +16,9 @@ from training.picture import line_look
 OTHER = "muloco"
 SHORT = {  # in sentences
     "served6": "a message a step",
-    "local4-top30": "signs every 4 steps",
-    "local30-top30": "every 30",
-    "local60-top30": "every 60",
+    "local4-signs": "signs every 4 steps",
+    "local30-signs": "every 30",
+    "local60-signs": "every 60",
     OTHER: "MuLoCo every 30",
 }
 

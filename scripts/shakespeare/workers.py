@@ -92,10 +92,10 @@ def workers_told(found: dict[int, dict[str, Result]]) -> str:
     """What a round every 30 steps costs more workers, and with one how often it costs little."""
     told = []
     for n, of_many in sorted(found.items()):
-        if {"identity", "local30-top30", "local10-top30"} <= of_many.keys():
+        if {"identity", "local30-signs", "local10-signs"} <= of_many.keys():
             every_30, every_10 = (
                 f"{of_many[name].over(of_many['identity']):+.1f} %"
-                for name in ("local30-top30", "local10-top30")
+                for name in ("local30-signs", "local10-signs")
             )
             told.append(f"{n} workers, of {SEQUENCES // n} sequences each, {every_30} ({every_10})")
     return (
@@ -108,7 +108,7 @@ def remedies(found: dict[int, dict[str, Result]]) -> str:
     most = found.get(max(MORE_WORKERS), {})
     rows = [["a round every", "end", "over uncompressed", "sizes"]]
     for every, names in REMEDIES_EVERY.items():
-        for what in ("top30", *names):
+        for what in ("signs", *names):
             if "identity" in most and (one := most.get(f"local{every}-{what}")) is not None:
                 told = [one.final_told, f"{one.over(most['identity']):+.1f} %"]
                 told.append(in_figures(all_of(one)))
@@ -146,14 +146,14 @@ def workers_figure(found: dict[int, dict[str, Result]]) -> Figure:
         points = sorted(
             (all_of(of_many[name]), of_many[name].over(of_many["identity"]))
             for name in OF_WORKERS
-            if name.endswith("top30") and {name, "identity"} <= of_many.keys()
+            if name.endswith("signs") and {name, "identity"} <= of_many.keys()
         )
         by_bytes.plot(*zip(*points, strict=True), label=f"{n} workers", **line_look(index))
     by_number.set(xlabel="workers", xscale="log")
     by_number.set_ylabel("final test loss over the uncompressed run's (%)")
     by_number.set_xticks(sorted(found), [str(n) for n in sorted(found)])
     by_number.xaxis.set_minor_locator(NullLocator())
-    by_bytes.set(xlabel="sizes sent and received in all, signs of the largest 30 %", xscale="log")
+    by_bytes.set(xlabel="sizes sent and received in all, signs of all entries", xscale="log")
     plain_sizes(by_bytes)
     for axes in (by_number, by_bytes):
         axes.axhline(0, color="#888888", linewidth=0.8)

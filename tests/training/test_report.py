@@ -62,6 +62,9 @@ def test_each_role_is_stepped_by_the_inner_optimizer_that_is_given_for_it(told):
     assert "AdamW" in embedding and "AdamW" not in hidden and "Spectral" in hidden
 
 
+TOP = ("compressor@w2s=topk", "w2s.values=sign")
+
+
 @pytest.mark.parametrize(
     "overrides, label",
     [
@@ -70,6 +73,8 @@ def test_each_role_is_stepped_by_the_inner_optimizer_that_is_given_for_it(told):
         (("optimizer.outer_momentum=0.3",), "dense normal2, every 30 outer 1/0.3"),
         (("optimizer.delay=1",), "dense normal2, every 30 delay 1"),
         (("optimizer.feedback=ef21",), "dense normal2, every 30 EF21"),
+        ((*TOP, "w2s.fraction=0.1"), "top 10% sign, every 30"),
+        ((*TOP, "w2s.fraction=0.3"), "dense sign, every 30"),  # which is less than their places
     ],
 )
 def test_a_label_tells_what_of_local_steps_is_not_the_default(overrides, label):

@@ -77,5 +77,5 @@ def test_overrides_are_those_of_the_study(setting):
 )
 def test_rounds_get_shorter_before_the_lr_falls(steps, cooldown, every):
     config = compose((f"steps={steps}", f"schedule.cooldown={cooldown}")).config
-    (setting,) = (one for one in MAP if one.name == "local120-60-top30")
+    (setting,) = (one for one in MAP if one.name == "local120-60-signs")
     assert f"optimizer.every={every}" in setting.overrides(config)

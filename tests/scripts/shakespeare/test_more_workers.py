@@ -53,7 +53,7 @@ def test_losses_and_sizes_of_more_workers_are_those_of_the_logs():
     heading, rows = first_table(workers_table(found))
     assert len(found) == 1 or workers_table(found) in PAGE
     counts = [int(cell.split()[0]) for cell in heading[1::2]]
-    names = ("identity", "served6", "local4-top30", "local10-top30", "local30-top30")
+    names = ("identity", "served6", "local4-signs", "local10-signs", "local30-signs")
     checked = 0
     for name, (_, *cells) in zip(names, rows, strict=True):
         for n, end, sizes in zip(counts, cells[::2], cells[1::2], strict=True):
@@ -109,7 +109,8 @@ def test_losses_and_bytes_of_larger_models_are_those_of_the_logs():
         assert run["device"] == "cuda" and run["world_size"] == 2
         evals = [one for one in records if one["record"] == "eval"]
         last, size = evals[-1], 4 * run["parameters"]
-        begins = [f"{run['parameters']:,}", run["label"], f"{last['test_loss']:.4f}"]
+        sent = run["label"].replace("top 30% sign", "dense sign")  # which it was
+        begins = [f"{run['parameters']:,}", sent, f"{last['test_loss']:.4f}"]
         (cells,) = (row[3:] for row in rows if row[:3] == begins)
         assert float(cells[1].replace(",", "")) == pytest.approx(moved(last, size), rel=0.006)
         assert last["tokens"] == pytest.approx(run["parameters"], rel=0.03)
@@ -134,10 +135,10 @@ def test_losses_and_bytes_of_larger_models_are_those_of_the_logs():
 
 
 def test_more_tokens_a_parameter_stand_beside_the_runs_of_the_study(tmp_path):
-    settings = [Setting("identity", "identity", ()), Setting("local4-top30", "local steps", ())]
+    settings = [Setting("identity", "identity", ()), Setting("local4-signs", "local steps", ())]
     settings += [replace(one, name=f"sizes/3M-3-{one.name}") for one in settings]
-    losses = {"identity": 2.0, "local4-top30": 2.2}
-    losses |= {"sizes/3M-3-identity": 1.0, "sizes/3M-3-local4-top30": 1.05}
+    losses = {"identity": 2.0, "local4-signs": 2.2}
+    losses |= {"sizes/3M-3-identity": 1.0, "sizes/3M-3-local4-signs": 1.05}
     for one in settings:
         write_study_log(
             tmp_path / f"{one.name}-seed0.jsonl",
@@ -160,7 +161,7 @@ def test_more_tokens_a_parameter_stand_beside_the_runs_of_the_study(tmp_path):
 
 def test_what_may_help_eight_workers_and_a_gpu_is_told_by_the_logs():
     workers = " ".join(PAGE.split("## With more workers?\n")[1].split("\n## ")[0].split())
-    for name in ("identity", "local4-top30", "local30-top30"):
+    for name in ("identity", "local4-signs", "local30-signs"):
         (end,) = (last["test_loss"] for last, *_ in ends(f"workers/8-{name}-gpu"))
         if ends(f"workers/8-{name}"):
             assert f"{end:.4f} (" in workers
@@ -178,8 +179,8 @@ def test_what_may_help_eight_workers_and_a_gpu_is_told_by_the_logs():
 def test_unlike_text_is_told_by_the_logs():
     for order in ("apart", "mixed"):
         plain = ends(f"genres/{order}-identity")
-        assert len(plain) == len(ends(f"genres/{order}-local30-top30")) == 1
-        for name in ("local4-top30", "local30-top30"):
+        assert len(plain) == len(ends(f"genres/{order}-local30-signs")) == 1
+        for name in ("local4-signs", "local30-signs"):
             for last, *_ in ends(f"genres/{order}-{name}"):
                 over = 100 * (last["test_loss"] / plain[0][0]["test_loss"] - 1)
                 assert f"| {last['test_loss']:.4f} | {over:+.2f} % |" in PAGE

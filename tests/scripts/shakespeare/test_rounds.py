@@ -120,7 +120,7 @@ def test_no_other_method_is_ahead_but_where_it_is_said():
 
 def test_the_readme_tells_what_rounds_of_signs_cost():
     told = " ".join(README.split())
-    names = [f"local{every}-top30" for every in (4, 10, 30)]
+    names = [f"local{every}-signs" for every in (4, 10, 30)]
     gaps = [f"{100 * (end(name) / end('identity') - 1):+.1f} %" for name in names]
     whole = RUNS["identity"][0][0][-1][0]
     fewer = [f"{whole / RUNS[name][0][0][-1][0]:.0f}" for name in names]
@@ -202,19 +202,19 @@ def over(name, plain):
 def test_the_readme_tells_of_a_larger_model_and_of_more_workers():
     told = " ".join(README.split())
     (last, size), (plain, _) = (
-        last_of(f"sizes/3M-1-{name}") for name in ("local4-top30", "identity")
+        last_of(f"sizes/3M-1-{name}") for name in ("local4-signs", "identity")
     )
     sent, whole = (one["w2s_bytes"] + one["received_bytes"] for one in (last, plain))
     every_4, every_30 = (
-        over(f"sizes/3M-1-local{every}-top30", "sizes/3M-1-identity") for every in (4, 30)
+        over(f"sizes/3M-1-local{every}-signs", "sizes/3M-1-identity") for every in (4, 30)
     )
     assert (
         f"A model of {size / 4e6:.1f} M parameters ends at {every_4} with {whole / sent:.0f} times "
         f"fewer, and with a round every 30 steps at {every_30} where 0.8 M end at "
-        f"{over('sizes/0.8M-1-local30-top30', 'sizes/0.8M-1-identity')}, all with a token a "
+        f"{over('sizes/0.8M-1-local30-signs', 'sizes/0.8M-1-identity')}, all with a token a "
         "parameter."
     ) in told
-    of_eight = [over(f"workers/8-local{n}-top30", "workers/8-identity") for n in (4, 10, 30)]
+    of_eight = [over(f"workers/8-local{n}-signs", "workers/8-identity") for n in (4, 10, 30)]
     assert (
         "Eight workers, who share the batch of two, end at {}, {} and {} with a round every 4, 10 "
         "and 30 steps.".format(*of_eight)

@@ -1,5 +1,6 @@
 """The study's runs compose, its logs are what it asks for, and what is there is not run again."""
 
+import json
 from functools import cache
 
 import pytest
@@ -32,6 +33,22 @@ def test_every_run_composes_and_every_log_is_of_what_the_study_asks_for(monkeypa
         for log in ("NETWORK", "REPLAY", "DIFFERENCES", "CHANGES", "SIGN_REPLAY")
     }
     assert logs - measured <= {f"{run.name}.jsonl" for run in RUNS}
+
+
+def test_the_largest_30_percent_in_signs_are_the_signs_of_all(tmp_path, monkeypatch):
+    """A log that asked for them is that of a run which asks for all."""
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    run = StudyRun("signs", ("compressor@w2s=sign",))
+    for fraction, done in ((0.3, True), (0.1, False)):
+        asked = ("compressor@w2s=topk", f"w2s.fraction={fraction}", "w2s.values=sign")
+        config = compose(study.overrides(StudyRun("signs", asked))).config
+        record = {"config": OmegaConf.to_container(config, resolve=True)}
+        study.log_of(run).write_text(json.dumps(record) + "\n")
+        if done:
+            assert study.is_done(run)
+            continue
+        with pytest.raises(ValueError, match=r"w2s\._target_"):
+            study.is_done(run)
 
 
 def test_a_log_is_cut_not_edited(tmp_path):
