@@ -257,9 +257,17 @@ SETTINGS += [
     setting("local4-signs-decay8", "local steps", local(4, SIGNS, OUTER, "error_decay=0.8")),
     *(
         setting(
-            f"local{name}-signs-message", "local steps", local(h, SIGNS_BY_MESSAGE, OUTER, HALF)
+            f"local{name}-signs-message",
+            "local steps",
+            local(h, SIGNS_BY_MESSAGE, OUTER, HALF),
+            of_seeds,
         )
-        for name, h in (("4", 4), ("60", 60), ("120-60", SHORTER), ("200", 200))
+        for name, h, of_seeds in (
+            ("4", 4, SEEDS),
+            ("60", 60, (0,)),
+            ("120-60", SHORTER, SEEDS),
+            ("200", 200, (0,)),
+        )
     ),
     setting("local60-top5", "local steps", local(60, top(5, "sign"), OUTER, HALF)),
     setting(

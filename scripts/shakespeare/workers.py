@@ -45,6 +45,7 @@ def more_workers(found: dict[int, dict[str, Result]], on_gpu: dict[str, Result])
         map_table(found),
         filled(workers_told(found)),
         remedies(found),
+        filled(back_told(found)),
         filled(gpu_told(found, on_gpu)),
     )
     return "\n\n".join(filter(None, parts)) + "\n\n"
@@ -117,6 +118,27 @@ def remedies(found: dict[int, dict[str, Result]]) -> str:
         return ""
     what = f"What was tried for {max(MORE_WORKERS)} workers, whose batches are the smallest:"
     return f"{what}\n\n{markdown(rows, text_columns=1)}"
+
+
+def back_told(found: dict[int, dict[str, Result]]) -> str:
+    """What it saves that servers send back one message; nothing where that has not run."""
+    most = found.get(max(MORE_WORKERS), {})
+    told = []
+    for every in REMEDIES_EVERY:
+        back, plain = most.get(f"local{every}-back"), most.get(f"local{every}-signs")
+        if back and plain and "identity" in most:
+            with_it, without = (
+                f"{one.over(most['identity']):+.1f} % with {in_figures(all_of(one))} sizes"
+                for one in (back, plain)
+            )
+            told.append(f"every {every} steps at {with_it}, without it at {without}")
+    if not told:
+        return ""
+    return (
+        f"Most of what one of {max(MORE_WORKERS)} workers receives are the messages of the others. "
+        "Where servers send back one of 2 bits, of the mean of all, rounds may be more often for "
+        f"the same bytes. They end {'; '.join(told)}."
+    )
 
 
 def gpu_told(found: dict[int, dict[str, Result]], on_gpu: dict[str, Result]) -> str:
