@@ -129,6 +129,12 @@ def test_the_readme_tells_what_rounds_of_signs_cost():
         f"a round every 4, 10 and 30 steps ends at {gaps} over the uncompressed run's loss with "
         f"{fewer} times fewer bytes sent and received."
     ) in told
+    gap = f"{100 * (end('local4-signs-message') / end('identity') - 1):+.1f} %"
+    fewer = f"{whole / sizes_of('local4-signs-message'):.0f}"
+    assert (
+        f"but in the embedding, a round every 4 steps ends at {gap} with {fewer} times fewer:"
+        in told
+    )
 
 
 def sizes_of(name):
@@ -209,14 +215,14 @@ def test_the_readme_tells_of_a_larger_model_and_of_more_workers():
         over(f"sizes/3M-1-local{every}-signs", "sizes/3M-1-identity") for every in (4, 30)
     )
     assert (
-        f"A model of {size / 4e6:.1f} M parameters ends at {every_4} with {whole / sent:.0f} times "
-        f"fewer, and with a round every 30 steps at {every_30} where 0.8 M end at "
+        f"With a scale a row in place of one a layer a model of {size / 4e6:.1f} M parameters ends "
+        f"at {every_4} with {whole / sent:.0f} times fewer, and with a round every 30 steps at {every_30} where 0.8 M end at "
         f"{over('sizes/0.8M-1-local30-signs', 'sizes/0.8M-1-identity')}, all with a token a "
         "parameter."
     ) in told
     of_eight = [over(f"workers/8-local{n}-signs", "workers/8-identity") for n in (4, 10, 30)]
     assert (
-        "Eight workers, who share the batch of two, end at {}, {} and {} with a round every 4, 10 "
+        "Eight workers, who share the batch of two, end so at {}, {} and {} with a round every 4, 10 "
         "and 30 steps.".format(*of_eight)
     ) in told
 
