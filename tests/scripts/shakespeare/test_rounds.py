@@ -216,14 +216,15 @@ def test_the_readme_tells_of_a_larger_model_and_of_more_workers():
     )
     assert (
         f"With a scale a row in place of one a layer a model of {size / 4e6:.1f} M parameters ends "
-        f"at {every_4} with {whole / sent:.0f} times fewer, and with a round every 30 steps at {every_30} where 0.8 M end at "
+        f"at {every_4} with {whole / sent:.0f} times fewer, and with a round every 30 steps at "
+        f"{every_30} where 0.8 M end at "
         f"{over('sizes/0.8M-1-local30-signs', 'sizes/0.8M-1-identity')}, all with a token a "
         "parameter."
     ) in told
     of_eight = [over(f"workers/8-local{n}-signs", "workers/8-identity") for n in (4, 10, 30)]
     assert (
-        "Eight workers, who share the batch of two, end so at {}, {} and {} with a round every 4, 10 "
-        "and 30 steps.".format(*of_eight)
+        "Eight workers, who share the batch of two, end so at {}, {} and {} with a round every 4, "
+        "10 and 30 steps".format(*of_eight)
     ) in told
 
 
