@@ -29,7 +29,7 @@ OVER = {
     "local10-dense2": {2: 1.57, 8: 9.06},
     "local30-dense2": {2: 3.86},
     "local60-dense2": {2: 5.01},
-    "local2-back": {},
+    "local2-back": {8: 2.06},
     "local4-back": {8: 2.78},
     "local10-back": {8: 7.3},
 }

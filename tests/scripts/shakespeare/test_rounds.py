@@ -201,6 +201,10 @@ def last_of(name):
     return [one for one in records if one["record"] == "eval"][-1], 4 * run["parameters"]
 
 
+def moved(last, size):
+    return (last["w2s_bytes"] + last["received_bytes"]) / size
+
+
 def over(name, plain):
     return f"{100 * (last_of(name)[0]['test_loss'] / last_of(plain)[0]['test_loss'] - 1):+.1f} %"
 
@@ -224,7 +228,16 @@ def test_the_readme_tells_of_a_larger_model_and_of_more_workers():
     of_eight = [over(f"workers/8-local{n}-signs", "workers/8-identity") for n in (4, 10, 30)]
     assert (
         "Eight workers, who share the batch of two, end so at {}, {} and {} with a round every 4, "
-        "10 and 30 steps".format(*of_eight)
+        "10 and 30 steps; where servers send back 2 bits, ".format(*of_eight)
+    ) in told
+    back = [over(f"workers/8-local{n}-back", "workers/8-identity") for n in (4, 10)]
+    fewer = [
+        f"{moved(*last_of('workers/8-identity')) / moved(*last_of(f'workers/8-local{n}-back')):.0f}"
+        for n in (4, 10)
+    ]
+    assert (
+        f"at {back[0]} and {back[1]} every 4 and 10 steps with {fewer[0]} and {fewer[1]} times "
+        "fewer."
     ) in told
 
 
