@@ -13,9 +13,7 @@ from training.picture import line_look
 FEWER = 100  # times, of what ends closest to the uncompressed run
 OF_ROUNDS = (*LOCAL, *PEERS)
 LINES = {  # of the picture: a message, and the settings that send it
-    "signs of all entries": [
-        f"local{every}-signs" for every in (1, 4, 10, 30, 60, 120, 200, 300, 600)
-    ],
+    "signs of all entries": [f"local{every}-signs" for every in (1, 4, 10, 30, 60, 120)],
     "every entry in 2 bits": [f"local{every}" for every in (4, 10, 30, 60)],
     "MuLoCo, 2 bits": ["muloco-every10", "muloco"],
     "fitted rank 6 %, momentum at the server": ["served6"],
