@@ -37,12 +37,13 @@ REMEDIES = {
     "outer6": f"{SIGNS} optimizer.outer_momentum=0.6 optimizer.{HALF}",
     "radius1": f"{SIGNS} optimizer.{OUTER} optimizer.{HALF} norm.hidden.radius=1",
     "back": f"{SIGNS} optimizer.{OUTER} optimizer.{HALF} {DENSE_BACK}",
+    "back6": f"{SIGNS} optimizer.outer_momentum=0.6 optimizer.{HALF} {DENSE_BACK}",
 }
 REMEDIES_EVERY = {  # so many steps a round
     2: ("back",),
-    4: ("back",),
+    4: ("back", "back6"),
     10: tuple(REMEDIES),
-    30: tuple(name for name in REMEDIES if name != "back"),
+    30: tuple(name for name in REMEDIES if not name.startswith("back")),
 }
 
 

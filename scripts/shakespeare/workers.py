@@ -19,6 +19,7 @@ CHANGED = {  # by remedies
     "outer6": "outer momentum 0.6, twice as much",
     "radius1": "hidden radius 1, half as much",
     "back": "and back in 2 bits, of the mean of all",
+    "back6": "and back in 2 bits, with an outer momentum of 0.6",
 }
 NOT_IN_LABELS = ("beta1", "radius1")
 BUDGETS = (1, 3, 10, 30, 100)  # sizes sent and received in the whole run
