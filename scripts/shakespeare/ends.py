@@ -78,18 +78,20 @@ def ends_figure(results: dict[str, Result]) -> Figure:
         if members := of_method(results, method):
             draw(axes, method, members, results["identity"])
     axes.axhline(0, color="#888888", linewidth=0.8)
-    axes.set(
-        xlabel="times fewer bytes that a worker sends and receives in the whole run",
-        ylabel="final test loss over the uncompressed run's (%)",
-        xscale="log",
-    )
-    axes.set_yscale("symlog", linthresh=1)
+    axes.set_xlabel("times fewer bytes that a worker sends and receives in the whole run")
+    over_sizes(axes)
     axes.set_ylim(*GAPS)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    return figure
+
+
+def over_sizes(axes) -> None:
+    """Losses over the uncompressed run's upwards, which may be below it, by sizes."""
+    axes.set(ylabel="final test loss over the uncompressed run's (%)", xscale="log")
+    axes.set_yscale("symlog", linthresh=1)
     plain_sizes(axes)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=7)
-    return figure
 
 
 def draw(axes, method: Method, members: list[Result], identity: Result) -> None:

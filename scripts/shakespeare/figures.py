@@ -21,7 +21,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.shakespeare.conditions import SIZE_SETTINGS
-from scripts.shakespeare.ends import ends_figure
+from scripts.shakespeare.ends import ends_figure, over_sizes
 from scripts.shakespeare.envelopes import envelopes_figure
 from scripts.shakespeare.report import page
 from scripts.shakespeare.results import (
@@ -131,15 +131,8 @@ def rate_figure(results: dict[str, Result]) -> Figure:
         for x, y, level in zip(bits, gaps, levels, strict=True):
             axes.annotate(f" {level}", (x, y), fontsize=6)
     axes.axhline(0, color="#888888", linewidth=0.8)
-    axes.set(
-        xlabel="bits sent to the servers, a parameter and step",
-        ylabel="final test loss over the uncompressed run's (%)",
-        xscale="log",
-    )
-    axes.set_yscale("symlog", linthresh=1)
-    plain_sizes(axes)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("bits sent to the servers, a parameter and step")
+    over_sizes(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     return figure
 
