@@ -53,10 +53,17 @@ def headline(results: dict[str, Result], target: float) -> str:
     to_target = identity.both(target) / fewest.both(target)
     return (
         f"To the uncompressed run's loss at {100 * TARGET_SHARE:.0f} % of its tokens, "
-        f"{fewest.label} takes {to_target:,.0f} times fewer bytes, sent and received; {near.label} "
-        f"ends at {near.over(identity):+.2f} % in test loss with "
+        f"{in_words(fewest)} takes {to_target:,.0f} times fewer bytes, sent and received; "
+        f"{in_words(near)} ends at {near.over(identity):+.2f} % in test loss with "
         f"{all_of(identity) / all_of(near):.0f} times fewer."
     )
+
+
+def in_words(result: Result) -> str:
+    """Its label, but for signs in words that a reader knows."""
+    by_layer, by_row = "dense sign, hidden dense sign@message", "dense sign"
+    told = result.label.replace(by_layer, "a message of signs with a scale a layer")
+    return told.replace(by_row, "a message of signs with a scale a row")
 
 
 def where_others_are_ahead(results: dict[str, Result]) -> str:
