@@ -104,6 +104,13 @@ def plain_sizes(axes, ticks_a_decade: Sequence[float] = (1, 2, 5)) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
+def ticks_alone(axes, labels: dict[float, str]) -> None:
+    """Below, on a logarithmic axis, these values alone."""
+    axes.set_xscale("log")
+    axes.set_xticks(list(labels), list(labels.values()))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
 def _plot(axes, x: list, y: list, look: dict) -> None:
     step = max(1, len(x) // MARKERS_A_LINE)
     last_marked = ((len(x) - 1) % step, step)

@@ -1,15 +1,12 @@
 """What is left at the end: the loss at the end by the bytes that a worker sends and receives."""
 
-from collections.abc import Iterable
-from statistics import mean
-
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from scripts.measuring import markdown
 from scripts.shakespeare.envelopes import METHODS, Method, of_method
 from scripts.shakespeare.findings import filled
-from scripts.shakespeare.results import Result
+from scripts.shakespeare.results import Result, lowest
 from scripts.shakespeare.rounds import all_of
 from training.picture import plain_sizes
 
@@ -21,11 +18,6 @@ OURS, OTHERS = METHODS[-1], [one for one in METHODS[:-1] if one.families != ("id
 def fewer(one: Result, identity: Result) -> float:
     """How many times fewer bytes it sends and receives in the whole run."""
     return all_of(identity) / all_of(one)
-
-
-def lowest(results: Iterable[Result]) -> Result | None:
-    """The one with the lowest loss at the end."""
-    return min(results, key=lambda one: mean(one.final), default=None)
 
 
 def nothing_lost(results: dict[str, Result]) -> str:

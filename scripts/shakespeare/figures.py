@@ -44,7 +44,15 @@ from scripts.shakespeare.rounds import rounds_figure
 from scripts.shakespeare.sizes import sizes_figure
 from scripts.shakespeare.times import LINKS
 from scripts.shakespeare.workers import workers_figure
-from training.picture import COLOURS, STYLE, line_look, plain_losses, plain_sizes, save
+from training.picture import (
+    COLOURS,
+    STYLE,
+    line_look,
+    plain_losses,
+    plain_sizes,
+    save,
+    ticks_alone,
+)
 
 PANELS = {  # the paper's family in its first two panels, and in its last two
     "rank": ("identity", "natural", "rank20", "rank15", "rank10", "rank5", "rank15-natural"),
@@ -209,9 +217,8 @@ def differences_figure(measured: list[dict]) -> Figure:
                 for every in steps
             ]
             axes.plot(steps, values, label=role, **line_look(index))
-        axes.set(xscale="log", xlabel="steps a round", ylabel=told, ylim=(0, 1))
-        axes.set_xticks(steps, [str(every) for every in steps])
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set(xlabel="steps a round", ylabel=told, ylim=(0, 1))
+        ticks_alone(axes, {every: str(every) for every in steps})
     axes.legend(fontsize=7)
     return figure
 

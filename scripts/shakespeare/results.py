@@ -1,7 +1,7 @@
 """What the logs of results/shakespeare say: final losses, the target, and what it takes to it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -136,6 +136,11 @@ def read_settings(directory: Path, settings: Sequence[Setting]) -> dict[str, Res
         if logs := tuple(read_log(path) for path in paths if path.exists()):
             results[setting.name] = Result(setting, logs)
     return results
+
+
+def lowest(results: Iterable[Result]) -> Result | None:
+    """The one with the lowest loss at the end; None of none."""
+    return min(results, key=lambda one: mean(one.final), default=None)
 
 
 def of_condition(found: dict[str, Result], condition: str) -> dict[str, Result]:

@@ -1,9 +1,8 @@
 """Runs of other methods beside the best of ours that sends as much: tables of the page."""
 
 from collections.abc import Callable, Container, Iterable
-from statistics import mean
 
-from scripts.shakespeare.results import PEERS, Result, compressed, ours
+from scripts.shakespeare.results import PEERS, Result, compressed, lowest, ours
 from scripts.shakespeare.rounds import all_of, in_figures
 
 OF_ONE_STEP = ("Muon + PowerSGD", "Muon + GreedyLore", "Dion", "Dion float32", "DeMo")
@@ -22,8 +21,7 @@ def rivals(
     for other in (one for one in results.values() if one.setting.family in families):
         near = [one for one in of_ours if amount(one) <= MORE * amount(other)]
         if near:
-            best = min(near, key=lambda result: mean(result.final))
-            found[other.setting.name] = best.setting.name
+            found[other.setting.name] = lowest(near).setting.name
     return found
 
 

@@ -3,12 +3,11 @@
 from statistics import mean
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from scripts.shakespeare.envelopes import ahead, fewest_both_ways
 from scripts.shakespeare.findings import filled
-from scripts.shakespeare.results import LOCAL, PEERS, TARGET_SHARE, Result, ours
-from training.picture import line_look
+from scripts.shakespeare.results import LOCAL, PEERS, TARGET_SHARE, Result, lowest, ours
+from training.picture import line_look, ticks_alone
 
 FEWER = 100  # times, of what ends closest to the uncompressed run
 OF_ROUNDS = (*LOCAL, *PEERS)
@@ -30,9 +29,7 @@ def all_of(result: Result) -> float:
 def closest(results: dict[str, Result]) -> Result:
     """Of ours that send and receive FEWER times less, the one with the lowest loss at the end."""
     most = all_of(results["identity"]) / FEWER
-    return min(
-        (one for one in ours(results) if all_of(one) <= most), key=lambda one: mean(one.final)
-    )
+    return lowest(one for one in ours(results) if all_of(one) <= most)
 
 
 def in_figures(sizes: float) -> str:
@@ -147,9 +144,8 @@ def rounds_figure(results: dict[str, Result], target: float) -> Figure:
     to_target.yaxis.set_major_formatter("{x:g}")
     at_the_end.set_ylabel("final test loss over the uncompressed run's (%)")
     for axes in (to_target, at_the_end):
-        axes.set(xlabel="steps a round", xscale="log")
-        axes.set_xticks(sorted(ticks), [str(steps) for steps in sorted(ticks)])
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("steps a round")
+        ticks_alone(axes, {steps: str(steps) for steps in sorted(ticks)})
     to_target.legend(fontsize=7)
     return figure
 

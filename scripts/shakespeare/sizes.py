@@ -4,14 +4,13 @@ from collections.abc import Iterable
 from statistics import mean
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from scripts.measuring import markdown
 from scripts.shakespeare.conditions import LONGER, MIDDLE, OF_LONGER, SIZES
 from scripts.shakespeare.findings import filled, listed
 from scripts.shakespeare.results import Result, of_condition, target_loss
 from scripts.shakespeare.rounds import all_of, in_figures
-from training.picture import line_look
+from training.picture import line_look, ticks_alone
 
 OTHER = "muloco"
 SHORT = {  # in sentences
@@ -142,8 +141,7 @@ def sizes_figure(found: dict[str, Result]) -> Figure:
     over.set_ylabel("final test loss over the uncompressed run's (%)")
     over.axhline(0, color="#888888", linewidth=0.8)
     for axes in (fewer, over):
-        axes.set(xlabel="parameters", xscale="log")
-        axes.set_xticks(list(ticks), list(ticks.values()))
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("parameters")
+        ticks_alone(axes, ticks)
     over.legend(fontsize=7)
     return figure

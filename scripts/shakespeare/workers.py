@@ -3,14 +3,13 @@
 from statistics import mean
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from scripts.measuring import markdown
 from scripts.shakespeare.conditions import GENRES, MORE_WORKERS, OF_WORKERS, REMEDIES_EVERY
 from scripts.shakespeare.findings import filled, listed
-from scripts.shakespeare.results import Result, of_condition
+from scripts.shakespeare.results import Result, lowest, of_condition
 from scripts.shakespeare.rounds import all_of, in_figures
-from training.picture import line_look, plain_sizes
+from training.picture import line_look, plain_sizes, ticks_alone
 
 SEQUENCES = 16  # in a step, of all workers
 CHANGED = {  # by remedies
@@ -75,17 +74,19 @@ def map_table(found: dict[int, dict[str, Result]]) -> str:
     for budget in BUDGETS:
         cells = []
         for n in sorted(found):
-            compressed = {name: one for name, one in found[n].items() if name != "identity"}
-            within = {name: one for name, one in compressed.items() if all_of(one) <= budget}
-            best = min(within, key=lambda name: mean(within[name].final), default=None)
-            cells.append(point_told(best, within[best]) if best else "none")
+            best = lowest(
+                one
+                for name, one in found[n].items()
+                if name != "identity" and all_of(one) <= budget
+            )
+            cells.append(point_told(best) if best else "none")
         rows.append([str(budget), *cells])
     return markdown(rows, text_columns=len(rows[0]))
 
 
-def point_told(name: str, one: Result) -> str:
+def point_told(one: Result) -> str:
     """A point by its label, and by what it changes that labels do not tell; and its loss."""
-    what = name.partition("-")[2]
+    what = one.setting.name.rpartition("-")[2]
     changed = f", {CHANGED[what]}" if what in NOT_IN_LABELS else ""
     return f"{one.label}{changed} ({mean(one.final):.4f})"
 
@@ -172,10 +173,9 @@ def workers_figure(found: dict[int, dict[str, Result]]) -> Figure:
             if name.endswith("signs") and {name, "identity"} <= of_many.keys()
         )
         by_bytes.plot(*zip(*points, strict=True), label=f"{n} workers", **line_look(index))
-    by_number.set(xlabel="workers", xscale="log")
+    by_number.set_xlabel("workers")
     by_number.set_ylabel("final test loss over the uncompressed run's (%)")
-    by_number.set_xticks(sorted(found), [str(n) for n in sorted(found)])
-    by_number.xaxis.set_minor_locator(NullLocator())
+    ticks_alone(by_number, {n: str(n) for n in sorted(found)})
     by_bytes.set(xlabel="sizes sent and received in all, signs of all entries", xscale="log")
     plain_sizes(by_bytes)
     for axes in (by_number, by_bytes):

@@ -7,14 +7,13 @@ from statistics import mean
 
 import pytest
 from logs import write_study_log
+from study_page import PAGE, first_table, moved, table_after
 
 from scripts.shakespeare import run as study
 from scripts.shakespeare.results import read, read_settings, read_workers
 from scripts.shakespeare.settings import Setting
 from scripts.shakespeare.sizes import longer
 from scripts.shakespeare.workers import workers_table
-
-PAGE = (study.RESULTS.parent / "README.md").read_text()
 
 
 def ends(name):
@@ -25,23 +24,6 @@ def ends(name):
         last = [one for one in records if one["record"] == "eval"][-1]
         found.append((last, 4 * run["parameters"], run["world_size"], run["label"]))
     return found
-
-
-def table_after(heading):
-    """The first table below a heading of the page."""
-    return first_table(PAGE.split(f"## {heading}\n")[1].split("\n## ")[0])
-
-
-def first_table(text):
-    """Its heading, and its rows, as lists of cells."""
-    lines = text.splitlines()
-    first = next(place for place, line in enumerate(lines) if line.startswith("| "))
-    rows = []
-    for line in lines[first:]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    return rows[0], rows[2:]
 
 
 def test_nothing_is_said_of_more_workers_before_they_have_run():
@@ -88,10 +70,6 @@ def test_kinds_of_momentum_have_the_losses_of_their_logs():
         assert int(gradients) == int(steps) * (1 if kind == "polyak" else 2)
         found.append(re.sub(r"\W", "", f"{name}{kind}{steps}"))
     assert len(set(found)) == len(found) >= 2
-
-
-def moved(last, size):
-    return (last["w2s_bytes"] + last["received_bytes"]) / size
 
 
 def test_losses_and_bytes_of_larger_models_are_those_of_the_logs():

@@ -9,6 +9,7 @@ from statistics import mean
 import numpy as np
 import pytest
 from readme import README
+from study_page import moved, table_after
 
 from scripts.shakespeare import run as study
 from scripts.shakespeare.envelopes import fewest_both_ways
@@ -146,21 +147,10 @@ def over_identity(name):
     return f"{100 * (end(name) / end('identity') - 1):+.2f} %"
 
 
-def rows_below(heading):
-    """The rows of the first table of a section of the page, as lists of cells."""
-    page = (study.RESULTS.parent / "README.md").read_text()
-    lines = page.split(f"## {heading}\n")[1].split("\n## ")[0].splitlines()
-    table = [line for line in lines if line.startswith("|")]
-    first = lines.index(table[0])
-    length = next(n for n, line in enumerate([*lines[first:], ""]) if not line.startswith("|"))
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:length]]
-
-
 def test_peers_stand_beside_the_best_of_ours_that_sends_as_much():
+    _, rows = table_after("Against DiLoCo, MuLoCo and SparseLoCo?")
     found = []
-    for _, sizes, its_end, _, our_sizes, our_end in rows_below(
-        "Against DiLoCo, MuLoCo and SparseLoCo?"
-    ):
+    for _, sizes, its_end, _, our_sizes, our_end in rows:
         (peer,) = (
             name
             for name in RUNS
@@ -178,7 +168,7 @@ def test_peers_stand_beside_the_best_of_ours_that_sends_as_much():
 
 
 def test_what_is_lost_at_the_end_is_what_the_logs_say():
-    rows = rows_below("Is nothing lost at the end?")
+    _, rows = table_after("Is nothing lost at the end?")
     assert len(rows) >= 5
     for times, _, ours, other, theirs in rows:
         enough = [
@@ -199,10 +189,6 @@ def last_of(name):
     """The last evaluation of seed 0, and the model's size in bytes."""
     run, *records = map(json.loads, (study.RESULTS / f"{name}-seed0.jsonl").open())
     return [one for one in records if one["record"] == "eval"][-1], 4 * run["parameters"]
-
-
-def moved(last, size):
-    return (last["w2s_bytes"] + last["received_bytes"]) / size
 
 
 def over(name, plain):
