@@ -53,7 +53,9 @@ class Run:
             config, self.raw_model, workers.timeout, group, self.members.among
         )
         self.scheduler = new_scheduler(self.optimizer, config, steps=0)
-        self.passes = Passes(self.raw_model, self.optimizer, workers.device, config.compile)
+        self.passes = Passes(
+            self.raw_model, self.optimizer, workers.device, config.precision, config.compile
+        )
         self.finish = getattr(self.optimizer, "finish", lambda: None)
         # While workers train on, answers whether to stop are on their way, and sums of losses.
         self.ask_every = self.members.ask_every(self.optimizer)

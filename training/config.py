@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from training.links import Plan, check_plan
 from training.membership import Membership, check_membership
+from training.passes import COMPILE, PRECISIONS
 from training.workers import EXCHANGES, RunError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +44,13 @@ DESCRIBED = {
     "norm": "give norm.ROLE.norm._target_=CLASS, as in configs/norm",
     "w2s": "give +compressor@norm.ROLE.w2s=NAME",
     "s2w": "give +compressor@norm.ROLE.s2w=NAME",
+}
+ALLOWED = {  # values of what is chosen by name
+    "resume": ("none", "auto", "elastic"),
+    "exchange": EXCHANGES,
+    "precision": PRECISIONS,
+    "compile": COMPILE,
+    "wandb.mode": ("disabled", "offline", "online"),
 }
 KINDS = {
     int: "a whole number",
@@ -113,7 +121,8 @@ class Config:
     log_every: int
     diagnostics_every: int
     check_every: int
-    compile: bool
+    precision: str
+    compile: Any
     label: str | None
     runs: str
     directory: str | None
@@ -167,17 +176,18 @@ def what_matters(config: dict) -> dict:
     return flat
 
 
-# What optimizers did before there was a choice; it is not told.
-AS_BEFORE = {"momentum": "polyak", "gamma": 1.0}
+# What was done before there was a choice; it is not told.
+AS_BEFORE = {"momentum": "polyak", "gamma": 1.0, "precision": "auto"}
 
 
 def _essential(config: dict) -> dict:
     model = {k: v for k, v in config["model"].items() if f"model.{k}" not in INCIDENTAL}
     optimizer = {k: v for k, v in config["optimizer"].items() if AS_BEFORE.get(k) != v}
-    own = {"model": model, "optimizer": optimizer}
+    own = {"model": model, "optimizer": optimizer, "compile": config.get("compile") is not False}
     if config.get("membership", {}).get("workers"):  # as many parts of the tokens
         own["workers"] = config["membership"]["workers"]
-    return {k: v for k, v in config.items() if k not in INCIDENTAL} | own
+    kept = {k: v for k, v in config.items() if k not in INCIDENTAL and AS_BEFORE.get(k) != v}
+    return kept | own
 
 
 def sweep(overrides: list[str], multirun: bool) -> list[tuple[str, ...]]:
@@ -287,19 +297,15 @@ def _check_ranges(config: DictConfig) -> None:
             raise RunError(f"{key}={value} is not allowed: give a whole number of at least 0")
     if config.seed >= 2**63:
         raise RunError(f"seed={config.seed} is not allowed: give a whole number below 2^63")
-    if config.resume not in ("none", "auto", "elastic"):
-        raise RunError(f"resume={config.resume} is not allowed: choose none, auto or elastic")
-    if config.exchange not in EXCHANGES:
-        allowed = " or ".join(EXCHANGES)
-        raise RunError(f"exchange={config.exchange} is not allowed: choose {allowed}")
+    for key, allowed in ALLOWED.items():
+        value = OmegaConf.select(config, key)
+        if value not in allowed:
+            *names, last = (str(name).lower() for name in allowed)
+            raise RunError(f"{key}={value} is not allowed: choose {', '.join(names)} or {last}")
     if config.resume == "elastic" and config.directory is None:
         raise RunError("resume=elastic needs directory=: say which run goes on")
     check_membership(config.membership, config.resume)
     check_plan(config.plan, config.dry_run)
-    if config.wandb.mode not in ("disabled", "offline", "online"):
-        raise RunError(
-            f"wandb.mode={config.wandb.mode} is not allowed: choose disabled, offline or online"
-        )
     entries = config.model.get("vocab_size")
     if isinstance(entries, int) and entries < config.data.vocab_size:
         raise RunError(

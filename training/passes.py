@@ -9,13 +9,18 @@ from torch import Tensor
 from baselines import AllReduced
 from model import GPT
 
+PRECISIONS = ("auto", "float32", "bfloat16")
+COMPILE = ("auto", True, False)
+
 
 class Passes:
-    """The losses and gradients of a model, as its optimizer needs them; on a GPU in bfloat16.
+    """The losses and gradients of a model, as its optimizer needs them.
 
     What is called, `model`, is `raw_model` behind DDP where the optimizer's gradients are
-    all-reduced, and compiled on a GPU if `compiled`. `without_sync()`: within it they are not
-    all-reduced. `twice`: whether the optimizer evaluates every batch by itself, at two W.
+    all-reduced. precision: of PRECISIONS, "bfloat16" by autocast; compiled: of COMPILE, whether by
+    torch.compile. "auto" is bfloat16 and compiled on a GPU, neither on CPUs. `without_sync()`:
+    within it gradients are not all-reduced. `twice`: whether the optimizer evaluates every batch by
+    itself, at two W.
     """
 
     def __init__(
@@ -23,15 +28,17 @@ class Passes:
         raw_model: GPT,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
-        compiled: bool,
+        precision: str,
+        compiled: str | bool,
     ):
         self.raw_model, self.optimizer, self.device = raw_model, optimizer, device
         reduced, on_cuda = isinstance(optimizer, AllReduced), device.type == "cuda"
         self.model = optimizer.wrap(raw_model) if reduced else raw_model
         self.without_sync = self.model.no_sync if reduced else nullcontext
-        if on_cuda and compiled:
+        if on_cuda if compiled == "auto" else compiled:
             self.model = torch.compile(self.model)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=on_cuda)
+        in_half = on_cuda if precision == "auto" else precision == "bfloat16"
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_half)
         # W is evaluated, where a worker's own parameters are apart from it.
         self.agreed = getattr(optimizer, "agreed", nullcontext)
         correction = getattr(optimizer, "correction", None)

@@ -1,7 +1,7 @@
 """Points of both axes under other conditions: more workers, larger models, unlike text.
 
-Each condition has an uncompressed run of its own. Those of sizes are made on one GPU that all
-workers share, and their messages go through the host's memory.
+Each condition has an uncompressed run of its own. Those of sizes are in bfloat16, on a GPU that all
+workers share or on CPUs, and their messages go through the host's memory.
 """
 
 from dataclasses import replace
@@ -21,6 +21,7 @@ from scripts.shakespeare.settings import (
 )
 
 SHARED_GPU = "exchange=host compile=false checkpoint.every=0"
+IN_HALF = "precision=bfloat16 compile=true exchange=host"
 OF_CONDITIONS = (
     *("identity", "served6", "local4-signs", "local10-signs", "local30-signs", "local60-signs"),
     "muloco",
@@ -54,7 +55,7 @@ def of_workers(workers: int, name: str, overrides: str) -> Setting:
 
 def of_gpu(one: Setting) -> Setting:
     """The same on a GPU that all workers share."""
-    return replace(one, overrides=(*one.overrides, *SHARED_GPU.split()), on_gpu=True)
+    return replace(one, overrides=(*one.overrides, *SHARED_GPU.split()), device="cuda")
 
 
 WORKER_SETTINGS = [
@@ -89,9 +90,9 @@ def of_size(size: str, name: str, overrides: str, tokens: int = 1) -> Setting:
     steps *= tokens
     model = f"model.layers={layers} model.width={width} model.heads={heads}"
     length = f"steps={steps} eval.every={steps // 12} log_every={steps // 12}"
-    return of_gpu(
-        setting(f"sizes/{size}-{tokens}-{name}", "sizes", f"{overrides} {model} {length}")
-    )
+    named = f"sizes/{size}-{tokens}-{name}"
+    one = setting(named, "sizes", f"{overrides} {model} {length} {IN_HALF}")
+    return replace(one, device="either")
 
 
 SIZE_SETTINGS = [
@@ -105,6 +106,9 @@ SIZE_SETTINGS += [
     for radius in (1, 4)
 ]
 SIZE_SETTINGS += [of_size(MIDDLE, name, POINTS[name], LONGER) for name in OF_LONGER]
+# Once more on CPUs, to see whether runs of either device can be compared.
+ON_CPU = "cpu"
+SIZE_SETTINGS.append(replace(of_size(MIDDLE, ON_CPU, POINTS["identity"]), device="cpu"))
 
 # Histories to one worker and as much of comedies to the other, or both to both.
 GENRES = ("apart", "mixed")

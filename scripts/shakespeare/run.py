@@ -4,10 +4,10 @@
 
 With torchrun, on two workers but where more are studied; one training at a time, or as many as have
 N processes in all, on a GPU that they share. Runs that are of a GPU are left out without one, and
-others do not use it. A run whose log is in results/shakespeare is skipped;
-one that was interrupted goes on from its checkpoint. Logs are cut to the records that figures need,
-and are not edited. The runs and their overrides are in settings.py and conditions.py beside this
-file.
+others do not use it, but for those of larger models, which are in bfloat16 on either. A run whose
+log is in results/shakespeare is skipped; one that was interrupted goes on from its checkpoint. Logs
+are cut to the records that figures need, and are not edited. The runs and their overrides are in
+settings.py and conditions.py beside this file.
 """
 
 import argparse
@@ -58,7 +58,8 @@ def is_done(run: StudyRun) -> bool:
     with path.open() as file:
         made_with = as_sent(what_matters(json.loads(file.readline())["config"]))
     asked = what_matters(OmegaConf.to_container(compose(overrides(run)).config, resolve=True))
-    asked.pop("optimizer.server", None)  # placements take the same steps
+    for key in ("optimizer.server", "compile"):  # they take the same steps
+        asked.pop(key, None)
     # A later version may have other keys, but a role's compressor is there where it was asked for.
     of_roles = {key for key in asked.keys() | made_with.keys() if key.startswith("norm.")}
     differing = [
@@ -93,7 +94,7 @@ def start(run: StudyRun, output: IO | None = None) -> subprocess.Popen:
         prepare(SHARDS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={run.workers}", "train.py", *overrides(run)]
-    devices = os.environ if run.on_gpu else {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    devices = {**os.environ, "CUDA_VISIBLE_DEVICES": ""} if run.device == "cpu" else os.environ
     return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=devices)
 
 
@@ -163,8 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{'missing' if run in missing else 'done   '}  {run.name}")
             return 0
         if not torch.cuda.is_available():
-            left = [run.name for run in missing if run.on_gpu]
-            missing = [run for run in missing if not run.on_gpu]
+            left = [run.name for run in missing if run.device == "cuda"]
+            missing = [run for run in missing if run.device != "cuda"]
             if left:
                 print(f"left for a machine with a GPU: {', '.join(left)}")
         if options.processes:

@@ -24,7 +24,7 @@ class StudyRun:
     name: str
     overrides: tuple[str, ...]
     workers: int = 2
-    on_gpu: bool = False
+    device: str = "cpu"
 
 
 ALL_SETTINGS = [
@@ -32,7 +32,7 @@ ALL_SETTINGS = [
     *(*WORKER_SETTINGS, *GPU_SETTINGS, *SIZE_SETTINGS, *GENRE_SETTINGS),
 ]
 RUNS = [
-    StudyRun(f"{one.name}-seed{seed}", (*one.overrides, f"seed={seed}"), one.workers, one.on_gpu)
+    StudyRun(f"{one.name}-seed{seed}", (*one.overrides, f"seed={seed}"), one.workers, one.device)
     for seed in SEEDS
     for one in ALL_SETTINGS
     if seed in one.seeds

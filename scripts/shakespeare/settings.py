@@ -18,7 +18,7 @@ class Setting:
     seeds: tuple[int, ...] = (0,)
     level: str = ""
     workers: int = 2
-    on_gpu: bool = False  # or else on CPUs
+    device: str = "cpu"  # or "cuda", or "either"
 
 
 SEEDS = (0, 1, 2)

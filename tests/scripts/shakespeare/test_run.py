@@ -119,7 +119,7 @@ def test_runs_go_on_at_once_as_far_as_their_workers_have_place(tmp_path, monkeyp
 def test_what_is_of_a_gpu_is_left_out_without_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(study, "ROOT", tmp_path)
-    monkeypatch.setattr(study, "RUNS", [StudyRun("a", (), 8, on_gpu=True), StudyRun("b", ())])
+    monkeypatch.setattr(study, "RUNS", [StudyRun("a", (), 8, device="cuda"), StudyRun("b", ())])
     monkeypatch.setattr(study, "is_done", lambda run: False)
     begun = trained(monkeypatch, tmp_path)
     for there in (False, True):
