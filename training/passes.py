@@ -1,5 +1,8 @@
 """Forward and backward passes of a run's model on this worker."""
 
+import os
+import shutil
+import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 
@@ -8,6 +11,7 @@ from torch import Tensor
 
 from baselines import AllReduced
 from model import GPT
+from training.workers import RunError
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 COMPILE = ("auto", True, False)
@@ -20,7 +24,7 @@ class Passes:
     all-reduced. precision: of PRECISIONS, "bfloat16" by autocast; compiled: of COMPILE, whether by
     torch.compile. "auto" is bfloat16 and compiled on a GPU, neither on CPUs. `without_sync()`:
     within it gradients are not all-reduced. `twice`: whether the optimizer evaluates every batch by
-    itself, at two W.
+    itself, at two W. Raises RunError where CPUs have no compiler.
     """
 
     def __init__(
@@ -36,6 +40,8 @@ class Passes:
         self.model = optimizer.wrap(raw_model) if reduced else raw_model
         self.without_sync = self.model.no_sync if reduced else nullcontext
         if on_cuda if compiled == "auto" else compiled:
+            if not on_cuda:
+                _require_compiler()
             self.model = torch.compile(self.model)
         in_half = on_cuda if precision == "auto" else precision == "bfloat16"
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_half)
@@ -71,3 +77,12 @@ class Passes:
                     total += self.model(inputs, targets).double() * counted
                 tokens += counted
         return total, tokens
+
+
+def _require_compiler() -> None:
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler):
+        raise RunError(
+            f"compile=true on CPUs needs a C++ compiler, and {compiler} was not found: install it, "
+            "name another in the environment variable CXX, or give compile=false"
+        )
