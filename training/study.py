@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 
 WORKERS = (2, 4, 8)
-SIGNS = "compressor@w2s=sign"
 DENSE = "compressor@w2s=dense w2s.values=normal2"
 BACK = "compressor@s2w=sign s2w.values=normal2"
-OUTSIDE = "optimizer.outer_momentum=0.3 optimizer.error_decay=0.5"
 LOCAL = "optimizer=local norm.hidden.radius=2"
+SIGNS = "optimizer=local_signs norm.hidden.radius=2"
 RADII = "norm.hidden.radius=2 norm.embedding.radius=60"
 LONG, SHORT = 120, 60  # steps of a round, before the lr falls and then
 # By setting and number of workers the test loss at the end over that of as many workers without
@@ -76,14 +75,14 @@ MAP = (
         Setting(
             f"local{every}-signs",
             f"signs of all entries, every {every} steps",
-            f"{LOCAL} optimizer.every={every} {SIGNS} {OUTSIDE}",
+            f"{SIGNS} optimizer.every={every}",
         )
         for every in (4, 10, 30, 60)
     ),
     Setting(
         f"local{LONG}-{SHORT}-signs",
         f"signs of all entries, every {LONG}, then {SHORT} steps",
-        f"{LOCAL} optimizer.every=SHORTER {SIGNS} {OUTSIDE}",
+        f"{SIGNS} optimizer.every=SHORTER",
     ),
     *(
         Setting(
@@ -97,7 +96,7 @@ MAP = (
         Setting(
             f"local{every}-back",
             f"signs of all entries, back in 2 bits, every {every} steps",
-            f"{LOCAL} optimizer.every={every} {SIGNS} {OUTSIDE} {BACK}",
+            f"{SIGNS} optimizer.every={every} {BACK}",
         )
         for every in (2, 4, 10)
     ),

@@ -6,7 +6,7 @@ from statistics import mean
 from matplotlib.figure import Figure
 
 from scripts.measuring import markdown
-from scripts.shakespeare.conditions import LONGER, MIDDLE, OF_LONGER, SIZES
+from scripts.shakespeare.conditions import LONGER, MIDDLE, OF_LONGER, ON_CPU, POINTS, SIZES
 from scripts.shakespeare.findings import filled, listed
 from scripts.shakespeare.results import Result, of_condition, target_loss
 from scripts.shakespeare.rounds import all_of, in_figures
@@ -20,19 +20,25 @@ SHORT = {  # in sentences
     "local60-signs": "every 60",
     OTHER: "MuLoCo every 30",
 }
+MACHINES = {"cuda": "an H100 that they share", "cpu": "two CPU cores"}
 
 
 def larger_models(found: dict[str, Result], studied: dict[str, Result]) -> str:
     """The page's section; nothing where no run of another size has been made."""
     if not found:
         return ""
-    torch = next(iter(found.values())).logs[0].run["versions"]["torch"]
+    runs = [log.run for one in found.values() for log in one.logs]
+    versions = {run["device"]: run["versions"]["torch"] for run in runs}
+    machines = " or ".join(
+        f"{told} (torch {versions[device]})"
+        for device, told in MACHINES.items()
+        if device in versions
+    )
     told = listed(f"{steps:,} ({size})" for size, (*_, steps) in SIZES.items())
     setting = (
-        f"One token a parameter, so that there are {told} steps of 4,096 tokens, by two workers "
-        f"that share an H100 (torch {torch}, bfloat16), one seed; radii and beta are those of "
-        "0.8 M parameters. Each size has a target of its own, the uncompressed run's loss at 75 % "
-        "of its tokens."
+        f"One token a parameter, so that there are {told} steps of 4,096 tokens, by two workers in "
+        f"bfloat16 on {machines}, one seed; radii and beta are those of 0.8 M parameters. Each "
+        "size has a target of its own, the uncompressed run's loss at 75 % of its tokens."
     )
     parts = (
         "## Does it hold as the model grows?",
@@ -52,7 +58,7 @@ def longer(found: dict[str, Result], studied: dict[str, Result]) -> list[str]:
         return []
     told = (
         f"With {LONGER} tokens a parameter, which in the smallest model are the runs of the study "
-        "itself, on CPUs:"
+        "itself, in float32:"
     )
     of_study = {name: studied[name] for name in OF_LONGER if name in studied}
     return [told, sizes_table([of_study, points])]
@@ -60,15 +66,16 @@ def longer(found: dict[str, Result], studied: dict[str, Result]) -> list[str]:
 
 def sizes_table(several: Iterable[dict[str, Result]]) -> str:
     """Of every size and point the loss at the end, and what it sends and receives."""
-    heading = ["parameters", "setting", "end", "over uncompressed", "sizes in all"]
+    heading = ["parameters", "setting", "on", "end", "over uncompressed", "sizes in all"]
     rows = [[*heading, "sizes to target", "fewer than uncompressed"]]
     for points in several:
-        rows += [
-            [f"{one.logs[0].run['parameters']:,}", one.label, *cells(one, points)]
-            for name, one in points.items()
-            if not name.startswith("radius")
-        ]
-    return markdown(rows, text_columns=2)
+        for name, one in points.items():
+            if name in POINTS:
+                run = one.logs[0].run
+                device = "GPU" if run["device"] == "cuda" else "CPU"
+                told = [f"{run['parameters']:,}", one.label, device]
+                rows.append([*told, *cells(one, points)])
+    return markdown(rows, text_columns=3)
 
 
 def cells(one: Result, points: dict[str, Result]) -> list[str]:
@@ -91,28 +98,29 @@ def sizes_told(found: dict[str, Result]) -> str:
         for name in SHORT.keys() & points.keys() if "identity" in points else ():
             gaps.setdefault(name, []).append(f"{points[name].over(points['identity']):+.1f} %")
     several = [
-        f"{told} {' and '.join(gaps[name])}"
+        f"{told} {listed(gaps[name])}"
         for name, told in SHORT.items()
         if len(gaps.get(name, ())) > 1
     ]
-    largest = of_condition(found, f"sizes/{list(SIZES)[-1]}-1")
-    ends = [
-        f"{told} {mean(largest[name].final):.4f}" for name, told in SHORT.items() if name in largest
-    ]
-    of_radii = of_condition(found, f"sizes/{MIDDLE}-1")
-    radii = [
-        f"{name.removeprefix('radius')} {mean(one.final):.4f}"
-        for name, one in of_radii.items()
-        if name.startswith("radius")
-    ]
-    transfer = ""
-    if radii:
-        transfer = f" Of {MIDDLE}, uncompressed, with a hidden radius of {listed(radii)}."
     return (
         f"Over the uncompressed run of its size, from the smallest model on: {'; '.join(several)}."
         " A larger model has more steps here, so more rounds: which of the two helps, these runs "
-        f"do not tell. In the largest: {'; '.join(ends)}.{transfer}"
+        f"do not tell.{middle_told(of_condition(found, f'sizes/{MIDDLE}-1'))}"
     )
+
+
+def middle_told(points: dict[str, Result]) -> str:
+    """Whether radii transfer to this size, and whether its runs of both devices agree."""
+    told = ""
+    radii = {name: one for name, one in points.items() if name.startswith("radius")}
+    if radii:
+        radii["radius2"] = points["identity"]
+        ends = [f"{name[-1]} {mean(one.final):.4f}" for name, one in sorted(radii.items())]
+        told = f" {MIDDLE} uncompressed end with a hidden radius of {listed(ends)}."
+    if ON_CPU in points:
+        ends = [f"{mean(points[name].final):.4f}" for name in ("identity", ON_CPU)]
+        told += f" On a GPU that run ends at {ends[0]}, on CPUs at {ends[1]}."
+    return told
 
 
 def sizes_figure(found: dict[str, Result]) -> Figure:

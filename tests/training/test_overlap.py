@@ -150,7 +150,7 @@ def test_of_workers_that_have_not_run_the_next_fewer_are_told(monkeypatch):
     told = planned("plan.step_seconds=10", "plan.mbit=100")[-1]
     assert told.startswith(
         "8 workers: signs of all entries, every 10 steps (+1.2 % with 2 workers, not run with "
-        "8):\noptimizer=local "
+        "8):\noptimizer=local_signs "
     )
 
 
