@@ -96,8 +96,7 @@ def missing(parts: Iterable[dict[str, Result]]) -> str:
     for setting in ALL_SETTINGS:
         if (done := runs.get(setting.name, 0)) < len(setting.seeds):
             left.append(f"{setting.name} ({len(setting.seeds) - done})" if done else setting.name)
-    how = "`make study` does; what begins with sizes/ where there is a GPU"
-    return f"\nNot run yet ({how}): {', '.join(left)}.\n" if left else ""
+    return f"\nNot run yet (`make study` does): {', '.join(left)}.\n" if left else ""
 
 
 def table(results: dict[str, Result], target: float) -> str:

@@ -123,6 +123,7 @@ def test_more_tokens_a_parameter_stand_beside_the_runs_of_the_study(tmp_path):
             tmp_path / f"{one.name}-seed0.jsonl",
             [9.0, 5.0, 3.0, losses[one.name]],
             parameters=300 if one.name.startswith("sizes/") else 100,
+            device="cpu",
         )
     results = read_settings(tmp_path, settings)
     of_sizes = {name: one for name, one in results.items() if name.startswith("sizes/")}

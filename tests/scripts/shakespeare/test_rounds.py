@@ -185,6 +185,9 @@ def test_what_is_lost_at_the_end_is_what_the_logs_say():
         assert over_identity(min(of_others, key=end)) == theirs
 
 
+LARGER = ("3M", "10M")
+
+
 def last_of(name):
     """The last evaluation of seed 0, and the model's size in bytes."""
     run, *records = map(json.loads, (study.RESULTS / f"{name}-seed0.jsonl").open())
@@ -197,19 +200,26 @@ def over(name, plain):
 
 def test_the_readme_tells_of_a_larger_model_and_of_more_workers():
     told = " ".join(README.split())
-    (last, size), (plain, _) = (
-        last_of(f"sizes/3M-1-{name}") for name in ("local4-signs", "identity")
-    )
-    sent, whole = (one["w2s_bytes"] + one["received_bytes"] for one in (last, plain))
     every_4, every_30 = (
-        over(f"sizes/3M-1-local{every}-signs", "sizes/3M-1-identity") for every in (4, 30)
+        [over(f"sizes/{size}-1-local{every}-signs", f"sizes/{size}-1-identity") for size in LARGER]
+        for every in (4, 30)
     )
+    fewer = [
+        f"{moved(*last_of(f'sizes/{size}-1-identity')) / moved(*signs):.0f}"
+        for size in LARGER
+        for signs in [last_of(f"sizes/{size}-1-local4-signs")]
+    ]
+    millions = [f"{last_of(f'sizes/{size}-1-identity')[1] / 4e6:.1f}" for size in LARGER]
     assert (
-        f"With a scale a row in place of one a layer a model of {size / 4e6:.1f} M parameters ends "
-        f"at {every_4} with {whole / sent:.0f} times fewer, and with a round every 30 steps at "
-        f"{every_30} where 0.8 M end at "
-        f"{over('sizes/0.8M-1-local30-signs', 'sizes/0.8M-1-identity')}, all with a token a "
-        "parameter."
+        "With a scale a row in place of one a layer models of {} and {} M parameters end at {} and "
+        "{} with {} and {} times fewer, and with a round every 30 steps at {} and {} where 0.8 M "
+        "end at {}, all with a token a parameter.".format(
+            *millions,
+            *every_4,
+            *fewer,
+            *every_30,
+            over("sizes/0.8M-1-local30-signs", "sizes/0.8M-1-identity"),
+        )
     ) in told
     of_eight = [over(f"workers/8-local{n}-signs", "workers/8-identity") for n in (4, 10, 30)]
     assert (
