@@ -56,6 +56,9 @@ def polar_express(x, steps):
     return x
 
 
+# Of float32, about twice what 100 seeds of each shape showed; which products add up in which order
+# is the processor's choice.
+ROUNDING = {"jordan": 2e-5, "polar_express": 1.2e-4}
 REFERENCE = {"jordan": reference.newton_schulz, "polar_express": polar_express}
 
 
@@ -129,7 +132,7 @@ def test_it_agrees_with_numpy(shape, method):
     x = spread(*shape)
     expected = REFERENCE[method](x.double().numpy(), 5)
     error = np.linalg.norm(newton_schulz(x, method=method).numpy() - expected)
-    assert error < 3e-5 * np.linalg.norm(expected)
+    assert error < ROUNDING[method] * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 9])
@@ -138,7 +141,8 @@ def test_it_agrees_with_numpy(shape, method):
 def test_it_takes_the_steps_asked_for(shape, method, steps):
     x = spread(*shape)
     expected = REFERENCE[method](x.double().numpy(), steps)
-    np.testing.assert_allclose(newton_schulz(x, steps, method=method).numpy(), expected, atol=1e-5)
+    found = newton_schulz(x, steps, method=method).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING[method])
 
 
 @pytest.mark.parametrize("smallest", [1e-2, 1e-5, 0])
