@@ -112,11 +112,14 @@ def sizes_told(found: dict[str, Result]) -> str:
 def middle_told(points: dict[str, Result]) -> str:
     """Whether radii transfer to this size, and whether its runs of both devices agree."""
     told = ""
-    radii = {name: one for name, one in points.items() if name.startswith("radius")}
-    if radii:
-        radii["radius2"] = points["identity"]
-        ends = [f"{name[-1]} {mean(one.final):.4f}" for name, one in sorted(radii.items())]
-        told = f" {MIDDLE} uncompressed end with a hidden radius of {listed(ends)}."
+    radii = {int(name[-1]): one for name, one in points.items() if name.startswith("radius")}
+    if radii and ON_CPU in points:
+        radii = dict(sorted((radii | {2: points[ON_CPU]}).items()))
+        ends = [f"{mean(one.final):.4f}" for one in radii.values()]
+        told = (
+            f" With a hidden radius of {listed(map(str, radii))} {MIDDLE} uncompressed end at "
+            f"{listed(ends)} on CPUs."
+        )
     if ON_CPU in points:
         ends = [f"{mean(points[name].final):.4f}" for name in ("identity", ON_CPU)]
         told += (
