@@ -123,8 +123,8 @@ def middle_told(points: dict[str, Result]) -> str:
     if ON_CPU in points:
         ends = [f"{mean(points[name].final):.4f}" for name in ("identity", ON_CPU)]
         told += (
-            f" On a GPU {MIDDLE} uncompressed end at {ends[0]}, on CPUs at {ends[1]}: differences "
-            "as small between a run of each, as in 10M, say nothing."
+            f" On a GPU {MIDDLE} uncompressed end at {ends[0]}, on CPUs at {ends[1]}: a run of "
+            "each, as in 10M, may differ by as much for that alone."
         )
     return told
 

@@ -33,18 +33,18 @@ def batch_on(device):
 
 
 def loss_and_dtype(passes, device):
-    """The loss of a batch, its embedding's gradient, and of what dtype linear maps were."""
+    """The loss of a batch, its gradients, and of what dtypes a linear map's outputs were."""
     seen = set()
     expand = passes.raw_model.blocks[0].mlp.expand
     handle = expand.register_forward_hook(lambda module, given, out: seen.add(out.dtype))
     loss = passes.gradient(batch_on(device))
-    with_grad = [parameter.grad for parameter in passes.raw_model.parameters()]
+    gradients = [parameter.grad for parameter in passes.raw_model.parameters()]
     windows = [(inputs, targets, targets.numel()) for inputs, targets in batch_on(device)]
     total, tokens = passes.loss_sum(windows)
     handle.remove()
     torch.testing.assert_close(total.float() / tokens, loss)
-    assert all(gradient.dtype == torch.float32 for gradient in with_grad)
-    return loss, with_grad, seen
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    return loss, gradients, seen
 
 
 @pytest.mark.parametrize("device", DEVICES)
