@@ -78,6 +78,11 @@ def local(every: int | str, message: str, *options: str) -> str:
     return f"{LOCAL} optimizer.every={every} {message} {told}"
 
 
+def signs_by_message(of_embedding: int) -> str:
+    """Hidden layers in signs with a scale a layer, the embedding in so many bits."""
+    return f"{SIGNS} w2s.values=sign@message {EMBEDDING_DENSE}=normal{of_embedding}"
+
+
 def back(compressor: str) -> str:
     """The same for what servers send."""
     return compressor.replace("w2s", "s2w")
@@ -267,6 +272,19 @@ SETTINGS += [
             ("60", 60, (0,)),
             ("120-60", SHORTER, SEEDS),
             ("200", 200, (0,)),
+        )
+    ),
+    *(
+        setting(
+            f"local{name}-message-embedding{bits}",
+            "local steps",
+            local(h, signs_by_message(bits), OUTER, HALF),
+        )
+        for name, h, bits in (
+            *(("120-60", SHORTER, bits) for bits in (2, 4)),
+            ("200", 200, 4),
+            ("60", 60, 4),
+            ("4", 4, 2),
         )
     ),
     setting("local60-top5", "local steps", local(60, top(5, "sign"), OUTER, HALF)),
