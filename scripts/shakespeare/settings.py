@@ -287,6 +287,11 @@ SETTINGS += [
             ("4", 4, 2),
         )
     ),
+    setting(
+        "local120-60-normal1-embedding4",
+        "local steps",
+        local(SHORTER, f"{dense(1)}@message {EMBEDDING_DENSE}=normal4", OUTER, HALF),
+    ),
     setting("local60-top5", "local steps", local(60, top(5, "sign"), OUTER, HALF)),
     setting(
         "local30-chunks", "local steps", local(30, CHUNKS, "error_decay=0.95", "inner.lr=0.005")
