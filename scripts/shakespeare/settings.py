@@ -78,9 +78,9 @@ def local(every: int | str, message: str, *options: str) -> str:
     return f"{LOCAL} optimizer.every={every} {message} {told}"
 
 
-def signs_by_message(of_embedding: int) -> str:
-    """Hidden layers in signs with a scale a layer, the embedding in so many bits."""
-    return f"{SIGNS} w2s.values=sign@message {EMBEDDING_DENSE}=normal{of_embedding}"
+def with_embedding(of_hidden: str, bits: int) -> str:
+    """A message, of the embedding in more bits."""
+    return f"{of_hidden} {EMBEDDING_DENSE}=normal{bits}"
 
 
 def back(compressor: str) -> str:
@@ -112,7 +112,9 @@ LOCAL = "optimizer=local norm.hidden.radius=2"
 # Rounds that get shorter as the lr falls, which it does from 60 % of the steps on.
 SHORTER, SIGNS = "{0:120,360:60}", "compressor@w2s=sign"
 # A scale a layer, but of the embedding a scale a row: bytes differ in how often they come.
-SIGNS_BY_MESSAGE = "compressor@w2s=sign w2s.values=sign@message +compressor@norm.embedding.w2s=sign"
+SIGN_A_LAYER = f"{SIGNS} w2s.values=sign@message"
+SIGNS_BY_MESSAGE = f"{SIGN_A_LAYER} +compressor@norm.embedding.w2s=sign"
+ROTATED = f"{dense(1)}@message"
 CHUNKS = "compressor@w2s=chunk_topk"  # as SparseLoCo has them
 OUTER, HALF, EF21 = "outer_momentum=0.3", "error_decay=0.5", "feedback=ef21"
 MULOCO = (
@@ -276,21 +278,16 @@ SETTINGS += [
     ),
     *(
         setting(
-            f"local{name}-message-embedding{bits}",
+            f"local{name}-{kind}-embedding{bits}",
             "local steps",
-            local(h, signs_by_message(bits), OUTER, HALF),
+            local(h, with_embedding(message, bits), OUTER, HALF),
         )
-        for name, h, bits in (
-            *(("120-60", SHORTER, bits) for bits in (2, 4)),
-            ("200", 200, 4),
-            ("60", 60, 4),
-            ("4", 4, 2),
+        for kind, message, points in (
+            ("message", SIGN_A_LAYER, (("120-60", SHORTER, 2), ("120-60", SHORTER, 4))),
+            ("message", SIGN_A_LAYER, (("60", 60, 4), ("4", 4, 2))),
+            ("normal1", ROTATED, (("120-60", SHORTER, 2), ("120-60", SHORTER, 4), ("200", 200, 2))),
         )
-    ),
-    setting(
-        "local120-60-normal1-embedding4",
-        "local steps",
-        local(SHORTER, f"{dense(1)}@message {EMBEDDING_DENSE}=normal4", OUTER, HALF),
+        for name, h, bits in points
     ),
     setting("local60-top5", "local steps", local(60, top(5, "sign"), OUTER, HALF)),
     setting(
