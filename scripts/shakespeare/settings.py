@@ -311,7 +311,8 @@ SETTINGS += [
             f"{method.lower()}{ending}", method, f"{best} optimizer.every={h}", level=f"every {h}"
         )
         for method, best in BEST_OF_PEERS.items()
-        for h, ending in ((30, ""), (10, "-every10"))
+        for h, ending in ((30, ""), (10, "-every10"), (4, "-every4"))
+        if h >= 10 or method == "MuLoCo"  # of the three the lowest at the end
     ),
     setting(
         "muloco-4bits",
