@@ -115,8 +115,8 @@ def envelopes_figure(results: dict[str, Result], target: float) -> Figure:
 
 
 def fewest_both_ways(results: dict[str, Result], target: float) -> Result:
-    """Of ours the one that reaches the target with the fewest bytes sent and received."""
-    reached = [one for one in ours(results) if one.both(target)]
+    """Of ours with seeds the one that reaches the target with the fewest bytes both ways."""
+    reached = [one for one in ours(results) if one.has_seeds and one.both(target)]
     return min(reached, key=lambda one: one.both(target))
 
 

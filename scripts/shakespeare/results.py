@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 from scripts.shakespeare.conditions import WORKER_SETTINGS
-from scripts.shakespeare.settings import MOMENTUM_SETTINGS, SETTINGS, Setting
+from scripts.shakespeare.settings import MOMENTUM_SETTINGS, SEEDS, SETTINGS, Setting
 from training.records import BYTES_PER_PARAMETER, Log, read_log
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "shakespeare"
@@ -63,6 +63,11 @@ class Result:
         """Their mean, and one standard deviation where there are several."""
         spread = f" ± {stdev(self.final):.4f}" if len(self.final) > 1 else ""
         return f"{mean(self.final):.4f}{spread}"
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether enough seeds have run for a claim."""
+        return len(self.logs) >= len(SEEDS)
 
     @property
     def bits(self) -> float:

@@ -13,7 +13,7 @@ from scripts.shakespeare.findings import PEERS_TEXT, PLACE, ROUNDS_TEXT, TEXT, f
 from scripts.shakespeare.report import page
 from scripts.shakespeare.results import read, read_replay, target_loss
 from scripts.shakespeare.rivals import at_their_rate
-from scripts.shakespeare.rounds import headline
+from scripts.shakespeare.rounds import headline, where_others_are_ahead
 from scripts.shakespeare.settings import SETTINGS, Setting
 
 
@@ -66,6 +66,7 @@ def test_the_readme_has_the_headline():
     readme = " ".join((study.ROOT / "README.md").read_text().replace("*", "").split())
     results = read(study.RESULTS)
     assert headline(results, target_loss(results["identity"])) in readme
+    assert where_others_are_ahead(results) in readme
 
 
 def test_findings_are_told_where_their_runs_are_done():
