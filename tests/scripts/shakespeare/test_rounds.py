@@ -130,7 +130,10 @@ def test_the_readme_tells_what_rounds_of_signs_cost():
         f"{fewer} times fewer bytes sent and received."
     ) in told
     for name, said in (
-        ("local30-roles", "values=normal2`) a round every 30 steps ends at {} with {} times fewer."),
+        (
+            "local30-roles",
+            "values=normal2`) a round every 30 steps ends at {} with {} times fewer.",
+        ),
         (
             "local4-signs-message",
             "but in the embedding, a round every 4 steps ends at {} with {} times fewer:",
