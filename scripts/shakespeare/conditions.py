@@ -35,6 +35,8 @@ OF_WORKERS = ("identity", "served6", "local4-signs", "local10-signs", "local30-s
 REMEDIES = {
     "dense2": dense(2),
     "beta1": f"{SIGNS} optimizer.{OUTER} optimizer.{HALF} optimizer.inner.beta=0.1",
+    "beta4": f"{SIGNS} optimizer.outer_momentum=0.6 optimizer.{HALF} optimizer.inner.beta=0.4",
+    "outer8": f"{SIGNS} optimizer.outer_momentum=0.8 optimizer.{HALF}",
     "outer6": f"{SIGNS} optimizer.outer_momentum=0.6 optimizer.{HALF}",
     "radius1": f"{SIGNS} optimizer.{OUTER} optimizer.{HALF} norm.hidden.radius=1",
     "back": f"{SIGNS} optimizer.{OUTER} optimizer.{HALF} {DENSE_BACK}",
@@ -43,8 +45,8 @@ REMEDIES = {
 REMEDIES_EVERY = {  # so many steps a round
     2: ("back",),
     4: ("back", "back6"),
-    10: tuple(REMEDIES),
-    30: tuple(name for name in REMEDIES if not name.startswith("back")),
+    10: ("dense2", "beta1", "outer6", "back", "back6"),
+    30: ("dense2", "beta1", "radius1", "outer6", "beta4", "outer8"),
 }
 
 

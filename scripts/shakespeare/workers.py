@@ -15,12 +15,14 @@ SEQUENCES = 16  # in a step, of all workers
 CHANGED = {  # by remedies
     "dense2": "every entry in 2 bits, all of the error kept, no outer momentum",
     "beta1": "inner beta 0.1, half as much",
+    "beta4": "inner beta 0.4, twice as much, with an outer momentum of 0.6",
     "outer6": "outer momentum 0.6, twice as much",
+    "outer8": "outer momentum 0.8",
     "radius1": "hidden radius 1, half as much",
     "back": "and back in 2 bits, of the mean of all",
     "back6": "and back in 2 bits, with an outer momentum of 0.6",
 }
-NOT_IN_LABELS = ("beta1", "radius1")
+NOT_IN_LABELS = ("beta1", "beta4", "radius1")
 BUDGETS = (1, 3, 10, 30, 100)  # sizes sent and received in the whole run
 
 

@@ -146,7 +146,7 @@ def test_what_may_help_eight_workers_and_a_gpu_is_told_by_the_logs():
         if ends(f"workers/8-{name}"):
             assert f"{end:.4f} (" in workers
     plain = ends("workers/8-identity")
-    names = ("dense2", "beta1", "outer6", "radius1", "back", "back6")
+    names = ("dense2", "beta1", "beta4", "outer6", "outer8", "radius1", "back", "back6")
     tried = [f"workers/8-local{every}-{name}" for every in (2, 4, 10, 30) for name in names]
     tried = list(filter(None, map(ends, tried)))
     assert bool(tried) == ("What was tried for 8 workers" in workers) and len(plain) == 1
