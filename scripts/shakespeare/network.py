@@ -33,6 +33,7 @@ RATES, DELAY = ("10mbit", "100mbit", "1gbit", UNLIMITED), "50ms"
 TIMED = (
     *("identity", "muon", "powersgd16", "muloco", "served6", "rank40-int5"),
     *(f"local{every}-signs" for every in (4, 10, 30, 60)),
+    *("local4-signs-message", "local120-60-signs-message"),  # of the headline
 )
 
 
