@@ -38,8 +38,8 @@ def in_figures(sizes: float) -> str:
 
 
 def span(first: float, last: float) -> str:
-    """From so many sizes to so many."""
-    first, last = in_figures(first), in_figures(last)
+    """From so many sizes to so many, in two figures: envelopes are compared at points between."""
+    first, last = f"{first:.2g}", f"{last:.2g}"
     return f"at {first}" if first == last else f"from {first} to {last}"
 
 

@@ -227,18 +227,21 @@ def test_the_readme_tells_of_a_larger_model_and_of_more_workers():
         )
     ) in told
     of_eight = [over(f"workers/8-local{n}-signs", "workers/8-identity") for n in (4, 10, 30)]
+    more = [over(f"workers/8-local{n}-outer6", "workers/8-identity") for n in (10, 30)]
     assert (
         "Eight workers, who share the batch of two, end so at {}, {} and {} with a round every 4, "
-        "10 and 30 steps; where servers send back 2 bits, ".format(*of_eight)
+        "10 and 30 steps, with an outer momentum of 0.6 at {} and {} every 10 and 30; where "
+        "servers send back 2 bits, ".format(*of_eight, *more)
     ) in told
-    back = [over(f"workers/8-local{n}-back", "workers/8-identity") for n in (4, 10)]
+    names = ("local4-back", "local10-back6")
+    back = [over(f"workers/8-{name}", "workers/8-identity") for name in names]
     fewer = [
-        f"{moved(*last_of('workers/8-identity')) / moved(*last_of(f'workers/8-local{n}-back')):.0f}"
-        for n in (4, 10)
+        f"{moved(*last_of('workers/8-identity')) / moved(*last_of(f'workers/8-{name}')):.0f}"
+        for name in names
     ]
     assert (
-        f"at {back[0]} and {back[1]} every 4 and 10 steps with {fewer[0]} and {fewer[1]} times "
-        "fewer."
+        f"at {back[0]} every 4, and with 0.6 at {back[1]} every 10, with {fewer[0]} and {fewer[1]} "
+        "times fewer."
     ) in told
 
 
