@@ -84,8 +84,9 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """At every rate, as often as asked."""
-    for rate in options.repeats * list(options.rates):
+    """At every rate asked for and then without a network, as often as asked."""
+    rates = [rate for rate in options.rates if rate != UNLIMITED]
+    for rate in options.repeats * [*rates, UNLIMITED]:
         own = [f"--rate={rate}", f"--steps={options.steps}", f"--to={options.to.resolve()}"]
         own += ["--only", *options.only]
         limits = (None, None) if rate == UNLIMITED else (rate, DELAY)

@@ -260,6 +260,18 @@ def step_times(log: Path) -> dict[tuple[str, str], list[float]]:
     return measured
 
 
+def slowdowns(log: Path, rate: str, name: str) -> list[float]:
+    """A step's seconds at the rate over those without a network, which come next in a repeat."""
+    found, seconds = [], None
+    for record in (one for one in _lines(log) if one["name"] == name):
+        if record["rate"] == rate:
+            seconds = record["seconds"]
+        elif record["rate"] == UNLIMITED and seconds is not None:
+            found.append(seconds / record["seconds"])
+            seconds = None
+    return found
+
+
 def times(results: dict[str, Result], target: float, log: Path) -> dict[str, dict[str, float]]:
     """Seconds to the target by rate and setting: steps to it, times the median step."""
     found: dict[str, dict[str, float]] = {}

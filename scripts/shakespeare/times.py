@@ -5,7 +5,7 @@ from statistics import median
 
 from scripts.measuring import markdown
 from scripts.shakespeare.findings import filled
-from scripts.shakespeare.results import NETWORK_LOG, UNLIMITED, Result, step_times, times
+from scripts.shakespeare.results import NETWORK_LOG, UNLIMITED, Result, slowdowns, times
 
 LINKS = {  # as the log has them, and in words
     "10mbit": "10 Mbit/s",
@@ -13,8 +13,6 @@ LINKS = {  # as the log has them, and in words
     "1gbit": "1 Gbit/s",
     UNLIMITED: UNLIMITED,
 }
-
-
 CLOSE = 1.05  # times the steps without a network, what was aimed at over the slowest link
 ENOUGH = 3  # repeats to tell that of a setting
 
@@ -26,11 +24,11 @@ def time_to_target(results: dict[str, Result], target: float, directory: Path) -
     if UNLIMITED not in found:
         return ""
     slowest = next(iter(LINKS))
-    slowdown = {name: slowdown_of(log, slowest, name) for name in found.get(slowest, {})}
+    over = {name: slowdowns(log, slowest, name) for name in found[UNLIMITED]}
     close = [
         results[name].label
-        for name, (times_free, repeats) in slowdown.items()
-        if times_free <= CLOSE and repeats >= ENOUGH
+        for name, of_repeats in over.items()
+        if len(of_repeats) >= ENOUGH and median(of_repeats) <= CLOSE
     ]
     setting = (
         "Two nodes of a worker each on one machine, 50 ms from one another, every way at the rate "
@@ -52,17 +50,8 @@ def times_table(results: dict[str, Result], found: dict[str, dict[str, float]], 
     for name, free in found[UNLIMITED].items():
         cells = []
         for link in (one for one in LINKS if one != UNLIMITED):
-            if seconds := found[link].get(name):
-                times_free, repeats = slowdown_of(log, link, name)
-                cells.append(f"{seconds:,.0f} ({times_free:.2f}x of {repeats})")
-            else:
-                cells.append("")
+            over = slowdowns(log, link, name)
+            told = f" ({median(over):.2f}x of {len(over)})" if over else ""
+            cells.append(f"{found[link][name]:,.0f}{told}" if name in found.get(link, {}) else "")
         rows.append([results[name].label, *cells, f"{free:,.0f}"])
     return markdown(rows, text_columns=1)
-
-
-def slowdown_of(log: Path, link: str, name: str) -> tuple[float, int]:
-    """A step's time over one of the same repeat without a network: the median, and of how many."""
-    measured = step_times(log)
-    pairs = list(zip(measured[link, name], measured[UNLIMITED, name], strict=False))
-    return median(over / free for over, free in pairs), len(pairs)

@@ -79,6 +79,20 @@ def test_time_to_the_target_is_steps_times_a_steps_time(tmp_path):
     assert found == {"100mbit": {"identity": 30.0}, "1gbit": {"identity": 7.5}}
 
 
+def test_a_slow_step_is_compared_with_the_next_of_its_setting_without_a_network(tmp_path):
+    log, free = tmp_path / "network.jsonl", study_results.UNLIMITED
+    timed = [
+        *(("10mbit", "a", 3.0), ("1gbit", "a", 9.0), ("10mbit", "b", 7.0)),
+        *((free, "a", 2.0), (free, "b", 7.0), (free, "a", 8.0)),  # 10mbit was not repeated
+        *(("10mbit", "a", 5.0), (free, "a", 4.0), ("10mbit", "a", 6.0)),  # cut off
+    ]
+    lines = [json.dumps(dict(zip(("rate", "name", "seconds"), one, strict=True))) for one in timed]
+    log.write_text("\n".join(lines))
+    assert study_results.slowdowns(log, "10mbit", "a") == [1.5, 1.25]
+    assert study_results.slowdowns(log, "10mbit", "b") == [1.0]
+    assert study_results.slowdowns(log, "100mbit", "a") == []
+
+
 def test_labels_tell_what_was_sent():
     """A message that would save no byte gives way to all entries, which logs do not tell."""
     settings = [one for one in ALL_SETTINGS if one.family != "grid"]
