@@ -47,6 +47,12 @@ def test_the_findings_are_right_that_momentum_at_the_server_is_better():
         assert mean(ours.final) < mean(ef21.final)
 
 
+def test_the_page_is_right_about_the_decay_that_ends_lowest():
+    results = read(study.RESULTS)
+    of_decays = {decay: mean(results[f"grid/served3-decay{decay}"].final) for decay in (0.8, 0.92)}
+    assert mean(results["grid/served3-decay0.97"].final) < min(of_decays.values())
+
+
 def test_the_committed_figures_and_tables_are_up_to_date(tmp_path):
     """The page byte for byte; figures as pictures, since fonts may differ in a pixel."""
     assert (study.RESULTS.parent / "README.md").read_text() == page(study.RESULTS)
