@@ -20,20 +20,20 @@ LONG, SHORT = 120, 60  # steps of a round, before the lr falls and then
 # and more outer momentum.
 OVER = {
     "identity": {2: 0.0, 4: 0.0, 8: 0.0},
-    "served6": {2: 6.75, 4: 5.52, 8: 5.79},
-    "local4-signs": {2: -0.14, 4: 0.27, 8: 2.47},
-    "local10-signs": {2: 1.19, 4: 2.98, 8: 6.76},
-    "local30-signs": {2: 3.71, 4: 8.02, 8: 16.31},
+    "served6": {2: 6.754, 4: 5.515, 8: 5.79},
+    "local4-signs": {2: -0.144, 4: 0.27, 8: 2.468},
+    "local10-signs": {2: 1.189, 4: 2.978, 8: 6.761},
+    "local30-signs": {2: 3.707, 4: 8.024, 8: 16.305},
     "local60-signs": {2: 6.14},
-    "local120-60-signs": {2: 7.35},
-    "local10-dense2": {2: 1.57, 8: 9.06},
-    "local30-dense2": {2: 3.86, 8: 17.4},
-    "local60-dense2": {2: 5.01},
-    "local2-back": {8: 2.06},
-    "local4-back": {8: 2.78},
-    "local10-back6": {8: 5.8},
-    "local10-outer6": {8: 4.85},
-    "local30-outer6": {8: 13.08},
+    "local120-60-signs": {2: 7.347},
+    "local10-dense2": {2: 1.575, 8: 9.055},
+    "local30-dense2": {2: 3.864, 8: 17.397},
+    "local60-dense2": {2: 5.006},
+    "local2-back": {8: 2.062},
+    "local4-back": {8: 2.784},
+    "local10-back6": {8: 5.795},
+    "local10-outer6": {8: 4.854},
+    "local30-outer6": {8: 13.077},
 }
 
 

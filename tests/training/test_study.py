@@ -38,7 +38,7 @@ def over_uncompressed():
         for workers in WORKERS:
             end, uncompressed = loss(setting.name, workers), loss("identity", workers)
             if end is not None and uncompressed is not None:
-                found[setting.name][workers] = round(100 * (end / uncompressed - 1), 2)
+                found[setting.name][workers] = round(100 * (end / uncompressed - 1), 3)
     return found
 
 
