@@ -36,8 +36,8 @@ REMEDIES = {
     "dense2": dense(2),
     "beta1": f"{SIGNS} optimizer.{OUTER} optimizer.{HALF} optimizer.inner.beta=0.1",
     "beta4": f"{SIGNS} optimizer.outer_momentum=0.6 optimizer.{HALF} optimizer.inner.beta=0.4",
-    "outer8": f"{SIGNS} optimizer.outer_momentum=0.8 optimizer.{HALF}",
     "outer6": f"{SIGNS} optimizer.outer_momentum=0.6 optimizer.{HALF}",
+    "outer8": f"{SIGNS} optimizer.outer_momentum=0.8 optimizer.{HALF}",
     "radius1": f"{SIGNS} optimizer.{OUTER} optimizer.{HALF} norm.hidden.radius=1",
     "back": f"{SIGNS} optimizer.{OUTER} optimizer.{HALF} {DENSE_BACK}",
     "back6": f"{SIGNS} optimizer.outer_momentum=0.6 optimizer.{HALF} {DENSE_BACK}",
@@ -46,7 +46,7 @@ REMEDIES_EVERY = {  # so many steps a round
     2: ("back",),
     4: ("back", "back6"),
     10: ("dense2", "beta1", "outer6", "back", "back6"),
-    30: ("dense2", "beta1", "radius1", "outer6", "beta4", "outer8"),
+    30: ("dense2", "beta1", "beta4", "outer6", "outer8", "radius1"),
 }
 
 

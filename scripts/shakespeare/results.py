@@ -260,15 +260,17 @@ def step_times(log: Path) -> dict[tuple[str, str], list[float]]:
     return measured
 
 
-def slowdowns(log: Path, rate: str, name: str) -> list[float]:
-    """A step's seconds at the rate over those without a network, which come next in a repeat."""
-    found, seconds = [], None
-    for record in (one for one in _lines(log) if one["name"] == name):
-        if record["rate"] == rate:
-            seconds = record["seconds"]
-        elif record["rate"] == UNLIMITED and seconds is not None:
-            found.append(seconds / record["seconds"])
-            seconds = None
+def slowdowns(log: Path) -> dict[tuple[str, str], list[float]]:
+    """By rate and setting a step's seconds over those without a network, next in the repeat."""
+    found: dict[tuple[str, str], list[float]] = {}
+    waiting: dict[str, dict[str, float]] = {}  # by setting and rate
+    for record in _lines(log):
+        rate, name, seconds = record["rate"], record["name"], record["seconds"]
+        if rate != UNLIMITED:
+            waiting.setdefault(name, {})[rate] = seconds
+            continue
+        for slow, longer in waiting.pop(name, {}).items():
+            found.setdefault((slow, name), []).append(longer / seconds)
     return found
 
 

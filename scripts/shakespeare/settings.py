@@ -78,11 +78,6 @@ def local(every: int | str, message: str, *options: str) -> str:
     return f"{LOCAL} optimizer.every={every} {message} {told}"
 
 
-def with_embedding(of_hidden: str, bits: int) -> str:
-    """A message, of the embedding in more bits."""
-    return f"{of_hidden} {EMBEDDING_DENSE}=normal{bits}"
-
-
 def back(compressor: str) -> str:
     """The same for what servers send."""
     return compressor.replace("w2s", "s2w")
@@ -114,7 +109,7 @@ SHORTER, SIGNS = "{0:120,360:60}", "compressor@w2s=sign"
 # A scale a layer, but of the embedding a scale a row: bytes differ in how often they come.
 SIGN_A_LAYER = f"{SIGNS} w2s.values=sign@message"
 SIGNS_BY_MESSAGE = f"{SIGN_A_LAYER} +compressor@norm.embedding.w2s=sign"
-ROTATED = f"{dense(1)}@message"
+OF_HIDDEN = {"message": SIGN_A_LAYER, "normal1": f"{dense(1)}@message"}  # rotated or not
 CHUNKS = "compressor@w2s=chunk_topk"  # as SparseLoCo has them
 OUTER, HALF, EF21 = "outer_momentum=0.3", "error_decay=0.5", "feedback=ef21"
 MULOCO = (
@@ -280,14 +275,14 @@ SETTINGS += [
         setting(
             f"local{name}-{kind}-embedding{bits}",
             "local steps",
-            local(h, with_embedding(message, bits), OUTER, HALF),
+            local(h, f"{OF_HIDDEN[kind]} {EMBEDDING_DENSE}=normal{bits}", OUTER, HALF),
         )
-        for kind, message, points in (
-            ("message", SIGN_A_LAYER, (("120-60", SHORTER, 2), ("120-60", SHORTER, 4))),
-            ("message", SIGN_A_LAYER, (("60", 60, 4), ("4", 4, 2))),
-            ("normal1", ROTATED, (("120-60", SHORTER, 2), ("120-60", SHORTER, 4), ("200", 200, 2))),
+        for name, h, kind, bits in (
+            *(("120-60", SHORTER, "message", bits) for bits in (2, 4)),
+            *(("60", 60, "message", 4), ("4", 4, "message", 2)),
+            *(("120-60", SHORTER, "normal1", bits) for bits in (2, 4)),
+            ("200", 200, "normal1", 2),
         )
-        for name, h, bits in points
     ),
     setting("local60-top5", "local steps", local(60, top(5, "sign"), OUTER, HALF)),
     setting(
@@ -311,8 +306,13 @@ SETTINGS += [
             f"{method.lower()}{ending}", method, f"{best} optimizer.every={h}", level=f"every {h}"
         )
         for method, best in BEST_OF_PEERS.items()
-        for h, ending in ((30, ""), (10, "-every10"), (4, "-every4"))
-        if h >= 10 or method == "MuLoCo"  # of the three the lowest at the end
+        for h, ending in ((30, ""), (10, "-every10"))
+    ),
+    setting(  # of the three it ends lowest
+        "muloco-every4",
+        "MuLoCo",
+        f"{BEST_OF_PEERS['MuLoCo']} optimizer.every=4",
+        level="every 4",
     ),
     setting(
         "muloco-4bits",

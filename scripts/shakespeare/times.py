@@ -24,11 +24,11 @@ def time_to_target(results: dict[str, Result], target: float, directory: Path) -
     if UNLIMITED not in found:
         return ""
     slowest = next(iter(LINKS))
-    over = {name: slowdowns(log, slowest, name) for name in found[UNLIMITED]}
+    over = slowdowns(log)
     close = [
         results[name].label
-        for name, of_repeats in over.items()
-        if len(of_repeats) >= ENOUGH and median(of_repeats) <= CLOSE
+        for name in found[UNLIMITED]
+        if len(repeats := over.get((slowest, name), [])) >= ENOUGH and median(repeats) <= CLOSE
     ]
     setting = (
         "Two nodes of a worker each on one machine, 50 ms from one another, every way at the rate "
@@ -40,18 +40,22 @@ def time_to_target(results: dict[str, Result], target: float, directory: Path) -
         f"{'; '.join(close) or 'none'}."
     )
     picture = "![Time over slow links](shakespeare/time.png)"
-    parts = ("## Time to the target", picture, filled(setting), times_table(results, found, log))
+    parts = ("## Time to the target", picture, filled(setting), times_table(results, found, over))
     return "\n\n".join(parts) + "\n\n"
 
 
-def times_table(results: dict[str, Result], found: dict[str, dict[str, float]], log: Path) -> str:
+def times_table(
+    results: dict[str, Result],
+    found: dict[str, dict[str, float]],
+    over: dict[tuple[str, str], list[float]],
+) -> str:
     """Seconds by setting and link, and over those of the same steps without a limit and a delay."""
     rows = [["setting", *LINKS.values()]]
     for name, free in found[UNLIMITED].items():
         cells = []
         for link in (one for one in LINKS if one != UNLIMITED):
-            over = slowdowns(log, link, name)
-            told = f" ({median(over):.2f}x of {len(over)})" if over else ""
+            repeats = over.get((link, name), [])
+            told = f" ({median(repeats):.2f}x of {len(repeats)})" if repeats else ""
             cells.append(f"{found[link][name]:,.0f}{told}" if name in found.get(link, {}) else "")
         rows.append([results[name].label, *cells, f"{free:,.0f}"])
     return markdown(rows, text_columns=1)

@@ -86,6 +86,8 @@ def test_the_headline_is_what_the_logs_say():
     over = 100 * (end(near) / end("identity") - 1)
     fewer = whole["identity"] / whole[near]
     assert told.endswith(f"ends at {over:+.2f} % in test loss with {fewer:.0f} times fewer.")
+    for name in (fewest, near):
+        assert len(RUNS[name]) == 3, "seeds for what is claimed"
 
 
 def test_no_other_method_is_ahead_but_where_it_is_said():
@@ -141,6 +143,11 @@ def test_the_readme_tells_what_rounds_of_signs_cost():
     ):
         gap = f"{100 * (end(name) / end('identity') - 1):+.1f} %"
         assert said.format(gap, f"{whole / sizes_of(name):.0f}") in told
+
+
+def test_the_readme_counts_what_has_seeds():
+    assert sum(len(runs) == 3 for runs in RUNS.values()) == 1 + 10
+    assert "three seeds of the uncompressed run and of ten others" in " ".join(README.split())
 
 
 def sizes_of(name):
