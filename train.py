@@ -197,7 +197,7 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
     end = None
     try:
         with workers.stoppable():
-            with suppress(Stopped):
+            with suppress(Stopped), run.members.refusals(run, log):
                 end = run.train(log, checkpoints)
             checkpoints.settle()
     except BaseException as error:

@@ -1,6 +1,7 @@
 """Local steps of workers that come and go."""
 
 import hashlib
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +11,11 @@ import torch
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
+from ef21_muon.exchange.admission import FleetRefused, differences
 from ef21_muon.exchange.collectives import ALONE, Exchange, Traffic
-from ef21_muon.exchange.fleet import Fleet, Meeting
+from ef21_muon.exchange.fleet import Fleet
 from ef21_muon.exchange.layers import RoundBatch
+from ef21_muon.exchange.meeting import Meeting
 from ef21_muon.exchange.phases import Phase
 from ef21_muon.exchange.timetable import of_worker
 from ef21_muon.fingerprint import fingerprint
@@ -21,8 +24,11 @@ from ef21_muon.messages.feedback import EF21
 from ef21_muon.rules import W2S, starts_of
 
 PAUSE = 2.0  # seconds between meetings for those that are late
+FEW = 3  # layers, at most, that a warning names
 MEETINGS = 1000  # at most, that are remembered for who asks for them
 SHARED = ("model_shift", "server_momentum")  # of the tables of batches
+
+log = logging.getLogger("ef21_muon")
 
 
 class FleetSteps(LocalSteps):
@@ -33,16 +39,17 @@ class FleetSteps(LocalSteps):
     own state, e_j and that of the inner optimizers, begins anew, and its message of that round,
     which was made from another W, does not count. So no worker goes on with another W than the
     others: `digest` is compared in every round. `told` counts the local steps in W, of all workers.
+    A message that is not finite does not count on any worker, and its sender begins anew like that.
 
-    fleet: the others; on every rank of a worker one. run: what else has to be the same on all, as a
-    hash of their configuration. A process group, where there is one, is of
-    this worker's own ranks. `join()` comes before the first step. Options are those of LocalSteps,
+    fleet: the others; on every rank of a worker one. run: what else has to be the same on all, as
+    the values of a configuration by name. A process group, where there is one, is of this worker's
+    own ranks. `join()` comes before the first step. Options are those of LocalSteps,
     but every worker serves all layers and a round is one message, whatever `buckets` says.
 
     Raises ValueError for what cannot go on without a member or within a round: other placements,
     messages back that lose anything, feedback "ef21" (whose servers remember the mean of all
-    workers), `stagger`, `delay`, and compressors that change in the run. From `step` and `join`
-    ValueError where the others are built otherwise, and what Fleet.gather raises.
+    workers), `stagger`, `delay`, and compressors that change in the run. `step` and `join` raise
+    what Fleet.gather does: FleetRefused where the others are built otherwise.
     """
 
     def __init__(
@@ -51,7 +58,7 @@ class FleetSteps(LocalSteps):
         every: int | Mapping[int, int] = 30,
         *,
         fleet: Fleet,
-        run: str = "",
+        run: Mapping[str, object] | None = None,
         w2s: W2S | None = None,
         server: str = "auto",
         buckets: int = 4,
@@ -84,10 +91,23 @@ class FleetSteps(LocalSteps):
                 "feedback='ef21' is not allowed for workers that come and go: its servers remember "
                 "the mean of all workers, give ef14 or none"
             )
-        self._built = {key: str(value) for key, value in self._settings().items()} | {"run": run}
+        settings = {**(run or {}), **self._settings()}
+        self._built = {key: str(value) for key, value in settings.items()} | self._layers()
         told = hashlib.sha256(repr(sorted(self._built.items())).encode()).digest()
         self._digest_of_built = int.from_bytes(told[:7], "big")
         fleet.attach(self)
+
+    def _layers(self) -> dict[str, str]:
+        return {
+            f"layer {name}": f"{tuple(parameter.shape)} {parameter.dtype}"
+            for batch in self.batches
+            for name, parameter in zip(batch.names, batch.params, strict=True)
+        }
+
+    @property
+    def built(self) -> Mapping[str, str]:
+        """What has to be the same on all workers, by name."""
+        return self._built
 
     def _new_generator(self, seed: int, rank: int, purpose: str) -> Generator:
         fleet = self.fleet  # each worker has its own random numbers, as with fixed membership
@@ -155,7 +175,12 @@ class FleetSteps(LocalSteps):
         self.fleet.leave()
 
     def _meet(self, message: Tensor, counts: bool = True) -> list[Tensor]:
-        messages, meeting = self.fleet.gather(message, counts)
+        broken = [one for one in self._broken() if counts]
+        if broken:
+            log.warning("%s is not finite after step %s", ", ".join(broken[:FEW]), self.done)
+        messages, meeting = self.fleet.gather(message, counts, finite=not broken)
+        if self.fleet.worker in meeting.refused:
+            self.take_shared_state(self.shared_state())
         self._untold = 0
         if messages:
             self.steps = meeting.step - self._within_step
@@ -166,6 +191,33 @@ class FleetSteps(LocalSteps):
         self.meetings.append(meeting)
         self._met = meeting.workers
         return messages
+
+    @torch.no_grad()
+    def _broken(self) -> list[str]:
+        """The layers whose parameters or state are not finite here. Waits for the device."""
+        broken = []
+        for batch in self.batches:
+            sizes = [torch.stack(torch._foreach_norm(batch.params, float("inf")))]
+            sizes += [table.abs().flatten(1).amax(1) for _, table, _ in batch.tables()]
+            finite = torch.stack([one.float() for one in sizes]).isfinite().all(0)
+            broken += [
+                name for name, so in zip(batch.names, finite.tolist(), strict=True) if not so
+            ]
+        return broken
+
+    @torch.no_grad()
+    def squared_length(self, message: Tensor) -> float:
+        """Of what a worker's message says. Waits for the device."""
+        (phase,) = self.phases
+        (bucket,) = phase.buckets
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for b, (rows,) in zip(bucket, phase.exchange.parts([message], bucket), strict=True):
+            received = phase.w2s[b].decode(rows, *self.batches[b].shape)
+            total += torch.linalg.vector_norm(received, dtype=torch.float64).square()
+        return total.item()
+
+    def check_finite(self) -> None:
+        """Nothing: a worker whose message is not finite begins anew with the next round."""
 
     def _receive(self, batch: RoundBatch, from_workers: tuple[Tensor, ...]) -> None:
         if from_workers:
@@ -203,21 +255,11 @@ class FleetSteps(LocalSteps):
     def take_shared_state(self, state: dict) -> None:
         """Go on from what the others share; this worker's own state begins anew.
 
-        Raises ValueError where they are built otherwise.
+        Raises FleetRefused where they are built otherwise.
         """
-        mine, theirs = self._built, state["built"]
-        differing = [
-            f"{key}={mine.get(key)} (theirs {theirs.get(key)})"
-            for key in sorted(mine.keys() | theirs.keys())
-            if mine.get(key) != theirs.get(key)
-        ]
-        shapes, other_shapes = (
-            [tuple(one.shape) for one in tensors] for tensors in (self._shared(), state["tensors"])
-        )
-        if differing or shapes != other_shapes:
-            raise ValueError(
-                f"the other workers are built otherwise: {', '.join(differing) or other_shapes}: "
-                "start all of them alike"
+        if differing := differences(self._built, state["built"]):
+            raise FleetRefused(
+                f"the other workers are built otherwise: {differing}: start all of them alike"
             )
         for table, new in zip(self._shared(), state["tensors"], strict=True):
             table.copy_(new)

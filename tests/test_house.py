@@ -123,7 +123,7 @@ def needs_torch_alone(module: Module) -> Iterator[str]:
             yield f"imports {name}"
 
 
-EXTRAS = {"ef21_muon.exchange.fleet": {"torchft"}}
+EXTRAS = {"ef21_muon.exchange.connections": {"torchft"}}
 
 RULES = (is_short, has_short_functions, says_what_it_is, imports_downwards, needs_torch_alone)
 

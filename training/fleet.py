@@ -1,8 +1,6 @@
 """Workers that come and go, in a run: membership=torchft."""
 
 import faulthandler
-import hashlib
-import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,11 +11,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ef21_muon import LocalSteps
+from ef21_muon.exchange.admission import FleetRefused
 from training.config import what_matters
 from training.log import NoLog, RunLog
 from training.method import rounds_of
 from training.schedule import new_scheduler
-from training.workers import RunError, Workers, one_line
+from training.workers import FinalError, RunError, Workers, one_line
 
 # What torchft fetches is read, and not written.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -66,6 +65,9 @@ class FixedMembers:
         return min(*rounds_of(optimizer).lengths, SELDOM)
 
     def at_work(self, what: str) -> AbstractContextManager:
+        return nullcontext()
+
+    def refusals(self, run, log: RunLog | NoLog) -> AbstractContextManager:
         return nullcontext()
 
     def join(self, run) -> None: ...
@@ -125,8 +127,7 @@ class FleetMembers:
         )
         self.watch.waited = lambda: fleet.waited
         run = what_matters(OmegaConf.to_container(self.config, resolve=True))
-        digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
-        return partial(FleetSteps, fleet=fleet, run=digest, **make.keywords)
+        return partial(FleetSteps, fleet=fleet, run=run, **make.keywords)
 
     def _wait(self, seconds: float) -> None:
         if self.workers.asked_to_stop:  # the round may be about to come
@@ -143,6 +144,16 @@ class FleetMembers:
     def at_work(self, what: str) -> AbstractContextManager:
         """Within it this worker is at work on `what`, and ends itself if it hangs."""
         return self.watch(what)
+
+    @contextmanager
+    def refusals(self, run, log: RunLog | NoLog) -> Iterator[None]:
+        """Within it this worker ends for good where it cannot be among the others."""
+        try:
+            yield
+        except FleetRefused as error:
+            self.tell(run, log)
+            worker = self.config.membership.worker
+            raise FinalError(f"worker {worker} cannot go on: {one_line(error)}") from error
 
     def join(self, run) -> None:
         """Meet the others, before the first step, and go on from where they are."""
@@ -234,6 +245,7 @@ class Meetings:
                 why.append("had another history")
             if meeting.healed:
                 why.append("took over the others' state")
+            why += meeting.notes
             yield {
                 "step": meeting.step,
                 "workers": list(meeting.workers),

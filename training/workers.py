@@ -29,6 +29,10 @@ class RunError(Exception):
     """A run cannot start or go on. One line: what was given, what is allowed, what to do."""
 
 
+class FinalError(RunError):
+    """A RunError that no restart can mend."""
+
+
 def one_line(error: BaseException) -> str:
     """The error's message without line breaks, or its kind if it has none."""
     return " ".join(str(error).split()) or type(error).__name__

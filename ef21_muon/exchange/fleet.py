@@ -4,12 +4,10 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future, wait
 from concurrent.futures.thread import _threads_queues
-from dataclasses import dataclass
 from datetime import timedelta
-from struct import Struct
 from threading import Thread
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -19,24 +17,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions
 
+from ef21_muon.exchange.admission import Card, FleetError, FleetRefused
 from ef21_muon.exchange.collectives import Traffic, place_in
+from ef21_muon.exchange.connections import Group, Manager, Transport, size_of
+from ef21_muon.exchange.meeting import HEAD, HISTORY, Meeting, bytes_of, history_of
+from ef21_muon.exchange.reach import INTERFACE, Place
+from ef21_muon.exchange.verdict import Verdicts
 
-os.environ.setdefault("RUST_LOG", "warn")  # or torchft says six lines a round
-try:
-    from torchft import Manager, ProcessGroupGloo
-    from torchft.checkpointing.http_transport import HTTPTransport
-except ImportError as error:
-    raise ImportError(
-        "workers that come and go need torchft, for Linux on x86-64: pip install 'ef21-muon[fleet]'"
-    ) from error
+log = logging.getLogger("ef21_muon")
+# What goes wrong between workers is said here, in a line.
+logging.getLogger("torchft.manager").setLevel(logging.CRITICAL)
 
-# Or it warns, at every change, that NCCL has no flight recorder.
-logging.getLogger("torchft.manager").setLevel(logging.ERROR)
-
-# Before a message: the messages in W so far, a digest of what all workers share, the steps that the
-# message was made after, and whether it counts.
-HEAD = Struct(">Q8sQ?")
-HISTORY = 16  # bytes, of the first two
 NEVER = timedelta(days=1)
 SLOWEST = 10e6 / 8  # bytes a second, at which the state of a worker that comes is fetched
 PATIENCE = 10.0  # seconds, beside what something has to take
@@ -44,40 +35,16 @@ PAUSE = 0.2  # seconds between questions
 AWAY = (TimeoutError, RuntimeError)  # what torchft raises where the lighthouse is
 
 
-class FleetError(ConnectionError):
-    """The other workers are out of reach. One line: what is so, and what to do."""
-
-
 class Shared(Protocol):
     """What all workers share, and agree on bit for bit: as FleetSteps has it."""
 
     done: int
+    built: Mapping[str, str]  # what has to be the same on all, by name
 
     def shared_state(self) -> dict: ...
     def take_shared_state(self, state: dict) -> None: ...
     def digest(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """Of a round of workers.
-
-    messages: how many count; step: up to which they tell, None without one; workers: the
-    numbers of those that met; healed: whether this one took over what the others share; parted: how
-    often it found that it had another history than others; history: in hexadecimal, how many
-    messages there were before and the digest of what all shared; tries: quorums that it took;
-    seconds: of waiting and sending; traffic: bytes of all tries.
-    """
-
-    messages: int
-    step: int | None
-    workers: tuple[int, ...]
-    healed: bool
-    parted: int
-    history: str
-    tries: int
-    seconds: float
-    traffic: Traffic
+    def squared_length(self, message: Tensor) -> float: ...
 
 
 class Fleet:
@@ -86,11 +53,15 @@ class Fleet:
     Every message follows a head, by which those with another history are told apart: theirs do not
     count, and they take over what the others share, as one does that comes anew or was away. What
     fails on the way costs another quorum and no local steps: the same message is sent again.
+    A message that is not finite does not count, and all name its sender; one that is far longer
+    than the others' counts, and is named too. Of two workers with one number, and of two runs at
+    one lighthouse, the later is refused.
 
     worker: its number among all that there may be; lighthouse: the URL; host: by which others reach
-    this one, its name by default; group: of the worker's own ranks, on the CPU. The lighthouse is
-    waited for `patience` seconds, other workers as long as it takes. `while_waiting` is called
-    again and again, with the seconds that it waits at most before the next call, and may raise.
+    this one, its name by default, at whose address gloo listens unless GLOO_SOCKET_IFNAME names an
+    interface; group: of the worker's own ranks, on the CPU. The lighthouse is waited for `patience`
+    seconds, other workers as long as it takes. `while_waiting` is called again and again, with the
+    seconds that it waits at most before the next call, and may raise.
 
     State is fetched from a peer by torchft over HTTP and unpickled: trust the network.
     """
@@ -116,6 +87,8 @@ class Fleet:
         self.waited = 0.0  # seconds, in all gathers
         self._away_since: float | None = None
         self._counters = {"step": 0, "batches_committed": 0}
+        self._met = False
+        self._verdicts = Verdicts(worker)
 
     def attach(self, shared: Shared) -> None:
         """Of what all workers share here."""
@@ -129,64 +102,81 @@ class Fleet:
         """Before the first gather, with what was shared at that moment."""
         self._counters = state
 
-    def gather(self, message: Tensor, counts: bool) -> tuple[list[Tensor], Meeting]:
+    def gather(
+        self, message: Tensor, counts: bool, finite: bool = True
+    ) -> tuple[list[Tensor], Meeting]:
         """The messages of all who worked from the same state, as soon as they have come.
 
         In the order of workers, (bytes,) uint8 each, as `message`, which is of one size for all;
-        counts: whether it stands for local steps.
+        counts: whether it stands for local steps; finite: whether what it was made of is.
 
-        Raises FleetError where the lighthouse does not answer for `patience` seconds, and what
-        `while_waiting` and `take_shared_state` raise; then nobody has to wait for this worker.
+        Raises FleetError where the lighthouse does not answer for `patience` seconds, FleetRefused
+        where this worker cannot be among the others or Verdicts says so, and what `while_waiting`
+        and `take_shared_state` raise; then nobody has to wait for this worker.
         """
-        if self.manager is None:
-            self._enter(message)
         start = time.monotonic()
         try:
-            return self._gather(message, counts)
+            if self.manager is None:
+                self._enter()
+            return self._gather(message, counts, finite)
         except BaseException:
             self.leave()
             raise
         finally:
             self.waited += time.monotonic() - start
 
-    def _gather(self, message: Tensor, counts: bool) -> tuple[list[Tensor], Meeting]:
+    def _gather(self, message: Tensor, counts: bool, finite: bool) -> tuple[list[Tensor], Meeting]:
         start, tries, parted, traffic = time.monotonic(), 0, 0, Traffic()
-        self.healed = False
+        self.healed, notes = False, []
         while True:
             tries += 1
             if not self._quorum():
                 continue
-            healed, broken = self._of_all_ranks(self.healed, bool(self.manager.errored()))
+            error = self._error()
+            healed, broken, refused = self._of_all_ranks(
+                self.healed, error is not None, isinstance(error, FleetRefused)
+            )
+            if refused:
+                raise FleetRefused(str(error or "see what another rank of this worker says"))
             counts &= not healed
             rows, theirs = None, b""
             if not broken:
-                mine = self._head(counts)
-                rows = self._send(torch.cat([_bytes(mine), message.cpu()]), tries)
+                mine = self._head(counts, finite)
+                rows = self._send(torch.cat([bytes_of(mine), message.cpu()]), tries)
             if rows is not None:
                 heads = [bytes(row.tolist()) for row in rows[:, : HEAD.size]]
-                theirs = _history(heads)
+                theirs = history_of(heads)
                 traffic += self._traffic(message.numel(), len(rows))
                 if mine[:HISTORY] != theirs:  # then the others commit, and are ahead
                     parted += 1
-                    self.manager.report_error(FleetError("another history than the others"))
+                    self.manager.report_error(RuntimeError("another history than the others"))
             if not self._commit():
+                notes += self._amiss()
                 continue
+            self._met = True
             self._forget_addresses()
             traffic += self.transport.traffic()
-            told = [HEAD.unpack(head) for head in heads]
-            counted = [place for place, head in enumerate(heads) if head[:HISTORY] == theirs]
-            counted = [place for place in counted if told[place][-1]]
-            messages = [rows[place, HEAD.size :].to(message.device) for place in counted]
+            workers = self.process_group.workers
+            messages, step, said_finite = {}, None, set()
+            for worker, head, row in zip(workers, heads, rows, strict=True):
+                _, _, done, standing, is_finite = HEAD.unpack(head)
+                if head[:HISTORY] == theirs and standing:
+                    step, messages[worker] = done, row[HEAD.size :].to(message.device)
+                    said_finite |= {worker} if is_finite else set()
+            refused, found = self._judge(messages, said_finite, step)
+            messages = [one for worker, one in messages.items() if worker not in refused]
             return messages, Meeting(
                 messages=len(messages),
-                step=told[counted[0]][2] if counted else None,
-                workers=self.process_group.workers,
+                step=step if messages else None,
+                workers=workers,
                 healed=self.healed,
                 parted=parted,
                 history=theirs.hex(),
                 tries=tries,
                 seconds=time.monotonic() - start,
                 traffic=traffic,
+                refused=tuple(refused),
+                notes=tuple(notes + found),
             )
 
     def leave(self) -> None:
@@ -196,22 +186,45 @@ class Fleet:
             self.manager.shutdown(wait=False)
             self.process_group.shutdown()
 
-    def _enter(self, message: Tensor) -> None:
+    def _enter(self) -> None:
         """From here on the others wait for this worker, so it is as late as can be."""
         # A store of this start's own: torchrun's outlives a restart, with the keys of the dead.
-        address = [None]
-        if self.rank == 0:
-            self._store = dist.TCPStore(self.host, 0, is_master=True, wait_for_workers=False)
-            address = [(self.host, self._store.port)]
+        own = [self._listen() if self.rank == 0 else None]
         if self.ranks > 1:
-            dist.broadcast_object_list(address, group=self.group, group_src=0)
-        ((host, port),) = address
-        state = _size(self.shared.shared_state())
+            dist.broadcast_object_list(own, group=self.group, group_src=0)
+        if isinstance(own[0], FleetRefused):
+            raise own[0]
+        ((place, port, process, since),) = own
+        state = size_of(self.shared.shared_state())
         self.healing = timedelta(seconds=PATIENCE + state / SLOWEST)
         self.transport = Transport(self.host, timeout=self.healing)
-        self.process_group = Group(self.ranks, timeout=timedelta(seconds=PATIENCE))
-        self.manager = self._new_manager(host, port)
+        self.process_group = Group(
+            self.ranks,
+            timeout=timedelta(seconds=PATIENCE),
+            card=lambda: Card(self.worker, process, since, self._met, self.shared.built, place),
+        )
+        self.manager = self._new_manager(self.host, port)
         self.manager.load_state_dict(self._counters)
+
+    def _listen(self) -> tuple[Place, int, int, float] | FleetRefused:
+        """Where others reach this worker, the port of its store there, which process it is."""
+        patience, until = timedelta(seconds=PATIENCE), time.monotonic() + PATIENCE
+        while True:
+            try:
+                place = Place.here(self.host)
+                self._store = dist.TCPStore(
+                    self.host, 0, is_master=True, wait_for_workers=False, timeout=patience
+                )
+                return place, self._store.port, os.getpid(), time.time()
+            except (OSError, RuntimeError) as error:
+                if time.monotonic() > until:
+                    return FleetRefused(
+                        f"host={self.host} does not lead to this machine ({_in_a_line(error)}): "
+                        "give a name or an address by which the other workers reach it "
+                        "(membership.host)"
+                    )
+            self.while_waiting(PAUSE)
+            time.sleep(PAUSE)
 
     def _new_manager(self, store: str, port: int) -> Manager:
         while True:
@@ -251,7 +264,7 @@ class Fleet:
 
     def _take(self, state: dict) -> None:
         self.shared.take_shared_state(state)
-        self.transport.received += _size(state)
+        self.transport.received += size_of(state)
         self.healed = True
 
     def _quorum(self) -> bool:
@@ -270,14 +283,47 @@ class Fleet:
         self._wait_for_the_lighthouse(error)
         return False
 
-    def _head(self, counts: bool) -> bytes:
+    def _error(self) -> Exception | None:
+        """What went wrong since the last quorum was asked for."""
+        found = self.manager.errored()
+        return found and found.original_exception
+
+    def _amiss(self) -> list[str]:
+        """Say why a quorum made no round; what the others are refused for, for the record."""
+        if (error := self._error()) is None:
+            return []
+        reason = _in_a_line(error)
+        if "connectFullMesh" in reason:
+            reason = f"they do not reach each other, give {INTERFACE} if this lasts ({reason})"
+        workers = ", ".join(map(str, self.process_group.workers))
+        log.warning("worker %s: no round of workers %s: %s", self.worker, workers, reason)
+        return [reason] if isinstance(error, FleetError) else []
+
+    def _judge(
+        self, messages: dict[int, Tensor], said_finite: set[int], step: int | None
+    ) -> tuple[list[int], list[str]]:
+        """Whose messages are not finite, and what there is to say of all of them."""
+        squares = torch.tensor(
+            [
+                self.shared.squared_length(message) if worker in said_finite else torch.nan
+                for worker, message in messages.items()
+            ],
+            dtype=torch.float64,
+        )
+        if self.ranks > 1:  # of the worker as a whole
+            dist.all_reduce(squares, group=self.group)
+        squares = dict(zip(messages, squares.tolist(), strict=True))
+        all_workers = len(messages) == len(self.process_group.workers)
+        return self._verdicts.of(squares, step, all_workers)
+
+    def _head(self, counts: bool, finite: bool) -> bytes:
         digest = self.shared.digest()
         if self.ranks > 1:  # of the worker as a whole
             of_all = [None] * self.ranks
             dist.all_gather_object(of_all, digest, group=self.group)
             digest = sum(of_all) % 2**64
         digest = digest.to_bytes(8, "big")
-        return HEAD.pack(self.manager.batches_committed(), digest, self.shared.done, counts)
+        return HEAD.pack(self.manager.batches_committed(), digest, self.shared.done, counts, finite)
 
     def _send(self, packed: Tensor, tries: int) -> Tensor | None:
         """All workers' heads and messages, (workers, bytes), or None where it failed."""
@@ -333,50 +379,6 @@ class Fleet:
                     self._store.delete_key(key)
 
 
-class Group(ProcessGroupGloo):
-    """Of the workers of the moment, by their numbers; `settled` after their first gather."""
-
-    def __init__(self, ranks: int, timeout: timedelta):
-        super().__init__(timeout)
-        self.ranks, self.workers, self.settled = ranks, (), False
-
-    def configure(self, store, name, rank, size, quorum, group_rank, group_size, of_all) -> None:
-        self.workers, self.settled = tuple(one // self.ranks for one in of_all), False
-        super().configure(store, name, rank, size, quorum, group_rank, group_size, of_all)
-
-
-class Transport(HTTPTransport):
-    """Serves what is shared under this host's name, and counts its bytes."""
-
-    def __init__(self, host: str, timeout: timedelta):
-        self.host, self.received, self.sent = host, 0, 0
-        super().__init__(timeout=timeout, num_chunks=0)
-
-    def address(self) -> str:
-        return f"http://{self.host}:{urlsplit(super().address()).port}/checkpoint/"
-
-    def send_checkpoint(self, dst_ranks, step, state_dict, timeout) -> None:
-        self.sent += len(dst_ranks) * _size(state_dict["user"]["default"])
-        super().send_checkpoint(dst_ranks, step, state_dict, timeout)
-
-    def traffic(self) -> Traffic:
-        """Since it was asked last."""
-        traffic = Traffic(0, 0, self.received, self.sent)
-        self.received = self.sent = 0
-        return traffic
-
-
-def _history(heads: list[bytes]) -> bytes:
-    """The one that goes on: of most messages, then of most workers."""
-    histories = [head[:HISTORY] for head in heads]
-    return max(histories, key=lambda one: (one[:8], histories.count(one), one))
-
-
-def _size(state: dict) -> int:
-    """Bytes of the tensors of a shared state."""
-    return sum(tensor.nbytes for tensor in state["tensors"])
-
-
 def _answer(asked: Future, call: Callable[[], None]) -> None:
     try:
         asked.set_result(call())
@@ -384,11 +386,11 @@ def _answer(asked: Future, call: Callable[[], None]) -> None:
         asked.set_exception(error)
 
 
+def _in_a_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _let_go(executor: Executor) -> None:
     """A process that ends does not wait for these threads, which may wait for others for a day."""
     for thread in executor._threads:
         _threads_queues.pop(thread, None)
-
-
-def _bytes(head: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(head), dtype=torch.uint8)

@@ -23,7 +23,7 @@ from run import PATIENCE
 
 from ef21_muon import Dense, Identity, LocalSteps, Switch, TopK
 from ef21_muon.exchange import fleet as exchange
-from ef21_muon.exchange.fleet import HEAD, Fleet, FleetError
+from ef21_muon.exchange.fleet import HEAD, Fleet, FleetError, FleetRefused
 from ef21_muon.fleet import FleetSteps
 
 EVERY = 3
@@ -202,7 +202,7 @@ def test_a_worker_that_is_built_otherwise_is_refused():
         thread = other.start(30)
         for one in (thread, *threads):
             one.join(PATIENCE)
-        assert isinstance(other.error, ValueError)
+        assert isinstance(other.error, FleetRefused)
         assert "outer_lr=0.7 (theirs 1.0)" in str(other.error)
 
 
@@ -319,7 +319,7 @@ def test_another_run_is_another_history():
         inner = torch.optim.SGD(new_model().parameters(), lr=0.1)
         return FleetSteps(inner, run=run, fleet=Fleet(0, "http://localhost:1")).digest()
 
-    assert digest("a") == digest("a") != digest("b")
+    assert digest({"a": 1}) == digest({"a": 1}) != digest({"a": 2})
 
 
 REFUSED = {

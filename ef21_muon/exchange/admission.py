@@ -1,0 +1,94 @@
+"""Which workers can meet, of those that come and go, as all of them find alike."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ef21_muon.exchange.reach import INTERFACE, Place, cut_off
+
+FEW = 6  # differences, at most, that an error names
+
+
+class FleetError(ConnectionError):
+    """The other workers are out of reach. One line: what is so, and what to do."""
+
+
+class FleetRefused(FleetError):
+    """This worker cannot be among the others, and to start it again would not mend that.
+
+    Its number is taken, it is of another run, others do not reach it, or what it sends is not
+    finite again and again.
+    """
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a worker says of itself to those that it has not met before.
+
+    worker: its number; process: its id; since: when it started, in seconds; met: whether it has had
+    a round; built: what has to be the same on all, by name; place: where it is.
+    """
+
+    worker: int
+    process: int
+    since: float
+    met: bool
+    built: Mapping[str, str]
+    place: Place
+
+    @property
+    def order(self) -> tuple:
+        """Those that have had a round come first, then those that started first."""
+        return not self.met, self.since, self.place.host, self.process
+
+    def __str__(self) -> str:
+        return f"worker {self.worker} on {self.place.host} (process {self.process})"
+
+
+def differences(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
+    """What differs, as `key=value (theirs value)`; empty if nothing does."""
+    keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+    named = [f"{key}={mine.get(key)} (theirs {theirs.get(key)})" for key in keys[:FEW]]
+    return ", ".join([*named, *([f"{len(keys) - FEW} more"] if keys[FEW:] else [])])
+
+
+def refusals(cards: Sequence[Card]) -> dict[int, str]:
+    """Of the workers that cannot be among these the reason, by place in the list.
+
+    The run that goes on is that of most workers that have had a round, then of most workers; of
+    those with one number the first in order; and where some workers are out of the others' reach,
+    those that have had a round.
+    """
+    runs = [[one for one in cards if one.built == card.built] for card in cards]
+    run = min(runs, key=lambda run: (-sum(one.met for one in run), -len(run), _first(run).order))
+    found = {}
+    for place, card in enumerate(cards):
+        owner = _first([one for one in run if one.worker == card.worker] or run)
+        if differing := differences(card.built, run[0].built):
+            found[place] = (
+                f"another run is at this lighthouse, with {_first(run)}: {differing}: start all "
+                "workers alike, or give this run a lighthouse of its own"
+            )
+        elif owner is not card:
+            found[place] = (
+                f"there is {owner} already: give this one another number, or this run a lighthouse "
+                "of its own, or end that process"
+            )
+    return found or _out_of_reach(cards)
+
+
+def _first(cards: Sequence[Card]) -> Card:
+    return min(cards, key=lambda card: card.order)
+
+
+def _out_of_reach(cards: Sequence[Card]) -> dict[int, str]:
+    behind = cut_off([card.place for card in cards])
+    if not behind:
+        return {}
+    card = _first([cards[place] for place in behind])
+    reason = (
+        f"{card} would listen at {card.place.address}, which is no address for other machines: "
+        f"give the one by which they reach it as its host (membership.host), or set {INTERFACE} "
+        "there to the network interface that they reach"
+    )
+    late = [place for place, one in enumerate(cards) if not one.met]
+    return dict.fromkeys(late if card.met else behind, reason)

@@ -1,0 +1,109 @@
+"""Between workers that come and go: the messages of those that meet, and the state for who comes.
+
+By torchft, an extra.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import timedelta
+from urllib.parse import urlsplit
+from urllib.request import ProxyHandler, build_opener
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroupGloo as Gloo
+
+from ef21_muon.exchange.admission import Card, FleetError, FleetRefused, refusals
+from ef21_muon.exchange.collectives import Traffic
+from ef21_muon.exchange.reach import Place
+
+os.environ.setdefault("RUST_LOG", "warn")  # or torchft says six lines a round
+try:
+    from torchft import Manager, ProcessGroupGloo
+    from torchft.checkpointing._serialization import _streaming_load
+    from torchft.checkpointing.http_transport import HTTPTransport
+except ImportError as error:
+    raise ImportError(
+        "workers that come and go need torchft, for Linux on x86-64: pip install 'ef21-muon[fleet]'"
+    ) from error
+
+__all__ = ["Group", "Manager", "Transport", "size_of"]
+DIRECT = build_opener(ProxyHandler({}))  # whatever the environment says of proxies
+
+
+class Group(ProcessGroupGloo):
+    """Of the workers of the moment, by their numbers; `settled` after their first gather.
+
+    Before they connect they exchange what `card` gives. Then the workers that cannot be among the
+    others have a FleetRefused as the manager's error, and the others a FleetError.
+    """
+
+    def __init__(self, ranks: int, timeout: timedelta, card: Callable[[], Card]):
+        super().__init__(timeout)
+        self.ranks, self.workers, self.settled = ranks, (), False
+        self.card = card
+
+    def configure(self, store, name, rank, size, quorum, group_rank, group_size, of_all) -> None:
+        self.workers, self.settled = tuple(one // self.ranks for one in of_all), False
+        super().configure(store, name, rank, size, quorum, group_rank, group_size, of_all)
+
+    def _create_pg(self, store: dist.Store, rank: int, size: int) -> dist.ProcessGroup:
+        cards = self._exchange(store, rank, size)
+        refused = refusals(cards)
+        if rank in refused:
+            raise FleetRefused(refused[rank])
+        if refused:
+            raise FleetError(
+                "; ".join(f"{cards[place]} is refused: {refused[place]}" for place in refused)
+            )
+        options = Gloo._Options()
+        options._timeout = self._timeout
+        address = cards[rank].place.address
+        options._devices = [
+            Gloo.create_default_device() if address is None else Gloo.create_device(address)
+        ]
+        backend = Gloo(store, rank, size, options)
+        backend._set_sequence_number_for_group()
+        group = dist.ProcessGroup(store, rank, size)
+        group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+        group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+        return group
+
+    def _exchange(self, store: dist.Store, rank: int, size: int) -> list[Card]:
+        """The cards of all. One that has ended meanwhile shows none, which takes the timeout."""
+        store.set(f"card/{rank}", json.dumps(asdict(self.card())))
+        cards = [Card(**json.loads(store.get(f"card/{one}"))) for one in range(size)]
+        return [replace(card, place=Place(**card.place)) for card in cards]
+
+
+class Transport(HTTPTransport):
+    """Serves what is shared under this host's name, and counts its bytes. Never by a proxy."""
+
+    def __init__(self, host: str, timeout: timedelta):
+        self.host, self.received, self.sent = host, 0, 0
+        super().__init__(timeout=timeout, num_chunks=0)
+
+    @classmethod
+    def _load_from_address(cls, address: str, timeout: timedelta) -> object:
+        with DIRECT.open(address, timeout=timeout.total_seconds()) as answer:
+            return _streaming_load(answer, weights_only=False)
+
+    def address(self) -> str:
+        return f"http://{self.host}:{urlsplit(super().address()).port}/checkpoint/"
+
+    def send_checkpoint(self, dst_ranks, step, state_dict, timeout) -> None:
+        self.sent += len(dst_ranks) * size_of(state_dict["user"]["default"])
+        super().send_checkpoint(dst_ranks, step, state_dict, timeout)
+
+    def traffic(self) -> Traffic:
+        """Since it was asked last."""
+        traffic = Traffic(0, 0, self.received, self.sent)
+        self.received = self.sent = 0
+        return traffic
+
+
+def size_of(state: dict) -> int:
+    """Bytes of the tensors of a shared state."""
+    return sum(tensor.nbytes for tensor in state["tensors"])
