@@ -91,7 +91,8 @@ class FleetSteps(LocalSteps):
                 "feedback='ef21' is not allowed for workers that come and go: its servers remember "
                 "the mean of all workers, give ef14 or none"
             )
-        settings = {**(run or {}), **self._settings()}
+        run = dict(run or {})  # comes first, and holds for names that options have too
+        settings = run | self._settings() | run
         self._built = {key: str(value) for key, value in settings.items()} | self._layers()
         told = hashlib.sha256(repr(sorted(self._built.items())).encode()).digest()
         self._digest_of_built = int.from_bytes(told[:7], "big")

@@ -38,7 +38,7 @@ class Card:
     @property
     def order(self) -> tuple:
         """Those that have had a round come first, then those that started first."""
-        return not self.met, self.since, self.place.host, self.process
+        return not self.met, self.since, self.worker, self.place.host, self.process
 
     def __str__(self) -> str:
         return f"worker {self.worker} on {self.place.host} (process {self.process})"

@@ -1,0 +1,245 @@
+"""Workers that come and go: whose messages do not count, and who is not let in."""
+
+import logging
+import threading
+import time
+from datetime import timedelta
+
+import fleet as crew
+import pytest
+import torch
+from bad_inputs import free_port
+from fleet import Worker, lighthouse, parameters_of
+from run import PATIENCE
+from torch import nn
+
+from ef21_muon import Dense, Identity, RankK, TopK
+from ef21_muon.exchange.connections import Transport
+from ef21_muon.exchange.fleet import FleetRefused
+from ef21_muon.fleet import FleetSteps
+
+RUN = {"optimizer.lr": 0.01, "steps": 60}
+
+
+def everyone(workers, until, before_step=lambda worker: None):
+    """Train all together; returns their errors."""
+    crew.enter(workers)
+    threads = [worker.start(until, before_step=before_step) for worker in workers]
+    for thread in threads:
+        thread.join(PATIENCE)
+    return [worker.error for worker in workers]
+
+
+def breaks(number: int, steps: tuple[int, ...], how):
+    """Before these steps, for a worker's `before_step`."""
+
+    def before_step(worker):
+        if worker.number == number and worker.optimizer.steps in steps:
+            with torch.no_grad():
+                how(worker)
+
+    return before_step
+
+
+def parameters_become(value):
+    return lambda worker: next(iter(worker.model.parameters())).view(-1)[:1].fill_(value)
+
+
+def a_liar(worker):
+    parameters_become(torch.nan)(worker)
+    worker.optimizer._broken = list
+
+
+def memory(worker):
+    worker.optimizer.batches[0].memory.fill_(torch.inf)
+
+
+WAYS = {
+    "nan": (parameters_become(torch.nan), Identity()),
+    "inf": (parameters_become(torch.inf), Identity()),
+    "too large to square": (parameters_become(1e30), Identity()),
+    "nan by signs": (parameters_become(torch.nan), Dense("sign")),
+    "nan by signs of whole messages": (parameters_become(torch.nan), Dense("sign@message")),
+    "nan in two bits": (parameters_become(torch.nan), Dense("normal2")),
+    "inf by rank": (parameters_become(torch.inf), RankK(0.3)),
+    "what was left out": (memory, TopK(0.3)),
+    "without a word": (a_liar, Identity()),
+}
+
+
+@pytest.mark.parametrize(("how", "w2s"), WAYS.values(), ids=WAYS)
+def test_what_is_not_finite_counts_for_nobody_and_its_sender_begins_anew(how, w2s, caplog):
+    caplog.set_level(logging.WARNING, "ef21_muon")
+    with lighthouse(3) as url, crew.workers(url, range(3), w2s=w2s, outer_momentum=0.6) as workers:
+        assert everyone(workers, 12, breaks(1, (5,), how)) == [None] * 3
+        for worker in workers:
+            counted = [one.messages for one in worker.optimizer.meetings]
+            refused = [one.refused for one in worker.optimizer.meetings]
+            assert counted == [0, 3, 2, 3, 3] and refused == [(), (), (1,), (), ()]
+            note = "worker 1's message is not finite: it does not count"
+            assert [note in one.notes for one in worker.optimizer.meetings][1:3] == [False, True]
+            assert worker.optimizer.told == 33
+            for step in (3, 6, 9, 12):
+                assert worker.agreed[step].isfinite().all()
+                assert torch.equal(worker.agreed[step], workers[0].agreed[step])
+        assert torch.isfinite(parameters_of(workers[1].model)).all()
+    assert caplog.text.count("step 6: worker 1's message is not finite") == 3  # one on each
+
+
+def test_it_ends_after_the_third_time_in_a_row_and_the_others_do_not():
+    with lighthouse(2) as url, crew.workers(url, range(3)) as workers:
+        steps = (1, 4, 7)
+        errors = everyone(workers, 15, breaks(1, steps, parameters_become(torch.nan)))
+        assert isinstance(errors[1], FleetRefused) and errors[::2] == [None, None]
+        assert "worker 1's messages were not finite 3 times" in str(errors[1])
+        assert torch.equal(workers[0].agreed[15], workers[2].agreed[15])
+        assert workers[0].optimizer.told == 3 * 10
+
+
+def test_where_no_message_is_finite_all_end_with_w_as_it_was():
+    def how(worker):
+        parameters_become(torch.nan)(worker)
+
+    def before_step(worker):
+        breaks(worker.number, (4,), how)(worker)
+
+    with lighthouse(3) as url, crew.workers(url, range(3)) as workers:
+        errors = everyone(workers, 12, before_step)
+        assert all("no worker's message is finite after step 6" in str(error) for error in errors)
+        for worker in workers:
+            with worker.optimizer.agreed():
+                assert torch.equal(parameters_of(worker.model), workers[0].agreed[3])
+
+
+def test_a_message_far_longer_than_the_others_is_named_and_counts(caplog):
+    caplog.set_level(logging.WARNING, "ef21_muon")
+
+    def how(worker):
+        for parameter in worker.model.parameters():
+            parameter.mul_(1e6)
+
+    with lighthouse(3) as url, crew.workers(url, range(3)) as workers:
+        assert everyone(workers, 6, breaks(2, (2,), how)) == [None] * 3
+        for worker in workers:
+            _, first, _ = worker.optimizer.meetings
+            assert first.messages == 3 and not first.refused
+            (note,) = first.notes
+            assert note.startswith("worker 2's message is ") and "times as long" in note
+    assert caplog.text.count("step 3: worker 2's message is") == 3
+
+
+class Other(Worker):
+    """Of another model, whose messages have another size."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.model = nn.Linear(7, 5)
+        inner = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.optimizer = FleetSteps(inner, every=3, fleet=self.optimizer.fleet)
+
+
+def another_run(url, number):
+    return Worker(number, url, run={"optimizer.lr": 0.02, "steps": 30})
+
+
+def ahead_of_the_others(url, number):
+    worker = another_run(url, number)
+    state = {"told": 999, "step": 999, "batches_committed": 999}
+    worker.optimizer.load_fleet_state(state)
+    return worker
+
+
+NEWCOMERS = {
+    "a number that is taken": (
+        lambda url: Worker(1, url, run=RUN),
+        "there is worker 1 on localhost (process ",
+    ),
+    "another run": (
+        lambda url: another_run(url, 2),
+        "optimizer.lr=0.02 (theirs 0.01), steps=30 (theirs 60): start all workers alike",
+    ),
+    "another run, of the same number": (lambda url: another_run(url, 0), "optimizer.lr=0.02"),
+    "another run, at a later step": (lambda url: ahead_of_the_others(url, 2), "steps=30"),
+    "another model": (lambda url: Other(2, url), "(theirs (8, 4) torch.float32)"),
+}
+
+
+@pytest.mark.parametrize(("newcomer", "reason"), NEWCOMERS.values(), ids=NEWCOMERS)
+def test_who_does_not_belong_is_told_why_and_costs_the_others_one_quorum(newcomer, reason):
+    come, told = threading.Event(), threading.Event()
+
+    def wait(worker):
+        if worker.optimizer.steps == 7 and not come.is_set():
+            told.set()
+            come.wait(PATIENCE)
+
+    with lighthouse(2) as url, crew.workers(url, range(2), run=RUN) as workers:
+        crew.enter(workers)
+        threads = [worker.start(18, before_step=wait) for worker in workers]
+        told.wait(PATIENCE)
+        other = newcomer(url)
+        thread = other.start(18)
+        while other.optimizer.fleet.manager is None:
+            time.sleep(0.01)
+        time.sleep(0.5)  # until the lighthouse has heard of it
+        come.set()
+        for one in (*threads, thread):
+            one.join(PATIENCE)
+        assert isinstance(other.error, FleetRefused) and reason in str(other.error)
+        assert "\n" not in str(other.error) and other.optimizer.steps == 0
+        assert [worker.error for worker in workers] == [None, None]
+        for worker in workers:
+            tries = sorted(one.tries for one in worker.optimizer.meetings)
+            assert tries[:-1] == [1] * (len(tries) - 1) and tries[-1] == 2
+            assert all(one.messages == 2 for one in list(worker.optimizer.meetings)[1:])
+            notes = [note for one in worker.optimizer.meetings for note in one.notes]
+            assert len(notes) == 1 and "is refused" in notes[0]
+            assert torch.equal(worker.agreed[18], workers[0].agreed[18])
+
+
+@pytest.mark.parametrize("numbers", [(0, 0, 1), (0, 1, 0, 1), (1, 0, 0, 0)])
+def test_of_numbers_that_are_given_twice_from_the_start_each_counts_once(numbers):
+    with lighthouse(2) as url, crew.workers(url, numbers) as workers:
+        errors = everyone(workers, 12)
+        let_in = [worker.number for worker, error in zip(workers, errors, strict=True) if not error]
+        assert sorted(let_in) == [0, 1]
+        assert all(isinstance(error, FleetRefused) for error in errors if error)
+        for worker in (one for one in workers if one.error is None):
+            assert {one.workers for one in worker.optimizer.meetings} <= {(0, 1), (0,), (1,)}
+            assert worker.optimizer.told <= 24
+
+
+def test_a_worker_that_starts_again_at_once_is_not_taken_for_another():
+    with lighthouse(2) as url, crew.workers(url, range(2)) as workers:
+        crew.enter(workers)
+        thread = workers[0].start(18)
+        workers[1].train(until=6)
+        workers[1].optimizer.leave()  # the lighthouse has yet to notice
+        with crew.workers(url, [1]) as (again,):
+            again.train(until=18)
+            thread.join(PATIENCE)
+            assert workers[0].error is None
+            assert torch.equal(again.agreed[18], workers[0].agreed[18])
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])
+def test_state_never_travels_by_a_proxy(monkeypatch, name):
+    for other in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, f"http://localhost:{free_port()}")
+    server, client = (Transport("localhost", timedelta(seconds=20)) for _ in range(2))
+    state = {"user": {"default": {"tensors": [torch.arange(4.0)]}}}
+    server.send_checkpoint([1], 3, state, timedelta(seconds=20))
+    found = client.recv_checkpoint(0, server.metadata(), 3, timedelta(seconds=20))
+    assert torch.equal(found["user"]["default"]["tensors"][0], torch.arange(4.0))
+    server.shutdown()
+    client.shutdown()
+
+
+def test_a_host_that_does_not_lead_here_is_refused(monkeypatch):
+    monkeypatch.setattr("ef21_muon.exchange.fleet.PATIENCE", 0.5)
+    for host in ("nope.invalid", "192.0.2.1"):
+        with lighthouse(1) as url, crew.workers(url, [0]) as (worker,):
+            worker.optimizer.fleet.host = host
+            with pytest.raises(FleetRefused, match=f"host={host} does not lead to this machine"):
+                worker.train(until=3)
