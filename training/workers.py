@@ -1,5 +1,6 @@
 """The processes of a launch: who am I, and how do we agree."""
 
+import json
 import os
 import secrets
 import signal
@@ -8,11 +9,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import timedelta
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+
+from ef21_muon.exchange.reach import INTERFACE, Place, cut_off
 
 # What errors that torch raises mean, by a part of their message.
 MEANINGS = {
@@ -99,6 +103,7 @@ class Workers:
         self._store.set(f"shared/{self.rank}", str(self.shared))
         of_ranks = [self._store.get(f"shared/{rank}") for rank in range(self.count)]
         self.shared = b"True" in of_ranks  # on any machine
+        self._require_reach()
         apart = self.device.type == "cuda" and not self.shared
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if apart else "gloo",
@@ -111,6 +116,22 @@ class Workers:
         self.control = dist.new_group(backend="gloo", timeout=self.timeout)
         if apart:
             self._from_host = dist.new_group(backend="gloo", timeout=self.timeout)
+
+    def _require_reach(self) -> None:
+        """Raise FinalError where gloo would listen at an address that other machines do not reach.
+
+        For it would try for as long as `timeout`, and not say why.
+        """
+        self._store.set(f"place/{self.rank}", json.dumps(asdict(Place.here())))
+        texts = [self._store.get(f"place/{rank}") for rank in range(self.count)]
+        places = [Place(**json.loads(text)) for text in texts]
+        if behind := cut_off(places):
+            place = places[behind[0]]
+            raise FinalError(
+                f"rank {behind[0]} is on a machine whose name, {place.host}, is {place.address} "
+                f"there, which is no address for other machines: set {INTERFACE} on every node to "
+                "the network interface by which they reach each other (ip addr lists them)"
+            )
 
     def _agree_on_name(self, store: dist.Store) -> str:
         """A name for what these processes store, which no earlier start of workers has used.
@@ -285,6 +306,12 @@ class Workers:
                 f"{self.count} ranks, where they reach this address, or give a longer --timeout"
             )
         lost = ", ".join(map(str, self._lost()))
+        if "connectFullMesh" in str(error):  # at the start
+            return (
+                f"no connection to {f'rank {lost}' if lost else 'other ranks'}: see that process "
+                f"or its node, and if it runs, set {INTERFACE} on every node to the network "
+                "interface by which they reach each other"
+            )
         return lost and (
             f"lost rank {lost}: see that process or its node, and go on with resume=auto"
         )

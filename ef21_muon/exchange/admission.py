@@ -82,13 +82,12 @@ def _first(cards: Sequence[Card]) -> Card:
 
 def _out_of_reach(cards: Sequence[Card]) -> dict[int, str]:
     behind = cut_off([card.place for card in cards])
-    if not behind:
-        return {}
-    card = _first([cards[place] for place in behind])
-    reason = (
-        f"{card} would listen at {card.place.address}, which is no address for other machines: "
-        f"give the one by which they reach it as its host (membership.host), or set {INTERFACE} "
-        "there to the network interface that they reach"
-    )
-    late = [place for place, one in enumerate(cards) if not one.met]
-    return dict.fromkeys(late if card.met else behind, reason)
+    reasons = {
+        place: f"{cards[place]} would listen at {cards[place].place.address}, which is no address "
+        "for other machines: give the one by which they reach it as its host (membership.host), or "
+        f"set {INTERFACE} there to the network interface that they reach"
+        for place in behind
+    }
+    if not any(cards[place].met for place in behind):
+        return reasons
+    return dict.fromkeys((p for p, card in enumerate(cards) if not card.met), reasons[behind[0]])

@@ -58,13 +58,12 @@ class Group(ProcessGroupGloo):
             raise FleetError(
                 "; ".join(f"{cards[place]} is refused: {refused[place]}" for place in refused)
             )
-        options = Gloo._Options()
-        options._timeout = self._timeout
-        address = cards[rank].place.address
-        options._devices = [
-            Gloo.create_default_device() if address is None else Gloo.create_device(address)
-        ]
-        backend = Gloo(store, rank, size, options)
+        if (address := cards[rank].place.address) is None:
+            backend = Gloo(store, rank, size, self._timeout)  # by GLOO_SOCKET_IFNAME
+        else:
+            options = Gloo._Options()
+            options._timeout, options._devices = self._timeout, [Gloo.create_device(address)]
+            backend = Gloo(store, rank, size, options)
         backend._set_sequence_number_for_group()
         group = dist.ProcessGroup(store, rank, size)
         group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
