@@ -103,7 +103,7 @@ class Workers:
         self._store.set(f"shared/{self.rank}", str(self.shared))
         of_ranks = [self._store.get(f"shared/{rank}") for rank in range(self.count)]
         self.shared = b"True" in of_ranks  # on any machine
-        self._require_reach()
+        self._require_reach(Place.here())
         apart = self.device.type == "cuda" and not self.shared
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if apart else "gloo",
@@ -117,12 +117,12 @@ class Workers:
         if apart:
             self._from_host = dist.new_group(backend="gloo", timeout=self.timeout)
 
-    def _require_reach(self) -> None:
+    def _require_reach(self, here: Place) -> None:
         """Raise FinalError where gloo would listen at an address that other machines do not reach.
 
         For it would try for as long as `timeout`, and not say why.
         """
-        self._store.set(f"place/{self.rank}", json.dumps(asdict(Place.here())))
+        self._store.set(f"place/{self.rank}", json.dumps(asdict(here)))
         texts = [self._store.get(f"place/{rank}") for rank in range(self.count)]
         places = [Place(**json.loads(text)) for text in texts]
         if behind := cut_off(places):

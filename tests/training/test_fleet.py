@@ -12,15 +12,17 @@ from types import SimpleNamespace
 import pytest
 from bad_inputs import free_port
 from omegaconf import OmegaConf
-from run import PATIENCE, ROOT
+from run import PATIENCE, ROOT, launch
 
+from ef21_muon.exchange.admission import FleetRefused
 from ef21_muon.exchange.collectives import Traffic
 from scripts.chaos.crew import Crew
+from scripts.fleet import worker_overrides
 from training.config import compose
 from training.fleet import FixedMembers, FleetMembers, Meetings, members_of, place_among_all
 from training.log import NoLog, RunLog
 from training.resume import as_it_was_left
-from training.workers import RunError, Workers
+from training.workers import FinalError, RunError, Workers
 
 HANGS = """
 import sys, time
@@ -73,6 +75,7 @@ def test_the_log_says_who_met_and_why_others_than_before():
         meeting((0, 2), tries=2),
         meeting((0, 1, 2), messages=2, healed=True, parted=1),
         meeting((0, 1), step=None, messages=0),
+        meeting((0, 1), messages=1, refused=(1,), notes=("worker 1's message is not finite",)),
     ):
         optimizer.meetings.append(one)
         seen += told.records(optimizer)
@@ -82,8 +85,9 @@ def test_the_log_says_who_met_and_why_others_than_before():
         ["worker 1 is gone"],
         ["worker 1 came", "had another history", "took over the others' state"],
         ["worker 2 is gone"],
+        ["worker 1's message is not finite"],
     ]
-    assert [one["step"] for one in seen] == [30, 30, 30, 30, None]
+    assert [one["step"] for one in seen] == [30, 30, 30, 30, None, 30]
     assert seen[2] == {
         "step": 30,
         "workers": [0, 2],
@@ -130,6 +134,18 @@ def test_membership_decides_who_the_members_are():
     assert isinstance(fleet, FleetMembers) and fleet.ask_every(None) == 1
 
 
+def test_who_is_refused_ends_for_good_and_has_logged_the_rounds_before():
+    members, logged = FleetMembers(fleet_config(1), Workers()), []
+    run = SimpleNamespace(optimizer=SimpleNamespace(meetings=deque([meeting((0, 1))])))
+    log = SimpleNamespace(membership=logged.append)
+    with (
+        pytest.raises(FinalError, match="worker 1 cannot go on: its number is taken"),
+        members.refusals(run, log),
+    ):
+        raise FleetRefused("its number\nis taken")
+    assert [one["workers"] for one in logged] == [[0, 1]]
+
+
 def test_a_log_without_a_checkpoint_is_gone_on_with(tmp_path):
     config = fleet_config(0)
     assert as_it_was_left(config, tmp_path) is None
@@ -163,5 +179,30 @@ def test_a_worker_of_two_ranks_is_gone_as_a_whole_and_comes_back(small, tmp_path
         assert [0, 2] in [one["workers"] for one in met]
         told = [one["why"] for one in crew.records(1) if one["record"] == "membership"]
         assert ["took over the others' state"] in told
+    finally:
+        crew.close()
+
+
+@pytest.mark.slow
+def test_who_does_not_belong_to_a_run_ends_at_its_start_and_the_run_goes_on(small, tmp_path):
+    own = [one for one in small if not one.startswith(("steps", "batch.sequences"))]
+    told = ["optimizer=local", "optimizer.every=5", "steps=800", "batch.sequences=6"]
+    overrides = [*own, *told, "eval.every=800", "checkpoint.every=0"]
+    crew = Crew(2, free_port(), tmp_path / "run", overrides, 0.05)
+    try:
+        assert crew.wait_until_all_meet(20)
+        for change, reason in (
+            ([], "error: worker 0 cannot go on: there is worker 0 on localhost (process "),
+            (["optimizer.inner.lr=0.03"], ": optimizer.inner.lr=0.03 (theirs 0.02)"),
+        ):
+            given = worker_overrides(crew.options, 0)
+            given[-1] = f"directory={tmp_path}/other{len(change)}"
+            assert reason in launch(0, *given, *change, expect=1).stderr
+            assert crew.wait_until_all_meet(crew.last_step() + 5)
+        crew.wait_until_all_end()
+        ends = [crew.records(worker)[-1] for worker in range(2)]
+        assert len({one["state"] for one in ends}) == 1 and ends[0]["step"] == 800
+        met = [one for one in crew.records(0) if one["record"] == "membership"]
+        assert sum(one["tries"] - 1 for one in met) == 2
     finally:
         crew.close()

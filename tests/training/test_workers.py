@@ -8,7 +8,8 @@ import torch.distributed as dist
 from run import PATIENCE
 from waiting import SleptTime
 
-from training.workers import RunError, Workers
+from ef21_muon.exchange.reach import Place
+from training.workers import FinalError, RunError, Workers
 
 
 class Start:
@@ -89,3 +90,47 @@ def test_workers_share_gpus_where_a_machine_has_fewer(
         with pytest.raises(RunError, match=r"exchange=device needs a GPU for each rank"):
             workers.group("device")
     assert workers.group("host") is None  # the default group, or none yet
+
+
+def unlike(address: str | None, network: str) -> Place:
+    return Place("debian", address, network)
+
+
+@pytest.mark.parametrize(
+    ("places", "named"),
+    [
+        ([unlike("10.0.0.1", "a"), unlike("10.0.0.2", "b")], None),
+        ([unlike("10.0.0.1", "a"), unlike("127.0.1.1", "b")], 1),
+        ([unlike("127.0.0.1", "a"), unlike("127.0.1.1", "b")], 0),
+        ([unlike("10.0.0.1", "a"), unlike("::1", "b")], 1),
+        ([unlike("127.0.1.1", "a"), unlike("127.0.1.1", "a")], None),
+        ([unlike("10.0.0.1", "a"), unlike(None, "b")], None),  # an interface is named
+    ],
+)
+def test_a_machine_that_others_do_not_reach_is_named_before_gloo_tries(places, named, monkeypatch):
+    start = Start(dist.HashStore(), 2)
+    here = {id(worker): place for worker, place in zip(start.workers, places, strict=True)}
+
+    def require(worker):
+        try:
+            worker._require_reach(here[id(worker)])
+        except FinalError as error:
+            return str(error)
+
+    for found in start.results(require, range(2)):
+        assert (found is None) == (named is None)
+        if named is not None:
+            assert (
+                f"rank {named} is on a machine whose name, debian, is {places[named].address}"
+                in found
+            )
+            assert "set GLOO_SOCKET_IFNAME on every node" in found
+
+
+@pytest.mark.parametrize(("lost", "who"), [([1], "rank 1"), ([], "other ranks")])
+def test_ranks_that_do_not_connect_are_told_of_the_interface(lost, who, monkeypatch):
+    (worker,) = Start(dist.HashStore(), 1).workers
+    monkeypatch.setattr(worker, "_lost", lambda: lost)
+    error = RuntimeError("Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc] timed out")
+    assert worker._meaning(error).startswith(f"no connection to {who}: see that process or its")
+    assert "set GLOO_SOCKET_IFNAME" in worker._meaning(error)
