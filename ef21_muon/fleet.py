@@ -199,7 +199,10 @@ class FleetSteps(LocalSteps):
         broken = []
         for batch in self.batches:
             sizes = [torch.stack(torch._foreach_norm(batch.params, float("inf")))]
-            sizes += [table.abs().flatten(1).amax(1) for _, table, _ in batch.tables()]
+            sizes += [
+                torch.linalg.vector_norm(table, float("inf"), dim=(1, 2))
+                for _, table, _ in batch.tables()
+            ]
             finite = torch.stack([one.float() for one in sizes]).isfinite().all(0)
             broken += [
                 name for name, so in zip(batch.names, finite.tolist(), strict=True) if not so

@@ -74,6 +74,8 @@ class Group(ProcessGroupGloo):
         """The cards of all. One that has ended meanwhile shows none, which takes the timeout."""
         store.set(f"card/{rank}", json.dumps(asdict(self.card())))
         cards = [Card(**json.loads(store.get(f"card/{one}"))) for one in range(size)]
+        if [card.worker for card in cards] != [*self.workers]:  # the lighthouse counts anew
+            raise FleetError("a card of an earlier quorum of this number")
         return [replace(card, place=Place(**card.place)) for card in cards]
 
 

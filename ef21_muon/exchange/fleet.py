@@ -88,7 +88,7 @@ class Fleet:
         self._away_since: float | None = None
         self._counters = {"step": 0, "batches_committed": 0}
         self._met = False
-        self._verdicts = Verdicts(worker)
+        self._verdicts = Verdicts(worker, quiet=self.rank > 0)
 
     def attach(self, shared: Shared) -> None:
         """Of what all workers share here."""

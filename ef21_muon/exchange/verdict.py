@@ -23,8 +23,8 @@ class Verdicts:
     in the first round of several.
     """
 
-    def __init__(self, worker: int):
-        self.worker = worker
+    def __init__(self, worker: int, quiet: bool = False):
+        self.worker, self.quiet = worker, quiet  # for all but one rank of the worker
         self._refused = 0  # of its own messages, one after the other
         self._far: set[int] = set()  # workers, in the last round
 
@@ -43,8 +43,9 @@ class Verdicts:
             one: f"worker {one}'s message is {times:.1e} times as long as the others'"
             for one, times in far_off(squares).items()
         }
-        for note in [*notes, *(far[one] for one in far.keys() - self._far)]:
-            log.warning("step %s: %s", step, note)
+        for note in [*notes, *(far[one] for one in far if one not in self._far)]:
+            if not self.quiet:
+                log.warning("step %s: %s", step, note)
         self._far = {*far}
         if self.worker in squares:
             self._refused = self._refused + 1 if self.worker in broken else 0
