@@ -1,5 +1,6 @@
 """Local steps: workers step by themselves, and meet in rounds."""
 
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -95,12 +96,13 @@ class LocalSteps(WrappingOptimizer):
         process_group: dist.ProcessGroup | str | None = None,
     ):
         self.every, self.rounds = every, Rounds(every)
-        delay = whole_number("delay", delay, least=0)
+        self.delay = whole_number("delay", delay, least=0)
         self.outer_lr = check_number("outer_lr", outer_lr, OUTER_NUMBERS)
         self.outer_momentum = check_number("outer_momentum", outer_momentum, OUTER_NUMBERS)
         self.error_decay = check_number("error_decay", error_decay, OUTER_NUMBERS)
         self.nesterov, self.lanes = flag("nesterov", nesterov), lanes
-        stagger, buckets = flag("stagger", stagger), whole_number("buckets", buckets, least=1)
+        self.stagger = flag("stagger", stagger)
+        buckets = whole_number("buckets", buckets, least=1)
         self.feedback = FEEDBACK[choice("feedback", feedback, FEEDBACK)]
         refuse_unused_decays([{"error_decay": error_decay, "server_momentum": 0}], feedback)
         w2s, s2w = w2s or Identity(), s2w or Identity()
@@ -118,7 +120,18 @@ class LocalSteps(WrappingOptimizer):
             self.timetable.sum_over(lanes)
         self._sent: dict[range, Receive] = {}  # under way to the servers
         self._returned: dict[range, Receive] = {}  # and back
-        self._swapped = False
+        self._guard_inner()
+
+    def _guard_inner(self) -> None:
+        """Let inner optimizers refuse steps on W, too."""
+        reference = weakref.ref(self)
+
+        def refuse(inner: Optimizer, args: tuple, kwargs: dict) -> None:
+            if (outer := reference()) is not None:
+                outer._require_own_parameters(f"{type(inner).__name__}.step()")
+
+        for optimizer in self.inner:
+            optimizer.register_step_pre_hook(refuse)
 
     def _new_batches(self, costs: list[int]) -> list[RoundBatch]:
         place = place_in(self.process_group)
@@ -156,8 +169,7 @@ class LocalSteps(WrappingOptimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """A step of the inner optimizer, and what is due after it of a round."""
-        if self._swapped:
-            raise RuntimeError("step() within agreed(): the parameters are W there, leave it first")
+        self._require_own_parameters("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -189,6 +201,7 @@ class LocalSteps(WrappingOptimizer):
 
         For the end of a training, on all workers together. What is under way arrives first.
         """
+        self._require_own_parameters("finish()")
         if self.steps == 0:
             return
         last, delay = self.steps - 1, self.timetable.delay
@@ -292,9 +305,11 @@ class LocalSteps(WrappingOptimizer):
 
     @contextmanager
     def agreed(self):
-        """Within it the parameters are W; after it x_j again. On all ranks of a worker together."""
-        if self._swapped:
-            raise RuntimeError("agreed() within agreed(): the parameters are W already")
+        """Within it the parameters are W; after it x_j again. On all ranks of a worker together.
+
+        Within it `step`, `finish`, states, copies and checks are refused: they are of x_j.
+        """
+        self._require_own_parameters("agreed()")
         self._swap()
         try:
             yield
@@ -314,6 +329,14 @@ class LocalSteps(WrappingOptimizer):
                 shift.copy_(local_model)
         if self.lanes:
             self.lanes.share_parameters()
+
+    def check_agreement(self) -> None:
+        self._require_own_parameters("check_agreement()")
+        super().check_agreement()
+
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        self._require_own_parameters("diagnostics()")
+        return super().diagnostics()
 
     def check_finite(self) -> None:
         """Raise FloatingPointError if a gradient or a parameter of this worker is not finite.
@@ -339,6 +362,10 @@ class LocalSteps(WrappingOptimizer):
     def go_on_after(self, steps: int) -> None:
         super().go_on_after(steps)
         self._sent, self._returned = {}, {}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._guard_inner()
 
     def _settings(self) -> dict:
         return super()._settings() | {"every": str(self.rounds)}
