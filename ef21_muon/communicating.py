@@ -25,7 +25,7 @@ from ef21_muon.exchange.lanes import Lanes
 from ef21_muon.exchange.layers import Batch
 from ef21_muon.exchange.roll_call import RollCall
 from ef21_muon.exchange.shards import require_whole
-from ef21_muon.identity import described, options_of
+from ef21_muon.identity import described, options_of, shapes_of
 from ef21_muon.stateful import StatefulOptimizer
 from ef21_muon.timing import PhaseTimer
 
@@ -278,7 +278,8 @@ class CommunicatingOptimizer(StatefulOptimizer):
         own = {name: described(vars(self)[name]) for name in sorted(named & vars(self).keys())}
         method = {"method": type(self).__name__, "ranks": place_in(self._everyone)[1]}
         of_groups = options_of(self.param_groups, ("name", *self.defaults))
-        return method | {k: v for k, v in own.items() if k not in NO_OPTIONS} | of_groups
+        own = {name: value for name, value in own.items() if name not in NO_OPTIONS}
+        return method | own | of_groups | shapes_of(self.param_groups)
 
     def _new_generator(self, seed: int, rank: int, purpose: str) -> Generator:
         device = next(p.device for group in self.param_groups for p in group["params"])

@@ -3,7 +3,8 @@
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -113,10 +114,12 @@ class FleetSteps(LocalSteps):
             if self.lanes:
                 self.lanes.share_parameters()
 
-    def step(self, closure=None):
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
         self._within_step, self._untold = True, self._untold + 1
         try:
-            return super().step(closure)
+            with super()._in_step():
+                yield
         finally:
             self._within_step = False
 
@@ -186,6 +189,7 @@ class FleetSteps(LocalSteps):
         return self.batches[0].broken_at.device
 
     def _shared(self) -> list[Tensor]:
+        self._require_own_parameters("what workers share")
         tables = (one for batch in self.batches for one in batch.tables())
         return [table for name, table, _ in tables if name in SHARED]
 

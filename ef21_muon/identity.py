@@ -43,8 +43,19 @@ def described(value: object, depth: int = 0) -> object:
     return f"{name}({', '.join(own)})"
 
 
+def shapes_of(groups: Sequence[dict]) -> dict[str, str]:
+    """Of every parameter, by its name or its number in its group, shape and type."""
+    shapes = {}
+    for index, group in enumerate(groups):
+        for place, parameter in enumerate(group["params"]):
+            name = group["param_names"][place] if "param_names" in group else f"parameter {place}"
+            shape = f"{tuple(parameter.shape)} {str(parameter.dtype).removeprefix('torch.')}"
+            shapes[f"shape of {name} of group {index}"] = shape
+    return shapes
+
+
 def options_of(groups: Sequence[dict], entries: Iterable[str]) -> dict[str, object]:
-    """Of every parameter group those of the entries that it has, and what its parameters are.
+    """Of every parameter group those of the entries that it has.
 
     Returns {"entry of group index": described value}.
     """
@@ -54,8 +65,6 @@ def options_of(groups: Sequence[dict], entries: Iterable[str]) -> dict[str, obje
         for entry in entries:
             if entry in group:
                 options[f"{entry} of group {index}"] = described(group[entry])
-        shapes = [f"{tuple(p.shape)} {p.dtype}" for p in group["params"]]
-        options[f"parameters of group {index}"] = ", ".join(shapes)
     return options
 
 

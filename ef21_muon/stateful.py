@@ -144,11 +144,15 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 f"{mine['method']}.state_dict() or full_state_dict() gave, not a part of it"
             )
         if differing := differences(mine, of, "here"):
-            raise ValueError(
-                f"the state is of {differing}: load it where it was saved, on every rank its own, "
-                "or save full_state_dict() and load that on all; to change an option, build with "
-                "the saved one, load, and set it in param_groups"
+            elsewhere = any(mine[key] != of.get(key) for key in ("rank", "ranks"))
+            advice = (
+                "load it where it was saved, on every rank its own, or save full_state_dict() and "
+                "load that on all"
+                if elsewhere
+                else "build the optimizer as that one was, load, and then change in param_groups "
+                "what is to change"
             )
+            raise ValueError(f"the state is of {differing}: {advice}")
         return state_dict
 
     def go_on_after(self, steps: int) -> None:

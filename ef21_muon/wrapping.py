@@ -57,7 +57,7 @@ class WrappingOptimizer(ServedOptimizer):
             self._inner_checked = True
 
     def _settings(self) -> dict:
-        settings = super()._settings()
+        settings = super()._settings() | {"number of inner optimizers": len(self.inner)}
         for place, inner in enumerate(self.inner):
             ours = isinstance(inner, CommunicatingOptimizer)
             its = inner._settings() if ours else identity_of(inner)

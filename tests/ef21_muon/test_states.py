@@ -119,7 +119,7 @@ UNLIKE = {
     "number of inner optimizers": (
         lambda p: LocalSteps(apart(p, sgd, sgd)),
         lambda p: LocalSteps(sgd(p)),
-        "parameters of group 0 '(8, 6) torch.float32'",
+        "number of inner optimizers 2 (here 1)",
     ),
     "momentum": (
         lambda p: LocalSteps(sgd(p)),
@@ -199,7 +199,7 @@ UNLIKE = {
     "dtype": (
         lambda p: LocalSteps(sgd(p)),
         lambda p: LocalSteps(sgd([nn.Parameter(one.detach().bfloat16()) for one in p])),
-        "parameters of group 0 '(8, 6) torch.float32, (8,) torch.float32' (here '(8, 6) torch.bf",
+        "shape of parameter 0 of group 0 '(8, 6) float32' (here '(8, 6) bfloat16'",
     ),
     "beta": (lambda p: EF21Muon(p, beta=0.5), lambda p: EF21Muon(p), "beta of group 0 0.5"),
     "norm": (lambda p: EF21Muon(p, norm=Sign()), lambda p: EF21Muon(p), "norm of group 0 'Sign("),
