@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from ef21_muon import LocalSteps
 from training.config import what_matters
 from training.log import NoLog, RunLog
+from training.membership import require_addresses, require_way_here
 from training.method import rounds_of
 from training.schedule import new_scheduler
 from training.workers import RunError, Workers, one_line
@@ -115,14 +116,18 @@ class FleetMembers:
         except ImportError as error:
             raise RunError(f"membership={own.name}: {one_line(error)}") from error
 
+        patience = workers.timeout.total_seconds()
+        require_addresses(own, patience)
         fleet = Fleet(
             own.worker,
             own.lighthouse,
             host=own.host,
             group=workers.control if workers.count > 1 else None,
-            patience=workers.timeout.total_seconds(),
+            patience=patience,
             while_waiting=self._wait,
         )
+        if own.host is None:
+            require_way_here(fleet.host, f"this machine's name {fleet.host}", patience)
         self.watch.waited = lambda: fleet.waited
         run = what_matters(OmegaConf.to_container(self.config, resolve=True))
         digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
