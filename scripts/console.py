@@ -20,8 +20,9 @@ class Console:
         self._lock, self._threads = Lock(), []
 
     def follow(self, worker: int, process: subprocess.Popen) -> None:
-        """Read what a process of this worker prints, until it ends: stdout and stderr are pipes."""
-        for stream, take in ((process.stdout, self._take_output), (process.stderr, self._take_error)):
+        """Read what a process of this worker prints until it ends; stdout and stderr are pipes."""
+        streams = {process.stdout: self._take_output, process.stderr: self._take_error}
+        for stream, take in streams.items():
             thread = Thread(target=self._read, args=(worker, stream, take), daemon=True)
             thread.start()
             self._threads.append(thread)

@@ -10,10 +10,10 @@ On several, the lighthouse on one of them, and a worker on each, with the same o
     python scripts/fleet.py worker --number 0 --workers 3 --lighthouse http://FIRST:29510 [...]
 
 A worker is `--ranks` processes, which scripts/supervise.py starts again when they crash; it goes on
-from where the others are. What no restart can mend, such as a wrong configuration, ends it for good.
-The lighthouse asks for a majority, so that no two parts of the fleet train apart. No timeout has to
-be chosen: a worker is gone when it was not heard of for 5 seconds, and one that hangs ends itself,
-by the times of its own steps.
+from where the others are. What no restart can mend, as a wrong configuration, ends it for good. The
+lighthouse asks for a majority, so that no two parts of the fleet train apart. No timeout has to be
+chosen: a worker is gone when it was not heard of for 5 seconds, and one that hangs ends itself, by
+the times of its own steps.
 
 A worker listens on ports of the system's choice, the lighthouse on 29510, and others have to reach
 both. State goes from worker to worker unencrypted and is unpickled: trust the network.

@@ -60,10 +60,7 @@ class FixedMembers:
         return make
 
     def ask_every(self, optimizer: torch.optim.Optimizer) -> int:
-        """Steps between questions whether to stop, which go over the same links as messages.
-
-        So workers that seldom send seldom ask.
-        """
+        """Steps, at most, between questions whether to stop: who seldom sends seldom asks."""
         return min(*rounds_of(optimizer).lengths, SELDOM)
 
     def at_work(self, what: str) -> AbstractContextManager:
@@ -142,7 +139,7 @@ class FleetMembers:
         self.watch.extend(seconds)
 
     def ask_every(self, optimizer: torch.optim.Optimizer) -> int:
-        """Steps between questions whether to stop, which are of this worker alone."""
+        """Steps between questions whether to stop, which are of this worker's ranks alone."""
         return 1
 
     def at_work(self, what: str) -> AbstractContextManager:
@@ -189,8 +186,8 @@ class FleetMembers:
 class Watch:
     """Ends this process where it hangs, and tells where; then the others go on without it.
 
-    What hangs is what takes far longer than ever before; `patience` seconds at first. torchrun
-    starts the worker again.
+    What hangs is what takes far longer than ever before; `patience` seconds at first.
+    scripts/supervise.py starts the worker again.
     """
 
     def __init__(self, patience: float):

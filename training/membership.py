@@ -82,7 +82,7 @@ def require_addresses(own: DictConfig, patience: float) -> None:
 
 
 def require_way_here(host: str, given: str, patience: float) -> None:
-    """Raise RunError unless connections to `host`, which `given` is in words, reach this machine."""
+    """Raise RunError unless connections to `host` reach this machine; given: `host` in words."""
     hint = "give membership.host=NAME, by which the other workers reach this machine"
     address = _resolve(host, given, hint, patience)
     both = socket.has_dualstack_ipv6()
