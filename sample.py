@@ -51,7 +51,7 @@ def generate(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("prompt")
     parser.add_argument("--tokens", type=int, default=200, help="(default %(default)s)")

@@ -24,7 +24,7 @@ def history(log: Log) -> list[tuple[int, dict]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("--project", default="ef21-muon", help="(default %(default)s)")
     parser.add_argument("--mode", choices=("online", "offline"), default="online")

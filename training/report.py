@@ -106,7 +106,8 @@ def _layers(optimizer: ServedOptimizer) -> list[list[str]]:
 
 def _back(optimizer: ServedOptimizer, batch: ServedBatch, chosen: Compressor) -> tuple[str, str]:
     """What servers send back of a batch of layers, and its bytes."""
-    if optimizer.exchange.replicated and optimizer.exchange.ranks > 1:
+    others = optimizer.exchange.ranks > 1 or hasattr(optimizer, "fleet")
+    if optimizer.exchange.replicated and others:
         return "nothing", "0"
     size = len(batch.params) * batch.s2w.payload_bytes(*batch.shape)
     return _fitted(batch.s2w, chosen), f"{size:,}"

@@ -23,10 +23,15 @@ MEANINGS = {
     "out of memory": "the memory does not suffice: give a smaller model or batch.per_forward",
 }
 EXCHANGES = ("device", "host")
+FINAL = os.EX_CONFIG  # the exit status after an error that no restart can mend
 
 
 class RunError(Exception):
     """A run cannot start or go on. One line: what was given, what is allowed, what to do."""
+
+
+class FinalError(RunError):
+    """A RunError that no restart can mend."""
 
 
 def one_line(error: BaseException) -> str:
@@ -73,6 +78,7 @@ class Workers:
             self.shared = max(local_rank + 1, local_count) > gpus
         self.control = self._from_host = self._store = None
         self.asked_to_stop = False
+        self.training = False  # or has trained
         self.timeout = timedelta(seconds=timeout)
 
     def _take_place(self) -> None:
@@ -146,6 +152,7 @@ class Workers:
         For when a worker is lost, torchrun ends the others, who have yet to say so. Under nohup
         SIGHUP is ignored, and stays so.
         """
+        self.training = True
         numbers = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
@@ -156,14 +163,6 @@ class Workers:
 
     def _request_stop(self, number: int, frame: object) -> None:
         self.asked_to_stop = True
-
-    def stop_requested(self) -> Callable[[], bool]:
-        """Start to ask whether a stop was requested of any worker, on all of them.
-
-        Returns a function that waits for the answer, the same on all.
-        """
-        requests = self.start_total(self.asked_to_stop)
-        return lambda: requests()[0] > 0
 
     def group(self, exchange: str) -> dist.ProcessGroup | None:
         """The process group of messages that go from `exchange`, "device" or "host"; None is all.
@@ -242,7 +241,7 @@ class Workers:
 
         An expected error is one line and status 1: a RunError, which all workers raise, on rank 0;
         another of this worker alone on this worker, whose end torchrun takes for the end of all. If
-        other workers were lost, the line says which.
+        other workers were lost, the line says which. The status of a FinalError is FINAL.
         """
         status = 1
         try:
@@ -252,6 +251,7 @@ class Workers:
             status = work()
         except RunError as error:
             self.say(f"error: {error}", error=True)
+            status = FINAL if isinstance(error, FinalError) else 1
         except (ValueError, OSError) as error:
             print(f"error: rank {self.rank}: {one_line(error)}", file=sys.stderr)
             return status

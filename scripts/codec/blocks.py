@@ -266,7 +266,7 @@ def figure(records: Sequence[dict]) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the training run")
     parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "results" / "codec")
     parser.add_argument("--redraw", action="store_true", help="from DIR/blocks.jsonl, no measuring")

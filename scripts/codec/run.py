@@ -292,7 +292,7 @@ def draw(records: Sequence[dict], directory: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the training run")
     parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "results" / "codec")
     parser.add_argument("--quick", action="store_true", help=f"measure once, not best of {REPEATS}")

@@ -177,7 +177,7 @@ def draw(records: list[dict], directory: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     parser.add_argument("--rates", default="100mbit,1gbit", help="(default %(default)s)")
     parser.add_argument("--nodes", type=int, default=2, help="(default %(default)s)")

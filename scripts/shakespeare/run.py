@@ -148,7 +148,7 @@ def cut(log: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--only", nargs="+", metavar="TEXT", default=[""], help="runs whose name contains a TEXT"
     )

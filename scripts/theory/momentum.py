@@ -125,7 +125,7 @@ def figure(records: Sequence[dict]) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "results" / "theory")
     parser.add_argument("--redraw", action="store_true", help="from DIR/momentum.jsonl, no runs")
     options = parser.parse_args(arguments)

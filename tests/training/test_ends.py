@@ -16,7 +16,7 @@ from training.arguments import parse_arguments, pasted
 from training.config import compose
 from training.records import read_log
 from training.sweep import run_jobs
-from training.workers import RunError, Workers
+from training.workers import FINAL, RunError, Workers
 
 
 def records(directory):
@@ -27,7 +27,7 @@ def test_a_run_that_goes_on_is_not_started_twice(small, tmp_path):
     place = f"directory={tmp_path}/run"
     with Claim(tmp_path / "run"):
         for again in (("resume=auto", place), ("resume=elastic", place)):
-            result = launch(0, *small, *again, expect=1)
+            result = launch(0, *small, *again, expect=FINAL)
             told = f"error: {tmp_path}/run is being written by process {os.getpid()} on "
             assert result.stderr.count(told) == 1 and "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
@@ -100,7 +100,7 @@ def test_a_run_that_diverges_in_its_last_step_has_failed(small, tmp_path):
 
 def test_a_bad_job_of_a_sweep_is_told_before_the_first_trains(small, tmp_path):
     jobs = ("-m", *small, f"runs={tmp_path}/runs", "optimizer.weight_decay=0,-1")
-    result = launch(0, *jobs, expect=1)
+    result = launch(0, *jobs, expect=FINAL)
     assert result.stderr.startswith("error: weight_decay=-1 is not allowed: give a number of")
     assert "(in optimizer.weight_decay=-1 " in result.stderr
     assert not (tmp_path / "runs").exists()
