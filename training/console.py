@@ -27,6 +27,12 @@ class Lenient:
     def flush(self) -> None:
         self._try(self._stream.flush)
 
+    def isatty(self) -> bool:
+        try:
+            return self._stream.isatty()
+        except (OSError, ValueError):
+            return False
+
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
 
