@@ -22,6 +22,7 @@ from training.data import Feed
 from training.fleet import Stopped, members_of
 from training.log import NoLog, RunLog
 from training.method import build_optimizer, run_label
+from training.nodes import require_same_inputs
 from training.passes import Passes
 from training.progress import Progress, fail
 from training.report import facts_of, introduction, result_table
@@ -187,6 +188,7 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
     """
     config = job.config
     run = workers.together(lambda: Run(config, workers))
+    require_same_inputs(config, run.feed.streams, workers)
     workers.say(introduction(run))
     checkpoints = Checkpoints(
         directory / "checkpoints", workers, config.checkpoint.keep, config.checkpoint.asynchronous

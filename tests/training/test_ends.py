@@ -150,11 +150,17 @@ def test_configurations_that_differ_between_nodes_are_told(monkeypatch):
     class OtherFiles(FirstOfTwo):
         def gather(self, value):
             (first, second) = super().gather(value)
-            return [first, [second[0] | {"seed": 7}] if self.asked == 3 else second]
+            if self.asked != 5:
+                return [first, second]
+            other = second[0] | {"seed": 7, "eval": second[0]["eval"] | {"every": 3}}
+            return [first, [other]]
 
-    workers = OtherFiles([])
-    with pytest.raises(RunError, match="rank 1 and rank 0 make different configurations of the"):
-        run_jobs(parse_arguments([]), workers, None, None)
+    told = re.escape(
+        "rank 1 and rank 0 make different configurations of the same command line (eval.every=3 "
+        "against 50, seed=7 against 0): use the same code and configs/ on all nodes"
+    )
+    with pytest.raises(RunError, match=told):
+        run_jobs(parse_arguments([]), OtherFiles([]), None, None)
 
 
 def test_a_shuffled_sweep_is_rank_0s_on_all(monkeypatch):
