@@ -166,14 +166,19 @@ def what_matters(config: dict) -> dict:
     essential = _essential(config)
     if config["optimizer"]["_target_"].startswith("baselines."):
         essential = {key: essential[key] for key in essential.keys() - {"w2s", "s2w"}}
-    flat, left = {}, list(essential.items())
+    return flat(essential)
+
+
+def flat(config: dict) -> dict:
+    """The values of nested dictionaries by dotted key."""
+    values, left = {}, list(config.items())
     while left:
         key, value = left.pop()
         if isinstance(value, dict):
             left += [(f"{key}.{name}", inner) for name, inner in value.items()]
         else:
-            flat[key] = value
-    return flat
+            values[key] = value
+    return values
 
 
 # What was done before there was a choice; it is not told.

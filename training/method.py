@@ -105,6 +105,11 @@ def _require_accord(config: DictConfig, optimizer: torch.optim.Optimizer) -> Non
             f"diagnostics_every={config.diagnostics_every} needs optimizer=ef21_muon or local: "
             "baselines have no error feedback to look at; set it to 0"
         )
+    if config.diagnostics_every > config.steps:
+        raise RunError(
+            f"diagnostics_every={config.diagnostics_every} is longer than steps={config.steps}, "
+            f"which leaves no record of them: give at most {config.steps}, or 0"
+        )
     if has_servers(optimizer):
         last = max(start for rule in rules(optimizer) for start in starts(rule["w2s"]))
         rounds, _, _ = rounds_of(optimizer).of(config.steps)
@@ -128,6 +133,37 @@ def _require_accord(config: DictConfig, optimizer: torch.optim.Optimizer) -> Non
             "optimizer=ef21_muon with feedback=ef21, or local without delay, and worker_size=1; "
             "start as many workers as before, with resume=auto"
         )
+    require_whole_rounds(rounds_of(optimizer), config.steps)
+
+
+def require_whole_rounds(rounds: Rounds, steps: int) -> None:
+    """Raise RunError for rounds that do not fit into a run of so many steps."""
+    if problem := longer_than(rounds, steps):
+        raise RunError(problem)
+
+
+def longer_than(rounds: Rounds, steps: int) -> str | None:
+    """What to do about rounds of which none comes to its end within the steps; None if all do.
+
+    What is left at the end of a run is sent as well, so that its last round may be a shorter one.
+    """
+    for first, length in rounds.stretches:
+        left = steps - first
+        if length <= left:
+            continue
+        if first == 0:
+            return (
+                f"optimizer.every={length} is longer than steps={steps}: give "
+                f"optimizer.every={left} or less, or steps={length} or more"
+            )
+        told = f"optimizer.every has rounds of {length} steps from step {first + 1} on"
+        if left <= 0:
+            return f"{told}, which steps={steps} does not reach: leave them out, or give more steps"
+        return (
+            f"{told}, where steps={steps} leaves {left}: give rounds of {left} steps or fewer "
+            f"there, or steps={first + length} or more"
+        )
+    return None
 
 
 def has_servers(optimizer: torch.optim.Optimizer) -> bool:

@@ -14,6 +14,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from training.console import lenient_output
+
 # What errors that torch raises mean, by a part of their message.
 MEANINGS = {
     "EADDRINUSE": "the port is taken: give a free --master-port, and start rank 0 once",
@@ -45,8 +47,9 @@ def leave(status: int) -> NoReturn:
     Threads of gloo may still let go of tensors then, which needs the interpreter and aborts the
     process ("terminate called without an active exception") after all its work is done.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # closed, or none at all
+            stream.flush()
     os._exit(status)
 
 
@@ -243,6 +246,10 @@ class Workers:
         another of this worker alone on this worker, whose end torchrun takes for the end of all. If
         other workers were lost, the line says which. The status of a FinalError is FINAL.
         """
+        with lenient_output():
+            return self._finish(work)
+
+    def _finish(self, work: Callable[[], int]) -> int:
         status = 1
         try:
             self._take_place()

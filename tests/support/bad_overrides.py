@@ -192,6 +192,18 @@ CONTRADICTIONS = {
     "compressor@w2s=switch w2s.start=4": "w2s.start=4 is not below steps=4: give a round of the",
     "compressor@w2s=switch w2s.start=0": "w2s: Switch got start=0: give a round, a whole number",
     "compressor@s2w=switch": "is not allowed: give a Compressor of ef21_muon (group ",
+    "diagnostics_every=5": "diagnostics_every=5 is longer than steps=4, which leaves no record of",
+    "optimizer=diloco": "optimizer.every=500 is longer than steps=4: give optimizer.every=4",
+    "optimizer=local": "optimizer.every=30 is longer than steps=4: give optimizer.every=4",
+    "optimizer=muloco optimizer.every=5": "every=5 is longer than steps=4: ... or steps=5 or more",
+    "optimizer=local optimizer.every=400 dry_run=true": "every=400 is longer than steps=4",
+    "optimizer=local optimizer.every=9 optimizer.delay=2": "every=9 is longer than steps=4",
+    "optimizer=local optimizer.every={0:2,2:600}": (
+        "has rounds of 600 steps from step 3 on, where steps=4 leaves 2: give rounds of 2"
+    ),
+    "optimizer=local optimizer.every={0:1,3:2}": "of 2 steps from step 4 on, where steps=4 lea",
+    "optimizer=local optimizer.every={0:1,4:2}": "from step 5 on, which steps=4 does not reach",
+    f"{FLEET} optimizer.every=5": "optimizer.every=5 is longer than steps=4: give",
     "worker_size=2": "worker_size=2 needs a process group: use torchrun",
     "optimizer.error_decay=0.9 optimizer.feedback=none": (
         "error_decay=0.9 is not allowed with feedback='none': leave it at 1, or use feedback='ef14'"
