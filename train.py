@@ -56,7 +56,12 @@ class Run:
         )
         self.scheduler = new_scheduler(self.optimizer, config, steps=0)
         self.passes = Passes(
-            self.raw_model, self.optimizer, workers.device, config.precision, config.compile
+            self.raw_model,
+            self.optimizer,
+            workers.device,
+            config.precision,
+            config.compile,
+            config.clip_grad_norm,
         )
         self.finish = getattr(self.optimizer, "finish", lambda: None)
         # While workers train on, answers whether to stop are on their way, and sums of losses.

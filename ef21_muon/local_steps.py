@@ -29,6 +29,7 @@ from ef21_muon.inner import require_a_gradient
 from ef21_muon.messages.compressors import Identity
 from ef21_muon.messages.feedback import FEEDBACK
 from ef21_muon.rules import S2W, W2S, starts_of
+from ef21_muon.senders import check_mean, count_senders, require_marks
 from ef21_muon.served import Receive
 from ef21_muon.wrapping import WrappingOptimizer
 
@@ -54,7 +55,9 @@ class LocalSteps(WrappingOptimizer):
     EF21Muon with process_group=ALONE. `param_groups` are theirs, so schedulers act on their lr.
     w2s, s2w: as in EF21Muon, or a mapping from the names of groups. `feedback`: "ef14" as above;
     "ef21", R_j = C_j(W - x_j - G_j), G_j = G_j + R_j, g = g + mean of R_j; or "none". `server` and
-    `buckets` are as in EF21Muon.
+    `buckets` are as in EF21Muon. mean: "all" as above, or with sparse messages "senders", where g
+    has of every entry the mean over the workers that have sent it (SparseLoCo), 0 where none has.
+    Of messages that have all entries both are the same.
 
     With `stagger` every batch of layers has a turn of its own in the round, so that a link is used
     evenly, and with `delay` a message travels for as many steps each way while the training goes on
@@ -87,6 +90,7 @@ class LocalSteps(WrappingOptimizer):
         nesterov: bool = True,
         feedback: str = "ef14",
         error_decay: float = 1.0,
+        mean: str = "all",
         server: str = "auto",
         buckets: int = 4,
         stagger: bool = False,
@@ -105,6 +109,7 @@ class LocalSteps(WrappingOptimizer):
         buckets = whole_number("buckets", buckets, least=1)
         self.feedback = FEEDBACK[choice("feedback", feedback, FEEDBACK)]
         refuse_unused_decays([{"error_decay": error_decay, "server_momentum": 0}], feedback)
+        self.mean = check_mean(mean, feedback)
         w2s, s2w = w2s or Identity(), s2w or Identity()
         with lanes.together() if lanes else nullcontext():
             super().__init__(inner, w2s, s2w, seed=seed, process_group=process_group)
@@ -112,6 +117,8 @@ class LocalSteps(WrappingOptimizer):
             self._place_servers(server, self.rules, costs)
             batches = self._new_batches(costs)
             self.phases = self._new_phases(batches, starts_of(w2s), buckets, stagger)
+            if mean == "senders":
+                require_marks(self.phases, batches)
             self.timetable = Timetable(self.phases, self.rounds, delay, stagger)
             if delay:
                 self._keep_messages(batches)
@@ -267,6 +274,16 @@ class LocalSteps(WrappingOptimizer):
         if not self.feedback.accumulates:
             batch.outer_gradient = batch.zeros(batch.owned)
         self._add_mean(batch, batch.outer_gradient, from_workers)
+
+    def _add_mean(self, batch: RoundBatch, total: Tensor, from_workers: tuple[Tensor, ...]) -> None:
+        senders = count_senders(batch, from_workers) if self.mean == "senders" else None
+        if senders is None:
+            super()._add_mean(batch, total, from_workers)
+            return
+        received = torch.zeros_like(total)
+        for message in from_workers:
+            received += batch.w2s.decode(message, *batch.shape)
+        total += received.div_(senders.clamp_(min=1))
 
     def _server_message(self, batch: RoundBatch) -> Tensor:
         direction, batch.outer_gradient = batch.outer_gradient, None

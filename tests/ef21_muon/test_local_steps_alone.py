@@ -277,6 +277,8 @@ WRONG = (
     ({"error_decay": 0.9, "feedback": "none"}, "error_decay=0.9 is not allowed with feedback="),
     ({"error_decay": 0.9, "feedback": "ef21"}, "error_decay=0.9 is not allowed with feedback="),
     ({"feedback": "ef22"}, "feedback='ef22' is not allowed: choose ef21, ef14, none"),
+    ({"mean": "median"}, "mean='median' is not allowed: choose all, senders"),
+    ({"mean": "senders", "feedback": "ef21"}, "mean='senders' is not allowed with feedback='ef21'"),
     ({"server": "cloud"}, "server='cloud' is not a placement"),
     ({"server": "replicated", "s2w": TopK(0.1)}, "sends nothing back to compress"),
     ({"w2s": "topk"}, "w2s='topk' is not allowed: give a Compressor or Switch"),
