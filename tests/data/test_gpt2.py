@@ -12,7 +12,6 @@ from data.gpt2 import VocabularyError
 from data.tokenize_fineweb import local_files, tokenize
 from training.workers import RunError
 
-
 FOLDERS = {"unset": None, "an empty folder": Path.mkdir, "a file": Path.touch}
 
 
