@@ -19,6 +19,7 @@ import numpy as np
 from huggingface_hub import HfApi
 from tqdm import tqdm
 
+from data.bars import bar
 from data.gpt2 import gpt2
 from data.manifest import FILE_NAME, Manifest
 from data.shards import ShardError, write_shard
@@ -88,7 +89,7 @@ def tokenize(
     filled = 0
     skip = place["tokens"]
     done = sum(entry["tokens"] for entry in manifest.shards.values())
-    with tqdm(initial=done, unit="token", unit_scale=True) as bar:
+    with bar(initial=done, unit="token", unit_scale=True) as progress:
         for start, tokens in _encoded(files.urls, place, processes):
             used = min(skip, len(tokens))
             skip -= used
@@ -97,7 +98,7 @@ def tokenize(
                 shard[filled : filled + count] = tokens[used : used + count]
                 used += count
                 filled += count
-                bar.update(count)
+                progress.update(count)
                 if filled == shard_tokens:
                     _finish(manifest, shard, {**start, "tokens": used})
                     filled = 0

@@ -130,7 +130,7 @@ def test_options_out_of_range_are_refused(padded, monkeypatch, capsys, options):
 
 
 class Favouring:
-    """A model of `vocab_size` tokens with one logit for its favourites, and another for the rest."""
+    """A model with one logit for its favourite tokens, and another one for the rest."""
 
     def __init__(self, vocab_size: int, favourites: list[int], logit: float = 0.0):
         self.config = SimpleNamespace(vocab_size=vocab_size, context=8)

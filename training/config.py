@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
+from training.causes import cause_of
 from training.links import Plan, check_plan
 from training.membership import Membership, check_membership
 from training.passes import COMPILE, PRECISIONS
@@ -249,18 +250,14 @@ def _composed(overrides: Iterable[str]) -> DictConfig:
 def build(node: DictConfig, key: str, **options):
     """The object that a configuration node describes.
 
-    Raises RunError that names the key where the class refuses its values.
+    Raises RunError that names the key where the class cannot be imported or refuses its values.
     """
     try:
         return hydra.utils.instantiate(node, **options)
     except InstantiationException as error:
-        cause = error.__cause__ or error
-        hint = ""
-        if isinstance(cause, ImportError):
-            hint = ": give the dotted name of a class that can be imported"
-        elif isinstance(cause, TypeError):
-            hint = ": give what that class takes, see train.py --cfg"
-        raise RunError(f"{key}: {_first_line(cause).removesuffix(':')}{hint}") from error
+        raise RunError(f"{key}: {cause_of(error)}") from error
+    except SystemExit as error:  # of a script that was meant for a module
+        raise RunError(f"{key}: {node.get('_target_')} left with status {error}") from error
 
 
 def _describes_class(node: object) -> bool:

@@ -138,7 +138,7 @@ class RunLog:
         self._write({"record": "end", "status": status, **facts})
         self._file.close()
         self._display.close()
-        self._mirror.finish(exit_code=1 if status == "failed" else 0)
+        self._mirror.finish(status)
 
     def _flush(self) -> None:
         try:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from inspect import signature
+from inspect import Parameter, signature
 
 import torch
 from omegaconf import DictConfig
@@ -18,6 +18,7 @@ from ef21_muon.messages.compressors import Compressor
 from ef21_muon.messages.feedback import EF14, EF21
 from ef21_muon.messages.switch import Switch, starts
 from ef21_muon.served import ServedOptimizer
+from training.causes import explained
 from training.config import build
 from training.local_steps import build_local_steps, stepped_by
 from training.workers import RunError
@@ -64,7 +65,8 @@ def build_optimizer(
         make = with_members(make)
     groups = parameter_groups(config, model)
     if issubclass(make.func, LocalSteps):
-        optimizer = build_local_steps(config, make, groups, place)
+        with explained("optimizer"):
+            optimizer = build_local_steps(config, make, groups, place)
         _require_accord(config, optimizer)
         return optimizer
     options = dict(place)
@@ -80,7 +82,8 @@ def build_optimizer(
         raise RunError(
             f"worker_size={config.worker_size} needs optimizer=ef21_muon or local: set it to 1"
         )
-    optimizer = make(groups, **options)
+    with explained("optimizer"):
+        optimizer = make(groups, **options)
     _require_accord(config, optimizer)
     return optimizer
 
@@ -92,7 +95,10 @@ def _require_arguments(make: partial) -> None:
             f"optimizer._target_={make.func.__qualname__} is not allowed: give "
             "ef21_muon.EF21Muon, a class of baselines, or one derived from them"
         )
-    taken = signature(make.func).parameters.keys() - ELSEWHERE
+    parameters = signature(make.func).parameters
+    if any(one.kind is Parameter.VAR_KEYWORD for one in parameters.values()):
+        return
+    taken = parameters.keys() - ELSEWHERE
     for key in make.keywords.keys() - taken:
         raise RunError(
             f"optimizer.{key} is not allowed: {make.func.__name__} has {', '.join(sorted(taken))}"

@@ -13,7 +13,8 @@ from training.workers import RunError, one_line
 
 ID_FILE = "wandb_id"  # in the run's directory, for when the run goes on
 MOST_WAITING = 10_000  # records that wandb has not taken, after which it counts as hanging
-PATIENCE = 120.0  # seconds for wandb to end
+PATIENCE = 120.0  # seconds for wandb to end, of a run that is complete
+SHORT_PATIENCE = 10.0  # of one that was stopped, which may be killed soon
 
 
 class Mirror:
@@ -47,12 +48,13 @@ class Mirror:
         """Send the numbers of a step, after those of earlier calls."""
         self._add(lambda: self._run.log(numbers, step=step))
 
-    def finish(self, exit_code: int) -> None:
-        """Wait for what is under way, at most PATIENCE seconds."""
-        self._add(lambda: self._run.finish(exit_code=exit_code))
+    def finish(self, status: str) -> None:
+        """Wait for what is under way, for a while; `status` is that of the end record."""
+        self._add(lambda: self._run.finish(exit_code=1 if status == "failed" else 0))
         self._add(None)
-        if not self._given_up and not self._done.wait(PATIENCE):
-            self._give_up(f"wandb did not end within {PATIENCE:g} s")
+        patience = PATIENCE if status == "completed" else SHORT_PATIENCE
+        if not self._given_up and not self._done.wait(patience):
+            self._give_up(f"wandb did not end within {patience:g} s")
         self._look()
 
     def _add(self, task: Callable[[], None] | None) -> None:
@@ -90,7 +92,7 @@ class NoMirror:
 
     def log(self, numbers: dict, step: int) -> None: ...
 
-    def finish(self, exit_code: int) -> None: ...
+    def finish(self, status: str) -> None: ...
 
 
 def _start(config: dict, directory: Path, label: str, run_id: str):

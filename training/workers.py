@@ -41,6 +41,14 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def by_host_alone(devices: set[bytes]) -> bool:
+    """Whether messages cannot go from device to device, of all ranks' devices on all machines.
+
+    So it is where ranks share a GPU, and where only some have one.
+    """
+    return b"shared" in devices or len(devices) > 1
+
+
 def leave(status: int) -> NoReturn:
     """End the process, without the interpreter's teardown.
 
@@ -101,9 +109,9 @@ class Workers:
     def _meet(self) -> None:
         store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
         self._store = dist.PrefixStore(self._agree_on_name(store), store)
-        self._store.set(f"shared/{self.rank}", str(self.shared))
-        of_ranks = [self._store.get(f"shared/{rank}") for rank in range(self.count)]
-        self.shared = b"True" in of_ranks  # on any machine
+        self._store.set(f"device/{self.rank}", "shared" if self.shared else self.device.type)
+        of_ranks = {self._store.get(f"device/{rank}") for rank in range(self.count)}
+        self.shared = by_host_alone(of_ranks)
         apart = self.device.type == "cuda" and not self.shared
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if apart else "gloo",

@@ -39,7 +39,7 @@ STREAMS = {
     "none": lambda: None,
     "closed": closed,
     "a pipe without a reader": lambda: Broken(BrokenPipeError(32, "Broken pipe")),
-    "a pipe whose reader leaves": lambda: Broken(BrokenPipeError(32, "Broken pipe"), after=5),
+    "a pipe whose reader leaves": lambda: Broken(BrokenPipeError(32, "Broken pipe"), after=2),
     "a full disk": lambda: Broken(OSError(28, "No space left on device")),
     "a terminal that is gone": lambda: Broken(OSError(5, "Input/output error"), after=2),
     "letters that it has not": lambda: Broken(UnicodeEncodeError("ascii", "é", 0, 1, "not in it")),
@@ -56,7 +56,8 @@ def main(small, tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("training.picture.draw", lambda *_: ["no picture"])
-    monkeypatch.setattr("sys.argv", ["train.py", *small, f"directory={tmp_path}/run"])
+    short = ("steps=2", "checkpoint.every=0", f"directory={tmp_path}/run")
+    monkeypatch.setattr("sys.argv", ["train.py", *small, *short])
 
     numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
     handlers = [signal.getsignal(number) for number in numbers]
@@ -65,9 +66,15 @@ def main(small, tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("what", STREAMS)
-@pytest.mark.parametrize("names", [("stdout",), ("stderr",), ("stdout", "stderr")])
-def test_a_run_outlives_its_readers(main, monkeypatch, capsys, what, names):
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        *((names, what) for names in (("stdout",), ("stderr",)) for what in STREAMS),
+        (("stdout", "stderr"), "none"),
+        (("stdout", "stderr"), "a full disk"),
+    ],
+)
+def test_a_run_outlives_its_readers(main, monkeypatch, capsys, names, what):
     for name in names:
         monkeypatch.setattr(sys, name, STREAMS[what]())
     assert main() == (0, "completed")

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,6 +60,7 @@ def end_of(directory: Path) -> dict:
 
 
 OFFLINE = "wandb.mode=offline"
+SHORT = ("steps=2", "checkpoint.every=0", OFFLINE)
 LOST = "wandb stopped answering"
 FAULTS = {
     "connection lost": ("log", failing(ConnectionResetError("Connection lost")), LOST),
@@ -77,7 +78,7 @@ FAULTS = {
 def test_a_run_outlives_wandb(small, tmp_path, fake, monkeypatch, capsys, fault):
     monkeypatch.setattr("training.mirror.PATIENCE", 0.2)
     name, fake.deeds[name], told = FAULTS[fault]
-    run_alone(tmp_path, *small, OFFLINE)
+    run_alone(tmp_path, *small, *SHORT)
     assert end_of(tmp_path)["status"] == "completed"
     warnings = [x for x in capsys.readouterr().err.splitlines() if x.startswith("warning: ")]
     log = f": the log is in {tmp_path}/metrics.jsonl, upload it later with python scripts/to_wandb"
@@ -87,14 +88,41 @@ def test_a_run_outlives_wandb(small, tmp_path, fake, monkeypatch, capsys, fault)
 def test_a_wandb_that_takes_nothing_is_given_up(small, tmp_path, fake, monkeypatch, capsys):
     monkeypatch.setattr("training.mirror.MOST_WAITING", 2)
     fake.deeds["log"] = hang
-    run_alone(tmp_path, *small, OFFLINE)
+    run_alone(tmp_path, *small, *SHORT)
     assert end_of(tmp_path)["status"] == "completed"
     assert capsys.readouterr().err.count("warning: wandb has not taken 2 records: ") == 1
 
 
+@pytest.fixture
+def stopping():
+    """In it, a run is asked to stop in its second step."""
+
+    def stop(run, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    @contextmanager
+    def stopping():
+        with around_steps(before=stop), suppress(AssertionError):  # it has not come to its end
+            yield
+
+    return stopping
+
+
+def test_a_run_that_is_stopped_has_little_patience(
+    small, tmp_path, fake, monkeypatch, capsys, stopping
+):
+    monkeypatch.setattr("training.mirror.SHORT_PATIENCE", 0.1)
+    fake.deeds["finish"] = hang
+    with stopping():
+        run_alone(tmp_path, *small, OFFLINE)
+    assert end_of(tmp_path)["status"] == "stopped"
+    assert "warning: wandb did not end within 0.1 s: " in capsys.readouterr().err
+
+
 def test_a_wandb_that_works_has_all_numbers(small, tmp_path, fake):
-    run_alone(tmp_path, *small, OFFLINE)
-    assert [step for step, _ in fake.logged] == [1, 2, 2, 3, 4, 4] and fake.finished == [0]
+    run_alone(tmp_path, *small, *SHORT)
+    assert [step for step, _ in fake.logged] == [1, 2, 2] and fake.finished == [0]
     assert fake.inits[0]["settings"] == {"console": "off"}, "so that no line is printed by it"
 
 
@@ -102,18 +130,13 @@ def test_a_wandb_that_works_has_all_numbers(small, tmp_path, fake):
     "error", [ConnectionError("no route"), TypeError("an old one"), ImportError("None found")]
 )
 def test_what_does_not_start_is_refused_but_for_a_run_that_goes_on(
-    small, tmp_path, fake, capsys, error
+    small, tmp_path, fake, capsys, stopping, error
 ):
     fake.deeds["init"] = failing(error)
     with pytest.raises(RunError, match=f"offline does not start .{error}.: give wandb.mode=disab"):
         run_alone(tmp_path, *small, OFFLINE)
     assert not (tmp_path / "metrics.jsonl").exists()
-
-    def stop(run, step):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with around_steps(before=stop), suppress(AssertionError):
+    with stopping():
         run_alone(tmp_path, *small)
     assert end_of(tmp_path)["status"] == "stopped"
     run_alone(tmp_path, *small, OFFLINE, "resume=auto")
@@ -121,13 +144,11 @@ def test_what_does_not_start_is_refused_but_for_a_run_that_goes_on(
     assert capsys.readouterr().err.count(f"warning: {OFFLINE} does not start ({error}): ") == 1
 
 
-def test_a_new_run_has_an_id_of_its_own_and_keeps_it_when_it_goes_on(small, tmp_path, fake):
-    def stop(run, step):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
+def test_a_new_run_has_an_id_of_its_own_and_keeps_it_when_it_goes_on(
+    small, tmp_path, fake, stopping
+):
     for folder in ("one", "one", "other"):  # in the same path, too
-        with around_steps(before=stop), suppress(AssertionError):
+        with stopping():
             run_alone(tmp_path / folder, *small, OFFLINE, "resume=none")
     run_alone(tmp_path / "one", *small, OFFLINE, "resume=auto")
     *new, again = (one["id"] for one in fake.inits)
