@@ -239,7 +239,7 @@ def _local_label(optimizer: LocalSteps) -> str:
     if optimizer.error_decay != 1:
         told.append(f"decay {optimizer.error_decay:g}")
     if optimizer.mean == "senders":
-        told.append("mean of senders")
+        told.append("mean over senders")
     if optimizer.outer_lr != 1 or optimizer.outer_momentum:
         told.append(f"outer {optimizer.outer_lr:g}/{optimizer.outer_momentum:g}")
     if optimizer.timetable.delay:

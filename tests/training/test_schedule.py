@@ -8,7 +8,9 @@ from omegaconf import OmegaConf
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from training.config import compose, what_matters
+from training.resume import require_same_config
 from training.schedule import Later, due, lr_factor, new_scheduler
+from training.workers import RunError
 
 LR = 0.3
 
@@ -89,6 +91,18 @@ def test_new_keys_at_their_defaults_leave_runs_as_they_were(small):
             (*small, f"optimizer={method}", *as_before, *(f"{k}={v}" for k, v in told.items()))
         )
         assert what_matters(OmegaConf.to_container(changed.config)) == what_matters(now) | told
+
+
+def test_a_checkpoint_without_a_key_is_refused_by_what_it_stood_for(small, tmp_path):
+    given = (*small, "optimizer=sparseloco", "schedule.floor=0.1")
+    config = compose(given).config
+    saved = OmegaConf.to_container(config)
+    del saved["optimizer"]["mean"], saved["schedule"]["floor"], saved["clip_grad_norm"]
+    told = r"optimizer\.mean='senders' \(it has 'all'\), schedule\.floor=0\.1 \(it has 0\.0\); give"
+    with pytest.raises(RunError, match=told):
+        require_same_config(config, saved, tmp_path)
+    config = compose((*given, "optimizer.mean=all", "schedule.floor=0")).config
+    require_same_config(config, saved, tmp_path)
 
 
 def test_what_is_due_every_step_is_due_in_each_and_what_is_never_in_none():
