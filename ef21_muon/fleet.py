@@ -4,7 +4,8 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,7 @@ from ef21_muon.exchange.meeting import Meeting
 from ef21_muon.exchange.phases import Phase
 from ef21_muon.exchange.timetable import of_worker
 from ef21_muon.fingerprint import fingerprint
+from ef21_muon.inner import beginner
 from ef21_muon.local_steps import LocalSteps
 from ef21_muon.messages.feedback import EF21
 from ef21_muon.rules import W2S, starts_of
@@ -91,19 +93,13 @@ class FleetSteps(LocalSteps):
                 "feedback='ef21' is not allowed for workers that come and go: its servers remember "
                 "the mean of all workers, give ef14 or none"
             )
+        self._begin_inner = [beginner(optimizer) for optimizer in self.inner]
         run = dict(run or {})  # comes first, and holds for names that options have too
         settings = run | self._settings() | run
-        self._built = {key: str(value) for key, value in settings.items()} | self._layers()
+        self._built = {key: str(value) for key, value in settings.items()}
         told = hashlib.sha256(repr(sorted(self._built.items())).encode()).digest()
         self._digest_of_built = int.from_bytes(told[:7], "big")
         fleet.attach(self)
-
-    def _layers(self) -> dict[str, str]:
-        return {
-            f"layer {name}": f"{tuple(parameter.shape)} {parameter.dtype}"
-            for batch in self.batches
-            for name, parameter in zip(batch.names, batch.params, strict=True)
-        }
 
     @property
     def built(self) -> Mapping[str, str]:
@@ -132,10 +128,12 @@ class FleetSteps(LocalSteps):
             if self.lanes:
                 self.lanes.share_parameters()
 
-    def step(self, closure=None):
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
         self._within_step, self._untold = True, self._untold + 1
         try:
-            return super().step(closure)
+            with super()._in_step():
+                yield
         finally:
             self._within_step = False
 
@@ -240,6 +238,7 @@ class FleetSteps(LocalSteps):
         return self.batches[0].broken_at.device
 
     def _shared(self) -> list[Tensor]:
+        self._require_own_parameters("what workers share")
         tables = (one for batch in self.batches for one in batch.tables())
         return [table for name, table, _ in tables if name in SHARED]
 
@@ -269,12 +268,11 @@ class FleetSteps(LocalSteps):
             table.copy_(new)
         for batch in self.batches:
             batch.memory.zero_()
-        for optimizer in self.inner:
-            for own in optimizer.state.values():
-                for tensor in own.values():
-                    tensor.zero_()
+            torch._foreach_copy_(batch.params, batch.as_parameters(batch.model_shift))
         self.told = state["told"]
         self.go_on_after(state["done"] - self._within_step)
+        for begin_anew in self._begin_inner:
+            begin_anew()
 
     def __getstate__(self) -> dict:
         raise TypeError("a worker among others that come and go cannot be copied: save its state")

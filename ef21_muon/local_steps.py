@@ -1,5 +1,6 @@
 """Local steps: workers step by themselves, and meet in rounds."""
 
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -28,6 +29,7 @@ from ef21_muon.inner import require_a_gradient
 from ef21_muon.messages.compressors import Identity
 from ef21_muon.messages.feedback import FEEDBACK
 from ef21_muon.rules import S2W, W2S, starts_of
+from ef21_muon.senders import check_mean, count_senders, require_marks
 from ef21_muon.served import Receive
 from ef21_muon.wrapping import WrappingOptimizer
 
@@ -53,7 +55,9 @@ class LocalSteps(WrappingOptimizer):
     EF21Muon with process_group=ALONE. `param_groups` are theirs, so schedulers act on their lr.
     w2s, s2w: as in EF21Muon, or a mapping from the names of groups. `feedback`: "ef14" as above;
     "ef21", R_j = C_j(W - x_j - G_j), G_j = G_j + R_j, g = g + mean of R_j; or "none". `server` and
-    `buckets` are as in EF21Muon.
+    `buckets` are as in EF21Muon. mean: "all" as above, or with sparse messages "senders", where g
+    has of every entry the mean over the workers that have sent it (SparseLoCo), 0 where none has.
+    Of messages that have all entries both are the same.
 
     With `stagger` every batch of layers has a turn of its own in the round, so that a link is used
     evenly, and with `delay` a message travels for as many steps each way while the training goes on
@@ -86,6 +90,7 @@ class LocalSteps(WrappingOptimizer):
         nesterov: bool = True,
         feedback: str = "ef14",
         error_decay: float = 1.0,
+        mean: str = "all",
         server: str = "auto",
         buckets: int = 4,
         stagger: bool = False,
@@ -95,14 +100,16 @@ class LocalSteps(WrappingOptimizer):
         process_group: dist.ProcessGroup | str | None = None,
     ):
         self.every, self.rounds = every, Rounds(every)
-        delay = whole_number("delay", delay, least=0)
+        self.delay = whole_number("delay", delay, least=0)
         self.outer_lr = check_number("outer_lr", outer_lr, OUTER_NUMBERS)
         self.outer_momentum = check_number("outer_momentum", outer_momentum, OUTER_NUMBERS)
         self.error_decay = check_number("error_decay", error_decay, OUTER_NUMBERS)
         self.nesterov, self.lanes = flag("nesterov", nesterov), lanes
-        stagger, buckets = flag("stagger", stagger), whole_number("buckets", buckets, least=1)
+        self.stagger = flag("stagger", stagger)
+        buckets = whole_number("buckets", buckets, least=1)
         self.feedback = FEEDBACK[choice("feedback", feedback, FEEDBACK)]
         refuse_unused_decays([{"error_decay": error_decay, "server_momentum": 0}], feedback)
+        self.mean = check_mean(mean, feedback)
         w2s, s2w = w2s or Identity(), s2w or Identity()
         with lanes.together() if lanes else nullcontext():
             super().__init__(inner, w2s, s2w, seed=seed, process_group=process_group)
@@ -110,6 +117,8 @@ class LocalSteps(WrappingOptimizer):
             self._place_servers(server, self.rules, costs)
             batches = self._new_batches(costs)
             self.phases = self._new_phases(batches, starts_of(w2s), buckets, stagger)
+            if mean == "senders":
+                require_marks(self.phases, batches)
             self.timetable = Timetable(self.phases, self.rounds, delay, stagger)
             if delay:
                 self._keep_messages(batches)
@@ -118,7 +127,18 @@ class LocalSteps(WrappingOptimizer):
             self.timetable.sum_over(lanes)
         self._sent: dict[range, Receive] = {}  # under way to the servers
         self._returned: dict[range, Receive] = {}  # and back
-        self._swapped = False
+        self._guard_inner()
+
+    def _guard_inner(self) -> None:
+        """Let inner optimizers refuse steps on W, too."""
+        reference = weakref.ref(self)
+
+        def refuse(inner: Optimizer, args: tuple, kwargs: dict) -> None:
+            if (outer := reference()) is not None:
+                outer._require_own_parameters(f"{type(inner).__name__}.step()")
+
+        for optimizer in self.inner:
+            optimizer.register_step_pre_hook(refuse)
 
     def _new_batches(self, costs: list[int]) -> list[RoundBatch]:
         place = place_in(self.process_group)
@@ -156,8 +176,7 @@ class LocalSteps(WrappingOptimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """A step of the inner optimizer, and what is due after it of a round."""
-        if self._swapped:
-            raise RuntimeError("step() within agreed(): the parameters are W there, leave it first")
+        self._require_own_parameters("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -189,6 +208,7 @@ class LocalSteps(WrappingOptimizer):
 
         For the end of a training, on all workers together. What is under way arrives first.
         """
+        self._require_own_parameters("finish()")
         if self.steps == 0:
             return
         last, delay = self.steps - 1, self.timetable.delay
@@ -255,6 +275,16 @@ class LocalSteps(WrappingOptimizer):
             batch.outer_gradient = batch.zeros(batch.owned)
         self._add_mean(batch, batch.outer_gradient, from_workers)
 
+    def _add_mean(self, batch: RoundBatch, total: Tensor, from_workers: tuple[Tensor, ...]) -> None:
+        senders = count_senders(batch, from_workers) if self.mean == "senders" else None
+        if senders is None:
+            super()._add_mean(batch, total, from_workers)
+            return
+        received = torch.zeros_like(total)
+        for message in from_workers:
+            received += batch.w2s.decode(message, *batch.shape)
+        total += received.div_(senders.clamp_(min=1))
+
     def _server_message(self, batch: RoundBatch) -> Tensor:
         direction, batch.outer_gradient = batch.outer_gradient, None
         if batch.server_momentum is not None:
@@ -292,9 +322,11 @@ class LocalSteps(WrappingOptimizer):
 
     @contextmanager
     def agreed(self):
-        """Within it the parameters are W; after it x_j again. On all ranks of a worker together."""
-        if self._swapped:
-            raise RuntimeError("agreed() within agreed(): the parameters are W already")
+        """Within it the parameters are W; after it x_j again. On all ranks of a worker together.
+
+        Within it `step`, `finish`, states, copies and checks are refused: they are of x_j.
+        """
+        self._require_own_parameters("agreed()")
         self._swap()
         try:
             yield
@@ -314,6 +346,14 @@ class LocalSteps(WrappingOptimizer):
                 shift.copy_(local_model)
         if self.lanes:
             self.lanes.share_parameters()
+
+    def check_agreement(self) -> None:
+        self._require_own_parameters("check_agreement()")
+        super().check_agreement()
+
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        self._require_own_parameters("diagnostics()")
+        return super().diagnostics()
 
     def check_finite(self) -> None:
         """Raise FloatingPointError if a gradient or a parameter of this worker is not finite.
@@ -339,6 +379,10 @@ class LocalSteps(WrappingOptimizer):
     def go_on_after(self, steps: int) -> None:
         super().go_on_after(steps)
         self._sent, self._returned = {}, {}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._guard_inner()
 
     def _settings(self) -> dict:
         return super()._settings() | {"every": str(self.rounds)}

@@ -141,9 +141,9 @@ class EF21Muon(ServedOptimizer):
         self.gamma = check_number("gamma", gamma, {"gamma": ("of at least 0", lambda g: g >= 0)})
         self.correction = None if momentum == "polyak" else KINDS[momentum](gamma)
         momenta = ("gradient", "zero")
-        self._momentum_from_zero = choice("momentum_start", momentum_start, momenta) == "zero"
+        self.momentum_start = choice("momentum_start", momentum_start, momenta)
         first_messages = ("compressed", "exact")
-        first_exact = choice("first_message", first_message, first_messages) == "exact"
+        self.first_message = choice("first_message", first_message, first_messages)
         super().__init__(
             params,
             defaults,
@@ -160,7 +160,7 @@ class EF21Muon(ServedOptimizer):
             batch.make_room(self.correction and self.correction.remembers, left_out)
         self._begin(batches)
         rules = [self.param_groups[batch.group]["w2s"] for batch in self.batches]
-        if first_exact:
+        if first_message == "exact":
             rules = [Switch(Identity(), rule, start=1) for rule in rules]
         self.phases = new_phases(self.batches, rules, self._begins(rules), buckets, process_group)
 
@@ -199,7 +199,7 @@ class EF21Muon(ServedOptimizer):
                 batch.params, batch.as_parameters(batch.previous), strict=True
             )
         ]
-        return corrected(self.correction, layers, closure, first=self.steps == 0)
+        return corrected(self.correction, layers, closure, first=not self.begun)
 
     def _round(self) -> Traffic:
         for batch in self.batches:
@@ -213,7 +213,7 @@ class EF21Muon(ServedOptimizer):
         """Lines 9-11: the payload of R_j, one row a layer."""
         gradients = self._gradients(batch)
         group = self.param_groups[batch.group]
-        first = self.round == 0 and not self._momentum_from_zero
+        first = not self.begun and self.momentum_start == "gradient"
         beta = 1.0 if first else group["beta"]  # M_j^0 = gradient
         torch._foreach_lerp_(list(batch.momentum.unbind()), gradients, beta)
         target = batch.momentum
@@ -285,3 +285,14 @@ class EF21Muon(ServedOptimizer):
         super().go_on_after(steps)
         for batch in self.batches:
             batch.versions = None
+
+    @torch.no_grad()
+    def begin_anew(self) -> None:
+        """Forget all but the parameters, as if built from them now; steps count on."""
+        self.begun = False
+        for batch in self.batches:
+            for _, table, _ in batch.tables():
+                table.zero_()
+            if batch.server_model is not None:
+                batch.server_model.copy_(batch.served_parameters())
+            batch.note_versions()

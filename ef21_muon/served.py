@@ -12,6 +12,7 @@ from ef21_muon.exchange.collectives import Exchange, Traffic, place_in
 from ef21_muon.exchange.layers import ServedBatch, relative_error, traffic_by_placement
 from ef21_muon.exchange.phases import Phase, current
 from ef21_muon.exchange.placement import AUTO
+from ef21_muon.identity import described
 from ef21_muon.messages.feedback import EF21
 
 Receive: TypeAlias = Callable[[], list]
@@ -61,14 +62,14 @@ class ServedOptimizer(CommunicatingOptimizer):
             refuse_compressed_shifts(groups)
         self.server = server
 
-    def _identity(self) -> dict:
-        rules = getattr(self, "rules", self.param_groups)
-        compressors = [(str(rule["w2s"]), str(rule["s2w"])) for rule in rules]
-        feedback = self.feedback.__name__
-        own = {"feedback": feedback, "compressors": compressors}
-        if self.ranks > 1:
-            own["server"] = self.server
-        return super()._identity() | own
+    def _settings(self) -> dict:
+        settings = super()._settings() | {"feedback": self.feedback.__name__}
+        for index, rule in enumerate(getattr(self, "rules", self.param_groups)):
+            for direction in ("w2s", "s2w"):
+                settings[f"{direction} of group {index}"] = described(rule[direction])
+        server = settings.pop("server")  # last, since "auto" follows from the others
+        # The steps of one worker are the same wherever its servers are.
+        return settings if self.ranks == 1 else settings | {"server": server}
 
     @property
     def exchange(self) -> Exchange:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ef21_muon.exchange.clipping import clip
 from ef21_muon.exchange.placement import spread
 from ef21_muon.exchange.shards import Shards, is_sharded
 
@@ -26,7 +27,8 @@ class Lanes:
     parameter with the rank of this worker that holds it, `own` those of this rank with what an
     optimizer steps of them: itself, or a whole copy. To wait longer
     than `timeout`, by default torch's, for another rank is an error. `backend` is that of `lane`:
-    by default torch's; with "gloo" messages go through the host's memory. Raises ValueError where
+    by default torch's; with "gloo" messages go through the host's memory. `max_norm`, to be set
+    alike on all ranks, clips the worker's gradient in every step. Raises ValueError where
     `worker_size` does not divide the ranks or leaves one without a layer, and without a process
     group.
     """
@@ -50,6 +52,7 @@ class Lanes:
                 f"worker_size={worker_size} leaves ranks without a layer: the model has "
                 f"{len(parameters)}, give at most as many"
             )
+        self.max_norm: float | None = None  # of the worker's gradient, of all layers together
         worker, place = divmod(rank, worker_size)
         first = worker * worker_size
         self.worker_size = worker_size
@@ -114,7 +117,8 @@ class Lanes:
     def reduce_gradients(self) -> None:
         """The mean of the worker's gradients, on the rank that holds a layer; elsewhere none.
 
-        Raises RuntimeError before anything is sent where a gradient is missing.
+        Clipped to `max_norm`, where there is one. Raises RuntimeError before anything is sent where
+        a gradient is missing.
         """
         for parameter, _ in self.holders:
             if parameter.grad is None:
@@ -125,7 +129,12 @@ class Lanes:
         if self.shards:
             self.shards.gather_parameters()
             self.shards.gather_gradients()
-            return
+        else:
+            self._average_gradients()
+        if self.max_norm is not None:
+            clip([one.grad for one in self.own.values()], self.max_norm, self.worker)
+
+    def _average_gradients(self) -> None:
         works = [
             dist.reduce(parameter.grad, holder, group=self.worker, async_op=True)
             for parameter, holder in self.holders

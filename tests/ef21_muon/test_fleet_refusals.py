@@ -159,7 +159,10 @@ NEWCOMERS = {
         "optimizer.lr=0.02 (theirs 0.01), steps=30 (theirs 60): start all workers alike",
     ),
     "another run, at a later step": (lambda url: ahead_of_the_others(url, 0), "steps=30"),
-    "another model": (lambda url: Other(2, url), "(theirs (8, 4) torch.float32)"),
+    "another model": (
+        lambda url: Other(2, url),
+        "shape of parameter 0 of group 0=(5, 7) float32 (theirs None)",
+    ),
 }
 
 

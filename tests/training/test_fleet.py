@@ -22,7 +22,7 @@ from training.config import compose
 from training.fleet import FixedMembers, FleetMembers, Meetings, members_of, place_among_all
 from training.log import NoLog, RunLog
 from training.resume import as_it_was_left
-from training.workers import FinalError, RunError, Workers
+from training.workers import FINAL, FinalError, RunError, Workers
 
 HANGS = """
 import sys, time
@@ -197,7 +197,7 @@ def test_who_does_not_belong_to_a_run_ends_at_its_start_and_the_run_goes_on(smal
         ):
             given = worker_overrides(crew.options, 0)
             given[-1] = f"directory={tmp_path}/other{len(change)}"
-            assert reason in launch(0, *given, *change, expect=1).stderr
+            assert reason in launch(0, *given, *change, expect=FINAL).stderr
             assert crew.wait_until_all_meet(crew.last_step() + 5)
         crew.wait_until_all_end()
         ends = [crew.records(worker)[-1] for worker in range(2)]

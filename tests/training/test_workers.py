@@ -9,7 +9,7 @@ from run import PATIENCE
 from waiting import SleptTime
 
 from ef21_muon.exchange.reach import Place
-from training.workers import FinalError, RunError, Workers
+from training.workers import FinalError, RunError, Workers, by_host_alone
 
 
 class Start:
@@ -134,3 +134,17 @@ def test_ranks_that_do_not_connect_are_told_of_the_interface(lost, who, monkeypa
     error = RuntimeError("Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc] timed out")
     assert worker._meaning(error).startswith(f"no connection to {who}: see that process or its")
     assert "set GLOO_SOCKET_IFNAME" in worker._meaning(error)
+
+
+@pytest.mark.parametrize(
+    ("devices", "alone"),
+    [
+        ({b"cpu"}, False),
+        ({b"cuda"}, False),
+        ({b"shared"}, True),
+        ({b"cuda", b"shared"}, True),
+        ({b"cpu", b"cuda"}, True),  # which would wait for each other in vain
+    ],
+)
+def test_where_some_have_no_gpu_of_their_own_messages_go_by_the_host(devices, alone):
+    assert by_host_alone(devices) == alone
