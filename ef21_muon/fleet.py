@@ -174,8 +174,8 @@ class FleetSteps(LocalSteps):
         self.fleet.leave()
 
     def _meet(self, message: Tensor, counts: bool = True) -> list[Tensor]:
-        broken = [one for one in self._broken() if counts]
-        if broken:
+        broken = self._broken()
+        if broken and counts:
             log.warning("%s is not finite after step %s", ", ".join(broken[:FEW]), self.done)
         messages, meeting = self.fleet.gather(message, counts, finite=not broken)
         if self.fleet.worker in meeting.refused:

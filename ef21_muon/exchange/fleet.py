@@ -320,8 +320,9 @@ class Fleet:
         digest = self.shared.digest()
         if self.ranks > 1:  # of the worker as a whole
             of_all = [None] * self.ranks
-            dist.all_gather_object(of_all, digest, group=self.group)
-            digest = sum(of_all) % 2**64
+            dist.all_gather_object(of_all, (digest, finite), group=self.group)
+            digests, all_finite = zip(*of_all, strict=True)
+            digest, finite = sum(digests) % 2**64, all(all_finite)
         digest = digest.to_bytes(8, "big")
         return HEAD.pack(self.manager.batches_committed(), digest, self.shared.done, counts, finite)
 

@@ -40,9 +40,10 @@ class Meeting:
 
 
 def history_of(heads: list[bytes]) -> bytes:
-    """The one that goes on: of most messages, then of most workers."""
+    """The one that goes on: of a worker that is finite, of most messages, then of most workers."""
     histories = [head[:HISTORY] for head in heads]
-    return max(histories, key=lambda one: (one[:8], histories.count(one), one))
+    finite = {head[:HISTORY] for head in heads if HEAD.unpack(head)[-1]}
+    return max(histories, key=lambda one: (one in finite, one[:8], histories.count(one), one))
 
 
 def bytes_of(head: bytes) -> Tensor:

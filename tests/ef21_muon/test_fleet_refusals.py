@@ -96,6 +96,20 @@ def test_it_ends_after_the_third_time_in_a_row_and_the_others_do_not():
         assert workers[0].optimizer.told == 3 * 10
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_of_two_histories_that_of_finite_numbers_goes_on(number):
+    """Whatever their digests, which decide between two workers else."""
+
+    def how(worker):
+        worker.optimizer.batches[0].model_shift.view(-1)[0] = torch.nan
+
+    with lighthouse(2) as url, crew.workers(url, range(2)) as workers:
+        assert everyone(workers, 12, breaks(number, (4,), how)) == [None, None]
+        assert torch.equal(workers[0].agreed[12], workers[1].agreed[12])
+        assert workers[0].agreed[12].isfinite().all()
+        assert sum(one.parted for one in workers[number].optimizer.meetings) == 1
+
+
 def test_where_no_message_is_finite_all_end_with_w_as_it_was():
     def how(worker):
         parameters_become(torch.nan)(worker)
