@@ -6,8 +6,11 @@ By torchft, an extra.
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from concurrent.futures.thread import _threads_queues
 from dataclasses import asdict, replace
 from datetime import timedelta
+from threading import Thread
 from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, build_opener
 
@@ -29,7 +32,7 @@ except ImportError as error:
         "workers that come and go need torchft, for Linux on x86-64: pip install 'ef21-muon[fleet]'"
     ) from error
 
-__all__ = ["Group", "Manager", "Transport", "size_of"]
+__all__ = ["Group", "Manager", "Transport", "ask", "let_go", "size_of"]
 DIRECT = build_opener(ProxyHandler({}))  # whatever the environment says of proxies
 
 
@@ -108,3 +111,23 @@ class Transport(HTTPTransport):
 def size_of(state: dict) -> int:
     """Bytes of the tensors of a shared state."""
     return sum(tensor.nbytes for tensor in state["tensors"])
+
+
+def ask(call: Callable[[], None]) -> Future:
+    """Call it in a thread of a daemon, which starts daemons, as the manager's own have to be."""
+    asked = Future()
+    Thread(target=_answer, args=(asked, call), daemon=True).start()
+    return asked
+
+
+def _answer(asked: Future, call: Callable[[], None]) -> None:
+    try:
+        asked.set_result(call())
+    except Exception as error:
+        asked.set_exception(error)
+
+
+def let_go(executor: Executor) -> None:
+    """A process that ends does not wait for these threads, which may wait for others for a day."""
+    for thread in executor._threads:
+        _threads_queues.pop(thread, None)

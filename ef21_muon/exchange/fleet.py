@@ -5,10 +5,8 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Executor, Future, wait
-from concurrent.futures.thread import _threads_queues
+from concurrent.futures import wait
 from datetime import timedelta
-from threading import Thread
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -19,7 +17,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 
 from ef21_muon.exchange.admission import Card, FleetError, FleetRefused
 from ef21_muon.exchange.collectives import Traffic, place_in
-from ef21_muon.exchange.connections import Group, Manager, Transport, size_of
+from ef21_muon.exchange.connections import Group, Manager, Transport, ask, let_go, size_of
 from ef21_muon.exchange.meeting import HEAD, HISTORY, Meeting, bytes_of, history_of
 from ef21_muon.exchange.reach import INTERFACE, Place
 from ef21_muon.exchange.verdict import Verdicts
@@ -182,7 +180,7 @@ class Fleet:
     def leave(self) -> None:
         """The others need not wait for this one any more."""
         if self.manager:
-            _let_go(self.manager._executor)
+            let_go(self.manager._executor)
             self.manager.shutdown(wait=False)
             self.process_group.shutdown()
 
@@ -269,9 +267,7 @@ class Fleet:
 
     def _quorum(self) -> bool:
         """Wait for the others; whether there is a quorum. `_take` may be called."""
-        asked = Future()
-        # Threads that a daemon starts, as the manager's own, are daemons.
-        Thread(target=_answer, args=(asked, self.manager.start_quorum), daemon=True).start()
+        asked = ask(self.manager.start_quorum)
         while not wait([asked], timeout=PAUSE).done:
             self.while_waiting(PAUSE)
         if (error := asked.exception()) is None:
@@ -295,9 +291,11 @@ class Fleet:
         reason = _in_a_line(error)
         if "connectFullMesh" in reason:
             reason = f"they do not reach each other, give {INTERFACE} if this lasts ({reason})"
-        workers = ", ".join(map(str, self.process_group.workers))
-        log.warning("worker %s: no round of workers %s: %s", self.worker, workers, reason)
-        return [reason] if isinstance(error, FleetError) else []
+        of_all_ranks = isinstance(error, FleetError)
+        if self.rank == 0 or not of_all_ranks:
+            workers = ", ".join(map(str, self.process_group.workers))
+            log.warning("worker %s: no round of workers %s: %s", self.worker, workers, reason)
+        return [reason] if of_all_ranks else []
 
     def _judge(
         self, messages: dict[int, Tensor], said_finite: set[int], step: int | None
@@ -380,18 +378,5 @@ class Fleet:
                     self._store.delete_key(key)
 
 
-def _answer(asked: Future, call: Callable[[], None]) -> None:
-    try:
-        asked.set_result(call())
-    except Exception as error:
-        asked.set_exception(error)
-
-
 def _in_a_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _let_go(executor: Executor) -> None:
-    """A process that ends does not wait for these threads, which may wait for others for a day."""
-    for thread in executor._threads:
-        _threads_queues.pop(thread, None)
