@@ -62,10 +62,10 @@ class AveragedGradients(WrappingOptimizer):
         seed: int = 0,
         process_group: dist.ProcessGroup | str | None = None,
     ):
-        whole_number("buckets", buckets, least=1)
+        buckets = whole_number("buckets", buckets, least=1)
         choice("feedback", feedback, FEEDBACK)
         self.error_decay = check_number("error_decay", error_decay, OUTER_NUMBERS)
-        refuse_unused_decays([{"error_decay": error_decay, "server_momentum": 0}], feedback)
+        refuse_unused_decays([{"error_decay": self.error_decay, "server_momentum": 0}], feedback)
         w2s = w2s or Identity()
         super().__init__(
             inner, w2s, Identity(), seed=seed, process_group=process_group, missing=missing

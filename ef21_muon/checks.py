@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator
+from contextlib import suppress
 from hashlib import sha256
 from math import isfinite, prod
 from operator import is_
@@ -36,6 +37,17 @@ class GradientError(RuntimeError, ValueError):
     """A gradient is missing or does not fit its parameter."""
 
 
+def plain(value: object) -> object:
+    """The number of Python's that a tensor with one entry, or a number of NumPy's, holds.
+
+    Anything else as it is. Waits for the device of a tensor.
+    """
+    if hasattr(value, "item"):
+        with suppress(RuntimeError, TypeError, ValueError):  # of many entries, or without values
+            return value.item()
+    return value
+
+
 def is_number(value: object) -> bool:
     """Whether it is a finite number; True and False are none."""
     return isinstance(value, float | int) and not isinstance(value, bool) and isfinite(value)
@@ -49,15 +61,18 @@ def choice(name: str, value: str, allowed) -> str:
 
 
 def check_number(name: str, value: float, ranges: dict, where: str = "") -> float:
-    """The value, or ValueError unless it is a finite number in its range."""
+    """The value as `plain` has it, or ValueError unless it is a finite number in its range."""
     range_, holds = ranges[name]
+    value = plain(value)
     if not (is_number(value) and holds(value)):
-        raise ValueError(f"{name}={value} is not allowed: give a number {range_}{where}")
+        given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+        raise ValueError(f"{name}={given} is not allowed: give a number {range_}{where}")
     return value
 
 
 def whole_number(name: str, value: int, least: int) -> int:
-    """The value, or ValueError unless it is a whole number of at least `least`."""
+    """The value as `plain` has it, or ValueError unless it is a whole number from `least` on."""
+    value = plain(value)
     if not (type(value) is int and value >= least):
         range_ = "above 0" if least == 1 else f"of at least {least}"
         raise ValueError(f"{name}={value} is not allowed: give a whole number {range_}")
@@ -72,10 +87,15 @@ def flag(name: str, value: bool) -> bool:
 
 
 def check_group(group: dict) -> None:
-    """Raise ValueError for an entry of a parameter group that is out of range."""
+    """Raise ValueError for an entry of a parameter group that is out of range.
+
+    Its numbers are plain from here on, but for an lr that is a tensor, which others may write into.
+    """
     for name in NUMBERS:
         if not (name == "radius" and isinstance(group[name], AdaptiveRadius)):
-            check_number(name, group[name], NUMBERS, _where(group))
+            number = check_number(name, group[name], NUMBERS, _where(group))
+            if not (name == "lr" and isinstance(group[name], Tensor)):
+                group[name] = number
     for name in ("nesterov", "transposed", "kernels", "lmo_feedback"):
         flag(name, group[name])
     if group["lmo_feedback"] and isinstance(group["radius"], AdaptiveRadius):
@@ -255,7 +275,7 @@ def require_equal_groups(groups: list[dict], group: dist.ProcessGroup | None) ->
     numbers = [
         (index, name, float(value))
         for index, of_group in enumerate(groups)
-        for name, value in sorted(of_group.items())
+        for name, value in sorted((name, plain(value)) for name, value in of_group.items())
         if isinstance(value, int | float)
     ]
     device = next(p.device for of_group in groups for p in of_group["params"])

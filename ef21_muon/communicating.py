@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from ef21_muon.checks import (
     choice,
+    plain,
     require_equal_groups,
     require_equal_parameters,
     require_equal_settings,
@@ -269,7 +270,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
         of_groups = {
             f"{entry} of group {index}": str(value) if entry in self.RULE else value
             for index, group in enumerate(self.param_groups)
-            for entry, value in group.items()
+            for entry, value in ((entry, plain(value)) for entry, value in group.items())
             if entry in self.RULE or isinstance(value, NUMBERS)
         }
         return identity | {key.lstrip("_"): value for key, value in numbers.items()} | of_groups

@@ -102,7 +102,7 @@ class LocalSteps(WrappingOptimizer):
         self.nesterov, self.lanes = flag("nesterov", nesterov), lanes
         stagger, buckets = flag("stagger", stagger), whole_number("buckets", buckets, least=1)
         self.feedback = FEEDBACK[choice("feedback", feedback, FEEDBACK)]
-        refuse_unused_decays([{"error_decay": error_decay, "server_momentum": 0}], feedback)
+        refuse_unused_decays([{"error_decay": self.error_decay, "server_momentum": 0}], feedback)
         w2s, s2w = w2s or Identity(), s2w or Identity()
         with lanes.together() if lanes else nullcontext():
             super().__init__(inner, w2s, s2w, seed=seed, process_group=process_group)

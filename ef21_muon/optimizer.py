@@ -54,7 +54,8 @@ class EF21Muon(ServedOptimizer):
     two dimensions is flattened to (d_0, rest).
 
     Of every group:
-        lr: times the radius is the length t^k of the step in its norm; schedulers act on it.
+        lr: times the radius is the length t^k of the step in its norm; schedulers act on it. A
+            tensor with one entry stays one, as in torch's optimizers, and is read in every step.
         beta: weight of the new gradient in the momentum, in (0, 1]; 1 is no momentum.
         norm: gives the LMO, Spectral() by default.
         radius: a number, or an AdaptiveRadius, which follows each layer's dual norm (Gluon).
@@ -135,7 +136,7 @@ class EF21Muon(ServedOptimizer):
             "transposed": False,
             "kernels": False,
         }
-        whole_number("buckets", buckets, least=1)
+        buckets = whole_number("buckets", buckets, least=1)
         self.feedback = FEEDBACK[choice("feedback", feedback, FEEDBACK)]
         self.momentum = choice("momentum", momentum, ("polyak", *KINDS))
         self.gamma = check_number("gamma", gamma, {"gamma": ("of at least 0", lambda g: g >= 0)})
@@ -250,7 +251,7 @@ class EF21Muon(ServedOptimizer):
         if group["weight_decay"]:
             model = batch.server_model
             model = batch.served_parameters() if model is None else model
-            step.sub_(model, alpha=group["lr"] * group["weight_decay"])
+            _add(step, model, -_lr(batch, group) * group["weight_decay"])
         return step
 
     def _direction(self, batch: LayerBatch, group: dict) -> Tensor:
@@ -263,16 +264,16 @@ class EF21Muon(ServedOptimizer):
         if group["kernels"]:
             step /= sqrt(batch.kernel)
         if not isinstance(group["radius"], AdaptiveRadius):
-            return step.mul_(group["lr"] * group["radius"])
+            return step.mul_(_lr(batch, group) * group["radius"])
         rows, columns = batch.server_gradient.flatten(1)[:, None], step.flatten(1)[..., None]
         dual = -torch.bmm(rows, columns).flatten()  # of an exact LMO, the dual norm
-        return step.mul_(group["radius"](dual)[:, None, None]).mul_(group["lr"])
+        return step.mul_(group["radius"](dual)[:, None, None]).mul_(_lr(batch, group))
 
     @staticmethod
     def _step_with_feedback(batch: LayerBatch, group: dict) -> Tensor:
         """d = e + lr radius G; the step is the part of -d along LMO(d); e <- d + step."""
         wanted = batch.server_lmo_error
-        wanted.add_(batch.server_gradient, alpha=group["lr"] * group["radius"])
+        _add(wanted, batch.server_gradient, _lr(batch, group) * group["radius"])
         step = group["norm"].projected(wanted)
         wanted += step
         return step
@@ -285,3 +286,20 @@ class EF21Muon(ServedOptimizer):
         super().go_on_after(steps)
         for batch in self.batches:
             batch.versions = None
+
+
+def _lr(batch: LayerBatch, group: dict) -> float | Tensor:
+    """As a factor for which the host does not wait: a number, or a scalar on the layers' device."""
+    lr = group["lr"]
+    if not isinstance(lr, Tensor):
+        return lr
+    device = batch.broken_at.device
+    return lr.reshape(()) if lr.device == device and device.type != "cpu" else lr.item()
+
+
+def _add(total: Tensor, other: Tensor, factor: float | Tensor) -> None:
+    """total += factor other."""
+    if isinstance(factor, Tensor):
+        total.addcmul_(other, factor.to(total.dtype))
+    else:
+        total.add_(other, alpha=factor)

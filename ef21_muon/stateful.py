@@ -52,7 +52,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             for key, tensor in saved.items():
                 state[key].copy_(tensor)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key != "params"})
+            group.update(copy.deepcopy({k: v for k, v in saved.items() if k != "params"}))
         self.traffic = Traffic.from_state(state_dict["traffic"])
         self.go_on_after(state_dict["steps"])
         for purpose, generator in self.generators.items():
