@@ -4,7 +4,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import suppress
 from hashlib import sha256
-from math import isfinite, prod
+from math import isfinite
 from operator import is_
 
 import torch
@@ -31,10 +31,6 @@ OUTER_NUMBERS = {
     "outer_momentum": ("of at least 0, below 1", lambda momentum: 0 <= momentum < 1),
     "error_decay": NUMBERS["error_decay"],
 }
-
-
-class GradientError(RuntimeError, ValueError):
-    """A gradient is missing or does not fit its parameter."""
 
 
 def plain(value: object) -> object:
@@ -144,26 +140,6 @@ def refuse_unused_decays(groups: list[dict], feedback: str) -> None:
                 raise ValueError(
                     f"{name}={group[name]} is not allowed with feedback={feedback!r}: leave it at "
                     f"{neutral}, or use feedback='ef14'"
-                )
-
-
-def require_gradients(batches, optimizer: str) -> None:
-    """Raise GradientError before anything changes: other workers would wait for the message."""
-    for batch in batches:
-        for name, parameter in zip(batch.names, batch.params, strict=True):
-            gradient = parameter.grad
-            if gradient is None:
-                raise GradientError(
-                    f"{name} has no gradient: every parameter given to {optimizer} takes part in "
-                    "every step; leave out those that the loss does not reach (EF21Muon and "
-                    "AveragedGradients take missing='zero' for those that it reaches at times)"
-                )
-            fits = gradient.shape == parameter.shape and gradient.numel() == prod(batch.shape)
-            if not (fits and gradient.is_floating_point()):
-                raise GradientError(
-                    f"the gradient of {name} has shape {tuple(gradient.shape)} and type "
-                    f"{gradient.dtype}: give floating-point numbers, and the shape that the "
-                    f"parameter had when {optimizer} was built"
                 )
 
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -14,12 +15,12 @@ from ef21_muon.checks import (
     require_equal_groups,
     require_equal_parameters,
     require_equal_settings,
-    require_gradients,
     require_local_gradients,
     require_ranks,
     require_same_group,
 )
 from ef21_muon.exchange.collectives import Traffic, place_in
+from ef21_muon.exchange.gradients import Layer, bring_gradients
 from ef21_muon.exchange.lanes import Lanes
 from ef21_muon.exchange.layers import Batch
 from ef21_muon.exchange.roll_call import RollCall
@@ -131,12 +132,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
             with torch.enable_grad():
                 loss = closure()
         with self._in_step():
-            if self.missing == "zero":
-                for parameter in self._held:
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-            if not self._sharded:
-                require_gradients(self.batches, type(self).__name__)
+            bring_gradients(self._brought, type(self).__name__)
             self._require_as_built()
             if self._overflowed(self._everyone):
                 return loss
@@ -177,6 +173,20 @@ class CommunicatingOptimizer(StatefulOptimizer):
             require_same_group(index, now, formed)
         if self.steps == 0 and self.ranks > 1:
             require_local_gradients(self.param_groups)
+
+    @property
+    def _brought(self) -> list[Layer]:
+        """Whose gradients this worker brings to a step, of all its lanes."""
+        return self.lanes.layers if self.lanes else self._layers
+
+    @property
+    def _layers(self) -> list[Layer]:
+        """The parameters of batches."""
+        return [
+            Layer(name, parameter, prod(batch.shape), self.missing)
+            for batch in self.batches
+            for name, parameter in zip(batch.names, batch.params, strict=True)
+        ]
 
     @property
     def _held(self) -> list[Tensor]:

@@ -19,6 +19,7 @@ from ef21_muon.checks import (
 )
 from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.collectives import ALONE, place_in
+from ef21_muon.exchange.gradients import Layer, bring_gradients
 from ef21_muon.exchange.lanes import Lanes
 from ef21_muon.exchange.layers import RoundBatch, named_layers, serve
 from ef21_muon.exchange.phases import Phase, new_phases
@@ -60,7 +61,8 @@ class LocalSteps(WrappingOptimizer):
     (Streaming DiLoCo, arXiv:2501.18512): x_j then moves by W less the x_j of the turn, which keeps
     the steps since. `lanes`: of the ranks of a worker, where it has several; gradients are averaged
     inside of it in every step, and inner optimizers hold the parameters of this rank's lane. A root
-    of `fully_shard` needs reshard_after_forward=True, or it goes on with W after `agreed()`.
+    of `fully_shard` needs reshard_after_forward=True, or it goes on with W after `agreed()`. There
+    a parameter without a gradient is refused, or zero where its inner optimizer has missing="zero".
 
     Memory: W and e_j, 8 bytes for each float32 parameter; on the rank that serves it 4 for V, and 4
     for e_s where s2w loses anything. A delay takes 4 more and the messages under way.
@@ -115,6 +117,7 @@ class LocalSteps(WrappingOptimizer):
                 self._keep_messages(batches)
             self._begin(batches)
         if lanes:
+            lanes.name(self._layers)
             self.timetable.sum_over(lanes)
         self._sent: dict[range, Receive] = {}  # under way to the servers
         self._returned: dict[range, Receive] = {}  # and back
@@ -163,8 +166,9 @@ class LocalSteps(WrappingOptimizer):
             with torch.enable_grad():
                 loss = closure()
         with self._in_step():
-            if not self._sharded:
+            if not self.lanes:
                 require_a_gradient(self.param_groups)
+            bring_gradients(self._brought, type(self).__name__)
             self._require_as_built()
             # A worker whose gradient overflowed does without this step; its own ranks do alike.
             overflowed = self._overflowed(self.lanes.worker if self.lanes else ALONE)
@@ -204,6 +208,21 @@ class LocalSteps(WrappingOptimizer):
         self.traffic += self.timetable.taken(phase, buckets)
         if self.lanes:
             self.lanes.share_parameters()
+
+    @property
+    def _layers(self) -> list[Layer]:
+        """Where an inner optimizer skips what has no gradient, a worker of several ranks cannot."""
+        zero = {
+            parameter
+            for one in self.inner if getattr(one, "missing", None) == "zero"
+            for group in one.param_groups
+            for parameter in group["params"]
+        }  # fmt: skip
+        otherwise = "refuse" if self.lanes else "skip"
+        return [
+            one._replace(missing="zero" if one.parameter in zero else otherwise)
+            for one in super()._layers
+        ]
 
     def _depart(self, phase: Phase, buckets: list[range]) -> None:
         for bucket in buckets:

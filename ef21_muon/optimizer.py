@@ -1,6 +1,7 @@
 """EF21-Muon (Gruntkowska et al., arXiv:2510.00643), Algorithm 1, as a torch optimizer."""
 
 from collections.abc import Callable
+from functools import partial
 from math import sqrt
 
 import torch
@@ -16,6 +17,7 @@ from ef21_muon.checks import (
 )
 from ef21_muon.correction import KINDS, corrected, no_closure
 from ef21_muon.exchange.collectives import Traffic, place_in
+from ef21_muon.exchange.gradients import bring_gradients
 from ef21_muon.exchange.layers import LayerBatch, batch_layers, lmo_costs
 from ef21_muon.exchange.phases import new_phases
 from ef21_muon.lmo.norms import AdaptiveRadius, Norm, Spectral
@@ -200,7 +202,8 @@ class EF21Muon(ServedOptimizer):
                 batch.params, batch.as_parameters(batch.previous), strict=True
             )
         ]
-        return corrected(self.correction, layers, closure, first=self.steps == 0)
+        bring = partial(bring_gradients, self._brought, type(self).__name__)
+        return corrected(self.correction, layers, closure, bring, first=self.steps == 0)
 
     def _round(self) -> Traffic:
         for batch in self.batches:
