@@ -7,7 +7,7 @@ from math import prod
 
 import torch
 import torch.distributed as dist
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from ef21_muon.checks import (
     choice,
@@ -18,7 +18,9 @@ from ef21_muon.checks import (
     require_local_gradients,
     require_ranks,
     require_same_group,
+    warn_of_statistics,
 )
+from ef21_muon.exchange.buffers import Buffers
 from ef21_muon.exchange.collectives import Traffic, place_in
 from ef21_muon.exchange.gradients import Layer, bring_gradients
 from ef21_muon.exchange.lanes import Lanes
@@ -40,7 +42,8 @@ class CommunicatingOptimizer(StatefulOptimizer):
     A subclass forms `batches` of layers, gives them to `_begin`, and says in `_round` what a round
     is. What is random in messages is drawn from `generators`, one for each of `purposes`, seeded by
     `seed`, the rank and the purpose. A parameter without a gradient is refused, or with `missing`
-    "zero" has that on this worker.
+    "zero" has that on this worker, in steps that have others. Of the module `buffers` workers share
+    the mean of floating-point buffers too.
 
     Raises ValueError for parameters and settings that differ between ranks, RuntimeError from
     `step` for a parameter whose gradient is missing or does not fit. Gradients that are not finite
@@ -61,6 +64,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
         purposes: Sequence[str],
         process_group: dist.ProcessGroup | None,
         missing: str = "refuse",
+        buffers: nn.Module | None = None,
     ):
         super().__init__(params, defaults)
         self.missing = choice("missing", missing, ("refuse", "zero"))
@@ -68,6 +72,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
             raise ValueError("the parameter groups hold no parameter: give those of the model")
         require_whole([p for g in self.param_groups for p in g["params"]], type(self).__name__)
         self.process_group = process_group
+        self.buffers = Buffers(buffers, self._everyone)
         self.timer, self.steps, self.traffic = PhaseTimer(), 0, Traffic()
         rank, self.ranks = place_in(process_group)
         self.generators = {
@@ -82,7 +87,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
         self._formed = self._as_given()
         device = batches[0].broken_at.device
         require_equal_settings(self._settings(), device, self.process_group)
-        require_equal_parameters(self._named(), self.process_group)
+        require_equal_parameters(self._shared_by_all(), self.process_group)
 
     def _round(self) -> Traffic:
         """Take a round, from gradients to parameters; returns what it took."""
@@ -173,6 +178,8 @@ class CommunicatingOptimizer(StatefulOptimizer):
             require_same_group(index, now, formed)
         if self.steps == 0 and self.ranks > 1:
             require_local_gradients(self.param_groups)
+        if self.steps == 0 and place_in(self._everyone)[1] > 1:
+            warn_of_statistics(self._brought, self.buffers.module)
 
     @property
     def _brought(self) -> list[Layer]:
@@ -264,14 +271,14 @@ class CommunicatingOptimizer(StatefulOptimizer):
             )
 
     def check_agreement(self) -> None:
-        """Raise ValueError if workers hold different parameters or numbers of parameter groups.
+        """Raise ValueError if workers hold different parameters, buffers or numbers of groups.
 
         To be called on all ranks; names rank, and layer or group. Waits for the device.
         """
         if self.lanes:
             self.lanes.gather_parameters()
         require_equal_groups(self.param_groups, self.process_group)
-        require_equal_parameters(self._named(), self.process_group)
+        require_equal_parameters(self._shared_by_all(), self.process_group)
 
     def _settings(self) -> dict:
         """What all ranks have to be told alike."""
@@ -283,6 +290,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
             for entry, value in ((entry, plain(value)) for entry, value in group.items())
             if entry in self.RULE or isinstance(value, NUMBERS)
         }
+        numbers["buffers"] = str(self.buffers)
         return identity | {key.lstrip("_"): value for key, value in numbers.items()} | of_groups
 
     def _new_generator(self, seed: int, rank: int, purpose: str) -> Generator:
@@ -292,3 +300,6 @@ class CommunicatingOptimizer(StatefulOptimizer):
 
     def _named(self) -> list[tuple[str, Tensor]]:
         return [pair for b in self.batches for pair in zip(b.names, b.params, strict=True)]
+
+    def _shared_by_all(self) -> list[tuple[str, Tensor]]:
+        return [*self._named(), *self.buffers.shared.items()]

@@ -74,6 +74,11 @@ class FleetSteps(LocalSteps):
                 f"w2s={w2s} is not allowed for workers that come and go: give one compressor for "
                 "the whole run"
             )
+        if options.get("buffers") is not None:
+            raise ValueError(
+                "buffers are not averaged over workers that come and go: leave them out, and "
+                "normalise without running statistics"
+            )
         self.fleet, self.told = fleet, 0
         self._within_step, self._untold = False, 0  # local steps since the last meeting
         self.meetings: deque[Meeting] = deque(maxlen=MEETINGS)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ef21_muon.checks import (
@@ -56,6 +56,9 @@ class LocalSteps(WrappingOptimizer):
     "ef21", R_j = C_j(W - x_j - G_j), G_j = G_j + R_j, g = g + mean of R_j; or "none". `server` and
     `buckets` are as in EF21Muon.
 
+    buffers: the model, whose floating-point buffers, as the running statistics of BatchNorm, become
+    the mean of all workers' in every round, and within `agreed()` are those of the last one.
+
     With `stagger` every batch of layers has a turn of its own in the round, so that a link is used
     evenly, and with `delay` a message travels for as many steps each way while the training goes on
     (Streaming DiLoCo, arXiv:2501.18512): x_j then moves by W less the x_j of the turn, which keeps
@@ -93,6 +96,7 @@ class LocalSteps(WrappingOptimizer):
         stagger: bool = False,
         delay: int = 0,
         seed: int = 0,
+        buffers: nn.Module | None = None,
         lanes: Lanes | None = None,
         process_group: dist.ProcessGroup | str | None = None,
     ):
@@ -107,7 +111,8 @@ class LocalSteps(WrappingOptimizer):
         refuse_unused_decays([{"error_decay": self.error_decay, "server_momentum": 0}], feedback)
         w2s, s2w = w2s or Identity(), s2w or Identity()
         with lanes.together() if lanes else nullcontext():
-            super().__init__(inner, w2s, s2w, seed=seed, process_group=process_group)
+            place = {"process_group": process_group, "buffers": buffers}
+            super().__init__(inner, w2s, s2w, seed=seed, **place)
             costs = [parameter.numel() for _, _, parameter, _ in named_layers(self.rules)]
             self._place_servers(server, self.rules, costs)
             batches = self._new_batches(costs)
@@ -181,6 +186,9 @@ class LocalSteps(WrappingOptimizer):
                 self._depart(*self.timetable.departing(self.steps))
                 self._arrive(self.steps)
             self.traffic += self.timetable.sent(self.steps)
+            _, place, length = self.rounds.of(self.steps)
+            if place == length - 1:
+                self.traffic += self._average_buffers()
             self.steps += 1
             if self.lanes:
                 with self.timer("exchange"):
@@ -205,7 +213,7 @@ class LocalSteps(WrappingOptimizer):
             self._return(phase, bucket)
         for bucket in buckets:
             self._land(phase, bucket)
-        self.traffic += self.timetable.taken(phase, buckets)
+        self.traffic += self.timetable.taken(phase, buckets) + self._average_buffers()
         if self.lanes:
             self.lanes.share_parameters()
 
@@ -331,6 +339,7 @@ class LocalSteps(WrappingOptimizer):
                 local_model = parameter.clone()
                 parameter.copy_(shift)
                 shift.copy_(local_model)
+        self.buffers.swap()
         if self.lanes:
             self.lanes.share_parameters()
 
@@ -350,6 +359,21 @@ class LocalSteps(WrappingOptimizer):
                         f"{name} is not finite after step {self.steps}: lower the learning rate or "
                         "look at the data of the steps before"
                     )
+
+    def state_dict(self) -> dict:
+        """This rank's state alone, with the inner optimizers' and the buffers of the last round."""
+        return {**super().state_dict(), "buffers": self.buffers.state()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continue exactly from a `state_dict` of the same rank, parameters and options.
+
+        The model's own state has to be loaded beside it. Raises ValueError when it does not fit.
+        """
+        state_dict = self._part_of(state_dict)
+        buffers = state_dict.get("buffers", {})
+        self.buffers.require_fit(buffers)
+        super().load_state_dict(state_dict)
+        self.buffers.load(buffers)
 
     def _arrived(self) -> list[RoundBatch]:
         under_way = self.timetable.under_way(self.steps)

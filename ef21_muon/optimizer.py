@@ -6,7 +6,7 @@ from math import sqrt
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ef21_muon.checks import (
     check_group,
@@ -87,7 +87,10 @@ class EF21Muon(ServedOptimizer):
         buckets: messages, each way, that layers travel in: one is on its way while the next is
             encoded.
         missing: "refuse" a parameter without a gradient, or let it be "zero" on this worker, as
-            where a branch or an expert was not taken.
+            where a branch or an expert was not taken. A step without any gradient is refused.
+        buffers: the model, whose floating-point buffers, as the running statistics of BatchNorm,
+            become the mean of all workers' in every step; the bytes count. Without it they stay
+            each worker's own.
         seed: of what is random in compressors.
 
     Raises ValueError for hyperparameters outside their range and for parameters or settings that
@@ -120,6 +123,7 @@ class EF21Muon(ServedOptimizer):
         server: str = "auto",
         buckets: int = 4,
         missing: str = "refuse",
+        buffers: nn.Module | None = None,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
     ):
@@ -154,6 +158,7 @@ class EF21Muon(ServedOptimizer):
             purposes=("w2s", "s2w"),
             process_group=process_group,
             missing=missing,
+            buffers=buffers,
         )
         refuse_unused_decays(self.param_groups, feedback)
         self._place_servers(server, self.param_groups, lmo_costs(self.param_groups))

@@ -1,6 +1,7 @@
 """What optimizers with servers have in common: from workers to the servers of layers, and back."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -88,7 +89,18 @@ class ServedOptimizer(CommunicatingOptimizer):
         ]
         for bucket, receive in zip(phase.buckets, to_workers, strict=True):
             self._to_parameters(bucket, receive)
-        return phase.exchange.traffic()
+        return phase.exchange.traffic() + self._average_buffers()
+
+    def _average_buffers(self) -> Traffic:
+        """What that takes of a whole worker, whose ranks have statistics of their own."""
+        with self.timer("exchange"):
+            traffic = self.buffers.average()
+        ranks = self.lanes.worker_size if self.lanes else 1
+        return replace(
+            traffic,
+            w2s_bytes=ranks * traffic.w2s_bytes,
+            received_bytes=ranks * traffic.received_bytes,
+        )
 
     def _to_servers(self, phase: Phase, bucket: range) -> Receive:
         """Encode what this worker sends of a bucket of batches, and start to send it."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch.distributed as dist
+from torch import nn
 from torch.optim import Optimizer
 
 from ef21_muon.communicating import CommunicatingOptimizer
@@ -27,6 +28,7 @@ class WrappingOptimizer(ServedOptimizer):
         seed: int,
         process_group: dist.ProcessGroup | str | None,
         missing: str = "refuse",
+        buffers: nn.Module | None = None,
     ):
         self.inner = [inner] if isinstance(inner, Optimizer) else inner
         require_inner(self.inner)
@@ -38,6 +40,7 @@ class WrappingOptimizer(ServedOptimizer):
             purposes=("w2s", "s2w"),
             process_group=process_group,
             missing=missing,
+            buffers=buffers,
         )
         self.param_groups = groups
         self.RULE = tuple({entry for one in self.inner for entry in getattr(one, "RULE", ())})
