@@ -15,7 +15,7 @@ from ef21_muon.checks import (
     whole_number,
 )
 from ef21_muon.exchange.collectives import Traffic, place_in
-from ef21_muon.exchange.layers import EstimateBatch, named_layers, serve
+from ef21_muon.exchange.layers import EstimateBatch, named_layers, serve, still_where_broken
 from ef21_muon.exchange.phases import new_phases
 from ef21_muon.messages.compressors import Identity
 from ef21_muon.messages.feedback import FEEDBACK
@@ -101,7 +101,8 @@ class AveragedGradients(WrappingOptimizer):
         self._add_mean(batch, batch.server_gradient, from_workers)
 
     def _server_message(self, batch: EstimateBatch) -> Tensor:
-        return batch.s2w.encode(batch.server_gradient)
+        mean = batch.server_gradient
+        return batch.s2w.encode(still_where_broken(mean.clone(), mean))
 
     def _update(self, batch: EstimateBatch, received: Tensor) -> None:
         for parameter, mean in zip(batch.params, batch.as_parameters(received), strict=True):

@@ -24,7 +24,7 @@ from ef21_muon.exchange.buffers import Buffers
 from ef21_muon.exchange.collectives import Traffic, place_in
 from ef21_muon.exchange.gradients import Layer, bring_gradients
 from ef21_muon.exchange.lanes import Lanes
-from ef21_muon.exchange.layers import Batch
+from ef21_muon.exchange.layers import Batch, mark
 from ef21_muon.exchange.roll_call import RollCall
 from ef21_muon.exchange.shards import require_whole
 from ef21_muon.stateful import StatefulOptimizer
@@ -47,13 +47,15 @@ class CommunicatingOptimizer(StatefulOptimizer):
 
     Raises ValueError for parameters and settings that differ between ranks, RuntimeError from
     `step` for a parameter whose gradient is missing or does not fit. Gradients that are not finite
-    are noticed by `check_finite`. A rank that waits for others in a step says for whom.
+    are noticed by `check_finite`, and by `check_agreement` on all ranks. A rank that waits for
+    others in a step says for whom.
     """
 
     # torch.amp.GradScaler leaves it to `step` to skip, by `found_inf` and `grad_scale`.
     _step_supports_amp_scaling = True
     lanes: Lanes | None = None  # of a worker of several ranks
     roll_call: RollCall | None = None  # from the first step on, where others step too
+    BROKEN = "the gradient of {} was not finite at step {}"
 
     def __init__(
         self,
@@ -249,32 +251,51 @@ class CommunicatingOptimizer(StatefulOptimizer):
         """Of this worker, float32 (m, n) each."""
         gradients = batch.matrices(parameter.grad.float() for parameter in batch.params)
         finite = torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite()
-        batch.broken_at.masked_fill_(~finite & (batch.broken_at == 0), self.steps + 1)
+        mark(batch.broken_at, ~finite, self.steps + 1)
         return gradients
 
     def check_finite(self) -> None:
-        """Raise FloatingPointError if a gradient of this worker was NaN or infinite so far.
+        """Raise FloatingPointError if a gradient or a message of this worker was NaN or infinite.
 
-        Names the layer and the step. Waits for the device, so call it where the loss is read.
+        Names the layer and the step, the first of all steps so far. Waits for the device, so call
+        it where the loss is read.
         """
         broken = [
-            (int(step), name)
+            (step, kind, name)
             for batch in self.batches
-            for step, name in zip(batch.broken_at.tolist(), batch.names, strict=True)
+            for kind, at in enumerate((batch.broken_at, batch.unsent_at))
+            for step, name in zip(at.tolist(), batch.names, strict=True)
             if step
         ]
         if broken:
-            step, name = min(broken)
+            step, kind, name = min(broken)
+            what = (self.BROKEN, "what this worker sends of {} was not finite at step {}")[kind]
             raise FloatingPointError(
-                f"the gradient of {name} was not finite at step {step}: lower the learning rate "
-                "or look at that step's data"
+                f"{what.format(name, step)}: lower the learning rate or look at that step's data"
             )
+
+    def _require_finite(self) -> None:
+        """Raise on all ranks what `check_finite` raises on one, which it names."""
+        problem = None
+        try:
+            self.check_finite()
+        except FloatingPointError as error:
+            problem = str(error)
+        _, ranks = place_in(self._everyone)
+        problems = [problem] * ranks
+        if ranks > 1:
+            dist.all_gather_object(problems, problem, group=self._everyone)
+        for rank, its in enumerate(problems):
+            if its is not None:
+                raise FloatingPointError(f"rank {rank}: {its}" if ranks > 1 else its)
 
     def check_agreement(self) -> None:
         """Raise ValueError if workers hold different parameters, buffers or numbers of groups.
 
-        To be called on all ranks; names rank, and layer or group. Waits for the device.
+        And FloatingPointError for what was not finite on any (`check_finite`). To be called on all
+        ranks; names rank, and layer or group. Waits for the device.
         """
+        self._require_finite()
         if self.lanes:
             self.lanes.gather_parameters()
         require_equal_groups(self.param_groups, self.process_group)

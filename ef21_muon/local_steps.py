@@ -21,7 +21,14 @@ from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.collectives import ALONE, place_in
 from ef21_muon.exchange.gradients import Layer, bring_gradients
 from ef21_muon.exchange.lanes import Lanes
-from ef21_muon.exchange.layers import RoundBatch, named_layers, serve
+from ef21_muon.exchange.layers import (
+    RoundBatch,
+    finite,
+    mark,
+    named_layers,
+    serve,
+    still_where_broken,
+)
 from ef21_muon.exchange.phases import Phase, new_phases
 from ef21_muon.exchange.rounds import Rounds
 from ef21_muon.exchange.timetable import Timetable
@@ -77,6 +84,7 @@ class LocalSteps(WrappingOptimizer):
     parameter has a gradient.
     """
 
+    BROKEN = "{} is not finite after step {}"
     NOT_COPIED = (*WrappingOptimizer.NOT_COPIED, "_sent", "_returned")
 
     def __init__(
@@ -268,6 +276,7 @@ class LocalSteps(WrappingOptimizer):
 
     def _worker_message(self, batch: RoundBatch) -> Tensor:
         local_models = batch.local_models()
+        mark(batch.broken_at, ~finite(local_models), self.steps + 1)
         wide = torch.promote_types(local_models.dtype, torch.float32)
         difference = (batch.model_shift.to(wide) - local_models).float()
         message = self._compress(batch, difference, batch.memory, self.error_decay)
@@ -293,6 +302,7 @@ class LocalSteps(WrappingOptimizer):
         shift = self.outer_lr * direction
         if batch.server_error is not None:
             shift += batch.server_error
+        still_where_broken(shift, direction)
         message = batch.s2w.encode(shift, self.generators["s2w"])
         if batch.server_error is not None:
             batch.server_error.copy_(shift).sub_(batch.s2w.decode(message, *batch.shape))
@@ -302,7 +312,9 @@ class LocalSteps(WrappingOptimizer):
 
     def _update(self, batch: RoundBatch, received: Tensor) -> None:
         if self._is_its_inner(batch):
-            batch.model_shift.copy_(batch.told())
+            told = batch.told()
+            broken = ~finite(told)[:, None, None]
+            batch.model_shift.copy_(torch.where(broken, batch.model_shift, told))
             return
         batch.model_shift -= received
         if batch.departure is None:
@@ -352,13 +364,9 @@ class LocalSteps(WrappingOptimizer):
             if isinstance(optimizer, CommunicatingOptimizer):
                 optimizer.check_finite()
         for batch in self.batches:
-            finite = torch.stack(torch._foreach_norm(batch.params, float("inf"))).isfinite()
-            for name, is_finite in zip(batch.names, finite.tolist(), strict=True):
-                if not is_finite:
-                    raise FloatingPointError(
-                        f"{name} is not finite after step {self.steps}: lower the learning rate or "
-                        "look at the data of the steps before"
-                    )
+            norms = torch.stack(torch._foreach_norm(batch.params, float("inf")))
+            mark(batch.broken_at, ~norms.isfinite(), self.steps or 1)
+        super().check_finite()
 
     def state_dict(self) -> dict:
         """This rank's state alone, with the inner optimizers' and the buffers of the last round."""

@@ -18,7 +18,7 @@ from ef21_muon.checks import (
 from ef21_muon.correction import KINDS, corrected, no_closure
 from ef21_muon.exchange.collectives import Traffic, place_in
 from ef21_muon.exchange.gradients import bring_gradients
-from ef21_muon.exchange.layers import LayerBatch, batch_layers, lmo_costs
+from ef21_muon.exchange.layers import LayerBatch, batch_layers, lmo_costs, still_where_broken
 from ef21_muon.exchange.phases import new_phases
 from ef21_muon.lmo.norms import AdaptiveRadius, Norm, Spectral
 from ef21_muon.messages.compressors import Compressor, Identity
@@ -95,7 +95,7 @@ class EF21Muon(ServedOptimizer):
 
     Raises ValueError for hyperparameters outside their range and for parameters or settings that
     differ between ranks, RuntimeError from `step` for a parameter whose gradient is missing or does
-    not fit. Gradients that are not finite are noticed by `check_finite`.
+    not fit. What is not finite leaves W as it is, and is named by `check_finite`.
     """
 
     RULE = ("norm", "radius", "w2s", "s2w")
@@ -151,15 +151,8 @@ class EF21Muon(ServedOptimizer):
         self._momentum_from_zero = choice("momentum_start", momentum_start, momenta) == "zero"
         first_messages = ("compressed", "exact")
         first_exact = choice("first_message", first_message, first_messages) == "exact"
-        super().__init__(
-            params,
-            defaults,
-            seed=seed,
-            purposes=("w2s", "s2w"),
-            process_group=process_group,
-            missing=missing,
-            buffers=buffers,
-        )
+        place = {"process_group": process_group, "missing": missing, "buffers": buffers}
+        super().__init__(params, defaults, seed=seed, purposes=("w2s", "s2w"), **place)
         refuse_unused_decays(self.param_groups, feedback)
         self._place_servers(server, self.param_groups, lmo_costs(self.param_groups))
         batches = batch_layers(self.param_groups, self.server, *place_in(process_group))
@@ -250,17 +243,17 @@ class EF21Muon(ServedOptimizer):
         return batch.s2w.encode(shift, self.generators["s2w"])
 
     def _lmo_step(self, batch: LayerBatch) -> Tensor:
-        """Line 3: X^{k+1} - X^k for the layers owned here."""
+        """Line 3: X^{k+1} - X^k for the layers owned here; none where G is not finite."""
         group = self.param_groups[batch.group]
         if batch.server_lmo_error is None:
-            step = self._step_of_a_length(batch, group)
+            step, source = self._step_of_a_length(batch, group), batch.server_gradient
         else:
-            step = self._step_with_feedback(batch, group)
+            step, source = self._step_with_feedback(batch, group), batch.server_lmo_error
         if group["weight_decay"]:
             model = batch.server_model
             model = batch.served_parameters() if model is None else model
             _add(step, model, -_lr(batch, group) * group["weight_decay"])
-        return step
+        return still_where_broken(step, source)
 
     def _direction(self, batch: LayerBatch, group: dict) -> Tensor:
         """LMO(G)."""

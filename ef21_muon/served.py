@@ -10,7 +10,13 @@ from torch import Tensor
 from ef21_muon.checks import refuse_compressed_shifts, require_mean_estimate
 from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.collectives import Exchange, Traffic, place_in
-from ef21_muon.exchange.layers import ServedBatch, relative_error, traffic_by_placement
+from ef21_muon.exchange.layers import (
+    ServedBatch,
+    finite,
+    mark,
+    relative_error,
+    traffic_by_placement,
+)
 from ef21_muon.exchange.phases import Phase, current
 from ef21_muon.exchange.placement import AUTO
 from ef21_muon.messages.feedback import EF21
@@ -23,7 +29,9 @@ class ServedOptimizer(CommunicatingOptimizer):
 
     A subclass sets `phases` and `feedback`, and says of a batch of layers what a worker sends
     (`_worker_message`), what its servers make of the messages of all workers (`_receive`), what
-    they send (`_server_message`) and what a worker makes of that (`_update`).
+    they send (`_server_message`) and what a worker makes of that (`_update`). Where the mean of
+    what workers sent of a layer is not finite, its servers send no change: W stays as it was on all
+    workers until the one who sent it is named by `check_finite`, and by `check_agreement` on all.
 
     While `watch` is True what messages lose is recorded; when `watched` is True too it is there of
     all layers, for `diagnostics`.
@@ -164,6 +172,7 @@ class ServedOptimizer(CommunicatingOptimizer):
         difference = self.feedback.difference(target, memory, error_decay)
         message = batch.w2s.encode(difference, self.generators["w2s"])
         sent = batch.w2s.decode(message, *batch.shape)
+        mark(batch.unsent_at, ~finite(sent), self.steps + 1)
         self.feedback.remember(memory, difference, sent)
         if self.watch:
             estimate = self.feedback.estimate(memory, sent)

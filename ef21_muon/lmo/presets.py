@@ -107,15 +107,7 @@ def param_groups(
             names[parameter].append(name)
     found = {p: role for p, role in _roles_by_type(model).items() if p in names}
     found |= _roles_by_name(model, names, roles or {}, found)
-    unclear = [parameter for parameter, role in found.items() if role is None]
-    if unclear:
-        name, shape = names[unclear[0]][0], tuple(unclear[0].shape)
-        more = f" (and of {len(unclear) - 1} more)" if len(unclear) > 1 else ""
-        raise ValueError(
-            f"the role of {name} {shape} is unclear{more}: pass roles={{{name!r}: 'hidden'}}, or "
-            "'embedding' for a table or an output head, and if its dimensions are not (d_out, d_in)"
-            f" as torch.nn.Linear has them, transposed=[{name!r}] too"
-        )
+    _require_roles(names, found)
     groups = {}
     turned = _turned(model) | _turned_by_name(model, names, transposed)
     convolutions = _weights(model, CONVOLUTIONS + DECONVOLUTIONS) if preset == "scion" else {}
@@ -138,6 +130,21 @@ def param_groups(
         if role == "hidden" and parameter in convolutions:
             group["kernels"] = True
     return list(groups.values())
+
+
+def _require_roles(
+    names: Mapping[Parameter, list[str]], found: Mapping[Parameter, str | None]
+) -> None:
+    """Raise ValueError for a parameter whose role is unclear."""
+    unclear = [parameter for parameter, role in found.items() if role is None]
+    if unclear:
+        name, shape = names[unclear[0]][0], tuple(unclear[0].shape)
+        more = f" (and of {len(unclear) - 1} more)" if len(unclear) > 1 else ""
+        raise ValueError(
+            f"the role of {name} {shape} is unclear{more}: pass roles={{{name!r}: 'hidden'}}, or "
+            "'embedding' for a table or an output head, and if its dimensions are not (d_out, d_in)"
+            f" as torch.nn.Linear has them, transposed=[{name!r}] too"
+        )
 
 
 def _turned(model: nn.Module) -> set[Parameter]:

@@ -283,21 +283,12 @@ def test_a_tied_parameter_answers_to_all_its_names():
     [
         (
             {"*.weight": "hidden"},
-            r"wte\.weight \(50, 32\) of Embedding \(and 6 more\) too, by type 'em",
+            r"wte\.weight \(50, 32\) of Embedding \(and 6 more\) too, by type",
         ),
-        (
-            {"*": "hidden"},
-            r"wte\.weight .* put 'wte\.weight': 'embedding', or a pattern for all of",
-        ),
-        (
-            {"h.*": "hidden"},
-            r"h\.0\.ln_1\.weight \(32,\) of LayerNorm \(and 15 more\) too, by type 'v",
-        ),
+        ({"*": "hidden"}, r"wte\.weight .* put 'wte\.weight': 'embedding', or a pattern for all"),
+        ({"h.*": "hidden"}, r"h\.0\.ln_1\.weight \(32,\) of LayerNorm \(and 15 more\) too, by"),
         ({"*bias": "hidden"}, r"h\.0\.ln_1\.bias \(32,\) of LayerNorm"),
-        (
-            {"*.bias": "vector", "h.[0]*": "hidden"},
-            r"h\.0\.ln_1\.weight \(32,\) of LayerNorm \(and 1",
-        ),
+        ({"*.bias": "vector", "h.[0]*": "hidden"}, r"h\.0\.ln_1\.weight .* \(and 1 more\) too, by"),
         ({"*ln*": "embedding"}, r"h\.0\.ln_1\.weight \(32,\) .* its exact name with 'embedding'"),
         ({"w?e.weight": "vector"}, r"wte\.weight .* \(and 1 more\) too, by type 'embedding'"),
         ({"*mlp*": "vector"}, r"h\.0\.mlp\.0\.weight \(128, 32\) of Linear \(and 3 more\) too, by"),
