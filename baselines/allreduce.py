@@ -224,6 +224,11 @@ class Muon(AllReduced, EF21Muon):
         super().__init__(params, lr, beta=beta, process_group=ALONE)
         self._reduce_with(hook, rank, every, process_group)
 
+    def check_finite(self) -> None:
+        """Raise FloatingPointError for a gradient or a parameter that is not finite."""
+        EF21Muon.check_finite(self)
+        super().check_finite()
+
     @property
     def _steps_taken(self) -> int:
         return self.steps

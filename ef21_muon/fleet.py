@@ -76,6 +76,11 @@ class FleetSteps(LocalSteps):
                 f"w2s={w2s} is not allowed for workers that come and go: give one compressor for "
                 "the whole run"
             )
+        if options.get("buffers") is not None:
+            raise ValueError(
+                "buffers are not averaged over workers that come and go: leave them out, and "
+                "normalise without running statistics"
+            )
         self.fleet, self.told = fleet, 0
         self._within_step, self._untold = False, 0  # local steps since the last meeting
         self.meetings: deque[Meeting] = deque(maxlen=MEETINGS)
@@ -189,7 +194,7 @@ class FleetSteps(LocalSteps):
         return self.batches[0].broken_at.device
 
     def _shared(self) -> list[Tensor]:
-        self._require_own_parameters("what workers share")
+        self.require_own_parameters("what workers share")
         tables = (one for batch in self.batches for one in batch.tables())
         return [table for name, table, _ in tables if name in SHARED]
 

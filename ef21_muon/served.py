@@ -1,6 +1,7 @@
 """What optimizers with servers have in common: from workers to the servers of layers, and back."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -9,7 +10,13 @@ from torch import Tensor
 from ef21_muon.checks import refuse_compressed_shifts, require_mean_estimate
 from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.collectives import Exchange, Traffic, place_in
-from ef21_muon.exchange.layers import ServedBatch, relative_error, traffic_by_placement
+from ef21_muon.exchange.layers import (
+    ServedBatch,
+    finite,
+    mark,
+    relative_error,
+    traffic_by_placement,
+)
 from ef21_muon.exchange.phases import Phase, current
 from ef21_muon.exchange.placement import AUTO
 from ef21_muon.identity import described
@@ -23,7 +30,9 @@ class ServedOptimizer(CommunicatingOptimizer):
 
     A subclass sets `phases` and `feedback`, and says of a batch of layers what a worker sends
     (`_worker_message`), what its servers make of the messages of all workers (`_receive`), what
-    they send (`_server_message`) and what a worker makes of that (`_update`).
+    they send (`_server_message`) and what a worker makes of that (`_update`). Where the mean of
+    what workers sent of a layer is not finite, its servers send no change: W stays as it was on all
+    workers until the one who sent it is named by `check_finite`, and by `check_agreement` on all.
 
     While `watch` is True what messages lose is recorded; when `watched` is True too it is there of
     all layers, for `diagnostics`.
@@ -89,7 +98,18 @@ class ServedOptimizer(CommunicatingOptimizer):
         ]
         for bucket, receive in zip(phase.buckets, to_workers, strict=True):
             self._to_parameters(bucket, receive)
-        return phase.exchange.traffic()
+        return phase.exchange.traffic() + self._average_buffers()
+
+    def _average_buffers(self) -> Traffic:
+        """What that takes of a whole worker, whose ranks have statistics of their own."""
+        with self.timer("exchange"):
+            traffic = self.buffers.average()
+        ranks = self.lanes.worker_size if self.lanes else 1
+        return replace(
+            traffic,
+            w2s_bytes=ranks * traffic.w2s_bytes,
+            received_bytes=ranks * traffic.received_bytes,
+        )
 
     def _to_servers(self, phase: Phase, bucket: range) -> Receive:
         """Encode what this worker sends of a bucket of batches, and start to send it."""
@@ -153,6 +173,7 @@ class ServedOptimizer(CommunicatingOptimizer):
         difference = self.feedback.difference(target, memory, error_decay)
         message = batch.w2s.encode(difference, self.generators["w2s"])
         sent = batch.w2s.decode(message, *batch.shape)
+        mark(batch.unsent_at, ~finite(sent), self.steps + 1)
         self.feedback.remember(memory, difference, sent)
         if self.watch:
             estimate = self.feedback.estimate(memory, sent)
@@ -173,6 +194,7 @@ class ServedOptimizer(CommunicatingOptimizer):
         Names rank and layer; to be called on all ranks. Waits for the device. The second is told
         from random projections, so that a few bytes a layer are sent.
         """
+        self.require_own_parameters("check_agreement()")
         super().check_agreement()
         if self.feedback.accumulates:  # the others remember no G_j
             require_mean_estimate(self._arrived(), self.process_group)
@@ -189,6 +211,7 @@ class ServedOptimizer(CommunicatingOptimizer):
         it achieved. `estimator_error`: ||M_j - G_j|| / ||M_j||. `model_shift_error`, of the layers
         served here: ||X - W|| / ||X||. Waits for the device. RuntimeError if it was not watched.
         """
+        self.require_own_parameters("diagnostics()")
         if not self.watched:
             raise RuntimeError("nothing was recorded: set watch=True before the step")
         result = {}

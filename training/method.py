@@ -25,7 +25,9 @@ from training.workers import RunError
 
 METHODS = (CommunicatingOptimizer, AllReduced)  # what train.py can use
 # What optimizers get from elsewhere than configs/optimizer.
-ELSEWHERE = {"params", "norm", "radius", "w2s", "s2w", "seed", "process_group", "lanes"}
+ELSEWHERE = {
+    *("params", "norm", "radius", "w2s", "s2w", "seed", "process_group", "lanes", "buffers"),
+}
 
 
 def parameter_groups(config: DictConfig, model: nn.Module) -> list[dict]:

@@ -11,6 +11,7 @@ Matrices come in batches (L, m, n); every matrix is a message of its own, a row 
 
 from functools import cache
 from math import gcd, sqrt
+from numbers import Real
 
 import torch
 from torch import Generator, Tensor
@@ -122,11 +123,11 @@ class Fraction(Compressor):
 
     def __init__(self, fraction: float, values: Values | str = "float32"):
         super().__init__(values)
-        if not (isinstance(fraction, float | int) and 0 < fraction <= 1):
+        if not (isinstance(fraction, Real) and 0 < fraction <= 1):
             raise ValueError(
                 f"{type(self).__name__} got fraction={fraction}: give a number above 0, at most 1"
             )
-        self.fraction = fraction
+        self.fraction = float(fraction)
 
     def kept(self, total: int) -> int:
         """How many of `total` are kept: the nearest whole number, at least one."""
