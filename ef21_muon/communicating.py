@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Generator, Tensor
 
 from ef21_muon.checks import (
+    PARTED,
+    UNEQUAL,
     choice,
     require_equal_groups,
     require_equal_parameters,
@@ -80,7 +82,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
         self._formed = self._as_given()
         device = batches[0].broken_at.device
         require_equal_settings(self._settings(), device, self.process_group)
-        require_equal_parameters(self._named(), self.process_group)
+        require_equal_parameters(self._named(), self.process_group, UNEQUAL)
 
     def _round(self) -> Traffic:
         """Take a round, from gradients to parameters; returns what it took."""
@@ -260,7 +262,11 @@ class CommunicatingOptimizer(StatefulOptimizer):
         if self.lanes:
             self.lanes.gather_parameters()
         require_equal_groups(self.param_groups, self.process_group)
-        require_equal_parameters(self._named(), self.process_group)
+        require_equal_parameters(self._named(), self.process_group, self._why_parted())
+
+    def _why_parted(self) -> str:
+        """Why parameters may differ that were equal when this was built, and what to do."""
+        return PARTED.format("")
 
     def _settings(self) -> dict:
         """What all ranks have to be told alike."""

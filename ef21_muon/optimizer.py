@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ef21_muon.arithmetic import Results, of_norms
 from ef21_muon.checks import (
     check_group,
     check_number,
@@ -18,7 +19,7 @@ from ef21_muon.correction import KINDS, corrected, no_closure
 from ef21_muon.exchange.collectives import Traffic, place_in
 from ef21_muon.exchange.layers import LayerBatch, batch_layers, lmo_costs
 from ef21_muon.exchange.phases import new_phases
-from ef21_muon.lmo.norms import AdaptiveRadius, Norm, Spectral
+from ef21_muon.lmo.norms import AdaptiveRadius, Norm, Spectral, along
 from ef21_muon.messages.compressors import Compressor, Identity
 from ef21_muon.messages.feedback import FEEDBACK
 from ef21_muon.messages.switch import Switch, starts
@@ -164,6 +165,11 @@ class EF21Muon(ServedOptimizer):
             rules = [Switch(Identity(), rule, start=1) for rule in rules]
         self.phases = new_phases(self.batches, rules, self._begins(rules), buckets, process_group)
 
+    def _recomputed(self, groups: list[dict], server: str) -> Results:
+        yield from super()._recomputed(groups, server)
+        if server == "replicated":
+            yield from of_norms(groups)
+
     def _begins(self, rules: list[Compressor | Switch]) -> set[int]:
         """The rounds from which on a message has another size."""
         return set().union(*map(starts, rules))
@@ -250,7 +256,7 @@ class EF21Muon(ServedOptimizer):
         if group["weight_decay"]:
             model = batch.server_model
             model = batch.served_parameters() if model is None else model
-            step.sub_(model, alpha=group["lr"] * group["weight_decay"])
+            step -= group["lr"] * group["weight_decay"] * model  # not fused, as some would
         return step
 
     def _direction(self, batch: LayerBatch, group: dict) -> Tensor:
@@ -264,15 +270,14 @@ class EF21Muon(ServedOptimizer):
             step /= sqrt(batch.kernel)
         if not isinstance(group["radius"], AdaptiveRadius):
             return step.mul_(group["lr"] * group["radius"])
-        rows, columns = batch.server_gradient.flatten(1)[:, None], step.flatten(1)[..., None]
-        dual = -torch.bmm(rows, columns).flatten()  # of an exact LMO, the dual norm
+        dual = -along(batch.server_gradient, step)  # of an exact LMO, the dual norm
         return step.mul_(group["radius"](dual)[:, None, None]).mul_(group["lr"])
 
     @staticmethod
     def _step_with_feedback(batch: LayerBatch, group: dict) -> Tensor:
         """d = e + lr radius G; the step is the part of -d along LMO(d); e <- d + step."""
         wanted = batch.server_lmo_error
-        wanted.add_(batch.server_gradient, alpha=group["lr"] * group["radius"])
+        wanted += group["lr"] * group["radius"] * batch.server_gradient  # not fused
         step = group["norm"].projected(wanted)
         wanted += step
         return step

@@ -44,6 +44,9 @@ class Residual(Compressor):
         x = self.first.decode(payload[:, :split], m, n)
         return x.add_(self.second.decode(payload[:, split:], m, n))
 
+    def sample(self, m: int, n: int) -> Tensor:
+        return torch.cat([self.first.sample(m, n), self.second.sample(m, n)], 1)
+
     def fit(self, m: int, n: int) -> Compressor:
         """Of both parts; the identity where they would save no byte."""
         fitted = Residual(self.first.fit(m, n), self.second.fit(m, n))
