@@ -3,11 +3,11 @@
 import pytest
 import torch
 from compression import ALWAYS_THE_SAME, batches, seeded
+from host_sync import NoHostSync
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run import PATIENCE
 from torch import nn
-from waiting import NoHostSync
 
 from ef21_muon import (
     ChunkTopK,

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from host_sync import NoHostSync
 from torch.nn.utils import clip_grad_norm_, get_total_norm
-from waiting import NoHostSync
 
 from baselines import AdamW, DeMo, Dion, Muon, SignMuon
 from ef21_muon import ALONE, EF21Muon, LocalSteps, TopK
