@@ -15,7 +15,7 @@ class Console:
     """
 
     def __init__(self, workers: int):
-        self.speaker, self._held = 0, [[] for _ in range(workers)]  # lines that may be shown later
+        self._speakers, self._held = {0}, [[] for _ in range(workers)]  # lines to show later
         self._errors: dict[str, int] = {}  # which worker had it first
         self._lock, self._threads = Lock(), []
 
@@ -33,13 +33,12 @@ class Console:
             thread.join()
 
     def let_speak(self, worker: int) -> None:
-        """From now on tables and results are those of this worker, with what it has printed."""
+        """From now on tables and results are those of this worker, also what it has printed."""
         with self._lock:
-            if worker == self.speaker:
-                return
-            self.speaker = worker
+            self._speakers.add(worker)
             for line in self._held[worker]:
                 self._show(worker, line, sys.stdout)
+            self._held[worker].clear()
 
     def _read(self, worker: int, stream: IO[bytes], take) -> None:
         for line in stream:
@@ -48,7 +47,7 @@ class Console:
                 take(worker, text)
 
     def _take_output(self, worker: int, text: str) -> None:
-        if worker == self.speaker:
+        if worker in self._speakers:
             self._show(worker, text, sys.stdout)
         else:
             self._held[worker].append(text)

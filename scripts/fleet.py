@@ -121,6 +121,8 @@ def start(options: argparse.Namespace) -> int:
         worker.terminate()  # those that are left
     statuses = [worker.wait() for worker in workers]
     console.close()
+    if 0 in statuses:  # the result
+        console.let_speak(statuses.index(0))
     server.shutdown()
     if asked.is_set():
         return asked.status
