@@ -22,6 +22,7 @@ from training.data import Feed
 from training.fleet import Stopped, members_of
 from training.log import NoLog, RunLog
 from training.method import build_optimizer, run_label
+from training.nodes import require_same_inputs
 from training.passes import Passes
 from training.progress import Progress, fail
 from training.report import facts_of, introduction, result_table
@@ -55,7 +56,12 @@ class Run:
         )
         self.scheduler = new_scheduler(self.optimizer, config, steps=0)
         self.passes = Passes(
-            self.raw_model, self.optimizer, workers.device, config.precision, config.compile
+            self.raw_model,
+            self.optimizer,
+            workers.device,
+            config.precision,
+            config.compile,
+            config.clip_grad_norm,
         )
         self.finish = getattr(self.optimizer, "finish", lambda: None)
         # While workers train on, answers whether to stop are on their way, and sums of losses.
@@ -183,6 +189,7 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
     """
     config = job.config
     run = workers.together(lambda: Run(config, workers))
+    require_same_inputs(config, run.feed.streams, workers)
     workers.say(introduction(run))
     checkpoints = Checkpoints(
         directory / "checkpoints", workers, config.checkpoint.keep, config.checkpoint.asynchronous
@@ -208,12 +215,24 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
         log.end("stopped", step=run.scheduler.last_epoch)
         workers.say(f"\nstopped as asked: {how_to_go_on(config, directory)}")
     elif workers.first:
+        log.end("completed", **end)
+        workers.say(f"\n{result_table(end)}\n\nlog      {log.path}")
+        show_picture(directory, workers)
+    return end is not None
+
+
+def show_picture(directory: Path, workers: Workers) -> None:
+    """Draw a run that has come to its end, and say where, or why there is no picture."""
+    try:
         from training.picture import draw  # matplotlib, for which other workers need not wait
 
-        log.end("completed", **end)
-        picture = draw([directory], directory)[0]
-        workers.say(f"\n{result_table(end)}\n\nlog      {log.path}\npicture  {picture}")
-    return end is not None
+        workers.say(f"picture  {draw([directory], directory)[0]}")
+    except Exception as error:  # of any kind: the run is complete
+        workers.say(
+            f"warning: matplotlib has drawn no picture ({one_line(error)}): the log is complete, "
+            f"draw it later with python scripts/figures.py {directory}",
+            error=True,
+        )
 
 
 def main() -> int:

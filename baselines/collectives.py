@@ -95,9 +95,10 @@ class CollectiveOptimizer(CommunicatingOptimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         for name in ("lr", "mu", "decay", "weight_decay"):
-            if name in self.param_groups[-1]:
-                check_number(name, self.param_groups[-1][name])
+            if name in group:
+                group[name] = check_number(name, group[name])
 
     def _new_batches(self) -> list[StatefulBatch]:
         """Parameters by group and shape, vectors apart."""

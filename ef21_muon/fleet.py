@@ -3,19 +3,22 @@
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
+from ef21_muon.arithmetic import SAFE, WHY, digests
 from ef21_muon.exchange.collectives import ALONE, Exchange, Traffic
 from ef21_muon.exchange.fleet import Fleet, Meeting
 from ef21_muon.exchange.layers import RoundBatch
 from ef21_muon.exchange.phases import Phase
 from ef21_muon.exchange.timetable import of_worker
 from ef21_muon.fingerprint import fingerprint
+from ef21_muon.inner import beginner
 from ef21_muon.local_steps import LocalSteps
 from ef21_muon.messages.feedback import EF21
 from ef21_muon.rules import W2S, starts_of
@@ -23,6 +26,9 @@ from ef21_muon.rules import W2S, starts_of
 PAUSE = 2.0  # seconds between meetings for those that are late
 MEETINGS = 1000  # at most, that are remembered for who asks for them
 SHARED = ("model_shift", "server_momentum")  # of the tables of batches
+BITS = "bits of "  # before the name of what every worker computes for itself
+INSTEAD = f"give all workers {SAFE}, or leave this one out"
+APART = 3  # rounds in a row that a worker comes to with other bits of the same messages
 
 
 class FleetSteps(LocalSteps):
@@ -42,7 +48,8 @@ class FleetSteps(LocalSteps):
     Raises ValueError for what cannot go on without a member or within a round: other placements,
     messages back that lose anything, feedback "ef21" (whose servers remember the mean of all
     workers), `stagger`, `delay`, and compressors that change in the run. From `step` and `join`
-    ValueError where the others are built otherwise, and what Fleet.gather raises.
+    ValueError where the others are built otherwise or compute other bits of the same messages, and
+    what Fleet.gather raises.
     """
 
     def __init__(
@@ -74,17 +81,26 @@ class FleetSteps(LocalSteps):
                 f"w2s={w2s} is not allowed for workers that come and go: give one compressor for "
                 "the whole run"
             )
+        if options.get("buffers") is not None:
+            raise ValueError(
+                "buffers are not averaged over workers that come and go: leave them out, and "
+                "normalise without running statistics"
+            )
         self.fleet, self.told = fleet, 0
         self._within_step, self._untold = False, 0  # local steps since the last meeting
         self.meetings: deque[Meeting] = deque(maxlen=MEETINGS)
         self._met: tuple[int, ...] = ()  # the workers of the last one
+        self._apart = 0  # rounds in a row to which it came with other bits
         super().__init__(inner, every, w2s=w2s, server="replicated", buckets=1, **options)
         if self.feedback is EF21:
             raise ValueError(
                 "feedback='ef21' is not allowed for workers that come and go: its servers remember "
                 "the mean of all workers, give ef14 or none"
             )
+        self._begin_inner = [beginner(optimizer) for optimizer in self.inner]
         self._built = {key: str(value) for key, value in self._settings().items()} | {"run": run}
+        computed = digests(self._recomputed(self.rules, self.server))
+        self._built |= {f"{BITS}{name}": str(value) for name, value in computed.items()}
         told = hashlib.sha256(repr(sorted(self._built.items())).encode()).digest()
         self._digest_of_built = int.from_bytes(told[:7], "big")
         fleet.attach(self)
@@ -111,10 +127,12 @@ class FleetSteps(LocalSteps):
             if self.lanes:
                 self.lanes.share_parameters()
 
-    def step(self, closure=None):
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
         self._within_step, self._untold = True, self._untold + 1
         try:
-            return super().step(closure)
+            with super()._in_step():
+                yield
         finally:
             self._within_step = False
 
@@ -155,7 +173,9 @@ class FleetSteps(LocalSteps):
         self.fleet.leave()
 
     def _meet(self, message: Tensor, counts: bool = True) -> list[Tensor]:
+        before = self.fleet.state()["batches_committed"]
         messages, meeting = self.fleet.gather(message, counts)
+        self._require_same_bits(meeting, before)
         self._untold = 0
         if messages:
             self.steps = meeting.step - self._within_step
@@ -166,6 +186,20 @@ class FleetSteps(LocalSteps):
         self.meetings.append(meeting)
         self._met = meeting.workers
         return messages
+
+    def _require_same_bits(self, meeting: Meeting, before: int) -> None:
+        """Raise ValueError where W of the same messages is another, one round after the other.
+
+        before: how many messages were in W. As such a worker heals it never counts.
+        """
+        same = int(meeting.history[:16], 16) == before
+        self._apart = self._apart + 1 if meeting.parted and same else 0
+        if self._apart == APART:
+            self.leave()
+            raise ValueError(
+                f"this worker had another W than the others in {APART} rounds in a row, of the "
+                f"same messages: {WHY}, and so it never counts: {INSTEAD}"
+            )
 
     def _receive(self, batch: RoundBatch, from_workers: tuple[Tensor, ...]) -> None:
         if from_workers:
@@ -184,6 +218,7 @@ class FleetSteps(LocalSteps):
         return self.batches[0].broken_at.device
 
     def _shared(self) -> list[Tensor]:
+        self.require_own_parameters("what workers share")
         tables = (one for batch in self.batches for one in batch.tables())
         return [table for name, table, _ in tables if name in SHARED]
 
@@ -206,10 +241,11 @@ class FleetSteps(LocalSteps):
         Raises ValueError where they are built otherwise.
         """
         mine, theirs = self._built, state["built"]
+        keys = [key for key in sorted(mine | theirs) if mine.get(key) != theirs.get(key)]
         differing = [
             f"{key}={mine.get(key)} (theirs {theirs.get(key)})"
-            for key in sorted(mine.keys() | theirs.keys())
-            if mine.get(key) != theirs.get(key)
+            for key in keys
+            if not key.startswith(BITS)
         ]
         shapes, other_shapes = (
             [tuple(one.shape) for one in tensors] for tensors in (self._shared(), state["tensors"])
@@ -219,16 +255,20 @@ class FleetSteps(LocalSteps):
                 f"the other workers are built otherwise: {', '.join(differing) or other_shapes}: "
                 "start all of them alike"
             )
+        if keys:
+            raise ValueError(
+                f"this worker gets other {keys[0]} than the others: {WHY}, and every worker "
+                f"decodes all messages: {INSTEAD}"
+            )
         for table, new in zip(self._shared(), state["tensors"], strict=True):
             table.copy_(new)
         for batch in self.batches:
             batch.memory.zero_()
-        for optimizer in self.inner:
-            for own in optimizer.state.values():
-                for tensor in own.values():
-                    tensor.zero_()
+            torch._foreach_copy_(batch.params, batch.as_parameters(batch.model_shift))
         self.told = state["told"]
         self.go_on_after(state["done"] - self._within_step)
+        for begin_anew in self._begin_inner:
+            begin_anew()
 
     def __getstate__(self) -> dict:
         raise TypeError("a worker among others that come and go cannot be copied: save its state")

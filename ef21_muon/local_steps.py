@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ef21_muon.checks import (
@@ -19,8 +19,16 @@ from ef21_muon.checks import (
 )
 from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.collectives import ALONE, place_in
+from ef21_muon.exchange.gradients import Layer, bring_gradients
 from ef21_muon.exchange.lanes import Lanes
-from ef21_muon.exchange.layers import RoundBatch, named_layers, serve
+from ef21_muon.exchange.layers import (
+    RoundBatch,
+    finite,
+    mark,
+    named_layers,
+    serve,
+    still_where_broken,
+)
 from ef21_muon.exchange.phases import Phase, new_phases
 from ef21_muon.exchange.rounds import Rounds
 from ef21_muon.exchange.timetable import Timetable
@@ -28,6 +36,7 @@ from ef21_muon.inner import require_a_gradient
 from ef21_muon.messages.compressors import Identity
 from ef21_muon.messages.feedback import FEEDBACK
 from ef21_muon.rules import S2W, W2S, starts_of
+from ef21_muon.senders import add_mean_over_senders, check_mean, require_marks
 from ef21_muon.served import Receive
 from ef21_muon.wrapping import WrappingOptimizer
 
@@ -53,14 +62,20 @@ class LocalSteps(WrappingOptimizer):
     EF21Muon with process_group=ALONE. `param_groups` are theirs, so schedulers act on their lr.
     w2s, s2w: as in EF21Muon, or a mapping from the names of groups. `feedback`: "ef14" as above;
     "ef21", R_j = C_j(W - x_j - G_j), G_j = G_j + R_j, g = g + mean of R_j; or "none". `server` and
-    `buckets` are as in EF21Muon.
+    `buckets` are as in EF21Muon. mean: "all" as above, or with sparse messages "senders", where g
+    has of every entry the mean over the workers that have sent it (SparseLoCo), 0 where none has.
+    Of messages that have all entries both are the same.
+
+    buffers: the model, whose floating-point buffers, as the running statistics of BatchNorm, become
+    the mean of all workers' in every round, and within `agreed()` are those of the last one.
 
     With `stagger` every batch of layers has a turn of its own in the round, so that a link is used
     evenly, and with `delay` a message travels for as many steps each way while the training goes on
     (Streaming DiLoCo, arXiv:2501.18512): x_j then moves by W less the x_j of the turn, which keeps
     the steps since. `lanes`: of the ranks of a worker, where it has several; gradients are averaged
     inside of it in every step, and inner optimizers hold the parameters of this rank's lane. A root
-    of `fully_shard` needs reshard_after_forward=True, or it goes on with W after `agreed()`.
+    of `fully_shard` needs reshard_after_forward=True, or it goes on with W after `agreed()`. There
+    a parameter without a gradient is refused, or zero where its inner optimizer has missing="zero".
 
     Memory: W and e_j, 8 bytes for each float32 parameter; on the rank that serves it 4 for V, and 4
     for e_s where s2w loses anything. A delay takes 4 more and the messages under way.
@@ -72,6 +87,7 @@ class LocalSteps(WrappingOptimizer):
     parameter has a gradient.
     """
 
+    BROKEN = "{} is not finite after step {}"
     NOT_COPIED = (*WrappingOptimizer.NOT_COPIED, "_sent", "_returned")
 
     def __init__(
@@ -86,39 +102,46 @@ class LocalSteps(WrappingOptimizer):
         nesterov: bool = True,
         feedback: str = "ef14",
         error_decay: float = 1.0,
+        mean: str = "all",
         server: str = "auto",
         buckets: int = 4,
         stagger: bool = False,
         delay: int = 0,
         seed: int = 0,
+        buffers: nn.Module | None = None,
         lanes: Lanes | None = None,
         process_group: dist.ProcessGroup | str | None = None,
     ):
         self.every, self.rounds = every, Rounds(every)
-        delay = whole_number("delay", delay, least=0)
+        self.delay = whole_number("delay", delay, least=0)
         self.outer_lr = check_number("outer_lr", outer_lr, OUTER_NUMBERS)
         self.outer_momentum = check_number("outer_momentum", outer_momentum, OUTER_NUMBERS)
         self.error_decay = check_number("error_decay", error_decay, OUTER_NUMBERS)
         self.nesterov, self.lanes = flag("nesterov", nesterov), lanes
-        stagger, buckets = flag("stagger", stagger), whole_number("buckets", buckets, least=1)
+        self.stagger = flag("stagger", stagger)
+        buckets = whole_number("buckets", buckets, least=1)
         self.feedback = FEEDBACK[choice("feedback", feedback, FEEDBACK)]
-        refuse_unused_decays([{"error_decay": error_decay, "server_momentum": 0}], feedback)
+        refuse_unused_decays([{"error_decay": self.error_decay, "server_momentum": 0}], feedback)
+        self.mean = check_mean(mean, feedback)
         w2s, s2w = w2s or Identity(), s2w or Identity()
         with lanes.together() if lanes else nullcontext():
-            super().__init__(inner, w2s, s2w, seed=seed, process_group=process_group)
+            place = {"process_group": process_group, "buffers": buffers}
+            super().__init__(inner, w2s, s2w, seed=seed, **place)
             costs = [parameter.numel() for _, _, parameter, _ in named_layers(self.rules)]
             self._place_servers(server, self.rules, costs)
             batches = self._new_batches(costs)
             self.phases = self._new_phases(batches, starts_of(w2s), buckets, stagger)
+            if mean == "senders":
+                require_marks(self.phases, batches)
             self.timetable = Timetable(self.phases, self.rounds, delay, stagger)
             if delay:
                 self._keep_messages(batches)
             self._begin(batches)
         if lanes:
+            lanes.name(self._layers)
             self.timetable.sum_over(lanes)
         self._sent: dict[range, Receive] = {}  # under way to the servers
         self._returned: dict[range, Receive] = {}  # and back
-        self._swapped = False
 
     def _new_batches(self, costs: list[int]) -> list[RoundBatch]:
         place = place_in(self.process_group)
@@ -156,15 +179,15 @@ class LocalSteps(WrappingOptimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """A step of the inner optimizer, and what is due after it of a round."""
-        if self._swapped:
-            raise RuntimeError("step() within agreed(): the parameters are W there, leave it first")
+        self.require_own_parameters("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with self._in_step():
-            if not self._sharded:
+            if not self.lanes:
                 require_a_gradient(self.param_groups)
+            bring_gradients(self._brought, type(self).__name__)
             self._require_as_built()
             # A worker whose gradient overflowed does without this step; its own ranks do alike.
             overflowed = self._overflowed(self.lanes.worker if self.lanes else ALONE)
@@ -177,6 +200,9 @@ class LocalSteps(WrappingOptimizer):
                 self._depart(*self.timetable.departing(self.steps))
                 self._arrive(self.steps)
             self.traffic += self.timetable.sent(self.steps)
+            _, place, length = self.rounds.of(self.steps)
+            if place == length - 1:
+                self.traffic += self._average_buffers()
             self.steps += 1
             if self.lanes:
                 with self.timer("exchange"):
@@ -189,6 +215,7 @@ class LocalSteps(WrappingOptimizer):
 
         For the end of a training, on all workers together. What is under way arrives first.
         """
+        self.require_own_parameters("finish()")
         if self.steps == 0:
             return
         last, delay = self.steps - 1, self.timetable.delay
@@ -201,9 +228,24 @@ class LocalSteps(WrappingOptimizer):
             self._return(phase, bucket)
         for bucket in buckets:
             self._land(phase, bucket)
-        self.traffic += self.timetable.taken(phase, buckets)
+        self.traffic += self.timetable.taken(phase, buckets) + self._average_buffers()
         if self.lanes:
             self.lanes.share_parameters()
+
+    @property
+    def _layers(self) -> list[Layer]:
+        """Where an inner optimizer skips what has no gradient, a worker of several ranks cannot."""
+        zero = {
+            parameter
+            for one in self.inner if getattr(one, "missing", None) == "zero"
+            for group in one.param_groups
+            for parameter in group["params"]
+        }  # fmt: skip
+        otherwise = "refuse" if self.lanes else "skip"
+        return [
+            one._replace(missing="zero" if one.parameter in zero else otherwise)
+            for one in super()._layers
+        ]
 
     def _depart(self, phase: Phase, buckets: list[range]) -> None:
         for bucket in buckets:
@@ -241,6 +283,7 @@ class LocalSteps(WrappingOptimizer):
 
     def _worker_message(self, batch: RoundBatch) -> Tensor:
         local_models = batch.local_models()
+        mark(batch.broken_at, ~finite(local_models), self.steps + 1)
         wide = torch.promote_types(local_models.dtype, torch.float32)
         difference = (batch.model_shift.to(wide) - local_models).float()
         message = self._compress(batch, difference, batch.memory, self.error_decay)
@@ -255,17 +298,22 @@ class LocalSteps(WrappingOptimizer):
             batch.outer_gradient = batch.zeros(batch.owned)
         self._add_mean(batch, batch.outer_gradient, from_workers)
 
+    def _add_mean(self, batch: RoundBatch, total: Tensor, from_workers: tuple[Tensor, ...]) -> None:
+        if self.mean == "all" or not add_mean_over_senders(batch, total, from_workers):
+            super()._add_mean(batch, total, from_workers)
+
     def _server_message(self, batch: RoundBatch) -> Tensor:
         direction, batch.outer_gradient = batch.outer_gradient, None
         if batch.server_momentum is not None:
             batch.server_momentum.mul_(self.outer_momentum).add_(direction)
             momentum = batch.server_momentum
             if self.nesterov:
-                momentum = direction.add(momentum, alpha=self.outer_momentum)
+                momentum = direction + self.outer_momentum * momentum  # not fused, as some would
             direction = momentum
         shift = self.outer_lr * direction
         if batch.server_error is not None:
             shift += batch.server_error
+        still_where_broken(shift, direction)
         message = batch.s2w.encode(shift, self.generators["s2w"])
         if batch.server_error is not None:
             batch.server_error.copy_(shift).sub_(batch.s2w.decode(message, *batch.shape))
@@ -275,7 +323,9 @@ class LocalSteps(WrappingOptimizer):
 
     def _update(self, batch: RoundBatch, received: Tensor) -> None:
         if self._is_its_inner(batch):
-            batch.model_shift.copy_(batch.told())
+            told = batch.told()
+            broken = ~finite(told)[:, None, None]
+            batch.model_shift.copy_(torch.where(broken, batch.model_shift, told))
             return
         batch.model_shift -= received
         if batch.departure is None:
@@ -292,9 +342,11 @@ class LocalSteps(WrappingOptimizer):
 
     @contextmanager
     def agreed(self):
-        """Within it the parameters are W; after it x_j again. On all ranks of a worker together."""
-        if self._swapped:
-            raise RuntimeError("agreed() within agreed(): the parameters are W already")
+        """Within it the parameters are W; after it x_j again. On all ranks of a worker together.
+
+        Within it `step`, `finish`, states, copies and checks are refused: they are of x_j.
+        """
+        self.require_own_parameters("agreed()")
         self._swap()
         try:
             yield
@@ -312,6 +364,7 @@ class LocalSteps(WrappingOptimizer):
                 local_model = parameter.clone()
                 parameter.copy_(shift)
                 shift.copy_(local_model)
+        self.buffers.swap()
         if self.lanes:
             self.lanes.share_parameters()
 
@@ -324,13 +377,9 @@ class LocalSteps(WrappingOptimizer):
             if isinstance(optimizer, CommunicatingOptimizer):
                 optimizer.check_finite()
         for batch in self.batches:
-            finite = torch.stack(torch._foreach_norm(batch.params, float("inf"))).isfinite()
-            for name, is_finite in zip(batch.names, finite.tolist(), strict=True):
-                if not is_finite:
-                    raise FloatingPointError(
-                        f"{name} is not finite after step {self.steps}: lower the learning rate or "
-                        "look at the data of the steps before"
-                    )
+            norms = torch.stack(torch._foreach_norm(batch.params, float("inf")))
+            mark(batch.broken_at, ~norms.isfinite(), self.steps or 1)
+        super().check_finite()
 
     def _arrived(self) -> list[RoundBatch]:
         under_way = self.timetable.under_way(self.steps)

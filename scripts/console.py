@@ -1,5 +1,6 @@
 """What several workers print, on one console."""
 
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -10,9 +11,11 @@ from typing import IO
 class Console:
     """Shows every line behind the number of its worker.
 
-    Tables and results are printed by all workers, and shown of one: the first that has not failed.
-    Errors are shown of all; one that several workers have is shown once.
+    Tables, progress and results are printed by all workers, and shown of one: the first that has
+    not failed. Errors are shown of all; one that several workers have is shown once.
     """
+
+    PROGRESS = re.compile(r"step +\d+ of \d+  ")  # as training/console.py has it in a file
 
     def __init__(self, workers: int):
         self._speakers, self._held = {0}, [[] for _ in range(workers)]  # lines to show later
@@ -33,7 +36,7 @@ class Console:
             thread.join()
 
     def let_speak(self, worker: int) -> None:
-        """From now on tables and results are those of this worker, also what it has printed."""
+        """From now on show this worker's tables, progress and results, also those it has printed."""
         with self._lock:
             self._speakers.add(worker)
             for line in self._held[worker]:
@@ -53,6 +56,8 @@ class Console:
             self._held[worker].append(text)
 
     def _take_error(self, worker: int, text: str) -> None:
+        if self.PROGRESS.match(text) and worker not in self._speakers:
+            return
         first = self._errors.setdefault(text, worker) if text.startswith("error: ") else worker
         if first == worker:
             self._show(worker, text, sys.stderr)

@@ -130,11 +130,19 @@ def checks_without_assert(module: Module) -> Iterator[str]:
             yield f"asserts in line {node.lineno}"
 
 
+def draws_by_agg(module: Module) -> Iterator[str]:
+    """A notebook's MPLBACKEND ends whoever imports matplotlib elsewhere first."""
+    if not fits(module.name, "tests") and module.name != "training.drawing":
+        for name in imports(module):
+            if name.partition(".")[0] == "matplotlib":
+                yield f"imports {name}"
+
+
 EXTRAS = {"ef21_muon.exchange.fleet": {"torchft"}}
 
 RULES = (
     *(is_short, has_short_functions, says_what_it_is, imports_downwards, needs_torch_alone),
-    checks_without_assert,
+    *(checks_without_assert, draws_by_agg),
 )
 
 
@@ -178,6 +186,12 @@ FAULTS = [
     ),
     (checks_without_assert, "data/a.py", "def f():\n    assert 1", "data.a asserts in line 2"),
     (needs_torch_alone, "ef21_muon/a.py", "import os, numpy.fft", "ef21_muon.a imports numpy.fft"),
+    (
+        draws_by_agg,
+        "scripts/a.py",
+        "from matplotlib.figure import Figure",
+        "scripts.a imports matplotlib.figure.Figure",
+    ),
 ]
 
 

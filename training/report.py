@@ -44,7 +44,18 @@ def introduction(run) -> str:
     workers += f" of {worker_size} ranks" if worker_size > 1 else ""
     parameters = f"{run.raw_model.config.parameter_count:,} parameters"
     groups = group_table(run.optimizer, run.workers)
-    return f"{workers} on {run.workers.device.type}, {parameters}\n\n{groups}\n"
+    told = f"{workers} on {run.workers.device.type}, {parameters}\n\n{groups}\n"
+    if (every := whole_every(run.optimizer)) > run.config.steps:
+        told += (
+            f"\nonly the first step sends whole gradients: optimizer.every={every} is longer than "
+            f"steps={run.config.steps}\n"
+        )
+    return told
+
+
+def whole_every(optimizer: torch.optim.Optimizer) -> int:
+    """The steps between those whose gradients GreedyLore sends whole; 0 for other methods."""
+    return optimizer.every if getattr(optimizer, "hook", None) == "greedylore" else 0
 
 
 def group_table(optimizer: torch.optim.Optimizer, workers: Workers) -> str:

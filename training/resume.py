@@ -20,7 +20,7 @@ from training.checkpoint import (
     remove,
     stored_tensors,
 )
-from training.config import what_matters
+from training.config import AS_BEFORE, what_matters
 from training.fleet import comes_and_goes
 from training.local_steps import inner_tensors
 from training.progress import BYTES
@@ -236,8 +236,9 @@ def _hash(config: dict) -> str:
 def require_same_config(config, saved: dict, path: Path, free: tuple[str, ...] = ()) -> None:
     """Raise RunError with what differs in a configuration that `path` was made with."""
     mine, theirs = what_matters(OmegaConf.to_container(config, resolve=True)), what_matters(saved)
+    before = {key: AS_BEFORE.get(key.rpartition(".")[2]) for key in mine.keys() | theirs.keys()}
     differing = [
-        f"{key}={mine.get(key)!r} (it has {theirs.get(key)!r})"
+        f"{key}={mine.get(key, before[key])!r} (it has {theirs.get(key, before[key])!r})"
         for key in sorted(mine.keys() | theirs.keys())
         if mine.get(key) != theirs.get(key) and key not in free
     ]

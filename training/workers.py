@@ -14,6 +14,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from training.console import lenient_output
+
 # What errors that torch raises mean, by a part of their message.
 MEANINGS = {
     "EADDRINUSE": "the port is taken: give a free --master-port, and start rank 0 once",
@@ -39,14 +41,23 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def by_host_alone(devices: set[bytes]) -> bool:
+    """Whether messages cannot go from device to device, of all ranks' devices on all machines.
+
+    So it is where ranks share a GPU, and where only some have one.
+    """
+    return b"shared" in devices or len(devices) > 1
+
+
 def leave(status: int) -> NoReturn:
     """End the process, without the interpreter's teardown.
 
     Threads of gloo may still let go of tensors then, which needs the interpreter and aborts the
     process ("terminate called without an active exception") after all its work is done.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # closed, or none at all
+            stream.flush()
     os._exit(status)
 
 
@@ -98,9 +109,9 @@ class Workers:
     def _meet(self) -> None:
         store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
         self._store = dist.PrefixStore(self._agree_on_name(store), store)
-        self._store.set(f"shared/{self.rank}", str(self.shared))
-        of_ranks = [self._store.get(f"shared/{rank}") for rank in range(self.count)]
-        self.shared = b"True" in of_ranks  # on any machine
+        self._store.set(f"device/{self.rank}", "shared" if self.shared else self.device.type)
+        of_ranks = {self._store.get(f"device/{rank}") for rank in range(self.count)}
+        self.shared = by_host_alone(of_ranks)
         apart = self.device.type == "cuda" and not self.shared
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if apart else "gloo",
@@ -243,6 +254,10 @@ class Workers:
         another of this worker alone on this worker, whose end torchrun takes for the end of all. If
         other workers were lost, the line says which. The status of a FinalError is FINAL.
         """
+        with lenient_output():
+            return self._finish(work)
+
+    def _finish(self, work: Callable[[], int]) -> int:
         status = 1
         try:
             self._take_place()

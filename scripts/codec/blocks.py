@@ -21,9 +21,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 if not __package__:
@@ -34,6 +32,7 @@ from ef21_muon.messages.values import Values
 from scripts.codec.run import momentum_difference
 from scripts.measuring import markdown
 from training.config import ROOT, compose
+from training.drawing import Figure, matplotlib
 from training.picture import COLOURS, STYLE, line_look, save
 from training.workers import RunError
 

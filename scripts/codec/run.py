@@ -20,11 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullLocator
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -38,6 +34,7 @@ from model import GPT
 from scripts.measuring import processor
 from training.config import ROOT, build, compose
 from training.data import open_data
+from training.drawing import Figure, Line2D, LogLocator, NullLocator, matplotlib
 from training.method import build_optimizer
 from training.picture import COLOURS, STYLE, save
 from training.workers import RunError

@@ -43,10 +43,10 @@ LARGE = ["model=gpt2-124m", "data=shakespeare_gpt2", "steps=300", "compile=false
 SMALL = [
     "model=tiny",
     "model.layers=1",
-    "steps=4",
-    "eval.every=2",
+    "steps=30",  # a round of local steps
+    "eval.every=15",
     "eval.tokens=1024",
-    "log_every=1",
+    "log_every=5",
     "batch.per_forward=2",
     "batch.sequences=4",
 ]

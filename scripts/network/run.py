@@ -18,14 +18,13 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import matplotlib
 import torch.distributed as dist
-from matplotlib.figure import Figure
 
 from scripts.measuring import WARM_UP, time_steps
 from scripts.netns import Network, requirements_missing
 from train import Run
 from training.config import ROOT, compose
+from training.drawing import Figure, matplotlib
 from training.picture import COLOURS, STYLE, save
 from training.workers import Workers, leave
 

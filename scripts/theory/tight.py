@@ -25,10 +25,8 @@ from collections.abc import Iterator, Sequence
 from math import log, pi, sqrt
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 if not __package__:
@@ -38,6 +36,7 @@ from ef21_muon import AdaptiveRadius, EF21Muon, Euclidean, Identity
 from scripts.measuring import markdown
 from scripts.theory.run import read
 from training.config import ROOT
+from training.drawing import Figure, matplotlib
 from training.picture import STYLE, line_look, save
 
 METHODS = {"EF": "ef14", "EF21": "ef21", "CGD": "none"}

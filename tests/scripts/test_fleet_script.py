@@ -163,6 +163,7 @@ def of(worker: int) -> list[str]:
     return [line and f"worker {worker}: {line}" for line in lines]
 
 
+BAR = "step     20 of 600  loss 2.079, 4.5k tokens/s, 0.1 MB sent"
 TOO_FEW = "error: fewer than a majority of the workers are left: all stop"
 
 
@@ -176,6 +177,7 @@ TOO_FEW = "error: fewer than a majority of the workers are left: all stop"
             of(0),
             ["worker 0: warning", "worker 1: warning"],
         ),
+        ([(0, BAR), (0, BAR), (0, BAR)], 0, of(0), [f"worker 0: {BAR}"]),
         ([(0, "1%\r50%\r100%")], 0, of(0), ["worker 0: 100%"]),
         ([(FINAL, SAME), (FINAL, SAME), (FINAL, SAME)], 1, of(0), [f"worker W: {SAME}"]),
         ([(0,), (0,), (FINAL, SAME)], 1, of(0), [f"worker 2: {SAME}"]),

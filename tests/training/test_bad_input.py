@@ -87,9 +87,9 @@ def pattern(told: str, scene: Path) -> str:
 
 
 def only_line(errors: str) -> str:
-    """What a run said of its failure, without the progress bar; with the checkpoints it ignored."""
+    """What a run said of its failure, without its progress; with the checkpoints it ignored."""
     assert "Traceback" not in errors
-    lines = [line for line in errors.splitlines() if line.strip() and "step/s" not in line]
+    lines = [line for line in errors.splitlines() if line.strip() and "tokens/s" not in line]
     ignored = [line for line in lines if line.startswith("ignored a damaged checkpoint: ")]
     (error,) = [line for line in lines if line not in ignored]
     assert error.startswith("error: ")

@@ -48,6 +48,7 @@ CASES = {
         "server": "sharded",
     },
 }
+CASES["local, senders"] = CASES["local"] | {"mean": "senders"}
 CASES["local, stagger"] = CASES["local"] | {"every": 4, "stagger": True}
 STEPS = 8
 
@@ -60,8 +61,8 @@ class Layers(nn.Module):
         for name, parameter in parameters().items():
             self.register_parameter(name, parameter)
 
-    def forward(self, parts: range) -> torch.Tensor:
-        model = dict(self.named_parameters())
+    def forward(self, parts: range, *without: str) -> torch.Tensor:
+        model = {name: p for name, p in self.named_parameters() if name not in without}
         return sum(loss(model, part) for part in parts) / len(parts)
 
 
@@ -90,6 +91,8 @@ def loss(model: dict[str, torch.Tensor], part: int) -> torch.Tensor:
     for name, (m, n) in SHAPES.items():
         inputs = torch.randn(n, 40, generator=generator)
         targets = torch.randn(m, 40, generator=generator) + part
+        if name not in model:
+            continue
         total = total + (model[name] @ inputs - targets).square().mean() / 2
     return total
 
@@ -108,13 +111,16 @@ def groups(model: dict[str, torch.nn.Parameter], **of_head) -> list[dict]:
     ]
 
 
-def local_steps(layers: list[dict], worker_size: int, **options) -> LocalSteps:
+def local_steps(
+    layers: list[dict], worker_size: int, missing: str = "refuse", **options
+) -> LocalSteps:
     place = {}
     if worker_size > 1:
         lanes = Lanes([p for group in layers for _, p in group["params"]], worker_size, None)
         place = {"lanes": lanes, "process_group": lanes.lane}
         layers = lanes.of_lane(layers)
-    return LocalSteps(EF21Muon(layers, lr=0.05, process_group=ALONE), **place, **options)
+    inner = EF21Muon(layers, lr=0.05, process_group=ALONE, missing=missing)
+    return LocalSteps(inner, **place, **options)
 
 
 def train(case: str, worker_size: int, shard: bool) -> dict[str, np.ndarray]:
@@ -149,6 +155,39 @@ def train(case: str, worker_size: int, shard: bool) -> dict[str, np.ndarray]:
     }
 
 
+def clipped(worker_size: int, shard: bool) -> list[float]:
+    """How far lanes are from torch's clipping of the worker's mean gradient, relative to it.
+
+    For a norm that is never reached, one that is, and one that is with a NaN in a layer, which
+    leaves the gradients of the other layers as they are.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    first = rank // worker_size * worker_size
+    parts = range(first * 4 // ranks, (first + worker_size) * 4 // ranks)
+    found = []
+    for max_norm, broken in ((1e6, ""), (0.5, ""), (0.5, "head")):
+        module = sharded(Layers(), worker_size) if shard else Layers()
+        model = dict(module.named_parameters())
+        lanes = Lanes(list(model.values()), worker_size, None)
+        lanes.max_norm = max_norm
+        module(range(rank * 4 // ranks, (rank + 1) * 4 // ranks)).backward()
+        expected = parameters()
+        (sum(loss(expected, part) for part in parts) / len(parts)).backward()
+        assert torch.nn.utils.get_total_norm([p.grad for p in expected.values()]) > 0.5
+        if broken:
+            (model[broken].grad.to_local() if shard else model[broken].grad).fill_(torch.nan)
+        else:
+            torch.nn.utils.clip_grad_norm_(expected.values(), max_norm)
+        lanes.reduce_gradients()
+        errors = [
+            (lanes.own[p].grad - expected[name].grad).norm() / expected[name].grad.norm()
+            for name, p in model.items()
+            if p in lanes.own and name != broken
+        ]
+        found.append(max(map(float, errors), default=0.0))
+    return found
+
+
 def refusals() -> list[str]:
     messages = []
     for size, of_head in ((3, {}), (0, {}), (2, {"w2s": "topk"})):
@@ -175,6 +214,50 @@ def overflow(worker_size: int) -> list[int]:
     optimizer.found_inf = torch.zeros(())  # of this rank's own layers, as GradScaler says it
     optimizer.step()
     return [optimizer.round, sum(parameter.grad is not None for parameter in model.values())]
+
+
+MISSING = ("named", "zero", "nothing", "unreduced", "goes on")
+
+
+def missing(shard: bool, local: bool) -> list[str]:
+    """What is said of gradients that are missing on all ranks, in the order of MISSING."""
+
+    def build(policy: str):
+        module = sharded(Layers(), 2) if shard else Layers()
+        layers = groups(dict(module.named_parameters()))
+        make = local_steps if local else HierarchicalEF21Muon
+        return module, make(layers, worker_size=2, missing=policy)
+
+    def step() -> str:
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return str(error)
+        change = {n: float((whole(p.detach()) - start[n]).norm()) for n, p in parameters_of(module)}
+        return " ".join(name for name, size in change.items() if size > 0)
+
+    def parameters_of(module):
+        return list(module.named_parameters())
+
+    start = parameters()
+    module, optimizer = build("refuse")
+    module(range(2), "key", "head").backward()
+    said = [step()]
+    module, optimizer = build("zero")
+    module(range(2), "key", "head").backward()
+    said.append(step())
+    start = {name: whole(p.detach()).clone() for name, p in parameters_of(module)}
+    module.zero_grad()
+    said.append(step())
+    for reduced in (False, True):
+        for micro in range(3):
+            if shard:
+                module.set_requires_gradient_sync(reduced and micro == 2)
+            if shard or reduced:
+                module(range(micro, micro + 1)).backward()
+        said.append(step())
+    optimizer.check_agreement()
+    return said
 
 
 def parted(shard: bool) -> str:
@@ -249,8 +332,12 @@ def main() -> None:
     worker_size, shard = int(sys.argv[2]), "sharded" in sys.argv
     told = refusals() if dist.get_world_size() > 1 else []
     results = {"refusals": [*told, *(refusals_of_shards() if shard else [])]}
+    if worker_size > 1:
+        results["clipped"] = clipped(worker_size, shard)
     if worker_size == 2:
         results["parted"] = parted(shard)
+        for local in (False, True):
+            results[f"missing {local}"] = missing(shard, local)
         results["overflow"] = scaled_shards() if shard else overflow(worker_size)
     for case in CASES:
         results |= train(case, worker_size, shard)
