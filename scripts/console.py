@@ -36,7 +36,7 @@ class Console:
             thread.join()
 
     def let_speak(self, worker: int) -> None:
-        """From now on show this worker's tables, progress and results, also those it has printed."""
+        """Show this worker's tables, progress and results from now on, and those so far."""
         with self._lock:
             self._speakers.add(worker)
             for line in self._held[worker]:
