@@ -94,6 +94,8 @@ def test_killed_workers_are_restarted_and_leave_no_trace(launch, undisturbed, tm
     )
     assert status == 0, output
     assert resumed_from(output) == [2, 2]  # and anew after the first
+    cut = re.findall("the last start was cut off([^:]*)[:,]", output)
+    assert cut == ["", " while it wrote step-00000004"]
     for survivor, killed in ((0, 1), (1, 0)):
         assert f"error: rank {survivor}: lost rank {killed}: see that process" in output
     assert outcome(tmp_path / "run") == undisturbed
