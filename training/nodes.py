@@ -101,8 +101,8 @@ def _not_seen(folder: Path, names: list[str], patience: float) -> list[int]:
 def _inputs(config: DictConfig, streams: dict[str, TokenStream]) -> dict[str, str]:
     facts = {name: _digest(name) or "" for name in _targets(config)}
     for name, stream in streams.items():
-        for place, (path, told) in enumerate(stream.fingerprints(), 1):
-            facts[f"{name} shard {place}, {path.name}"] = told
+        for place, (path, content) in enumerate(stream.fingerprints(), 1):
+            facts[f"{name} shard {place}, {path.name}"] = content
     return facts
 
 
