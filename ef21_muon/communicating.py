@@ -282,12 +282,16 @@ class CommunicatingOptimizer(StatefulOptimizer):
         except FloatingPointError as error:
             problem = str(error)
         _, ranks = place_in(self._everyone)
+        failed = torch.tensor(int(problem is not None), device=self.batches[0].broken_at.device)
+        if ranks > 1:
+            dist.all_reduce(failed, group=self._everyone)
+        if not failed:
+            return
         problems = [problem] * ranks
         if ranks > 1:
             dist.all_gather_object(problems, problem, group=self._everyone)
-        for rank, its in enumerate(problems):
-            if its is not None:
-                raise FloatingPointError(f"rank {rank}: {its}" if ranks > 1 else its)
+        rank = next(rank for rank, its in enumerate(problems) if its is not None)
+        raise FloatingPointError(f"rank {rank}: {problems[rank]}" if ranks > 1 else problem)
 
     def check_agreement(self) -> None:
         """Raise ValueError if workers hold different parameters, buffers or numbers of groups.
@@ -300,6 +304,12 @@ class CommunicatingOptimizer(StatefulOptimizer):
             self.lanes.gather_parameters()
         require_equal_groups(self.param_groups, self.process_group)
         require_equal_parameters(self._shared_by_all(), self.process_group)
+
+    def go_on_after(self, steps: int) -> None:
+        super().go_on_after(steps)
+        for batch in self.batches:  # what was not finite was before
+            batch.broken_at.zero_()
+            batch.unsent_at.zero_()
 
     def _settings(self) -> dict:
         """What all ranks have to be told alike."""

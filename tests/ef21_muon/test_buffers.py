@@ -127,5 +127,7 @@ def test_a_worker_alone_has_its_own():
 def test_workers_that_come_and_go_do_not_average_them():
     fleet = pytest.importorskip("ef21_muon.fleet", exc_type=ImportError)
     model = new_model()
-    with pytest.raises(ValueError, match=r"^buffers are not averaged over workers that come and go"):
+    with pytest.raises(
+        ValueError, match=r"^buffers are not averaged over workers that come and go"
+    ):
         fleet.FleetSteps(torch.optim.SGD(model.parameters()), fleet=None, buffers=model)

@@ -3,6 +3,7 @@
 On two ranks; see tests/support/workers/not_finite.py.
 """
 
+import copy
 import json
 from math import inf, isfinite, nan
 
@@ -12,7 +13,7 @@ from run import torchrun
 from torch import nn
 from workers.not_finite import BROKEN, CASES, LAYER, SHAPES, STEPS
 
-from ef21_muon import EF21Muon, LocalSteps
+from ef21_muon import EF21Muon, LocalSteps, TopK
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +86,35 @@ def test_w_of_a_worker_alone_stays_finite_too(value):
                 assert model.weight.isfinite().all()
         else:
             assert model.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_training_goes_on_from_a_state_before(local):
+    def build():
+        torch.manual_seed(0)
+        model = nn.Linear(3, 3)
+        if local:
+            return model, LocalSteps(torch.optim.AdamW(model.parameters()), every=2)
+        return model, EF21Muon(model.parameters(), w2s=TopK(0.5))
+
+    def take(model, optimizer, value):
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, value)
+            optimizer.step()
+
+    model, optimizer = build()
+    take(model, optimizer, 1.0)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    take(model, optimizer, nan)
+    with pytest.raises(FloatingPointError):
+        optimizer.check_finite()
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    take(model, optimizer, 1.0)
+    optimizer.check_finite()
+    optimizer.check_agreement()
+    expected, other = build()
+    take(expected, other, 1.0)
+    take(expected, other, 1.0)
+    assert torch.equal(model.weight, expected.weight)
