@@ -22,14 +22,16 @@ from training.data import Feed
 from training.fleet import Stopped, members_of
 from training.log import NoLog, RunLog
 from training.method import build_optimizer, run_label
+from training.nodes import require_same_inputs
 from training.passes import Passes
 from training.progress import Progress, fail
 from training.report import facts_of, introduction, result_table
 from training.resume import checkpoint_of, resume
 from training.schedule import Later, due, new_scheduler
 from training.sharding import require_shards, shard
+from training.stops import Stops
 from training.sweep import run_jobs
-from training.workers import RunError, Workers, leave, one_line
+from training.workers import FinalError, RunError, Workers, leave, one_line
 
 
 class Run:
@@ -54,13 +56,17 @@ class Run:
         )
         self.scheduler = new_scheduler(self.optimizer, config, steps=0)
         self.passes = Passes(
-            self.raw_model, self.optimizer, workers.device, config.precision, config.compile
+            self.raw_model,
+            self.optimizer,
+            workers.device,
+            config.precision,
+            config.compile,
+            config.clip_grad_norm,
         )
         self.finish = getattr(self.optimizer, "finish", lambda: None)
         # While workers train on, answers whether to stop are on their way, and sums of losses.
-        self.ask_every = self.members.ask_every(self.optimizer)
-        self.later = Later(self.ask_every // 2)
-        self.stop = False
+        seldom = self.members.ask_every(self.optimizer)
+        self.stops, self.later = Stops(workers, seldom), Later(seldom // 2)
         self.label = config.label or run_label(self.optimizer)
         self.tokens_per_step = config.batch.sequences * model_config.context
         told = self.tokens_per_step // (config.membership.workers or 1)
@@ -72,9 +78,7 @@ class Run:
             batch = self.feed.next()
         gradient = partial(self.passes.gradient, batch)
         loss = None if self.passes.twice else gradient()
-        if due(step := self.scheduler.last_epoch + 1, self.ask_every):
-            answer = self.workers.stop_requested()  # on its way while the round is
-            self.later.add(step, lambda: self.take(answer()))
+        self.stops.ask()
         if self.passes.twice:
             loss = self.optimizer.step(gradient)
         else:
@@ -100,10 +104,6 @@ class Run:
         """Where the run is: the fields that all records share."""
         return self.progress.position(self.scheduler.last_epoch)
 
-    def take(self, stop: bool) -> None:
-        """Whether to stop, as all workers have answered."""
-        self.stop |= stop
-
     def train(self, log: RunLog | NoLog, checkpoints: Checkpoints) -> dict | None:
         """The training loop; returns the facts of the end record, None if it was asked to stop."""
         config, progress = self.config, self.progress
@@ -124,8 +124,9 @@ class Run:
             evaluate = last or due(step, config.eval.every)
             save = last or due(step, config.checkpoint.every)
             told = evaluate or save or due(step, config.log_every)
+            self.stops.settle(at_once=evaluate or save)
             self.later.settle(math.inf if evaluate or save else step)
-            save |= self.stop
+            save |= self.stops.requested
             log.advance(step)
             self.members.tell(self, log)
             if config.diagnostics_every and self.optimizer.watch and self.optimizer.watched:
@@ -149,10 +150,11 @@ class Run:
             if save and config.checkpoint.every:
                 self.save(log, checkpoints)
             checkpoints.poll()
-            if self.stop and not last:
+            if self.stops.requested and not last:
                 return None
             if evaluate or save:
                 progress.start()
+                self.stops.start()
 
         late = test_loss is None  # this worker came after the last step
         test_loss = self.test_loss() if late else test_loss
@@ -187,6 +189,7 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
     """
     config = job.config
     run = workers.together(lambda: Run(config, workers))
+    require_same_inputs(config, run.feed.streams, workers)
     workers.say(introduction(run))
     checkpoints = Checkpoints(
         directory / "checkpoints", workers, config.checkpoint.keep, config.checkpoint.asynchronous
@@ -212,21 +215,42 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
         log.end("stopped", step=run.scheduler.last_epoch)
         workers.say(f"\nstopped as asked: {how_to_go_on(config, directory)}")
     elif workers.first:
+        log.end("completed", **end)
+        workers.say(f"\n{result_table(end)}\n\nlog      {log.path}")
+        show_picture(directory, workers)
+    return end is not None
+
+
+def show_picture(directory: Path, workers: Workers) -> None:
+    """Draw a run that has come to its end, and say where, or why there is no picture."""
+    try:
         from training.picture import draw  # matplotlib, for which other workers need not wait
 
-        log.end("completed", **end)
-        picture = draw([directory], directory)[0]
-        workers.say(f"\n{result_table(end)}\n\nlog      {log.path}\npicture  {picture}")
-    return end is not None
+        workers.say(f"picture  {draw([directory], directory)[0]}")
+    except Exception as error:  # of any kind: the run is complete
+        workers.say(
+            f"warning: matplotlib has drawn no picture ({one_line(error)}): the log is complete, "
+            f"draw it later with python scripts/figures.py {directory}",
+            error=True,
+        )
 
 
 def main() -> int:
     try:
         arguments = parse_arguments()
     except RunError as error:
-        return Workers().finish(partial(fail, error))
+        return Workers().finish(partial(fail, FinalError(str(error))))
     workers = Workers(arguments.timeout)
-    return workers.finish(lambda: run_jobs(arguments, workers, Run, run_job))
+
+    def work() -> int:
+        try:
+            return run_jobs(arguments, workers, Run, run_job)
+        except RunError as error:
+            if workers.training:
+                raise
+            raise FinalError(str(error)) from error
+
+    return workers.finish(work)
 
 
 if __name__ == "__main__":

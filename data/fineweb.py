@@ -26,6 +26,7 @@ from tqdm import tqdm
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.bars import bar
 from data.files import Claim
 from data.manifest import Manifest, sha256, shard_paths
 from data.shards import ShardError, open_shard
@@ -69,7 +70,7 @@ def download(
     manifest.train_shards = max(shards, len(manifest.shards) - 1)
     manifest.save()
     train, test = shard_paths(directory, shards, published.prefix)
-    for path in tqdm(test + train, unit="shard"):
+    for path in bar(test + train, unit="shard"):
         if path.name in manifest.shards:
             try:
                 manifest.check(path.name)
@@ -146,7 +147,7 @@ def _transfer(url: str, partial: Path, size: int) -> None:
             return
         hf_raise_for_status(response)
         resumed = response.status_code == 206
-        bar = tqdm(
+        progress = bar(
             total=size,
             initial=start if resumed else 0,
             desc=partial.stem,
@@ -154,10 +155,10 @@ def _transfer(url: str, partial: Path, size: int) -> None:
             unit_scale=True,
             leave=False,
         )
-        with bar, partial.open("ab" if resumed else "wb") as file:
+        with progress, partial.open("ab" if resumed else "wb") as file:
             for chunk in response.iter_bytes():
                 file.write(chunk)
-                bar.update(len(chunk))
+                progress.update(len(chunk))
             file.flush()
             os.fsync(file.fileno())
 
@@ -189,7 +190,7 @@ def verify(directory: Path) -> Manifest:
     manifest = Manifest.read(directory)
     names = manifest.names()
     problems = 0
-    for name in tqdm(names, unit="shard"):
+    for name in bar(names, unit="shard"):
         try:
             manifest.check(name)
         except ShardError as error:

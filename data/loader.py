@@ -1,6 +1,7 @@
 """Reading token shards: random training windows of a worker's own part, fixed test windows."""
 
 import glob
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 
 from data.shards import HEADER_BYTES, TOKEN_BYTES, ShardError, open_shard
+
+SAMPLES, SAMPLE_TOKENS = 16, 32_768  # of a shard, by which it is known: 1 MiB evenly spaced
 
 
 class TokenStream:
@@ -54,6 +57,15 @@ class TokenStream:
             filled += len(piece)
             index += 1
         return tokens
+
+    def fingerprints(self) -> Iterator[tuple[Path, str]]:
+        """Of every shard its path, and its number of tokens with a digest of SAMPLES of them."""
+        for index, (path, shard) in enumerate(zip(self.paths, self.shards, strict=True)):
+            self._require_unchanged(index)
+            digest = hashlib.sha256()
+            for start in np.linspace(0, max(0, len(shard) - SAMPLE_TOKENS), SAMPLES, dtype=int):
+                digest.update(shard[start : start + SAMPLE_TOKENS].tobytes())
+            yield Path(path), f"{len(shard)} tokens with SHA-256 {digest.hexdigest()[:16]}"
 
     def _require_unchanged(self, index: int) -> None:
         """To read behind the end of a file that was cut would kill the process."""

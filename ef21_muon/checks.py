@@ -179,6 +179,20 @@ def require_same_group(index: int, now: tuple, formed: tuple) -> None:
             )
 
 
+def require_same_state(state: dict, views: list[tuple[Tensor, str, Tensor]]) -> None:
+    """Raise RuntimeError for state that was cleared or replaced since the optimizer was built.
+
+    views: of every parameter the names of its state and the tensors that steps are taken with.
+    """
+    for parameter, key, tensor in views:
+        if state.get(parameter, {}).get(key) is not tensor:
+            raise RuntimeError(
+                f"the state {key!r} of a parameter of shape {tuple(parameter.shape)} was cleared "
+                "or replaced, which steps would not see: write into its tensors in place, load a "
+                "state_dict, or build the optimizer anew, on all workers alike"
+            )
+
+
 def require_local_gradients(groups: list[dict]) -> None:
     """Raise RuntimeError where DistributedDataParallel has averaged the gradients already."""
     own = {id(parameter) for group in groups for parameter in group["params"]}

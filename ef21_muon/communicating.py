@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from math import prod
 
 import torch
@@ -11,13 +12,13 @@ from torch import Generator, Tensor, nn
 
 from ef21_muon.checks import (
     choice,
-    plain,
     require_equal_groups,
     require_equal_parameters,
     require_equal_settings,
     require_local_gradients,
     require_ranks,
     require_same_group,
+    require_same_state,
     warn_of_statistics,
 )
 from ef21_muon.exchange.buffers import Buffers
@@ -27,10 +28,12 @@ from ef21_muon.exchange.lanes import Lanes
 from ef21_muon.exchange.layers import Batch, mark
 from ef21_muon.exchange.roll_call import RollCall
 from ef21_muon.exchange.shards import require_whole
+from ef21_muon.identity import described, options_of, shapes_of
 from ef21_muon.stateful import StatefulOptimizer
 from ef21_muon.timing import PhaseTimer
 
-NUMBERS = (bool, int, float, str)
+# Parameters of constructors that are no options of the method.
+NO_OPTIONS = {"params", "defaults", "inner", "fleet", "lanes", "process_group", "buffers", "self"}
 
 
 class CommunicatingOptimizer(StatefulOptimizer):
@@ -76,6 +79,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
         self.process_group = process_group
         self.buffers = Buffers(buffers, self._everyone)
         self.timer, self.steps, self.traffic = PhaseTimer(), 0, Traffic()
+        self.begun = False  # whether there was a step since the state was new
         rank, self.ranks = place_in(process_group)
         self.generators = {
             purpose: self._new_generator(seed, rank, purpose) for purpose in purposes
@@ -86,9 +90,11 @@ class CommunicatingOptimizer(StatefulOptimizer):
         self.batches = batches
         for batch in batches:
             self.state.update(batch.parameter_state())
+        self._views = [(p, key, one) for p, own in self.state.items() for key, one in own.items()]
         self._formed = self._as_given()
+        self._built_as = self._settings()
         device = batches[0].broken_at.device
-        require_equal_settings(self._settings(), device, self.process_group)
+        require_equal_settings(self._built_as, device, self.process_group)
         require_equal_parameters(self._shared_by_all(), self.process_group)
 
     def _round(self) -> Traffic:
@@ -146,6 +152,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
             with self._own_precision():
                 self.traffic += self._round()
             self.steps += 1
+            self.begun = True
         return loss
 
     @contextmanager
@@ -174,8 +181,9 @@ class CommunicatingOptimizer(StatefulOptimizer):
         ]
 
     def _require_as_built(self) -> None:
-        """Raise RuntimeError where groups or processes are others than when this was built."""
+        """Raise RuntimeError where groups, state or processes are others than when built."""
         require_ranks(self.ranks, self.process_group)
+        require_same_state(self.state, self._views)
         for index, (now, formed) in enumerate(zip(self._as_given(), self._formed, strict=True)):
             require_same_group(index, now, formed)
         if self.steps == 0 and self.ranks > 1:
@@ -312,17 +320,15 @@ class CommunicatingOptimizer(StatefulOptimizer):
             batch.unsent_at.zero_()
 
     def _settings(self) -> dict:
-        """What all ranks have to be told alike."""
-        identity = {key: value for key, value in self._identity().items() if key != "rank"}
-        numbers = {key: value for key, value in vars(self).items() if isinstance(value, NUMBERS)}
-        of_groups = {
-            f"{entry} of group {index}": str(value) if entry in self.RULE else value
-            for index, group in enumerate(self.param_groups)
-            for entry, value in ((entry, plain(value)) for entry, value in group.items())
-            if entry in self.RULE or isinstance(value, NUMBERS)
-        }
-        numbers["buffers"] = str(self.buffers)
-        return identity | {key.lstrip("_"): value for key, value in numbers.items()} | of_groups
+        """All options as plain values, which all ranks have to be given alike."""
+        kinds = [kind for kind in type(self).__mro__ if issubclass(kind, CommunicatingOptimizer)]
+        named = {name for kind in kinds for name in signature(kind.__init__).parameters}
+        own = {name: described(vars(self)[name]) for name in sorted(named & vars(self).keys())}
+        method = {"method": type(self).__name__, "ranks": place_in(self._everyone)[1]}
+        of_groups = options_of(self.param_groups, ("name", *self.defaults))
+        own = {name: value for name, value in own.items() if name not in NO_OPTIONS}
+        own["buffers"] = str(self.buffers)
+        return method | own | of_groups | shapes_of(self.param_groups)
 
     def _new_generator(self, seed: int, rank: int, purpose: str) -> Generator:
         device = next(p.device for group in self.param_groups for p in group["params"])

@@ -3,7 +3,8 @@
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,7 @@ from ef21_muon.exchange.layers import RoundBatch
 from ef21_muon.exchange.phases import Phase
 from ef21_muon.exchange.timetable import of_worker
 from ef21_muon.fingerprint import fingerprint
+from ef21_muon.inner import beginner
 from ef21_muon.local_steps import LocalSteps
 from ef21_muon.messages.feedback import EF21
 from ef21_muon.rules import W2S, starts_of
@@ -89,6 +91,7 @@ class FleetSteps(LocalSteps):
                 "feedback='ef21' is not allowed for workers that come and go: its servers remember "
                 "the mean of all workers, give ef14 or none"
             )
+        self._begin_inner = [beginner(optimizer) for optimizer in self.inner]
         self._built = {key: str(value) for key, value in self._settings().items()} | {"run": run}
         told = hashlib.sha256(repr(sorted(self._built.items())).encode()).digest()
         self._digest_of_built = int.from_bytes(told[:7], "big")
@@ -116,10 +119,12 @@ class FleetSteps(LocalSteps):
             if self.lanes:
                 self.lanes.share_parameters()
 
-    def step(self, closure=None):
+    @contextmanager
+    def _in_step(self) -> Iterator[None]:
         self._within_step, self._untold = True, self._untold + 1
         try:
-            return super().step(closure)
+            with super()._in_step():
+                yield
         finally:
             self._within_step = False
 
@@ -189,6 +194,7 @@ class FleetSteps(LocalSteps):
         return self.batches[0].broken_at.device
 
     def _shared(self) -> list[Tensor]:
+        self.require_own_parameters("what workers share")
         tables = (one for batch in self.batches for one in batch.tables())
         return [table for name, table, _ in tables if name in SHARED]
 
@@ -228,12 +234,11 @@ class FleetSteps(LocalSteps):
             table.copy_(new)
         for batch in self.batches:
             batch.memory.zero_()
-        for optimizer in self.inner:
-            for own in optimizer.state.values():
-                for tensor in own.values():
-                    tensor.zero_()
+            torch._foreach_copy_(batch.params, batch.as_parameters(batch.model_shift))
         self.told = state["told"]
         self.go_on_after(state["done"] - self._within_step)
+        for begin_anew in self._begin_inner:
+            begin_anew()
 
     def __getstate__(self) -> dict:
         raise TypeError("a worker among others that come and go cannot be copied: save its state")

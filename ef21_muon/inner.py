@@ -1,6 +1,8 @@
-"""What is asked of an optimizer that another one is around."""
+"""What is asked of an optimizer that another one is around, and how it begins anew."""
 
-from collections.abc import Sequence
+import copy
+import weakref
+from collections.abc import Callable, Sequence
 from inspect import Parameter, signature
 
 from torch import Tensor
@@ -8,12 +10,14 @@ from torch.optim import Optimizer
 
 from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.collectives import place_in
+from ef21_muon.optimizer import EF21Muon
+from ef21_muon.stateful import HOOKS
 
 
 def require_inner(optimizers: Sequence[Optimizer]) -> None:
     """Raise ValueError for what cannot step by itself."""
     for optimizer in optimizers:
-        if not isinstance(optimizer, Optimizer) or hasattr(optimizer, "inner"):
+        if not isinstance(optimizer, Optimizer) or getattr(optimizer, "inner", ()):
             raise ValueError(
                 f"inner={type(optimizer).__name__} is not allowed: give a torch optimizer, which "
                 "takes the steps"
@@ -38,6 +42,18 @@ def require_inner(optimizers: Sequence[Optimizer]) -> None:
             )
 
 
+def guard(outer: CommunicatingOptimizer) -> None:
+    """Let the inner optimizers refuse steps while the parameters are W."""
+    reference = weakref.ref(outer)  # they may outlive it
+
+    def refuse(inner: Optimizer, args: tuple, kwargs: dict) -> None:
+        if (outer := reference()) is not None:
+            outer.require_own_parameters(f"{type(inner).__name__}.step()")
+
+    for optimizer in outer.inner:
+        optimizer.register_step_pre_hook(refuse)
+
+
 def require_a_gradient(groups: list[dict]) -> None:
     """Raise RuntimeError if no parameter has one: the optimizer may be of another model's."""
     if all(parameter.grad is None for group in groups for parameter in group["params"]):
@@ -58,3 +74,51 @@ def require_float_state(optimizers: Sequence[Optimizer]) -> None:
                         f"the state {key!r} of inner={type(optimizer).__name__} is of type {told}: "
                         "give an optimizer whose state is made of floating-point tensors"
                     )
+
+
+def beginner(optimizer: Optimizer) -> Callable[[], None]:
+    """What lets an optimizer begin anew, as a fresh one of its class does, but for its lr.
+
+    To be made before its first step. A fresh optimizer is built from the parameters as they are
+    then, the groups as they were given, and `defaults`, and its state is taken over. Raises
+    ValueError where the class cannot be built so.
+    """
+    if isinstance(optimizer, EF21Muon):
+        return optimizer.begin_anew
+    given = copy.deepcopy([_options(group) for group in optimizer.param_groups])
+
+    def fresh() -> Optimizer:
+        kind = type(optimizer)
+        taken = signature(kind).parameters.values()
+        anything = any(one.kind is Parameter.VAR_KEYWORD for one in taken)
+        names = {one.name for one in taken} - {"params"}
+        defaults = {k: v for k, v in optimizer.defaults.items() if anything or k in names}
+        groups = [
+            {**copy.deepcopy(options), "params": [*group["params"]]}
+            for options, group in zip(given, optimizer.param_groups, strict=True)
+        ]
+        return kind(groups, **defaults)
+
+    def begin_anew() -> None:
+        new = fresh()
+        optimizer.state.clear()
+        optimizer.state.update(new.state)
+        for group, new_group in zip(optimizer.param_groups, new.param_groups, strict=True):
+            group.update(_options(new_group))
+        kept = {"param_groups", "state", "defaults", *HOOKS}
+        vars(optimizer).update({k: v for k, v in vars(new).items() if k not in kept})
+
+    try:
+        fresh()
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"inner={type(optimizer).__name__} cannot begin anew, as it has to for a worker that "
+            f"was away ({error}): give an optimizer that is built from its groups and defaults, or "
+            "fixed workers"
+        ) from error
+    return begin_anew
+
+
+def _options(group: dict) -> dict:
+    """What is set in a parameter group, without its parameters and what schedulers act on."""
+    return {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}

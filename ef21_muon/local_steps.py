@@ -36,6 +36,7 @@ from ef21_muon.inner import require_a_gradient
 from ef21_muon.messages.compressors import Identity
 from ef21_muon.messages.feedback import FEEDBACK
 from ef21_muon.rules import S2W, W2S, starts_of
+from ef21_muon.senders import add_mean_over_senders, check_mean, require_marks
 from ef21_muon.served import Receive
 from ef21_muon.wrapping import WrappingOptimizer
 
@@ -61,7 +62,9 @@ class LocalSteps(WrappingOptimizer):
     EF21Muon with process_group=ALONE. `param_groups` are theirs, so schedulers act on their lr.
     w2s, s2w: as in EF21Muon, or a mapping from the names of groups. `feedback`: "ef14" as above;
     "ef21", R_j = C_j(W - x_j - G_j), G_j = G_j + R_j, g = g + mean of R_j; or "none". `server` and
-    `buckets` are as in EF21Muon.
+    `buckets` are as in EF21Muon. mean: "all" as above, or with sparse messages "senders", where g
+    has of every entry the mean over the workers that have sent it (SparseLoCo), 0 where none has.
+    Of messages that have all entries both are the same.
 
     buffers: the model, whose floating-point buffers, as the running statistics of BatchNorm, become
     the mean of all workers' in every round, and within `agreed()` are those of the last one.
@@ -99,6 +102,7 @@ class LocalSteps(WrappingOptimizer):
         nesterov: bool = True,
         feedback: str = "ef14",
         error_decay: float = 1.0,
+        mean: str = "all",
         server: str = "auto",
         buckets: int = 4,
         stagger: bool = False,
@@ -109,14 +113,16 @@ class LocalSteps(WrappingOptimizer):
         process_group: dist.ProcessGroup | str | None = None,
     ):
         self.every, self.rounds = every, Rounds(every)
-        delay = whole_number("delay", delay, least=0)
+        self.delay = whole_number("delay", delay, least=0)
         self.outer_lr = check_number("outer_lr", outer_lr, OUTER_NUMBERS)
         self.outer_momentum = check_number("outer_momentum", outer_momentum, OUTER_NUMBERS)
         self.error_decay = check_number("error_decay", error_decay, OUTER_NUMBERS)
         self.nesterov, self.lanes = flag("nesterov", nesterov), lanes
-        stagger, buckets = flag("stagger", stagger), whole_number("buckets", buckets, least=1)
+        self.stagger = flag("stagger", stagger)
+        buckets = whole_number("buckets", buckets, least=1)
         self.feedback = FEEDBACK[choice("feedback", feedback, FEEDBACK)]
         refuse_unused_decays([{"error_decay": self.error_decay, "server_momentum": 0}], feedback)
+        self.mean = check_mean(mean, feedback)
         w2s, s2w = w2s or Identity(), s2w or Identity()
         with lanes.together() if lanes else nullcontext():
             place = {"process_group": process_group, "buffers": buffers}
@@ -125,6 +131,8 @@ class LocalSteps(WrappingOptimizer):
             self._place_servers(server, self.rules, costs)
             batches = self._new_batches(costs)
             self.phases = self._new_phases(batches, starts_of(w2s), buckets, stagger)
+            if mean == "senders":
+                require_marks(self.phases, batches)
             self.timetable = Timetable(self.phases, self.rounds, delay, stagger)
             if delay:
                 self._keep_messages(batches)
@@ -134,7 +142,6 @@ class LocalSteps(WrappingOptimizer):
             self.timetable.sum_over(lanes)
         self._sent: dict[range, Receive] = {}  # under way to the servers
         self._returned: dict[range, Receive] = {}  # and back
-        self._swapped = False
 
     def _new_batches(self, costs: list[int]) -> list[RoundBatch]:
         place = place_in(self.process_group)
@@ -172,8 +179,7 @@ class LocalSteps(WrappingOptimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """A step of the inner optimizer, and what is due after it of a round."""
-        if self._swapped:
-            raise RuntimeError("step() within agreed(): the parameters are W there, leave it first")
+        self.require_own_parameters("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -209,6 +215,7 @@ class LocalSteps(WrappingOptimizer):
 
         For the end of a training, on all workers together. What is under way arrives first.
         """
+        self.require_own_parameters("finish()")
         if self.steps == 0:
             return
         last, delay = self.steps - 1, self.timetable.delay
@@ -291,6 +298,10 @@ class LocalSteps(WrappingOptimizer):
             batch.outer_gradient = batch.zeros(batch.owned)
         self._add_mean(batch, batch.outer_gradient, from_workers)
 
+    def _add_mean(self, batch: RoundBatch, total: Tensor, from_workers: tuple[Tensor, ...]) -> None:
+        if self.mean == "all" or not add_mean_over_senders(batch, total, from_workers):
+            super()._add_mean(batch, total, from_workers)
+
     def _server_message(self, batch: RoundBatch) -> Tensor:
         direction, batch.outer_gradient = batch.outer_gradient, None
         if batch.server_momentum is not None:
@@ -331,9 +342,11 @@ class LocalSteps(WrappingOptimizer):
 
     @contextmanager
     def agreed(self):
-        """Within it the parameters are W; after it x_j again. On all ranks of a worker together."""
-        if self._swapped:
-            raise RuntimeError("agreed() within agreed(): the parameters are W already")
+        """Within it the parameters are W; after it x_j again. On all ranks of a worker together.
+
+        Within it `step`, `finish`, states, copies and checks are refused: they are of x_j.
+        """
+        self.require_own_parameters("agreed()")
         self._swap()
         try:
             yield
@@ -367,21 +380,6 @@ class LocalSteps(WrappingOptimizer):
             norms = torch.stack(torch._foreach_norm(batch.params, float("inf")))
             mark(batch.broken_at, ~norms.isfinite(), self.steps or 1)
         super().check_finite()
-
-    def state_dict(self) -> dict:
-        """This rank's state alone, with the inner optimizers' and the buffers of the last round."""
-        return {**super().state_dict(), "buffers": self.buffers.state()}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Continue exactly from a `state_dict` of the same rank, parameters and options.
-
-        The model's own state has to be loaded beside it. Raises ValueError when it does not fit.
-        """
-        state_dict = self._part_of(state_dict)
-        buffers = state_dict.get("buffers", {})
-        self.buffers.require_fit(buffers)
-        super().load_state_dict(state_dict)
-        self.buffers.load(buffers)
 
     def _arrived(self) -> list[RoundBatch]:
         under_way = self.timetable.under_way(self.steps)

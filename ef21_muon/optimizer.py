@@ -148,9 +148,9 @@ class EF21Muon(ServedOptimizer):
         self.gamma = check_number("gamma", gamma, {"gamma": ("of at least 0", lambda g: g >= 0)})
         self.correction = None if momentum == "polyak" else KINDS[momentum](gamma)
         momenta = ("gradient", "zero")
-        self._momentum_from_zero = choice("momentum_start", momentum_start, momenta) == "zero"
+        self.momentum_start = choice("momentum_start", momentum_start, momenta)
         first_messages = ("compressed", "exact")
-        first_exact = choice("first_message", first_message, first_messages) == "exact"
+        self.first_message = choice("first_message", first_message, first_messages)
         place = {"process_group": process_group, "missing": missing, "buffers": buffers}
         super().__init__(params, defaults, seed=seed, purposes=("w2s", "s2w"), **place)
         refuse_unused_decays(self.param_groups, feedback)
@@ -161,7 +161,7 @@ class EF21Muon(ServedOptimizer):
             batch.make_room(self.correction and self.correction.remembers, left_out)
         self._begin(batches)
         rules = [self.param_groups[batch.group]["w2s"] for batch in self.batches]
-        if first_exact:
+        if first_message == "exact":
             rules = [Switch(Identity(), rule, start=1) for rule in rules]
         self.phases = new_phases(self.batches, rules, self._begins(rules), buckets, process_group)
 
@@ -201,7 +201,7 @@ class EF21Muon(ServedOptimizer):
             )
         ]
         bring = partial(bring_gradients, self._brought, type(self).__name__)
-        return corrected(self.correction, layers, closure, bring, first=self.steps == 0)
+        return corrected(self.correction, layers, closure, bring, first=not self.begun)
 
     def _round(self) -> Traffic:
         for batch in self.batches:
@@ -215,7 +215,7 @@ class EF21Muon(ServedOptimizer):
         """Lines 9-11: the payload of R_j, one row a layer."""
         gradients = self._gradients(batch)
         group = self.param_groups[batch.group]
-        first = self.round == 0 and not self._momentum_from_zero
+        first = not self.begun and self.momentum_start == "gradient"
         beta = 1.0 if first else group["beta"]  # M_j^0 = gradient
         torch._foreach_lerp_(list(batch.momentum.unbind()), gradients, beta)
         target = batch.momentum
@@ -287,6 +287,17 @@ class EF21Muon(ServedOptimizer):
         super().go_on_after(steps)
         for batch in self.batches:
             batch.versions = None
+
+    @torch.no_grad()
+    def begin_anew(self) -> None:
+        """Forget all but the parameters, as if built from them now; steps count on."""
+        self.begun = False
+        for batch in self.batches:
+            for _, table, _ in batch.tables():
+                table.zero_()
+            if batch.server_model is not None:
+                batch.server_model.copy_(batch.served_parameters())
+            batch.note_versions()
 
 
 def _lr(batch: LayerBatch, group: dict) -> float | Tensor:

@@ -19,6 +19,7 @@ from ef21_muon.exchange.layers import (
 )
 from ef21_muon.exchange.phases import Phase, current
 from ef21_muon.exchange.placement import AUTO
+from ef21_muon.identity import described
 from ef21_muon.messages.feedback import EF21
 
 Receive: TypeAlias = Callable[[], list]
@@ -70,14 +71,14 @@ class ServedOptimizer(CommunicatingOptimizer):
             refuse_compressed_shifts(groups)
         self.server = server
 
-    def _identity(self) -> dict:
-        rules = getattr(self, "rules", self.param_groups)
-        compressors = [(str(rule["w2s"]), str(rule["s2w"])) for rule in rules]
-        feedback = self.feedback.__name__
-        own = {"feedback": feedback, "compressors": compressors}
-        if self.ranks > 1:
-            own["server"] = self.server
-        return super()._identity() | own
+    def _settings(self) -> dict:
+        settings = super()._settings() | {"feedback": self.feedback.__name__}
+        for index, rule in enumerate(getattr(self, "rules", self.param_groups)):
+            for direction in ("w2s", "s2w"):
+                settings[f"{direction} of group {index}"] = described(rule[direction])
+        server = settings.pop("server")  # last, since "auto" follows from the others
+        # The steps of one worker are the same wherever its servers are.
+        return settings if self.ranks == 1 else settings | {"server": server}
 
     @property
     def exchange(self) -> Exchange:
@@ -193,6 +194,7 @@ class ServedOptimizer(CommunicatingOptimizer):
         Names rank and layer; to be called on all ranks. Waits for the device. The second is told
         from random projections, so that a few bytes a layer are sent.
         """
+        self.require_own_parameters("check_agreement()")
         super().check_agreement()
         if self.feedback.accumulates:  # the others remember no G_j
             require_mean_estimate(self._arrived(), self.process_group)
@@ -209,6 +211,7 @@ class ServedOptimizer(CommunicatingOptimizer):
         it achieved. `estimator_error`: ||M_j - G_j|| / ||M_j||. `model_shift_error`, of the layers
         served here: ||X - W|| / ||X||. Waits for the device. RuntimeError if it was not watched.
         """
+        self.require_own_parameters("diagnostics()")
         if not self.watched:
             raise RuntimeError("nothing was recorded: set watch=True before the step")
         result = {}

@@ -7,7 +7,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ef21_muon.communicating import CommunicatingOptimizer
-from ef21_muon.inner import require_float_state, require_inner
+from ef21_muon.identity import identity_of
+from ef21_muon.inner import guard, require_float_state, require_inner
 from ef21_muon.rules import S2W, W2S, rule_of
 from ef21_muon.served import ServedOptimizer
 
@@ -30,7 +31,7 @@ class WrappingOptimizer(ServedOptimizer):
         missing: str = "refuse",
         buffers: nn.Module | None = None,
     ):
-        self.inner = [inner] if isinstance(inner, Optimizer) else inner
+        self.inner = [inner] if isinstance(inner, Optimizer) else [*inner]
         require_inner(self.inner)
         groups = [group for optimizer in self.inner for group in optimizer.param_groups]
         super().__init__(
@@ -49,6 +50,7 @@ class WrappingOptimizer(ServedOptimizer):
             own = getattr(optimizer, "generators", {})
             self.generators |= {f"inner_{purpose}": one for purpose, one in own.items()}
         self._inner_checked = False
+        guard(self)
 
     def _step_inner(self) -> None:
         with self.timer("server"):
@@ -58,20 +60,17 @@ class WrappingOptimizer(ServedOptimizer):
             require_float_state(self.inner)
             self._inner_checked = True
 
-    def state_dict(self) -> dict:
-        """This rank's state alone, with that of the inner optimizers."""
-        return {**super().state_dict(), "inner": [one.state_dict() for one in self.inner]}
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        guard(self)
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Continue exactly from a `state_dict` of the same rank, parameters and options.
-
-        The model's own state has to be loaded beside it. Raises ValueError when it does not fit.
-        """
-        state_dict = self._part_of(state_dict)
-        super().load_state_dict(state_dict)
-        for optimizer, saved in zip(self.inner, state_dict["inner"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.param_groups = [group for one in self.inner for group in one.param_groups]
+    def _settings(self) -> dict:
+        settings = super()._settings() | {"number of inner optimizers": len(self.inner)}
+        for place, inner in enumerate(self.inner):
+            ours = isinstance(inner, CommunicatingOptimizer)
+            its = inner._settings() if ours else identity_of(inner)
+            settings |= {f"{key} of inner {place}": value for key, value in its.items()}
+        return settings
 
     def go_on_after(self, steps: int) -> None:
         super().go_on_after(steps)

@@ -139,7 +139,7 @@ def count_all(options: argparse.Namespace, workers: Workers) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     parser.add_argument("--servers", help="placements, with commas; as configured by default")
     parser.add_argument("--steps", type=int, default=10, help="steps (default %(default)s)")

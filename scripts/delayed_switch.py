@@ -81,7 +81,7 @@ def forward(taps: list[int], delay: float, end: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--delay", type=float, required=True, help="seconds")
     parser.add_argument("namespaces", metavar="NAMESPACE", nargs="+")
     options = parser.parse_args()

@@ -21,7 +21,7 @@ from training.records import find_runs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("directories", nargs="+", metavar="RUN_OR_STUDY_DIR", type=Path)
     parser.add_argument("--out", metavar="DIR", type=Path)
     options = parser.parse_args(arguments)

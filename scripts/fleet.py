@@ -9,51 +9,78 @@ On several, the lighthouse on one of them, and a worker on each, with the same o
     python scripts/fleet.py lighthouse --workers 3
     python scripts/fleet.py worker --number 0 --workers 3 --lighthouse http://FIRST:29510 [...]
 
-A worker is a torchrun of its own (`--ranks` processes), which starts it again whenever it ends
-before the training does; it goes on from where the others are. The lighthouse asks for a majority,
-so that no two parts of the fleet train apart. No timeout has to be chosen: a worker is gone when it
-was not heard of for 5 seconds, and one that hangs ends itself, by the times of its own steps.
+A worker is `--ranks` processes, which scripts/supervise.py starts again when they crash; it goes on
+from where the others are. What no restart can mend, as a wrong configuration, ends it for good. The
+lighthouse asks for a majority, so that no two parts of the fleet train apart. No timeout has to be
+chosen: a worker is gone when it was not heard of for 5 seconds, and one that hangs ends itself, by
+the times of its own steps.
 
 A worker listens on ports of the system's choice, the lighthouse on 29510, and others have to reach
 both. State goes from worker to worker unencrypted and is unpickled: trust the network.
 """
 
 import argparse
+import math
 import os
-import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Event
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.console import Console
+from scripts.supervise import GRACE, Request
+from training.arguments import Parser, seconds
 from training.config import compose
 from training.data import share_of_batch
-from training.workers import RunError
+from training.membership import require_addresses
+from training.workers import FINAL, RunError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 29510
 HEARTBEAT_SECONDS = 5  # without one a worker is gone
 JOIN_SECONDS = 24 * 3600  # for a worker that lives and is on its way; one that hangs ends itself
 AFTER_THE_FIRST = 120  # seconds for workers to end once one has completed
+OF_TOO_FEW = 10  # seconds for workers to end by themselves where fewer than a majority can go on
+RESOLVER_SECONDS = 5.0  # for it to answer, before workers start
+
+
+def majority(workers: int) -> int:
+    """The least number of workers that may go on without the others."""
+    return workers // 2 + 1
 
 
 def new_lighthouse(workers: int, port: int):
-    """A server that asks for a majority of the workers."""
-    os.environ.setdefault("RUST_LOG", "warn")  # or it says several lines a round
-    from torchft.coordination import LighthouseServer
+    """A server that asks for a majority of the workers.
 
-    return LighthouseServer(
-        bind=f"[::]:{port}",
-        min_replicas=workers // 2 + 1,
-        join_timeout_ms=1000 * JOIN_SECONDS,
-        heartbeat_timeout_ms=1000 * HEARTBEAT_SECONDS,
-        quorum_tick_ms=20,
-    )
+    Raises RunError where there is no torchft, and for a port that cannot be used.
+    """
+    os.environ.setdefault("RUST_LOG", "warn")  # or it says several lines a round
+    try:
+        from torchft.coordination import LighthouseServer
+    except ImportError as error:
+        raise RunError(
+            f"a lighthouse needs torchft ({one_line(error)}): pip install 'ef21-muon[fleet]', on "
+            "Linux on x86-64"
+        ) from error
+    everywhere = "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"
+    try:
+        return LighthouseServer(
+            bind=f"{everywhere}:{port}",
+            min_replicas=majority(workers),
+            join_timeout_ms=1000 * JOIN_SECONDS,
+            heartbeat_timeout_ms=1000 * HEARTBEAT_SECONDS,
+            quorum_tick_ms=20,
+        )
+    except RuntimeError as error:
+        raise RunError(
+            f"the lighthouse cannot have port {port} ({one_line(error)}): give a free one with "
+            "--port, or end what has it"
+        ) from error
 
 
 def worker_overrides(options: argparse.Namespace, number: int) -> list[str]:
@@ -65,43 +92,71 @@ def worker_overrides(options: argparse.Namespace, number: int) -> list[str]:
 
 
 def worker_command(options: argparse.Namespace, number: int, *script: str) -> list[str]:
-    """torchrun of a worker, of train.py or of a script that is called as it is."""
-    launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}"]
-    launch += ["--max-restarts=1000", "--monitor-interval=0.2"]
+    """What runs a worker, by train.py or by a script that is called as it is."""
+    launch = [str(ROOT / "scripts" / "supervise.py"), f"--ranks={options.ranks}"]
+    launch += [f"--shutdown-timeout={options.shutdown_timeout:g}"]
     script = script or (str(ROOT / "train.py"),)
-    return [sys.executable, "-m", *launch, *script, *worker_overrides(options, number)]
+    script += () if options.timeout is None else (f"--timeout={options.timeout:g}",)
+    return [sys.executable, *launch, *script, *worker_overrides(options, number)]
 
 
 def start(options: argparse.Namespace) -> int:
     """The lighthouse and all workers on this machine; returns the exit status."""
-    options.lighthouse = f"http://localhost:{options.port}"
     server = new_lighthouse(options.workers, options.port)
-    workers = [
-        subprocess.Popen(worker_command(options, number), start_new_session=True)
-        for number in range(options.workers)
-    ]
-    asked = _asked_to_stop()
-    until = None
-    while any(worker.poll() is None for worker in workers) and not asked.wait(0.5):
-        if until is None and any(worker.poll() == 0 for worker in workers):
-            until = time.monotonic() + AFTER_THE_FIRST
-        if until is not None and time.monotonic() > until:
-            break
+    asked, console, workers = Request(), Console(options.workers), []
+    for number in range(options.workers):
+        one_bar = {"TQDM_DISABLE": "1"} if number else {}
+        workers.append(
+            subprocess.Popen(
+                worker_command(options, number),
+                env=os.environ | one_bar,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        )
+        console.follow(number, workers[-1])
+    too_few = _wait(workers, asked, console)
     for worker in workers:
         worker.terminate()  # those that are left
-    states = [worker.wait() for worker in workers]
+    statuses = [worker.wait() for worker in workers]
+    console.close()
     server.shutdown()
-    for number, status in enumerate(states):
-        if status and not asked.is_set():
+    if asked.is_set():
+        return asked.status
+    if too_few:
+        print("error: fewer than a majority of the workers are left: all stop", file=sys.stderr)
+        return 1
+    for number, status in enumerate(statuses):
+        if status and status != FINAL:  # of which it has said why
             print(f"error: worker {number} did not complete: see its log", file=sys.stderr)
-    return 1 if any(states) and not asked.is_set() else 0
+    return 1 if any(statuses) else 0
+
+
+def _wait(workers: list[subprocess.Popen], asked: Request, console: Console) -> bool:
+    """Wait for workers to end, or for a request to stop; whether some wait in vain for a majority.
+
+    One that ends with another status than 0 has ended for good, as scripts/supervise.py has it.
+    """
+    until = math.inf
+    while any(worker.poll() is None for worker in workers) and not asked.wait(0.5):
+        statuses = [worker.poll() for worker in workers]
+        hopeful = [number for number, status in enumerate(statuses) if not status]
+        if hopeful:
+            console.let_speak(hopeful[0])
+        too_few = len(hopeful) < majority(len(workers))
+        if until == math.inf and (too_few or 0 in statuses):
+            until = time.monotonic() + (OF_TOO_FEW if too_few else AFTER_THE_FIRST)
+        if time.monotonic() > until:
+            return too_few
+    return False
 
 
 def serve(options: argparse.Namespace) -> int:
     """The lighthouse alone, until it is asked to stop."""
-    server = new_lighthouse(options.workers, options.port)
+    server, asked = new_lighthouse(options.workers, options.port), Request()
     print(f"lighthouse on port {options.port}, for {options.workers} workers", flush=True)
-    _asked_to_stop().wait()
+    asked.wait()
     server.shutdown()
     return 0
 
@@ -112,43 +167,84 @@ def work(options: argparse.Namespace) -> int:
     os.execv(command[0], command)
 
 
-def _asked_to_stop() -> Event:
-    """Set by SIGINT and SIGTERM."""
-    asked = Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: asked.set())
-    return asked
+PARTS = {"start": start, "lighthouse": serve, "worker": work}
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line. Raises RunError for one that cannot be read."""
+    prog = "scripts/fleet.py"
+    parser = Parser(
+        prog=prog,
+        description=(__doc__ or "").partition("\n")[0],
+        epilog=f"{prog} start --help, and so on, list the options of each",
+    )
+    parser.add_argument("part", choices=PARTS, help="what to start; options come after it")
+    part = parser.parse_args(arguments[:1]).part
+    parser = Parser(prog=f"{prog} {part}", description=PARTS[part].__doc__)
+    parser.add_argument(
+        "--workers", type=_at_least_one, required=True, help="that there may be at once"
+    )
+    if part != "worker":
+        parser.add_argument(
+            "--port", type=_port, default=PORT, help="of the lighthouse (%(default)s)"
+        )
+    if part == "worker":
+        parser.add_argument("--number", type=int, required=True, help="of this worker, from 0")
+        parser.add_argument("--lighthouse", required=True, metavar="URL")
+    if part != "lighthouse":
+        parser.add_argument(
+            "--ranks", type=_at_least_one, default=1, help="processes of a worker (%(default)s)"
+        )
+        parser.add_argument(
+            "--timeout", type=seconds, metavar="SECONDS", help="as that of train.py (600)"
+        )
+        parser.add_argument(
+            "--shutdown-timeout",
+            type=seconds,
+            default=GRACE,
+            metavar="SECONDS",
+            help="for a worker to end that was asked to stop (%(default)g)",
+        )
+        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
+    options = parser.parse_intermixed_args(arguments[1:])
+    if part == "start":
+        options.lighthouse = f"http://localhost:{options.port}"
+    return argparse.Namespace(part=part, **vars(options))
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not allowed: give a whole number of at least 1"
+        )
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not allowed: give a whole number of 1 to {2**16 - 1}"
+        )
+    return int(text)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise RunError for a configuration with which workers cannot start."""
+    job = compose(tuple(worker_overrides(options, getattr(options, "number", 0))))
+    share_of_batch(job.config, options.workers * options.ranks)
+    require_addresses(job.config.membership, RESOLVER_SECONDS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = parser.add_subparsers(required=True)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--workers", type=int, required=True, help="that there may be at once")
-    port = argparse.ArgumentParser(add_help=False)
-    port.add_argument("--port", type=int, default=PORT, help="of the lighthouse (%(default)s)")
-    training = argparse.ArgumentParser(add_help=False)
-    training.add_argument("--ranks", type=int, default=1, help="processes of a worker")
-    training.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
-    parts.add_parser("start", parents=[common, port, training]).set_defaults(do=start)
-    parts.add_parser("lighthouse", parents=[common, port]).set_defaults(do=serve)
-    worker = parts.add_parser("worker", parents=[common, training])
-    worker.add_argument("--number", type=int, required=True, help="of this worker, from 0")
-    worker.add_argument("--lighthouse", required=True, metavar="URL")
-    worker.set_defaults(do=work)
-    options = parser.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun has it for several processes
-    if options.workers < 1:
-        parser.error(f"--workers {options.workers} is not allowed: give at least 1")
-    if "overrides" in options:
-        options.lighthouse = getattr(options, "lighthouse", "http://localhost")
-        try:  # before anything starts, and is started again and again
-            job = compose(tuple(worker_overrides(options, getattr(options, "number", 0))))
-            share_of_batch(job.config, options.workers * options.ranks)
-        except RunError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    return options.do(options)
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        if options.part != "lighthouse":
+            _check(options)
+        return PARTS[options.part](options)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FINAL
 
 
 if __name__ == "__main__":

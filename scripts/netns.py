@@ -309,7 +309,7 @@ def _require_success(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--nodes", type=int, required=True, help="1 to 100")
     parser.add_argument("--rate", help="of what a node sends, bits a second: 100mbit")
     parser.add_argument("--delay", help="one way, from one node to another: 1ms")

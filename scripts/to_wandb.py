@@ -8,8 +8,6 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import wandb
-
 from training.records import LOG_NAME, Log, read_log
 
 
@@ -24,7 +22,7 @@ def history(log: Log) -> list[tuple[int, dict]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("--project", default="ef21-muon", help="(default %(default)s)")
     parser.add_argument("--mode", choices=("online", "offline"), default="online")
@@ -34,17 +32,33 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    try:
+        upload(log, options)
+    except Exception as error:  # of any kind that wandb, or what it uses, may raise
+        print(
+            f"error: wandb did not take the run ({' '.join(str(error).split())}): start again when "
+            "it answers, or give --mode offline",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def upload(log: Log, options: argparse.Namespace) -> None:
+    """Raises what wandb raises."""
+    import wandb
+
     run = wandb.init(
         project=options.project,
         mode=options.mode,
         name=log.run["label"],
         dir=options.run,
         config=log.run["config"],
+        settings={"console": "off"},
     )
     for step, numbers in history(log):
         run.log(numbers, step=step)
     run.finish()
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from scripts.to_wandb import history
 from training.config import compose
 from training.data import open_data
 from training.records import read_log
+from training.workers import RunError
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,87 @@ def test_text_is_longer_than_the_context_and_repeats_with_the_seed(run):
     other = script(*arguments, "--seed", "1").stdout
     assert first.startswith("To be") and len(first) > 40
     assert first == again != other
+
+
+@pytest.fixture(scope="module")
+def padded(small, tmp_path_factory) -> Path:
+    """A run whose model has room for more tokens than there are bytes."""
+    directory = tmp_path_factory.mktemp("padded") / "run"
+    launch(0, *small, "steps=1", "model.vocab_size=512", f"directory={directory}")
+    return directory
+
+
+SAMPLED = {  # prompts and options
+    "hot": ("To be", "--temperature", "1e6"),
+    "hottest": ("To be", "--temperature", "1e300"),
+    "cold": ("To be", "--temperature", "1e-30"),
+    "coldest": ("To be", "--temperature", "5e-324"),
+    "other letters": ("Ça, 東京", "--temperature", "9"),
+    "no UTF-8": ("\udcff\udce7", "--temperature", "9"),
+    "white space": (" ",),
+}
+
+
+@pytest.mark.parametrize("what", SAMPLED)
+def test_what_is_sampled_is_text(padded, monkeypatch, capsys, what):
+    prompt, *options = SAMPLED[what]
+    monkeypatch.setattr("sys.argv", ["sample.py", str(padded), prompt, "--tokens", "40", *options])
+    assert sample.main() == 0
+    expected = prompt.encode(errors="surrogateescape").decode(errors="replace")
+    assert capsys.readouterr().out.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(("--temperature", value) for value in ("0", "-1", "nan", "inf", "-inf")),
+        *(("--seed", value) for value in ("-1", "99999999999999999999")),
+        ("--tokens", "0"),
+    ],
+)
+def test_options_out_of_range_are_refused(padded, monkeypatch, capsys, options):
+    monkeypatch.setattr("sys.argv", ["sample.py", str(padded), "To be", *options])
+    with pytest.raises(SystemExit) as stop:
+        sample.main()
+    assert stop.value.code == 2 and "sample.py: error: " in capsys.readouterr().err
+
+
+class Favouring:
+    """A model with one logit for its favourite tokens, and another one for the rest."""
+
+    def __init__(self, vocab_size: int, favourites: list[int], logit: float = 0.0):
+        self.config = SimpleNamespace(vocab_size=vocab_size, context=8)
+        self.favourites, self.logit = favourites, logit
+
+    def __call__(self, text):
+        logits = torch.full((*text.shape, self.config.vocab_size), -100.0)
+        logits[..., self.favourites] = self.logit
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "room", "last"), [(256, 384, 255), (128, 128, 127), (50257, 50304, 50256)]
+)
+def test_only_tokens_that_the_data_has_are_drawn(gpt2_vocabulary, vocabulary, room, last):
+    coder, tokens = sample.coder_of(vocabulary)
+    model = Favouring(room, [last, *range(vocabulary, room)])
+    drawn = generate(model, [0], 20, 1.0, torch.Generator().manual_seed(0), tokens)
+    assert drawn == [last] * 20 and coder.decode(drawn)
+
+
+def test_a_padded_vocabulary_of_data_has_gpt2s_tokens(gpt2_vocabulary):
+    assert sample.coder_of(50304)[1] == 50257
+
+
+def test_other_vocabularies_and_prompts_are_refused():
+    with pytest.raises(RunError, match="vocab_size=1000 of this run is neither that of bytes, up"):
+        sample.coder_of(1000)
+    letters = sample.Bytes().encode_ordinary("é")
+    for prompt in (letters, [], [-1], [128]):
+        with pytest.raises(RunError, match="give at least one, each from 0 to 127"):
+            generate(Favouring(128, [65]), prompt, 1, 1.0, torch.Generator(), 128)
+    with pytest.raises(RunError, match="logits are not finite"):
+        generate(Favouring(128, [65], torch.nan), [0], 1, 1.0, torch.Generator())
 
 
 @pytest.mark.parametrize(

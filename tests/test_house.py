@@ -123,9 +123,20 @@ def needs_torch_alone(module: Module) -> Iterator[str]:
             yield f"imports {name}"
 
 
+def draws_by_agg(module: Module) -> Iterator[str]:
+    """A notebook's MPLBACKEND ends whoever imports matplotlib elsewhere first."""
+    if not fits(module.name, "tests") and module.name != "training.drawing":
+        for name in imports(module):
+            if name.partition(".")[0] == "matplotlib":
+                yield f"imports {name}"
+
+
 EXTRAS = {"ef21_muon.exchange.fleet": {"torchft"}}
 
-RULES = (is_short, has_short_functions, says_what_it_is, imports_downwards, needs_torch_alone)
+RULES = (
+    *(is_short, has_short_functions, says_what_it_is, imports_downwards, needs_torch_alone),
+    draws_by_agg,
+)
 
 
 def complaints(root: Path, rule) -> list[str]:
@@ -167,6 +178,12 @@ FAULTS = [
         "ef21_muon.messages.beside imports ef21_muon.lmo.norms",
     ),
     (needs_torch_alone, "ef21_muon/a.py", "import os, numpy.fft", "ef21_muon.a imports numpy.fft"),
+    (
+        draws_by_agg,
+        "scripts/a.py",
+        "from matplotlib.figure import Figure",
+        "scripts.a imports matplotlib.figure.Figure",
+    ),
 ]
 
 

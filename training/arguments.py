@@ -13,9 +13,11 @@ from training.workers import RunError
 MOST_SECONDS = 1_000_000
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One whose errors are RunErrors."""
+
     def error(self, message: str):
-        raise RunError(f"{message}: see train.py --help")
+        raise RunError(f"{message}: see {self.prog} --help")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -24,7 +26,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         f"  {folder.name:<12}{', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}"
         for folder in sorted(path for path in CONFIGS.iterdir() if path.is_dir())
     )
-    parser = _Parser(
+    parser = Parser(
         prog="train.py",
         description="Train a GPT with EF21-Muon. Launch with torchrun, one process a worker.",
         epilog=f"config groups (compressor@w2s=, compressor@s2w= pick a direction):\n{groups}",
@@ -61,6 +63,8 @@ def how_to_go_on(config: DictConfig, directory: Path) -> str:
     """What to give for it to a run that was stopped, in words."""
     if not config.checkpoint.every:
         return "without a checkpoint, since checkpoint.every=0"
+    if config.membership.name != "fixed":  # scripts/fleet.py has not been given this directory
+        return "the same command goes on"
     return f"go on with resume=auto {pasted('directory', directory)}"
 
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -17,9 +18,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
+from training.causes import cause_of
 from training.links import Plan, check_plan
 from training.membership import Membership, check_membership
 from training.passes import COMPILE, PRECISIONS
+from training.schedule import SHAPES, Schedule, check_schedule
 from training.workers import EXCHANGES, RunError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +53,7 @@ ALLOWED = {  # values of what is chosen by name
     "exchange": EXCHANGES,
     "precision": PRECISIONS,
     "compile": COMPILE,
+    "schedule.shape": SHAPES,
     "wandb.mode": ("disabled", "offline", "online"),
 }
 KINDS = {
@@ -65,12 +69,6 @@ KINDS = {
 class Batch:
     sequences: int
     per_forward: int
-
-
-@dataclass
-class Schedule:
-    warmup: float
-    cooldown: float
 
 
 @dataclass
@@ -131,6 +129,7 @@ class Config:
     membership: Membership
     data: Data
     batch: Batch
+    clip_grad_norm: float | None
     schedule: Schedule
     eval: Eval
     checkpoint: Checkpoint
@@ -166,24 +165,34 @@ def what_matters(config: dict) -> dict:
     essential = _essential(config)
     if config["optimizer"]["_target_"].startswith("baselines."):
         essential = {key: essential[key] for key in essential.keys() - {"w2s", "s2w"}}
-    flat, left = {}, list(essential.items())
+    return flat(essential)
+
+
+def flat(config: dict) -> dict:
+    """The values of nested dictionaries by dotted key."""
+    values, left = {}, list(config.items())
     while left:
         key, value = left.pop()
         if isinstance(value, dict):
             left += [(f"{key}.{name}", inner) for name, inner in value.items()]
         else:
-            flat[key] = value
-    return flat
+            values[key] = value
+    return values
 
 
 # What was done before there was a choice; it is not told.
-AS_BEFORE = {"momentum": "polyak", "gamma": 1.0, "precision": "auto"}
+AS_BEFORE = {
+    **{"momentum": "polyak", "gamma": 1.0, "mean": "all"},  # of an optimizer
+    **{"shape": "trapezoid", "floor": 0.0},  # of the schedule
+    **{"precision": "auto", "clip_grad_norm": None},
+}
 
 
 def _essential(config: dict) -> dict:
     model = {k: v for k, v in config["model"].items() if f"model.{k}" not in INCIDENTAL}
-    optimizer = {k: v for k, v in config["optimizer"].items() if AS_BEFORE.get(k) != v}
-    own = {"model": model, "optimizer": optimizer, "compile": config.get("compile") is not False}
+    own = {"model": model, "compile": config.get("compile") is not False}
+    for key in ("optimizer", "schedule"):
+        own[key] = {k: v for k, v in config[key].items() if AS_BEFORE.get(k) != v}
     if config.get("membership", {}).get("workers"):  # as many parts of the tokens
         own["workers"] = config["membership"]["workers"]
     kept = {k: v for k, v in config.items() if k not in INCIDENTAL and AS_BEFORE.get(k) != v}
@@ -229,7 +238,7 @@ def compose(overrides: tuple[str, ...]) -> Job:
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise RunError(_explain(error, overrides)) from error
     _check_nodes(config)
-    _check_ranges(config)
+    _check_ranges(config, overrides)
     return Job(tuple(overrides), config)
 
 
@@ -241,18 +250,14 @@ def _composed(overrides: Iterable[str]) -> DictConfig:
 def build(node: DictConfig, key: str, **options):
     """The object that a configuration node describes.
 
-    Raises RunError that names the key where the class refuses its values.
+    Raises RunError that names the key where the class cannot be imported or refuses its values.
     """
     try:
         return hydra.utils.instantiate(node, **options)
     except InstantiationException as error:
-        cause = error.__cause__ or error
-        hint = ""
-        if isinstance(cause, ImportError):
-            hint = ": give the dotted name of a class that can be imported"
-        elif isinstance(cause, TypeError):
-            hint = ": give what that class takes, see train.py --cfg"
-        raise RunError(f"{key}: {_first_line(cause).removesuffix(':')}{hint}") from error
+        raise RunError(f"{key}: {cause_of(error)}") from error
+    except SystemExit as error:  # of a script that was meant for a module
+        raise RunError(f"{key}: {node.get('_target_')} left with status {error}") from error
 
 
 def _describes_class(node: object) -> bool:
@@ -280,17 +285,13 @@ def _check_nodes(config: DictConfig) -> None:
                 raise RunError(f"norm.{role}.{entry} describes no class: {hint}")
 
 
-def _check_ranges(config: DictConfig) -> None:
+def _check_ranges(config: DictConfig, overrides: Iterable[str]) -> None:
     for key in ("steps", "log_every", "batch.sequences", "batch.per_forward", "eval.every",
                 "checkpoint.keep", "worker_size", "data.vocab_size",
                 "data.train_shards"):  # fmt: skip
         value = OmegaConf.select(config, key)
         if value < 1:
             raise RunError(f"{key}={value} is not allowed: give a whole number of at least 1")
-    for key in ("schedule.warmup", "schedule.cooldown"):
-        value = OmegaConf.select(config, key)
-        if not 0 <= value <= 1:
-            raise RunError(f"{key}={value} is not allowed: give a share of the steps, 0 to 1")
     for key in ("seed", "diagnostics_every", "check_every", "checkpoint.every"):
         value = OmegaConf.select(config, key)
         if value < 0:
@@ -306,6 +307,11 @@ def _check_ranges(config: DictConfig) -> None:
         raise RunError("resume=elastic needs directory=: say which run goes on")
     check_membership(config.membership, config.resume)
     check_plan(config.plan, config.dry_run)
+    check_schedule(config, overrides)
+    if config.clip_grad_norm is not None and not 0 < config.clip_grad_norm < inf:
+        raise RunError(
+            f"clip_grad_norm={config.clip_grad_norm} is not allowed: give a number above 0, or null"
+        )
     entries = config.model.get("vocab_size")
     if isinstance(entries, int) and entries < config.data.vocab_size:
         raise RunError(

@@ -14,8 +14,8 @@ from training.workers import RunError, Workers
 class Feed:
     """What a run reads on this worker, on its device: training batches and the test windows.
 
-    `batches` has the state of what comes next. Raises RunError, ShardError or ValueError for data
-    or a batch that do not suffice for the workers.
+    `batches` has the state of what comes next, `streams` all tokens. Raises RunError, ShardError or
+    ValueError for data or a batch that do not suffice for the workers.
     """
 
     def __init__(self, config: DictConfig, context: int, workers: Workers):
@@ -24,6 +24,7 @@ class Feed:
         self.sequences = share_of_batch(config, count)  # of a forward pass
         self.passes = config.batch.sequences // count // self.sequences
         train_tokens, test_tokens = open_data(config)
+        self.streams = {"training": train_tokens, "test": test_tokens}
         batches = WorkerBatches(train_tokens, context, rank, count, config.seed)
         self.on_cuda = workers.device.type == "cuda"
         self.batches = Prefetched(batches) if self.on_cuda else batches

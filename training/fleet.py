@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from ef21_muon import LocalSteps
 from training.config import what_matters
 from training.log import NoLog, RunLog
+from training.membership import require_addresses, require_way_here
 from training.method import rounds_of
 from training.schedule import new_scheduler
 from training.workers import RunError, Workers, one_line
@@ -59,10 +60,7 @@ class FixedMembers:
         return make
 
     def ask_every(self, optimizer: torch.optim.Optimizer) -> int:
-        """Steps between questions whether to stop, which go over the same links as messages.
-
-        So workers that seldom send seldom ask.
-        """
+        """Steps, at most, between questions whether to stop: who seldom sends seldom asks."""
         return min(*rounds_of(optimizer).lengths, SELDOM)
 
     def at_work(self, what: str) -> AbstractContextManager:
@@ -115,14 +113,18 @@ class FleetMembers:
         except ImportError as error:
             raise RunError(f"membership={own.name}: {one_line(error)}") from error
 
+        patience = workers.timeout.total_seconds()
+        require_addresses(own, patience)
         fleet = Fleet(
             own.worker,
             own.lighthouse,
             host=own.host,
             group=workers.control if workers.count > 1 else None,
-            patience=workers.timeout.total_seconds(),
+            patience=patience,
             while_waiting=self._wait,
         )
+        if own.host is None:
+            require_way_here(fleet.host, f"this machine's name {fleet.host}", patience)
         self.watch.waited = lambda: fleet.waited
         run = what_matters(OmegaConf.to_container(self.config, resolve=True))
         digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
@@ -137,7 +139,7 @@ class FleetMembers:
         self.watch.extend(seconds)
 
     def ask_every(self, optimizer: torch.optim.Optimizer) -> int:
-        """Steps between questions whether to stop, which are of this worker alone."""
+        """Steps between questions whether to stop, which are of this worker's ranks alone."""
         return 1
 
     def at_work(self, what: str) -> AbstractContextManager:
@@ -184,8 +186,8 @@ class FleetMembers:
 class Watch:
     """Ends this process where it hangs, and tells where; then the others go on without it.
 
-    What hangs is what takes far longer than ever before; `patience` seconds at first. torchrun
-    starts the worker again.
+    What hangs is what takes far longer than ever before; `patience` seconds at first.
+    scripts/supervise.py starts the worker again.
     """
 
     def __init__(self, patience: float):

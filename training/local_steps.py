@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from ef21_muon import ALONE, EF21Muon, LocalSteps
 from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.lanes import Lanes
+from training.causes import explained
 from training.config import build
 from training.workers import RunError, one_line
 
@@ -70,7 +71,8 @@ def _build_inner(key: str, maker: partial, groups: list[dict], seed: int) -> Opt
     own = issubclass(maker.func, CommunicatingOptimizer)
     options = {"process_group": ALONE, "seed": seed} if own else {}
     try:
-        return maker([stepped_by(maker.func, group) for group in groups], **options)
+        with explained(key):
+            return maker([stepped_by(maker.func, group) for group in groups], **options)
     except (TypeError, ValueError) as error:
         raise RunError(f"{key}: {one_line(error)}") from error
 

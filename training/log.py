@@ -1,6 +1,5 @@
 """A run's log: metrics.jsonl, the progress bar, and wandb when asked for. Rank 0 only."""
 
-import hashlib
 import json
 import os
 import platform
@@ -11,12 +10,15 @@ from pathlib import Path
 import numpy
 import torch
 from omegaconf import OmegaConf
-from tqdm import tqdm
 
 from training.checkpoint import own_folders, remove
 from training.config import ROOT, Job
+from training.console import Display, write_line
+from training.mirror import Mirror, NoMirror
 from training.records import LOG_NAME, SCHEMA
-from training.workers import RunError, one_line
+from training.workers import RunError
+
+GIT_SECONDS = 10.0  # for git to say which commit it is
 
 
 class RunLog:
@@ -28,15 +30,17 @@ class RunLog:
 
     A new log replaces an old one and its checkpoints. With `resumed`, the facts of a checkpoint, it
     goes on behind the records that the checkpoint knew, and those after it are cut off; ValueError
-    if they are not there. RunError, before anything changes, if wandb does not start.
+    if they are not there. RunError, before anything changes, if wandb does not start for a new run.
     """
 
     def __init__(self, directory: Path, job: Job, label: str, facts: dict, resumed: dict | None):
         config = OmegaConf.to_container(job.config, resolve=True)
         self.path = directory / LOG_NAME
+        self._mirror = NoMirror()
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._wandb = _start_wandb(config, directory, label)
+            if config["wandb"]["mode"] != "disabled":
+                self._mirror = Mirror(config, directory, label, again=resumed is not None)
             if resumed:
                 self._file = _cut(self.path, resumed["log_bytes"])
             else:
@@ -48,10 +52,9 @@ class RunLog:
                 f"the run directory {directory} cannot be written ({error.strerror}): give another "
                 "with directory= or runs="
             ) from error
-        done = resumed["step"] if resumed else 0
+        self._display = Display(config["steps"], resumed["step"] if resumed else 0)
         before = resumed["position"] if resumed else {"tokens": 0, "seconds": 0.0}
         self._last = before["tokens"], before["seconds"]
-        self._bar = tqdm(total=config["steps"], initial=done, unit="step", dynamic_ncols=True)
         if resumed:
             self._note_resumption(resumed, facts)
             return
@@ -97,7 +100,7 @@ class RunLog:
 
     def advance(self, step: int) -> None:
         """As far as this step on the progress bar."""
-        self._bar.update(step - self._bar.n)
+        self._display.advance(step)
 
     def train(self, record: dict) -> None:
         """A record of training since the last one."""
@@ -106,9 +109,10 @@ class RunLog:
         tokens, seconds = (new - old for new, old in zip(now, self._last, strict=True))
         tokens_per_second = tokens / seconds if seconds else 0.0
         self._last = now
-        self._bar.set_postfix_str(
+        self._display.describe(
+            record["step"],
             f"loss {record['loss']:.3f}, {tokens_per_second / 1000:.1f}k tokens/s, "
-            f"{record['w2s_bytes'] / 1e6:.1f} MB sent"
+            f"{record['w2s_bytes'] / 1e6:.1f} MB sent",
         )
 
     def diagnostics(self, step: int, layers: dict[str, dict[str, float]]) -> None:
@@ -124,7 +128,7 @@ class RunLog:
         """An evaluation on the test set."""
         self._write({"record": "eval", **record})
         self._flush()
-        tqdm.write(
+        write_line(
             f"step {record['step']:>6}  test loss {record['test_loss']:.4f}  "
             f"{record['w2s_bytes'] / 1e6:.2f} MB sent per worker"
         )
@@ -133,9 +137,8 @@ class RunLog:
         """The last record: `completed`, `stopped`, or `failed` with an `error`."""
         self._write({"record": "end", "status": status, **facts})
         self._file.close()
-        self._bar.close()
-        if self._wandb:
-            self._wandb.finish(exit_code=1 if status == "failed" else 0)
+        self._display.close()
+        self._mirror.finish(status)
 
     def _flush(self) -> None:
         try:
@@ -145,9 +148,9 @@ class RunLog:
 
     def _write(self, record: dict) -> None:
         self._file.write(json.dumps(record) + "\n")
-        if self._wandb and record["record"] in ("train", "eval"):
+        if record["record"] in ("train", "eval"):
             numbers = {key: value for key, value in record.items() if key not in ("record", "step")}
-            self._wandb.log(numbers, step=record["step"])
+            self._mirror.log(numbers, step=record["step"])
 
 
 class NoLog:
@@ -194,34 +197,12 @@ def _cut(path: Path, size: int):
     return file
 
 
-def _start_wandb(config: dict, directory: Path, label: str):
-    if config["wandb"]["mode"] == "disabled":
-        return None
-    import wandb
-
-    try:
-        return wandb.init(
-            project=config["wandb"]["project"],
-            mode=config["wandb"]["mode"],
-            name=label,
-            dir=directory,
-            config=config,
-            id=hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16],
-            resume="allow",
-        )
-    except wandb.Error as error:
-        raise RunError(
-            f"wandb.mode={config['wandb']['mode']} does not start ({one_line(error)}): give "
-            "wandb.mode=offline, and upload later with scripts/to_wandb.py"
-        ) from error
-
-
 def _commit() -> str | None:
-    """The commit of the code, with `+` behind it if files differ from it; None outside git."""
+    """The commit of the code, with `+` behind it if files differ from it; None if git says none."""
     command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=True
+            command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=GIT_SECONDS
         ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError, ValueError):
         return None

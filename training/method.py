@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from inspect import signature
+from inspect import Parameter, signature
 
 import torch
 from omegaconf import DictConfig
@@ -18,6 +18,7 @@ from ef21_muon.messages.compressors import Compressor
 from ef21_muon.messages.feedback import EF14, EF21
 from ef21_muon.messages.switch import Switch, starts
 from ef21_muon.served import ServedOptimizer
+from training.causes import explained
 from training.config import build
 from training.local_steps import build_local_steps, stepped_by
 from training.workers import RunError
@@ -66,7 +67,8 @@ def build_optimizer(
         make = with_members(make)
     groups = parameter_groups(config, model)
     if issubclass(make.func, LocalSteps):
-        optimizer = build_local_steps(config, make, groups, place)
+        with explained("optimizer"):
+            optimizer = build_local_steps(config, make, groups, place)
         _require_accord(config, optimizer)
         return optimizer
     options = dict(place)
@@ -82,7 +84,8 @@ def build_optimizer(
         raise RunError(
             f"worker_size={config.worker_size} needs optimizer=ef21_muon or local: set it to 1"
         )
-    optimizer = make(groups, **options)
+    with explained("optimizer"):
+        optimizer = make(groups, **options)
     _require_accord(config, optimizer)
     return optimizer
 
@@ -94,7 +97,10 @@ def _require_arguments(make: partial) -> None:
             f"optimizer._target_={make.func.__qualname__} is not allowed: give "
             "ef21_muon.EF21Muon, a class of baselines, or one derived from them"
         )
-    taken = signature(make.func).parameters.keys() - ELSEWHERE
+    parameters = signature(make.func).parameters
+    if any(one.kind is Parameter.VAR_KEYWORD for one in parameters.values()):
+        return
+    taken = parameters.keys() - ELSEWHERE
     for key in make.keywords.keys() - taken:
         raise RunError(
             f"optimizer.{key} is not allowed: {make.func.__name__} has {', '.join(sorted(taken))}"
@@ -106,6 +112,11 @@ def _require_accord(config: DictConfig, optimizer: torch.optim.Optimizer) -> Non
         raise RunError(
             f"diagnostics_every={config.diagnostics_every} needs optimizer=ef21_muon or local: "
             "baselines have no error feedback to look at; set it to 0"
+        )
+    if config.diagnostics_every > config.steps:
+        raise RunError(
+            f"diagnostics_every={config.diagnostics_every} is longer than steps={config.steps}, "
+            f"which leaves no record of them: give at most {config.steps}, or 0"
         )
     if has_servers(optimizer):
         last = max(start for rule in rules(optimizer) for start in starts(rule["w2s"]))
@@ -130,6 +141,37 @@ def _require_accord(config: DictConfig, optimizer: torch.optim.Optimizer) -> Non
             "optimizer=ef21_muon with feedback=ef21, or local without delay, and worker_size=1; "
             "start as many workers as before, with resume=auto"
         )
+    require_whole_rounds(rounds_of(optimizer), config.steps)
+
+
+def require_whole_rounds(rounds: Rounds, steps: int) -> None:
+    """Raise RunError for rounds that do not fit into a run of so many steps."""
+    if problem := longer_than(rounds, steps):
+        raise RunError(problem)
+
+
+def longer_than(rounds: Rounds, steps: int) -> str | None:
+    """What to do about rounds of which none comes to its end within the steps; None if all do.
+
+    What is left at the end of a run is sent as well, so that its last round may be a shorter one.
+    """
+    for first, length in rounds.stretches:
+        left = steps - first
+        if length <= left:
+            continue
+        if first == 0:
+            return (
+                f"optimizer.every={length} is longer than steps={steps}: give "
+                f"optimizer.every={left} or less, or steps={length} or more"
+            )
+        told = f"optimizer.every has rounds of {length} steps from step {first + 1} on"
+        if left <= 0:
+            return f"{told}, which steps={steps} does not reach: leave them out, or give more steps"
+        return (
+            f"{told}, where steps={steps} leaves {left}: give rounds of {left} steps or fewer "
+            f"there, or steps={first + length} or more"
+        )
+    return None
 
 
 def has_servers(optimizer: torch.optim.Optimizer) -> bool:
@@ -198,6 +240,8 @@ def _local_label(optimizer: LocalSteps) -> str:
         told.append(optimizer.feedback.title)
     if optimizer.error_decay != 1:
         told.append(f"decay {optimizer.error_decay:g}")
+    if optimizer.mean == "senders":
+        told.append("mean over senders")
     if optimizer.outer_lr != 1 or optimizer.outer_momentum:
         told.append(f"outer {optimizer.outer_lr:g}/{optimizer.outer_momentum:g}")
     if optimizer.timetable.delay:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from model import GPT
 from training.config import build, compose
 from training.links import LINKS
+from training.method import longer_than
 from training.report import table
 from training.study import MAP, WORKERS, Setting
 from training.traffic import busiest_by_placement, groups_of, rounds_of_method
@@ -78,7 +79,8 @@ def overlap(config: DictConfig, model: GPT) -> list[str]:
     """The study's map for this model, and what `plan` hides of it, as paragraphs.
 
     The model may be without values. Of the configuration only the model, the length of the run, its
-    schedule and `plan` matter: settings have optimizer, norms and compressors of their own.
+    schedule and `plan` matter: settings have optimizer, norms and compressors of their own. Those
+    with rounds that are longer than the run are left out.
     """
     exchanges = list(_exchanges(config, model))
     parts = [NOTE, _shortest_steps(exchanges)]
@@ -92,6 +94,8 @@ def _exchanges(config: DictConfig, model: GPT) -> Iterator[Exchange]:
     for setting in MAP:
         own = _composed(setting.overrides(config))
         method = build(own.optimizer, "optimizer", _partial_=True)
+        if longer_than(rounds_of_method(method), config.steps):
+            continue
         of_settings.append((setting, method, groups_of(own, model)))
     for workers in WORKERS:
         for setting, method, groups in of_settings:

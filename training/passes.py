@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from baselines import AllReduced
+from ef21_muon.exchange.clipping import clip
 from model import GPT
 from training.workers import RunError
 
@@ -22,9 +23,11 @@ class Passes:
 
     What is called, `model`, is `raw_model` behind DDP where the optimizer's gradients are
     all-reduced. precision: of PRECISIONS, "bfloat16" by autocast; compiled: of COMPILE, whether by
-    torch.compile. "auto" is bfloat16 and compiled on a GPU, neither on CPUs. `without_sync()`:
-    within it gradients are not all-reduced. `twice`: whether the optimizer evaluates every batch by
-    itself, at two W. Raises RunError where CPUs have no compiler.
+    torch.compile. "auto" is bfloat16 and compiled on a GPU, neither on CPUs. max_norm: of a
+    worker's gradient, which is clipped to it (of all-reduced ones, the mean is), or None.
+    `without_sync()`: within it gradients are not all-reduced. `twice`: whether the optimizer
+    evaluates every batch by itself, at two W; both gradients are clipped. Raises RunError where
+    CPUs have no compiler.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Passes:
         device: torch.device,
         precision: str,
         compiled: str | bool,
+        max_norm: float | None = None,
     ):
         self.raw_model, self.optimizer, self.device = raw_model, optimizer, device
         reduced, on_cuda = isinstance(optimizer, AllReduced), device.type == "cuda"
@@ -49,6 +53,9 @@ class Passes:
         self.agreed = getattr(optimizer, "agreed", nullcontext)
         correction = getattr(optimizer, "correction", None)
         self.twice = correction is not None and correction.evaluates
+        self.max_norm = max_norm
+        if lanes := getattr(optimizer, "lanes", None):  # they average over a worker's ranks first
+            lanes.max_norm, self.max_norm = max_norm, None
 
     def gradient(self, batch: list[list[Tensor]]) -> Tensor:
         """Leave the gradient of a batch, of passes of equal size, in `grad`; its mean loss, ()."""
@@ -62,6 +69,9 @@ class Passes:
                     loss = self.model(inputs, targets) / passes
                 loss.backward()
                 total += loss.detach()
+        if self.max_norm is not None:
+            of_all = (parameter.grad for parameter in self.raw_model.parameters())
+            clip([one for one in of_all if one is not None], self.max_norm)
         return total
 
     @torch.no_grad()

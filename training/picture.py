@@ -8,10 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
-
+from data.files import whole_file
+from training.drawing import EngFormatter, Figure, LogLocator, MaxNLocator, NullLocator, matplotlib
 from training.records import BYTES_PER_PARAMETER, LOG_NAME, Log, read_log
 
 # The colours of Okabe and Ito (https://jfly.uni-koeln.de/color/) but for yellow, which is lost on
@@ -146,6 +144,8 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     """Write stem.png and stem.svg, the same bytes for the same figure; returns the two files."""
     png, svg = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
     with matplotlib.rc_context(STYLE):
-        figure.savefig(png)
-        figure.savefig(svg, metadata={"Date": None})
+        with whole_file(png) as file:
+            figure.savefig(file, format="png")
+        with whole_file(svg) as file:
+            figure.savefig(file, format="svg", metadata={"Date": None})
     return [png, svg]

@@ -14,6 +14,7 @@ from ef21_muon.messages.switch import in_round, starts
 from model import GPT
 from training.config import build
 from training.links import LINKS
+from training.method import require_whole_rounds
 from training.overlap import overlap
 from training.report import table
 from training.study import WORKERS
@@ -29,13 +30,14 @@ def plan(config: DictConfig) -> str:
     Memory is of parameters, gradients and the optimizer's state of the rank that holds most of it,
     without activations and without what an inner optimizer of torch's keeps. The time of a round is
     that of the bytes which the busiest rank sends, at the link's rate. Last comes the study's map,
-    for this model. Raises RunError for a baseline.
+    for this model. Raises RunError for a baseline, and for a round longer than the run.
     """
     method = build(config.optimizer, "optimizer", _partial_=True)
     if method.func not in (EF21Muon, LocalSteps):
         raise RunError(
             "dry_run=true plans EF21-Muon and local steps: give optimizer=ef21_muon or local"
         )
+    require_whole_rounds(rounds_of_method(method), config.steps)
     model_config = build(config.model, "model")
     with torch.device("meta"):
         model = GPT(model_config)

@@ -44,7 +44,18 @@ def introduction(run) -> str:
     workers += f" of {worker_size} ranks" if worker_size > 1 else ""
     parameters = f"{run.raw_model.config.parameter_count:,} parameters"
     groups = group_table(run.optimizer, run.workers)
-    return f"{workers} on {run.workers.device.type}, {parameters}\n\n{groups}\n"
+    told = f"{workers} on {run.workers.device.type}, {parameters}\n\n{groups}\n"
+    if (every := whole_every(run.optimizer)) > run.config.steps:
+        told += (
+            f"\nonly the first step sends whole gradients: optimizer.every={every} is longer than "
+            f"steps={run.config.steps}\n"
+        )
+    return told
+
+
+def whole_every(optimizer: torch.optim.Optimizer) -> int:
+    """The steps between those whose gradients GreedyLore sends whole; 0 for other methods."""
+    return optimizer.every if getattr(optimizer, "hook", None) == "greedylore" else 0
 
 
 def group_table(optimizer: torch.optim.Optimizer, workers: Workers) -> str:
@@ -106,7 +117,8 @@ def _layers(optimizer: ServedOptimizer) -> list[list[str]]:
 
 def _back(optimizer: ServedOptimizer, batch: ServedBatch, chosen: Compressor) -> tuple[str, str]:
     """What servers send back of a batch of layers, and its bytes."""
-    if optimizer.exchange.replicated and optimizer.exchange.ranks > 1:
+    others = optimizer.exchange.ranks > 1 or hasattr(optimizer, "fleet")
+    if optimizer.exchange.replicated and others:
         return "nothing", "0"
     size = len(batch.params) * batch.s2w.payload_bytes(*batch.shape)
     return _fitted(batch.s2w, chosen), f"{size:,}"

@@ -11,8 +11,16 @@ from torch import Tensor
 
 from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.shards import local
-from training.checkpoint import Checkpoints, load, read_facts, stored_tensors
-from training.config import what_matters
+from training.checkpoint import (
+    PARTIAL,
+    Checkpoints,
+    load,
+    own_folders,
+    read_facts,
+    remove,
+    stored_tensors,
+)
+from training.config import AS_BEFORE, what_matters
 from training.fleet import comes_and_goes
 from training.local_steps import inner_tensors
 from training.progress import BYTES
@@ -44,10 +52,14 @@ def resume(run, checkpoints: Checkpoints, directory: Path) -> dict | None:
     """Go on as the configuration says; the facts of what it goes on from, None if it begins."""
     config, workers = run.config, run.workers
     facts = None
-    if config.resume != "none" and (newest := checkpoints.newest()):
-        how = go_on_elastic if config.resume == "elastic" else go_on
-        facts = workers.together(lambda: how(run, newest))
-        workers.say(f"going on from {newest}\n")
+    if config.resume != "none":
+        cut = workers.together(lambda: workers.first and cut_off(directory, checkpoints.folder))
+        if newest := checkpoints.newest():
+            how = go_on_elastic if config.resume == "elastic" else go_on
+            facts = workers.together(lambda: how(run, newest))
+            workers.say(f"{f'{cut}: ' if cut else ''}going on from {newest}\n")
+        elif cut:
+            workers.say(f"{cut}, and has left no checkpoint\n")
     if not comes_and_goes(config):
         return facts
     # What this worker has sent, it has sent: its log and its counts go on from where they are.
@@ -59,6 +71,20 @@ def resume(run, checkpoints: Checkpoints, directory: Path) -> dict | None:
             counted = {key: position[key] - getattr(run.optimizer, key) for key in BYTES}
             run.progress.bytes_before = counted
     return left and (facts or {}) | left
+
+
+def cut_off(directory: Path, folder: Path) -> str | None:
+    """How the last start in a run directory was cut off, None if it ended by itself.
+
+    What it has left of a checkpoint in the folder is removed.
+    """
+    path = directory / LOG_NAME
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    if not lines or (lines[-1].startswith(b'{"record": "end"') and lines[-1].endswith(b"}")):
+        return None
+    left = [path for path in own_folders(folder) if path.suffix == PARTIAL]
+    remove(left)
+    return "the last start was cut off" + (f" while it wrote {left[-1].stem}" if left else "")
 
 
 def go_on(run, path: Path) -> dict:
@@ -209,8 +235,9 @@ def _hash(config: dict) -> str:
 def require_same_config(config, saved: dict, path: Path, free: tuple[str, ...] = ()) -> None:
     """Raise RunError with what differs in a configuration that `path` was made with."""
     mine, theirs = what_matters(OmegaConf.to_container(config, resolve=True)), what_matters(saved)
+    before = {key: AS_BEFORE.get(key.rpartition(".")[2]) for key in mine.keys() | theirs.keys()}
     differing = [
-        f"{key}={mine.get(key)!r} (it has {theirs.get(key)!r})"
+        f"{key}={mine.get(key, before[key])!r} (it has {theirs.get(key, before[key])!r})"
         for key in sorted(mine.keys() | theirs.keys())
         if mine.get(key) != theirs.get(key) and key not in free
     ]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
+from training.schedule import steps_of_fall
+
 WORKERS = (2, 4, 8)
 DENSE = "compressor@w2s=dense w2s.values=normal2"
 BACK = "compressor@s2w=sign s2w.values=normal2"
@@ -57,7 +59,7 @@ class Setting:
 
 def _shorter(config: DictConfig) -> str:
     """Rounds of LONG steps while the lr is full, and then of SHORT."""
-    full = round(config.steps * (1 - config.schedule.cooldown)) // LONG * LONG
+    full = round(config.steps - steps_of_fall(config)) // LONG * LONG
     return f"{{0:{LONG},{full}:{SHORT}}}" if full else str(SHORT)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from data.files import Claim, ClaimedError
-from training.config import Job, compose, sweep
+from training.config import Job, compose, flat, sweep
 from training.log import completed
+from training.nodes import require_same_code, require_shared
 from training.plan import plan
 from training.resume import require_same_config
 from training.workers import RunError, Workers
@@ -28,6 +29,7 @@ def run_jobs(arguments: Namespace, workers: Workers, build_run: BuildRun, run_jo
     were told different things.
     """
     _require_one_command(arguments, workers)
+    require_same_code(workers)
     # Of rank 0, since shuffle() is drawn anew in every process.
     all_overrides = workers.broadcast(sweep(arguments.overrides, arguments.multirun))
     jobs = [compose_or_error(one, told=len(all_overrides) > 1) for one in all_overrides]
@@ -83,8 +85,21 @@ def _require_one_configuration(jobs: list[Job | RunError], workers: Workers) -> 
             if own != other:
                 raise RunError(
                     f"rank {rank} and rank {workers.rank} make different configurations of the "
-                    "same command line: use the same code and configs/ on all nodes"
+                    f"same command line ({_difference(other, own)}): use the same code and configs/"
+                    " on all nodes"
                 )
+
+
+def _difference(other: dict | str, own: dict | str) -> str:
+    """What a rank composed, and what this one did; or the error of either."""
+    if isinstance(other, str) or isinstance(own, str):
+        return " against ".join(one if isinstance(one, str) else "none" for one in (other, own))
+    others, owns = flat(other), flat(own)
+    return ", ".join(
+        f"{key}={others.get(key)!r} against {owns.get(key)!r}"
+        for key in sorted(others.keys() | owns.keys())
+        if others.get(key) != owns.get(key)
+    )
 
 
 def _unfit(jobs: list[Job], workers: Workers, build_run: BuildRun) -> list[RunError]:
@@ -146,6 +161,8 @@ def _train(job: Job, told: str | None, workers: Workers, run_job: RunJob) -> boo
             require_same_config(job.config, done, directory, free=("optimizer.server",))
             workers.say("already completed: skipped")
             return True
+        if job.config.checkpoint.every or job.config.resume != "none":
+            require_shared(directory, workers)
         return run_job(job, directory, workers)
 
 

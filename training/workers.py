@@ -14,6 +14,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from training.console import lenient_output
+
 # What errors that torch raises mean, by a part of their message.
 MEANINGS = {
     "EADDRINUSE": "the port is taken: give a free --master-port, and start rank 0 once",
@@ -23,15 +25,28 @@ MEANINGS = {
     "out of memory": "the memory does not suffice: give a smaller model or batch.per_forward",
 }
 EXCHANGES = ("device", "host")
+FINAL = os.EX_CONFIG  # the exit status after an error that no restart can mend
 
 
 class RunError(Exception):
     """A run cannot start or go on. One line: what was given, what is allowed, what to do."""
 
 
+class FinalError(RunError):
+    """A RunError that no restart can mend."""
+
+
 def one_line(error: BaseException) -> str:
     """The error's message without line breaks, or its kind if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def by_host_alone(devices: set[bytes]) -> bool:
+    """Whether messages cannot go from device to device, of all ranks' devices on all machines.
+
+    So it is where ranks share a GPU, and where only some have one.
+    """
+    return b"shared" in devices or len(devices) > 1
 
 
 def leave(status: int) -> NoReturn:
@@ -40,8 +55,9 @@ def leave(status: int) -> NoReturn:
     Threads of gloo may still let go of tensors then, which needs the interpreter and aborts the
     process ("terminate called without an active exception") after all its work is done.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # closed, or none at all
+            stream.flush()
     os._exit(status)
 
 
@@ -73,6 +89,7 @@ class Workers:
             self.shared = max(local_rank + 1, local_count) > gpus
         self.control = self._from_host = self._store = None
         self.asked_to_stop = False
+        self.training = False  # or has trained
         self.timeout = timedelta(seconds=timeout)
 
     def _take_place(self) -> None:
@@ -92,9 +109,9 @@ class Workers:
     def _meet(self) -> None:
         store, _, _ = next(dist.rendezvous("env://", timeout=self.timeout))
         self._store = dist.PrefixStore(self._agree_on_name(store), store)
-        self._store.set(f"shared/{self.rank}", str(self.shared))
-        of_ranks = [self._store.get(f"shared/{rank}") for rank in range(self.count)]
-        self.shared = b"True" in of_ranks  # on any machine
+        self._store.set(f"device/{self.rank}", "shared" if self.shared else self.device.type)
+        of_ranks = {self._store.get(f"device/{rank}") for rank in range(self.count)}
+        self.shared = by_host_alone(of_ranks)
         apart = self.device.type == "cuda" and not self.shared
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if apart else "gloo",
@@ -146,6 +163,7 @@ class Workers:
         For when a worker is lost, torchrun ends the others, who have yet to say so. Under nohup
         SIGHUP is ignored, and stays so.
         """
+        self.training = True
         numbers = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
@@ -156,14 +174,6 @@ class Workers:
 
     def _request_stop(self, number: int, frame: object) -> None:
         self.asked_to_stop = True
-
-    def stop_requested(self) -> Callable[[], bool]:
-        """Start to ask whether a stop was requested of any worker, on all of them.
-
-        Returns a function that waits for the answer, the same on all.
-        """
-        requests = self.start_total(self.asked_to_stop)
-        return lambda: requests()[0] > 0
 
     def group(self, exchange: str) -> dist.ProcessGroup | None:
         """The process group of messages that go from `exchange`, "device" or "host"; None is all.
@@ -242,8 +252,12 @@ class Workers:
 
         An expected error is one line and status 1: a RunError, which all workers raise, on rank 0;
         another of this worker alone on this worker, whose end torchrun takes for the end of all. If
-        other workers were lost, the line says which.
+        other workers were lost, the line says which. The status of a FinalError is FINAL.
         """
+        with lenient_output():
+            return self._finish(work)
+
+    def _finish(self, work: Callable[[], int]) -> int:
         status = 1
         try:
             self._take_place()
@@ -252,6 +266,7 @@ class Workers:
             status = work()
         except RunError as error:
             self.say(f"error: {error}", error=True)
+            status = FINAL if isinstance(error, FinalError) else 1
         except (ValueError, OSError) as error:
             print(f"error: rank {self.rank}: {one_line(error)}", file=sys.stderr)
             return status

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ef21_muon.exchange.clipping import clip
 from ef21_muon.exchange.gradients import Layer
 from ef21_muon.exchange.placement import spread
 from ef21_muon.exchange.shards import Shards, is_sharded
@@ -28,7 +29,8 @@ class Lanes:
     optimizer steps of them: itself, or a whole copy. `layers` has of all what an optimizer needs to
     ask for gradients (`ef21_muon.exchange.gradients`), once they were named. To wait longer
     than `timeout`, by default torch's, for another rank is an error. `backend` is that of `lane`:
-    by default torch's; with "gloo" messages go through the host's memory. Raises ValueError where
+    by default torch's; with "gloo" messages go through the host's memory. `max_norm`, to be set
+    alike on all ranks, clips the worker's gradient in every step. Raises ValueError where
     `worker_size` does not divide the ranks or leaves one without a layer, and without a process
     group.
     """
@@ -52,6 +54,7 @@ class Lanes:
                 f"worker_size={worker_size} leaves ranks without a layer: the model has "
                 f"{len(parameters)}, give at most as many"
             )
+        self.max_norm: float | None = None  # of the worker's gradient, of all layers together
         worker, place = divmod(rank, worker_size)
         first = worker * worker_size
         self.worker_size = worker_size
@@ -131,12 +134,18 @@ class Lanes:
     def reduce_gradients(self) -> None:
         """The mean of the worker's gradients, on the rank that holds a layer; elsewhere none.
 
-        All ranks of the worker have brought those of all `layers`.
+        Clipped to `max_norm`, where there is one. All ranks of the worker have brought those of all
+        `layers`.
         """
         if self.shards:
             self.shards.gather_parameters()
             self.shards.gather_gradients()
-            return
+        else:
+            self._average_gradients()
+        if self.max_norm is not None:
+            clip([one.grad for one in self.own.values()], self.max_norm, self.worker)
+
+    def _average_gradients(self) -> None:
         works = [
             dist.reduce(parameter.grad, holder, group=self.worker, async_op=True)
             for parameter, holder in self.holders

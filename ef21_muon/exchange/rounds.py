@@ -37,6 +37,11 @@ class Rounds:
         """The steps that a round may have."""
         return self._every
 
+    @property
+    def stretches(self) -> list[tuple[int, int]]:
+        """The first step of every stretch, and the steps of its rounds."""
+        return list(zip(self._steps, self._every, strict=True))
+
     def of(self, step: int) -> tuple[int, int, int]:
         """The round of a step, the step's place in it, and how many steps that round has."""
         stretch = bisect_right(self._steps, step) - 1

@@ -12,7 +12,7 @@ from ef21_muon.messages.bits import (
     unpack,
     unpack_indices,
 )
-from ef21_muon.messages.compressors import Compressor
+from ef21_muon.messages.compressors import Compressor, marked
 from ef21_muon.messages.values import Values
 
 
@@ -55,6 +55,11 @@ class ChunkPlaces:
             return unpack_indices(indices, self.m * self.n, kept)
         places = unpack(indices, kept, self.width).to(torch.int64)
         return self._in_matrix(places.view(-1, self.count, self.k))
+
+    def as_matrices(self, entries: Tensor) -> Tensor:
+        """Entries chunk after chunk, (L, m n), each at its place: (L, m, n)."""
+        tiles = entries.view(-1, *self.grid, *self.sides).transpose(2, 3)
+        return tiles.reshape(-1, self.m, self.n)
 
     def _in_matrix(self, places: Tensor) -> Tensor:
         """Places in chunks, (L, count, k), as positions in the matrix, (L, count k)."""
@@ -109,8 +114,12 @@ class ChunkTopK(Compressor):
         values = self.values.decode(payload[:, split:], 1, chunks.count * chunks.k)[:, 0]
         flat = torch.zeros(len(payload), m * n, dtype=torch.float32, device=payload.device)
         flat.scatter_(1, chunks.unpack_positions(payload[:, :split]), values)
-        tiles = flat.view(-1, *chunks.grid, *chunks.sides).transpose(2, 3)
-        return tiles.reshape(-1, m, n)
+        return chunks.as_matrices(flat)
+
+    def sent(self, payload: Tensor, m: int, n: int) -> Tensor:
+        chunks = self._places(m, n)
+        positions = chunks.unpack_positions(payload[:, : chunks.index_bytes])
+        return chunks.as_matrices(marked(positions, m * n))
 
 
 def largest_divisor(number: int, limit: int) -> int:

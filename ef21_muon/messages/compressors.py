@@ -60,6 +60,13 @@ class Compressor:
         """uint8 (L, payload_bytes(m, n)) -> float32 (L, m, n); ValueError on another length."""
         raise NotImplementedError
 
+    def sent(self, payload: Tensor, m: int, n: int) -> Tensor | None:
+        """Which entries the messages have: bool (L, m, n), or None where they have all.
+
+        An entry whose value was rounded to 0 was sent all the same.
+        """
+        raise NotImplementedError
+
     def fit(self, m: int, n: int) -> "Compressor":
         """The compressor to use for m x n matrices: dense where this one would save no byte."""
         dense = Dense(self.values)
@@ -97,6 +104,9 @@ class Dense(Compressor):
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
         return self.values.decode(payload, m, n)
 
+    def sent(self, payload: Tensor, m: int, n: int) -> None:
+        return None
+
     def fit(self, m: int, n: int) -> Compressor:
         return self
 
@@ -129,17 +139,39 @@ class Fraction(Compressor):
 
 
 class Entries(Fraction):
-    """A compressor that keeps k = fraction m n entries; alpha = (1 - omega) k / (m n)."""
+    """A compressor that keeps k = fraction m n entries; alpha = (1 - omega) k / (m n).
+
+    A message holds their places and then their values.
+    """
+
+    def _place_bytes(self, total: int) -> int:
+        """Bytes of the places of what is kept of `total` entries."""
+        raise NotImplementedError
+
+    def _read_places(self, places: Tensor, total: int) -> Tensor:
+        """uint8 (L, _place_bytes(total)) -> int64 (L, k), all different."""
+        raise NotImplementedError
+
+    def payload_bytes(self, m: int, n: int) -> int:
+        return self._place_bytes(m * n) + self.values.payload_bytes(1, self.kept(m * n))
 
     def alpha(self, m: int, n: int) -> float:
         k = self.kept(m * n)
         return (1 - self.values.omega(1, k)) * k / (m * n)
 
-    def _scatter(self, positions: Tensor, payload: Tensor, m: int, n: int) -> Tensor:
-        """Matrices (L, m, n) that are zero but at `positions` (L, k), where payload's values go."""
+    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
+        positions = self._positions_of(payload, m, n)
+        written = payload[:, self._place_bytes(m * n) :]
+        values = self.values.decode(written, 1, self.kept(m * n))[:, 0]
         x = torch.zeros(len(payload), m * n, dtype=torch.float32, device=payload.device)
-        values = self.values.decode(payload, 1, self.kept(m * n))[:, 0]
         return x.scatter_(1, positions, values).view(-1, m, n)
+
+    def sent(self, payload: Tensor, m: int, n: int) -> Tensor:
+        return marked(self._positions_of(payload, m, n), m * n).view(-1, m, n)
+
+    def _positions_of(self, payload: Tensor, m: int, n: int) -> Tensor:
+        check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
+        return self._read_places(payload[:, : self._place_bytes(m * n)], m * n)
 
 
 class TopK(Entries):
@@ -148,9 +180,11 @@ class TopK(Entries):
     def title(self) -> str:
         return f"top {self.percent()}"
 
-    def payload_bytes(self, m: int, n: int) -> int:
-        k = self.kept(m * n)
-        return index_bytes(m * n, k) + self.values.payload_bytes(1, k)
+    def _place_bytes(self, total: int) -> int:
+        return index_bytes(total, self.kept(total))
+
+    def _read_places(self, places: Tensor, total: int) -> Tensor:
+        return unpack_indices(places, total, self.kept(total))
 
     def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         x = x.flatten(1)
@@ -159,12 +193,6 @@ class TopK(Entries):
         return torch.cat(
             [pack_indices(indices, x.shape[1]), self.values.encode(values, generator)], 1
         )
-
-    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
-        check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
-        k = self.kept(m * n)
-        split = index_bytes(m * n, k)
-        return self._scatter(unpack_indices(payload[:, :split], m * n, k), payload[:, split:], m, n)
 
 
 class RandK(Entries):
@@ -180,8 +208,12 @@ class RandK(Entries):
     def title(self) -> str:
         return f"random {self.percent()}"
 
-    def payload_bytes(self, m: int, n: int) -> int:
-        return self.SEED_BYTES + self.values.payload_bytes(1, self.kept(m * n))
+    def _place_bytes(self, total: int) -> int:
+        return self.SEED_BYTES
+
+    def _read_places(self, places: Tensor, total: int) -> Tensor:
+        stride = places[:, :1].to(torch.int64)
+        return self._positions(reinterpret(places[:, 1:], torch.int64), stride, total)
 
     def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         x = x.flatten(1)
@@ -191,13 +223,6 @@ class RandK(Entries):
         values = x.gather(1, self._positions(start, stride, x.shape[1]))[:, None]
         seed = [stride.to(torch.uint8), start.view(torch.uint8)]
         return torch.cat([*seed, self.values.encode(values, generator)], 1)
-
-    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
-        check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
-        stride = payload[:, :1].to(torch.int64)
-        start = reinterpret(payload[:, 1 : self.SEED_BYTES], torch.int64)
-        positions = self._positions(start, stride, m * n)
-        return self._scatter(positions, payload[:, self.SEED_BYTES :], m, n)
 
     def _positions(self, start: Tensor, stride: Tensor, total: int) -> Tensor:
         strides = _coprimes(total, start.device)[stride]
@@ -261,6 +286,15 @@ class RankK(Fraction):
         basis = self.values.decode(payload[:, :split], rank, short)
         rows = self.values.decode(payload[:, split:], rank, long)
         return basis.mT @ rows if m <= n else rows.mT @ basis
+
+    def sent(self, payload: Tensor, m: int, n: int) -> None:
+        return None
+
+
+def marked(positions: Tensor, total: int) -> Tensor:
+    """int64 (L, k) -> bool (L, total), True at the positions."""
+    marks = torch.zeros(len(positions), total, dtype=torch.bool, device=positions.device)
+    return marks.scatter_(1, positions, True)
 
 
 @cache

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from ef21_muon.lmo.newton_schulz import unit_largest
 from ef21_muon.messages.bits import check_length, index_bytes, pack_indices, unpack_indices
-from ef21_muon.messages.compressors import Compressor, Fraction, RankK
+from ef21_muon.messages.compressors import Compressor, Fraction, RankK, marked
 from ef21_muon.messages.fitted import FittedRank
 from ef21_muon.messages.selection import largest
 from ef21_muon.messages.values import Float32
@@ -79,12 +79,18 @@ class TopColumns(Fraction):
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
         check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
         k = self.kept(n)
-        split = index_bytes(n, k)
-        columns = unpack_indices(payload[:, :split], n, k)[:, None].expand(-1, m, -1)
-        kept = self.values.decode(payload[:, split:], k, m).mT
+        columns = self._columns(payload, n)[:, None].expand(-1, m, -1)
+        kept = self.values.decode(payload[:, index_bytes(n, k) :], k, m).mT
         return torch.zeros(len(payload), m, n, dtype=torch.float32, device=payload.device).scatter_(
             2, columns, kept
         )
+
+    def sent(self, payload: Tensor, m: int, n: int) -> Tensor:
+        return marked(self._columns(payload, n), n)[:, None].expand(-1, m, -1)
+
+    def _columns(self, payload: Tensor, n: int) -> Tensor:
+        k = self.kept(n)
+        return unpack_indices(payload[:, : index_bytes(n, k)], n, k)
 
 
 class Modified(Compressor):
@@ -106,6 +112,9 @@ class Modified(Compressor):
         fitted = copy(self)
         fitted.compressor = self.compressor.fit(m, n)
         return fitted
+
+    def sent(self, payload: Tensor, m: int, n: int) -> Tensor | None:
+        return self.compressor.sent(payload, m, n)
 
 
 class Damping(Modified):
@@ -201,3 +210,8 @@ class Dropout(Modified):
         check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
         x = self.compressor.decode(payload[:, 1:], m, n)
         return x.masked_fill_(payload[:, :1, None] == 0, 0)
+
+    def sent(self, payload: Tensor, m: int, n: int) -> Tensor:
+        came = (payload[:, :1, None] != 0).expand(-1, m, n)
+        within = super().sent(payload[:, 1:], m, n)
+        return came if within is None else came & within

@@ -44,6 +44,12 @@ class Residual(Compressor):
         x = self.first.decode(payload[:, :split], m, n)
         return x.add_(self.second.decode(payload[:, split:], m, n))
 
+    def sent(self, payload: Tensor, m: int, n: int) -> Tensor | None:
+        split = self.first.payload_bytes(m, n)
+        first = self.first.sent(payload[:, :split], m, n)
+        second = self.second.sent(payload[:, split:], m, n)
+        return None if first is None or second is None else first | second
+
     def fit(self, m: int, n: int) -> Compressor:
         """Of both parts; the identity where they would save no byte."""
         fitted = Residual(self.first.fit(m, n), self.second.fit(m, n))

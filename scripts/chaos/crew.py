@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from scripts.fleet import ROOT, worker_command
+from scripts.fleet import GRACE, ROOT, worker_command
 from scripts.netns import Network
 from training.log import completed
 from training.records import LOG_NAME
@@ -43,6 +43,8 @@ class Crew:
         self.options = argparse.Namespace(
             workers=workers,
             ranks=ranks,
+            timeout=None,
+            shutdown_timeout=GRACE,
             lighthouse=f"http://{first}:{port}",
             overrides=[*overrides, f"directory={directory}"],
         )
@@ -55,8 +57,6 @@ class Crew:
         command = worker_command(self.options, worker, str(WORKER), str(self.pace))
         if self.network:
             command.append(f"membership.host={self.network.addresses[worker]}")
-            place = command.index("--standalone") + 1
-            command.insert(place, f"--local-addr={self.network.addresses[worker]}")
         self.jobs[worker] = self._start(command, f"worker{worker}.txt", worker)
 
     def start_lighthouse(self) -> None:
@@ -75,12 +75,12 @@ class Crew:
             )
 
     def send(self, worker: int, number: signal.Signals) -> None:
-        """To the worker's process, not to torchrun."""
+        """To the worker's process, not to what starts it again."""
         for child in self.children(worker):
             os.kill(child, number)
 
     def end(self, worker: int, number: signal.Signals) -> None:
-        """The worker and its torchrun; returns when both are gone."""
+        """The worker and what starts it again; returns when both are gone."""
         job, ranks = self.jobs[worker], self.children(worker)
         if number == signal.SIGKILL:
             job.kill()  # first, or it starts the worker again

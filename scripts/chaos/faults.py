@@ -30,12 +30,12 @@ def draws(count: int, kinds: list[str], workers: int, seed: int) -> list[dict]:
 
 
 def kill(crew: Crew, worker: int, lasts: float) -> None:
-    """torchrun starts it again at once."""
+    """It is started again, within a second."""
     crew.send(worker, signal.SIGKILL)
 
 
 def lose(crew: Crew, worker: int, lasts: float) -> None:
-    """A machine, with torchrun, that comes back later."""
+    """A machine, with all that runs there, that comes back later."""
     crew.end(worker, signal.SIGKILL)
     time.sleep(lasts)
     crew.start(worker)

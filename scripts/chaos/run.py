@@ -116,7 +116,7 @@ def run(options: argparse.Namespace, write) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--faults", type=int, default=60, help="(default %(default)s)")
     parser.add_argument("--minutes", type=float, default=40, help="at most, of faults")
     parser.add_argument("--workers", type=int, default=4, help="(default %(default)s)")

@@ -21,9 +21,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 if not __package__:
@@ -34,6 +32,7 @@ from ef21_muon.messages.values import Values
 from scripts.codec.run import momentum_difference
 from scripts.measuring import markdown
 from training.config import ROOT, compose
+from training.drawing import Figure, matplotlib
 from training.picture import COLOURS, STYLE, line_look, save
 from training.workers import RunError
 
@@ -266,7 +265,7 @@ def figure(records: Sequence[dict]) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the training run")
     parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "results" / "codec")
     parser.add_argument("--redraw", action="store_true", help="from DIR/blocks.jsonl, no measuring")

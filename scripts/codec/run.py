@@ -20,11 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullLocator
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -38,6 +34,7 @@ from model import GPT
 from scripts.measuring import processor
 from training.config import ROOT, build, compose
 from training.data import open_data
+from training.drawing import Figure, Line2D, LogLocator, NullLocator, matplotlib
 from training.method import build_optimizer
 from training.picture import COLOURS, STYLE, save
 from training.workers import RunError
@@ -292,7 +289,7 @@ def draw(records: Sequence[dict], directory: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the training run")
     parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "results" / "codec")
     parser.add_argument("--quick", action="store_true", help=f"measure once, not best of {REPEATS}")

@@ -6,10 +6,8 @@ from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from scripts.measuring import markdown
+from training.drawing import Figure, matplotlib
 from training.picture import COLOURS, STYLE, save
 
 TEXT = Path(__file__).with_name("report.md")

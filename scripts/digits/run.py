@@ -160,7 +160,7 @@ def read(log_file: Path) -> list[dict]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "results" / "digits")
     parser.add_argument("--redraw", action="store_true", help="from DIR/digits.jsonl, no runs")
     options = parser.parse_args(arguments)

@@ -43,10 +43,10 @@ LARGE = ["model=gpt2-124m", "data=shakespeare_gpt2", "steps=300", "compile=false
 SMALL = [
     "model=tiny",
     "model.layers=1",
-    "steps=4",
-    "eval.every=2",
+    "steps=30",  # a round of local steps
+    "eval.every=15",
     "eval.tokens=1024",
-    "log_every=1",
+    "log_every=5",
     "batch.per_forward=2",
     "batch.sequences=4",
 ]
@@ -167,7 +167,7 @@ def environment(wheels: Path | None, folder: str) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for the training runs")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=OUTPUT, help="folder (default %(default)s)")

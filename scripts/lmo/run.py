@@ -155,7 +155,7 @@ One LMO, and its time over that of `{NORMS[0]!r}`.
 
 def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "results" / "lmo")
     parser.add_argument("--quick", action="store_true", help="0.1 seconds a line, small ones")
     options = parser.parse_args(arguments)

@@ -119,7 +119,7 @@ longer.
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     parser.add_argument("--rates", default="10mbit,100mbit,1gbit", help="(default %(default)s)")
     parser.add_argument("--delay", default="50ms", help="one way (default %(default)s)")

@@ -18,14 +18,13 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import matplotlib
 import torch.distributed as dist
-from matplotlib.figure import Figure
 
 from scripts.measuring import WARM_UP, time_steps
 from scripts.netns import Network, requirements_missing
 from train import Run
 from training.config import ROOT, compose
+from training.drawing import Figure, matplotlib
 from training.picture import COLOURS, STYLE, save
 from training.workers import Workers, leave
 
@@ -177,7 +176,7 @@ def draw(records: list[dict], directory: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     parser.add_argument("--rates", default="100mbit,1gbit", help="(default %(default)s)")
     parser.add_argument("--nodes", type=int, default=2, help="(default %(default)s)")

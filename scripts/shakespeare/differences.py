@@ -72,7 +72,7 @@ def measured(first: Tensor, second: Tensor) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.parse_args(arguments)
     torch.set_num_threads(1)
     identity = next(setting for setting in SETTINGS if setting.name == "identity")

@@ -1,13 +1,11 @@
 """What is left at the end: the loss at the end by the bytes that a worker sends and receives."""
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
-
 from scripts.measuring import markdown
 from scripts.shakespeare.envelopes import METHODS, Method, of_method
 from scripts.shakespeare.findings import filled
 from scripts.shakespeare.results import Result, lowest
 from scripts.shakespeare.rounds import all_of
+from training.drawing import Figure, NullLocator
 from training.picture import plain_sizes
 
 FEWER = (10, 30, 100, 300, 1000, 2000, 5000)  # times, than without compression

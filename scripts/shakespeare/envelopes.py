@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from scripts.shakespeare.results import Result, ours
+from training.drawing import Figure
 from training.picture import COLOURS, plain_losses, plain_sizes
 
 Line = Sequence[tuple[float, float]]  # (bytes, test loss), from few bytes to many

@@ -13,10 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullLocator
-
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -44,6 +40,7 @@ from scripts.shakespeare.rounds import rounds_figure
 from scripts.shakespeare.sizes import sizes_figure
 from scripts.shakespeare.times import LINKS
 from scripts.shakespeare.workers import workers_figure
+from training.drawing import EngFormatter, Figure, NullLocator, matplotlib
 from training.picture import (
     COLOURS,
     STYLE,
@@ -317,7 +314,7 @@ def draw(directory: Path, output: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.parse_args(arguments)
     try:
         for path in draw(RESULTS, RESULTS):

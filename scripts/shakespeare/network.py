@@ -61,7 +61,7 @@ def job(options: argparse.Namespace, workers: Workers) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rate", help=argparse.SUPPRESS)  # of this process's link
     parser.add_argument("--steps", type=int, default=12, help="timed steps (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="of all (default %(default)s)")

@@ -115,7 +115,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.parse_args(arguments)
     torch.set_num_threads(1)
     configs = {

@@ -2,11 +2,10 @@
 
 from statistics import mean
 
-from matplotlib.figure import Figure
-
 from scripts.shakespeare.envelopes import ahead, fewest_both_ways
 from scripts.shakespeare.findings import filled
 from scripts.shakespeare.results import LOCAL, PEERS, TARGET_SHARE, Result, lowest, ours
+from training.drawing import Figure
 from training.picture import line_look, ticks_alone
 
 FEWER = 100  # times, of what ends closest to the uncompressed run

@@ -30,7 +30,7 @@ if not __package__:
 from scripts.shakespeare.genres import SHARDS, prepare
 from scripts.shakespeare.results import RESULTS
 from scripts.shakespeare.runs import RUNS, StudyRun
-from training.config import ROOT, compose, what_matters
+from training.config import AS_BEFORE, ROOT, compose, what_matters
 from training.records import LOG_NAME
 
 PRINTED = "printed.txt"  # in a run's directory
@@ -60,11 +60,16 @@ def is_done(run: StudyRun) -> bool:
     asked = what_matters(OmegaConf.to_container(compose(overrides(run)).config, resolve=True))
     for key in ("optimizer.server", "compile"):  # they take the same steps
         asked.pop(key, None)
-    # A later version may have other keys, but a role's compressor is there where it was asked for.
-    of_roles = {key for key in asked.keys() | made_with.keys() if key.startswith("norm.")}
+    # A later version may have other keys, but a role's compressor is there where it was asked for,
+    # and so is what is not as it was before there was a choice. A GPU's own precision is not told.
+    chosen = {
+        key
+        for key in asked.keys() | made_with.keys()
+        if key.startswith("norm.") or key.rpartition(".")[2] in AS_BEFORE.keys() - {"precision"}
+    }
     differing = [
         f"{key}={asked.get(key)!r} (the log has {made_with.get(key)!r})"
-        for key in sorted(asked.keys() & made_with.keys() | of_roles)
+        for key in sorted(asked.keys() & made_with.keys() | chosen)
         if asked.get(key) != made_with.get(key)
     ]
     if differing:
@@ -148,7 +153,7 @@ def cut(log: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--only", nargs="+", metavar="TEXT", default=[""], help="runs whose name contains a TEXT"
     )

@@ -116,7 +116,7 @@ MULOCO = (
     "optimizer=muloco norm.hidden.radius=2 w2s.values=statistical2 optimizer.inner.others.lr=0.004"
 )
 DILOCO = "optimizer=diloco optimizer.every=30 optimizer.inner.lr=0.004"
-SPARSELOCO = "optimizer=sparseloco"
+SPARSELOCO = "optimizer=sparseloco optimizer.mean=all"  # made before there was another mean
 BEST_OF_PEERS = {  # of the grids below
     "DiLoCo": f"{DILOCO} optimizer.outer_momentum=0.3",
     "MuLoCo": f"{MULOCO} optimizer.outer_momentum=0.3",

@@ -73,7 +73,7 @@ def replay(gradients: Sequence[Tensor], rule: str, beta: float) -> dict[str, flo
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.parse_args(arguments)
     torch.set_num_threads(1)
     muon = next(one for one in FEEDBACK_SETTINGS if one.name == "muon_feedback/without")

@@ -3,13 +3,12 @@
 from collections.abc import Iterable
 from statistics import mean
 
-from matplotlib.figure import Figure
-
 from scripts.measuring import markdown
 from scripts.shakespeare.conditions import LONGER, MIDDLE, OF_LONGER, ON_CPU, POINTS, SIZES
 from scripts.shakespeare.findings import filled, listed
 from scripts.shakespeare.results import Result, of_condition, target_loss
 from scripts.shakespeare.rounds import all_of, in_figures
+from training.drawing import Figure
 from training.picture import line_look, ticks_alone
 
 OTHER = "muloco"

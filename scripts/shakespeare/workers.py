@@ -2,13 +2,12 @@
 
 from statistics import mean
 
-from matplotlib.figure import Figure
-
 from scripts.measuring import markdown
 from scripts.shakespeare.conditions import GENRES, MORE_WORKERS, OF_WORKERS, REMEDIES_EVERY
 from scripts.shakespeare.findings import filled, listed
 from scripts.shakespeare.results import Result, lowest, of_condition
 from scripts.shakespeare.rounds import all_of, in_figures
+from training.drawing import Figure
 from training.picture import line_look, plain_sizes, ticks_alone
 
 SEQUENCES = 16  # in a step, of all workers

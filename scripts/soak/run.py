@@ -76,7 +76,7 @@ def soak(options: argparse.Namespace, log: TextIO) -> list[dict]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     parser.add_argument("--faults", type=int, default=30, help="(default %(default)s)")
     parser.add_argument("--minutes", type=float, default=20, help="at most, for faults to begin")

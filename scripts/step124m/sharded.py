@@ -110,7 +110,7 @@ def job(options: argparse.Namespace, workers: Workers) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     parser.add_argument("--out", type=Path, default=OUTPUT, help="folder (default %(default)s)")
     parser.add_argument("--redraw", action="store_true", help="sharded.md from the records alone")

@@ -5,9 +5,6 @@ from dataclasses import asdict
 from math import log
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from scripts.theory.studies import (
     CASES,
     GEOMETRIES,
@@ -16,6 +13,7 @@ from scripts.theory.studies import (
     VARIANTS,
     WORKERS,
 )
+from training.drawing import Figure, matplotlib
 from training.picture import COLOURS, STYLE, save
 
 TEXT = Path(__file__).with_name("report.md")

@@ -18,9 +18,7 @@ from collections.abc import Iterator, Sequence
 from math import log
 from pathlib import Path
 
-import matplotlib
 import torch
-from matplotlib.figure import Figure
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -31,6 +29,7 @@ from scripts.theory.algorithm import gradient_norms
 from scripts.theory.problems import Rippled, geometry
 from scripts.theory.run import read
 from training.config import ROOT
+from training.drawing import Figure, matplotlib
 from training.picture import STYLE, line_look, save
 
 SIDE, REPLICAS = 4, 16
@@ -125,7 +124,7 @@ def figure(records: Sequence[dict]) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "results" / "theory")
     parser.add_argument("--redraw", action="store_true", help="from DIR/momentum.jsonl, no runs")
     options = parser.parse_args(arguments)

@@ -25,10 +25,8 @@ from collections.abc import Iterator, Sequence
 from math import log, pi, sqrt
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 if not __package__:
@@ -38,6 +36,7 @@ from ef21_muon import AdaptiveRadius, EF21Muon, Euclidean, Identity
 from scripts.measuring import markdown
 from scripts.theory.run import read
 from training.config import ROOT
+from training.drawing import Figure, matplotlib
 from training.picture import STYLE, line_look, save
 
 METHODS = {"EF": "ef14", "EF21": "ef21", "CGD": "none"}
@@ -283,7 +282,7 @@ def figure(records: Sequence[dict]) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "results" / "theory")
     parser.add_argument("--redraw", action="store_true", help="from DIR/tight.jsonl, no runs")
     options = parser.parse_args(arguments)

@@ -97,7 +97,7 @@ def test_a_state_that_does_not_fit_is_refused(kind, other):
     others, other_optimizer = build(kind, **other)
     before = copy.deepcopy(other_optimizer.state_dict()["state"])
     set_gradients(others, seed=1)
-    with pytest.raises(ValueError, match=r"the state holds .* build it from the same groups"):
+    with pytest.raises(ValueError, match=r"^the state (holds|is of) .*: build "):
         other_optimizer.load_state_dict(optimizer.state_dict())
     after = other_optimizer.state_dict()["state"]
     assert all(torch.equal(before[i][key], after[i][key]) for i in before for key in before[i])

@@ -114,6 +114,11 @@ def test_the_state_of_a_worker_is_spread_over_its_ranks(runs, case):
     assert max(of_four) < 0.75 * max(of_two)
 
 
+def test_lanes_clip_the_gradient_of_the_worker_and_not_of_a_rank(runs, sharded):
+    for rank in (*runs[0], *sharded[2], *sharded[4]):
+        assert rank["clipped"].shape == (3,) and (rank["clipped"] < 1e-6).all()
+
+
 def test_what_a_lane_refuses_all_ranks_refuse(runs):
     for rank in runs[0]:
         assert list(rank["refusals"]) == [

@@ -18,6 +18,10 @@ COMPRESSORS = {
     "statistical": statistical(4),
     "chunks": chunk_top_k(local_steps.K, local_steps.CHUNK, statistical(2)),
 }
+KEPT = {  # 1 where an entry is sent
+    "topk": lambda x: reference.top_k(local_steps.FRACTION, np.ones_like)(x, None),
+    "chunks": chunk_top_k(local_steps.K, local_steps.CHUNK, np.ones_like),
+}
 INNER = {
     "sgd": lambda: GradientDescent(LR, MOMENTUM),
     "adamw": lambda: AdamW(**local_steps.ADAMW),
@@ -57,6 +61,8 @@ def simulate(case, layout, workers, steps=STEPS):
     every, stagger = options.pop("every", EVERY), options.pop("stagger", False)
     replicated = options.pop("server", "sharded") == "replicated" or workers == 1
     inner = INNER[options.pop("inner", "sgd")]
+    if options.pop("mean", "all") == "senders":
+        options["kept"] = KEPT[options["w2s"]]
     for direction in ("w2s", "s2w"):
         options[direction] = COMPRESSORS[options.get(direction, "identity")]
     simulation = LocalRounds(
@@ -121,6 +127,15 @@ def test_all_workers_agree_on_w_bit_for_bit_and_step_apart(recordings, workers):
             assert all(np.array_equal(first[name], other[name]) for other in others), name
         if name.endswith("local") and "every 1" not in name:
             assert not any(np.array_equal(first[name], other[name]) for other in others), name
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_mean_over_senders_is_bit_for_bit_that_of_any_placement(recordings, workers):
+    of_first = recordings[workers][0][0]
+    expected = of_first["senders sharded agreed"]
+    for server in ("rank0", "replicated"):
+        np.testing.assert_array_equal(of_first[f"senders {server} agreed"], expected, server)
+    assert not np.array_equal(of_first["replicated agreed"], expected)  # over all
 
 
 @pytest.mark.parametrize("case", RESUMED)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -276,6 +277,8 @@ WRONG = (
     ({"error_decay": 0.9, "feedback": "none"}, "error_decay=0.9 is not allowed with feedback="),
     ({"error_decay": 0.9, "feedback": "ef21"}, "error_decay=0.9 is not allowed with feedback="),
     ({"feedback": "ef22"}, "feedback='ef22' is not allowed: choose ef21, ef14, none"),
+    ({"mean": "median"}, "mean='median' is not allowed: choose all, senders"),
+    ({"mean": "senders", "feedback": "ef21"}, "mean='senders' is not allowed with feedback='ef21'"),
     ({"server": "cloud"}, "server='cloud' is not a placement"),
     ({"server": "replicated", "s2w": TopK(0.1)}, "sends nothing back to compress"),
     ({"w2s": "topk"}, "w2s='topk' is not allowed: give a Compressor or Switch"),
@@ -322,5 +325,62 @@ def test_an_inner_optimizer_of_other_parameters_is_noticed():
 def test_a_state_of_other_layers_is_refused():
     _, optimizer = build()
     other = LocalSteps(torch.optim.SGD(nn.Linear(3, 3).named_parameters(), lr=0.1))
-    with pytest.raises(ValueError, match="the state holds"):
+    with pytest.raises(
+        ValueError, match=r"^the state is of shape of weight of group 0 'not there'"
+    ):
         other.load_state_dict(optimizer.state_dict())
+
+
+WITHIN = {
+    "step()": lambda model, optimizer: optimizer.step(),
+    "agreed()": lambda model, optimizer: optimizer.agreed().__enter__(),
+    "finish()": lambda model, optimizer: optimizer.finish(),
+    "state_dict()": lambda model, optimizer: optimizer.state_dict(),
+    "a state of all": lambda model, optimizer: optimizer.full_state_dict(),
+    "load_state_dict()": lambda model, optimizer: optimizer.load_state_dict({}),
+    "a copy": lambda model, optimizer: copy.copy(optimizer),
+    "a deep copy": lambda model, optimizer: copy.deepcopy(optimizer),
+    "a copy of both": lambda model, optimizer: copy.deepcopy((model, optimizer)),
+    "a pickle": lambda model, optimizer: pickle.dumps(optimizer),
+    "check_agreement()": lambda model, optimizer: optimizer.check_agreement(),
+    "diagnostics()": lambda model, optimizer: optimizer.diagnostics(),
+    "an inner step": lambda model, optimizer: optimizer.inner[0].step(),
+    "a scheduled step": lambda model, optimizer: torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 1.0
+    ).optimizer.step(),
+}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("inner", ["adamw", "ef21_muon"])
+@pytest.mark.parametrize("call", WITHIN)
+def test_what_is_of_local_models_is_refused_while_the_parameters_are_w(call, inner, copied):
+    """And nothing has changed after it."""
+    options = {"every": 4, "w2s": TopK(0.3), "s2w": Dense("normal3"), "outer_momentum": 0.5}
+    model, optimizer = build(inner, **options)
+    train(model, optimizer, 6)
+    if copied:
+        model, optimizer = copy.deepcopy((model, optimizer))
+    expected = copy.deepcopy((model, optimizer))
+    line = r"within agreed\(\): the parameters are W there, leave it first"
+    with optimizer.agreed(), pytest.raises(RuntimeError, match=line):
+        WITHIN[call](model, optimizer)
+    for found, its in zip(
+        train(model, optimizer, 4, first=6), train(*expected, 4, first=6), strict=True
+    ):
+        assert torch.equal(found, its)
+
+
+def test_two_lines_make_a_checkpoint_that_resumes(tmp_path):
+    """README's, also in the middle of a round and with W saved for users before."""
+    model, optimizer = build("adamw", every=4, w2s=TopK(0.3), outer_momentum=0.5)
+    train(model, optimizer, 6)
+    with optimizer.agreed():
+        torch.save(model.state_dict(), tmp_path / "model.pt")
+    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "worker0.pt")
+    others, other = build("adamw", every=4, w2s=TopK(0.3), outer_momentum=0.5)
+    weights, state = torch.load(tmp_path / "worker0.pt")
+    others.load_state_dict(weights)
+    other.load_state_dict(state)
+    found, its = train(others, other, 7, first=6), train(model, optimizer, 7, first=6)
+    assert all(map(torch.equal, found, its))

@@ -55,6 +55,8 @@ TYPES = {
     "batch=32": "batch=32 is not allowed: give its keys batch.sequences, batch.per_forward",
     "wandb=offline": "wandb=offline is not allowed: give its keys wandb.mode, wandb.project",
     "schedule.warmup=long": "schedule.warmup=long is not allowed: give a number",
+    "clip_grad_norm=tight": "clip_grad_norm=tight is not allowed: give a number or null",
+    "clip_grad_norm=true": "clip_grad_norm=True is not allowed: give a number or null",
     "plan=100": "plan=100 is not allowed: give its keys plan.step_seconds, plan.mbit, plan.latency",
     "plan.mbit=fast": "plan.mbit=fast is not allowed: give a number or null",
     "plan.latency_ms=null": "plan.latency_ms=None is not allowed: give a number",
@@ -102,6 +104,18 @@ RANGES = {
     "plan.latency_ms=-1": "plan.latency_ms=-1 is not allowed: give a number of at least 0",
     "schedule.warmup=nan": "schedule.warmup=nan is not allowed: give a share of the steps, 0 to 1",
     "schedule.cooldown=2": "schedule.cooldown=2.0 is not allowed: give a share of the steps",
+    "schedule.floor=-0.1": "schedule.floor=-0.1 is not allowed: give a share of the lr, 0 to 1",
+    "steps=1000 schedule.warmup=50": (
+        "schedule.warmup=50.0 is not allowed: give a share of the steps, 0 to 1 (0.05 for 50 of 10"
+    ),
+    **{
+        f"clip_grad_norm={value}": f"clip_grad_norm={float(value)} is not allowed: give a number"
+        for value in ("0", "-1", "nan", "inf")
+    },
+    "optimizer=local optimizer.mean=median": "mean='median' is not allowed: choose all, senders",
+    "optimizer=sparseloco optimizer.feedback=ef21 optimizer.error_decay=1": (
+        "mean='senders' is not allowed with feedback='ef21', whose servers add up means"
+    ),
     "eval.tokens=1": "1 test tokens wanted in windows of 32 from a test set of 2000: use 32 to",
     "eval.tokens=100000": "100000 test tokens wanted ... from a test set of 2000: use 32 to 1984",
     "model.context=100000": "fewer than one window of 100001: use a context below 10000",
@@ -161,6 +175,7 @@ CHOICES = {
     "experiment=thesis": "Could not find 'experiment/thesis': choose from paper",
     "shard=true": "shard=true needs workers of several ranks: give worker_size=2 or more",
     "exchange=nccl": "exchange=nccl is not allowed: choose device or host",
+    "schedule.shape=linear": "schedule.shape=linear is not allowed: choose trapezoid or cosine",
     "resume=yes": "resume=yes is not allowed: choose none, auto or elastic",
     "wandb.mode=on": "wandb.mode=on is not allowed: choose disabled, offline or online",
     "data.train=/nowhere/*.bin": "/nowhere/*.bin: 0 matching files, expected 1; rebuild",
@@ -175,6 +190,10 @@ CHOICES = {
 }
 
 CONTRADICTIONS = {
+    "schedule.shape=cosine schedule.cooldown=0.2": (
+        "schedule.cooldown=0.2 has no effect with schedule.shape=cosine, which falls from the end"
+    ),
+    "+optimizer.mean=senders": "optimizer.mean is not allowed: EF21Muon has beta, buckets",
     "optimizer.server=replicated compressor@s2w=topk": (
         "server='replicated' sends nothing back to compress with s2w=top 15% natural: use s2w="
     ),
@@ -192,6 +211,18 @@ CONTRADICTIONS = {
     "compressor@w2s=switch w2s.start=4": "w2s.start=4 is not below steps=4: give a round of the",
     "compressor@w2s=switch w2s.start=0": "w2s: Switch got start=0: give a round, a whole number",
     "compressor@s2w=switch": "is not allowed: give a Compressor of ef21_muon (group ",
+    "diagnostics_every=5": "diagnostics_every=5 is longer than steps=4, which leaves no record of",
+    "optimizer=diloco": "optimizer.every=500 is longer than steps=4: give optimizer.every=4",
+    "optimizer=local": "optimizer.every=30 is longer than steps=4: give optimizer.every=4",
+    "optimizer=muloco optimizer.every=5": "every=5 is longer than steps=4: ... or steps=5 or more",
+    "optimizer=local optimizer.every=400 dry_run=true": "every=400 is longer than steps=4",
+    "optimizer=local optimizer.every=9 optimizer.delay=2": "every=9 is longer than steps=4",
+    "optimizer=local optimizer.every={0:2,2:600}": (
+        "has rounds of 600 steps from step 3 on, where steps=4 leaves 2: give rounds of 2"
+    ),
+    "optimizer=local optimizer.every={0:1,3:2}": "of 2 steps from step 4 on, where steps=4 lea",
+    "optimizer=local optimizer.every={0:1,4:2}": "from step 5 on, which steps=4 does not reach",
+    f"{FLEET} optimizer.every=5": "optimizer.every=5 is longer than steps=4: give",
     "worker_size=2": "worker_size=2 needs a process group: use torchrun",
     "optimizer.error_decay=0.9 optimizer.feedback=none": (
         "error_decay=0.9 is not allowed with feedback='none': leave it at 1, or use feedback='ef14'"

@@ -106,6 +106,8 @@ class LocalRounds:
 
     turns: of every layer the step in a round, from 0, after which it is told; a message takes
     `delay` steps, `ways` of them until W moves. gradient(model, worker) gives a worker's gradients.
+    kept: of what a worker sends, 1 for the entries that its message has, so that a mean is over
+    the workers that sent an entry; without it over all.
     """
 
     def __init__(self, start, workers, gradient, new_inner, every, turns, **options):
@@ -118,7 +120,7 @@ class LocalRounds:
         self.mean_estimate = dict.fromkeys(start, 0.0)  # G
         self.server_error = dict.fromkeys(start, 0.0)  # e_s
         defaults = {"feedback": "ef14", "error_decay": 1.0, "outer_lr": 1.0, "outer_momentum": 0.0}
-        defaults |= {"nesterov": True, "delay": 0, "ways": 1}
+        defaults |= {"nesterov": True, "delay": 0, "ways": 1, "kept": None}
         for name, value in (defaults | options).items():
             setattr(self, name, value)
         self.under_way, self.steps = [], 0
@@ -145,18 +147,18 @@ class LocalRounds:
         """The layer's turn: every worker's message is on its way."""
         messages, departures = [], []
         for model, memory in zip(self.models, self.memories, strict=True):
-            difference = self.shared[layer] - model[layer]
+            target = self.shared[layer] - model[layer]
             departures.append(model[layer])
             if self.feedback == "ef14":
-                target = difference + self.error_decay * memory[layer]
+                target = target + self.error_decay * memory[layer]
                 sent = self.w2s(target)
                 memory[layer] = target - sent
             elif self.feedback == "ef21":
-                sent = self.w2s(difference - memory[layer])
+                sent = self.w2s(target - memory[layer])
                 memory[layer] = memory[layer] + sent
             else:
-                sent = self.w2s(difference)
-            messages.append(sent)
+                sent = self.w2s(target)
+            messages.append((sent, self.kept(target) if self.kept else 1))
         due = self.steps + self.ways * self.delay
         self.under_way.append((due, layer, messages, departures))
 
@@ -164,7 +166,8 @@ class LocalRounds:
         for message in [one for one in self.under_way if one[0] == step]:
             self.under_way.remove(message)
             _, layer, messages, departures = message
-            shift = self.serve(layer, sum(messages) / len(messages))
+            total, senders = (sum(parts) for parts in zip(*messages, strict=True))
+            shift = self.serve(layer, total / np.maximum(1, senders))
             self.shared[layer] = self.shared[layer] - shift
             for model, departure in zip(self.models, departures, strict=True):
                 model[layer] = model[layer] + (self.shared[layer] - departure)

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import signal
-from unittest import mock
 
 import pytest
 from run import launch
@@ -16,7 +15,7 @@ from training.arguments import parse_arguments, pasted
 from training.config import compose
 from training.records import read_log
 from training.sweep import run_jobs
-from training.workers import RunError, Workers
+from training.workers import FINAL, RunError, Workers
 
 
 def records(directory):
@@ -27,7 +26,7 @@ def test_a_run_that_goes_on_is_not_started_twice(small, tmp_path):
     place = f"directory={tmp_path}/run"
     with Claim(tmp_path / "run"):
         for again in (("resume=auto", place), ("resume=elastic", place)):
-            result = launch(0, *small, *again, expect=1)
+            result = launch(0, *small, *again, expect=FINAL)
             told = f"error: {tmp_path}/run is being written by process {os.getpid()} on "
             assert result.stderr.count(told) == 1 and "Traceback" not in result.stderr
     assert not (tmp_path / "run").exists()
@@ -100,7 +99,7 @@ def test_a_run_that_diverges_in_its_last_step_has_failed(small, tmp_path):
 
 def test_a_bad_job_of_a_sweep_is_told_before_the_first_trains(small, tmp_path):
     jobs = ("-m", *small, f"runs={tmp_path}/runs", "optimizer.weight_decay=0,-1")
-    result = launch(0, *jobs, expect=1)
+    result = launch(0, *jobs, expect=FINAL)
     assert result.stderr.startswith("error: weight_decay=-1 is not allowed: give a number of")
     assert "(in optimizer.weight_decay=-1 " in result.stderr
     assert not (tmp_path / "runs").exists()
@@ -151,11 +150,17 @@ def test_configurations_that_differ_between_nodes_are_told(monkeypatch):
     class OtherFiles(FirstOfTwo):
         def gather(self, value):
             (first, second) = super().gather(value)
-            return [first, [second[0] | {"seed": 7}] if self.asked == 3 else second]
+            if self.asked != 5:
+                return [first, second]
+            other = second[0] | {"seed": 7, "eval": second[0]["eval"] | {"every": 3}}
+            return [first, [other]]
 
-    workers = OtherFiles([])
-    with pytest.raises(RunError, match="rank 1 and rank 0 make different configurations of the"):
-        run_jobs(parse_arguments([]), workers, None, None)
+    told = re.escape(
+        "rank 1 and rank 0 make different configurations of the same command line (eval.every=3 "
+        "against 50, seed=7 against 0): use the same code and configs/ on all nodes"
+    )
+    with pytest.raises(RunError, match=told):
+        run_jobs(parse_arguments([]), OtherFiles([]), None, None)
 
 
 def test_a_shuffled_sweep_is_rank_0s_on_all(monkeypatch):
@@ -173,13 +178,13 @@ def test_a_shuffled_sweep_is_rank_0s_on_all(monkeypatch):
     assert [job.config.optimizer.lr for job in seen] == [0.3, 0.1, 0.2]
 
 
-def test_tokens_a_second_are_those_since_the_last_record(small, tmp_path):
-    with mock.patch("training.log.tqdm") as bar:
-        run_alone(tmp_path, *small)
-    texts = [call.args[0] for call in bar.return_value.set_postfix_str.call_args_list]
+def test_tokens_a_second_are_those_since_the_last_record(small, tmp_path, capsys):
+    run_alone(tmp_path, *small)
+    lines = capsys.readouterr().err.splitlines()
     trains = read_log(tmp_path / "metrics.jsonl").train
     before = {"tokens": 0, "seconds": 0}
-    for text, now in zip(texts, trains, strict=True):
+    for text, now in zip(lines, trains, strict=True):
         tokens, seconds = (now[key] - before[key] for key in before)
+        assert text.startswith(f"step {now['step']:>6} of 4  loss {now['loss']:.3f}, ")
         assert f" {tokens / seconds / 1000:.1f}k tokens/s, " in text
         before = {key: now[key] for key in before}

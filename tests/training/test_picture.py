@@ -1,8 +1,13 @@
 """Pictures of logs that are written here: what is drawn, and how."""
 
+import os
+import subprocess
+import sys
+
 import matplotlib
 import pytest
 from logs import END, EVALS, RUN, evaluation, write_log
+from run import ROOT
 
 from training.picture import build_figure, draw, unique_labels
 from training.records import find_runs, read_log
@@ -90,3 +95,29 @@ def test_same_logs_give_the_same_bytes_and_leave_the_settings_alone(tmp_path):
         assert one.read_bytes() == other.read_bytes()
     assert first[0].read_bytes().startswith(b"\x89PNG")
     assert b"dc:date" not in first[1].read_bytes()
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_pictures_need_no_backend_that_the_environment_names(tmp_path, backend):
+    write_log(tmp_path, RUN, *EVALS, END)
+    command = [sys.executable, "scripts/figures.py", str(tmp_path)]
+    environment = os.environ | {"MPLBACKEND": backend}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    assert (tmp_path / "test_loss.png").exists()
+
+
+def test_a_picture_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
+    write_log(tmp_path, RUN, *EVALS, END)
+    before = [path.read_bytes() for path in draw([tmp_path], tmp_path)]
+    names = {path.name for path in tmp_path.iterdir()}
+
+    def full(figure, file, **options):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(OSError, match="No space left"):
+        draw([tmp_path], tmp_path)
+    assert [(tmp_path / f"test_loss.{kind}").read_bytes() for kind in ("png", "svg")] == before
+    assert {path.name for path in tmp_path.iterdir()} == names

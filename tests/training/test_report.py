@@ -74,6 +74,10 @@ TOP = ("compressor@w2s=topk", "w2s.values=sign")
         (("optimizer.delay=1",), "dense normal2, every 30 delay 1"),
         (("optimizer.feedback=ef21",), "dense normal2, every 30 EF21"),
         ((*TOP, "w2s.fraction=0.1"), "top 10% sign, every 30"),
+        (
+            (*TOP, "w2s.fraction=0.1", "optimizer.mean=senders"),
+            "top 10% sign, every 30 mean over senders",
+        ),
         ((*TOP, "w2s.fraction=0.3"), "dense sign, every 30"),  # which is less than their places
     ],
 )

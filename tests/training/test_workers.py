@@ -8,7 +8,7 @@ import torch.distributed as dist
 from run import PATIENCE
 from waiting import SleptTime
 
-from training.workers import RunError, Workers
+from training.workers import RunError, Workers, by_host_alone
 
 
 class Start:
@@ -89,3 +89,17 @@ def test_workers_share_gpus_where_a_machine_has_fewer(
         with pytest.raises(RunError, match=r"exchange=device needs a GPU for each rank"):
             workers.group("device")
     assert workers.group("host") is None  # the default group, or none yet
+
+
+@pytest.mark.parametrize(
+    ("devices", "alone"),
+    [
+        ({b"cpu"}, False),
+        ({b"cuda"}, False),
+        ({b"shared"}, True),
+        ({b"cuda", b"shared"}, True),
+        ({b"cpu", b"cuda"}, True),  # which would wait for each other in vain
+    ],
+)
+def test_where_some_have_no_gpu_of_their_own_messages_go_by_the_host(devices, alone):
+    assert by_host_alone(devices) == alone

@@ -48,6 +48,7 @@ CASES = {
         "server": "sharded",
     },
 }
+CASES["local, senders"] = CASES["local"] | {"mean": "senders"}
 CASES["local, stagger"] = CASES["local"] | {"every": 4, "stagger": True}
 STEPS = 8
 
@@ -152,6 +153,39 @@ def train(case: str, worker_size: int, shard: bool) -> dict[str, np.ndarray]:
         f"{case} bytes": [optimizer.w2s_bytes, optimizer.s2w_bytes, optimizer.wire_tx_bytes],
         f"{case} state": state,
     }
+
+
+def clipped(worker_size: int, shard: bool) -> list[float]:
+    """How far lanes are from torch's clipping of the worker's mean gradient, relative to it.
+
+    For a norm that is never reached, one that is, and one that is with a NaN in a layer, which
+    leaves the gradients of the other layers as they are.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    first = rank // worker_size * worker_size
+    parts = range(first * 4 // ranks, (first + worker_size) * 4 // ranks)
+    found = []
+    for max_norm, broken in ((1e6, ""), (0.5, ""), (0.5, "head")):
+        module = sharded(Layers(), worker_size) if shard else Layers()
+        model = dict(module.named_parameters())
+        lanes = Lanes(list(model.values()), worker_size, None)
+        lanes.max_norm = max_norm
+        module(range(rank * 4 // ranks, (rank + 1) * 4 // ranks)).backward()
+        expected = parameters()
+        (sum(loss(expected, part) for part in parts) / len(parts)).backward()
+        assert torch.nn.utils.get_total_norm([p.grad for p in expected.values()]) > 0.5
+        if broken:
+            (model[broken].grad.to_local() if shard else model[broken].grad).fill_(torch.nan)
+        else:
+            torch.nn.utils.clip_grad_norm_(expected.values(), max_norm)
+        lanes.reduce_gradients()
+        errors = [
+            (lanes.own[p].grad - expected[name].grad).norm() / expected[name].grad.norm()
+            for name, p in model.items()
+            if p in lanes.own and name != broken
+        ]
+        found.append(max(map(float, errors), default=0.0))
+    return found
 
 
 def refusals() -> list[str]:
@@ -298,6 +332,8 @@ def main() -> None:
     worker_size, shard = int(sys.argv[2]), "sharded" in sys.argv
     told = refusals() if dist.get_world_size() > 1 else []
     results = {"refusals": [*told, *(refusals_of_shards() if shard else [])]}
+    if worker_size > 1:
+        results["clipped"] = clipped(worker_size, shard)
     if worker_size == 2:
         results["parted"] = parted(shard)
         for local in (False, True):

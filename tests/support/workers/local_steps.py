@@ -82,11 +82,17 @@ CASES = {
     "diloco": {"inner": "adamw", "outer_lr": 0.7, "outer_momentum": 0.9, "feedback": "none"},
     "muloco": {"inner": "muon", "w2s": "statistical", "error_decay": 0.9}
     | {"outer_lr": 0.9, "outer_momentum": 0.8},
-    "sparseloco": {"inner": "adamw", "w2s": "chunks", "error_decay": 0.95},
+    "sparseloco": {"inner": "adamw", "w2s": "chunks", "error_decay": 0.95, "mean": "senders"},
+    **{
+        f"senders {server}": {"w2s": "topk", "server": server, "mean": "senders"} | NESTEROV
+        for server in ("sharded", "rank0", "replicated")
+    },
+    "senders stagger delay": BOTH | {"mean": "senders", "stagger": True, "delay": 1},
     "ef21 delay": BOTH | {"feedback": "ef21", "stagger": True, "delay": 1},
 }
-UNFINISHED = ("both", "stagger", "stagger delay", "replicated stagger delay")
+UNFINISHED = ("both", "stagger", "stagger delay", "replicated stagger delay", "sparseloco")
 RESUMED = ("diloco", "nesterov", "ef21 delay", "stagger delay", "replicated stagger delay")
+RESUMED += ("sparseloco", "senders stagger delay")
 
 
 def new(case):

@@ -48,7 +48,7 @@ CASES = {
     "sharded model": (TOP, "compressor@s2w=natural", "worker_size=2", "shard=true"),
     "local, sharded model": (*LOCAL, "optimizer.outer_lr=0.9", "worker_size=2", "shard=true"),
     **{name: (f"optimizer={name}", "optimizer.every=3") for name in ("diloco", "muloco")},
-    "sparseloco": ("optimizer=sparseloco", "optimizer.every={0:3,3:2}"),
+    "sparseloco": ("optimizer=sparseloco", "optimizer.every={0:3,3:1}"),
     "asynchronous": (TOP, "compressor@s2w=natural"),
     "asynchronous adamw": ("optimizer=adamw",),
 }

@@ -55,7 +55,7 @@ DIFFERENT = {
         lambda m: EF21Muon(m.parameters(), missing="zero"),
         lambda m: EF21Muon(m.parameters()),
     ),
-    "momentum_from_zero": (
+    "momentum_start": (
         lambda m: EF21Muon(m.parameters(), momentum_start="zero"),
         lambda m: EF21Muon(m.parameters()),
     ),

@@ -1,0 +1,26 @@
+"""A worker's gradients, scaled down where they are too long."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ef21_muon.exchange.collectives import ALONE, place_in
+
+
+def clip(
+    gradients: Sequence[Tensor], max_norm: float, group: dist.ProcessGroup | str | None = ALONE
+) -> None:
+    """Scale gradients, in place, to a Euclidean norm of all of them together of at most `max_norm`.
+
+    As torch.nn.utils.clip_grad_norm_, but that a norm which is not finite changes nothing, so that
+    the layer it comes from can be named. group: ranks that have the worker's other gradients; to be
+    called on all of them. Does not wait for the device.
+    """
+    square = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+    if place_in(group)[1] > 1:
+        dist.all_reduce(square, group=group)
+    norm = square.sqrt()
+    scale = torch.where(norm.isfinite(), max_norm / (norm + 1e-6), 1.0).clamp_(max=1.0)
+    torch._foreach_mul_(gradients, scale.float())

@@ -1,0 +1,98 @@
+"""What an optimizer is: its class and every option that changes its steps, as plain values."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Number
+from types import FunctionType
+
+from torch import Tensor, dtype
+from torch.optim import Optimizer
+
+# Entries of a parameter group that do not change a step, or that schedulers change.
+LEFT_OUT = {
+    *("params", "param_names", "foreach", "fused", "capturable", "differentiable"),
+    *("initial_lr", "max_lr", "min_lr"),
+}
+# What may differ between a state and the optimizer that loads it.
+MAY_CHANGE = ("lr", "missing")
+NAMED = 3  # differences that a message names
+DEEPEST = 4  # of objects within objects
+
+
+def described(value: object, depth: int = 0) -> object:
+    """The value if it is plain, else a text that is the same in every process.
+
+    An object is its class and its attributes: TopK(fraction=0.3, values=Natural(stochastic=True)).
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Number):  # of numpy
+        return float(value)
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else f"{tuple(value.shape)} {value.dtype}"
+    if isinstance(value, Mapping):
+        return {str(key): described(one, depth) for key, one in value.items()}
+    if isinstance(value, Sequence):
+        return [described(one, depth) for one in value]
+    if isinstance(value, type | FunctionType):
+        return value.__qualname__
+    name = type(value).__qualname__
+    if not hasattr(value, "__dict__") or depth == DEEPEST:
+        return str(value) if isinstance(value, dtype) else name
+    attributes = sorted(vars(value).items())
+    own = (f"{key.lstrip('_')}={described(one, depth + 1)}" for key, one in attributes)
+    return f"{name}({', '.join(own)})"
+
+
+def shapes_of(groups: Sequence[dict]) -> dict[str, str]:
+    """Of every parameter, by its name or its number in its group, shape and type."""
+    shapes = {}
+    for index, group in enumerate(groups):
+        for place, parameter in enumerate(group["params"]):
+            name = group["param_names"][place] if "param_names" in group else f"parameter {place}"
+            shape = f"{tuple(parameter.shape)} {str(parameter.dtype).removeprefix('torch.')}"
+            shapes[f"shape of {name} of group {index}"] = shape
+    return shapes
+
+
+def options_of(groups: Sequence[dict], entries: Iterable[str]) -> dict[str, object]:
+    """Of every parameter group those of the entries that it has.
+
+    Returns {"entry of group index": described value}.
+    """
+    entries = [entry for entry in dict.fromkeys(entries) if entry not in LEFT_OUT]
+    options = {}
+    for index, group in enumerate(groups):
+        for entry in entries:
+            if entry in group:
+                options[f"{entry} of group {index}"] = described(group[entry])
+    return options
+
+
+def identity_of(inner: Optimizer) -> dict[str, object]:
+    """Of an optimizer of torch, or of anyone: its class and options as they are now."""
+    kind = type(inner)
+    entries = ("name", *inner.defaults)
+    method = {"method": f"{kind.__module__}.{kind.__qualname__}"}
+    return method | options_of(inner.param_groups, entries)
+
+
+def without_free(identity: Mapping[str, object]) -> dict[str, object]:
+    """An identity without what may change between a state and the optimizer that loads it."""
+    return {
+        key: value for key, value in identity.items() if key.partition(" of ")[0] not in MAY_CHANGE
+    }
+
+
+def differences(mine: Mapping, theirs: Mapping, here: str) -> str:
+    """What differs, as text for an error; empty where nothing does.
+
+    here: a word for where `mine` is; theirs come first: "beta of group 0 0.1 (here 0.2)".
+    """
+    missing = "not there"
+    found = [
+        f"{key} {theirs.get(key, missing)!r} ({here} {mine.get(key, missing)!r})"
+        for key in dict.fromkeys([*mine, *theirs])
+        if mine.get(key, missing) != theirs.get(key, missing)
+    ]
+    more = len(found) - NAMED
+    return ", ".join(found[:NAMED] + ([f"and {more} more"] if more > 0 else []))

@@ -1,0 +1,118 @@
+"""The copy of a run's numbers in wandb. A run is worth more than it, and does not wait for it."""
+
+import re
+import secrets
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from queue import Full, Queue
+
+from training.console import write_line
+from training.records import LOG_NAME
+from training.workers import RunError, one_line
+
+ID_FILE = "wandb_id"  # in the run's directory, for when the run goes on
+MOST_WAITING = 10_000  # records that wandb has not taken, after which it counts as hanging
+PATIENCE = 120.0  # seconds for wandb to end, of a run that is complete
+SHORT_PATIENCE = 10.0  # of one that was stopped, which may be killed soon
+
+
+class Mirror:
+    """A run of wandb. No call fails, and `finish` alone waits; a line says if the run is lost.
+
+    A new run has an id of its own; a run that goes on, `again`, has the one of its directory.
+    Raises RunError if wandb does not start, but for a run that goes on.
+    """
+
+    def __init__(self, config: dict, directory: Path, label: str, again: bool):
+        self.directory = directory
+        self._problem: str | None = None
+        self._given_up = False
+        self._tasks: Queue[Callable[[], None] | None] = Queue(MOST_WAITING)
+        self._done = threading.Event()
+        try:
+            self._run = _start(config, directory, label, _run_id(directory, again))
+        except Exception as error:
+            mode = config["wandb"]["mode"]
+            told = f"wandb.mode={mode} does not start ({one_line(error)})"
+            if not again:
+                other = "offline" if mode == "online" else "disabled"
+                raise RunError(
+                    f"{told}: give wandb.mode={other}, and upload later with scripts/to_wandb.py"
+                ) from error
+            self._give_up(told)
+        else:
+            threading.Thread(target=self._work, daemon=True).start()
+
+    def log(self, numbers: dict, step: int) -> None:
+        """Send the numbers of a step, after those of earlier calls."""
+        self._add(lambda: self._run.log(numbers, step=step))
+
+    def finish(self, status: str) -> None:
+        """Wait for what is under way, for a while; `status` is that of the end record."""
+        self._add(lambda: self._run.finish(exit_code=1 if status == "failed" else 0))
+        self._add(None)
+        patience = PATIENCE if status == "completed" else SHORT_PATIENCE
+        if not self._given_up and not self._done.wait(patience):
+            self._give_up(f"wandb did not end within {patience:g} s")
+        self._look()
+
+    def _add(self, task: Callable[[], None] | None) -> None:
+        self._look()
+        if self._given_up:
+            return
+        try:
+            self._tasks.put_nowait(task)
+        except Full:
+            self._give_up(f"wandb has not taken {MOST_WAITING} records")
+
+    def _work(self) -> None:
+        try:
+            while task := self._tasks.get():
+                task()
+        except BaseException as error:  # of any kind that wandb, or what it uses, may raise
+            self._problem = one_line(error)
+        self._done.set()
+
+    def _look(self) -> None:
+        if self._problem and not self._given_up:
+            self._give_up(f"wandb stopped answering ({self._problem})")
+
+    def _give_up(self, problem: str) -> None:
+        self._given_up = True
+        write_line(
+            f"warning: {problem}: the log is in {self.directory / LOG_NAME}, upload it later with "
+            f"python scripts/to_wandb.py {self.directory}",
+            error=True,
+        )
+
+
+class NoMirror:
+    """In place of a Mirror, where none was asked for."""
+
+    def log(self, numbers: dict, step: int) -> None: ...
+
+    def finish(self, status: str) -> None: ...
+
+
+def _start(config: dict, directory: Path, label: str, run_id: str):
+    import wandb
+
+    run = wandb.init(
+        project=config["wandb"]["project"],
+        mode=config["wandb"]["mode"],
+        name=label,
+        dir=directory,
+        config=config,
+        id=run_id,
+        resume="allow",
+        settings={"console": "off"},  # else every line that is printed goes by wandb, too
+    )
+    (directory / ID_FILE).write_text(run_id)
+    return run
+
+
+def _run_id(directory: Path, again: bool) -> str:
+    path = directory / ID_FILE
+    known = path.read_text() if again and path.exists() else ""
+    return known if re.fullmatch(r"[\w-]+", known) else secrets.token_hex(8)

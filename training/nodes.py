@@ -1,0 +1,129 @@
+"""What has to be the same on all nodes: code, torch, classes, tokens, and the run's directory.
+
+Each is compared before the training, over all workers; what differs is one line that names a rank,
+its host and what to do.
+"""
+
+import hashlib
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, ListConfig
+
+from data.loader import TokenStream
+from training.workers import RunError, Workers
+
+CODE = {"__main__", "train", "model", "training", "baselines", "data", "ef21_muon"}
+SEEN_WITHIN = 10.0  # seconds for what one node has written to be seen on another
+
+
+def require_same_code(workers: Workers) -> None:
+    """Raise RunError where another torch is installed, or a file of the code is another one."""
+    loaded = [name for name in sys.modules if name.partition(".")[0] in CODE]
+    everywhere = set.intersection(*map(set, workers.gather(loaded)))
+    facts = {"torch": torch.__version__.partition("+")[0]}  # without what it was built for
+    for name in sorted(everywhere):
+        facts[name.replace("__main__", "train")] = _digest(name) or ""
+    _require_same(facts, workers, "use the same code and the same torch on all nodes")
+
+
+def require_same_inputs(
+    config: DictConfig, streams: dict[str, TokenStream], workers: Workers
+) -> None:
+    """Raise RunError where tokens differ, or the file of a class that the configuration names.
+
+    Of tokens the numbers and samples are compared. The classes have to be imported by now.
+    """
+    facts = {}
+    if workers.count > 1:
+        for name, stream in streams.items():
+            for place, (path, told) in enumerate(stream.fingerprints(), 1):
+                facts[f"{name} shard {place}, {path.name}"] = told
+        facts |= {name: _digest(name) or "" for name in _targets(config)}
+    _require_same(facts, workers, "use the same data and code on all nodes")
+
+
+def require_shared(directory: Path, workers: Workers) -> None:
+    """Raise RunError where a rank does not see the run's directory of rank 0, or may not write it.
+
+    Every rank writes a file into it, which rank 0 looks for, and removes it again.
+    """
+    if workers.count == 1:
+        return
+    folder = directory / "checkpoints"
+    folder = directory / "checkpoints" if workers.broadcast(folder.is_dir()) else directory
+    # Named as what an ended process left, which the next start removes.
+    token = workers.broadcast(secrets.token_hex(4))
+    names = [f"shared.{rank}-{token}.partial" for rank in range(workers.count)]
+    problem = None
+    try:
+        (folder / names[workers.rank]).touch()
+    except OSError as error:
+        problem = error.strerror
+    try:
+        places = workers.gather((socket.gethostname(), str(folder.resolve()), problem))
+        missing = workers.broadcast(_not_seen(folder, names) if workers.first else None)
+    finally:
+        with suppress(OSError):
+            (folder / names[workers.rank]).unlink()
+    if missing:
+        host, path, problem = places[missing[0]]
+        more = f", like {len(missing) - 1} more," if missing[1:] else ""
+        what = f"{path} there: {problem}" if problem else f"{path} there is another folder"
+        raise RunError(
+            f"rank {missing[0]} on {host}{more} does not share the run directory {places[0][1]} of "
+            f"rank 0 on {places[0][0]} ({what}): give one with directory= or runs= that all nodes "
+            "share and may write"
+        )
+
+
+def _not_seen(folder: Path, names: list[str]) -> list[int]:
+    """The ranks whose files are not there, also after a while."""
+    until = time.monotonic() + SEEN_WITHIN
+    while missing := [rank for rank, name in enumerate(names) if not (folder / name).exists()]:
+        if time.monotonic() > until:
+            break
+        time.sleep(0.1)
+    return missing
+
+
+def _targets(node: object) -> Iterator[str]:
+    """The names of the classes in a configuration."""
+    if isinstance(node, DictConfig):
+        if isinstance(node.get("_target_"), str):
+            yield node["_target_"]
+        node = list(node.values())
+    if isinstance(node, list | ListConfig):
+        for one in node:
+            yield from _targets(one)
+
+
+def _digest(name: str) -> str | None:
+    """Of the file of a module, or of the module that a dotted name is in; None without a file."""
+    while name not in sys.modules and "." in name:
+        name = name.rpartition(".")[0]
+    path = getattr(sys.modules.get(name), "__file__", None)
+    with suppress(OSError, TypeError):
+        return f"SHA-256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}"
+    return None
+
+
+def _require_same(facts: dict[str, str], workers: Workers, remedy: str) -> None:
+    """Raise RunError, on all workers alike, with what the first rank that differs has."""
+    digest = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
+    if len({*workers.gather(digest)}) == 1:
+        return
+    (first_host, first), *others = workers.gather((socket.gethostname(), facts))
+    for rank, (host, theirs) in enumerate(others, 1):
+        if names := [n for n in first | theirs if first.get(n) != theirs.get(n)]:
+            more = f", and {len(names) - 1} more" if names[1:] else ""
+            raise RunError(
+                f"nodes differ in {names[0]}: {theirs.get(names[0], 'none')} on rank {rank} "
+                f"({host}), {first.get(names[0], 'none')} on rank 0 ({first_host}){more}: {remedy}"
+            )
