@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ef21_muon.arithmetic import Results, of_inner
 from ef21_muon.checks import (
     OUTER_NUMBERS,
     check_number,
@@ -85,6 +86,10 @@ class AveragedGradients(WrappingOptimizer):
         lossless = all(one.lossless for phase in self.phases for one in phase.w2s)
         self.feedback = FEEDBACK["none" if lossless else feedback]
         self._begin(batches)
+
+    def _recomputed(self, groups: list[dict], server: str) -> Results:
+        yield from super()._recomputed(groups, server)
+        yield from of_inner(self.inner)
 
     def _round(self) -> Traffic:
         traffic = self._exchange()

@@ -35,6 +35,16 @@ OUTER_NUMBERS = {
     "outer_momentum": ("of at least 0, below 1", lambda momentum: 0 <= momentum < 1),
     "error_decay": NUMBERS["error_decay"],
 }
+# Why parameters differ between ranks, at first and later, and what to do.
+UNEQUAL = (
+    "build the model from one seed, or broadcast rank 0's first, since another kind of processor "
+    "may draw other numbers from one seed"
+)
+PARTED = (
+    "they were the same at first; if the ranks' processors, BLAS libraries or numbers of threads "
+    "differ, they compute other bits: {}start all ranks on one kind of processor; else one was "
+    "changed or damaged: go on from a checkpoint"
+)
 
 log = logging.getLogger("ef21_muon")
 
@@ -245,9 +255,12 @@ def _with_subclasses(kind: type) -> Iterator[type]:
 
 
 def require_equal_parameters(
-    named: list[tuple[str, Tensor]], group: dist.ProcessGroup | None
+    named: list[tuple[str, Tensor]], group: dist.ProcessGroup | None, why: str
 ) -> None:
-    """Raise ValueError, on all ranks, for the first parameter that differs between them."""
+    """Raise ValueError, on all ranks, for the first parameter that differs between them.
+
+    why: the causes that there may be, and what to do.
+    """
     _, ranks = place_in(group)
     if ranks == 1:
         return
@@ -258,34 +271,48 @@ def require_equal_parameters(
     if differs:
         rank, layer = differs[0]
         raise ValueError(
-            f"{named[layer][0]} differs between rank 0 and rank {rank}: all workers hold the same "
-            "parameters; build the model from one seed or broadcast it first, or go on from a "
-            "checkpoint if they parted during training"
+            f"{named[layer][0]} differs between rank 0 and rank {rank}, and all workers hold the "
+            f"same parameters: {why}"
         )
+
+
+def first_difference(
+    mine: dict, device: torch.device, group: dist.ProcessGroup | None, only_common: bool = False
+) -> tuple[int, str, str, str] | None:
+    """The first rank that has another value than rank 0, its name, and both values; or None.
+
+    The same on all ranks. only_common: of names that both have.
+    """
+    _, ranks = place_in(group)
+    if ranks == 1:
+        return None
+    digest = torch.tensor([*sha256(str(mine).encode()).digest()], device=device)
+    digests = [torch.empty_like(digest) for _ in range(ranks)]
+    dist.all_gather(digests, digest, group=group)
+    if all(torch.equal(one, digests[0]) for one in digests):
+        return None
+    every = [None] * ranks
+    dist.all_gather_object(every, mine, group=group)
+    for rank, its in enumerate(every):
+        for name in [*every[0], *its]:
+            if only_common and not (name in every[0] and name in its):
+                continue
+            first, other = (str(one.get(name, "not there")) for one in (every[0], its))
+            if first != other:
+                return rank, name, first, other
+    return None
 
 
 def require_equal_settings(
     mine: dict, device: torch.device, group: dist.ProcessGroup | None
 ) -> None:
     """Raise ValueError, on all ranks, for a setting that differs between them."""
-    _, ranks = place_in(group)
-    if ranks == 1:
-        return
-    digest = torch.tensor([*sha256(str(mine).encode()).digest()], device=device)
-    digests = [torch.empty_like(digest) for _ in range(ranks)]
-    dist.all_gather(digests, digest, group=group)
-    if all(torch.equal(one, digest) for one in digests):
-        return
-    every = [None] * ranks
-    dist.all_gather_object(every, mine, group=group)
-    for rank, its in enumerate(every):
-        for name in [*every[0], *its]:
-            first, other = (str(one.get(name, "not there")) for one in (every[0], its))
-            if first != other:
-                raise ValueError(
-                    f"{name} is {first} on rank 0 and {other} on rank {rank}: give all workers the "
-                    "same optimizer"
-                )
+    if found := first_difference(mine, device, group):
+        rank, name, first, other = found
+        raise ValueError(
+            f"{name} is {first} on rank 0 and {other} on rank {rank}: give all workers the same "
+            "optimizer"
+        )
 
 
 def require_equal_groups(groups: list[dict], group: dist.ProcessGroup | None) -> None:

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
 from ef21_muon.checks import (
+    PARTED,
+    UNEQUAL,
     choice,
     require_equal_groups,
     require_equal_parameters,
@@ -95,7 +97,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
         self._built_as = self._settings()
         device = batches[0].broken_at.device
         require_equal_settings(self._built_as, device, self.process_group)
-        require_equal_parameters(self._shared_by_all(), self.process_group)
+        require_equal_parameters(self._shared_by_all(), self.process_group, UNEQUAL)
 
     def _round(self) -> Traffic:
         """Take a round, from gradients to parameters; returns what it took."""
@@ -311,7 +313,11 @@ class CommunicatingOptimizer(StatefulOptimizer):
         if self.lanes:
             self.lanes.gather_parameters()
         require_equal_groups(self.param_groups, self.process_group)
-        require_equal_parameters(self._shared_by_all(), self.process_group)
+        require_equal_parameters(self._shared_by_all(), self.process_group, self._why_parted())
+
+    def _why_parted(self) -> str:
+        """Why parameters may differ that were equal when this was built, and what to do."""
+        return PARTED.format("")
 
     def go_on_after(self, steps: int) -> None:
         super().go_on_after(steps)

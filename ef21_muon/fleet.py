@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
+from ef21_muon.arithmetic import SAFE, WHY, digests
 from ef21_muon.exchange.collectives import ALONE, Exchange, Traffic
 from ef21_muon.exchange.fleet import Fleet, Meeting
 from ef21_muon.exchange.layers import RoundBatch
@@ -25,6 +26,9 @@ from ef21_muon.rules import W2S, starts_of
 PAUSE = 2.0  # seconds between meetings for those that are late
 MEETINGS = 1000  # at most, that are remembered for who asks for them
 SHARED = ("model_shift", "server_momentum")  # of the tables of batches
+BITS = "bits of "  # before the name of what every worker computes for itself
+INSTEAD = f"give all workers {SAFE}, or leave this one out"
+APART = 3  # rounds in a row that a worker comes to with other bits of the same messages
 
 
 class FleetSteps(LocalSteps):
@@ -44,7 +48,8 @@ class FleetSteps(LocalSteps):
     Raises ValueError for what cannot go on without a member or within a round: other placements,
     messages back that lose anything, feedback "ef21" (whose servers remember the mean of all
     workers), `stagger`, `delay`, and compressors that change in the run. From `step` and `join`
-    ValueError where the others are built otherwise, and what Fleet.gather raises.
+    ValueError where the others are built otherwise or compute other bits of the same messages, and
+    what Fleet.gather raises.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class FleetSteps(LocalSteps):
         self._within_step, self._untold = False, 0  # local steps since the last meeting
         self.meetings: deque[Meeting] = deque(maxlen=MEETINGS)
         self._met: tuple[int, ...] = ()  # the workers of the last one
+        self._apart = 0  # rounds in a row to which it came with other bits
         super().__init__(inner, every, w2s=w2s, server="replicated", buckets=1, **options)
         if self.feedback is EF21:
             raise ValueError(
@@ -93,6 +99,8 @@ class FleetSteps(LocalSteps):
             )
         self._begin_inner = [beginner(optimizer) for optimizer in self.inner]
         self._built = {key: str(value) for key, value in self._settings().items()} | {"run": run}
+        computed = digests(self._recomputed(self.rules, self.server))
+        self._built |= {f"{BITS}{name}": str(value) for name, value in computed.items()}
         told = hashlib.sha256(repr(sorted(self._built.items())).encode()).digest()
         self._digest_of_built = int.from_bytes(told[:7], "big")
         fleet.attach(self)
@@ -165,7 +173,9 @@ class FleetSteps(LocalSteps):
         self.fleet.leave()
 
     def _meet(self, message: Tensor, counts: bool = True) -> list[Tensor]:
+        before = self.fleet.state()["batches_committed"]
         messages, meeting = self.fleet.gather(message, counts)
+        self._require_same_bits(meeting, before)
         self._untold = 0
         if messages:
             self.steps = meeting.step - self._within_step
@@ -176,6 +186,20 @@ class FleetSteps(LocalSteps):
         self.meetings.append(meeting)
         self._met = meeting.workers
         return messages
+
+    def _require_same_bits(self, meeting: Meeting, before: int) -> None:
+        """Raise ValueError where W of the same messages is another, one round after the other.
+
+        before: how many messages were in W. As such a worker heals it never counts.
+        """
+        same = int(meeting.history[:16], 16) == before
+        self._apart = self._apart + 1 if meeting.parted and same else 0
+        if self._apart == APART:
+            self.leave()
+            raise ValueError(
+                f"this worker had another W than the others in {APART} rounds in a row, of the "
+                f"same messages: {WHY}, and so it never counts: {INSTEAD}"
+            )
 
     def _receive(self, batch: RoundBatch, from_workers: tuple[Tensor, ...]) -> None:
         if from_workers:
@@ -217,10 +241,11 @@ class FleetSteps(LocalSteps):
         Raises ValueError where they are built otherwise.
         """
         mine, theirs = self._built, state["built"]
+        keys = [key for key in sorted(mine | theirs) if mine.get(key) != theirs.get(key)]
         differing = [
             f"{key}={mine.get(key)} (theirs {theirs.get(key)})"
-            for key in sorted(mine.keys() | theirs.keys())
-            if mine.get(key) != theirs.get(key)
+            for key in keys
+            if not key.startswith(BITS)
         ]
         shapes, other_shapes = (
             [tuple(one.shape) for one in tensors] for tensors in (self._shared(), state["tensors"])
@@ -229,6 +254,11 @@ class FleetSteps(LocalSteps):
             raise ValueError(
                 f"the other workers are built otherwise: {', '.join(differing) or other_shapes}: "
                 "start all of them alike"
+            )
+        if keys:
+            raise ValueError(
+                f"this worker gets other {keys[0]} than the others: {WHY}, and every worker "
+                f"decodes all messages: {INSTEAD}"
             )
         for table, new in zip(self._shared(), state["tensors"], strict=True):
             table.copy_(new)

@@ -308,7 +308,7 @@ class LocalSteps(WrappingOptimizer):
             batch.server_momentum.mul_(self.outer_momentum).add_(direction)
             momentum = batch.server_momentum
             if self.nesterov:
-                momentum = direction.add(momentum, alpha=self.outer_momentum)
+                momentum = direction + self.outer_momentum * momentum  # not fused, as some would
             direction = momentum
         shift = self.outer_lr * direction
         if batch.server_error is not None:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ef21_muon.arithmetic import Results, of_norms
 from ef21_muon.checks import (
     check_group,
     check_number,
@@ -20,7 +21,7 @@ from ef21_muon.exchange.collectives import Traffic, place_in
 from ef21_muon.exchange.gradients import bring_gradients
 from ef21_muon.exchange.layers import LayerBatch, batch_layers, lmo_costs, still_where_broken
 from ef21_muon.exchange.phases import new_phases
-from ef21_muon.lmo.norms import AdaptiveRadius, Norm, Spectral
+from ef21_muon.lmo.norms import AdaptiveRadius, Norm, Spectral, along
 from ef21_muon.messages.compressors import Compressor, Identity
 from ef21_muon.messages.feedback import FEEDBACK
 from ef21_muon.messages.switch import Switch, starts
@@ -165,6 +166,11 @@ class EF21Muon(ServedOptimizer):
             rules = [Switch(Identity(), rule, start=1) for rule in rules]
         self.phases = new_phases(self.batches, rules, self._begins(rules), buckets, process_group)
 
+    def _recomputed(self, groups: list[dict], server: str) -> Results:
+        yield from super()._recomputed(groups, server)
+        if server == "replicated":
+            yield from of_norms(groups)
+
     def _begins(self, rules: list[Compressor | Switch]) -> set[int]:
         """The rounds from which on a message has another size."""
         return set().union(*map(starts, rules))
@@ -252,7 +258,7 @@ class EF21Muon(ServedOptimizer):
         if group["weight_decay"]:
             model = batch.server_model
             model = batch.served_parameters() if model is None else model
-            _add(step, model, -_lr(batch, group) * group["weight_decay"])
+            step -= _lr(batch, group) * group["weight_decay"] * model  # not fused, as some would
         return still_where_broken(step, source)
 
     def _direction(self, batch: LayerBatch, group: dict) -> Tensor:
@@ -266,15 +272,14 @@ class EF21Muon(ServedOptimizer):
             step /= sqrt(batch.kernel)
         if not isinstance(group["radius"], AdaptiveRadius):
             return step.mul_(_lr(batch, group) * group["radius"])
-        rows, columns = batch.server_gradient.flatten(1)[:, None], step.flatten(1)[..., None]
-        dual = -torch.bmm(rows, columns).flatten()  # of an exact LMO, the dual norm
+        dual = -along(batch.server_gradient, step)  # of an exact LMO, the dual norm
         return step.mul_(group["radius"](dual)[:, None, None]).mul_(_lr(batch, group))
 
     @staticmethod
     def _step_with_feedback(batch: LayerBatch, group: dict) -> Tensor:
         """d = e + lr radius G; the step is the part of -d along LMO(d); e <- d + step."""
         wanted = batch.server_lmo_error
-        _add(wanted, batch.server_gradient, _lr(batch, group) * group["radius"])
+        wanted += _lr(batch, group) * group["radius"] * batch.server_gradient  # not fused
         step = group["norm"].projected(wanted)
         wanted += step
         return step
@@ -307,11 +312,3 @@ def _lr(batch: LayerBatch, group: dict) -> float | Tensor:
         return lr
     device = batch.broken_at.device
     return lr.reshape(()) if lr.device == device and device.type != "cpu" else lr.item()
-
-
-def _add(total: Tensor, other: Tensor, factor: float | Tensor) -> None:
-    """total += factor other."""
-    if isinstance(factor, Tensor):
-        total.addcmul_(other, factor.to(total.dtype))
-    else:
-        total.add_(other, alpha=factor)

@@ -1,5 +1,6 @@
 """What optimizers with servers have in common: from workers to the servers of layers, and back."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeAlias
@@ -7,7 +8,16 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ef21_muon.checks import refuse_compressed_shifts, require_mean_estimate
+from ef21_muon.arithmetic import (
+    REPLICATED,
+    SAFE,
+    WHY,
+    Results,
+    advice_for,
+    of_messages,
+    unlike,
+)
+from ef21_muon.checks import PARTED, refuse_compressed_shifts, require_mean_estimate
 from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.collectives import Exchange, Traffic, place_in
 from ef21_muon.exchange.layers import (
@@ -21,6 +31,8 @@ from ef21_muon.exchange.phases import Phase, current
 from ef21_muon.exchange.placement import AUTO
 from ef21_muon.identity import described
 from ef21_muon.messages.feedback import EF21
+
+log = logging.getLogger(__name__)
 
 Receive: TypeAlias = Callable[[], list]
 
@@ -62,14 +74,48 @@ class ServedOptimizer(CommunicatingOptimizer):
 
     def _place_servers(self, server: str, groups: list[dict], costs: list[int]) -> None:
         """Choose the placement; `placements` has the traffic of those that there were to choose."""
-        self.placements = {}
+        self.placements, allowed = {}, [server]
         if server == AUTO:
             _, ranks = place_in(self.process_group)
             self.placements = traffic_by_placement(groups, costs, ranks)
-            server, *_ = self.placements
-        if server == "replicated":
+            allowed = [*self.placements]
+        if allowed[0] == "replicated":
             refuse_compressed_shifts(groups)
-        self.server = server
+        self.server = self._where_bits_agree(allowed, groups)
+
+    def _where_bits_agree(self, allowed: list[str], groups: list[dict]) -> str:
+        """The first placement, or the next but "replicated" if ranks get other bits in that.
+
+        Raises ValueError where they do in all that are allowed.
+        """
+        first, *others = allowed
+        if place_in(self.process_group)[1] == 1:
+            return first
+        device = next(p.device for group in groups for p in group["params"])
+        found = unlike(self._recomputed(groups, first), device, self.process_group)
+        if found is None:
+            return first
+        what, rank = found
+        words = f"rank {rank} gets other bits than rank 0 of {what}: {WHY}, and "
+        others = [one for one in others if one != "replicated"]
+        if not (first == "replicated" and others and what.startswith(REPLICATED)):
+            raise ValueError(words + advice_for(what))
+        if place_in(self.process_group)[0] == 0:
+            log.warning("%sserver=auto is therefore %s, not replicated", words, others[0])
+        return self._where_bits_agree(others, groups)
+
+    def _recomputed(self, groups: list[dict], server: str) -> Results:
+        """What every worker computes for itself, of numbers that are alike on all, by its name.
+
+        All have to get the same bits of it. groups: with the entries params, w2s and s2w.
+        """
+        yield from of_messages("s2w", groups)
+        if server == "replicated":
+            yield from of_messages("w2s", groups)
+
+    def _why_parted(self) -> str:
+        elsewhere = "give server=sharded or rank0, " if self.server == "replicated" else ""
+        return PARTED.format(f"{elsewhere}give {SAFE}, or ")
 
     def _settings(self) -> dict:
         settings = super()._settings() | {"feedback": self.feedback.__name__}
@@ -186,7 +232,7 @@ class ServedOptimizer(CommunicatingOptimizer):
         """Add the mean of all workers' messages."""
         for message in from_workers:
             received = batch.w2s.decode(message, *batch.shape)
-            total.add_(received, alpha=1 / len(from_workers))
+            total += received * (1 / len(from_workers))  # rounded twice: fused on some processors
 
     def check_agreement(self) -> None:
         """Raise ValueError if workers hold different W, or if EF21's G is not the mean of G_j.

@@ -338,6 +338,11 @@ class AdaptiveRadius:
         return f"AdaptiveRadius(l0={self.l0:g}, l1={self.l1:g})"
 
 
+def along(gradient: Tensor, direction: Tensor) -> Tensor:
+    """The inner products (L,) of two batches of matrices (L, m, n)."""
+    return torch.bmm(gradient.flatten(1)[:, None], direction.flatten(1)[..., None]).flatten()
+
+
 def _polar_factor(matrices: Tensor) -> Tensor:
     """U V^T of U S V^T; directions whose singular value is zero up to rounding are left out."""
     left, values, right = torch.linalg.svd(matrices.nan_to_num(), full_matrices=False)

@@ -26,6 +26,7 @@ from ef21_muon.messages.bits import (
     unpack_indices,
 )
 from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.samples import generator, numbers
 from ef21_muon.messages.selection import largest
 from ef21_muon.messages.values import Float32, Values
 
@@ -66,6 +67,15 @@ class Compressor:
         An entry whose value was rounded to 0 was sent all the same.
         """
         raise NotImplementedError
+
+    def sample(self, m: int, n: int) -> Tensor:
+        """A message for one m x n matrix, uint8 (1, payload_bytes), alike on every machine.
+
+        For the comparison of what machines decode it to: a compressor whose `encode` may come out
+        otherwise on another processor even of small whole numbers, as by a product of matrices,
+        makes it in another way. On the CPU.
+        """
+        return self.encode(numbers(1, m, n, below=8), generator())
 
     def fit(self, m: int, n: int) -> "Compressor":
         """The compressor to use for m x n matrices: dense where this one would save no byte."""
@@ -289,6 +299,12 @@ class RankK(Fraction):
 
     def sent(self, payload: Tensor, m: int, n: int) -> None:
         return None
+
+    def sample(self, m: int, n: int) -> Tensor:
+        short, long = sorted((m, n))
+        rank = self.kept(short)
+        factors = numbers(1, rank, short), numbers(1, rank, long)
+        return torch.cat([self.values.encode(factor, generator()) for factor in factors], 1)
 
 
 def marked(positions: Tensor, total: int) -> Tensor:
