@@ -118,3 +118,26 @@ def test_a_training_goes_on_from_a_state_before(local):
     take(expected, other, 1.0)
     take(expected, other, 1.0)
     assert torch.equal(model.weight, expected.weight)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_who_does_not_ask_is_told_once_some_steps_later(local, caplog):
+    model = nn.Linear(3, 3)
+    if local:
+        optimizer = LocalSteps(torch.optim.SGD(model.parameters(), 0.1), every=1)
+    else:
+        optimizer = EF21Muon(model.parameters())
+    said = []
+    for value in (1.0, nan, 1.0, 1.0, 1.0):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        optimizer.step()
+        said.append(len(caplog.messages))
+    assert said == [0, 0, 0, 1, 1]
+    (line,) = caplog.messages
+    assert (
+        line.startswith("rank 0: ")
+        and "parameter 0 of group 0" in line
+        and " step 2: lower" in line
+    )
+    assert copy.deepcopy(optimizer).steps == 5
