@@ -12,7 +12,7 @@ from torch import Tensor
 from baselines.numbers import check_number
 from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.collectives import Traffic, place_in
-from ef21_muon.exchange.layers import Batch, named_layers
+from ef21_muon.exchange.layers import Batch, named_layers, still_where_broken
 
 
 @dataclass(kw_only=True)
@@ -117,8 +117,9 @@ class CollectiveOptimizer(CommunicatingOptimizer):
         return batches
 
     def _move(self, batch: Batch, direction: Tensor, length: float) -> None:
-        """X <- (1 - lr weight_decay) X - length direction, with direction (L, m, n)."""
+        """X <- (1 - lr weight_decay) X - length direction, with direction (L, m, n), if finite."""
         group = self.param_groups[batch.group]
         if group["weight_decay"]:
             torch._foreach_mul_(batch.params, 1 - group["lr"] * group["weight_decay"])
+        direction = still_where_broken(direction, direction)
         torch._foreach_add_(batch.params, batch.as_parameters(direction), alpha=-length)

@@ -1,6 +1,7 @@
 """What optimizers that send by themselves have in common: a step is a round of messages."""
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -28,6 +29,7 @@ from ef21_muon.exchange.collectives import Traffic, place_in
 from ef21_muon.exchange.gradients import Layer, bring_gradients
 from ef21_muon.exchange.lanes import Lanes
 from ef21_muon.exchange.layers import Batch, mark
+from ef21_muon.exchange.notice import Notice
 from ef21_muon.exchange.roll_call import RollCall
 from ef21_muon.exchange.shards import require_whole
 from ef21_muon.identity import described, options_of, shapes_of
@@ -36,6 +38,8 @@ from ef21_muon.timing import PhaseTimer
 
 # Parameters of constructors that are no options of the method.
 NO_OPTIONS = {"params", "defaults", "inner", "fleet", "lanes", "process_group", "buffers", "self"}
+
+log = logging.getLogger("ef21_muon")
 
 
 class CommunicatingOptimizer(StatefulOptimizer):
@@ -61,6 +65,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
     lanes: Lanes | None = None  # of a worker of several ranks
     roll_call: RollCall | None = None  # from the first step on, where others step too
     BROKEN = "the gradient of {} was not finite at step {}"
+    NOT_COPIED = (*StatefulOptimizer.NOT_COPIED, "notice")
 
     def __init__(
         self,
@@ -80,7 +85,8 @@ class CommunicatingOptimizer(StatefulOptimizer):
         require_whole([p for g in self.param_groups for p in g["params"]], type(self).__name__)
         self.process_group = process_group
         self.buffers = Buffers(buffers, self._everyone)
-        self.timer, self.steps, self.traffic = PhaseTimer(), 0, Traffic()
+        self.timer, self.notice = PhaseTimer(), Notice()
+        self.steps, self.traffic = 0, Traffic()
         self.begun = False  # whether there was a step since the state was new
         rank, self.ranks = place_in(process_group)
         self.generators = {
@@ -149,6 +155,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
         with self._in_step():
             bring_gradients(self._brought, type(self).__name__)
             self._require_as_built()
+            self._look_back()
             if self._overflowed(self._everyone):
                 return loss
             with self._own_precision():
@@ -284,6 +291,16 @@ class CommunicatingOptimizer(StatefulOptimizer):
                 f"{what.format(name, step)}: lower the learning rate or look at that step's data"
             )
 
+    def _look_back(self) -> None:
+        """Say once what was not finite in the steps before, without waiting for the device."""
+        if not self.notice.look([at for b in self.batches for at in (b.broken_at, b.unsent_at)]):
+            return
+        try:
+            self.check_finite()
+        except FloatingPointError as error:
+            rank, _ = place_in(self._everyone)
+            log.warning("rank %d: %s (check_finite() raises this: end the run)", rank, error)
+
     def _require_finite(self) -> None:
         """Raise on all ranks what `check_finite` raises on one, which it names."""
         problem = None
@@ -292,12 +309,16 @@ class CommunicatingOptimizer(StatefulOptimizer):
         except FloatingPointError as error:
             problem = str(error)
         _, ranks = place_in(self._everyone)
+        failed = torch.tensor(int(problem is not None), device=self.batches[0].broken_at.device)
+        if ranks > 1:
+            dist.all_reduce(failed, group=self._everyone)
+        if not failed:
+            return
         problems = [problem] * ranks
         if ranks > 1:
             dist.all_gather_object(problems, problem, group=self._everyone)
-        for rank, its in enumerate(problems):
-            if its is not None:
-                raise FloatingPointError(f"rank {rank}: {its}" if ranks > 1 else its)
+        rank = next(rank for rank, its in enumerate(problems) if its is not None)
+        raise FloatingPointError(f"rank {rank}: {problems[rank]}" if ranks > 1 else problem)
 
     def check_agreement(self) -> None:
         """Raise ValueError if workers hold different parameters, buffers or numbers of groups.
@@ -314,6 +335,13 @@ class CommunicatingOptimizer(StatefulOptimizer):
     def _why_parted(self) -> str:
         """Why parameters may differ that were equal when this was built, and what to do."""
         return PARTED.format("")
+
+    def go_on_after(self, steps: int) -> None:
+        super().go_on_after(steps)
+        self.notice = Notice()
+        for batch in self.batches:  # what was not finite was before
+            batch.broken_at.zero_()
+            batch.unsent_at.zero_()
 
     def _settings(self) -> dict:
         """All options as plain values, which all ranks have to be given alike."""

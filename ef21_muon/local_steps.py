@@ -189,6 +189,7 @@ class LocalSteps(WrappingOptimizer):
                 require_a_gradient(self.param_groups)
             bring_gradients(self._brought, type(self).__name__)
             self._require_as_built()
+            self._look_back()
             # A worker whose gradient overflowed does without this step; its own ranks do alike.
             overflowed = self._overflowed(self.lanes.worker if self.lanes else ALONE)
             if self.lanes:

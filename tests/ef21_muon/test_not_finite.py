@@ -3,6 +3,7 @@
 On two ranks; see tests/support/workers/not_finite.py.
 """
 
+import copy
 import json
 from math import inf, isfinite, nan
 
@@ -12,7 +13,7 @@ from run import torchrun
 from torch import nn
 from workers.not_finite import BROKEN, CASES, LAYER, SHAPES, STEPS
 
-from ef21_muon import EF21Muon, LocalSteps
+from ef21_muon import EF21Muon, LocalSteps, TopK
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,8 @@ def test_the_layer_stands_still_and_others_go_on(reports, name):
     before = BROKEN - 1
     assert found[:before] == without[:before]
     # The inner optimizer of gradients goes on by its own momentum, W to X where less is sent back,
-    # and a Muon inside of local steps has left the gradient out itself.
-    if not name.startswith("averaged") and name not in ("rank0", "local, muon"):
+    # a Muon inside of local steps has left the gradient out itself, and DeMo steps by signs.
+    if not name.startswith("averaged") and name not in ("rank0", "local, muon", "demo"):
         assert found[before][LAYER] == found[before - 1][LAYER]
     for layer in SHAPES.keys() - {LAYER}:
         assert found[-1][layer] != found[0][layer] or name.startswith("local")
@@ -85,3 +86,58 @@ def test_w_of_a_worker_alone_stays_finite_too(value):
                 assert model.weight.isfinite().all()
         else:
             assert model.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_a_training_goes_on_from_a_state_before(local):
+    def build():
+        torch.manual_seed(0)
+        model = nn.Linear(3, 3)
+        if local:
+            return model, LocalSteps(torch.optim.AdamW(model.parameters()), every=2)
+        return model, EF21Muon(model.parameters(), w2s=TopK(0.5))
+
+    def take(model, optimizer, value):
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, value)
+            optimizer.step()
+
+    model, optimizer = build()
+    take(model, optimizer, 1.0)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    take(model, optimizer, nan)
+    with pytest.raises(FloatingPointError):
+        optimizer.check_finite()
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    take(model, optimizer, 1.0)
+    optimizer.check_finite()
+    optimizer.check_agreement()
+    expected, other = build()
+    take(expected, other, 1.0)
+    take(expected, other, 1.0)
+    assert torch.equal(model.weight, expected.weight)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_who_does_not_ask_is_told_once_some_steps_later(local, caplog):
+    model = nn.Linear(3, 3)
+    if local:
+        optimizer = LocalSteps(torch.optim.SGD(model.parameters(), 0.1), every=1)
+    else:
+        optimizer = EF21Muon(model.parameters())
+    said = []
+    for value in (1.0, nan, 1.0, 1.0, 1.0):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        optimizer.step()
+        said.append(len(caplog.messages))
+    assert said == [0, 0, 0, 1, 1]
+    (line,) = caplog.messages
+    assert (
+        line.startswith("rank 0: ")
+        and "parameter 0 of group 0" in line
+        and " step 2: lower" in line
+    )
+    assert copy.deepcopy(optimizer).steps == 5

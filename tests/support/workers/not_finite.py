@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from baselines import SignMuon
+from baselines import DeMo, Dion, SignMuon
 from ef21_muon import (
     ALONE,
     L1,
@@ -61,6 +61,8 @@ CASES = {
     "feedback of steps": (ef21(lmo_feedback=True, feedback="none", beta=1.0), nan),
     "overflowing": (ef21(w2s=Overflowing(), beta=1.0), LARGE),
     "sign muon": (lambda p: SignMuon(p, lr=0.1), nan),
+    "dion": (lambda p: Dion([{"name": "hidden", "params": p}], 0.1, weight_decay=0.0), nan),
+    "demo": (lambda p: DeMo(p, lr=0.1, k=4, chunk=4, weight_decay=0.0), -inf),
     "averaged": (lambda p: AveragedGradients(torch.optim.AdamW(p, lr=0.1)), nan),
     "averaged, top": (lambda p: AveragedGradients(torch.optim.SGD(p, 0.1), w2s=TopK(0.3)), inf),
     "local": (local(), nan),
