@@ -29,6 +29,7 @@ from training.resume import checkpoint_of, resume
 from training.schedule import Later, due, new_scheduler
 from training.sharding import require_shards, shard
 from training.sweep import run_jobs
+from training.weights import take_first
 from training.workers import RunError, Workers, leave, one_line
 
 
@@ -46,6 +47,7 @@ class Run:
         model_config = build(config.model, "model")
         self.feed = Feed(config, model_config.context, workers)
         self.raw_model = GPT(model_config, config.seed).to(workers.device)
+        take_first(self.raw_model, workers)
         if config.shard:
             shard(self.raw_model, config.worker_size, workers)
         self.members = members_of(config, workers)
