@@ -271,8 +271,8 @@ def require_equal_parameters(
     if differs:
         rank, layer = differs[0]
         raise ValueError(
-            f"{named[layer][0]} differs between rank 0 and rank {rank}, and all workers hold the "
-            f"same parameters: {why}"
+            f"{named[layer][0]} differs between rank 0 and rank {rank}: all workers hold the same "
+            f"parameters; {why}"
         )
 
 

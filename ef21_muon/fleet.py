@@ -28,7 +28,7 @@ MEETINGS = 1000  # at most, that are remembered for who asks for them
 SHARED = ("model_shift", "server_momentum")  # of the tables of batches
 BITS = "bits of "  # before the name of what every worker computes for itself
 INSTEAD = f"give all workers {SAFE}, or leave this one out"
-APART = 3  # rounds in a row that a worker comes to with other bits of the same messages
+APART = 3  # times in a row that a worker comes with another W of the same messages
 
 
 class FleetSteps(LocalSteps):
@@ -90,7 +90,7 @@ class FleetSteps(LocalSteps):
         self._within_step, self._untold = False, 0  # local steps since the last meeting
         self.meetings: deque[Meeting] = deque(maxlen=MEETINGS)
         self._met: tuple[int, ...] = ()  # the workers of the last one
-        self._apart = 0  # rounds in a row to which it came with other bits
+        self._apart = 0  # times in a row that it came with another W
         super().__init__(inner, every, w2s=w2s, server="replicated", buckets=1, **options)
         if self.feedback is EF21:
             raise ValueError(
@@ -173,9 +173,8 @@ class FleetSteps(LocalSteps):
         self.fleet.leave()
 
     def _meet(self, message: Tensor, counts: bool = True) -> list[Tensor]:
-        before = self.fleet.state()["batches_committed"]
         messages, meeting = self.fleet.gather(message, counts)
-        self._require_same_bits(meeting, before)
+        self._require_same_bits(meeting)
         self._untold = 0
         if messages:
             self.steps = meeting.step - self._within_step
@@ -187,18 +186,17 @@ class FleetSteps(LocalSteps):
         self._met = meeting.workers
         return messages
 
-    def _require_same_bits(self, meeting: Meeting, before: int) -> None:
-        """Raise ValueError where W of the same messages is another, one round after the other.
+    def _require_same_bits(self, meeting: Meeting) -> None:
+        """Raise ValueError where W of the same messages is another again and again.
 
-        before: how many messages were in W. As such a worker heals it never counts.
+        Such a worker would heal for ever, and never count.
         """
-        same = int(meeting.history[:16], 16) == before
-        self._apart = self._apart + 1 if meeting.parted and same else 0
+        self._apart = self._apart + 1 if meeting.apart else 0
         if self._apart == APART:
             self.leave()
             raise ValueError(
-                f"this worker had another W than the others in {APART} rounds in a row, of the "
-                f"same messages: {WHY}, and so it never counts: {INSTEAD}"
+                f"this worker had another W than the others {APART} times in a row, of the same "
+                f"messages: {WHY}, and so it never counts: {INSTEAD}"
             )
 
     def _receive(self, batch: RoundBatch, from_workers: tuple[Tensor, ...]) -> None:

@@ -64,9 +64,9 @@ class Meeting:
 
     messages: how many count; step: up to which they tell, None without one; workers: the
     numbers of those that met; healed: whether this one took over what the others share; parted: how
-    often it found that it had another history than others; history: in hexadecimal, how many
-    messages there were before and the digest of what all shared; tries: quorums that it took;
-    seconds: of waiting and sending; traffic: bytes of all tries.
+    often it found that it had another history than others; apart: whether of as many messages;
+    history: in hexadecimal, how many messages there were before and the digest of what all shared;
+    tries: quorums that it took; seconds: of waiting and sending; traffic: bytes of all tries.
     """
 
     messages: int
@@ -74,6 +74,7 @@ class Meeting:
     workers: tuple[int, ...]
     healed: bool
     parted: int
+    apart: bool
     history: str
     tries: int
     seconds: float
@@ -151,7 +152,7 @@ class Fleet:
 
     def _gather(self, message: Tensor, counts: bool) -> tuple[list[Tensor], Meeting]:
         start, tries, parted, traffic = time.monotonic(), 0, 0, Traffic()
-        self.healed = False
+        self.healed = apart = False
         while True:
             tries += 1
             if not self._quorum():
@@ -168,6 +169,7 @@ class Fleet:
                 traffic += self._traffic(message.numel(), len(rows))
                 if mine[:HISTORY] != theirs:  # then the others commit, and are ahead
                     parted += 1
+                    apart |= mine[:8] == theirs[:8]
                     self.manager.report_error(FleetError("another history than the others"))
             if not self._commit():
                 continue
@@ -183,6 +185,7 @@ class Fleet:
                 workers=self.process_group.workers,
                 healed=self.healed,
                 parted=parted,
+                apart=apart,
                 history=theirs.hex(),
                 tries=tries,
                 seconds=time.monotonic() - start,
