@@ -31,6 +31,7 @@ from training.schedule import Later, due, new_scheduler
 from training.sharding import require_shards, shard
 from training.stops import Stops
 from training.sweep import run_jobs
+from training.weights import take_first
 from training.workers import FinalError, RunError, Workers, leave, one_line
 
 
@@ -48,6 +49,7 @@ class Run:
         model_config = build(config.model, "model")
         self.feed = Feed(config, model_config.context, workers)
         self.raw_model = GPT(model_config, config.seed).to(workers.device)
+        take_first(self.raw_model, workers)
         if config.shard:
             shard(self.raw_model, config.worker_size, workers)
         self.members = members_of(config, workers)

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from baselines.collectives import Collectives
 from baselines.greedylore import GreedyLore
 from baselines.numbers import check_number
-from ef21_muon.checks import choice, require_equal_parameters, whole_number
+from ef21_muon.checks import PARTED, choice, require_equal_parameters, whole_number
 from ef21_muon.exchange.collectives import ALONE
 from ef21_muon.exchange.layers import named_layers
 from ef21_muon.optimizer import EF21Muon
@@ -100,7 +100,7 @@ class AllReduced:
         Names rank and layer. Waits for the device.
         """
         named = [(name, parameter) for _, name, parameter, _ in named_layers(self.param_groups)]
-        require_equal_parameters(named, self.reduced_over)
+        require_equal_parameters(named, self.reduced_over, PARTED.format(""))
 
     @property
     def w2s_bytes(self) -> int:
@@ -223,6 +223,11 @@ class Muon(AllReduced, EF21Muon):
     ):
         super().__init__(params, lr, beta=beta, process_group=ALONE)
         self._reduce_with(hook, rank, every, process_group)
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError for a gradient or a parameter that is not finite."""
+        EF21Muon.check_finite(self)
+        super().check_finite()
 
     @property
     def _steps_taken(self) -> int:

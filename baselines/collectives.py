@@ -12,7 +12,7 @@ from torch import Tensor
 from baselines.numbers import check_number
 from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.collectives import Traffic, place_in
-from ef21_muon.exchange.layers import Batch, named_layers
+from ef21_muon.exchange.layers import Batch, named_layers, still_where_broken
 
 
 @dataclass(kw_only=True)
@@ -95,9 +95,10 @@ class CollectiveOptimizer(CommunicatingOptimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         for name in ("lr", "mu", "decay", "weight_decay"):
-            if name in self.param_groups[-1]:
-                check_number(name, self.param_groups[-1][name])
+            if name in group:
+                group[name] = check_number(name, group[name])
 
     def _new_batches(self) -> list[StatefulBatch]:
         """Parameters by group and shape, vectors apart."""
@@ -116,8 +117,9 @@ class CollectiveOptimizer(CommunicatingOptimizer):
         return batches
 
     def _move(self, batch: Batch, direction: Tensor, length: float) -> None:
-        """X <- (1 - lr weight_decay) X - length direction, with direction (L, m, n)."""
+        """X <- (1 - lr weight_decay) X - length direction, with direction (L, m, n), if finite."""
         group = self.param_groups[batch.group]
         if group["weight_decay"]:
             torch._foreach_mul_(batch.params, 1 - group["lr"] * group["weight_decay"])
+        direction = still_where_broken(direction, direction)
         torch._foreach_add_(batch.params, batch.as_parameters(direction), alpha=-length)

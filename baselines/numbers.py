@@ -16,6 +16,6 @@ RANGES = {
 }
 
 
-def check_number(name: str, value: float) -> None:
-    """Raise ValueError unless the value is a finite number in its range."""
-    checks.check_number(name, value, RANGES)
+def check_number(name: str, value: float) -> float:
+    """The value as a number of Python's, or ValueError unless it is finite and in its range."""
+    return checks.check_number(name, value, RANGES)

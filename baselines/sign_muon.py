@@ -3,12 +3,14 @@
 import torch.distributed as dist
 from torch import Tensor
 
+from ef21_muon.arithmetic import Results
 from ef21_muon.exchange.layers import LayerBatch
 from ef21_muon.lmo.norms import AdaptiveRadius, Norm
 from ef21_muon.messages.compressors import Compressor, Dense
 from ef21_muon.messages.feedback import EF21
 from ef21_muon.messages.switch import Switch
 from ef21_muon.optimizer import EF21Muon
+from ef21_muon.served import ServedOptimizer
 
 
 class SignMuon(EF21Muon):
@@ -81,6 +83,9 @@ class SignMuon(EF21Muon):
     def _told(self, momentum: Tensor, group: dict) -> Tensor:
         """LMO(M_j)."""
         return group["norm"].lmo(momentum)
+
+    def _recomputed(self, groups: list[dict], server: str) -> Results:
+        return ServedOptimizer._recomputed(self, groups, server)  # servers take no LMO
 
     def _direction(self, batch: LayerBatch, group: dict) -> Tensor:
         return batch.server_gradient.clone()

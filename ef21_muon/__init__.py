@@ -7,6 +7,7 @@ on torch alone.
 from ef21_muon.averaged import AveragedGradients
 from ef21_muon.exchange.collectives import ALONE
 from ef21_muon.hierarchy import HierarchicalEF21Muon
+from ef21_muon.lmo.blocks import Blocks
 from ef21_muon.lmo.norms import (
     L1,
     AdaptiveRadius,
@@ -49,6 +50,7 @@ __all__ = [
     "AveragedGradients",
     "BFloat16",
     "BiasRMS",
+    "Blocks",
     "ChunkTopK",
     "ColumnNorm",
     "Compressor",

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ef21_muon.arithmetic import Results, of_inner
 from ef21_muon.checks import (
     OUTER_NUMBERS,
     check_number,
@@ -15,7 +16,7 @@ from ef21_muon.checks import (
     whole_number,
 )
 from ef21_muon.exchange.collectives import Traffic, place_in
-from ef21_muon.exchange.layers import EstimateBatch, named_layers, serve
+from ef21_muon.exchange.layers import EstimateBatch, named_layers, serve, still_where_broken
 from ef21_muon.exchange.phases import new_phases
 from ef21_muon.messages.compressors import Identity
 from ef21_muon.messages.feedback import FEEDBACK
@@ -39,8 +40,8 @@ class AveragedGradients(WrappingOptimizer):
     inner: an optimizer, or several of different parameters, that sends nothing, as torch's own.
     `param_groups` are theirs, so schedulers act on their lr. After a step a parameter's gradient
     is G. w2s: as in EF21Muon, or a mapping from the names of groups; by default gradients are sent
-    whole. `feedback`, `error_decay`, `server`, `buckets`, `missing` and `seed` are as in EF21Muon;
-    where all that is sent is lossless there is no feedback, and G is the mean gradient.
+    whole. `feedback`, `error_decay`, `server`, `buckets`, `missing`, `buffers` and `seed` are as in
+    EF21Muon; where all that is sent is lossless there is no feedback, and G is the mean gradient.
 
     Memory: 4 bytes for each float32 parameter for G_j, and 4 for G on the rank that serves it.
 
@@ -59,16 +60,23 @@ class AveragedGradients(WrappingOptimizer):
         server: str = "auto",
         buckets: int = 4,
         missing: str = "refuse",
+        buffers: nn.Module | None = None,
         seed: int = 0,
         process_group: dist.ProcessGroup | str | None = None,
     ):
-        whole_number("buckets", buckets, least=1)
+        buckets = whole_number("buckets", buckets, least=1)
         choice("feedback", feedback, FEEDBACK)
         self.error_decay = check_number("error_decay", error_decay, OUTER_NUMBERS)
-        refuse_unused_decays([{"error_decay": error_decay, "server_momentum": 0}], feedback)
+        refuse_unused_decays([{"error_decay": self.error_decay, "server_momentum": 0}], feedback)
         w2s = w2s or Identity()
         super().__init__(
-            inner, w2s, Identity(), seed=seed, process_group=process_group, missing=missing
+            inner,
+            w2s,
+            Identity(),
+            seed=seed,
+            process_group=process_group,
+            missing=missing,
+            buffers=buffers,
         )
         costs = [parameter.numel() for _, _, parameter, _ in named_layers(self.rules)]
         self._place_servers(server, self.rules, costs)
@@ -78,6 +86,10 @@ class AveragedGradients(WrappingOptimizer):
         lossless = all(one.lossless for phase in self.phases for one in phase.w2s)
         self.feedback = FEEDBACK["none" if lossless else feedback]
         self._begin(batches)
+
+    def _recomputed(self, groups: list[dict], server: str) -> Results:
+        yield from super()._recomputed(groups, server)
+        yield from of_inner(self.inner)
 
     def _round(self) -> Traffic:
         traffic = self._exchange()
@@ -94,7 +106,8 @@ class AveragedGradients(WrappingOptimizer):
         self._add_mean(batch, batch.server_gradient, from_workers)
 
     def _server_message(self, batch: EstimateBatch) -> Tensor:
-        return batch.s2w.encode(batch.server_gradient)
+        mean = batch.server_gradient
+        return batch.s2w.encode(still_where_broken(mean.clone(), mean))
 
     def _update(self, batch: EstimateBatch, received: Tensor) -> None:
         for parameter, mean in zip(batch.params, batch.as_parameters(received), strict=True):

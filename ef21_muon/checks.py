@@ -1,17 +1,22 @@
 """What the optimizer refuses, before it changes anything."""
 
 import gc
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from hashlib import sha256
-from math import isfinite, prod
+from math import isfinite
 from operator import is_
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import SyncBatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from ef21_muon.exchange.collectives import place_in
+from ef21_muon.exchange.gradients import Layer
 from ef21_muon.fingerprint import fingerprint, projection
 from ef21_muon.lmo.norms import AdaptiveRadius, Norm
 from ef21_muon.messages.compressors import Compressor
@@ -30,10 +35,29 @@ OUTER_NUMBERS = {
     "outer_momentum": ("of at least 0, below 1", lambda momentum: 0 <= momentum < 1),
     "error_decay": NUMBERS["error_decay"],
 }
+# Why parameters differ between ranks, at first and later, and what to do.
+UNEQUAL = (
+    "build the model from one seed, or broadcast rank 0's first, since another kind of processor "
+    "may draw other numbers from one seed"
+)
+PARTED = (
+    "they were the same at first; if the ranks' processors, BLAS libraries or numbers of threads "
+    "differ, they compute other bits: {}start all ranks on one kind of processor; else one was "
+    "changed or damaged: go on from a checkpoint"
+)
+
+log = logging.getLogger("ef21_muon")
 
 
-class GradientError(RuntimeError, ValueError):
-    """A gradient is missing or does not fit its parameter."""
+def plain(value: object) -> object:
+    """The number of Python's that a tensor with one entry, or a number of NumPy's, holds.
+
+    Anything else as it is. Waits for the device of a tensor.
+    """
+    if hasattr(value, "item"):
+        with suppress(RuntimeError, TypeError, ValueError):  # of many entries, or without values
+            return value.item()
+    return value
 
 
 def is_number(value: object) -> bool:
@@ -49,15 +73,18 @@ def choice(name: str, value: str, allowed) -> str:
 
 
 def check_number(name: str, value: float, ranges: dict, where: str = "") -> float:
-    """The value, or ValueError unless it is a finite number in its range."""
+    """The value as `plain` has it, or ValueError unless it is a finite number in its range."""
     range_, holds = ranges[name]
+    value = plain(value)
     if not (is_number(value) and holds(value)):
-        raise ValueError(f"{name}={value} is not allowed: give a number {range_}{where}")
+        given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+        raise ValueError(f"{name}={given} is not allowed: give a number {range_}{where}")
     return value
 
 
 def whole_number(name: str, value: int, least: int) -> int:
-    """The value, or ValueError unless it is a whole number of at least `least`."""
+    """The value as `plain` has it, or ValueError unless it is a whole number from `least` on."""
+    value = plain(value)
     if not (type(value) is int and value >= least):
         range_ = "above 0" if least == 1 else f"of at least {least}"
         raise ValueError(f"{name}={value} is not allowed: give a whole number {range_}")
@@ -72,10 +99,15 @@ def flag(name: str, value: bool) -> bool:
 
 
 def check_group(group: dict) -> None:
-    """Raise ValueError for an entry of a parameter group that is out of range."""
+    """Raise ValueError for an entry of a parameter group that is out of range.
+
+    Its numbers are plain from here on, but for an lr that is a tensor, which others may write into.
+    """
     for name in NUMBERS:
         if not (name == "radius" and isinstance(group[name], AdaptiveRadius)):
-            check_number(name, group[name], NUMBERS, _where(group))
+            number = check_number(name, group[name], NUMBERS, _where(group))
+            if not (name == "lr" and isinstance(group[name], Tensor)):
+                group[name] = number
     for name in ("nesterov", "transposed", "kernels", "lmo_feedback"):
         flag(name, group[name])
     if group["lmo_feedback"] and isinstance(group["radius"], AdaptiveRadius):
@@ -127,26 +159,6 @@ def refuse_unused_decays(groups: list[dict], feedback: str) -> None:
                 )
 
 
-def require_gradients(batches, optimizer: str) -> None:
-    """Raise GradientError before anything changes: other workers would wait for the message."""
-    for batch in batches:
-        for name, parameter in zip(batch.names, batch.params, strict=True):
-            gradient = parameter.grad
-            if gradient is None:
-                raise GradientError(
-                    f"{name} has no gradient: every parameter given to {optimizer} takes part in "
-                    "every step; leave out those that the loss does not reach (EF21Muon and "
-                    "AveragedGradients take missing='zero' for those that it reaches at times)"
-                )
-            fits = gradient.shape == parameter.shape and gradient.numel() == prod(batch.shape)
-            if not (fits and gradient.is_floating_point()):
-                raise GradientError(
-                    f"the gradient of {name} has shape {tuple(gradient.shape)} and type "
-                    f"{gradient.dtype}: give floating-point numbers, and the shape that the "
-                    f"parameter had when {optimizer} was built"
-                )
-
-
 def require_ranks(ranks: int, group: dist.ProcessGroup | None) -> None:
     """Raise RuntimeError where torch.distributed was initialised after the optimizer was built."""
     _, now = place_in(group)
@@ -192,20 +204,48 @@ def require_same_state(state: dict, views: list[tuple[Tensor, str, Tensor]]) -> 
 
 
 def require_local_gradients(groups: list[dict]) -> None:
-    """Raise RuntimeError where DistributedDataParallel has averaged the gradients already.
-
-    Looks for its instances among all objects, by what refers to their class: to ask every object
-    for its class takes five times as long.
-    """
+    """Raise RuntimeError where DistributedDataParallel has averaged the gradients already."""
     own = {id(parameter) for group in groups for parameter in group["params"]}
-    referrers = gc.get_referrers(*_with_subclasses(DistributedDataParallel))
-    wrappers = [one for one in referrers if issubclass(type(one), DistributedDataParallel)]
+    wrappers = _instances(DistributedDataParallel)
     if any(id(parameter) in own for one in wrappers for parameter in one.parameters()):
         raise RuntimeError(
             "the model is in DistributedDataParallel, which sends whole gradients beside the "
             "optimizer's messages: give forward and backward the model itself (of "
             "accelerate, and of transformers.Trainer, prepare all but the model)"
         )
+
+
+def warn_of_statistics(layers: Sequence[Layer], averaged: nn.Module | None) -> None:
+    """Log, on rank 0, whose running statistics stay each worker's own.
+
+    layers: that are trained; averaged: the module whose buffers are. SyncBatchNorm has the same on
+    all workers by itself.
+    """
+    names = {id(layer.parameter): layer.name for layer in layers}
+    known = {id(module) for module in averaged.modules()} if averaged else set()
+    parted = sorted(
+        names[id(module.weight)]
+        for module in _instances(_NormBase)
+        if module.track_running_stats and not isinstance(module, SyncBatchNorm)
+        if id(module.weight) in names and id(module) not in known
+    )
+    if parted and dist.get_rank() == 0:
+        more = f" (and {len(parted) - 1} more)" if len(parted) > 1 else ""
+        log.warning(
+            "the running statistics beside %s%s stay each worker's own, and so what the model makes"
+            " of a batch in eval(): give buffers=model, which averages them in every round, or "
+            "convert to SyncBatchNorm",
+            parted[0], more,
+        )  # fmt: skip
+
+
+def _instances(kind: type) -> list:
+    """All objects of the class, looked for among what refers to it.
+
+    To ask every object for its class takes five times as long.
+    """
+    referrers = gc.get_referrers(*_with_subclasses(kind))
+    return [one for one in referrers if issubclass(type(one), kind)]
 
 
 def _with_subclasses(kind: type) -> Iterator[type]:
@@ -215,9 +255,12 @@ def _with_subclasses(kind: type) -> Iterator[type]:
 
 
 def require_equal_parameters(
-    named: list[tuple[str, Tensor]], group: dist.ProcessGroup | None
+    named: list[tuple[str, Tensor]], group: dist.ProcessGroup | None, why: str
 ) -> None:
-    """Raise ValueError, on all ranks, for the first parameter that differs between them."""
+    """Raise ValueError, on all ranks, for the first parameter that differs between them.
+
+    why: the causes that there may be, and what to do.
+    """
     _, ranks = place_in(group)
     if ranks == 1:
         return
@@ -229,33 +272,47 @@ def require_equal_parameters(
         rank, layer = differs[0]
         raise ValueError(
             f"{named[layer][0]} differs between rank 0 and rank {rank}: all workers hold the same "
-            "parameters; build the model from one seed or broadcast it first, or go on from a "
-            "checkpoint if they parted during training"
+            f"parameters; {why}"
         )
+
+
+def first_difference(
+    mine: dict, device: torch.device, group: dist.ProcessGroup | None, only_common: bool = False
+) -> tuple[int, str, str, str] | None:
+    """The first rank that has another value than rank 0, its name, and both values; or None.
+
+    The same on all ranks. only_common: of names that both have.
+    """
+    _, ranks = place_in(group)
+    if ranks == 1:
+        return None
+    digest = torch.tensor([*sha256(str(mine).encode()).digest()], device=device)
+    digests = [torch.empty_like(digest) for _ in range(ranks)]
+    dist.all_gather(digests, digest, group=group)
+    if all(torch.equal(one, digests[0]) for one in digests):
+        return None
+    every = [None] * ranks
+    dist.all_gather_object(every, mine, group=group)
+    for rank, its in enumerate(every):
+        for name in [*every[0], *its]:
+            if only_common and not (name in every[0] and name in its):
+                continue
+            first, other = (str(one.get(name, "not there")) for one in (every[0], its))
+            if first != other:
+                return rank, name, first, other
+    return None
 
 
 def require_equal_settings(
     mine: dict, device: torch.device, group: dist.ProcessGroup | None
 ) -> None:
     """Raise ValueError, on all ranks, for a setting that differs between them."""
-    _, ranks = place_in(group)
-    if ranks == 1:
-        return
-    digest = torch.tensor([*sha256(str(mine).encode()).digest()], device=device)
-    digests = [torch.empty_like(digest) for _ in range(ranks)]
-    dist.all_gather(digests, digest, group=group)
-    if all(torch.equal(one, digest) for one in digests):
-        return
-    every = [None] * ranks
-    dist.all_gather_object(every, mine, group=group)
-    for rank, its in enumerate(every):
-        for name in [*every[0], *its]:
-            first, other = (str(one.get(name, "not there")) for one in (every[0], its))
-            if first != other:
-                raise ValueError(
-                    f"{name} is {first} on rank 0 and {other} on rank {rank}: give all workers the "
-                    "same optimizer"
-                )
+    if found := first_difference(mine, device, group):
+        rank, name, first, other = found
+        raise ValueError(
+            f"{name} is {first} on rank 0 and {other} on rank {rank}: give all workers the same "
+            "optimizer"
+        )
 
 
 def require_equal_groups(groups: list[dict], group: dist.ProcessGroup | None) -> None:
@@ -269,7 +326,7 @@ def require_equal_groups(groups: list[dict], group: dist.ProcessGroup | None) ->
     numbers = [
         (index, name, float(value))
         for index, of_group in enumerate(groups)
-        for name, value in sorted(of_group.items())
+        for name, value in sorted((name, plain(value)) for name, value in of_group.items())
         if isinstance(value, int | float)
     ]
     device = next(p.device for of_group in groups for p in of_group["params"])

@@ -1,28 +1,35 @@
 """What optimizers that send by themselves have in common: a step is a round of messages."""
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
+from math import prod
 
 import torch
 import torch.distributed as dist
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from ef21_muon.checks import (
+    PARTED,
+    UNEQUAL,
     choice,
     require_equal_groups,
     require_equal_parameters,
     require_equal_settings,
-    require_gradients,
     require_local_gradients,
     require_ranks,
     require_same_group,
     require_same_state,
+    warn_of_statistics,
 )
+from ef21_muon.exchange.buffers import Buffers
 from ef21_muon.exchange.collectives import Traffic, place_in
+from ef21_muon.exchange.gradients import Layer, bring_gradients
 from ef21_muon.exchange.lanes import Lanes
-from ef21_muon.exchange.layers import Batch
+from ef21_muon.exchange.layers import Batch, mark
+from ef21_muon.exchange.notice import Notice
 from ef21_muon.exchange.roll_call import RollCall
 from ef21_muon.exchange.shards import require_whole
 from ef21_muon.identity import described, options_of, shapes_of
@@ -30,7 +37,9 @@ from ef21_muon.stateful import StatefulOptimizer
 from ef21_muon.timing import PhaseTimer
 
 # Parameters of constructors that are no options of the method.
-NO_OPTIONS = {"params", "defaults", "inner", "fleet", "lanes", "process_group", "self"}
+NO_OPTIONS = {"params", "defaults", "inner", "fleet", "lanes", "process_group", "buffers", "self"}
+
+log = logging.getLogger("ef21_muon")
 
 
 class CommunicatingOptimizer(StatefulOptimizer):
@@ -42,17 +51,21 @@ class CommunicatingOptimizer(StatefulOptimizer):
     A subclass forms `batches` of layers, gives them to `_begin`, and says in `_round` what a round
     is. What is random in messages is drawn from `generators`, one for each of `purposes`, seeded by
     `seed`, the rank and the purpose. A parameter without a gradient is refused, or with `missing`
-    "zero" has that on this worker.
+    "zero" has that on this worker, in steps that have others. Of the module `buffers` workers share
+    the mean of floating-point buffers too.
 
     Raises ValueError for parameters and settings that differ between ranks, RuntimeError from
     `step` for a parameter whose gradient is missing or does not fit. Gradients that are not finite
-    are noticed by `check_finite`. A rank that waits for others in a step says for whom.
+    are noticed by `check_finite`, and by `check_agreement` on all ranks. A rank that waits for
+    others in a step says for whom.
     """
 
     # torch.amp.GradScaler leaves it to `step` to skip, by `found_inf` and `grad_scale`.
     _step_supports_amp_scaling = True
     lanes: Lanes | None = None  # of a worker of several ranks
     roll_call: RollCall | None = None  # from the first step on, where others step too
+    BROKEN = "the gradient of {} was not finite at step {}"
+    NOT_COPIED = (*StatefulOptimizer.NOT_COPIED, "notice")
 
     def __init__(
         self,
@@ -63,6 +76,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
         purposes: Sequence[str],
         process_group: dist.ProcessGroup | None,
         missing: str = "refuse",
+        buffers: nn.Module | None = None,
     ):
         super().__init__(params, defaults)
         self.missing = choice("missing", missing, ("refuse", "zero"))
@@ -70,7 +84,9 @@ class CommunicatingOptimizer(StatefulOptimizer):
             raise ValueError("the parameter groups hold no parameter: give those of the model")
         require_whole([p for g in self.param_groups for p in g["params"]], type(self).__name__)
         self.process_group = process_group
-        self.timer, self.steps, self.traffic = PhaseTimer(), 0, Traffic()
+        self.buffers = Buffers(buffers, self._everyone)
+        self.timer, self.notice = PhaseTimer(), Notice()
+        self.steps, self.traffic = 0, Traffic()
         self.begun = False  # whether there was a step since the state was new
         rank, self.ranks = place_in(process_group)
         self.generators = {
@@ -87,7 +103,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
         self._built_as = self._settings()
         device = batches[0].broken_at.device
         require_equal_settings(self._built_as, device, self.process_group)
-        require_equal_parameters(self._named(), self.process_group)
+        require_equal_parameters(self._shared_by_all(), self.process_group, UNEQUAL)
 
     def _round(self) -> Traffic:
         """Take a round, from gradients to parameters; returns what it took."""
@@ -137,13 +153,9 @@ class CommunicatingOptimizer(StatefulOptimizer):
             with torch.enable_grad():
                 loss = closure()
         with self._in_step():
-            if self.missing == "zero":
-                for parameter in self._held:
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-            if not self._sharded:
-                require_gradients(self.batches, type(self).__name__)
+            bring_gradients(self._brought, type(self).__name__)
             self._require_as_built()
+            self._look_back()
             if self._overflowed(self._everyone):
                 return loss
             with self._own_precision():
@@ -185,6 +197,22 @@ class CommunicatingOptimizer(StatefulOptimizer):
             require_same_group(index, now, formed)
         if self.steps == 0 and self.ranks > 1:
             require_local_gradients(self.param_groups)
+        if self.steps == 0 and place_in(self._everyone)[1] > 1:
+            warn_of_statistics(self._brought, self.buffers.module)
+
+    @property
+    def _brought(self) -> list[Layer]:
+        """Whose gradients this worker brings to a step, of all its lanes."""
+        return self.lanes.layers if self.lanes else self._layers
+
+    @property
+    def _layers(self) -> list[Layer]:
+        """The parameters of batches."""
+        return [
+            Layer(name, parameter, prod(batch.shape), self.missing)
+            for batch in self.batches
+            for name, parameter in zip(batch.names, batch.params, strict=True)
+        ]
 
     @property
     def _held(self) -> list[Tensor]:
@@ -240,36 +268,80 @@ class CommunicatingOptimizer(StatefulOptimizer):
         """Of this worker, float32 (m, n) each."""
         gradients = batch.matrices(parameter.grad.float() for parameter in batch.params)
         finite = torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite()
-        batch.broken_at.masked_fill_(~finite & (batch.broken_at == 0), self.steps + 1)
+        mark(batch.broken_at, ~finite, self.steps + 1)
         return gradients
 
     def check_finite(self) -> None:
-        """Raise FloatingPointError if a gradient of this worker was NaN or infinite so far.
+        """Raise FloatingPointError if a gradient or a message of this worker was NaN or infinite.
 
-        Names the layer and the step. Waits for the device, so call it where the loss is read.
+        Names the layer and the step, the first of all steps so far. Waits for the device, so call
+        it where the loss is read.
         """
         broken = [
-            (int(step), name)
+            (step, kind, name)
             for batch in self.batches
-            for step, name in zip(batch.broken_at.tolist(), batch.names, strict=True)
+            for kind, at in enumerate((batch.broken_at, batch.unsent_at))
+            for step, name in zip(at.tolist(), batch.names, strict=True)
             if step
         ]
         if broken:
-            step, name = min(broken)
+            step, kind, name = min(broken)
+            what = (self.BROKEN, "what this worker sends of {} was not finite at step {}")[kind]
             raise FloatingPointError(
-                f"the gradient of {name} was not finite at step {step}: lower the learning rate "
-                "or look at that step's data"
+                f"{what.format(name, step)}: lower the learning rate or look at that step's data"
             )
 
-    def check_agreement(self) -> None:
-        """Raise ValueError if workers hold different parameters or numbers of parameter groups.
+    def _look_back(self) -> None:
+        """Say once what was not finite in the steps before, without waiting for the device."""
+        if not self.notice.look([at for b in self.batches for at in (b.broken_at, b.unsent_at)]):
+            return
+        try:
+            self.check_finite()
+        except FloatingPointError as error:
+            rank, _ = place_in(self._everyone)
+            log.warning("rank %d: %s (check_finite() raises this: end the run)", rank, error)
 
-        To be called on all ranks; names rank, and layer or group. Waits for the device.
+    def _require_finite(self) -> None:
+        """Raise on all ranks what `check_finite` raises on one, which it names."""
+        problem = None
+        try:
+            self.check_finite()
+        except FloatingPointError as error:
+            problem = str(error)
+        _, ranks = place_in(self._everyone)
+        failed = torch.tensor(int(problem is not None), device=self.batches[0].broken_at.device)
+        if ranks > 1:
+            dist.all_reduce(failed, group=self._everyone)
+        if not failed:
+            return
+        problems = [problem] * ranks
+        if ranks > 1:
+            dist.all_gather_object(problems, problem, group=self._everyone)
+        rank = next(rank for rank, its in enumerate(problems) if its is not None)
+        raise FloatingPointError(f"rank {rank}: {problems[rank]}" if ranks > 1 else problem)
+
+    def check_agreement(self) -> None:
+        """Raise ValueError if workers hold different parameters, buffers or numbers of groups.
+
+        And FloatingPointError for what was not finite on any (`check_finite`). To be called on all
+        ranks; names rank, and layer or group. Waits for the device.
         """
+        self._require_finite()
         if self.lanes:
             self.lanes.gather_parameters()
         require_equal_groups(self.param_groups, self.process_group)
-        require_equal_parameters(self._named(), self.process_group)
+        require_equal_parameters(self._shared_by_all(), self.process_group, self._why_parted())
+
+    def _why_parted(self) -> str:
+        """Why parameters may differ that were equal when this was built, and what to do."""
+        return PARTED.format("")
+
+    def go_on_after(self, steps: int) -> None:
+        super().go_on_after(steps)
+        self.notice = Notice()
+        for batch in self.batches:  # what was not finite was before
+            batch.broken_at.zero_()
+            batch.unsent_at.zero_()
 
     def _settings(self) -> dict:
         """All options as plain values, which all ranks have to be given alike."""
@@ -279,6 +351,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
         method = {"method": type(self).__name__, "ranks": place_in(self._everyone)[1]}
         of_groups = options_of(self.param_groups, ("name", *self.defaults))
         own = {name: value for name, value in own.items() if name not in NO_OPTIONS}
+        own["buffers"] = str(self.buffers)
         return method | own | of_groups | shapes_of(self.param_groups)
 
     def _new_generator(self, seed: int, rank: int, purpose: str) -> Generator:
@@ -288,3 +361,6 @@ class CommunicatingOptimizer(StatefulOptimizer):
 
     def _named(self) -> list[tuple[str, Tensor]]:
         return [pair for b in self.batches for pair in zip(b.names, b.params, strict=True)]
+
+    def _shared_by_all(self) -> list[tuple[str, Tensor]]:
+        return [*self._named(), *self.buffers.shared.items()]

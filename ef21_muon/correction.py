@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ef21_muon.exchange.gradients import GradientError
+
 STEP = 0.1  # of the way from W^k back to W^{k-1}, over which a Hessian is differenced
 
 
@@ -82,17 +84,21 @@ def corrected(
     correction: Correction,
     layers: list[tuple[Tensor, Tensor, float]],
     closure: Callable,
+    bring: Callable,
     first: bool,
 ) -> Callable:
     """A closure that leaves corrected gradients, and remembers what the next step needs.
 
     layers: of every parameter what is remembered of the step before, float32 of its shape, and
-    beta. In the `first` step nothing is, and nothing is corrected.
+    beta; bring: raises GradientError for gradients with which there is no step. In the `first` step
+    nothing is remembered, and nothing is corrected.
     """
 
     def evaluate():
         loss = closure()
-        if any(parameter.grad is None for parameter, _, _ in layers):
+        try:
+            bring()
+        except GradientError:
             return loss  # for the step to refuse
         with torch.no_grad():
             models = [parameter.clone() for parameter, _, _ in layers]
@@ -100,7 +106,7 @@ def corrected(
             if not first:
                 others = [before for _, before, _ in layers]
                 if correction.evaluates:
-                    others = _gradients_elsewhere(correction, layers, models, closure)
+                    others = _gradients_elsewhere(correction, layers, models, closure, bring)
                 for (parameter, _, beta), gradient, other in zip(
                     layers, gradients, others, strict=True
                 ):
@@ -120,6 +126,7 @@ def _gradients_elsewhere(
     layers: list[tuple[Tensor, Tensor, float]],
     models: list[Tensor],
     closure: Callable,
+    bring: Callable,
 ) -> list[Tensor]:
     """Of the same batch, at the correction's place; the parameters are then what they were."""
     # `.data`, so that a parameter does not count as changed from outside.
@@ -128,6 +135,7 @@ def _gradients_elsewhere(
     try:
         with torch.enable_grad():
             closure()
+        bring()
         return [parameter.grad for parameter, _, _ in layers]
     finally:
         for (parameter, _, _), model in zip(layers, models, strict=True):

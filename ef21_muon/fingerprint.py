@@ -38,8 +38,8 @@ def projection(matrices: Tensor) -> Tensor:
 
 @cache
 def _weights(device: torch.device) -> Tensor:
-    """CHUNK odd int64 numbers, the same in every process."""
-    generator = torch.Generator(device).manual_seed(0)
+    """CHUNK odd int64 numbers, the same in every process: a GPU would draw others than a CPU."""
+    generator = torch.Generator("cpu").manual_seed(0)
     limits = torch.iinfo(torch.int64)
-    weights = torch.randint(limits.min, limits.max, (CHUNK,), generator=generator, device=device)
-    return weights.bitwise_or_(1)
+    weights = torch.randint(limits.min, limits.max, (CHUNK,), generator=generator, device="cpu")
+    return weights.bitwise_or_(1).to(device)

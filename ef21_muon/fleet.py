@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
+from ef21_muon.arithmetic import SAFE, WHY, digests
 from ef21_muon.exchange.admission import FleetRefused, differences
 from ef21_muon.exchange.collectives import ALONE, Exchange, Traffic
 from ef21_muon.exchange.fleet import Fleet
@@ -29,6 +30,9 @@ PAUSE = 2.0  # seconds between meetings for those that are late
 FEW = 3  # layers, at most, that a warning names
 MEETINGS = 1000  # at most, that are remembered for who asks for them
 SHARED = ("model_shift", "server_momentum")  # of the tables of batches
+BITS = "bits of "  # before the name of what every worker computes for itself
+INSTEAD = f"give all workers {SAFE}, or leave this one out"
+APART = 3  # times in a row that a worker comes with another W of the same messages
 
 log = logging.getLogger("ef21_muon")
 
@@ -51,7 +55,8 @@ class FleetSteps(LocalSteps):
     Raises ValueError for what cannot go on without a member or within a round: other placements,
     messages back that lose anything, feedback "ef21" (whose servers remember the mean of all
     workers), `stagger`, `delay`, and compressors that change in the run. `step` and `join` raise
-    what Fleet.gather does: FleetRefused where the others are built otherwise.
+    what Fleet.gather does: FleetRefused where the others are built otherwise or compute other bits
+    of the same messages.
     """
 
     def __init__(
@@ -83,10 +88,16 @@ class FleetSteps(LocalSteps):
                 f"w2s={w2s} is not allowed for workers that come and go: give one compressor for "
                 "the whole run"
             )
+        if options.get("buffers") is not None:
+            raise ValueError(
+                "buffers are not averaged over workers that come and go: leave them out, and "
+                "normalise without running statistics"
+            )
         self.fleet, self.told = fleet, 0
         self._within_step, self._untold = False, 0  # local steps since the last meeting
         self.meetings: deque[Meeting] = deque(maxlen=MEETINGS)
         self._met: tuple[int, ...] = ()  # the workers of the last one
+        self._apart = 0  # times in a row that it came with another W
         super().__init__(inner, every, w2s=w2s, server="replicated", buckets=1, **options)
         if self.feedback is EF21:
             raise ValueError(
@@ -97,7 +108,9 @@ class FleetSteps(LocalSteps):
         run = dict(run or {})  # comes first, and holds for names that options have too
         settings = run | self._settings() | run
         self._built = {key: str(value) for key, value in settings.items()}
-        told = hashlib.sha256(repr(sorted(self._built.items())).encode()).digest()
+        computed = digests(self._recomputed(self.rules, self.server))
+        self._bits = {f"{BITS}{name}": str(value) for name, value in computed.items()}
+        told = hashlib.sha256(repr(sorted((self._built | self._bits).items())).encode()).digest()
         self._digest_of_built = int.from_bytes(told[:7], "big")
         fleet.attach(self)
 
@@ -180,6 +193,7 @@ class FleetSteps(LocalSteps):
         messages, meeting = self.fleet.gather(message, counts, finite=not broken)
         if self.fleet.worker in meeting.refused:
             self.take_shared_state(self.shared_state())
+        self._require_same_bits(meeting)
         self._untold = 0
         if messages:
             self.steps = meeting.step - self._within_step
@@ -190,6 +204,19 @@ class FleetSteps(LocalSteps):
         self.meetings.append(meeting)
         self._met = meeting.workers
         return messages
+
+    def _require_same_bits(self, meeting: Meeting) -> None:
+        """Raise FleetRefused where W of the same messages is another again and again.
+
+        Such a worker would heal for ever, and never count.
+        """
+        self._apart = self._apart + 1 if meeting.apart else 0
+        if self._apart == APART:
+            self.leave()
+            raise FleetRefused(
+                f"this worker had another W than the others {APART} times in a row, of the same "
+                f"messages: {WHY}, and so it never counts: {INSTEAD}"
+            )
 
     @torch.no_grad()
     def _broken(self) -> list[str]:
@@ -238,7 +265,7 @@ class FleetSteps(LocalSteps):
         return self.batches[0].broken_at.device
 
     def _shared(self) -> list[Tensor]:
-        self._require_own_parameters("what workers share")
+        self.require_own_parameters("what workers share")
         tables = (one for batch in self.batches for one in batch.tables())
         return [table for name, table, _ in tables if name in SHARED]
 
@@ -252,7 +279,8 @@ class FleetSteps(LocalSteps):
     def shared_state(self) -> dict:
         """What all workers share; its tensors are not copies."""
         counters = {"done": self.done, "told": self.told}
-        return {"built": self._built, **counters, "tensors": self._shared()}
+        built = self._built | self._bits
+        return {"built": built, **counters, "tensors": self._shared()}
 
     @torch.no_grad()
     def take_shared_state(self, state: dict) -> None:
@@ -260,9 +288,16 @@ class FleetSteps(LocalSteps):
 
         Raises FleetRefused where they are built otherwise.
         """
-        if differing := differences(self._built, state["built"]):
+        theirs = {key: value for key, value in state["built"].items() if key not in self._bits}
+        if differing := differences(self.built, theirs):
             raise FleetRefused(
                 f"the other workers are built otherwise: {differing}: start all of them alike"
+            )
+        unlike = [key for key, value in self._bits.items() if state["built"].get(key) != value]
+        if unlike:
+            raise FleetRefused(
+                f"this worker gets other {unlike[0]} than the others: {WHY}, and every worker "
+                f"decodes all messages: {INSTEAD}"
             )
         for table, new in zip(self._shared(), state["tensors"], strict=True):
             table.copy_(new)

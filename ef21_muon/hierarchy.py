@@ -46,6 +46,7 @@ class HierarchicalEF21Muon(EF21Muon):
                 process_group=self.lanes.lane,
                 **options,
             )
+        self.lanes.name(self._layers)
         for exchange in (phase.exchange for phase in self.phases):
             exchange.w2s_bytes, exchange.s2w_bytes, exchange.received_bytes = self.lanes.total(
                 exchange.w2s_bytes, exchange.s2w_bytes, exchange.received_bytes

@@ -1,6 +1,7 @@
 """What is asked of an optimizer that another one is around, and how it begins anew."""
 
 import copy
+import weakref
 from collections.abc import Callable, Sequence
 from inspect import Parameter, signature
 
@@ -39,6 +40,18 @@ def require_inner(optimizers: Sequence[Optimizer]) -> None:
                 f"inner={type(optimizer).__name__} needs a closure in every step: give an "
                 "optimizer that steps on gradients"
             )
+
+
+def guard(outer: CommunicatingOptimizer) -> None:
+    """Let the inner optimizers refuse steps while the parameters are W."""
+    reference = weakref.ref(outer)  # they may outlive it
+
+    def refuse(inner: Optimizer, args: tuple, kwargs: dict) -> None:
+        if (outer := reference()) is not None:
+            outer.require_own_parameters(f"{type(inner).__name__}.step()")
+
+    for optimizer in outer.inner:
+        optimizer.register_step_pre_hook(refuse)
 
 
 def require_a_gradient(groups: list[dict]) -> None:

@@ -1,13 +1,12 @@
 """Local steps: workers step by themselves, and meet in rounds."""
 
-import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ef21_muon.checks import (
@@ -20,8 +19,16 @@ from ef21_muon.checks import (
 )
 from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.collectives import ALONE, place_in
+from ef21_muon.exchange.gradients import Layer, bring_gradients
 from ef21_muon.exchange.lanes import Lanes
-from ef21_muon.exchange.layers import RoundBatch, named_layers, serve
+from ef21_muon.exchange.layers import (
+    RoundBatch,
+    finite,
+    mark,
+    named_layers,
+    serve,
+    still_where_broken,
+)
 from ef21_muon.exchange.phases import Phase, new_phases
 from ef21_muon.exchange.rounds import Rounds
 from ef21_muon.exchange.timetable import Timetable
@@ -29,7 +36,7 @@ from ef21_muon.inner import require_a_gradient
 from ef21_muon.messages.compressors import Identity
 from ef21_muon.messages.feedback import FEEDBACK
 from ef21_muon.rules import S2W, W2S, starts_of
-from ef21_muon.senders import check_mean, count_senders, require_marks
+from ef21_muon.senders import add_mean_over_senders, check_mean, require_marks
 from ef21_muon.served import Receive
 from ef21_muon.wrapping import WrappingOptimizer
 
@@ -59,12 +66,16 @@ class LocalSteps(WrappingOptimizer):
     has of every entry the mean over the workers that have sent it (SparseLoCo), 0 where none has.
     Of messages that have all entries both are the same.
 
+    buffers: the model, whose floating-point buffers, as the running statistics of BatchNorm, become
+    the mean of all workers' in every round, and within `agreed()` are those of the last one.
+
     With `stagger` every batch of layers has a turn of its own in the round, so that a link is used
     evenly, and with `delay` a message travels for as many steps each way while the training goes on
     (Streaming DiLoCo, arXiv:2501.18512): x_j then moves by W less the x_j of the turn, which keeps
     the steps since. `lanes`: of the ranks of a worker, where it has several; gradients are averaged
     inside of it in every step, and inner optimizers hold the parameters of this rank's lane. A root
-    of `fully_shard` needs reshard_after_forward=True, or it goes on with W after `agreed()`.
+    of `fully_shard` needs reshard_after_forward=True, or it goes on with W after `agreed()`. There
+    a parameter without a gradient is refused, or zero where its inner optimizer has missing="zero".
 
     Memory: W and e_j, 8 bytes for each float32 parameter; on the rank that serves it 4 for V, and 4
     for e_s where s2w loses anything. A delay takes 4 more and the messages under way.
@@ -76,6 +87,7 @@ class LocalSteps(WrappingOptimizer):
     parameter has a gradient.
     """
 
+    BROKEN = "{} is not finite after step {}"
     NOT_COPIED = (*WrappingOptimizer.NOT_COPIED, "_sent", "_returned")
 
     def __init__(
@@ -96,6 +108,7 @@ class LocalSteps(WrappingOptimizer):
         stagger: bool = False,
         delay: int = 0,
         seed: int = 0,
+        buffers: nn.Module | None = None,
         lanes: Lanes | None = None,
         process_group: dist.ProcessGroup | str | None = None,
     ):
@@ -108,11 +121,12 @@ class LocalSteps(WrappingOptimizer):
         self.stagger = flag("stagger", stagger)
         buckets = whole_number("buckets", buckets, least=1)
         self.feedback = FEEDBACK[choice("feedback", feedback, FEEDBACK)]
-        refuse_unused_decays([{"error_decay": error_decay, "server_momentum": 0}], feedback)
+        refuse_unused_decays([{"error_decay": self.error_decay, "server_momentum": 0}], feedback)
         self.mean = check_mean(mean, feedback)
         w2s, s2w = w2s or Identity(), s2w or Identity()
         with lanes.together() if lanes else nullcontext():
-            super().__init__(inner, w2s, s2w, seed=seed, process_group=process_group)
+            place = {"process_group": process_group, "buffers": buffers}
+            super().__init__(inner, w2s, s2w, seed=seed, **place)
             costs = [parameter.numel() for _, _, parameter, _ in named_layers(self.rules)]
             self._place_servers(server, self.rules, costs)
             batches = self._new_batches(costs)
@@ -124,21 +138,10 @@ class LocalSteps(WrappingOptimizer):
                 self._keep_messages(batches)
             self._begin(batches)
         if lanes:
+            lanes.name(self._layers)
             self.timetable.sum_over(lanes)
         self._sent: dict[range, Receive] = {}  # under way to the servers
         self._returned: dict[range, Receive] = {}  # and back
-        self._guard_inner()
-
-    def _guard_inner(self) -> None:
-        """Let inner optimizers refuse steps on W, too."""
-        reference = weakref.ref(self)
-
-        def refuse(inner: Optimizer, args: tuple, kwargs: dict) -> None:
-            if (outer := reference()) is not None:
-                outer._require_own_parameters(f"{type(inner).__name__}.step()")
-
-        for optimizer in self.inner:
-            optimizer.register_step_pre_hook(refuse)
 
     def _new_batches(self, costs: list[int]) -> list[RoundBatch]:
         place = place_in(self.process_group)
@@ -176,15 +179,17 @@ class LocalSteps(WrappingOptimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """A step of the inner optimizer, and what is due after it of a round."""
-        self._require_own_parameters("step()")
+        self.require_own_parameters("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with self._in_step():
-            if not self._sharded:
+            if not self.lanes:
                 require_a_gradient(self.param_groups)
+            bring_gradients(self._brought, type(self).__name__)
             self._require_as_built()
+            self._look_back()
             # A worker whose gradient overflowed does without this step; its own ranks do alike.
             overflowed = self._overflowed(self.lanes.worker if self.lanes else ALONE)
             if self.lanes:
@@ -196,6 +201,9 @@ class LocalSteps(WrappingOptimizer):
                 self._depart(*self.timetable.departing(self.steps))
                 self._arrive(self.steps)
             self.traffic += self.timetable.sent(self.steps)
+            _, place, length = self.rounds.of(self.steps)
+            if place == length - 1:
+                self.traffic += self._average_buffers()
             self.steps += 1
             if self.lanes:
                 with self.timer("exchange"):
@@ -208,7 +216,7 @@ class LocalSteps(WrappingOptimizer):
 
         For the end of a training, on all workers together. What is under way arrives first.
         """
-        self._require_own_parameters("finish()")
+        self.require_own_parameters("finish()")
         if self.steps == 0:
             return
         last, delay = self.steps - 1, self.timetable.delay
@@ -221,9 +229,24 @@ class LocalSteps(WrappingOptimizer):
             self._return(phase, bucket)
         for bucket in buckets:
             self._land(phase, bucket)
-        self.traffic += self.timetable.taken(phase, buckets)
+        self.traffic += self.timetable.taken(phase, buckets) + self._average_buffers()
         if self.lanes:
             self.lanes.share_parameters()
+
+    @property
+    def _layers(self) -> list[Layer]:
+        """Where an inner optimizer skips what has no gradient, a worker of several ranks cannot."""
+        zero = {
+            parameter
+            for one in self.inner if getattr(one, "missing", None) == "zero"
+            for group in one.param_groups
+            for parameter in group["params"]
+        }  # fmt: skip
+        otherwise = "refuse" if self.lanes else "skip"
+        return [
+            one._replace(missing="zero" if one.parameter in zero else otherwise)
+            for one in super()._layers
+        ]
 
     def _depart(self, phase: Phase, buckets: list[range]) -> None:
         for bucket in buckets:
@@ -261,6 +284,7 @@ class LocalSteps(WrappingOptimizer):
 
     def _worker_message(self, batch: RoundBatch) -> Tensor:
         local_models = batch.local_models()
+        mark(batch.broken_at, ~finite(local_models), self.steps + 1)
         wide = torch.promote_types(local_models.dtype, torch.float32)
         difference = (batch.model_shift.to(wide) - local_models).float()
         message = self._compress(batch, difference, batch.memory, self.error_decay)
@@ -276,14 +300,8 @@ class LocalSteps(WrappingOptimizer):
         self._add_mean(batch, batch.outer_gradient, from_workers)
 
     def _add_mean(self, batch: RoundBatch, total: Tensor, from_workers: tuple[Tensor, ...]) -> None:
-        senders = count_senders(batch, from_workers) if self.mean == "senders" else None
-        if senders is None:
+        if self.mean == "all" or not add_mean_over_senders(batch, total, from_workers):
             super()._add_mean(batch, total, from_workers)
-            return
-        received = torch.zeros_like(total)
-        for message in from_workers:
-            received += batch.w2s.decode(message, *batch.shape)
-        total += received.div_(senders.clamp_(min=1))
 
     def _server_message(self, batch: RoundBatch) -> Tensor:
         direction, batch.outer_gradient = batch.outer_gradient, None
@@ -291,11 +309,12 @@ class LocalSteps(WrappingOptimizer):
             batch.server_momentum.mul_(self.outer_momentum).add_(direction)
             momentum = batch.server_momentum
             if self.nesterov:
-                momentum = direction.add(momentum, alpha=self.outer_momentum)
+                momentum = direction + self.outer_momentum * momentum  # not fused, as some would
             direction = momentum
         shift = self.outer_lr * direction
         if batch.server_error is not None:
             shift += batch.server_error
+        still_where_broken(shift, direction)
         message = batch.s2w.encode(shift, self.generators["s2w"])
         if batch.server_error is not None:
             batch.server_error.copy_(shift).sub_(batch.s2w.decode(message, *batch.shape))
@@ -305,7 +324,9 @@ class LocalSteps(WrappingOptimizer):
 
     def _update(self, batch: RoundBatch, received: Tensor) -> None:
         if self._is_its_inner(batch):
-            batch.model_shift.copy_(batch.told())
+            told = batch.told()
+            broken = ~finite(told)[:, None, None]
+            batch.model_shift.copy_(torch.where(broken, batch.model_shift, told))
             return
         batch.model_shift -= received
         if batch.departure is None:
@@ -326,7 +347,7 @@ class LocalSteps(WrappingOptimizer):
 
         Within it `step`, `finish`, states, copies and checks are refused: they are of x_j.
         """
-        self._require_own_parameters("agreed()")
+        self.require_own_parameters("agreed()")
         self._swap()
         try:
             yield
@@ -344,16 +365,9 @@ class LocalSteps(WrappingOptimizer):
                 local_model = parameter.clone()
                 parameter.copy_(shift)
                 shift.copy_(local_model)
+        self.buffers.swap()
         if self.lanes:
             self.lanes.share_parameters()
-
-    def check_agreement(self) -> None:
-        self._require_own_parameters("check_agreement()")
-        super().check_agreement()
-
-    def diagnostics(self) -> dict[str, dict[str, float]]:
-        self._require_own_parameters("diagnostics()")
-        return super().diagnostics()
 
     def check_finite(self) -> None:
         """Raise FloatingPointError if a gradient or a parameter of this worker is not finite.
@@ -364,13 +378,9 @@ class LocalSteps(WrappingOptimizer):
             if isinstance(optimizer, CommunicatingOptimizer):
                 optimizer.check_finite()
         for batch in self.batches:
-            finite = torch.stack(torch._foreach_norm(batch.params, float("inf"))).isfinite()
-            for name, is_finite in zip(batch.names, finite.tolist(), strict=True):
-                if not is_finite:
-                    raise FloatingPointError(
-                        f"{name} is not finite after step {self.steps}: lower the learning rate or "
-                        "look at the data of the steps before"
-                    )
+            norms = torch.stack(torch._foreach_norm(batch.params, float("inf")))
+            mark(batch.broken_at, ~norms.isfinite(), self.steps or 1)
+        super().check_finite()
 
     def _arrived(self) -> list[RoundBatch]:
         under_way = self.timetable.under_way(self.steps)
@@ -379,10 +389,6 @@ class LocalSteps(WrappingOptimizer):
     def go_on_after(self, steps: int) -> None:
         super().go_on_after(steps)
         self._sent, self._returned = {}, {}
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._guard_inner()
 
     def _settings(self) -> dict:
         return super()._settings() | {"every": str(self.rounds)}

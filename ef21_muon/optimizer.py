@@ -1,12 +1,14 @@
 """EF21-Muon (Gruntkowska et al., arXiv:2510.00643), Algorithm 1, as a torch optimizer."""
 
 from collections.abc import Callable
+from functools import partial
 from math import sqrt
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from ef21_muon.arithmetic import Results, of_norms
 from ef21_muon.checks import (
     check_group,
     check_number,
@@ -16,9 +18,10 @@ from ef21_muon.checks import (
 )
 from ef21_muon.correction import KINDS, corrected, no_closure
 from ef21_muon.exchange.collectives import Traffic, place_in
-from ef21_muon.exchange.layers import LayerBatch, batch_layers, lmo_costs
+from ef21_muon.exchange.gradients import bring_gradients
+from ef21_muon.exchange.layers import LayerBatch, batch_layers, lmo_costs, still_where_broken
 from ef21_muon.exchange.phases import new_phases
-from ef21_muon.lmo.norms import AdaptiveRadius, Norm, Spectral
+from ef21_muon.lmo.norms import AdaptiveRadius, Norm, Spectral, along
 from ef21_muon.messages.compressors import Compressor, Identity
 from ef21_muon.messages.feedback import FEEDBACK
 from ef21_muon.messages.switch import Switch, starts
@@ -54,7 +57,8 @@ class EF21Muon(ServedOptimizer):
     two dimensions is flattened to (d_0, rest).
 
     Of every group:
-        lr: times the radius is the length t^k of the step in its norm; schedulers act on it.
+        lr: times the radius is the length t^k of the step in its norm; schedulers act on it. A
+            tensor with one entry stays one, as in torch's optimizers, and is read in every step.
         beta: weight of the new gradient in the momentum, in (0, 1]; 1 is no momentum.
         norm: gives the LMO, Spectral() by default.
         radius: a number, or an AdaptiveRadius, which follows each layer's dual norm (Gluon).
@@ -84,12 +88,15 @@ class EF21Muon(ServedOptimizer):
         buckets: messages, each way, that layers travel in: one is on its way while the next is
             encoded.
         missing: "refuse" a parameter without a gradient, or let it be "zero" on this worker, as
-            where a branch or an expert was not taken.
+            where a branch or an expert was not taken. A step without any gradient is refused.
+        buffers: the model, whose floating-point buffers, as the running statistics of BatchNorm,
+            become the mean of all workers' in every step; the bytes count. Without it they stay
+            each worker's own.
         seed: of what is random in compressors.
 
     Raises ValueError for hyperparameters outside their range and for parameters or settings that
     differ between ranks, RuntimeError from `step` for a parameter whose gradient is missing or does
-    not fit. Gradients that are not finite are noticed by `check_finite`.
+    not fit. What is not finite leaves W as it is, and is named by `check_finite`.
     """
 
     RULE = ("norm", "radius", "w2s", "s2w")
@@ -117,6 +124,7 @@ class EF21Muon(ServedOptimizer):
         server: str = "auto",
         buckets: int = 4,
         missing: str = "refuse",
+        buffers: nn.Module | None = None,
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
     ):
@@ -135,7 +143,7 @@ class EF21Muon(ServedOptimizer):
             "transposed": False,
             "kernels": False,
         }
-        whole_number("buckets", buckets, least=1)
+        buckets = whole_number("buckets", buckets, least=1)
         self.feedback = FEEDBACK[choice("feedback", feedback, FEEDBACK)]
         self.momentum = choice("momentum", momentum, ("polyak", *KINDS))
         self.gamma = check_number("gamma", gamma, {"gamma": ("of at least 0", lambda g: g >= 0)})
@@ -144,14 +152,8 @@ class EF21Muon(ServedOptimizer):
         self.momentum_start = choice("momentum_start", momentum_start, momenta)
         first_messages = ("compressed", "exact")
         self.first_message = choice("first_message", first_message, first_messages)
-        super().__init__(
-            params,
-            defaults,
-            seed=seed,
-            purposes=("w2s", "s2w"),
-            process_group=process_group,
-            missing=missing,
-        )
+        place = {"process_group": process_group, "missing": missing, "buffers": buffers}
+        super().__init__(params, defaults, seed=seed, purposes=("w2s", "s2w"), **place)
         refuse_unused_decays(self.param_groups, feedback)
         self._place_servers(server, self.param_groups, lmo_costs(self.param_groups))
         batches = batch_layers(self.param_groups, self.server, *place_in(process_group))
@@ -163,6 +165,11 @@ class EF21Muon(ServedOptimizer):
         if first_message == "exact":
             rules = [Switch(Identity(), rule, start=1) for rule in rules]
         self.phases = new_phases(self.batches, rules, self._begins(rules), buckets, process_group)
+
+    def _recomputed(self, groups: list[dict], server: str) -> Results:
+        yield from super()._recomputed(groups, server)
+        if server == "replicated":
+            yield from of_norms(groups)
 
     def _begins(self, rules: list[Compressor | Switch]) -> set[int]:
         """The rounds from which on a message has another size."""
@@ -199,7 +206,8 @@ class EF21Muon(ServedOptimizer):
                 batch.params, batch.as_parameters(batch.previous), strict=True
             )
         ]
-        return corrected(self.correction, layers, closure, first=not self.begun)
+        bring = partial(bring_gradients, self._brought, type(self).__name__)
+        return corrected(self.correction, layers, closure, bring, first=not self.begun)
 
     def _round(self) -> Traffic:
         for batch in self.batches:
@@ -241,17 +249,17 @@ class EF21Muon(ServedOptimizer):
         return batch.s2w.encode(shift, self.generators["s2w"])
 
     def _lmo_step(self, batch: LayerBatch) -> Tensor:
-        """Line 3: X^{k+1} - X^k for the layers owned here."""
+        """Line 3: X^{k+1} - X^k for the layers owned here; none where G is not finite."""
         group = self.param_groups[batch.group]
         if batch.server_lmo_error is None:
-            step = self._step_of_a_length(batch, group)
+            step, source = self._step_of_a_length(batch, group), batch.server_gradient
         else:
-            step = self._step_with_feedback(batch, group)
+            step, source = self._step_with_feedback(batch, group), batch.server_lmo_error
         if group["weight_decay"]:
             model = batch.server_model
             model = batch.served_parameters() if model is None else model
-            step.sub_(model, alpha=group["lr"] * group["weight_decay"])
-        return step
+            step -= _lr(batch, group) * group["weight_decay"] * model  # not fused, as some would
+        return still_where_broken(step, source)
 
     def _direction(self, batch: LayerBatch, group: dict) -> Tensor:
         """LMO(G)."""
@@ -263,16 +271,15 @@ class EF21Muon(ServedOptimizer):
         if group["kernels"]:
             step /= sqrt(batch.kernel)
         if not isinstance(group["radius"], AdaptiveRadius):
-            return step.mul_(group["lr"] * group["radius"])
-        rows, columns = batch.server_gradient.flatten(1)[:, None], step.flatten(1)[..., None]
-        dual = -torch.bmm(rows, columns).flatten()  # of an exact LMO, the dual norm
-        return step.mul_(group["radius"](dual)[:, None, None]).mul_(group["lr"])
+            return step.mul_(_lr(batch, group) * group["radius"])
+        dual = -along(batch.server_gradient, step)  # of an exact LMO, the dual norm
+        return step.mul_(group["radius"](dual)[:, None, None]).mul_(_lr(batch, group))
 
     @staticmethod
     def _step_with_feedback(batch: LayerBatch, group: dict) -> Tensor:
         """d = e + lr radius G; the step is the part of -d along LMO(d); e <- d + step."""
         wanted = batch.server_lmo_error
-        wanted.add_(batch.server_gradient, alpha=group["lr"] * group["radius"])
+        wanted += _lr(batch, group) * group["radius"] * batch.server_gradient  # not fused
         step = group["norm"].projected(wanted)
         wanted += step
         return step
@@ -296,3 +303,12 @@ class EF21Muon(ServedOptimizer):
             if batch.server_model is not None:
                 batch.server_model.copy_(batch.served_parameters())
             batch.note_versions()
+
+
+def _lr(batch: LayerBatch, group: dict) -> float | Tensor:
+    """As a factor for which the host does not wait: a number, or a scalar on the layers' device."""
+    lr = group["lr"]
+    if not isinstance(lr, Tensor):
+        return lr
+    device = batch.broken_at.device
+    return lr.reshape(()) if lr.device == device and device.type != "cpu" else lr.item()

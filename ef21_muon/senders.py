@@ -37,15 +37,17 @@ def require_marks(phases: Sequence[Phase], batches: Sequence[RoundBatch]) -> Non
                 ) from None
 
 
-def count_senders(batch: RoundBatch, messages: Sequence[Tensor]) -> Tensor | None:
-    """Of every entry how many of the messages have it: float32 (layers, m, n).
+def add_mean_over_senders(batch: RoundBatch, total: Tensor, messages: Sequence[Tensor]) -> bool:
+    """Add to every entry of total (layers, m, n) the mean over the messages that have it.
 
-    messages: uint8 (layers, bytes) each. None where every message has all entries.
+    messages: uint8 (layers, bytes) each. False, and nothing is added, where all have all entries.
     """
-    total = None
+    senders, received = torch.zeros_like(total), torch.zeros_like(total)
     for message in messages:
         sent = batch.w2s.sent(message, *batch.shape)
         if sent is None:
-            return None
-        total = sent.float() if total is None else total.add_(sent)
-    return total
+            return False
+        senders += sent
+        received += batch.w2s.decode(message, *batch.shape)
+    total += received.div_(senders.clamp_(min=1))
+    return True

@@ -1,19 +1,38 @@
 """What optimizers with servers have in common: from workers to the servers of layers, and back."""
 
+import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from ef21_muon.checks import refuse_compressed_shifts, require_mean_estimate
+from ef21_muon.arithmetic import (
+    REPLICATED,
+    SAFE,
+    WHY,
+    Results,
+    advice_for,
+    of_messages,
+    unlike,
+)
+from ef21_muon.checks import PARTED, refuse_compressed_shifts, require_mean_estimate
 from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.collectives import Exchange, Traffic, place_in
-from ef21_muon.exchange.layers import ServedBatch, relative_error, traffic_by_placement
+from ef21_muon.exchange.layers import (
+    ServedBatch,
+    finite,
+    mark,
+    relative_error,
+    traffic_by_placement,
+)
 from ef21_muon.exchange.phases import Phase, current
 from ef21_muon.exchange.placement import AUTO
 from ef21_muon.identity import described
 from ef21_muon.messages.feedback import EF21
+
+log = logging.getLogger(__name__)
 
 Receive: TypeAlias = Callable[[], list]
 
@@ -23,7 +42,9 @@ class ServedOptimizer(CommunicatingOptimizer):
 
     A subclass sets `phases` and `feedback`, and says of a batch of layers what a worker sends
     (`_worker_message`), what its servers make of the messages of all workers (`_receive`), what
-    they send (`_server_message`) and what a worker makes of that (`_update`).
+    they send (`_server_message`) and what a worker makes of that (`_update`). Where the mean of
+    what workers sent of a layer is not finite, its servers send no change: W stays as it was on all
+    workers until the one who sent it is named by `check_finite`, and by `check_agreement` on all.
 
     While `watch` is True what messages lose is recorded; when `watched` is True too it is there of
     all layers, for `diagnostics`.
@@ -53,14 +74,48 @@ class ServedOptimizer(CommunicatingOptimizer):
 
     def _place_servers(self, server: str, groups: list[dict], costs: list[int]) -> None:
         """Choose the placement; `placements` has the traffic of those that there were to choose."""
-        self.placements = {}
+        self.placements, allowed = {}, [server]
         if server == AUTO:
             _, ranks = place_in(self.process_group)
             self.placements = traffic_by_placement(groups, costs, ranks)
-            server, *_ = self.placements
-        if server == "replicated":
+            allowed = [*self.placements]
+        if allowed[0] == "replicated":
             refuse_compressed_shifts(groups)
-        self.server = server
+        self.server = self._where_bits_agree(allowed, groups)
+
+    def _where_bits_agree(self, allowed: list[str], groups: list[dict]) -> str:
+        """The first placement, or the next but "replicated" if ranks get other bits in that.
+
+        Raises ValueError where they do in all that are allowed.
+        """
+        first, *others = allowed
+        if place_in(self.process_group)[1] == 1:
+            return first
+        device = next(p.device for group in groups for p in group["params"])
+        found = unlike(self._recomputed(groups, first), device, self.process_group)
+        if found is None:
+            return first
+        what, rank = found
+        words = f"rank {rank} gets other bits than rank 0 of {what}: {WHY}, and "
+        others = [one for one in others if one != "replicated"]
+        if not (first == "replicated" and others and what.startswith(REPLICATED)):
+            raise ValueError(words + advice_for(what))
+        if place_in(self.process_group)[0] == 0:
+            log.warning("%sserver=auto is therefore %s, not replicated", words, others[0])
+        return self._where_bits_agree(others, groups)
+
+    def _recomputed(self, groups: list[dict], server: str) -> Results:
+        """What every worker computes for itself, of numbers that are alike on all, by its name.
+
+        All have to get the same bits of it. groups: with the entries params, w2s and s2w.
+        """
+        yield from of_messages("s2w", groups)
+        if server == "replicated":
+            yield from of_messages("w2s", groups)
+
+    def _why_parted(self) -> str:
+        elsewhere = "give server=sharded or rank0, " if self.server == "replicated" else ""
+        return PARTED.format(f"{elsewhere}give {SAFE}, or ")
 
     def _settings(self) -> dict:
         settings = super()._settings() | {"feedback": self.feedback.__name__}
@@ -89,7 +144,18 @@ class ServedOptimizer(CommunicatingOptimizer):
         ]
         for bucket, receive in zip(phase.buckets, to_workers, strict=True):
             self._to_parameters(bucket, receive)
-        return phase.exchange.traffic()
+        return phase.exchange.traffic() + self._average_buffers()
+
+    def _average_buffers(self) -> Traffic:
+        """What that takes of a whole worker, whose ranks have statistics of their own."""
+        with self.timer("exchange"):
+            traffic = self.buffers.average()
+        ranks = self.lanes.worker_size if self.lanes else 1
+        return replace(
+            traffic,
+            w2s_bytes=ranks * traffic.w2s_bytes,
+            received_bytes=ranks * traffic.received_bytes,
+        )
 
     def _to_servers(self, phase: Phase, bucket: range) -> Receive:
         """Encode what this worker sends of a bucket of batches, and start to send it."""
@@ -153,6 +219,7 @@ class ServedOptimizer(CommunicatingOptimizer):
         difference = self.feedback.difference(target, memory, error_decay)
         message = batch.w2s.encode(difference, self.generators["w2s"])
         sent = batch.w2s.decode(message, *batch.shape)
+        mark(batch.unsent_at, ~finite(sent), self.steps + 1)
         self.feedback.remember(memory, difference, sent)
         if self.watch:
             estimate = self.feedback.estimate(memory, sent)
@@ -165,7 +232,7 @@ class ServedOptimizer(CommunicatingOptimizer):
         """Add the mean of all workers' messages."""
         for message in from_workers:
             received = batch.w2s.decode(message, *batch.shape)
-            total.add_(received, alpha=1 / len(from_workers))
+            total += received * (1 / len(from_workers))  # rounded twice: fused on some processors
 
     def check_agreement(self) -> None:
         """Raise ValueError if workers hold different W, or if EF21's G is not the mean of G_j.
@@ -173,6 +240,7 @@ class ServedOptimizer(CommunicatingOptimizer):
         Names rank and layer; to be called on all ranks. Waits for the device. The second is told
         from random projections, so that a few bytes a layer are sent.
         """
+        self.require_own_parameters("check_agreement()")
         super().check_agreement()
         if self.feedback.accumulates:  # the others remember no G_j
             require_mean_estimate(self._arrived(), self.process_group)
@@ -189,6 +257,7 @@ class ServedOptimizer(CommunicatingOptimizer):
         it achieved. `estimator_error`: ||M_j - G_j|| / ||M_j||. `model_shift_error`, of the layers
         served here: ||X - W|| / ||X||. Waits for the device. RuntimeError if it was not watched.
         """
+        self.require_own_parameters("diagnostics()")
         if not self.watched:
             raise RuntimeError("nothing was recorded: set watch=True before the step")
         result = {}

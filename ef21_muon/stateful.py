@@ -40,7 +40,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         build the optimizer with the same ones to load it. Takes as much memory as the state.
         Raises RuntimeError where the parameters are W, as within `agreed()`.
         """
-        self._require_own_parameters("state_dict()")
+        self.require_own_parameters("state_dict()")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         generators = {purpose: one.get_state() for purpose, one in self.generators.items()}
@@ -52,6 +52,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
             "traffic": self.traffic.state(),
             "generators": generators,
         }
+        if shared := self.buffers.state():
+            state["buffers"] = shared
         if self.inner:
             state["inner"] = [copy.deepcopy(one.state_dict()) for one in self.inner]
         for hook in self._optimizer_state_dict_post_hooks.values():
@@ -83,13 +85,14 @@ class StatefulOptimizer(torch.optim.Optimizer):
         differ from those here. Raises ValueError when it does not fit, before anything changes,
         and RuntimeError where the parameters are W, as within `agreed()`.
         """
-        self._require_own_parameters("load_state_dict()")
+        self.require_own_parameters("load_state_dict()")
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         state_dict = self._part_of(state_dict)
         pairs = self._fitting(state_dict)
+        self.buffers.load(state_dict.get("buffers", {}))
         for inner, saved in zip(self.inner, state_dict.get("inner", ()), strict=True):
             inner.load_state_dict(copy.deepcopy(saved))
         if self.inner:
@@ -98,7 +101,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             for key, tensor in saved.items():
                 state[key].copy_(tensor)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key != "params"})
+            group.update(copy.deepcopy({k: v for k, v in saved.items() if k != "params"}))
         self.traffic = Traffic.from_state(state_dict["traffic"])
         self.go_on_after(state_dict["steps"])
         for purpose, generator in self.generators.items():
@@ -119,7 +122,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         dist.gather_object(mine, states, group=self._everyone, group_dst=0)
         return {"ranks": states} if rank == 0 else None
 
-    def _require_own_parameters(self, call: str) -> None:
+    def require_own_parameters(self, call: str) -> None:
         """Raise RuntimeError where a call would take W for the parameters of this worker."""
         if self._swapped:
             raise RuntimeError(
@@ -168,7 +171,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         return other
 
     def __getstate__(self) -> dict:
-        self._require_own_parameters("a copy")
+        self.require_own_parameters("a copy")
         return {name: value for name, value in vars(self).items() if name not in self.NOT_COPIED}
 
     def __setstate__(self, state: dict) -> None:
@@ -187,6 +190,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 f"the state holds parameter groups {saved_layout}, this optimizer {layout}: "
                 "build it from the same groups"
             )
+        self.buffers.require_fit(state_dict.get("buffers", {}))
         for inner, saved in zip(self.inner, state_dict.get("inner", ()), strict=True):
             if isinstance(inner, StatefulOptimizer):
                 inner._fitting(inner._part_of(saved))

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import torch.distributed as dist
+from torch import nn
 from torch.optim import Optimizer
 
 from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.identity import identity_of
-from ef21_muon.inner import require_float_state, require_inner
+from ef21_muon.inner import guard, require_float_state, require_inner
 from ef21_muon.rules import S2W, W2S, rule_of
 from ef21_muon.served import ServedOptimizer
 
@@ -28,6 +29,7 @@ class WrappingOptimizer(ServedOptimizer):
         seed: int,
         process_group: dist.ProcessGroup | str | None,
         missing: str = "refuse",
+        buffers: nn.Module | None = None,
     ):
         self.inner = [inner] if isinstance(inner, Optimizer) else [*inner]
         require_inner(self.inner)
@@ -39,6 +41,7 @@ class WrappingOptimizer(ServedOptimizer):
             purposes=("w2s", "s2w"),
             process_group=process_group,
             missing=missing,
+            buffers=buffers,
         )
         self.param_groups = groups
         self.RULE = tuple({entry for one in self.inner for entry in getattr(one, "RULE", ())})
@@ -47,6 +50,7 @@ class WrappingOptimizer(ServedOptimizer):
             own = getattr(optimizer, "generators", {})
             self.generators |= {f"inner_{purpose}": one for purpose, one in own.items()}
         self._inner_checked = False
+        guard(self)
 
     def _step_inner(self) -> None:
         with self.timer("server"):
@@ -55,6 +59,10 @@ class WrappingOptimizer(ServedOptimizer):
         if not self._inner_checked:
             require_float_state(self.inner)
             self._inner_checked = True
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        guard(self)
 
     def _settings(self) -> dict:
         settings = super()._settings() | {"number of inner optimizers": len(self.inner)}

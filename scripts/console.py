@@ -1,5 +1,6 @@
 """What several workers print, on one console."""
 
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -10,12 +11,14 @@ from typing import IO
 class Console:
     """Shows every line behind the number of its worker.
 
-    Tables and results are printed by all workers, and shown of one: the first that has not failed.
-    Errors are shown of all; one that several workers have is shown once.
+    Tables, progress and results are printed by all workers, and shown of one: the first that has
+    not failed. Errors are shown of all; one that several workers have is shown once.
     """
 
+    PROGRESS = re.compile(r"step +\d+ of \d+  ")  # as training/console.py has it in a file
+
     def __init__(self, workers: int):
-        self.speaker, self._held = 0, [[] for _ in range(workers)]  # lines that may be shown later
+        self._speakers, self._held = {0}, [[] for _ in range(workers)]  # lines to show later
         self._errors: dict[str, int] = {}  # which worker had it first
         self._lock, self._threads = Lock(), []
 
@@ -33,13 +36,12 @@ class Console:
             thread.join()
 
     def let_speak(self, worker: int) -> None:
-        """From now on tables and results are those of this worker, with what it has printed."""
+        """Show this worker's tables, progress and results from now on, and those so far."""
         with self._lock:
-            if worker == self.speaker:
-                return
-            self.speaker = worker
+            self._speakers.add(worker)
             for line in self._held[worker]:
                 self._show(worker, line, sys.stdout)
+            self._held[worker].clear()
 
     def _read(self, worker: int, stream: IO[bytes], take) -> None:
         for line in stream:
@@ -48,12 +50,14 @@ class Console:
                 take(worker, text)
 
     def _take_output(self, worker: int, text: str) -> None:
-        if worker == self.speaker:
+        if worker in self._speakers:
             self._show(worker, text, sys.stdout)
         else:
             self._held[worker].append(text)
 
     def _take_error(self, worker: int, text: str) -> None:
+        if self.PROGRESS.match(text) and worker not in self._speakers:
+            return
         first = self._errors.setdefault(text, worker) if text.startswith("error: ") else worker
         if first == worker:
             self._show(worker, text, sys.stderr)

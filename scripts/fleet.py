@@ -105,11 +105,9 @@ def start(options: argparse.Namespace) -> int:
     server = new_lighthouse(options.workers, options.port)
     asked, console, workers = Request(), Console(options.workers), []
     for number in range(options.workers):
-        one_bar = {"TQDM_DISABLE": "1"} if number else {}
         workers.append(
             subprocess.Popen(
                 worker_command(options, number),
-                env=os.environ | one_bar,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
@@ -121,6 +119,8 @@ def start(options: argparse.Namespace) -> int:
         worker.terminate()  # those that are left
     statuses = [worker.wait() for worker in workers]
     console.close()
+    if 0 in statuses:  # the result
+        console.let_speak(statuses.index(0))
     server.shutdown()
     if asked.is_set():
         return asked.status

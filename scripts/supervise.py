@@ -80,8 +80,8 @@ def run_once(command: list[str], ranks: int, asked: Event, grace: float) -> list
         environment = os.environ | {name: str(value) for name, value in own.items()}
         arguments = [sys.executable, "-u", *command]
         processes.append(subprocess.Popen(arguments, env=environment, start_new_session=True))
-    while any(process.poll() is None for process in processes):
-        if asked.is_set() or any(process.returncode for process in processes):
+    while None in (statuses := [process.poll() for process in processes]):
+        if asked.is_set() or any(statuses):
             _end(processes, asked, grace)
             break
         asked.wait(TICK)

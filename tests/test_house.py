@@ -123,6 +123,13 @@ def needs_torch_alone(module: Module) -> Iterator[str]:
             yield f"imports {name}"
 
 
+def checks_without_assert(module: Module) -> Iterator[str]:
+    """Which PYTHONOPTIMIZE takes away."""
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Assert) and not fits(module.name, "tests"):
+            yield f"asserts in line {node.lineno}"
+
+
 def draws_by_agg(module: Module) -> Iterator[str]:
     """A notebook's MPLBACKEND ends whoever imports matplotlib elsewhere first."""
     if not fits(module.name, "tests") and module.name != "training.drawing":
@@ -135,7 +142,7 @@ EXTRAS = {"ef21_muon.exchange.connections": {"torchft"}}
 
 RULES = (
     *(is_short, has_short_functions, says_what_it_is, imports_downwards, needs_torch_alone),
-    draws_by_agg,
+    *(checks_without_assert, draws_by_agg),
 )
 
 
@@ -177,6 +184,7 @@ FAULTS = [
         "from ef21_muon.lmo import norms, newton_schulz",
         "ef21_muon.messages.beside imports ef21_muon.lmo.norms",
     ),
+    (checks_without_assert, "data/a.py", "def f():\n    assert 1", "data.a asserts in line 2"),
     (needs_torch_alone, "ef21_muon/a.py", "import os, numpy.fft", "ef21_muon.a imports numpy.fft"),
     (
         draws_by_agg,
@@ -193,7 +201,7 @@ IN_ORDER = {
     "train.py": '"""Trains."""\nimport numpy\nfrom training import within\nimport data.long',
     "ef21_muon/lmo/presets.py": '"""Sets."""\nfrom ef21_muon.messages.compressors import A',
     "scripts/b/c.py": '"""Runs."""\nfrom scripts.netns import A\nfrom . import d\nimport train',
-    "tests/test_a.py": '"""Tests."""\nimport train, scripts.a, tests.b\nfrom run import ROOT',
+    "tests/test_a.py": '"""Tests."""\nimport train, scripts.a\nfrom run import ROOT\nassert 1',
     ".hidden/a.py": "import train\n" + 400 * "pass\n",
 }
 

@@ -22,12 +22,12 @@ def cause_of(error: BaseException) -> str:
     """What an error says that Hydra has raised for a class: why, where, and what to do."""
     cause = error.__cause__ or error
     if isinstance(cause, ImportError) and cause.__cause__:  # Hydra's own, for that of an import
-        root, told = cause.__cause__, _first_line(cause).removesuffix(":")
+        root, message = cause.__cause__, _first_line(cause).removesuffix(":")
         place = _place(root)
         if place or not isinstance(root, ImportError | AttributeError):
             where = f", {place}" if place else ""
-            return f"{told} ({_named(root)}{where}): mend that file, or install what it needs"
-        return f"{told}: give the dotted name of a class that can be imported"
+            return f"{message} ({_named(root)}{where}): mend that file, or install what it needs"
+        return f"{message}: give the dotted name of a class that can be imported"
     place = _place(cause)
     if place is None or (_is_own(place) and isinstance(cause, TypeError)):
         hint = ": give what that class takes, see train.py --cfg"

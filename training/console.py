@@ -44,7 +44,7 @@ class Lenient:
             if other:
                 with suppress(OSError, ValueError):
                     print(
-                        f"warning: {self._name} cannot be written ({error}): the run goes on",
+                        f"warning: {self._name} cannot be written ({error}): the run continues",
                         file=other,
                         flush=True,
                     )

@@ -40,7 +40,7 @@ class RunLog:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if config["wandb"]["mode"] != "disabled":
-                self._mirror = Mirror(config, directory, label, again=resumed is not None)
+                self._mirror = Mirror(config, directory, label, resumed=resumed is not None)
             if resumed:
                 self._file = _cut(self.path, resumed["log_bytes"])
             else:

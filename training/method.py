@@ -25,7 +25,9 @@ from training.workers import RunError
 
 METHODS = (CommunicatingOptimizer, AllReduced)  # what train.py can use
 # What optimizers get from elsewhere than configs/optimizer.
-ELSEWHERE = {"params", "norm", "radius", "w2s", "s2w", "seed", "process_group", "lanes"}
+ELSEWHERE = {
+    *("params", "norm", "radius", "w2s", "s2w", "seed", "process_group", "lanes", "buffers"),
+}
 
 
 def parameter_groups(config: DictConfig, model: nn.Module) -> list[dict]:
@@ -149,7 +151,7 @@ def require_whole_rounds(rounds: Rounds, steps: int) -> None:
 
 
 def longer_than(rounds: Rounds, steps: int) -> str | None:
-    """What to do about rounds of which none comes to its end within the steps; None if all do.
+    """What to do about rounds that do not end within the steps; None if each length of them does.
 
     What is left at the end of a run is sent as well, so that its last round may be a shorter one.
     """
@@ -162,11 +164,13 @@ def longer_than(rounds: Rounds, steps: int) -> str | None:
                 f"optimizer.every={length} is longer than steps={steps}: give "
                 f"optimizer.every={left} or less, or steps={length} or more"
             )
-        told = f"optimizer.every has rounds of {length} steps from step {first + 1} on"
+        stretch = f"optimizer.every has rounds of {length} steps from step {first + 1} on"
         if left <= 0:
-            return f"{told}, which steps={steps} does not reach: leave them out, or give more steps"
+            return (
+                f"{stretch}, which steps={steps} does not reach: leave them out, or give more steps"
+            )
         return (
-            f"{told}, where steps={steps} leaves {left}: give rounds of {left} steps or fewer "
+            f"{stretch}, where steps={steps} leaves {left}: give rounds of {left} steps or fewer "
             f"there, or steps={first + length} or more"
         )
     return None

@@ -11,7 +11,7 @@ from training.console import write_line
 from training.records import LOG_NAME
 from training.workers import RunError, one_line
 
-ID_FILE = "wandb_id"  # in the run's directory, for when the run goes on
+ID_FILE = "wandb_id"  # in the run's directory, for when the run is resumed
 MOST_WAITING = 10_000  # records that wandb has not taken, after which it counts as hanging
 PATIENCE = 120.0  # seconds for wandb to end, of a run that is complete
 SHORT_PATIENCE = 10.0  # of one that was stopped, which may be killed soon
@@ -20,27 +20,27 @@ SHORT_PATIENCE = 10.0  # of one that was stopped, which may be killed soon
 class Mirror:
     """A run of wandb. No call fails, and `finish` alone waits; a line says if the run is lost.
 
-    A new run has an id of its own; a run that goes on, `again`, has the one of its directory.
-    Raises RunError if wandb does not start, but for a run that goes on.
+    A new run has an id of its own, and a `resumed` run the one in its directory. Raises RunError if
+    wandb does not start for a new run.
     """
 
-    def __init__(self, config: dict, directory: Path, label: str, again: bool):
+    def __init__(self, config: dict, directory: Path, label: str, resumed: bool):
         self.directory = directory
         self._problem: str | None = None
         self._given_up = False
         self._tasks: Queue[Callable[[], None] | None] = Queue(MOST_WAITING)
         self._done = threading.Event()
         try:
-            self._run = _start(config, directory, label, _run_id(directory, again))
+            self._run = _start(config, directory, label, _run_id(directory, resumed))
         except Exception as error:
             mode = config["wandb"]["mode"]
-            told = f"wandb.mode={mode} does not start ({one_line(error)})"
-            if not again:
+            problem = f"wandb.mode={mode} does not start ({one_line(error)})"
+            if not resumed:
                 other = "offline" if mode == "online" else "disabled"
                 raise RunError(
-                    f"{told}: give wandb.mode={other}, and upload later with scripts/to_wandb.py"
+                    f"{problem}: give wandb.mode={other}, and upload later with scripts/to_wandb.py"
                 ) from error
-            self._give_up(told)
+            self._give_up(problem)
         else:
             threading.Thread(target=self._work, daemon=True).start()
 
@@ -112,7 +112,7 @@ def _start(config: dict, directory: Path, label: str, run_id: str):
     return run
 
 
-def _run_id(directory: Path, again: bool) -> str:
+def _run_id(directory: Path, resumed: bool) -> str:
     path = directory / ID_FILE
-    known = path.read_text() if again and path.exists() else ""
+    known = path.read_text() if resumed and path.exists() else ""
     return known if re.fullmatch(r"[\w-]+", known) else secrets.token_hex(8)

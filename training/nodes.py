@@ -40,13 +40,9 @@ def require_same_inputs(
 
     Of tokens the numbers and samples are compared. The classes have to be imported by now.
     """
-    facts = {}
     if workers.count > 1:
-        for name, stream in streams.items():
-            for place, (path, told) in enumerate(stream.fingerprints(), 1):
-                facts[f"{name} shard {place}, {path.name}"] = told
-        facts |= {name: _digest(name) or "" for name in _targets(config)}
-    _require_same(facts, workers, "use the same data and code on all nodes")
+        facts = workers.together(lambda: _inputs(config, streams))
+        _require_same(facts, workers, "use the same data and code on all nodes")
 
 
 def require_shared(directory: Path, workers: Workers) -> None:
@@ -57,7 +53,8 @@ def require_shared(directory: Path, workers: Workers) -> None:
     if workers.count == 1:
         return
     folder = directory / "checkpoints"
-    folder = directory / "checkpoints" if workers.broadcast(folder.is_dir()) else directory
+    if not workers.broadcast(workers.first and folder.is_dir()):
+        folder = directory
     # Named as what an ended process left, which the next start removes.
     token = workers.broadcast(secrets.token_hex(4))
     names = [f"shared.{rank}-{token}.partial" for rank in range(workers.count)]
@@ -67,8 +64,9 @@ def require_shared(directory: Path, workers: Workers) -> None:
     except OSError as error:
         problem = error.strerror
     try:
-        places = workers.gather((socket.gethostname(), str(folder.resolve()), problem))
-        missing = workers.broadcast(_not_seen(folder, names) if workers.first else None)
+        places = workers.gather((socket.gethostname(), _absolute(folder), problem))
+        patience = min(SEEN_WITHIN, workers.timeout.total_seconds() / 2)  # the others wait for it
+        missing = workers.broadcast(_not_seen(folder, names, patience) if workers.first else None)
     finally:
         with suppress(OSError):
             (folder / names[workers.rank]).unlink()
@@ -83,14 +81,29 @@ def require_shared(directory: Path, workers: Workers) -> None:
         )
 
 
-def _not_seen(folder: Path, names: list[str]) -> list[int]:
-    """The ranks whose files are not there, also after a while."""
-    until = time.monotonic() + SEEN_WITHIN
+def _absolute(folder: Path) -> str:
+    try:
+        return str(folder.resolve())
+    except OSError:  # of a working directory that is gone
+        return str(folder)
+
+
+def _not_seen(folder: Path, names: list[str], patience: float) -> list[int]:
+    """The ranks whose files are not there, also after so many seconds."""
+    until = time.monotonic() + patience
     while missing := [rank for rank, name in enumerate(names) if not (folder / name).exists()]:
         if time.monotonic() > until:
             break
         time.sleep(0.1)
     return missing
+
+
+def _inputs(config: DictConfig, streams: dict[str, TokenStream]) -> dict[str, str]:
+    facts = {name: _digest(name) or "" for name in _targets(config)}
+    for name, stream in streams.items():
+        for place, (path, content) in enumerate(stream.fingerprints(), 1):
+            facts[f"{name} shard {place}, {path.name}"] = content
+    return facts
 
 
 def _targets(node: object) -> Iterator[str]:

@@ -44,13 +44,13 @@ def introduction(run) -> str:
     workers += f" of {worker_size} ranks" if worker_size > 1 else ""
     parameters = f"{run.raw_model.config.parameter_count:,} parameters"
     groups = group_table(run.optimizer, run.workers)
-    told = f"{workers} on {run.workers.device.type}, {parameters}\n\n{groups}\n"
+    text = f"{workers} on {run.workers.device.type}, {parameters}\n\n{groups}\n"
     if (every := whole_every(run.optimizer)) > run.config.steps:
-        told += (
+        text += (
             f"\nonly the first step sends whole gradients: optimizer.every={every} is longer than "
             f"steps={run.config.steps}\n"
         )
-    return told
+    return text
 
 
 def whole_every(optimizer: torch.optim.Optimizer) -> int:

@@ -80,11 +80,12 @@ def cut_off(directory: Path, folder: Path) -> str | None:
     """
     path = directory / LOG_NAME
     lines = path.read_bytes().splitlines() if path.exists() else []
-    if not lines or (lines[-1].startswith(b'{"record": "end"') and lines[-1].endswith(b"}")):
-        return None
+    ended = not lines or (lines[-1].startswith(b'{"record": "end"') and lines[-1].endswith(b"}"))
     left = [path for path in own_folders(folder) if path.suffix == PARTIAL]
     remove(left)
-    return "the last start was cut off" + (f" while it wrote {left[-1].stem}" if left else "")
+    if left:
+        return f"the last start was cut off while it wrote {left[-1].stem}"
+    return None if ended else "the last start was cut off"
 
 
 def go_on(run, path: Path) -> dict:

@@ -125,7 +125,7 @@ class Fleet:
 
     def _gather(self, message: Tensor, counts: bool, finite: bool) -> tuple[list[Tensor], Meeting]:
         start, tries, parted, traffic = time.monotonic(), 0, 0, Traffic()
-        self.healed, notes = False, []
+        self.healed, apart, notes = False, False, []
         while True:
             tries += 1
             if not self._quorum():
@@ -147,6 +147,7 @@ class Fleet:
                 traffic += self._traffic(message.numel(), len(rows))
                 if mine[:HISTORY] != theirs:  # then the others commit, and are ahead
                     parted += 1
+                    apart |= mine[:8] == theirs[:8]
                     self.manager.report_error(RuntimeError("another history than the others"))
             if not self._commit():
                 notes += self._amiss()
@@ -169,6 +170,7 @@ class Fleet:
                 workers=workers,
                 healed=self.healed,
                 parted=parted,
+                apart=apart,
                 history=theirs.hex(),
                 tries=tries,
                 seconds=time.monotonic() - start,

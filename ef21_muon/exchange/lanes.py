@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ef21_muon.exchange.clipping import clip
+from ef21_muon.exchange.gradients import Layer
 from ef21_muon.exchange.placement import spread
 from ef21_muon.exchange.shards import Shards, is_sharded
 
@@ -25,7 +26,8 @@ class Lanes:
     ranks of the worker by torch's `fully_shard`. `worker` is the process group of this
     worker, `lane` that of the ranks which hold the same layers in all workers, `holders` every
     parameter with the rank of this worker that holds it, `own` those of this rank with what an
-    optimizer steps of them: itself, or a whole copy. To wait longer
+    optimizer steps of them: itself, or a whole copy. `layers` has of all what an optimizer needs to
+    ask for gradients (`ef21_muon.exchange.gradients`), once they were named. To wait longer
     than `timeout`, by default torch's, for another rank is an error. `backend` is that of `lane`:
     by default torch's; with "gloo" messages go through the host's memory. `max_norm`, to be set
     alike on all ranks, clips the worker's gradient in every step. Raises ValueError where
@@ -67,6 +69,21 @@ class Lanes:
         if any(map(is_sharded, parameters)):
             self.shards = self._shards(list(range(first, first + worker_size)))
             self.own = self.shards.whole
+        self.layers = [
+            Layer(f"a parameter of shape {tuple(p.shape)}", p, p.numel(), "refuse")
+            for p in parameters
+        ]
+
+    def name(self, own: list[Layer]) -> None:
+        """Tell all ranks of the worker of the layers that an optimizer of this lane steps."""
+        places = {
+            id(self.own[p]): place for place, (p, _) in enumerate(self.holders) if p in self.own
+        }
+        mine = {places[id(one.parameter)]: (one.name, one.missing) for one in own}
+        of_ranks = [None] * self.worker_size
+        dist.all_gather_object(of_ranks, mine, group=self.worker)
+        for place, (name, missing) in (pair for of_rank in of_ranks for pair in of_rank.items()):
+            self.layers[place] = self.layers[place]._replace(name=name, missing=missing)
 
     def _shards(self, ranks: list[int]) -> Shards:
         for parameter, _ in self.holders:
@@ -117,15 +134,9 @@ class Lanes:
     def reduce_gradients(self) -> None:
         """The mean of the worker's gradients, on the rank that holds a layer; elsewhere none.
 
-        Clipped to `max_norm`, where there is one. Raises RuntimeError before anything is sent where
-        a gradient is missing.
+        Clipped to `max_norm`, where there is one. All ranks of the worker have brought those of all
+        `layers`.
         """
-        for parameter, _ in self.holders:
-            if parameter.grad is None:
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(parameter.shape)} has no gradient: all ranks of a"
-                    " worker bring all gradients; give zeros for those that the loss does not reach"
-                )
         if self.shards:
             self.shards.gather_parameters()
             self.shards.gather_gradients()

@@ -20,7 +20,8 @@ class Batch:
 
     A vector of n entries is (n, 1), a parameter of more than two dimensions (d_0, rest), or
     (d_1, d_0 and the rest) where the group's weights are stored `transposed`. `broken_at` (L,) is
-    the first step, counted from 1, whose gradient was not finite, 0 if there was none.
+    the first step, counted from 1, whose gradient was not finite, or, of local steps, after which
+    the parameter was not; 0 if there was none. `unsent_at` is that of a message.
     """
 
     group: int
@@ -29,10 +30,12 @@ class Batch:
     params: list[Tensor]
     shape: tuple[int, int]
     broken_at: Tensor = field(init=False)
+    unsent_at: Tensor = field(init=False)
 
     def __post_init__(self):
         device = self.params[0].device
         self.broken_at = torch.zeros(len(self.params), dtype=torch.int64, device=device)
+        self.unsent_at = self.broken_at.clone()
 
     @property
     def kernel(self) -> int:
@@ -348,6 +351,21 @@ def serve(
             )
         )
     return batches
+
+
+def finite(matrices: Tensor) -> Tensor:
+    """Whether all entries of a matrix are, for every one of a batch (L, m, n)."""
+    return matrices.amax((1, 2)).isfinite() & matrices.amin((1, 2)).isfinite()
+
+
+def still_where_broken(change: Tensor, source: Tensor) -> Tensor:
+    """`change` (L, m, n), in place, but none of layers of whose `source` not all is finite."""
+    return change.masked_fill_(~finite(source)[:, None, None], 0)
+
+
+def mark(at: Tensor, broken: Tensor, step: int) -> None:
+    """Note in `at` (L,) the step of layers that are `broken`, but where it has an earlier one."""
+    at.masked_fill_(broken & (at == 0), step)
 
 
 def relative_error(estimate: Tensor, of: Tensor) -> Tensor:

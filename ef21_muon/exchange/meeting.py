@@ -20,10 +20,11 @@ class Meeting:
 
     messages: how many count; step: up to which they tell, None without one; workers: the
     numbers of those that met; healed: whether this one took over what the others share; parted: how
-    often it found that it had another history than others; history: in hexadecimal, how many
-    messages there were before and the digest of what all shared; tries: quorums that it took;
-    seconds: of waiting and sending; traffic: bytes of all tries; refused: the numbers of those
-    whose messages were not finite and do not count; notes: what was amiss, in words.
+    often it found that it had another history than others; apart: whether of as many messages;
+    history: in hexadecimal, how many messages there were before and the digest of what all shared;
+    tries: quorums that it took; seconds: of waiting and sending; traffic: bytes of all tries;
+    refused: the numbers of those whose messages were not finite and do not count; notes: what was
+    amiss, in words.
     """
 
     messages: int
@@ -31,6 +32,7 @@ class Meeting:
     workers: tuple[int, ...]
     healed: bool
     parted: int
+    apart: bool
     history: str
     tries: int
     seconds: float

@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Mapping
+from numbers import Integral
 
 
 class Rounds:
@@ -18,7 +19,8 @@ class Rounds:
         self._steps = sorted(stretches)
         self._every = [stretches[step] for step in self._steps]
         for length in self._every:
-            if not (type(length) is int and length >= 1):
+            whole = isinstance(length, Integral) and not isinstance(length, bool)
+            if not (whole and length >= 1):
                 raise ValueError(f"every={length} is not allowed: give a whole number above 0")
         self._rounds = [0]  # before each stretch
         for place, step in enumerate(self._steps[1:]):

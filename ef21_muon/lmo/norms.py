@@ -10,6 +10,7 @@ as large. The formulas of the classes are those for s = 1.
 
 from inspect import signature
 from math import isfinite, sqrt
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -323,11 +324,11 @@ class AdaptiveRadius:
 
     def __init__(self, l0: float, l1: float):
         for name, value in (("l0", l0), ("l1", l1)):
-            if not (isinstance(value, float | int) and isfinite(value) and value >= 0):
+            if not (isinstance(value, Real) and isfinite(value) and value >= 0):
                 raise ValueError(f"AdaptiveRadius got {name}={value}: give a number of at least 0")
         if l0 == l1 == 0:
             raise ValueError("AdaptiveRadius got l0=0 and l1=0: give one above 0")
-        self.l0, self.l1 = l0, l1
+        self.l0, self.l1 = float(l0), float(l1)
 
     def __call__(self, dual: Tensor) -> Tensor:
         """Dual norms (L,) of the layers -> radii (L,); 0 where the dual norm is 0."""
@@ -335,6 +336,11 @@ class AdaptiveRadius:
 
     def __repr__(self) -> str:
         return f"AdaptiveRadius(l0={self.l0:g}, l1={self.l1:g})"
+
+
+def along(gradient: Tensor, direction: Tensor) -> Tensor:
+    """The inner products (L,) of two batches of matrices (L, m, n)."""
+    return torch.bmm(gradient.flatten(1)[:, None], direction.flatten(1)[..., None]).flatten()
 
 
 def _polar_factor(matrices: Tensor) -> Tensor:

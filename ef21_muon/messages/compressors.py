@@ -11,6 +11,7 @@ Matrices come in batches (L, m, n); every matrix is a message of its own, a row 
 
 from functools import cache
 from math import gcd, sqrt
+from numbers import Real
 
 import torch
 from torch import Generator, Tensor
@@ -25,6 +26,7 @@ from ef21_muon.messages.bits import (
     unpack_indices,
 )
 from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.samples import generator, numbers
 from ef21_muon.messages.selection import largest
 from ef21_muon.messages.values import Float32, Values
 
@@ -65,6 +67,15 @@ class Compressor:
         An entry whose value was rounded to 0 was sent all the same.
         """
         raise NotImplementedError
+
+    def sample(self, m: int, n: int) -> Tensor:
+        """A message for one m x n matrix, uint8 (1, payload_bytes), alike on every machine.
+
+        For the comparison of what machines decode it to: a compressor whose `encode` may come out
+        otherwise on another processor even of small whole numbers, as by a product of matrices,
+        makes it in another way. On the CPU.
+        """
+        return self.encode(numbers(1, m, n, below=8), generator())
 
     def fit(self, m: int, n: int) -> "Compressor":
         """The compressor to use for m x n matrices: dense where this one would save no byte."""
@@ -122,11 +133,11 @@ class Fraction(Compressor):
 
     def __init__(self, fraction: float, values: Values | str = "float32"):
         super().__init__(values)
-        if not (isinstance(fraction, float | int) and 0 < fraction <= 1):
+        if not (isinstance(fraction, Real) and 0 < fraction <= 1):
             raise ValueError(
                 f"{type(self).__name__} got fraction={fraction}: give a number above 0, at most 1"
             )
-        self.fraction = fraction
+        self.fraction = float(fraction)
 
     def kept(self, total: int) -> int:
         """How many of `total` are kept: the nearest whole number, at least one."""
@@ -288,6 +299,12 @@ class RankK(Fraction):
 
     def sent(self, payload: Tensor, m: int, n: int) -> None:
         return None
+
+    def sample(self, m: int, n: int) -> Tensor:
+        short, long = sorted((m, n))
+        rank = self.kept(short)
+        factors = numbers(1, rank, short), numbers(1, rank, long)
+        return torch.cat([self.values.encode(factor, generator()) for factor in factors], 1)
 
 
 def marked(positions: Tensor, total: int) -> Tensor:

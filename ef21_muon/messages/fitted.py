@@ -8,6 +8,7 @@ from ef21_muon.messages.basis import orthonormal
 from ef21_muon.messages.bits import check_length, reinterpret
 from ef21_muon.messages.compressors import Fraction
 from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.samples import generator, numbers
 from ef21_muon.messages.values import Values
 
 SCALE_BYTES = 4
@@ -82,6 +83,13 @@ class FittedRank(Fraction):
 
     def sent(self, payload: Tensor, m: int, n: int) -> None:
         return None
+
+    def sample(self, m: int, n: int) -> Tensor:
+        short, long = sorted((m, n))
+        r = self.kept(short)
+        scale = torch.tensor([[0.7]], dtype=torch.float32, device="cpu").view(torch.uint8)
+        basis = self.basis.encode(numbers(1, r, long), generator())
+        return torch.cat([scale, basis, self.values.encode(numbers(1, r, short), generator())], 1)
 
 
 def _solve(gram: Tensor, products: Tensor) -> Tensor:

@@ -108,6 +108,9 @@ class Modified(Compressor):
     def payload_bytes(self, m: int, n: int) -> int:
         return self.compressor.payload_bytes(m, n)
 
+    def sample(self, m: int, n: int) -> Tensor:
+        return self.compressor.sample(m, n)
+
     def fit(self, m: int, n: int) -> Compressor:
         fitted = copy(self)
         fitted.compressor = self.compressor.fit(m, n)
@@ -205,6 +208,9 @@ class Dropout(Modified):
         draws = torch.rand(len(x), 1, generator=generator, dtype=torch.float32, device=x.device)
         sent = (draws < self.probability).to(torch.uint8)
         return torch.cat([sent, self.compressor.encode(x, generator)], 1)
+
+    def sample(self, m: int, n: int) -> Tensor:
+        return torch.nn.functional.pad(super().sample(m, n), (1, 0), value=1)
 
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
         check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")

@@ -1,5 +1,6 @@
 """A value format for any numbers: a rotation makes them normal, a table does the rest."""
 
+from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from math import erf, exp, inf, pi, sqrt
@@ -7,10 +8,12 @@ from math import erf, exp, inf, pi, sqrt
 import torch
 from torch import Generator, Tensor
 
+from ef21_muon.messages.pieces import at_a_time
 from ef21_muon.messages.values import Blockwise
 
 BITS = range(1, 7)
 LONGEST = 1 << 16  # entries to rotate together
+NARROW = 32  # entries: of fewer side by side, sums are slow
 CPU = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 
 
@@ -100,18 +103,19 @@ def normal_levels(bits: int) -> tuple[float, ...]:
 
 
 def rotate_(x: Tensor) -> Tensor:
-    """A fixed pseudo-random rotation of the last dimension of `x`, in place.
+    """A fixed pseudo-random rotation of the last dimension of `x`, contiguous, in place.
 
     Random signs and Hadamard transforms of its segments of 2^k, the largest power of two that fits,
     at most 65536; and then of its last 2^k entries, where segments do not cover all.
     """
     size, covered = _segments(x.shape[-1])
     first, second = _signs(size, x.device)
-    segments = x[..., :covered].unflatten(-1, (-1, size))
-    segments.copy_(_hadamard(segments * first))
+    rows = x.view(-1, x.shape[-1])
+    for piece in _pieces(rows[:, :covered], size):
+        piece.copy_(_hadamard(piece * first))
     if covered < x.shape[-1]:
-        last = x[..., -size:]
-        last.copy_(_hadamard(last * second))
+        for piece in _pieces(rows[:, -size:], size):
+            piece.copy_(_hadamard(piece * second))
     return x
 
 
@@ -119,11 +123,12 @@ def rotate_back_(x: Tensor) -> Tensor:
     """The inverse of `rotate_`, in place."""
     size, covered = _segments(x.shape[-1])
     first, second = _signs(size, x.device)
+    rows = x.view(-1, x.shape[-1])
     if covered < x.shape[-1]:
-        last = x[..., -size:]
-        last.copy_(_hadamard(last)).mul_(second)
-    segments = x[..., :covered].unflatten(-1, (-1, size))
-    segments.copy_(_hadamard(segments)).mul_(first)
+        for piece in _pieces(rows[:, -size:], size):
+            torch.mul(_hadamard(piece), second, out=piece)
+    for piece in _pieces(rows[:, :covered], size):
+        torch.mul(_hadamard(piece), first, out=piece)
     return x
 
 
@@ -133,26 +138,47 @@ def _segments(length: int) -> tuple[int, int]:
     return size, length // size * size
 
 
+def _pieces(rows: Tensor, size: int) -> Iterator[Tensor]:
+    """Views of segments (rows, segments, size), some of them at a time."""
+    amount = at_a_time(rows.device)
+    for some in rows.split(max(1, amount // rows.shape[1])):
+        segments = some.unflatten(1, (-1, size))
+        yield from segments.split(max(1, amount // (len(some) * size)), 1)
+
+
 def _hadamard(x: Tensor) -> Tensor:
     """The orthonormal Hadamard transform of the last dimension, 2^k long: its own inverse.
 
-    That of a x b numbers is that of columns and rows of an a x b matrix, O(n sqrt n) in two matrix
-    products.
+    By sums and differences of pairs, so that every processor gets the same bits; one may add up a
+    matrix product in another order than the next. That of a x b numbers is that of the rows and
+    then of the columns of an a x b matrix. For rows it is transposed, so that what is added up
+    lies side by side.
     """
-    power = x.shape[-1].bit_length() - 1
-    left, right = (_hadamard_matrix(p, x.device) for p in (power // 2, power - power // 2))
-    square = x.reshape(*x.shape[:-1], len(left), len(right))
-    return (left @ square @ right).reshape(x.shape)
+    size = x.shape[-1]
+    power = size.bit_length() - 1
+    width = max(1 << (power + 1) // 2, min(size, NARROW))
+    columns = x.reshape(-1, width).t().contiguous()
+    columns = _sums_and_differences(columns[None])[0] * size**-0.5
+    matrices = columns.t().reshape(-1, size // width, width)
+    return _sums_and_differences(matrices).reshape(x.shape)
+
+
+def _sums_and_differences(x: Tensor) -> Tensor:
+    """The transform of the middle dimension of x (L, 2^k, n), not divided by its length."""
+    shape, signs = x.shape, _plus_and_minus(x.device)
+    apart = 1
+    while apart < shape[1]:
+        # The products are exact, whether they are rounded before the sum or not.
+        pairs = x.reshape(shape[0], shape[1] // (2 * apart), 2, apart * shape[2])
+        x = torch.addcmul(pairs[:, :, :1], pairs[:, :, 1:], signs)
+        apart *= 2
+    return x.reshape(shape)
 
 
 @cache
 @torch.inference_mode(False)
-def _hadamard_matrix(power: int, device: torch.device) -> Tensor:
-    """Sylvester's, 2^power to a side, orthonormal."""
-    matrix, block = torch.ones(1, 1, **CPU), torch.tensor([[1, 1], [1, -1]], **CPU)
-    for _ in range(power):
-        matrix = torch.kron(block, matrix)
-    return (matrix / sqrt(len(matrix))).to(device)
+def _plus_and_minus(device: torch.device) -> Tensor:
+    return torch.tensor([[1], [-1]], **CPU).to(device)
 
 
 @cache

@@ -50,6 +50,9 @@ class Residual(Compressor):
         second = self.second.sent(payload[:, split:], m, n)
         return None if first is None or second is None else first | second
 
+    def sample(self, m: int, n: int) -> Tensor:
+        return torch.cat([self.first.sample(m, n), self.second.sample(m, n)], 1)
+
     def fit(self, m: int, n: int) -> Compressor:
         """Of both parts; the identity where they would save no byte."""
         fitted = Residual(self.first.fit(m, n), self.second.fit(m, n))

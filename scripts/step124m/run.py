@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from data.loader import WorkerBatches
-from ef21_muon.checks import require_equal_parameters
+from ef21_muon.checks import UNEQUAL, require_equal_parameters
 from ef21_muon.timing import PhaseTimer
 from model import GPT
 from scripts.measuring import processor
@@ -133,7 +133,7 @@ def measure_all(options: argparse.Namespace, workers: Workers) -> list[dict]:
     )
     model = GPT(build(config.model, "model"), config.seed)
     # As all optimizers of several workers do: what it remembers is nobody's state.
-    require_equal_parameters(list(model.named_parameters()), None)
+    require_equal_parameters(list(model.named_parameters()), None, UNEQUAL)
     arguments = workers, options.steps
     measurements = {GRADIENT: lambda: measure_gradient(config, model, *arguments)}
     for name, own in zip(METHODS, configs, strict=True):

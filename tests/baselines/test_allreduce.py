@@ -104,3 +104,9 @@ def test_unknown_hooks_are_refused():
     parameters = list(allreduce.new_model().parameters())
     with pytest.raises(ValueError, match="hook='int4' is not allowed: choose float32"):
         AdamW(parameters, hook="int4")
+
+
+def test_the_mean_gradient_is_what_is_clipped(ranks):
+    for rank in ranks:
+        norm, distance = rank["clipped"]
+        assert norm == pytest.approx(0.1, rel=1e-4) and distance < 1e-5 * norm

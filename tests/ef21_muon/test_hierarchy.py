@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 from run import torchrun
-from workers.hierarchy import CASES, SHAPES
+from workers.hierarchy import CASES, MISSING, SHAPES
 
 ENTRIES = sum(m * n for m, n in SHAPES.values())
 
@@ -133,6 +133,22 @@ def test_what_a_lane_refuses_all_ranks_refuse(runs):
 def test_workers_that_have_parted_are_told_by_a_check(runs, sharded):
     for rank in (*runs[0], *sharded[2]):
         assert "differs between rank 0 and rank 1: all workers hold the same" in str(rank["parted"])
+
+
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("shard", [False, True])
+def test_missing_gradients_are_named_or_zero_on_all_ranks(runs, sharded, shard, local):
+    """Whichever rank holds the layer, whole or in shards, and whoever was asked to have zeros."""
+    method = "LocalSteps" if local else "HierarchicalEF21Muon"
+    for rank in sharded[2] if shard else runs[0]:
+        said = dict(zip(MISSING, rank[f"missing {local}"], strict=True))
+        assert said["named"].startswith("key has no gradient: every parameter given to " + method)
+        assert ("set_requires_gradient_sync(True)" in said["named"]) == shard
+        assert said["zero"] == "query value fc"
+        for nothing in ("nothing", "unreduced"):
+            assert said[nothing].startswith(f"none of the parameters of {method} has a gradient, ")
+            assert ("set_requires_gradient_sync(True)" in said[nothing]) == shard
+        assert said["goes on"] == " ".join(SHAPES)
 
 
 def test_an_overflow_in_a_layer_of_another_lane_is_skipped_by_all(runs, sharded):

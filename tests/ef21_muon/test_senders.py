@@ -3,6 +3,7 @@
 import pytest
 import torch
 from compression import ALWAYS_THE_SAME, batches, seeded
+from host_sync import NoHostSync
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run import PATIENCE
@@ -110,6 +111,15 @@ def test_every_entry_is_the_mean_of_those_who_sent_it(kind, workers):
         of_place = [v[0][*place] for v, sent in zip(values, marks, strict=True) if sent[0][*place]]
         expected = sum(of_place) / max(1, len(of_place))
         assert found[0][*place] == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "compressor"), SPARSE, ids=[f"{k} {c}" for k, c in SPARSE])
+def test_it_does_not_wait_for_the_device(kind, compressor):
+    messages = [compressor.encode(torch.randn(1, 16, 24, generator=seeded(j))) for j in range(2)]
+    optimizer = of_layers()
+    mean_of(optimizer, compressor, messages)  # which may make a table
+    with NoHostSync():
+        mean_of(optimizer, compressor, messages)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])

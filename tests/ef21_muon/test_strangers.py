@@ -25,7 +25,8 @@ def test_an_optimizer_that_differs_between_ranks_is_not_built(reports, name):
     lines = {report[f"different {name}"] for report in reports}
     assert len(lines) == 1, "on all ranks alike"
     (line,) = lines
-    assert line.startswith(f"{name} ") and " on rank 0 and " in line
+    start = {"lr as a tensor": "lr"}.get(name, name)
+    assert line.startswith(f"{start} ") and " on rank 0 and " in line
     assert line.endswith(" on rank 1: give all workers the same optimizer")
 
 
@@ -110,6 +111,12 @@ def test_who_waits_in_a_step_says_for_whom_and_goes_on_when_it_comes(reports, ho
 def test_who_is_left_alone_in_a_step_is_told_what_to_do(reports):
     (note,) = reports[0]["left"]
     assert note.startswith("another rank has ended, or failed first, while this one waited")
+
+
+def test_learning_rates_that_part_as_tensors_are_told(reports):
+    line = "lr of group 0 is 0.5 on rank 0 and 0.25 on rank 1: give all workers the same groups, "
+    for report in reports:
+        assert report["rates"] == ["no error", f"{line}and schedules"]
 
 
 @pytest.mark.parametrize("missing", ["skip", None, True])

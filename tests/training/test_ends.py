@@ -10,12 +10,14 @@ import pytest
 from run import launch
 from workers.resume import around_steps, run_alone
 
+import train
 from data.files import Claim
 from training.arguments import parse_arguments, pasted
 from training.config import compose
 from training.records import read_log
+from training.resume import cut_off
 from training.sweep import run_jobs
-from training.workers import FINAL, RunError, Workers
+from training.workers import FINAL, FinalError, RunError, Workers
 
 
 def records(directory):
@@ -188,3 +190,87 @@ def test_tokens_a_second_are_those_since_the_last_record(small, tmp_path, capsys
         assert text.startswith(f"step {now['step']:>6} of 4  loss {now['loss']:.3f}, ")
         assert f" {tokens / seconds / 1000:.1f}k tokens/s, " in text
         before = {key: now[key] for key in before}
+
+
+END = '{"record": "end", "status": "stopped"}\n'
+
+
+@pytest.mark.parametrize(
+    ("log", "folders", "cut"),
+    [
+        (None, [], None),
+        ("", [], None),
+        ('{"record": "run"}\n', [], "the last start was cut off"),
+        ('{"record": "run"}\n{"record": "tr', ["step-00000002"], "the last start was cut off"),
+        ('{"record": "run"}\n{"record": "en', [], "the last start was cut off"),
+        (
+            '{"record": "train"}\n',
+            ["step-00000002", "step-00000004.partial"],
+            "the last start was cut off while it wrote step-00000004",
+        ),
+        (END, ["step-00000002"], None),
+        (
+            '{"record": "end", "status": "failed"}\n',  # of rank 0, which was not killed
+            ["step-00000002", "step-00000004.partial"],
+            "the last start was cut off while it wrote step-00000004",
+        ),
+    ],
+)
+def test_the_next_start_says_what_was_cut_off(tmp_path, log, folders, cut):
+    for name in (*folders, "step-of-mine.partial"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    if log is not None:
+        (tmp_path / "metrics.jsonl").write_text(log)
+    assert cut_off(tmp_path, tmp_path / "checkpoints") == cut
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    gone = {"step-00000004.partial"} if cut else set()
+    assert left == {*folders, "step-of-mine.partial"} - gone
+    again = cut_off(tmp_path, tmp_path / "checkpoints")  # the next start was cut off elsewhere
+    assert again in (None, "the last start was cut off")
+
+
+def test_a_run_that_was_cut_off_in_a_checkpoint_says_so_when_it_is_resumed(small, tmp_path, capsys):
+    with pytest.raises(RuntimeError), around_steps(before=lambda run, step: stop_at(3, step)):
+        run_alone(tmp_path, *small)
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))  # it was killed
+    (tmp_path / "checkpoints" / "step-00000003.partial").mkdir()
+    run_alone(tmp_path, *small, "resume=auto")
+    told = "the last start was cut off while it wrote step-00000003: going on from "
+    assert f"{told}{tmp_path}/checkpoints/step-00000002\n" in capsys.readouterr().out
+
+
+def stop_at(end: int, step: int) -> None:
+    if step == end:
+        raise RuntimeError("killed")
+
+
+@pytest.mark.parametrize("before", ["parsing", "composing", "building", "the first step"])
+def test_errors_before_training_are_final(small, tmp_path, monkeypatch, before):
+    given = {
+        "parsing": ["--timeout=0"],
+        "composing": ["steeps=1"],
+        "building": ["optimizer.lr=-1"],
+        "the first step": [f"directory={tmp_path}/file"],
+    }[before]
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["train.py", *small, f"runs={tmp_path}/runs", *given])
+    assert train.main() == FINAL
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(RunError("x"), 1), (FinalError("x"), FINAL), (OSError("x"), 1)]
+)
+def test_errors_in_training_are_not_but_those_that_say_so(
+    small, tmp_path, monkeypatch, request, error, status
+):
+    monkeypatch.setattr("sys.argv", ["train.py", *small, f"runs={tmp_path}/runs"])
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # which an error leaves replaced
+        handler = signal.getsignal(number)
+        request.addfinalizer(lambda number=number, handler=handler: signal.signal(number, handler))
+
+    def fail(run, step):
+        raise error
+
+    with around_steps(before=fail):
+        assert train.main() == status

@@ -94,6 +94,8 @@ def test_killed_workers_are_restarted_and_leave_no_trace(launch, undisturbed, tm
     )
     assert status == 0, output
     assert resumed_from(output) == [2, 2]  # and anew after the first
+    cut = re.findall("the last start was cut off([^:]*)[:,]", output)
+    assert cut == ["", " while it wrote step-00000004"]
     for survivor, killed in ((0, 1), (1, 0)):
         assert f"error: rank {survivor}: lost rank {killed}: see that process" in output
     assert outcome(tmp_path / "run") == undisturbed
@@ -154,3 +156,27 @@ def test_a_hung_worker_is_named_and_the_run_goes_on(small, undisturbed, tmp_path
     assert process.returncode == 0 and len(named) == 1
     assert "Timed out waiting 5000ms" in named[0]
     assert outcome(tmp_path / "run") == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ((), "the gradient of blocks.0.mlp.expand.weight was not finite at step 2"),
+        (
+            ("optimizer=local", "optimizer.every=3"),
+            "the gradient of blocks.0.mlp.expand.weight was",
+        ),
+        (
+            ("optimizer=diloco", "optimizer.every=2"),
+            "blocks.0.mlp.expand.weight is not finite after",
+        ),
+    ],
+)
+def test_the_worker_whose_gradient_is_not_finite_is_named(launch, tmp_path, options, told):
+    """Also where the loss is read some steps later, in which W of all would not be finite."""
+    options = (*options, "log_every=4", "eval.every=4", "checkpoint.every=4", "check_every=0")
+    status, output = launch(2, "2:forward:1:nan", options=options)
+    assert status == 1
+    assert f"error: rank 1: {told}" in output, output
+    end = last_record(tmp_path / "run")
+    assert end["status"] == "failed" and end["error"].startswith(f"rank 1: {told}")

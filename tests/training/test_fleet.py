@@ -63,7 +63,7 @@ def test_what_hangs_ends_and_says_where(place):
 def meeting(workers, **changes):
     fleet = pytest.importorskip("ef21_muon.exchange.fleet", exc_type=ImportError)
     usual = {"messages": len(workers), "step": 30, "healed": False, "parted": 0, "history": "00"}
-    usual |= {"tries": 1, "seconds": 0.01234, "traffic": Traffic()}
+    usual |= {"apart": False, "tries": 1, "seconds": 0.01234, "traffic": Traffic()}
     return fleet.Meeting(**usual | {"workers": workers} | changes)
 
 

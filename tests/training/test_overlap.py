@@ -57,6 +57,14 @@ def at_this_link():
     return planned(*LINK)
 
 
+@pytest.mark.parametrize("length", ["steps=59", "steps=600 schedule.cooldown=0"])
+def test_settings_with_rounds_that_a_run_is_too_short_for_are_left_out(length):
+    found = by_setting(planned(*length.split(), *LINK)[4])
+    names = {name for name, _ in found}
+    assert "local30-signs" in names and "local120-60-signs" not in names
+    assert ("local60-signs" in names) == (length != "steps=59")
+
+
 def test_without_a_link_there_is_the_map_alone(at_this_link):
     assert planned() == at_this_link[:5] and len(at_this_link) == 11
 

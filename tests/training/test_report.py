@@ -3,11 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from model import GPT
 from training.config import build, compose
 from training.method import build_optimizer, run_label
-from training.report import group_table
+from training.report import group_table, introduction
 
 ALONE = SimpleNamespace(gather=lambda value: [value])
 
@@ -60,6 +61,18 @@ def test_each_role_is_stepped_by_the_inner_optimizer_that_is_given_for_it(told):
     lines = told("optimizer=muloco").splitlines()
     embedding, hidden = (next(x for x in lines if x.startswith(n)) for n in ("embed", "hidden"))
     assert "AdamW" in embedding and "AdamW" not in hidden and "Spectral" in hidden
+
+
+@pytest.mark.parametrize(("steps", "said"), [(200, 0), (199, 1), (4, 1)])
+def test_whole_gradients_that_come_once_are_told(process_group, steps, said):
+    overrides = ("optimizer=muon_greedylore", "model.layers=1", f"steps={steps}")
+    config = compose(overrides).config
+    model = GPT(build(config.model, "model"))
+    workers = SimpleNamespace(count=1, device=torch.device("cpu"), **vars(ALONE))
+    run = SimpleNamespace(config=config, raw_model=model, workers=workers)
+    run.optimizer = build_optimizer(config, model)
+    told = "only the first step sends whole gradients: optimizer.every=200 is longer than steps="
+    assert introduction(run).count(f"{told}{steps}\n") == said
 
 
 TOP = ("compressor@w2s=topk", "w2s.values=sign")

@@ -107,7 +107,8 @@ def test_in_the_middle_of_a_round_w_is_saved_and_tested_and_workers_are_apart(
     with torch.no_grad():
         losses = [start(*batch).item() for *batch, _ in windows.batches(0, 1, 1)]
     evals = [one for one in repeatable(directory) if one["record"] == "eval"]
-    assert [(one["step"], one["round"]) for one in evals] == [(2, 0), (4, 1)]
+    rounds = 2 if case == "sparseloco" else 1  # its second one has a step
+    assert [(one["step"], one["round"]) for one in evals] == [(2, 0), (4, rounds)]
     assert evals[0]["test_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     assert evals[1]["test_loss"] < evals[0]["test_loss"] - 1e-3
 

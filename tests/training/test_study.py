@@ -68,16 +68,17 @@ def test_overrides_are_those_of_the_study(setting):
 
 
 @pytest.mark.parametrize(
-    ("steps", "cooldown", "every"),
+    ("steps", "schedule", "every"),
     [
-        (600, 0.4, "{0:120,360:60}"),
-        (9500, 0.4, "{0:120,5640:60}"),
-        (200, 0.4, "{0:120,120:60}"),
-        (190, 0.4, "60"),
-        (1000, 1.0, "60"),
+        (600, "cooldown=0.4", "{0:120,360:60}"),
+        (9500, "cooldown=0.4", "{0:120,5640:60}"),
+        (200, "cooldown=0.4", "{0:120,120:60}"),
+        (190, "cooldown=0.4", "60"),
+        (1000, "cooldown=1.0", "60"),
+        (1000, "shape=cosine", "60"),
     ],
 )
-def test_rounds_get_shorter_before_the_lr_falls(steps, cooldown, every):
-    config = compose((f"steps={steps}", f"schedule.cooldown={cooldown}")).config
+def test_rounds_get_shorter_before_the_lr_falls(steps, schedule, every):
+    config = compose((f"steps={steps}", f"schedule.{schedule}")).config
     (setting,) = (one for one in MAP if one.name == "local120-60-signs")
     assert f"optimizer.every={every}" in setting.overrides(config)

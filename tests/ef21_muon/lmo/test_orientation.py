@@ -9,6 +9,8 @@ from torch import nn
 from baselines import DeMo, Dion
 from ef21_muon import (
     ALONE,
+    AdaptiveRadius,
+    Blocks,
     ColumnNorm,
     Dense,
     EF21Muon,
@@ -20,6 +22,7 @@ from ef21_muon import (
     TopK,
     param_groups,
 )
+from ef21_muon.lmo.presets import PRESETS
 
 
 class Conv1D(nn.Module):
@@ -156,17 +159,111 @@ def test_other_layers_can_be_said_to_be_transposed():
         param_groups(model, roles={"up": "hidden"}, transposed=["down"])
 
 
-def test_a_transposed_convolution_can_be_said_to_be_one():
-    model = nn.ConvTranspose2d(3, 8, 5)
-    its_groups = param_groups(model, roles={"weight": "hidden"}, transposed=["weight"])
-    optimizer = EF21Muon(its_groups, lr=1.0)
-    assert optimizer.batches[0].shape == (8, 75)
-    before = model.weight.detach().clone()
-    model(torch.randn(1, 3, 4, 4)).square().sum().backward()
-    gradient = model.weight.grad.transpose(0, 1).reshape(8, 75)
+def step_of(layer, gradient, preset="scion", **rule):
+    """What a step changes of a layer with such a gradient, by groups of `param_groups`."""
+    its_groups = param_groups(layer, preset, roles={"weight": "hidden"})
+    optimizer = EF21Muon([{**group, **rule} for group in its_groups], lr=0.1)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = gradient.clone()
     optimizer.step()
-    step = (model.weight.detach() - before).transpose(0, 1).reshape(8, 75)
-    torch.testing.assert_close(step, Spectral().lmo(gradient), rtol=1e-4, atol=1e-5)
+    return layer.weight.detach() - before
+
+
+KERNELS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d)}
+KERNELS |= {3: (nn.Conv3d, nn.ConvTranspose3d)}
+
+
+@pytest.mark.parametrize("preset", ["scion", "muon", "gluon"])
+@pytest.mark.parametrize("dims", KERNELS)
+@pytest.mark.parametrize(("d_in", "d_out"), [(6, 10), (10, 6)])
+def test_a_transposed_convolution_takes_the_step_of_a_convolution(d_in, d_out, dims, preset):
+    """Of one of its sizes, whose weights are stored the other way round."""
+    kind, transposed_kind = KERNELS[dims]
+    layer, transposed = (one(d_in, d_out, 3, bias=False) for one in (kind, transposed_kind))
+    gradient = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(0))
+    expected = step_of(layer, gradient, preset)
+    found = step_of(transposed, gradient.transpose(0, 1), preset)
+    torch.testing.assert_close(found.transpose(0, 1), expected)
+
+
+GROUPED = [
+    *((kind, 6, 9, 3) for kind in KERNELS[2]),
+    *((kind, 8, 4, 2) for kind in (*KERNELS[1], *KERNELS[2])),
+    *((kind, 8, 8, 8) for kind in (*KERNELS[1], *KERNELS[2], *KERNELS[3])),  # depthwise
+    *((kind, 4, 8, 4) for kind in KERNELS[2]),
+]
+
+
+def blocks(weight, groups):
+    """A grouped convolution's weight as that of the whole linear map, which is zero elsewhere."""
+    rows = weight.split(len(weight) // groups)
+    whole = weight.new_zeros(len(weight), groups * weight.shape[1], *weight.shape[2:])
+    for place, block in enumerate(rows):
+        columns = slice(place * weight.shape[1], (place + 1) * weight.shape[1])
+        whole[place * len(block) : (place + 1) * len(block), columns] = block
+    return whole
+
+
+@pytest.mark.parametrize("preset", ["scion", "muon", "gluon"])
+@pytest.mark.parametrize(("kind", "d_in", "d_out", "groups"), GROUPED)
+def test_a_grouped_convolution_takes_the_step_of_the_linear_map_that_it_is(
+    kind, d_in, d_out, groups, preset
+):
+    """A convolution without groups, all of whose weights between groups stay zero."""
+    layer = kind(d_in, d_out, 3, groups=groups, bias=False)
+    whole = kind(d_in, d_out, 3, bias=False)
+    gradient = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(0))
+    exact = {"norm": Spectral("svd", scaling="muon" if preset == "muon" else "scion")}
+    rules = {**PRESETS[preset], "hidden": PRESETS[preset]["hidden"] | exact}
+    kernels = {"kernels": preset == "scion"}
+    found = step_of(layer, gradient, rules, **kernels)
+    expected = step_of(whole, blocks(gradient, groups), rules, **kernels)
+    assert found.norm() > 0
+    torch.testing.assert_close(blocks(found, groups), expected)
+    assert step_of(layer, gradient, preset).norm().item() == pytest.approx(
+        found.norm().item(), rel=0.35
+    )
+
+
+def test_groups_of_a_convolution_are_apart_from_other_layers():
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=2),
+        nn.Conv2d(8, 8, 1), nn.ConvTranspose2d(8, 4, 2), nn.ConvTranspose2d(4, 4, 2, groups=2),
+    )  # fmt: skip
+    hidden = [group for group in param_groups(model) if group["name"] == "hidden"]
+    names = [[name for name, _ in group["params"]] for group in hidden]
+    assert names == [
+        ["0.weight", "3.weight"],
+        ["1.weight"],
+        ["2.weight"],
+        ["4.weight"],
+        ["5.weight"],
+    ]
+    assert all(group["kernels"] for group in hidden)
+    signs = param_groups(model, {"hidden": {"norm": Sign()}, "vector": {}})
+    assert [type(group["norm"]) for group in signs if "norm" in group] == 2 * [Sign]
+    for norm in (hidden[1]["norm"], hidden[4]["norm"]):
+        found = norm.init_(torch.empty(3, 8, 8 * 9))
+        torch.testing.assert_close(norm.dual(found), -(found * norm.exact().lmo(found)).sum((1, 2)))
+        assert norm.cost(8, 72) > 0
+
+
+def test_lmo_feedback_and_signs_work_on_groups():
+    for options in ({"lmo_feedback": True}, {"s2w": TopK(0.5)}, {"radius": AdaptiveRadius(0.1, 1)}):
+        model = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.ConvTranspose2d(6, 4, 3, groups=2))
+        optimizer = EF21Muon([{**g, **options} for g in param_groups(model)], w2s=RankK(0.5))
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.check_finite()
+        for old, new in zip(before, model.parameters(), strict=True):
+            assert new.isfinite().all() and not torch.equal(old, new)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, True])
+def test_a_number_of_blocks_is_a_whole_one(count):
+    with pytest.raises(ValueError, match=f"^Blocks got count={count}: give at least 1 block$"):
+        Blocks(Spectral(), count)
 
 
 @pytest.mark.parametrize(
@@ -174,13 +271,12 @@ def test_a_transposed_convolution_can_be_said_to_be_one():
     [
         nn.Conv1d(6, 10, 5),
         nn.Conv2d(6, 10, 3),
-        nn.Conv2d(6, 9, 3, groups=3),
         nn.Conv2d(6, 10, 1),
         nn.Conv3d(3, 4, 2),
     ],
 )
 def test_a_convolution_takes_scions_step(layer):
-    """sqrt(d_out / d_in) / k of the orthogonal factor, with kernels of k entries; d_in a group's.
+    """sqrt(d_out / d_in) / k of the orthogonal factor, with kernels of k entries.
 
     SpectralConv of LIONS-EPFL/scion, which has it for one and two dimensions.
     """

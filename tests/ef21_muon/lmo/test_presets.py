@@ -226,7 +226,6 @@ class Bare(nn.Module):
     ("module", "name"),
     [
         (Bare(), "positions"),
-        (nn.ConvTranspose2d(3, 4, 2), "weight"),
         (nn.Bilinear(2, 3, 4), "weight"),
         (nn.MultiheadAttention(8, 2), "in_proj_weight"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)), "parametrizations.weight.orig"),
@@ -264,9 +263,11 @@ def test_an_embedding_bag_is_a_table():
 
 def test_roles_by_name_go_first():
     model = GPT2()
-    roles = {"h.*.c_attn.weight": "embedding", "h.*": "hidden", "*.bias": "vector"}
+    roles = {"h.*.c_attn.weight": "embedding", "h.0.c_attn.bias": "hidden", "*.bias": "vector"}
+    roles |= {"h.*.ln_?.weight": "vector", "h.*": "hidden"}
     assert role_of(model, model.h[0].c_attn.weight, roles=roles) == "embedding"
-    assert role_of(model, model.h[0].c_attn.bias, roles=roles) == "hidden"
+    assert role_of(model, model.h[0].c_attn.bias, roles=roles) == "hidden", "an exact name"
+    assert role_of(model, model.h[1].c_attn.bias, roles=roles) == "vector"
     assert role_of(model, model.ln_f.bias, roles=roles) == "vector"
     assert role_of(model, model.wte.weight, roles=roles) == "embedding"
 
@@ -278,12 +279,66 @@ def test_a_tied_parameter_answers_to_all_its_names():
 
 
 @pytest.mark.parametrize(
+    ("roles", "told"),
+    [
+        (
+            {"*.weight": "hidden"},
+            r"wte\.weight \(50, 32\) of Embedding \(and 6 more\) too, by type",
+        ),
+        ({"*": "hidden"}, r"wte\.weight .* put 'wte\.weight': 'embedding', or a pattern for all"),
+        ({"h.*": "hidden"}, r"h\.0\.ln_1\.weight \(32,\) of LayerNorm \(and 15 more\) too, by"),
+        ({"*bias": "hidden"}, r"h\.0\.ln_1\.bias \(32,\) of LayerNorm"),
+        ({"*.bias": "vector", "h.[0]*": "hidden"}, r"h\.0\.ln_1\.weight .* \(and 1 more\) too, by"),
+        ({"*ln*": "embedding"}, r"h\.0\.ln_1\.weight \(32,\) .* its exact name with 'embedding'"),
+        ({"w?e.weight": "vector"}, r"wte\.weight .* \(and 1 more\) too, by type 'embedding'"),
+        ({"*mlp*": "vector"}, r"h\.0\.mlp\.0\.weight \(128, 32\) of Linear \(and 3 more\) too, by"),
+    ],
+)
+def test_a_wildcard_does_not_take_what_has_another_role_by_type(roles, told):
+    with pytest.raises(ValueError, match=rf"^roles has .*, which takes .*{told}"):
+        param_groups(GPT2(), roles=roles)
+
+
+def test_what_a_wildcard_may_take():
+    """Layers that might be a head, roles of one's own, and what an earlier pattern took."""
+    model = GPT2()
+    roles = {"*ln*": "vector", "*.bias": "vector", "w?e.*": "embedding", "*.weight": "hidden"}
+    assert names(param_groups(model, roles=roles)) == GPT2_ROLES
+    rules = {**PRESETS["scion"], "bias": PRESETS["scion"]["vector"]}
+    own = names(param_groups(model, rules, roles={"*.bias": "bias"}))
+    assert len(own["bias"]) == 13 and own["hidden"] == GPT2_ROLES["hidden"]
+
+
+def test_gains_of_several_dimensions_are_vectors():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LayerNorm((4, 6, 6)), nn.RMSNorm((6, 6)))
+    assert names(param_groups(model)) == {
+        "hidden": ["0.weight"],
+        "vector": ["0.bias", "1.weight", "1.bias", "2.weight"],
+    }
+    with pytest.raises(
+        ValueError, match=r"takes 1\.weight \(4, 6, 6\) of LayerNorm \(and 1 more\)"
+    ):
+        param_groups(model, roles={"0.bias": "vector", "*.weight": "hidden"})
+
+
+@pytest.mark.parametrize(
     ("options", "told"),
     [
         (
             {"roles": {"*.wait": "hidden"}},
             "roles has '*.wait', which matches no trained parameter: "
             "give patterns of names like wte.weight",
+        ),
+        (
+            {"roles": {"h.*.c_*.weight": "hidden", "h.0.c_attn.weight": "embedding"}},
+            "roles has 'h.0.c_attn.weight' after patterns that take all that it matches: the first "
+            "that matches counts, put it before them",
+        ),
+        (
+            {"transposed": ["h.*"]},
+            "transposed has 'h.*', which takes h.0.c_attn.weight (96, 32) of Linear (and 7 more) "
+            "too, stored as (d_out, d_in): give a pattern that leaves it out, or its exact name if "
+            "it is meant",
         ),
         (
             {"roles": {"wpe.weight": "position"}},

@@ -81,7 +81,7 @@ def test_regular_rows_look_as_normal_as_others(length):
 def test_torch_defaults_do_not_matter():
     x = torch.randn(1, 3, 40, generator=seeded())
     expected = through(Normal(3), x)
-    for cached in (normal._signs, normal._levels, normal._hadamard_matrix):
+    for cached in (normal._signs, normal._levels, normal._plus_and_minus):
         cached.cache_clear()
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")

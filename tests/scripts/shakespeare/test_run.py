@@ -70,6 +70,15 @@ def test_what_is_done_is_skipped_and_what_was_asked_otherwise_is_refused(tmp_pat
     write_study_log(tmp_path / "one.jsonl", [3.0], config=whole | {"seed": 4})
     with pytest.raises(ValueError, match=r"one.jsonl: seed=3 \(the log has 4\); remove it"):
         study.is_done(run)
+    for asked, done in (("schedule.floor=0.1", False), ("schedule.floor=0", True)):
+        later = StudyRun("one", (*run.overrides, asked))  # what there was no choice of before
+        before = whole | {"schedule": {"warmup": 0.0, "cooldown": 0.4}}
+        write_study_log(tmp_path / "one.jsonl", [3.0], config=before)
+        if done:
+            assert study.is_done(later)
+            continue
+        with pytest.raises(ValueError, match=r"schedule\.floor=0\.1 \(the log has None\)"):
+            study.is_done(later)
     del whole["seed"]  # a key that an earlier version did not have
     write_study_log(tmp_path / "one.jsonl", [3.0], config=whole)
     assert study.is_done(run)

@@ -14,6 +14,7 @@ from torch import nn
 
 from baselines import AdamW, Muon
 from ef21_muon import EF21Muon
+from training.passes import Passes
 
 STEPS = 6
 SHAPES = [(32, 24), (16, 32)]
@@ -59,6 +60,31 @@ def train(method: str, rank: int) -> dict[str, np.ndarray]:
     }
 
 
+class WithLoss(nn.Module):
+    """A model whose output is the loss, as the trainer's."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = new_model()
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return (self.model(inputs) - targets).square().mean()
+
+
+def clipped(rank: int, max_norm: float) -> tuple[float, float]:
+    """Norms: of the gradient in the trainer, and of its distance from torch's clipped mean."""
+    ranks, model, reference = range(dist.get_world_size()), WithLoss(), WithLoss()
+    optimizer = AdamW(model.parameters())
+    passes = Passes(model, optimizer, torch.device("cpu"), "float32", False, max_norm)
+    passes.gradient([batch(rank, step) for step in range(2)])
+    losses = [reference(*batch(one, step)) for one in ranks for step in range(2)]
+    torch.stack(losses).mean().backward()
+    assert nn.utils.clip_grad_norm_(reference.parameters(), max_norm) > max_norm
+    pairs = zip(model.parameters(), reference.parameters(), strict=True)
+    distance = nn.utils.get_total_norm([mine.grad - its.grad for mine, its in pairs])
+    return nn.utils.get_total_norm([p.grad for p in model.parameters()]), distance
+
+
 class SpiedAllReduce:
     """Counts the bytes of tensors given to torch.distributed.all_reduce."""
 
@@ -78,7 +104,7 @@ class SpiedAllReduce:
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    results = {}
+    results = {"clipped": [*map(float, clipped(rank, max_norm=0.1))]}
     for method in METHODS:
         results |= train(method, rank)
     np.savez(Path(sys.argv[1]) / f"rank{rank}.npz", **results)

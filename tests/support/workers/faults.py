@@ -121,7 +121,7 @@ class Faults:
     def step_of(self, caller: object, args: tuple) -> int:
         """That of the training, or of the checkpoint, which may be written in a later one."""
         if isinstance(caller, Passes):
-            self.step = caller.optimizer.steps + 1
+            self.step, self.model = caller.optimizer.steps + 1, caller.raw_model
         if isinstance(caller, FileSystemWriter):
             return int(Path(caller.path).stem.removeprefix("step-"))
         if isinstance(caller, Checkpoints):
@@ -130,7 +130,9 @@ class Faults:
 
     def do(self, deed: str) -> None:
         """One of DEEDS, or the name of a signal for this process."""
-        if deed == "lose_patience":
+        if deed == "nan":  # in a gradient, after the passes of a step
+            self.model.blocks[0].mlp.expand.weight.grad[1, 2] = float("nan")
+        elif deed == "lose_patience":
             wait_until(lambda: any(self.folder.glob("*:SIGSTOP")))
             self.patience.lose()
         elif deed in DEEDS:

@@ -61,8 +61,8 @@ class Layers(nn.Module):
         for name, parameter in parameters().items():
             self.register_parameter(name, parameter)
 
-    def forward(self, parts: range) -> torch.Tensor:
-        model = dict(self.named_parameters())
+    def forward(self, parts: range, *without: str) -> torch.Tensor:
+        model = {name: p for name, p in self.named_parameters() if name not in without}
         return sum(loss(model, part) for part in parts) / len(parts)
 
 
@@ -91,6 +91,8 @@ def loss(model: dict[str, torch.Tensor], part: int) -> torch.Tensor:
     for name, (m, n) in SHAPES.items():
         inputs = torch.randn(n, 40, generator=generator)
         targets = torch.randn(m, 40, generator=generator) + part
+        if name not in model:
+            continue
         total = total + (model[name] @ inputs - targets).square().mean() / 2
     return total
 
@@ -109,13 +111,16 @@ def groups(model: dict[str, torch.nn.Parameter], **of_head) -> list[dict]:
     ]
 
 
-def local_steps(layers: list[dict], worker_size: int, **options) -> LocalSteps:
+def local_steps(
+    layers: list[dict], worker_size: int, missing: str = "refuse", **options
+) -> LocalSteps:
     place = {}
     if worker_size > 1:
         lanes = Lanes([p for group in layers for _, p in group["params"]], worker_size, None)
         place = {"lanes": lanes, "process_group": lanes.lane}
         layers = lanes.of_lane(layers)
-    return LocalSteps(EF21Muon(layers, lr=0.05, process_group=ALONE), **place, **options)
+    inner = EF21Muon(layers, lr=0.05, process_group=ALONE, missing=missing)
+    return LocalSteps(inner, **place, **options)
 
 
 def train(case: str, worker_size: int, shard: bool) -> dict[str, np.ndarray]:
@@ -211,6 +216,50 @@ def overflow(worker_size: int) -> list[int]:
     return [optimizer.round, sum(parameter.grad is not None for parameter in model.values())]
 
 
+MISSING = ("named", "zero", "nothing", "unreduced", "goes on")
+
+
+def missing(shard: bool, local: bool) -> list[str]:
+    """What is said of gradients that are missing on all ranks, in the order of MISSING."""
+
+    def build(policy: str):
+        module = sharded(Layers(), 2) if shard else Layers()
+        layers = groups(dict(module.named_parameters()))
+        make = local_steps if local else HierarchicalEF21Muon
+        return module, make(layers, worker_size=2, missing=policy)
+
+    def step() -> str:
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            return str(error)
+        change = {n: float((whole(p.detach()) - start[n]).norm()) for n, p in parameters_of(module)}
+        return " ".join(name for name, size in change.items() if size > 0)
+
+    def parameters_of(module):
+        return list(module.named_parameters())
+
+    start = parameters()
+    module, optimizer = build("refuse")
+    module(range(2), "key", "head").backward()
+    said = [step()]
+    module, optimizer = build("zero")
+    module(range(2), "key", "head").backward()
+    said.append(step())
+    start = {name: whole(p.detach()).clone() for name, p in parameters_of(module)}
+    module.zero_grad()
+    said.append(step())
+    for reduced in (False, True):
+        for micro in range(3):
+            if shard:
+                module.set_requires_gradient_sync(reduced and micro == 2)
+            if shard or reduced:
+                module(range(micro, micro + 1)).backward()
+        said.append(step())
+    optimizer.check_agreement()
+    return said
+
+
 def parted(shard: bool) -> str:
     """What a check says of two workers, each of whose ranks have changed their model alike."""
     module = sharded(Layers(), 2) if shard else Layers()
@@ -287,6 +336,8 @@ def main() -> None:
         results["clipped"] = clipped(worker_size, shard)
     if worker_size == 2:
         results["parted"] = parted(shard)
+        for local in (False, True):
+            results[f"missing {local}"] = missing(shard, local)
         results["overflow"] = scaled_shards() if shard else overflow(worker_size)
     for case in CASES:
         results |= train(case, worker_size, shard)

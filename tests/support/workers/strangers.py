@@ -39,6 +39,10 @@ DIFFERENT = {
         lambda m: EF21Muon(m.parameters(), norm=Sign()),
     ),
     "lr": (lambda m: EF21Muon(m.parameters(), 0.1), lambda m: EF21Muon(m.parameters(), 0.2)),
+    "lr as a tensor": (
+        lambda m: EF21Muon(m.parameters(), torch.tensor(0.1)),
+        lambda m: EF21Muon(m.parameters(), torch.tensor(0.2)),
+    ),
     "feedback": (
         lambda m: EF21Muon(m.parameters(), feedback="ef14"),
         lambda m: EF21Muon(m.parameters(), feedback="none"),
@@ -127,6 +131,18 @@ def branches(missing):
     return parameters_of(model).tolist()
 
 
+def rates():
+    """What checks say of a learning rate that is a tensor, and after a rank has written into it."""
+    model = new_model()
+    optimizer = EF21Muon(model.parameters(), torch.tensor(0.5))
+    loss_of(model, 0, dist.get_rank()).backward()
+    optimizer.step()
+    said = [told(ValueError, optimizer.check_agreement)]
+    if dist.get_rank() == 1:
+        optimizer.param_groups[0]["lr"].fill_(0.25)
+    return [*said, told(ValueError, optimizer.check_agreement)]
+
+
 class Messages(logging.Handler):
     """Keeps the lines, and tells the other ranks of them by a word in the store."""
 
@@ -187,6 +203,7 @@ def main(directory):
         report[f"mixed {server}"] = mixed({"server": server, "w2s": TopK(0.3)})
     report["mixed ef14"] = mixed({"w2s": TopK(0.3), "feedback": "ef14", "error_decay": 0.9})
     report["zero"] = branches("zero")
+    report["rates"] = rates()
     for how in ("late", "refused", "local"):
         report[how] = alone_in_a_step(how)
     path = directory / f"rank{rank}.json"

@@ -1,0 +1,138 @@
+"""Running statistics, averaged or told of; see tests/support/workers/running_statistics.py."""
+
+import json
+
+import pytest
+import torch
+from run import torchrun
+from torch import nn
+from workers.running_statistics import EVERY, METHODS, STEPS, new_model
+
+from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
+
+FLOATS = 2 * 4 + 2 * 6 + 5  # the statistics of both layers, and a table of constants
+LOCAL = [name for name in METHODS if name.startswith("local")]
+OF_ONE_WORKER = ("hierarchical", "local, lanes")  # of both ranks
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("statistics")
+    torchrun("running_statistics.py", directory, ranks=2)
+    return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_has_one_loss_on_all_workers(reports, name):
+    losses = [report[f"{name} True"]["loss"] for report in reports]
+    assert losses[0] == losses[1]
+    parted = [report[f"{name} False"]["loss"] for report in reports]
+    assert parted[0] != pytest.approx(parted[1], rel=0.02)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_shared_is_the_mean_and_what_is_trained_stays(reports, name):
+    """Running statistics are linear in those of batches, so that it does not matter when."""
+    for report in reports:
+        found, without = report[f"{name} True"], report[f"{name} False"]
+        assert found["parameters"] == without["parameters"]
+        assert found["counts"] == without["counts"] == [STEPS, STEPS]
+    shared = [torch.tensor(report[f"{name} True"]["shared"]) for report in reports]
+    assert torch.equal(*shared)
+    if name not in LOCAL:
+        own = torch.stack([torch.tensor(report[f"{name} False"]["own"]) for report in reports])
+        torch.testing.assert_close(shared[0], own.mean(0))
+    else:
+        assert reports[0][f"{name} True"]["own"] != reports[1][f"{name} True"]["own"]
+    assert torch.equal(shared[0][8:13], new_model()[3].angles), "constants to the bit"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_their_bytes_count(reports, name):
+    rounds = STEPS // EVERY if name in LOCAL else STEPS
+    size = 4 * FLOATS * rounds
+    of_worker = 2 * size if name in OF_ONE_WORKER else size
+    for report in reports:
+        found, without = report[f"{name} True"]["bytes"], report[f"{name} False"]["bytes"]
+        more = [one - other for one, other in zip(found, without, strict=True)]
+        assert more == [of_worker, of_worker, size]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_who_does_not_average_them_is_told_once(reports, name):
+    (line,) = reports[0][f"{name} False"]["lines"]
+    assert line.startswith("the running statistics beside ") and "buffers=model" in line
+    assert " (and 1 more) stay each worker's own" in line
+    for report, averaged in ((reports[0], True), (reports[1], True), (reports[1], False)):
+        assert report[f"{name} {averaged}"]["lines"] == []
+
+
+@pytest.mark.parametrize("at", [4, 6])
+def test_a_resumed_training_goes_on_with_them(reports, at):
+    for report in reports:
+        assert report[f"resumed {at}"]["shared"] == report["local True"]["shared"]
+        assert report[f"resumed {at}"]["own"] == report["local True"]["own"]
+
+
+def test_the_end_of_a_training_is_a_round_of_them(reports):
+    assert reports[0]["finished"] == reports[1]["finished"]
+
+
+def test_those_that_differ_at_first_are_named(reports):
+    told = "1.running_mean differs between rank 0 and rank 1, and all workers hold the same"
+    for report in reports:
+        assert report["parted"].startswith(told)
+
+
+@pytest.mark.parametrize("buffers", [True, "model", [torch.zeros(3)]])
+def test_buffers_are_of_a_module(buffers):
+    model = nn.Linear(2, 2)
+    for make in (
+        lambda: EF21Muon(model.parameters(), buffers=buffers),
+        lambda: LocalSteps(torch.optim.SGD(model.parameters()), buffers=buffers),
+        lambda: AveragedGradients(torch.optim.SGD(model.parameters()), buffers=buffers),
+    ):
+        with pytest.raises(ValueError, match=r"^buffers=\w+ is not allowed: give the model, or"):
+            make()
+
+
+def test_a_state_of_other_buffers_is_refused_before_anything_changes():
+    states, optimizers = [], []
+    for part in (lambda m: m[:2], lambda m: m, lambda m: nn.Sequential(*m[1:])):
+        model = new_model()
+        inner = torch.optim.SGD(model.parameters())
+        optimizer = LocalSteps(inner, every=1, buffers=nn.Sequential(part(model)))
+        states.append(optimizer.state_dict())
+        optimizers.append((model, optimizer))
+    model, optimizer = optimizers[1]
+    model(torch.randn(4, 2, 6, 6)).square().mean().backward()
+    optimizer.step()
+    with pytest.raises(
+        ValueError, match=r"^the state is of buffers '8 in 2 tensors' \(here '25 in"
+    ):
+        optimizer.load_state_dict(states[0])
+    with pytest.raises(ValueError, match=r"^the state holds buffers .*: build it with the same b"):
+        optimizer.load_state_dict(states[2])
+    assert optimizer.steps == 1
+    optimizer.load_state_dict(states[1])
+    with optimizer.agreed():
+        assert torch.equal(model[1].running_mean, torch.zeros(4))
+    assert not torch.equal(model[1].running_mean, torch.zeros(4))
+
+
+def test_a_worker_alone_has_its_own():
+    model = new_model()
+    optimizer = EF21Muon(model.parameters(), buffers=model, process_group=ALONE)
+    model(torch.randn(4, 2, 6, 6)).square().mean().backward()
+    own = [buffer.clone() for buffer in model.buffers()]
+    optimizer.step()
+    assert all(torch.equal(one, other) for one, other in zip(own, model.buffers(), strict=True))
+
+
+def test_workers_that_come_and_go_do_not_average_them():
+    fleet = pytest.importorskip("ef21_muon.fleet", exc_type=ImportError)
+    model = new_model()
+    with pytest.raises(
+        ValueError, match=r"^buffers are not averaged over workers that come and go"
+    ):
+        fleet.FleetSteps(torch.optim.SGD(model.parameters()), fleet=None, buffers=model)

@@ -1,0 +1,198 @@
+"""scripts/fleet.py: its command line, what it refuses, and what several workers print."""
+
+import signal
+import socket
+import sys
+import time
+from threading import Event
+from types import SimpleNamespace
+
+import pytest
+
+from scripts import fleet
+from scripts.supervise import GRACE
+from training.workers import FINAL
+
+LOCAL = ["optimizer=local", "batch.sequences=6"]
+WORKER = ["worker", "--number=0", "--workers=3", *LOCAL, "--lighthouse"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--workers", "3", "--timeout", "60", "seed=1", "steps=9"],
+        ["seed=1", "steps=9", "--workers", "3", "--timeout", "60"],
+        ["seed=1", "--workers=3", "steps=9", "--timeout=60"],
+        ["seed=1", "--workers=3", "--timeout=60", "steps=9"],
+    ],
+)
+@pytest.mark.parametrize("part", ["start", "worker"])
+def test_overrides_may_stand_on_both_sides_of_an_option(part, arguments):
+    own = ["--number=1", "--lighthouse=http://first:29510"] if part == "worker" else []
+    options = fleet.parse([part, *arguments, *own])
+    assert (options.workers, options.timeout, options.ranks) == (3, 60, 1)
+    assert options.overrides == ["seed=1", "steps=9"]
+
+
+def test_what_workers_are_called_with():
+    given = ["start", "--workers=2", "seed=1", "--timeout=1000000", "--ranks=2", "--port=7"]
+    command = fleet.worker_command(fleet.parse(given), 1)
+    assert command[0] == sys.executable and command[1].endswith("scripts/supervise.py")
+    assert command[2:4] == ["--ranks=2", f"--shutdown-timeout={GRACE:g}"]
+    assert command[4].endswith("train.py") and float(command[5].removeprefix("--timeout=")) == 1e6
+    assert command[6:] == [
+        *("membership=torchft", "membership.workers=2", "membership.worker=1"),
+        *("membership.lighthouse=http://localhost:7", "worker_size=2", "seed=1"),
+    ]
+    without = fleet.worker_command(fleet.parse(["start", "--workers=2"]), 0, "script.py", "0.1")
+    assert without[4:6] == ["script.py", "0.1"] and "--timeout" not in " ".join(without)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([], "the following arguments are required: part"),
+        (["stop"], "argument part: invalid choice: 'stop'"),
+        (["start"], "the following arguments are required: --workers"),
+        (
+            ["start", "--workers=0"],
+            "--workers: 0 is not allowed: give a whole number of at least 1",
+        ),
+        (["start", "--workers=two"], "--workers: two is not allowed: give a whole number"),
+        (["start", "--workers=3", "--ranks=0"], "--ranks: 0 is not allowed: give a whole number"),
+        (
+            ["start", "--workers=3", "--port=0"],
+            "--port: 0 is not allowed: give a whole number of 1",
+        ),
+        (
+            ["start", "--workers=3", "--port=65536"],
+            "65536 is not allowed: give a whole number of 1",
+        ),
+        (["lighthouse", "--workers=3", "--port=-1"], "-1 is not allowed: give a whole number"),
+        (["lighthouse", "--workers=3", "--port=http"], "--port: http is not allowed: give a whole"),
+        (["lighthouse", "--workers=3", "steps=1"], "unrecognized arguments: steps=1"),
+        (["start", "--workers=3", "--timeout=0"], "--timeout: 0 s is not allowed: give a number"),
+        (["start", "--workers=3", "--timeout=nan"], "--timeout: nan s is not allowed: give a"),
+        (["start", "--workers=3", "--timeout=soon"], "--timeout: invalid seconds value: 'soon'"),
+        (["start", "--workers=3", "--shutdown-timeout=-1"], "-1 s is not allowed: give a number"),
+        (["start", "--workers=3", "steeps=1"], "steeps is not a key of this configuration"),
+        (["start", "--workers=3", "batch.sequences=7"], "batch.sequences=7 cannot be split over 3"),
+        (["start", "--workers=3", *LOCAL, "membership.host=nope.invalid"], "=nope.invalid has no"),
+        (["start", "--workers=3", *LOCAL, "membership.host=a..b"], "membership.host=a..b has no"),
+        (
+            [*WORKER, "http://nope.invalid:29510"],
+            "lighthouse=http://nope.invalid:29510 has no",
+        ),
+        (
+            [*WORKER, "localhost:29510"],
+            "lighthouse=localhost:29510 is not allowed: give http://HOST",
+        ),
+        ([*WORKER, "http://localhost"], "lighthouse=http://localhost is not allowed: give http://"),
+        ([*WORKER, "http://localhost:99999"], "lighthouse=http://localhost:99999 is not allowed"),
+        ([*WORKER, "http://localhost:1", "--number=3"], "membership.worker=3 is not allowed: give"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(given, told, capsys, monkeypatch):
+    monkeypatch.setattr(fleet, "RESOLVER_SECONDS", 0.0)
+    assert fleet.main(given) == FINAL
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and told in error, error
+
+
+@pytest.mark.parametrize("part", ["start", "lighthouse"])
+def test_a_port_that_is_taken_is_named(part, capsys):
+    pytest.importorskip("torchft")
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        overrides = LOCAL if part == "start" else []
+        assert fleet.main([part, "--workers=3", f"--port={port}", *overrides]) == FINAL
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: the lighthouse cannot have port {port} (Address already in")
+    assert error.count("\n") == 1
+
+
+class Asked(Event):
+    """In place of a request to stop by signals."""
+
+    number = signal.SIGTERM
+    status = 128 + signal.SIGTERM
+
+
+# A worker: it prints, and ends with a status, or when it is asked to.
+FAKE = """
+import sys, time
+number, status, *errors = sys.argv[1:]
+print(f"worker {number} of up to 3\\n\\ntable", flush=True)
+for error in errors:
+    print(error, file=sys.stderr, flush=True)
+if status == "waits":
+    time.sleep(1000)
+time.sleep(0.3)
+print("result", flush=True)
+sys.exit(int(status))
+"""
+SAME = "error: the data is not there"
+
+
+@pytest.fixture
+def start(monkeypatch, capfd):
+    """Run `start` with fake workers, who print these errors and end so; status, stdout, stderr."""
+
+    def start(*workers: tuple, asked: bool = False):
+        def command(options, number: int) -> list[str]:
+            return [sys.executable, "-c", FAKE, str(number), *map(str, workers[number])]
+
+        request = Asked()
+        if asked:
+            request.wait = lambda seconds: time.sleep(1) or request.set() or True
+        monkeypatch.setattr(fleet, "worker_command", command)
+        monkeypatch.setattr(fleet, "Request", lambda: request)
+        lighthouse = SimpleNamespace(shutdown=lambda: None)
+        monkeypatch.setattr(fleet, "new_lighthouse", lambda workers, port: lighthouse)
+        monkeypatch.setattr(fleet, "OF_TOO_FEW", 1)
+        status = fleet.start(SimpleNamespace(workers=len(workers), port=1))
+        printed = capfd.readouterr()
+        return status, printed.out.splitlines(), sorted(printed.err.splitlines())
+
+    return start
+
+
+def of(worker: int) -> list[str]:
+    """What is shown of a worker that completes."""
+    lines = [f"worker {worker} of up to 3", "", "table", "result"]
+    return [line and f"worker {worker}: {line}" for line in lines]
+
+
+BAR = "step     20 of 600  loss 2.079, 4.5k tokens/s, 0.1 MB sent"
+TOO_FEW = "error: fewer than a majority of the workers are left: all stop"
+
+
+@pytest.mark.parametrize(
+    ("workers", "status", "output", "errors"),
+    [
+        ([(0,), (0,), (0,)], 0, of(0), []),
+        (
+            [(0, "warning"), (0, "warning"), (0,)],
+            0,
+            of(0),
+            ["worker 0: warning", "worker 1: warning"],
+        ),
+        ([(0, BAR), (0, BAR), (0, BAR)], 0, of(0), [f"worker 0: {BAR}"]),
+        ([(0, "1%\r50%\r100%")], 0, of(0), ["worker 0: 100%"]),
+        ([(FINAL, SAME), (FINAL, SAME), (FINAL, SAME)], 1, of(0), [f"worker W: {SAME}"]),
+        ([(0,), (0,), (FINAL, SAME)], 1, of(0), [f"worker 2: {SAME}"]),
+        ([(FINAL,), (FINAL,), (0,)], 1, [*of(0), *of(2)], []),
+        ([(FINAL, SAME), (0,), (0,)], 1, [*of(0), *of(1)], [f"worker 0: {SAME}"]),
+        ([("waits",), (FINAL,), (FINAL,)], 1, of(0)[:3], [TOO_FEW]),
+        ([(0,), (3,)], 1, of(0), ["error: worker 1 did not complete: see its log"]),
+    ],
+)
+def test_one_table_one_result_and_every_error_once(start, workers, status, output, errors):
+    ended, shown, told = start(*workers)
+    told = [line.replace(line[:9], "worker W:") if "W:" in str(errors) else line for line in told]
+    assert (ended, shown, told) == (status, output, errors)
+
+
+def test_a_fleet_that_was_asked_to_stop_has_not_completed(start):
+    status, shown, _ = start(("waits",), ("waits",), asked=True)
+    assert status == 128 + signal.SIGTERM and shown == of(0)[:3]

@@ -1,0 +1,145 @@
+"""scripts/supervise.py: what is started again, what is not, and how a worker is asked to stop."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from run import PATIENCE, ROOT
+from waiting import wait_until
+
+from scripts import supervise
+from training.workers import FINAL
+
+# Counts starts in a file of each rank, and does a deed of the list: one for each start.
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+folder, deeds = Path(sys.argv[1]), sys.argv[2].split(",")
+rank = os.environ["RANK"]
+file = folder / rank
+start = len(file.read_text()) if file.exists() else 0
+if deeds[start] in ("graceful", "stubborn"):
+    def answer(*_):
+        if deeds[start] == "graceful":
+            (folder / f"{rank}.checkpoint").touch()
+            sys.exit(0)
+    signal.signal(signal.SIGTERM, answer)
+file.write_text((start + 1) * "x")
+(folder / "environment").write_text(" ".join(
+    os.environ[name] for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")))
+if deeds[start] == "wait" or deeds[start] in ("graceful", "stubborn"):
+    time.sleep(1000)
+kind, _, where = deeds[start].partition("@")
+if where and rank != where:
+    time.sleep(1000)
+while where and not all((folder / one).exists() for one in "01"):
+    time.sleep(0.01)
+if kind.startswith("SIG"):
+    os.kill(os.getpid(), signal.Signals[kind])
+sys.exit(int(kind))
+"""
+
+
+def start(folder: Path, deeds: str, *options: str) -> subprocess.Popen:
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, ROOT / "scripts" / "supervise.py", *options]
+    return subprocess.Popen(
+        [*command, folder / "script.py", folder, deeds], stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("deeds", "status", "starts", "told"),
+    [
+        ("0", 0, 1, ""),
+        ("78", FINAL, 1, ""),
+        ("1,0", 0, 2, "ended with status 1 after 0 s: starting again in 1 s"),
+        ("SIGKILL,0", 0, 2, "ended with SIGKILL after 0 s: starting again in 1 s"),
+        ("SIGTERM,0", 0, 2, "ended with SIGTERM after 0 s: starting again in 1 s"),
+        ("SIGSEGV,78", FINAL, 2, "ended with SIGSEGV after 0 s: starting again in 1 s"),
+    ],
+)
+def test_what_is_started_again(tmp_path, deeds, status, starts, told):
+    process = start(tmp_path, deeds)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, errors.strip()) == (status, told)
+    assert len((tmp_path / "0").read_text()) == starts
+
+
+@pytest.mark.parametrize(("deeds", "status"), [("1@1,0", 0), ("78@0", FINAL), ("78@1", FINAL)])
+def test_ranks_end_together_and_start_together(tmp_path, deeds, status):
+    process = start(tmp_path, deeds, "--ranks=2")
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == status
+    first, second = ((tmp_path / rank).read_text() for rank in "01")
+    assert first == second and len(first) == len(deeds.split(","))
+    assert (tmp_path / "environment").read_text().startswith("2 2 127.0.0.1 ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_request_to_stop_is_passed_on_and_nothing_starts_again(tmp_path, number):
+    process = start(tmp_path, "graceful,0", "--ranks=2")
+    wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, errors) == (128 + number, "")
+    assert (tmp_path / "0.checkpoint").exists() and (tmp_path / "1.checkpoint").exists()
+
+
+def test_what_does_not_end_in_time_is_killed_and_the_line_says_so(tmp_path):
+    process = start(tmp_path, "stubborn,0", "--shutdown-timeout=0.5")
+    wait_until(lambda: (tmp_path / "0").exists())
+    process.terminate()
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors == (
+        "error: killed, since it had not ended 0.5 s after it was asked to stop: the next start "
+        "uses the newest checkpoint; give a longer --shutdown-timeout\n"
+    )
+
+
+def test_a_request_to_stop_ends_a_pause(tmp_path):
+    process = start(tmp_path, "1,1,1,1,1,0")
+    wait_until(lambda: (tmp_path / "0").exists() and len((tmp_path / "0").read_text()) == 3)
+    time.sleep(0.3)  # it has ended for the third time, and pauses for 4 s
+    process.terminate()
+    assert process.wait(PATIENCE) == 128 + signal.SIGTERM
+
+
+def test_under_nohup_sighup_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    others = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        asked = supervise.Request()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not asked.is_set()
+    finally:
+        for number, handler in [*others, (signal.SIGHUP, before)]:
+            signal.signal(number, handler)
+
+
+def test_restarts_come_later_and_later_but_at_once_after_a_long_life(monkeypatch, capsys):
+    lives = iter([5, 5, 5, 5, 5, 5, 5, 5, 100, 5, 5])
+    statuses = iter([[1]] * 10 + [[0]])
+    now, pauses = [0.0], []
+
+    class NoRequest:
+        is_set = staticmethod(lambda: False)
+        wait = staticmethod(pauses.append)
+
+    def live(*_) -> list[int]:
+        now[0] += next(lives)
+        return next(statuses)
+
+    monkeypatch.setattr(supervise, "Request", NoRequest)
+    monkeypatch.setattr(supervise, "run_once", live)
+    monkeypatch.setattr(supervise.time, "monotonic", lambda: now[0])
+    assert supervise.supervise([], 1, 0.0) == 0
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 0, 1]
+    assert all(pair != (0, 0) for pair in itertools.pairwise(pauses))
+    assert "ended with status 1 after 100 s: starting again now" in capsys.readouterr().err

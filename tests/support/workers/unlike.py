@@ -1,0 +1,148 @@
+"""Ranks on unlike processors: what they decode, which optimizers are refused, and who agrees.
+
+`unlike.py RANK RANKS FOLDER`, started by tests/ef21_muon/test_unlike.py in an environment for each
+rank, by which libraries compute as on another processor. Writes FOLDER/RANK.json.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from baselines import SignMuon
+from ef21_muon import (
+    AdaptiveRadius,
+    AveragedGradients,
+    ChunkTopK,
+    Damping,
+    Dense,
+    Dropout,
+    EF21Muon,
+    FittedRank,
+    LocalSteps,
+    RandK,
+    RankK,
+    Residual,
+    Sign,
+    TopColumns,
+    TopK,
+    TopSingular,
+)
+from ef21_muon.fingerprint import fingerprint
+from ef21_muon.messages.samples import numbers
+
+FORMATS = (
+    *("float32", "bfloat16", "natural", "natural4@message", "int2", "int8@128", "normal1"),
+    *("normal2", "normal4@message", "normal6", "sign", "sign@8blocks", "smooth4", "statistical4"),
+)
+COMPRESSORS = {
+    "dense": Dense,
+    "topk": lambda values: TopK(0.1, values),
+    "randk": lambda values: RandK(0.1, values),
+    "chunk_topk": lambda values: ChunkTopK(32, 32, values),
+    "top_columns": lambda values: TopColumns(0.3, values),
+    "damping": lambda values: Damping(TopK(0.3, values), 0.7),
+    "dropout": lambda values: Dropout(Dense(values), 0.9),
+    "residual": lambda values: Residual(TopK(0.1, values), Dense("sign")),
+}
+LOW_RANK = {
+    "rank": lambda values: RankK(0.5, values),
+    "fitted_rank": lambda values: FittedRank(0.5, values),
+    "top_singular": lambda values: TopSingular(0.5, values),
+    "residual of rank": lambda values: Residual(RankK(0.3, values), Dense("sign")),
+    "damped rank": lambda values: Damping(RankK(0.5, values), 0.7),
+}
+SHAPES = [(96, 80), (200, 1)]
+NESTEROV = {"every": 2, "outer_lr": 0.7, "outer_momentum": 0.6}
+TOP, RANK = TopK(0.3), RankK(0.4)
+
+
+def local(parameters, **options):
+    return LocalSteps(torch.optim.SGD(parameters, lr=0.1), **NESTEROV | options)
+
+
+def averaged(parameters, **options):
+    return AveragedGradients(torch.optim.AdamW(parameters, lr=0.01), w2s=TOP, **options)
+
+
+OPTIMIZERS = {
+    "muon replicated": lambda p: EF21Muon(p, w2s=TOP, server="replicated"),
+    "muon auto": lambda p: EF21Muon(p, w2s=TopK(0.01)),
+    "muon sharded": lambda p: EF21Muon(p, w2s=RANK, server="sharded"),
+    "muon rank0": lambda p: EF21Muon(p, w2s=RANK, server="rank0"),
+    "muon s2w": lambda p: EF21Muon(p, w2s=TOP, s2w=RANK, server="sharded"),
+    "muon s2w dense": lambda p: EF21Muon(p, w2s=RANK, s2w=Dense("normal4"), server="sharded"),
+    "signs": lambda p: EF21Muon(
+        p, w2s=TOP, norm=Sign(), weight_decay=0.3, server="replicated", beta=0.3
+    ),
+    "signs rank": lambda p: EF21Muon(p, w2s=RANK, norm=Sign(), server="replicated"),
+    "signs adaptive": lambda p: EF21Muon(
+        p, w2s=TOP, norm=Sign(), radius=AdaptiveRadius(1, 1), server="replicated"
+    ),
+    "sign muon": lambda p: SignMuon(p, w2s=Dense("sign"), server="replicated"),
+    "local normal2": lambda p: local(p, w2s=Dense("normal2"), server="replicated"),
+    "local sign": lambda p: local(p, w2s=Dense("sign"), server="replicated"),
+    "local rank": lambda p: local(p, w2s=RANK, server="replicated"),
+    "local rank sharded": lambda p: local(p, w2s=RANK, server="sharded"),
+    "local rank auto": lambda p: local(p, w2s=RankK(0.05)),
+    "averaged": averaged,
+    "averaged sharded": lambda p: averaged(p, server="sharded"),
+}
+
+
+def new_model() -> nn.Sequential:
+    """Alike on all ranks, where torch's own random numbers are not."""
+    model = nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 40))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(numbers(parameter.numel()).view_as(parameter) / (1 << 25))
+    return model
+
+
+def decoded() -> dict[str, list[int]]:
+    """Of rank 0's messages."""
+    found = {}
+    for kind, make in (COMPRESSORS | LOW_RANK).items():
+        for values in FORMATS:
+            of_shapes = []
+            for m, n in SHAPES:
+                compressor, x = make(values), torch.randn(2, m, n)
+                message = compressor.encode(x)
+                dist.broadcast(message, 0)
+                of_shapes.append(fingerprint(compressor.decode(message, m, n)).item())
+            found[f"{kind} {values}"] = of_shapes
+    return found
+
+
+def train(make) -> dict:
+    """Its placement, and how it ends."""
+    model = new_model()
+    try:
+        optimizer = make(model.named_parameters())
+        for _ in range(6):
+            model.zero_grad()
+            model(torch.randn(8, 48)).square().mean().backward()
+            optimizer.step()
+        optimizer.check_agreement()
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"server": optimizer.server}
+
+
+def main() -> None:
+    rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=ranks)
+    logging.basicConfig(filename=folder / f"{rank}.log", format="%(message)s")
+    torch.manual_seed(rank)
+    report = {"decoded": decoded()}
+    report |= {name: train(make) for name, make in OPTIMIZERS.items()}
+    (folder / f"{rank}.json").write_text(json.dumps(report))
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

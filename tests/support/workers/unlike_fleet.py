@@ -1,0 +1,68 @@
+"""A worker of a fleet among unlike processors: `unlike_fleet.py NUMBER FOLDER URL URL ...`.
+
+A run with each of FLEETS, at a lighthouse of its own. Writes FOLDER/NUMBER.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from waiting import wait_until
+from workers.unlike import NESTEROV, RANK, new_model
+
+from ef21_muon import Dense, FittedRank
+from ef21_muon.exchange.fleet import Fleet, FleetRefused
+from ef21_muon.fingerprint import fingerprint
+from ef21_muon.fleet import FleetSteps
+
+FLEETS = {  # all but the last train with both workers
+    "normal2": Dense("normal2"),
+    "sign": Dense("sign"),
+    "rank": RANK,
+    "fitted rank": FittedRank(0.4),
+}
+TOGETHER = ("normal2", "sign")
+ROUNDS = 6
+
+
+def train(number: int, url: str, name: str, folder: Path) -> dict:
+    """How it went: the meetings, W at the end, or the error."""
+    model, refused = new_model(), folder / f"{name} refused"
+    inner = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    optimizer = FleetSteps(inner, w2s=FLEETS[name], fleet=Fleet(number, url), **NESTEROV)
+    try:
+        optimizer.join()
+        while optimizer.round < ROUNDS or not (name in TOGETHER or refused.exists()):
+            model.zero_grad()
+            inputs = torch.rand(8, 48, generator=torch.Generator().manual_seed(number))
+            model(inputs).square().mean().backward()
+            optimizer.step()
+    except FleetRefused as error:
+        refused.touch()
+        return {"error": str(error)}
+    wait_until(lambda: all(one.exists() for one in ends(folder, name, number)))
+    optimizer.leave()
+    meetings = [[one.messages, one.healed, one.parted] for one in optimizer.meetings]
+    state = [fingerprint(batch.model_shift).item() for batch in optimizer.batches]
+    return {"meetings": meetings, "state": state, "told": optimizer.told}
+
+
+def ends(folder: Path, name: str, number: int) -> list[Path]:
+    """What workers who are to end together write: who leaves first leaves the other a round."""
+    if name not in TOGETHER:
+        return []
+    (folder / f"{name} {number}").touch()
+    return [folder / f"{name} {one}" for one in range(2)]
+
+
+def main() -> None:
+    number, folder, urls = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    report = {
+        name: train(number, url, name, folder) for name, url in zip(FLEETS, urls, strict=True)
+    }
+    (folder / f"{number}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
