@@ -132,7 +132,7 @@ def test_what_a_lane_refuses_all_ranks_refuse(runs):
 
 def test_workers_that_have_parted_are_told_by_a_check(runs, sharded):
     for rank in (*runs[0], *sharded[2]):
-        assert "differs between rank 0 and rank 1, and all workers hold the same" in str(rank["parted"])
+        assert "differs between rank 0 and rank 1: all workers hold the same" in str(rank["parted"])
 
 
 @pytest.mark.parametrize("local", [False, True])
