@@ -6,7 +6,7 @@ import pytest
 from unlike_machines import OTHER, start_all
 from workers import unlike
 
-ENVIRONMENTS = [{}, OTHER, {"OMP_NUM_THREADS": "2", "KMP_BLOCKTIME": "0"}]
+ENVIRONMENTS = [{}, OTHER, {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}]
 OF_STEP = "rank 1 gets other bits than rank 0 of step of "
 OF_W2S = "rank 1 gets other bits than rank 0 of w2s="
 OF_S2W = "rank 1 gets other bits than rank 0 of s2w="
