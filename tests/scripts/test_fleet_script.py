@@ -2,15 +2,18 @@
 
 import signal
 import socket
+import subprocess
 import sys
 import time
 from threading import Event
 from types import SimpleNamespace
 
 import pytest
+from run import PATIENCE
 
 from scripts import fleet
 from scripts.supervise import GRACE
+from training.records import read_log
 from training.workers import FINAL
 
 LOCAL = ["optimizer=local", "batch.sequences=6"]
@@ -196,3 +199,28 @@ def test_one_table_one_result_and_every_error_once(start, workers, status, outpu
 def test_a_fleet_that_was_asked_to_stop_has_not_completed(start):
     status, shown, _ = start(("waits",), ("waits",), asked=True)
     assert status == 128 + signal.SIGTERM and shown == of(0)[:3]
+
+
+def test_a_fleet_on_this_machine(small, tmp_path):
+    """Real workers: one table, of which nothing is sent back, one result, and every end record."""
+    pytest.importorskip("torchft")
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    own = [*LOCAL, "optimizer.every=2", f"directory={tmp_path}/run"]
+    command = [sys.executable, fleet.__file__, "start", "--workers=2", f"--port={port}"]
+    result = subprocess.run(
+        [*command, *small, "--timeout=600", *own],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    for line in filter(None, result.stdout.splitlines()):
+        assert line.startswith("worker 0: ")
+    assert result.stdout.count("  nothing  0") == 4 and "identity" not in result.stdout
+    assert result.stdout.count("worker 0: result\n") == 1
+    assert result.stdout.count("test loss  ") == 1
+    assert result.stderr.count("step      4 of 4  loss") == 1
+    for worker in ("worker0", "worker1"):
+        log = read_log(tmp_path / "run" / worker / "metrics.jsonl")
+        assert log.end["status"] == "completed"
