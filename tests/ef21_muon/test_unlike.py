@@ -61,7 +61,16 @@ REFUSED = {
 
 
 def test_every_optimizer_is_in_a_table():
-    assert unlike.OPTIMIZERS.keys() == TRAIN.keys() | REFUSED.keys()
+    assert unlike.OPTIMIZERS.keys() == TRAIN.keys() | REFUSED.keys() | {"unseen"}
+
+
+def test_who_parts_later_is_told_why(reports):
+    lines = {report["unseen"]["error"] for report in reports[0]}
+    assert len(lines) == 1, "on all ranks alike"
+    (line,) = lines
+    assert " differs between rank 0 and rank 1: all workers hold the same parameters; they " in line
+    assert "they compute other bits: give server=sharded or rank0, give compressors " in line
+    assert line.endswith("else one was changed or damaged: go on from a checkpoint")
 
 
 @pytest.mark.parametrize("name, server", TRAIN.items(), ids=TRAIN)
