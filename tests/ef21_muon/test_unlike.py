@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from unlike_machines import OTHER, start_all
+from unlike_machines import NEEDS_MKL, OTHER, start_all
 from workers import unlike
 
+pytestmark = NEEDS_MKL
 ENVIRONMENTS = [{}, OTHER, {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}]
 OF_STEP = "rank 1 gets other bits than rank 0 of step of "
 OF_W2S = "rank 1 gets other bits than rank 0 of w2s="
