@@ -20,7 +20,10 @@ torch.set_num_threads(1)
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 # Of the extra `fleet`, which not every machine has a wheel for.
-OF_FLEETS = ("ef21_muon/test_fleet.py", "scripts/chaos/test_run.py")
+OF_FLEETS = (
+    *("ef21_muon/test_fleet.py", "ef21_muon/test_unlike_fleet.py"),
+    "scripts/chaos/test_run.py",
+)
 collect_ignore = [] if find_spec("torchft") else list(OF_FLEETS)
 # What other programs wait for: wandb for its service, the hub's client for an answer, and torchrun
 # for workers to end that it has asked to.
