@@ -46,8 +46,9 @@ class AveragedGradients(WrappingOptimizer):
     Memory: 4 bytes for each float32 parameter for G_j, and 4 for G on the rank that serves it.
 
     Raises ValueError for options out of range, for an inner optimizer that sends or needs a
-    closure, and for parameters or settings that differ between ranks, RuntimeError from `step` for
-    a parameter whose gradient is missing or does not fit.
+    closure, for parameters or settings that differ between ranks, and where ranks get other bits
+    of a step of `inner`; RuntimeError from `step` for a parameter whose gradient is missing or does
+    not fit.
     """
 
     def __init__(

@@ -82,7 +82,8 @@ class LocalSteps(WrappingOptimizer):
 
     A worker alone with lossless messages, an `outer_lr` of 1 and no momentum is its inner
     optimizer. Raises ValueError for options out of range, for an inner optimizer that sends, that
-    is a LocalSteps or needs a closure, and for parameters that differ between ranks; from the first
+    is a LocalSteps or needs a closure, for parameters that differ between ranks, and where ranks
+    get other bits of the same messages and all decode them; from the first
     `step` ValueError where the inner state is not made of float tensors, and RuntimeError where no
     parameter has a gradient.
     """

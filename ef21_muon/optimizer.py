@@ -84,7 +84,8 @@ class EF21Muon(ServedOptimizer):
         first_message: "compressed", so that no gradient is ever sent whole, or "exact", so that
             G_j is M_j at first, as the L-smooth theorem has it, in float32.
         server: where the servers are (`ef21_muon.exchange.placement`); "auto" is where the busiest
-            rank sends or receives the least. Numbers are the same for any choice.
+            rank sends or receives the least, but not "replicated" where ranks compute other bits
+            (`ef21_muon.arithmetic`). Numbers are the same for any choice.
         buckets: messages, each way, that layers travel in: one is on its way while the next is
             encoded.
         missing: "refuse" a parameter without a gradient, or let it be "zero" on this worker, as
@@ -94,9 +95,10 @@ class EF21Muon(ServedOptimizer):
             each worker's own.
         seed: of what is random in compressors.
 
-    Raises ValueError for hyperparameters outside their range and for parameters or settings that
-    differ between ranks, RuntimeError from `step` for a parameter whose gradient is missing or does
-    not fit. What is not finite leaves W as it is, and is named by `check_finite`.
+    Raises ValueError for hyperparameters outside their range, for parameters or settings that
+    differ between ranks, and where ranks get other bits of what each computes for itself;
+    RuntimeError from `step` for a parameter whose gradient is missing or does not fit. What is not
+    finite leaves W as it is, and is named by `check_finite`.
     """
 
     RULE = ("norm", "radius", "w2s", "s2w")

@@ -4,8 +4,8 @@
 
 As torchrun does on one machine, with three differences. An error that no restart can mend, by which
 a process ends with status 78 (os.EX_CONFIG), ends the worker for good. What ends soon after its
-start is started again later and later. Status 0 means that the work is complete: a worker that was
-asked to stop ends with 128 and the number of the signal, as in a shell.
+start is started again later and later, and in the end no more. Status 0 means that the work is
+complete: a worker that was asked to stop ends with 128 and the number of the signal, as in a shell.
 """
 
 import argparse
@@ -21,6 +21,7 @@ GRACE = 120.0  # seconds for a worker to end that was asked to
 LOST = 30.0  # seconds for the other ranks of a worker to end, once one has crashed
 LONG = 60.0  # seconds of life, after which a worker is started again at once
 LONGEST_PAUSE = 60.0  # seconds
+TRIES = 100  # starts in a row that do not live long, which take 100 minutes
 TICK = 0.2  # seconds between looks at the processes
 
 
@@ -49,7 +50,7 @@ def supervise(command: list[str], ranks: int, grace: float) -> int:
 
     command: the script and its arguments; grace: seconds for it to end once it is asked to.
     """
-    asked, pause = Request(), 0.0
+    asked, pause, tries = Request(), 0.0, 0
     while True:
         start = time.monotonic()
         statuses = run_once(command, ranks, asked, grace)
@@ -61,6 +62,10 @@ def supervise(command: list[str], ranks: int, grace: float) -> int:
             return os.EX_CONFIG
         lived = time.monotonic() - start
         pause = 0.0 if lived > LONG else min(2 * pause or 1.0, LONGEST_PAUSE)
+        tries = 0 if lived > LONG else tries + 1
+        if tries == TRIES:
+            _say(f"error: given up: it ended {TRIES} times within {LONG:g} s of its start")
+            return 1
         when = f"in {pause:g} s" if pause else "now"
         _say(f"ended with {_first_failure(statuses)} after {lived:.0f} s: starting again {when}")
         if asked.wait(pause):

@@ -322,7 +322,9 @@ class Integer(Blockwise):
         return codes.to(torch.uint8)
 
     def _restore(self, scales: Tensor, codes: Tensor) -> Tensor:
-        return codes.float().sub_(self.levels).mul_(scales / self.levels)
+        # By a number, a GPU would not divide but multiply with its inverse.
+        scales = scales / torch.full_like(scales, self.levels)
+        return codes.float().sub_(self.levels).mul_(scales)
 
 
 class SignScale(Blockwise):

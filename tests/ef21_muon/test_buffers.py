@@ -79,7 +79,7 @@ def test_the_end_of_a_training_is_a_round_of_them(reports):
 
 
 def test_those_that_differ_at_first_are_named(reports):
-    told = "1.running_mean differs between rank 0 and rank 1, and all workers hold the same"
+    told = "1.running_mean differs between rank 0 and rank 1: all workers hold the same"
     for report in reports:
         assert report["parted"].startswith(told)
 

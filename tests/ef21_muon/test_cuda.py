@@ -23,6 +23,7 @@ from ef21_muon import (
     TopColumns,
     TopK,
 )
+from ef21_muon.fingerprint import fingerprint
 from ef21_muon.lmo.newton_schulz import newton_schulz
 
 pytestmark = pytest.mark.cuda
@@ -114,3 +115,18 @@ def test_no_step_makes_the_host_wait(name):
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+EXACT = [name for name in COMPRESSORS if name not in ("fitted", "rank", "residual")]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_gpu_decodes_to_the_bits_of_a_cpu(name):
+    """So both may be in one run; of what has no matrix product."""
+    for shape in SHAPES:
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        message = COMPRESSORS[name].encode(x)
+        decoded = COMPRESSORS[name].decode(message, *shape[1:])
+        on_gpu = COMPRESSORS[name].decode(message.cuda(), *shape[1:])
+        assert torch.equal(on_gpu.cpu(), decoded)
+        assert fingerprint(on_gpu).item() == fingerprint(decoded).item()

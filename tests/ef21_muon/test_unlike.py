@@ -3,10 +3,11 @@
 import json
 
 import pytest
-from unlike_machines import OTHER, start_all
+from unlike_machines import NEEDS_MKL, OTHER, start_all
 from workers import unlike
 
-ENVIRONMENTS = [{}, OTHER, {"OMP_NUM_THREADS": "2", "KMP_BLOCKTIME": "0"}]
+pytestmark = NEEDS_MKL
+ENVIRONMENTS = [{}, OTHER, {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}]
 OF_STEP = "rank 1 gets other bits than rank 0 of step of "
 OF_W2S = "rank 1 gets other bits than rank 0 of w2s="
 OF_S2W = "rank 1 gets other bits than rank 0 of s2w="
@@ -61,7 +62,16 @@ REFUSED = {
 
 
 def test_every_optimizer_is_in_a_table():
-    assert unlike.OPTIMIZERS.keys() == TRAIN.keys() | REFUSED.keys()
+    assert unlike.OPTIMIZERS.keys() == TRAIN.keys() | REFUSED.keys() | {"unseen"}
+
+
+def test_who_parts_later_is_told_why(reports):
+    lines = {report["unseen"]["error"] for report in reports[0]}
+    assert len(lines) == 1, "on all ranks alike"
+    (line,) = lines
+    assert " differs between rank 0 and rank 1: all workers hold the same parameters; they " in line
+    assert "they compute other bits: give server=sharded or rank0, give compressors " in line
+    assert line.endswith("else one was changed or damaged: go on from a checkpoint")
 
 
 @pytest.mark.parametrize("name, server", TRAIN.items(), ids=TRAIN)

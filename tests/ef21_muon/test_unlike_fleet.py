@@ -8,9 +8,10 @@ import pytest
 import torch
 from fleet import lighthouse
 from run import PATIENCE
-from unlike_machines import OTHER, start_all
+from unlike_machines import NEEDS_MKL, OTHER, start_all
 from workers import unlike_fleet
 
+pytestmark = NEEDS_MKL
 WORKERS = 2
 
 

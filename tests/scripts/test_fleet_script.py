@@ -2,15 +2,18 @@
 
 import signal
 import socket
+import subprocess
 import sys
 import time
 from threading import Event
 from types import SimpleNamespace
 
 import pytest
+from run import PATIENCE
 
 from scripts import fleet
 from scripts.supervise import GRACE
+from training.records import read_log
 from training.workers import FINAL
 
 LOCAL = ["optimizer=local", "batch.sequences=6"]
@@ -118,17 +121,19 @@ class Asked(Event):
     status = 128 + signal.SIGTERM
 
 
-# A worker: it prints, and ends with a status, or when it is asked to.
+# A worker: it prints, and ends with a status, or when it is asked to. One that fails has no table.
 FAKE = """
 import sys, time
 number, status, *errors = sys.argv[1:]
-print(f"worker {number} of up to 3\\n\\ntable", flush=True)
+if status in ("0", "waits"):
+    print(f"worker {number} of up to 3\\n\\ntable", flush=True)
 for error in errors:
     print(error, file=sys.stderr, flush=True)
 if status == "waits":
     time.sleep(1000)
-time.sleep(0.3)
-print("result", flush=True)
+if status == "0":
+    time.sleep(0.3)
+    print("result", flush=True)
 sys.exit(int(status))
 """
 SAME = "error: the data is not there"
@@ -171,18 +176,13 @@ TOO_FEW = "error: fewer than a majority of the workers are left: all stop"
     ("workers", "status", "output", "errors"),
     [
         ([(0,), (0,), (0,)], 0, of(0), []),
-        (
-            [(0, "warning"), (0, "warning"), (0,)],
-            0,
-            of(0),
-            ["worker 0: warning", "worker 1: warning"],
-        ),
+        ([(0, "odd"), (0, "odd"), (0,)], 0, of(0), ["worker 0: odd", "worker 1: odd"]),
         ([(0, BAR), (0, BAR), (0, BAR)], 0, of(0), [f"worker 0: {BAR}"]),
         ([(0, "1%\r50%\r100%")], 0, of(0), ["worker 0: 100%"]),
-        ([(FINAL, SAME), (FINAL, SAME), (FINAL, SAME)], 1, of(0), [f"worker W: {SAME}"]),
+        ([(FINAL, SAME), (FINAL, SAME), (FINAL, SAME)], 1, [], [f"worker W: {SAME}"]),
         ([(0,), (0,), (FINAL, SAME)], 1, of(0), [f"worker 2: {SAME}"]),
-        ([(FINAL,), (FINAL,), (0,)], 1, [*of(0), *of(2)], []),
-        ([(FINAL, SAME), (0,), (0,)], 1, [*of(0), *of(1)], [f"worker 0: {SAME}"]),
+        ([(FINAL,), (FINAL,), (0,)], 1, of(2), []),
+        ([(FINAL, SAME), (0,), (0,)], 1, of(1), [f"worker 0: {SAME}"]),
         ([("waits",), (FINAL,), (FINAL,)], 1, of(0)[:3], [TOO_FEW]),
         ([(0,), (3,)], 1, of(0), ["error: worker 1 did not complete: see its log"]),
     ],
@@ -196,3 +196,28 @@ def test_one_table_one_result_and_every_error_once(start, workers, status, outpu
 def test_a_fleet_that_was_asked_to_stop_has_not_completed(start):
     status, shown, _ = start(("waits",), ("waits",), asked=True)
     assert status == 128 + signal.SIGTERM and shown == of(0)[:3]
+
+
+def test_a_fleet_on_this_machine(small, tmp_path):
+    """Real workers: one table, of which nothing is sent back, one result, and every end record."""
+    pytest.importorskip("torchft")
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+    own = [*LOCAL, "optimizer.every=2", f"directory={tmp_path}/run"]
+    command = [sys.executable, fleet.__file__, "start", "--workers=2", f"--port={port}"]
+    result = subprocess.run(
+        [*command, *small, "--timeout=600", *own],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    for line in filter(None, result.stdout.splitlines()):
+        assert line.startswith("worker 0: ")
+    assert result.stdout.count("  nothing  0") == 4 and "identity" not in result.stdout
+    assert result.stdout.count("worker 0: result\n") == 1
+    assert result.stdout.count("test loss  ") == 1
+    assert result.stderr.count("step      4 of 4  loss") == 1
+    for worker in ("worker0", "worker1"):
+        log = read_log(tmp_path / "run" / worker / "metrics.jsonl")
+        assert log.end["status"] == "completed"

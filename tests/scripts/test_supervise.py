@@ -1,12 +1,12 @@
 """scripts/supervise.py: what is started again, what is not, and how a worker is asked to stop."""
 
-import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from run import PATIENCE, ROOT
@@ -123,23 +123,36 @@ def test_under_nohup_sighup_is_ignored():
             signal.signal(number, handler)
 
 
-def test_restarts_come_later_and_later_but_at_once_after_a_long_life(monkeypatch, capsys):
-    lives = iter([5, 5, 5, 5, 5, 5, 5, 5, 100, 5, 5])
-    statuses = iter([[1]] * 10 + [[0]])
-    now, pauses = [0.0], []
+@pytest.fixture
+def live(monkeypatch):
+    """Supervise lives of so many seconds, which end in failures but for a last one; the pauses."""
+    pauses = []
 
-    class NoRequest:
-        is_set = staticmethod(lambda: False)
-        wait = staticmethod(pauses.append)
+    def live(lives: list[float], completes: bool) -> tuple[int, list[float]]:
+        now, left, request = [0.0], list(lives), SimpleNamespace()
+        request.is_set, request.wait = lambda: False, pauses.append
 
-    def live(*_) -> list[int]:
-        now[0] += next(lives)
-        return next(statuses)
+        def run_once(*_) -> list[int]:
+            now[0] += left.pop(0)
+            return [int(bool(left) or not completes)]
 
-    monkeypatch.setattr(supervise, "Request", NoRequest)
-    monkeypatch.setattr(supervise, "run_once", live)
-    monkeypatch.setattr(supervise.time, "monotonic", lambda: now[0])
-    assert supervise.supervise([], 1, 0.0) == 0
-    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 0, 1]
-    assert all(pair != (0, 0) for pair in itertools.pairwise(pauses))
+        monkeypatch.setattr(supervise, "Request", lambda: request)
+        monkeypatch.setattr(supervise, "run_once", run_once)
+        monkeypatch.setattr(supervise, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        return supervise.supervise([], 1, 0.0), pauses
+
+    return live
+
+
+def test_restarts_come_later_and_later_but_at_once_after_a_long_life(live, capsys):
+    status, pauses = live([5, 5, 5, 5, 5, 5, 5, 5, 100, 5, 5], completes=True)
+    assert status == 0 and pauses == [1, 2, 4, 8, 16, 32, 60, 60, 0, 1]
     assert "ended with status 1 after 100 s: starting again now" in capsys.readouterr().err
+
+
+def test_what_never_lives_long_is_given_up_in_the_end(live, capsys):
+    status, pauses = live([5.0] * 50 + [61.0] + [5.0] * 100, completes=False)
+    assert status == 1 and len(pauses) == 150
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "error: given up: it ended 100 times within 60 s of its start"
+    assert 3600 < sum(pauses[51:]) < 7200

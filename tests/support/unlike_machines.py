@@ -4,9 +4,15 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
 from bad_inputs import free_port
 from run import PATIENCE, ROOT, SUPPORT
 
+NEEDS_MKL = pytest.mark.skipif(
+    not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() == "DEFAULT",
+    reason="MKL and AVX2, which can be told to compute as on another machine",
+)
 # A BLAS without fused products, and torch's own kernels without them.
 OTHER = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}
 

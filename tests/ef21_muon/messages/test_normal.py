@@ -58,6 +58,30 @@ def test_a_rotation_keeps_lengths_and_angles_and_is_undone(length, longest, seed
         assert torch.equal(rotate_(x.clone()), turned), "the same each time"
 
 
+@pytest.mark.parametrize("power", range(13))
+def test_the_transform_is_sylvesters(power):
+    """And the bits of a row do not depend on the others."""
+    x = torch.randn(3, 2, 1 << power, generator=seeded())
+    expected, apart = x.double(), 1
+    while apart < 1 << power:
+        first, second = expected.unflatten(2, (-1, 2, apart)).unbind(3)
+        expected = torch.stack((first + second, first - second), 3).flatten(2)
+        apart *= 2
+    found = normal._hadamard(x)
+    torch.testing.assert_close(found.double(), expected * 2 ** (-power / 2), rtol=0, atol=1e-5)
+    for row in range(3):
+        assert torch.equal(normal._hadamard(x[row : row + 1]), found[row : row + 1])
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 100), (4, 1, 5000), (2, 3, 64)])
+def test_pieces_do_not_matter(monkeypatch, shape):
+    x = torch.randn(shape, generator=seeded())
+    turned, back = rotate_(x.clone()), rotate_back_(x.clone())
+    monkeypatch.setattr(normal, "at_a_time", lambda device: 128)
+    assert torch.equal(rotate_(x.clone()), turned)
+    assert torch.equal(rotate_back_(x.clone()), back)
+
+
 @pytest.mark.parametrize("length", [64, 96, 100, 127, 768, 1024, 3072, 5000])
 def test_a_rotation_spreads_each_entry(length):
     """Over a third of the others at least; none becomes more than 5 times what is even."""

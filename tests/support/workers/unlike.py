@@ -69,7 +69,15 @@ def averaged(parameters, **options):
     return AveragedGradients(torch.optim.AdamW(parameters, lr=0.01), w2s=TOP, **options)
 
 
+class Unseen(EF21Muon):
+    """Other bits are not seen before the first step, as those of a user's own compressor."""
+
+    def _recomputed(self, groups, server):
+        return iter(())
+
+
 OPTIMIZERS = {
+    "unseen": lambda p: Unseen(p, w2s=TOP, server="replicated"),
     "muon replicated": lambda p: EF21Muon(p, w2s=TOP, server="replicated"),
     "muon auto": lambda p: EF21Muon(p, w2s=TopK(0.01)),
     "muon sharded": lambda p: EF21Muon(p, w2s=RANK, server="sharded"),
