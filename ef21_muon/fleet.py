@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from torch.optim import Optimizer
 
 from ef21_muon.arithmetic import SAFE, WHY, digests
-from ef21_muon.exchange.admission import FleetRefused, differences
+from ef21_muon.exchange.admission import FleetRefused, differing_from
 from ef21_muon.exchange.collectives import ALONE, Exchange, Traffic
 from ef21_muon.exchange.fleet import Fleet
 from ef21_muon.exchange.layers import RoundBatch
@@ -289,7 +289,7 @@ class FleetSteps(LocalSteps):
         Raises FleetRefused where they are built otherwise.
         """
         theirs = {key: value for key, value in state["built"].items() if key not in self._bits}
-        if differing := differences(self.built, theirs):
+        if differing := differing_from(theirs, self.built):
             raise FleetRefused(
                 f"the other workers are built otherwise: {differing}: start all of them alike"
             )

@@ -83,16 +83,16 @@ def without_free(identity: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-def differences(mine: Mapping, theirs: Mapping, here: str) -> str:
-    """What differs, as text for an error; empty where nothing does.
+def differences(mine: Mapping, theirs: Mapping, text: str, most: int = NAMED) -> str:
+    """What differs, for an error; empty where nothing does.
 
-    here: a word for where `mine` is; theirs come first: "beta of group 0 0.1 (here 0.2)".
+    text: of one difference, with {key}, {mine} and {theirs} in it. most: how many are named.
     """
     missing = "not there"
     found = [
-        f"{key} {theirs.get(key, missing)!r} ({here} {mine.get(key, missing)!r})"
+        text.format(key=key, mine=mine.get(key, missing), theirs=theirs.get(key, missing))
         for key in dict.fromkeys([*mine, *theirs])
         if mine.get(key, missing) != theirs.get(key, missing)
     ]
-    more = len(found) - NAMED
-    return ", ".join(found[:NAMED] + ([f"and {more} more"] if more > 0 else []))
+    more = len(found) - most
+    return ", ".join([*found[:most], *([f"and {more} more"] if more > 0 else [])])

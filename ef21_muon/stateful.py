@@ -17,6 +17,8 @@ HOOKS = tuple(
         *("load_state_dict_pre", "load_state_dict_post"),
     )
 )
+# What every state has, beside what it is of.
+PARTS = ("state", "param_groups", "round", "steps", "traffic", "generators")
 
 
 class StatefulOptimizer(torch.optim.Optimizer):
@@ -86,6 +88,11 @@ class StatefulOptimizer(torch.optim.Optimizer):
         and RuntimeError where the parameters are W, as within `agreed()`.
         """
         self.require_own_parameters("load_state_dict()")
+        if state_dict is None:
+            raise ValueError(
+                "the state is None, as full_state_dict() gives it on all ranks but 0: save it "
+                "there, and load the file on every rank"
+            )
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
@@ -141,12 +148,13 @@ class StatefulOptimizer(torch.optim.Optimizer):
         states = state_dict.get("ranks", [state_dict])
         state_dict = states[min(mine["rank"], len(states) - 1)]
         of = state_dict.get("of")
-        if of is None:
+        needed = (*PARTS, "inner") if self.inner else PARTS
+        if of is None or not state_dict.keys() >= {*needed}:
             raise ValueError(
                 "the state lacks what it is of, its counters and its random numbers: load what "
                 f"{mine['method']}.state_dict() or full_state_dict() gave, not a part of it"
             )
-        if differing := differences(mine, of, "here"):
+        if differing := differences(mine, of, "{key} {theirs!r} (here {mine!r})"):
             elsewhere = any(mine[key] != of.get(key) for key in ("rank", "ranks"))
             advice = (
                 "load it where it was saved, on every rank its own, or save full_state_dict() and "

@@ -21,7 +21,7 @@ DIRECTIONS = {
     "ef21_muon.messages": ("ef21_muon.lmo.newton_schulz",),
     "ef21_muon.lmo": (),
     "ef21_muon.lmo.presets": ("ef21_muon.messages.compressors",),
-    "ef21_muon.exchange": ("ef21_muon.messages", "ef21_muon.lmo"),
+    "ef21_muon.exchange": ("ef21_muon.messages", "ef21_muon.lmo", "ef21_muon.identity"),
     "baselines": ("ef21_muon",),
     "data": (),
     "model": (),

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ef21_muon.exchange.reach import INTERFACE, Place, cut_off
+from ef21_muon.identity import differences
 
 FEW = 6  # differences, at most, that an error names
 
@@ -44,11 +45,9 @@ class Card:
         return f"worker {self.worker} on {self.place.host} (process {self.process})"
 
 
-def differences(mine: Mapping[str, str], theirs: Mapping[str, str]) -> str:
-    """What differs, as `key=value (theirs value)`; empty if nothing does."""
-    keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
-    named = [f"{key}={mine.get(key)} (theirs {theirs.get(key)})" for key in keys[:FEW]]
-    return ", ".join([*named, *([f"{len(keys) - FEW} more"] if keys[FEW:] else [])])
+def differing_from(theirs: Mapping[str, str], mine: Mapping[str, str]) -> str:
+    """What differs here from what the others have, in words; empty if nothing does."""
+    return differences(mine, theirs, "{key}={mine} (theirs {theirs})", FEW)
 
 
 def refusals(cards: Sequence[Card]) -> dict[int, str]:
@@ -63,7 +62,7 @@ def refusals(cards: Sequence[Card]) -> dict[int, str]:
     found = {}
     for place, card in enumerate(cards):
         owner = _first([one for one in run if one.worker == card.worker] or run)
-        if differing := differences(card.built, run[0].built):
+        if differing := differing_from(run[0].built, card.built):
             found[place] = (
                 f"another run is at this lighthouse, with {_first(run)}: {differing}: start all "
                 "workers alike, or give this run a lighthouse of its own"

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from ef21_muon.exchange.admission import Card, FleetRefused, differences, refusals
+from ef21_muon.exchange.admission import Card, FleetRefused, differing_from, refusals
 from ef21_muon.exchange.reach import Place, cut_off
 from ef21_muon.exchange.verdict import REFUSALS, Verdicts, far_off
 
@@ -66,11 +66,12 @@ def test_who_is_refused_is_the_same_for_all_in_any_order(cards, expected):
 
 
 def test_differences_are_named_by_key_and_value_the_first_of_many():
-    assert differences(RUN, RUN) == ""
-    assert differences(RUN, OTHER) == "optimizer.lr=0.01 (theirs 0.02)"
-    assert differences(RUN, {}) == "optimizer.lr=0.01 (theirs None), steps=600 (theirs None)"
+    assert differing_from(RUN, RUN) == ""
+    assert differing_from(OTHER, RUN) == "optimizer.lr=0.01 (theirs 0.02)"
+    gone = "optimizer.lr=0.01 (theirs not there), steps=600 (theirs not there)"
+    assert differing_from({}, RUN) == gone
     many = {f"layer {n}": "(2, 2)" for n in range(40)}
-    assert differences({}, many).endswith("layer 5=None (theirs (2, 2)), 34 more")
+    assert differing_from(many, {}).endswith("layer 5=not there (theirs (2, 2)), and 34 more")
 
 
 NAN, HUGE = math.nan, math.inf

@@ -76,9 +76,13 @@ def test_the_state_of_anything_else_is_refused_before_anything_changes(name, of)
 def test_a_part_of_a_state_is_refused(name):
     optimizer = trained(name)
     state = optimizer.state_dict()
-    part = {key: state[key] for key in ("state", "param_groups")}
-    with pytest.raises(ValueError, match=r"^the state lacks what it is of, its counters and its"):
-        optimizer.load_state_dict(part)
+    parts = [{key: state[key] for key in ("state", "param_groups")}]
+    parts += [{k: v for k, v in state.items() if k != key} for key in state if key != "buffers"]
+    for part in parts:
+        with pytest.raises(ValueError, match=r"^the state lacks what it is of, its counters and "):
+            optimizer.load_state_dict(part)
+    with pytest.raises(ValueError, match=r"^the state is None, as full_state_dict\(\) gives it on"):
+        optimizer.load_state_dict(None)
 
 
 def sgd(p, **options):
