@@ -147,13 +147,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         mine = self._identity()
         states = state_dict.get("ranks", [state_dict])
         state_dict = states[min(mine["rank"], len(states) - 1)]
-        of = state_dict.get("of")
-        needed = (*PARTS, "inner") if self.inner else PARTS
-        if of is None or not state_dict.keys() >= {*needed}:
-            raise ValueError(
-                "the state lacks what it is of, its counters and its random numbers: load what "
-                f"{mine['method']}.state_dict() or full_state_dict() gave, not a part of it"
-            )
+        of = state_dict.get("of", mine)
         if differing := differences(mine, of, "{key} {theirs!r} (here {mine!r})"):
             elsewhere = any(mine[key] != of.get(key) for key in ("rank", "ranks"))
             advice = (
@@ -164,6 +158,12 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 "what is to change"
             )
             raise ValueError(f"the state is of {differing}: {advice}")
+        needed = {"of", *PARTS, "inner"} if self.inner else {"of", *PARTS}
+        if not state_dict.keys() >= needed:
+            raise ValueError(
+                "the state lacks what it is of, its counters and its random numbers: load what "
+                f"{mine['method']}.state_dict() or full_state_dict() gave, not a part of it"
+            )
         return state_dict
 
     def go_on_after(self, steps: int) -> None:
