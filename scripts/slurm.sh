@@ -17,7 +17,8 @@
 
 set -euo pipefail
 processes=${NPROC:-${SLURM_GPUS_ON_NODE:-1}}
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${nodes%%$'\n'*}
 port=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a node have ports of their own
 job=(train.py directory="runs/slurm-$SLURM_JOB_ID" resume=auto "$@")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from training.mirror import init
 from training.records import LOG_NAME, Log, read_log
 
 
@@ -46,9 +47,7 @@ def main() -> int:
 
 def upload(log: Log, options: argparse.Namespace) -> None:
     """Raises what wandb raises."""
-    import wandb
-
-    run = wandb.init(
+    run = init(
         project=options.project,
         mode=options.mode,
         name=log.run["label"],

@@ -1,9 +1,11 @@
 """The copy of a run's numbers in wandb. A run is worth more than it, and does not wait for it."""
 
+import os
 import re
 import secrets
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from queue import Full, Queue
 
@@ -11,6 +13,7 @@ from training.console import write_line
 from training.records import LOG_NAME
 from training.workers import RunError, one_line
 
+SERVICE = "WANDB_SERVICE"  # by which wandb finds its process again, and those of child processes
 ID_FILE = "wandb_id"  # in the run's directory, for when the run is resumed
 MOST_WAITING = 10_000  # records that wandb has not taken, after which it counts as hanging
 PATIENCE = 120.0  # seconds for wandb to end, of a run that is complete
@@ -95,10 +98,22 @@ class NoMirror:
     def finish(self, status: str) -> None: ...
 
 
-def _start(config: dict, directory: Path, label: str, run_id: str):
+def init(**options):
+    """As wandb.init, also where the service of an earlier run in this process is lost."""
     import wandb
 
-    run = wandb.init(
+    try:
+        return wandb.init(**options)
+    except Exception:
+        if os.environ.pop(SERVICE, None) is None:
+            raise
+        with suppress(Exception):  # it says once more that the service is lost
+            wandb.teardown()
+        return wandb.init(**options)
+
+
+def _start(config: dict, directory: Path, label: str, run_id: str):
+    run = init(
         project=config["wandb"]["project"],
         mode=config["wandb"]["mode"],
         name=label,

@@ -67,16 +67,6 @@ def simulated(numbers: dict[int, tuple[int, ...]], until: int, momentum: float =
     return found
 
 
-def who_counted(workers) -> dict[int, tuple[int, ...]]:
-    """Of every round the workers whose messages did, as they say themselves."""
-    counted: dict[int, list[int]] = {}
-    for worker in workers:
-        for one in worker.optimizer.meetings:
-            if one.step is not None and not one.healed:
-                counted.setdefault((one.step - 1) // EVERY, []).append(worker.number)
-    return {round: tuple(sorted(numbers)) for round, numbers in counted.items()}
-
-
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
 def test_undisturbed_they_are_the_mean_of_their_steps(momentum):
     with lighthouse(3) as url, crew.workers(url, range(3), outer_momentum=momentum) as workers:
@@ -124,7 +114,7 @@ def test_they_go_on_without_one_and_one_joins_them():
             back.set()
             for one in (*threads, thread):
                 one.join(PATIENCE)
-            counted = who_counted([*workers, joiner])
+            counted = crew.who_counted([*workers, joiner])
             # Who stands still for long enough, on a busy machine, misses a round as well.
             assert 2 not in counted[2] and 2 in counted[5]
             expected = simulated(counted, 18, 0.6)

@@ -189,14 +189,18 @@ def test_of_workers_that_come_and_go_it_is_over_those_whose_messages_came():
     crew = pytest.importorskip("fleet", exc_type=ImportError)
     options = {"w2s": TopK(0.3), "mean": "senders", "feedback": "none"}
     with crew.lighthouse(2) as url, crew.workers(url, range(3), **options) as workers:
+        crew.enter(workers)
         shared = [p.detach().clone() for p in crew.new_model().parameters()]
         for first, numbers in ((0, (0, 1, 2)), (EVERY, (0, 1))):
             threads = [workers[j].start(first + EVERY, joins=first == 0) for j in numbers]
-            messages = [steps_of(crew, number, shared, first) for number in numbers]
+            for thread in threads:
+                thread.join(PATIENCE)
+            # Who stands still for long enough, on a busy machine, misses a round.
+            counted = crew.who_counted(workers)[first // EVERY]
+            messages = [steps_of(crew, number, shared, first) for number in counted]
             for w, *of_workers in zip(shared, *messages, strict=True):
                 w -= sum(of_workers) / sum(one != 0 for one in of_workers).clamp(min=1)
-            for thread, number in zip(threads, numbers, strict=True):
-                thread.join(PATIENCE)
+            for number in numbers:
                 found = workers[number].agreed[first + EVERY]
                 expected = torch.cat([w.flatten() for w in shared])
                 torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

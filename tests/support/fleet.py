@@ -117,6 +117,17 @@ class Worker:
         return thread
 
 
+def who_counted(workers) -> dict[int, tuple[int, ...]]:
+    """Of every round the workers whose messages did, as they say themselves."""
+    counted: dict[int, list[int]] = {}
+    for worker in workers:
+        for one in worker.optimizer.meetings:
+            if one.step is not None and not one.healed:
+                round, _, _ = worker.optimizer.rounds.of(one.step - 1)
+                counted.setdefault(round, []).append(worker.number)
+    return {round: tuple(sorted(numbers)) for round, numbers in counted.items()}
+
+
 def enter(workers) -> None:
     """So that the lighthouse has heard of all before one of them asks for the others."""
     for worker in workers:

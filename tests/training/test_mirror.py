@@ -74,6 +74,30 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("service", [None, "that of an earlier run"])
+def test_a_run_starts_where_the_service_of_an_earlier_one_is_lost(
+    small, tmp_path, fake, monkeypatch, service
+):
+    """As in a sweep; where wandb has none that it could have lost, it is not asked twice."""
+
+    def connect():
+        calls.append(os.environ.get("WANDB_SERVICE"))
+        if len(calls) == 1:
+            raise ConnectionResetError("Connection lost")
+
+    calls, fake.deeds["init"] = [], connect
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+    if service is None:
+        with pytest.raises(RunError, match=r"does not start .Connection lost.: give wandb\.mode=dis"):
+            run_alone(tmp_path, *small, *SHORT)
+        assert calls == [None]
+        return
+    monkeypatch.setenv("WANDB_SERVICE", service)
+    run_alone(tmp_path, *small, *SHORT)
+    assert calls == [service, None] and fake.logged
+    assert end_of(tmp_path)["status"] == "completed"
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_run_outlives_wandb(small, tmp_path, fake, monkeypatch, capsys, fault):
     monkeypatch.setattr("training.mirror.PATIENCE", 0.2)
