@@ -169,7 +169,21 @@ def require_ranks(ranks: int, group: dist.ProcessGroup | None) -> None:
         )
 
 
-def require_same_group(index: int, now: tuple, formed: tuple) -> None:
+def require_same_groups(now: list[tuple], formed: list[tuple]) -> None:
+    """Raise RuntimeError where groups are others than when the optimizer was built.
+
+    now, formed: of every group its parameters, and its compressors by name.
+    """
+    if len(now) != len(formed):
+        raise RuntimeError(
+            f"there are {len(now)} parameter groups where there were {len(formed)} when the "
+            "optimizer was built, which sends those: build it anew"
+        )
+    for index, (group, before) in enumerate(zip(now, formed, strict=True)):
+        _require_same_group(index, group, before)
+
+
+def _require_same_group(index: int, now: tuple, formed: tuple) -> None:
     """Raise RuntimeError for a parameter or a compressor that was put into a group afterwards.
 
     now, formed: the group's parameters, and its compressors by name.

@@ -20,7 +20,7 @@ from ef21_muon.checks import (
     require_equal_settings,
     require_local_gradients,
     require_ranks,
-    require_same_group,
+    require_same_groups,
     require_same_state,
     warn_of_statistics,
 )
@@ -153,8 +153,8 @@ class CommunicatingOptimizer(StatefulOptimizer):
             with torch.enable_grad():
                 loss = closure()
         with self._in_step():
-            bring_gradients(self._brought, type(self).__name__)
             self._require_as_built()
+            bring_gradients(self._brought, type(self).__name__)
             self._look_back()
             if self._overflowed(self._everyone):
                 return loss
@@ -191,10 +191,11 @@ class CommunicatingOptimizer(StatefulOptimizer):
 
     def _require_as_built(self) -> None:
         """Raise RuntimeError where groups, state or processes are others than when built."""
+        if self.inner:  # whose load_state_dict makes other groups, of the same parameters
+            self.param_groups = [group for one in self.inner for group in one.param_groups]
         require_ranks(self.ranks, self.process_group)
         require_same_state(self.state, self._views)
-        for index, (now, formed) in enumerate(zip(self._as_given(), self._formed, strict=True)):
-            require_same_group(index, now, formed)
+        require_same_groups(self._as_given(), self._formed)
         if self.steps == 0 and self.ranks > 1:
             require_local_gradients(self.param_groups)
         if self.steps == 0 and place_in(self._everyone)[1] > 1:
@@ -349,7 +350,8 @@ class CommunicatingOptimizer(StatefulOptimizer):
         named = {name for kind in kinds for name in signature(kind.__init__).parameters}
         own = {name: described(vars(self)[name]) for name in sorted(named & vars(self).keys())}
         method = {"method": type(self).__name__, "ranks": place_in(self._everyone)[1]}
-        of_groups = options_of(self.param_groups, ("name", *self.defaults))
+        entries = () if self.inner else ("name", *self.defaults)  # theirs are their own
+        of_groups = options_of(self.param_groups, entries)
         own = {name: value for name, value in own.items() if name not in NO_OPTIONS}
         own["buffers"] = str(self.buffers)
         return method | own | of_groups | shapes_of(self.param_groups)

@@ -187,6 +187,7 @@ class FleetSteps(LocalSteps):
         self.fleet.leave()
 
     def _meet(self, message: Tensor, counts: bool = True) -> list[Tensor]:
+        self.require_own_parameters("a meeting")
         broken = self._broken()
         if broken and counts:
             log.warning("%s is not finite after step %s", ", ".join(broken[:FEW]), self.done)

@@ -1,6 +1,7 @@
 """What an optimizer is: its class and every option that changes its steps, as plain values."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from numbers import Number
 from types import FunctionType
 
@@ -72,8 +73,11 @@ def identity_of(inner: Optimizer) -> dict[str, object]:
     """Of an optimizer of torch, or of anyone: its class and options as they are now."""
     kind = type(inner)
     entries = ("name", *inner.defaults)
-    method = {"method": f"{kind.__module__}.{kind.__qualname__}"}
-    return method | options_of(inner.param_groups, entries)
+    identity = {"method": f"{kind.__module__}.{kind.__qualname__}"}
+    for name in signature(kind).parameters.keys() - inner.defaults.keys() - {"params"}:
+        if isinstance(value := vars(inner).get(name), bool | int | float | str):
+            identity[name] = value
+    return dict(sorted(identity.items())) | options_of(inner.param_groups, entries)
 
 
 def without_free(identity: Mapping[str, object]) -> dict[str, object]:
@@ -96,3 +100,29 @@ def differences(mine: Mapping, theirs: Mapping, text: str, most: int = NAMED) ->
     ]
     more = len(found) - most
     return ", ".join([*found[:most], *([f"and {more} more"] if more > 0 else [])])
+
+
+def require_layout(inner: Optimizer, saved: Mapping) -> None:
+    """Raise ValueError for a saved state that is not of these groups and parameters.
+
+    Where a parameter has state already, the saved one has the same entries, of the same shapes.
+    """
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    own = [len(group["params"]) for group in inner.param_groups]
+    if [len(group["params"]) for group in saved["param_groups"]] != own:
+        raise ValueError(f"the state of {type(inner).__name__} is of other parameter groups")
+    for number, parameter in zip(numbers, parameters, strict=True):
+        entries, its = saved["state"].get(number), inner.state.get(parameter)
+        if entries and its and _shapes(entries) != _shapes(its):
+            raise ValueError(
+                f"the state of {type(inner).__name__} holds {_shapes(entries)} where this one has "
+                f"{_shapes(its)}: load what state_dict() gave"
+            )
+
+
+def _shapes(state: Mapping) -> dict[str, object]:
+    return {
+        key: tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__
+        for key, one in sorted(state.items())
+    }

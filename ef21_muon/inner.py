@@ -54,6 +54,24 @@ def guard(outer: CommunicatingOptimizer) -> None:
         optimizer.register_step_pre_hook(refuse)
 
 
+def missing_of(optimizers: Sequence[Optimizer]) -> dict[Tensor, str]:
+    """Of the parameters of this library's optimizers what a missing gradient is."""
+    return {
+        parameter: optimizer.missing
+        for optimizer in optimizers
+        if isinstance(optimizer, CommunicatingOptimizer)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def take_over(optimizers: Sequence[Optimizer], changed: bool = True) -> None:
+    """Let EF21Muon know that its parameters are others, or with changed=False that they are not."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, EF21Muon):
+            optimizer.take_over(changed)
+
+
 def require_a_gradient(groups: list[dict]) -> None:
     """Raise RuntimeError if no parameter has one: the optimizer may be of another model's."""
     if all(parameter.grad is None for group in groups for parameter in group["params"]):
@@ -92,7 +110,10 @@ def beginner(optimizer: Optimizer) -> Callable[[], None]:
         taken = signature(kind).parameters.values()
         anything = any(one.kind is Parameter.VAR_KEYWORD for one in taken)
         names = {one.name for one in taken} - {"params"}
-        defaults = {k: v for k, v in optimizer.defaults.items() if anything or k in names}
+        known = vars(optimizer) | optimizer.defaults
+        defaults = {k: v for k, v in known.items() if k in names}
+        if anything:
+            defaults |= optimizer.defaults
         groups = [
             {**copy.deepcopy(options), "params": [*group["params"]]}
             for options, group in zip(given, optimizer.param_groups, strict=True)
@@ -110,7 +131,7 @@ def beginner(optimizer: Optimizer) -> Callable[[], None]:
 
     try:
         fresh()
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # of any kind that a constructor may raise
         raise ValueError(
             f"inner={type(optimizer).__name__} cannot begin anew, as it has to for a worker that "
             f"was away ({error}): give an optimizer that is built from its groups and defaults, or "

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -11,10 +12,12 @@ from torch.optim import Optimizer
 
 from ef21_muon.checks import (
     OUTER_NUMBERS,
+    UNEQUAL,
     check_number,
     choice,
     flag,
     refuse_unused_decays,
+    require_equal_parameters,
     whole_number,
 )
 from ef21_muon.communicating import CommunicatingOptimizer
@@ -32,12 +35,11 @@ from ef21_muon.exchange.layers import (
 from ef21_muon.exchange.phases import Phase, new_phases
 from ef21_muon.exchange.rounds import Rounds
 from ef21_muon.exchange.timetable import Timetable
-from ef21_muon.inner import require_a_gradient
+from ef21_muon.inner import missing_of, require_a_gradient, take_over
 from ef21_muon.messages.compressors import Identity
 from ef21_muon.messages.feedback import FEEDBACK
 from ef21_muon.rules import S2W, W2S, starts_of
 from ef21_muon.senders import add_mean_over_senders, check_mean, require_marks
-from ef21_muon.served import Receive
 from ef21_muon.wrapping import WrappingOptimizer
 
 
@@ -90,6 +92,7 @@ class LocalSteps(WrappingOptimizer):
 
     BROKEN = "{} is not finite after step {}"
     NOT_COPIED = (*WrappingOptimizer.NOT_COPIED, "_sent", "_returned")
+    _sent = _returned = MappingProxyType({})  # under way to the servers, and back, by bucket
 
     def __init__(
         self,
@@ -135,14 +138,14 @@ class LocalSteps(WrappingOptimizer):
             if mean == "senders":
                 require_marks(self.phases, batches)
             self.timetable = Timetable(self.phases, self.rounds, delay, stagger)
-            if delay:
-                self._keep_messages(batches)
+            for b, batch in enumerate(batches if delay else ()):
+                size = max(phase.w2s[b].payload_bytes(*batch.shape) for phase in self.phases)
+                batch.keep_messages(size, both_ways=self.timetable.ways == 2)
             self._begin(batches)
         if lanes:
             lanes.name(self._layers)
             self.timetable.sum_over(lanes)
-        self._sent: dict[range, Receive] = {}  # under way to the servers
-        self._returned: dict[range, Receive] = {}  # and back
+        self._sent, self._returned = {}, {}
 
     def _new_batches(self, costs: list[int]) -> list[RoundBatch]:
         place = place_in(self.process_group)
@@ -161,17 +164,6 @@ class LocalSteps(WrappingOptimizer):
             phases = [replace(phase, buckets=apart) for phase in phases]
         return phases
 
-    def _keep_messages(self, batches: list[RoundBatch]) -> None:
-        """Room for what is under way between steps, so that it is part of the state."""
-        for b, batch in enumerate(batches):
-            batch.departure = batch.model_shift.clone()
-            size = max(phase.w2s[b].payload_bytes(*batch.shape) for phase in self.phases)
-            batch.message = batch.model_shift.new_zeros(len(batch.params), size, dtype=torch.uint8)
-            if self.timetable.ways == 2:
-                size = batch.s2w.payload_bytes(*batch.shape)
-                served = len(batch.params[batch.owned])
-                batch.server_message = batch.message.new_zeros(served, size)
-
     @property
     def round(self) -> int:
         """Whole rounds so far."""
@@ -186,10 +178,13 @@ class LocalSteps(WrappingOptimizer):
             with torch.enable_grad():
                 loss = closure()
         with self._in_step():
+            self._require_as_built()
             if not self.lanes:
                 require_a_gradient(self.param_groups)
             bring_gradients(self._brought, type(self).__name__)
-            self._require_as_built()
+            if self.steps == 0:
+                self._take_over()
+                require_equal_parameters(self._shared_by_all(), self.process_group, UNEQUAL)
             self._look_back()
             # A worker whose gradient overflowed does without this step; its own ranks do alike.
             overflowed = self._overflowed(self.lanes.worker if self.lanes else ALONE)
@@ -209,7 +204,14 @@ class LocalSteps(WrappingOptimizer):
             if self.lanes:
                 with self.timer("exchange"):
                     self.lanes.share_parameters()
+            take_over(self.inner)
         return loss
+
+    def _take_over(self) -> None:
+        """W of a model that was loaded before the first step."""
+        if self.steps == 0:
+            for batch in self.batches:
+                batch.take_over()
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -237,17 +239,9 @@ class LocalSteps(WrappingOptimizer):
     @property
     def _layers(self) -> list[Layer]:
         """Where an inner optimizer skips what has no gradient, a worker of several ranks cannot."""
-        zero = {
-            parameter
-            for one in self.inner if getattr(one, "missing", None) == "zero"
-            for group in one.param_groups
-            for parameter in group["params"]
-        }  # fmt: skip
-        otherwise = "refuse" if self.lanes else "skip"
-        return [
-            one._replace(missing="zero" if one.parameter in zero else otherwise)
-            for one in super()._layers
-        ]
+        missing, otherwise = missing_of(self.inner), "refuse" if self.lanes else "skip"
+        layers = super()._layers
+        return [one._replace(missing=missing.get(one.parameter, otherwise)) for one in layers]
 
     def _depart(self, phase: Phase, buckets: list[range]) -> None:
         for bucket in buckets:
@@ -357,6 +351,9 @@ class LocalSteps(WrappingOptimizer):
 
     @torch.no_grad()
     def _swap(self) -> None:
+        if not self._swapped:
+            self._take_over()
+            take_over(self.inner)
         self._swapped = not self._swapped
         if self.lanes:
             self.lanes.gather_parameters()
@@ -369,12 +366,14 @@ class LocalSteps(WrappingOptimizer):
         self.buffers.swap()
         if self.lanes:
             self.lanes.share_parameters()
+        take_over(self.inner, changed=False)
 
     def check_finite(self) -> None:
         """Raise FloatingPointError if a gradient or a parameter of this worker is not finite.
 
         Names the layer and the step. Waits for the device.
         """
+        self.require_own_parameters("check_finite()")
         for optimizer in self.inner:
             if isinstance(optimizer, CommunicatingOptimizer):
                 optimizer.check_finite()
@@ -389,6 +388,8 @@ class LocalSteps(WrappingOptimizer):
 
     def go_on_after(self, steps: int) -> None:
         super().go_on_after(steps)
+        for receive in [*self._sent.values(), *self._returned.values()]:
+            receive()  # or what is sent next would be taken for it
         self._sent, self._returned = {}, {}
 
     def _settings(self) -> dict:

@@ -296,6 +296,14 @@ class EF21Muon(ServedOptimizer):
             batch.versions = None
 
     @torch.no_grad()
+    def take_over(self, changed: bool = True) -> None:
+        """X = W where somebody else has `changed` W; what is changed from here on is noticed."""
+        for batch in self.batches:
+            if changed:
+                batch.take_over()
+            batch.note_versions()
+
+    @torch.no_grad()
     def begin_anew(self) -> None:
         """Forget all but the parameters, as if built from them now; steps count on."""
         self.begun = False

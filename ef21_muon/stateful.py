@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ef21_muon.exchange.collectives import Traffic, place_in
-from ef21_muon.identity import differences, without_free
+from ef21_muon.identity import differences, require_layout, without_free
 from ef21_muon.timing import PhaseTimer
 
 HOOKS = tuple(
@@ -97,8 +97,14 @@ class StatefulOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        state_dict = self._part_of(state_dict)
-        pairs = self._fitting(state_dict)
+        try:
+            state_dict = self._part_of(state_dict)
+            pairs, traffic = self._fitting(state_dict), Traffic.from_state(state_dict["traffic"])
+        except (AttributeError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"the state is damaged ({error!r}): load what {type(self).__name__}.state_dict() "
+                "or full_state_dict() gave"
+            ) from error
         self.buffers.load(state_dict.get("buffers", {}))
         for inner, saved in zip(self.inner, state_dict.get("inner", ()), strict=True):
             inner.load_state_dict(copy.deepcopy(saved))
@@ -109,7 +115,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 state[key].copy_(tensor)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(copy.deepcopy({k: v for k, v in saved.items() if k != "params"}))
-        self.traffic = Traffic.from_state(state_dict["traffic"])
+        self.traffic = traffic
         self.go_on_after(state_dict["steps"])
         for purpose, generator in self.generators.items():
             generator.set_state(state_dict["generators"][purpose].cpu())
@@ -149,14 +155,18 @@ class StatefulOptimizer(torch.optim.Optimizer):
         state_dict = states[min(mine["rank"], len(states) - 1)]
         of = state_dict.get("of", mine)
         if differing := differences(mine, of, "{key} {theirs!r} (here {mine!r})"):
-            elsewhere = any(mine[key] != of.get(key) for key in ("rank", "ranks"))
-            advice = (
-                "load it where it was saved, on every rank its own, or save full_state_dict() and "
-                "load that on all"
-                if elsewhere
-                else "build the optimizer as that one was, load, and then change in param_groups "
-                "what is to change"
-            )
+            if mine["ranks"] != of.get("ranks"):
+                advice = "start as many ranks as it was saved on"
+            elif mine["rank"] != of.get("rank"):
+                advice = (
+                    "load it where it was saved, on every rank its own, or save full_state_dict() "
+                    "and load that on all"
+                )
+            else:
+                advice = (
+                    "build the optimizer as that one was, load, and then change in param_groups "
+                    "what is to change"
+                )
             raise ValueError(f"the state is of {differing}: {advice}")
         needed = {"of", *PARTS, "inner"} if self.inner else {"of", *PARTS}
         if not state_dict.keys() >= needed:
@@ -187,7 +197,21 @@ class StatefulOptimizer(torch.optim.Optimizer):
         self.go_on_after(self.steps)
 
     def _fitting(self, state_dict: dict) -> list[tuple[dict, dict]]:
-        """Of every parameter the state and the saved one. Raises ValueError if they do not fit."""
+        """Of every parameter the state and the saved one. Raises ValueError if they do not fit.
+
+        And for counters and random numbers that could not be loaded.
+        """
+        if not (type(state_dict["steps"]) is int and state_dict["steps"] >= 0):
+            raise ValueError(
+                f"the state is after {state_dict['steps']!r} steps: give a whole number, at least 0"
+            )
+        for purpose, generator in self.generators.items():
+            saved, here = state_dict["generators"][purpose], generator.get_state()
+            if saved.shape != here.shape:
+                raise ValueError(
+                    f"the state holds {len(saved)} bytes of random numbers where this device has "
+                    f"{len(here)}: load it on the kind of device that it was saved on"
+                )
         saved_groups = state_dict["param_groups"]
         layout, saved_layout = (
             [(len(group["params"]), group.get("param_names")) for group in groups]
@@ -202,6 +226,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
         for inner, saved in zip(self.inner, state_dict.get("inner", ()), strict=True):
             if isinstance(inner, StatefulOptimizer):
                 inner._fitting(inner._part_of(saved))
+            else:
+                require_layout(inner, saved)
         parameters = [p for group in self.param_groups for p in group["params"]]
         indices = [index for group in saved_groups for index in group["params"]]
         pairs = [

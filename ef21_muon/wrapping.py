@@ -44,6 +44,7 @@ class WrappingOptimizer(ServedOptimizer):
             buffers=buffers,
         )
         self.param_groups = groups
+        self.defaults = {**self.inner[0].defaults}  # which schedulers of a momentum look at
         self.RULE = tuple({entry for one in self.inner for entry in getattr(one, "RULE", ())})
         self.rules = [rule_of(group, w2s, s2w) for group in groups]
         for optimizer in self.inner:

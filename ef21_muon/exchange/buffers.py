@@ -37,7 +37,8 @@ class Buffers:
     def average(self) -> Traffic:
         """The mean of all workers' on every one of them, by an all-gather; what that takes.
 
-        What is the same on all stays so to the bit, as tables of constants.
+        What is the same on all stays so to the bit, as tables of constants; what would no longer be
+        finite stays as it was.
         """
         if not self.shared:
             return Traffic()
@@ -49,6 +50,8 @@ class Buffers:
             wait([all_gather(flat, mine, self.group, async_op=True)])
             of_ranks = flat.view(ranks, len(mine))
         mean = torch.where((of_ranks == of_ranks[0]).all(0), of_ranks[0], of_ranks.mean(0))
+        former = torch.cat([shared.flatten() for shared in self.shared.values()])
+        mean = torch.where(former.isfinite() & ~mean.isfinite(), former, mean)
         parts = mean.split([one.numel() for one in self.shared.values()])
         for part, shared, own in zip(parts, self.shared.values(), self._present(), strict=True):
             shared.copy_(part.view_as(shared))

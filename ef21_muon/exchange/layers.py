@@ -238,6 +238,19 @@ class RoundBatch(ServedBatch):
         """x_j, (L, m, n) in the parameters' dtype."""
         return torch.stack(self.matrices(parameter.detach() for parameter in self.params))
 
+    def keep_messages(self, size: int, both_ways: bool) -> None:
+        """Room for messages under way between steps, of `size` bytes a layer to the servers."""
+        self.departure = self.model_shift.clone()
+        self.message = self.model_shift.new_zeros(len(self.params), size, dtype=torch.uint8)
+        if both_ways:
+            size = self.s2w.payload_bytes(*self.shape)
+            served = len(self.params[self.owned])
+            self.server_message = self.message.new_zeros(served, size)
+
+    def take_over(self) -> None:
+        """W = x_j before the first step: a model may have been loaded since this was built."""
+        self.model_shift.copy_(self.local_models())
+
     def told(self) -> Tensor:
         """The x_j that the last message was made of."""
         return self.local_models() if self.departure is None else self.departure

@@ -88,7 +88,7 @@ def test_a_run_starts_where_the_service_of_an_earlier_one_is_lost(
     calls, fake.deeds["init"] = [], connect
     monkeypatch.delenv("WANDB_SERVICE", raising=False)
     if service is None:
-        with pytest.raises(RunError, match=r"does not start .Connection lost.: give wandb\.mode=dis"):
+        with pytest.raises(RunError, match=r"does not start .Connection lost.:"):
             run_alone(tmp_path, *small, *SHORT)
         assert calls == [None]
         return
