@@ -21,7 +21,7 @@ from training.config import Job, build
 from training.data import Feed
 from training.fleet import Stopped, members_of
 from training.log import NoLog, RunLog
-from training.method import build_optimizer, run_label
+from training.method import build_optimizer, require_parts, run_label
 from training.nodes import require_same_inputs
 from training.passes import Passes
 from training.progress import Progress, fail
@@ -44,11 +44,7 @@ class Run:
         if on_cuda:  # of what the library compiles
             torch.compiler.set_stance("default" if config.compile else "force_eager")
         group = workers.group(config.exchange)
-        if config.shard:
-            require_shards(config.worker_size, workers.count)
-        model_config = build(config.model, "model")
-        self.feed = Feed(config, model_config.context, workers)
-        self.raw_model = GPT(model_config, config.seed).to(workers.device)
+        workers.together(self._prepare)  # before workers wait for each other
         take_first(self.raw_model, workers)
         if config.shard:
             shard(self.raw_model, config.worker_size, workers)
@@ -70,9 +66,18 @@ class Run:
         seldom = self.members.ask_every(self.optimizer)
         self.stops, self.later = Stops(workers, seldom), Later(seldom // 2)
         self.label = config.label or run_label(self.optimizer)
-        self.tokens_per_step = config.batch.sequences * model_config.context
+        self.tokens_per_step = config.batch.sequences * self.raw_model.config.context
         told = self.tokens_per_step // (config.membership.workers or 1)
         self.progress = Progress(workers, self.optimizer, told)
+
+    def _prepare(self) -> None:
+        """What a worker needs of its own node: data, the model, and the classes of the others."""
+        if self.config.shard:
+            require_shards(self.config.worker_size, self.workers.count)
+        model_config = build(self.config.model, "model")
+        self.feed = Feed(self.config, model_config.context, self.workers)
+        self.raw_model = GPT(model_config, self.config.seed).to(self.workers.device)
+        require_parts(self.config, self.raw_model)
 
     def step(self) -> torch.Tensor:
         """A training step; returns this worker's mean loss before it."""
@@ -229,7 +234,7 @@ def show_picture(directory: Path, workers: Workers) -> None:
         from training.picture import draw  # matplotlib, for which other workers need not wait
 
         workers.say(f"picture  {draw([directory], directory)[0]}")
-    except Exception as error:  # of any kind: the run is complete
+    except (Exception, SystemExit) as error:  # of any kind: the run is complete
         workers.say(
             f"warning: matplotlib has drawn no picture ({one_line(error)}): the log is complete, "
             f"draw it later with python scripts/figures.py {directory}",

@@ -13,6 +13,7 @@ import torch
 from data.shards import HEADER_BYTES, TOKEN_BYTES, ShardError, open_shard
 
 SAMPLES, SAMPLE_TOKENS = 16, 32_768  # of a shard, by which it is known: 1 MiB evenly spaced
+WHOLE_TOKENS = 16_000_000  # of a shard, up to which it is known by all of them
 
 
 class TokenStream:
@@ -59,11 +60,18 @@ class TokenStream:
         return tokens
 
     def fingerprints(self) -> Iterator[tuple[Path, str]]:
-        """Of every shard its path, and its number of tokens with a digest of SAMPLES of them."""
+        """Of every shard its path, and its number of tokens with a digest of them.
+
+        Or, where it is large, of SAMPLES of them.
+        """
         for index, (path, shard) in enumerate(zip(self.paths, self.shards, strict=True)):
             self._require_unchanged(index)
             digest = hashlib.sha256()
-            for start in np.linspace(0, max(0, len(shard) - SAMPLE_TOKENS), SAMPLES, dtype=int):
+            last = max(0, len(shard) - SAMPLE_TOKENS)
+            starts = np.linspace(0, last, SAMPLES, dtype=int)
+            if len(shard) <= WHOLE_TOKENS:
+                starts = range(0, len(shard), SAMPLE_TOKENS)
+            for start in starts:
                 digest.update(shard[start : start + SAMPLE_TOKENS].tobytes())
             yield Path(path), f"{len(shard)} tokens with SHA-256 {digest.hexdigest()[:16]}"
 

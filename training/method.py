@@ -45,6 +45,14 @@ def parameter_groups(config: DictConfig, model: nn.Module) -> list[dict]:
     return param_groups(model, rules, roles={"blocks.*": "hidden"})  # the head is the embedding
 
 
+def require_parts(config: DictConfig, model: nn.Module) -> None:
+    """Raise RunError for a class of the optimizer's that cannot be built on this node."""
+    parameter_groups(config, model)
+    for key in ("w2s", "s2w"):
+        build(config[key], key)
+    _require_arguments(build(config.optimizer, "optimizer", _partial_=True))
+
+
 def build_optimizer(
     config: DictConfig,
     model: nn.Module,

@@ -35,7 +35,7 @@ class Mirror:
         self._done = threading.Event()
         try:
             self._run = _start(config, directory, label, _run_id(directory, resumed))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             mode = config["wandb"]["mode"]
             problem = f"wandb.mode={mode} does not start ({one_line(error)})"
             if not resumed:

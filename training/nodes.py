@@ -8,8 +8,9 @@ import hashlib
 import secrets
 import socket
 import sys
+import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def require_same_inputs(
     Of tokens the numbers and samples are compared. The classes have to be imported by now.
     """
     if workers.count > 1:
-        facts = workers.together(lambda: _inputs(config, streams))
+        everywhere = set.intersection(*map(set, workers.gather([*_modules_of_users()])))
+        facts = workers.together(lambda: _inputs(config, streams, everywhere))
         _require_same(facts, workers, "use the same data and code on all nodes")
 
 
@@ -98,8 +100,22 @@ def _not_seen(folder: Path, names: list[str], patience: float) -> list[int]:
     return missing
 
 
-def _inputs(config: DictConfig, streams: dict[str, TokenStream]) -> dict[str, str]:
-    facts = {name: _digest(name) or "" for name in _targets(config)}
+def _modules_of_users() -> Iterator[str]:
+    """The modules that are neither Python's, nor installed, nor of this code."""
+    pythons = sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")
+    for name, module in [*sys.modules.items()]:
+        path = getattr(module, "__file__", None)
+        if not isinstance(path, str) or name.partition(".")[0] in CODE:
+            continue
+        installed = {"site-packages", "dist-packages"}.intersection(Path(path).parts)
+        if not (installed or path.startswith(pythons)):
+            yield name
+
+
+def _inputs(
+    config: DictConfig, streams: dict[str, TokenStream], modules: Iterable[str]
+) -> dict[str, str]:
+    facts = {name: _digest(name) or "" for name in [*_targets(config), *sorted(modules)]}
     for name, stream in streams.items():
         for place, (path, content) in enumerate(stream.fingerprints(), 1):
             facts[f"{name} shard {place}, {path.name}"] = content

@@ -27,6 +27,10 @@ def folder(small, tmp_path_factory):
         shutil.copy(test, own / "test.bin")
         (own / "both").mkdir()
         (own / "mine.py").write_text(MINE + "# or so\n" * node)
+        (own / "within.py").write_text("from helper import Mine as Mine\n")
+        (own / "helper.py").write_text(MINE + "# or so\n" * node)
+        (own / f"only{node}.py").write_text(MINE)
+        write_shard(own / f"only{node}.bin", tokens)
     with (folder / "node1/test.bin").open("r+b") as file:  # and a shorter one
         file.truncate(1024 + 2 * 1900)
         file.seek(8)
@@ -56,7 +60,13 @@ ANSWERS = {
     "no checkpoints": "^completed$",
     "tokens": f"differ in training shard 1, train.bin: {tokens(10000, 10000)}{SAME_INPUTS}",
     "test tokens": f"differ in test shard 1, test.bin: {tokens(1900, 2000)}{SAME_INPUTS}",
-    "class": f"nodes differ in mine.Mine: {BOTH}{SAME_INPUTS}",
+    "class": f"nodes differ in mine.Mine: {BOTH}, and 1 more{SAME_INPUTS}",
+    "module of a class": f"nodes differ in helper: {BOTH}{SAME_INPUTS}",
+    "class on rank 0 alone": "^rank 1: w2s: Error loading 'only0.Mine'",
+    "class on rank 1 alone": "^rank 0: s2w: Error loading 'only1.Mine'",
+    "inner class on rank 1 alone": "^rank 0: optimizer: Error loading 'only1.Mine'",
+    "tokens on rank 0 alone": "^rank 1: .*only0.bin: 0 matching files, expected 1; ",
+    "tokens on rank 1 alone": "^rank 0: .*only1.bin: 0 matching files, expected 1; ",
     "torch": rf"nodes differ in torch: 1.0.0{ON.format(1)}, \d+\.[\d.]+{ON.format(0)}{SAME_CODE}",
     "torch for another device": "^completed$",
     "code": f"nodes differ in training.log: {BOTH}{SAME_CODE}",
@@ -76,18 +86,21 @@ def test_what_differs_between_nodes_is_told_before_the_training(folder, case):
 def test_nothing_is_left_of_runs_that_did_not_start(folder):
     for node in ("node0", "node1"):
         left = {path.name for path in (folder / node).iterdir()}
-        assert left <= {"train.bin", "test.bin", "mine.py", "__pycache__", "runs", "both"}
+        made = {"train.bin", "test.bin", "mine.py", "within.py", "helper.py", "__pycache__"}
+        made |= {f"only{node[-1]}.py", f"only{node[-1]}.bin", "runs", "both"}
+        assert left <= made
     assert not list(folder.rglob("shared.*"))
 
 
 @pytest.mark.parametrize("size", [1, 1000, 3 * SAMPLES * SAMPLE_TOKENS])
-def test_shards_are_known_by_their_size_their_ends_and_samples_between(tmp_path, size):
+def test_shards_are_known_by_their_size_their_ends_and_samples(tmp_path, monkeypatch, size):
     def told(tokens):
         write_shard(tmp_path / "one.bin", tokens)
         ((path, told),) = TokenStream([tmp_path / "one.bin"], 256, "").fingerprints()
         assert path == tmp_path / "one.bin"
         return told
 
+    monkeypatch.setattr("data.loader.WHOLE_TOKENS", 1000)
     tokens = np.random.default_rng(0).integers(0, 256, size=size)
     found = {told(tokens), told(np.append(tokens, 0)), told(np.roll(tokens, 1) + (size == 1))}
     for place in {0, size // 2, size - 1} if size <= 1000 else {0, size - 1}:

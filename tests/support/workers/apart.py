@@ -28,6 +28,29 @@ CASES = {  # overrides, and what is patched on rank 1
     "tokens": ([OWN_TOKENS, "runs=FOLDER/runs"], {}),
     "test tokens": (["data.test=/proc/self/cwd/test.bin", "runs=FOLDER/runs"], {}),
     "class": (["compressor@w2s=topk", "w2s._target_=mine.Mine", "runs=FOLDER/runs"], {}),
+    "module of a class": (
+        ["compressor@w2s=topk", "w2s._target_=within.Mine", "runs=FOLDER/runs"],
+        {},
+    ),
+    "class on rank 0 alone": (
+        ["compressor@w2s=topk", "w2s._target_=only0.Mine", "runs=FOLDER/runs"],
+        {},
+    ),
+    "class on rank 1 alone": (
+        ["compressor@s2w=topk", "s2w._target_=only1.Mine", "runs=FOLDER/runs"],
+        {},
+    ),
+    "inner class on rank 1 alone": (
+        [
+            "optimizer=local",
+            "optimizer.every=1",
+            "optimizer.inner._target_=only1.Mine",
+            "runs=FOLDER/runs",
+        ],
+        {},
+    ),
+    "tokens on rank 0 alone": (["data.train=/proc/self/cwd/only0.bin", "runs=FOLDER/runs"], {}),
+    "tokens on rank 1 alone": (["data.test=/proc/self/cwd/only1.bin", "runs=FOLDER/runs"], {}),
     "torch": (["runs=FOLDER/runs"], {"torch": "1.0.0"}),
     "torch for another device": (["runs=FOLDER/runs", "seed=1"], {"torch": "VERSION+cu999"}),
     "code": (["runs=FOLDER/runs"], {"code": "mine.py"}),
@@ -59,6 +82,8 @@ def work(workers: Workers, folder: Path, common: list[str]) -> int:
             answers[case] = "completed"
         except RunError as error:
             answers[case] = str(error)
+        for name in ("mine", "within", "helper", "only0", "only1"):
+            sys.modules.pop(name, None)
     (folder / f"answers{workers.rank}.json").write_text(json.dumps(answers))
     return 0
 
