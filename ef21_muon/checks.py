@@ -1,8 +1,5 @@
 """What the optimizer refuses, before it changes anything."""
 
-import gc
-import logging
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from math import isfinite
@@ -10,13 +7,11 @@ from operator import is_
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn import SyncBatchNorm
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ef21_muon.exchange.collectives import place_in
-from ef21_muon.exchange.gradients import Layer
+from ef21_muon.exchange.instances import instances
 from ef21_muon.fingerprint import fingerprint, projection
 from ef21_muon.lmo.norms import AdaptiveRadius, Norm
 from ef21_muon.messages.compressors import Compressor
@@ -45,8 +40,6 @@ PARTED = (
     "differ, they compute other bits: {}start all ranks on one kind of processor; else one was "
     "changed or damaged: go on from a checkpoint"
 )
-
-log = logging.getLogger("ef21_muon")
 
 
 def plain(value: object) -> object:
@@ -220,52 +213,13 @@ def require_same_state(state: dict, views: list[tuple[Tensor, str, Tensor]]) -> 
 def require_local_gradients(groups: list[dict]) -> None:
     """Raise RuntimeError where DistributedDataParallel has averaged the gradients already."""
     own = {id(parameter) for group in groups for parameter in group["params"]}
-    wrappers = _instances(DistributedDataParallel)
+    wrappers = instances(DistributedDataParallel)
     if any(id(parameter) in own for one in wrappers for parameter in one.parameters()):
         raise RuntimeError(
             "the model is in DistributedDataParallel, which sends whole gradients beside the "
             "optimizer's messages: give forward and backward the model itself (of "
             "accelerate, and of transformers.Trainer, prepare all but the model)"
         )
-
-
-def warn_of_statistics(layers: Sequence[Layer], averaged: nn.Module | None) -> None:
-    """Log, on rank 0, whose running statistics stay each worker's own.
-
-    layers: that are trained; averaged: the module whose buffers are. SyncBatchNorm has the same on
-    all workers by itself.
-    """
-    names = {id(layer.parameter): layer.name for layer in layers}
-    known = {id(module) for module in averaged.modules()} if averaged else set()
-    parted = sorted(
-        names[id(module.weight)]
-        for module in _instances(_NormBase)
-        if module.track_running_stats and not isinstance(module, SyncBatchNorm)
-        if id(module.weight) in names and id(module) not in known
-    )
-    if parted and dist.get_rank() == 0:
-        more = f" (and {len(parted) - 1} more)" if len(parted) > 1 else ""
-        log.warning(
-            "the running statistics beside %s%s stay each worker's own, and so what the model makes"
-            " of a batch in eval(): give buffers=model, which averages them in every round, or "
-            "convert to SyncBatchNorm",
-            parted[0], more,
-        )  # fmt: skip
-
-
-def _instances(kind: type) -> list:
-    """All objects of the class, looked for among what refers to it.
-
-    To ask every object for its class takes five times as long.
-    """
-    referrers = gc.get_referrers(*_with_subclasses(kind))
-    return [one for one in referrers if issubclass(type(one), kind)]
-
-
-def _with_subclasses(kind: type) -> Iterator[type]:
-    yield kind
-    for one in kind.__subclasses__():
-        yield from _with_subclasses(one)
 
 
 def require_equal_parameters(

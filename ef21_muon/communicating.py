@@ -22,9 +22,8 @@ from ef21_muon.checks import (
     require_ranks,
     require_same_groups,
     require_same_state,
-    warn_of_statistics,
 )
-from ef21_muon.exchange.buffers import Buffers
+from ef21_muon.exchange.buffers import Buffers, warn_of_statistics
 from ef21_muon.exchange.collectives import Traffic, place_in
 from ef21_muon.exchange.gradients import Layer, bring_gradients
 from ef21_muon.exchange.lanes import Lanes

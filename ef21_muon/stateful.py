@@ -1,7 +1,7 @@
 """What an optimizer remembers: saved, loaded and copied."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -92,6 +92,10 @@ class StatefulOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 "the state is None, as full_state_dict() gives it on all ranks but 0: save it "
                 "there, and load the file on every rank"
+            )
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(
+                f"the state is of type {type(state_dict).__name__}: load what state_dict() gave"
             )
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -223,7 +227,12 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 "build it from the same groups"
             )
         self.buffers.require_fit(state_dict.get("buffers", {}))
-        for inner, saved in zip(self.inner, state_dict.get("inner", ()), strict=True):
+        if len(saved_inner := state_dict.get("inner", ())) != len(self.inner):
+            raise ValueError(
+                f"the state holds {len(saved_inner)} inner optimizers, this one has "
+                f"{len(self.inner)}: load what state_dict() gave"
+            )
+        for inner, saved in zip(self.inner, saved_inner, strict=True):
             if isinstance(inner, StatefulOptimizer):
                 inner._fitting(inner._part_of(saved))
             else:

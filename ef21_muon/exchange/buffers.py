@@ -1,10 +1,20 @@
 """Floating-point buffers of a model, as running statistics are: workers share their mean."""
 
+import gc
+import logging
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import SyncBatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from ef21_muon.exchange.collectives import Traffic, all_gather, place_in, wait
+from ef21_muon.exchange.gradients import Layer
+from ef21_muon.exchange.instances import instances
+
+log = logging.getLogger("ef21_muon")
 
 
 class Buffers:
@@ -90,3 +100,45 @@ class Buffers:
     def _present(self) -> list[Tensor]:
         """The module's own, which may be others than before, as after moving it."""
         return [self.module.get_buffer(name) for name in self.shared]
+
+
+def warn_of_statistics(layers: Sequence[Layer], averaged: nn.Module | None) -> None:
+    """Log, on rank 0, whose running statistics stay each worker's own.
+
+    layers: that are trained; averaged: the module whose buffers are.
+    """
+    parted = own_statistics(layers, averaged)
+    if parted and dist.get_rank() == 0:
+        more = f" (and {len(parted) - 1} more)" if len(parted) > 1 else ""
+        log.warning(
+            "the running statistics of %s%s stay each worker's own, and so what the model makes of "
+            "a batch in eval(): give buffers=model, which averages them in every round, or convert "
+            "to SyncBatchNorm",
+            parted[0], more,
+        )  # fmt: skip
+
+
+def own_statistics(layers: Sequence[Layer], averaged: nn.Module | None) -> list[str]:
+    """The modules with running statistics beside the trained layers, by name, but the averaged.
+
+    SyncBatchNorm has the same on all workers by itself.
+    """
+    known = {id(module) for module in averaged.modules()} if averaged else set()
+    parted = {
+        id(module)
+        for module in instances(_NormBase)
+        if module.track_running_stats and not isinstance(module, SyncBatchNorm)
+        if id(module) not in known
+    }
+    if not parted:
+        return []
+    trained = {id(layer.parameter) for layer in layers}
+    modules = [one for one in gc.get_objects() if issubclass(type(one), nn.Module)]
+    models = [m for m in modules if any(id(one) in trained for one in m.parameters())]
+    models.sort(key=lambda model: -sum(1 for _ in model.modules()))
+    named = {}
+    for model in models:  # the largest first, by which its parts are named
+        for name, module in model.named_modules():
+            if id(module) in parted:
+                named.setdefault(id(module), name or type(module).__name__)
+    return sorted(named.values())

@@ -9,6 +9,8 @@ from torch import nn
 from workers.running_statistics import EVERY, METHODS, STEPS, new_model
 
 from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
+from ef21_muon.exchange.buffers import Buffers, own_statistics
+from ef21_muon.exchange.gradients import Layer
 
 FLOATS = 2 * 4 + 2 * 6 + 5  # the statistics of both layers, and a table of constants
 LOCAL = [name for name in METHODS if name.startswith("local")]
@@ -61,7 +63,7 @@ def test_their_bytes_count(reports, name):
 @pytest.mark.parametrize("name", METHODS)
 def test_who_does_not_average_them_is_told_once(reports, name):
     (line,) = reports[0][f"{name} False"]["lines"]
-    assert line.startswith("the running statistics beside ") and "buffers=model" in line
+    assert line.startswith("the running statistics of 1 (and 1 more) ") and "buffers=model" in line
     assert " (and 1 more) stay each worker's own" in line
     for report, averaged in ((reports[0], True), (reports[1], True), (reports[1], False)):
         assert report[f"{name} {averaged}"]["lines"] == []
@@ -136,3 +138,42 @@ def test_workers_that_come_and_go_do_not_average_them():
         ValueError, match=r"^buffers are not averaged over workers that come and go"
     ):
         fleet.FleetSteps(torch.optim.SGD(model.parameters()), fleet=None, buffers=model)
+
+
+def frozen(module):
+    return module.requires_grad_(False)
+
+
+MODULES = {
+    "with gains": (lambda: nn.BatchNorm1d(4), ["1"]),
+    "without gains": (lambda: nn.BatchNorm1d(4, affine=False), ["1"]),
+    "with frozen gains": (lambda: frozen(nn.BatchNorm1d(4)), ["1"]),
+    "instance norm": (lambda: nn.InstanceNorm1d(4, track_running_stats=True), ["1"]),
+    "within another": (lambda: nn.Sequential(nn.Tanh(), nn.BatchNorm1d(4)), ["1.1"]),
+    "two": (lambda: nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4, affine=False)), 2 * [...]),
+    "of batches alone": (lambda: nn.BatchNorm1d(4, track_running_stats=False), []),
+    "synchronised": (lambda: nn.SyncBatchNorm(4), []),
+    "none": (lambda: nn.LayerNorm(4), []),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_running_statistics_of_the_trained_model_are_named(name):
+    make, expected = MODULES[name]
+    model = nn.Sequential(nn.Linear(3, 4), make(), nn.Linear(4, 1))
+    other = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False))
+    layers = [Layer(n, p, p.numel(), "refuse") for n, p in model.named_parameters()]
+    found = own_statistics(layers, None)
+    assert len(found) == len(expected) and (found == expected or ... in expected)
+    assert own_statistics(layers, model) == [] and len(own_statistics(layers, other)) == len(found)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_buffer_that_is_no_longer_finite_stays_as_it_was(value):
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1))
+    model.register_buffer("mask", torch.tensor([0.0, -float("inf")]))
+    buffers = Buffers(model, ALONE)
+    model[0].running_mean.copy_(torch.tensor([1.0, value, 3.0]))
+    buffers.average()
+    assert model[0].running_mean.tolist() == [1.0, 0.0, 3.0]
+    assert model.mask.tolist() == [0.0, -float("inf")]

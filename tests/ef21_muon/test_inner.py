@@ -47,6 +47,28 @@ class Anchored(torch.optim.SGD):
         super().step()
 
 
+class Apart(torch.optim.SGD):
+    """Keeps an option as an attribute."""
+
+    def __init__(self, params, lr=0.1, pace=1.0):
+        super().__init__(params, lr=lr)
+        self.pace = pace
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad, alpha=self.pace * group["lr"])
+
+
+class Around(torch.optim.Optimizer):
+    """Is built from another optimizer."""
+
+    def __init__(self, base, k=5):
+        super().__init__(base.param_groups, {"lr": 0.1})
+        self.base, self.k = base, k
+
+
 class Keywords(torch.optim.SGD):
     def __init__(self, params, **options):
         super().__init__(params, **options)
@@ -77,6 +99,7 @@ MAKE = {
     "named": lambda p: torch.optim.AdamW([("weight", p[0]), ("bias", p[1])], lr=0.1),
     "schedule-free": ScheduleFree,
     "anchored": Anchored,
+    "an option beside the defaults": lambda p: Apart(p, pace=0.3),
     "keywords": lambda p: Keywords(p, lr=0.1, momentum=0.5),
     "ef21_muon": muon,
     "ef21_muon, lossy": lambda p: muon(p, w2s=TopK(0.3), s2w=TopK(0.5), beta=0.5),
@@ -128,10 +151,16 @@ class Other(torch.optim.SGD):
         super().__init__(params, lr=0.1)
 
 
-def test_one_that_cannot_be_built_again_is_refused():
-    model = nn.Linear(3, 3)
-    with pytest.raises(ValueError, match=r"^inner=Other cannot begin anew, as it has to for a wor"):
-        beginner(Other(model.parameters(), model))
+UNFIT = {
+    "Other": lambda model: Other(model.parameters(), model),
+    "Around": lambda model: Around(torch.optim.SGD(model.parameters())),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_one_that_cannot_be_built_again_is_refused(name):
+    with pytest.raises(ValueError, match=f"^inner={name} cannot begin anew, as it has to for a w"):
+        beginner(UNFIT[name](nn.Linear(3, 3)))
 
 
 @pytest.mark.parametrize("name", ["rprop", "nadam", "adagrad", "anchored", "ef21_muon, lossy"])
