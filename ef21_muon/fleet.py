@@ -78,10 +78,11 @@ class FleetSteps(LocalSteps):
                 f"server={server!r} is not allowed for workers that come and go: a server would go "
                 "with its worker, give replicated"
             )
-        if stagger or delay:
+        given = {"stagger": stagger, "delay": delay}
+        if given := [f"{key}={value}" for key, value in given.items() if value]:
             raise ValueError(
-                f"stagger={stagger}, delay={delay} are not allowed for workers that come and go: "
-                "they meet in whole rounds, leave both out"
+                f"{' with '.join(given)} is not allowed for workers that come and go: they meet "
+                "in whole rounds, leave it out"
             )
         if w2s is not None and starts_of(w2s) != {0}:
             raise ValueError(

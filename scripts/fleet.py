@@ -32,10 +32,13 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
 from scripts.console import Console
 from scripts.supervise import GRACE, Request
 from training.arguments import Parser, seconds
-from training.config import compose
+from training.config import compose, flat
 from training.data import share_of_batch
 from training.membership import require_addresses
 from training.workers import FINAL, RunError, one_line
@@ -130,6 +133,8 @@ def start(options: argparse.Namespace) -> int:
     for number, status in enumerate(statuses):
         if status and status != FINAL:  # of which it has said why
             print(f"error: worker {number} did not complete: see its log", file=sys.stderr)
+    if all(status == FINAL for status in statuses):
+        return FINAL
     return 1 if any(statuses) else 0
 
 
@@ -230,9 +235,35 @@ def _port(text: str) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Raise RunError for a configuration with which workers cannot start."""
+    _require_accord(options)
     job = compose(tuple(worker_overrides(options, getattr(options, "number", 0))))
     share_of_batch(job.config, options.workers * options.ranks)
     require_addresses(job.config.membership, RESOLVER_SECONDS)
+
+
+def _require_accord(options: argparse.Namespace) -> None:
+    """Raise RunError for an override of what the options of this script say, or the script does."""
+    start = options.part == "start"
+    number = "each its own" if start else options.number
+    said = {  # the value that there is, and the option for another
+        "membership": ("torchft", None),
+        "membership.name": ("torchft", None),
+        "membership.workers": (options.workers, "--workers"),
+        "membership.worker": (number, None if start else "--number"),
+        "membership.lighthouse": (options.lighthouse, None if start else "--lighthouse"),
+        "worker_size": (options.ranks, "--ranks"),
+    }
+    try:
+        parsed = OverridesParser.create().parse_overrides(options.overrides)
+    except HydraException:  # which has a line of its own, from those who compose
+        return
+    for one in parsed:
+        given = None if one.is_delete() else one.value()
+        for key, value in flat({one.key_or_group: given}).items():
+            if key in said and str(value) != str(said[key][0]):
+                option = said[key][1] if isinstance(value, int | str) and value != "" else None
+                instead = f"give {option} {value}" if option else "leave it out"
+                raise RunError(f"{one.input_line} is not allowed here: {instead}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -252,7 +252,9 @@ def require_same_config(config, saved: dict, path: Path, free: tuple[str, ...] =
 def as_it_was_left(config, directory: Path) -> dict | None:
     """What a log goes on behind, of a worker that starts again without a checkpoint.
 
-    Raises RunError for that of another configuration.
+    None where there is no log of a step: one that ended before, as a worker that the others refused
+    does, leaves nothing to go on from, whatever its configuration was. Raises RunError for a log of
+    another configuration.
     """
     path = directory / LOG_NAME
     if not path.exists():
@@ -260,7 +262,7 @@ def as_it_was_left(config, directory: Path) -> dict | None:
     lines = path.read_bytes().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
-    if not lines:
+    if not any(record.get("step") for record in map(json.loads, reversed(lines))):
         return None
     require_same_config(config, json.loads(lines[0])["config"], directory)
     position = next(

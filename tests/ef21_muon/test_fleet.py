@@ -314,8 +314,9 @@ def test_another_run_is_another_history():
 
 REFUSED = {
     "server": ({"server": "sharded"}, "server='sharded' is not allowed"),
-    "stagger": ({"stagger": True}, "stagger=True, delay=0 are not allowed"),
-    "delay": ({"delay": 1}, "delay=1 are not allowed"),
+    "stagger": ({"stagger": True}, "^stagger=True is not allowed"),
+    "delay": ({"delay": 1}, "^delay=1 is not allowed"),
+    "both": ({"stagger": True, "delay": 1}, "^stagger=True with delay=1 is not allowed"),
     "feedback": ({"feedback": "ef21"}, "feedback='ef21' is not allowed"),
     "s2w": ({"s2w": TopK(0.5)}, "s2w"),
     "w2s": ({"w2s": Switch(Identity(), TopK(0.5), start=2)}, "give one compressor"),

@@ -102,6 +102,68 @@ def test_what_cannot_work_is_refused_before_anything_starts(given, told, capsys,
     assert error.startswith("error: ") and error.count("\n") == 1 and told in error, error
 
 
+START = ["start", "--workers=3", *LOCAL]
+ONE = [*WORKER, "http://localhost:1"]
+
+
+@pytest.mark.parametrize(
+    ("given", "override", "told"),
+    [
+        (START, "membership.workers=2", "give --workers 2"),
+        (ONE, "membership.workers=2", "give --workers 2"),
+        (START, "++membership.workers='2'", "give --workers 2"),
+        (START, '+membership.workers="2"', "give --workers 2"),
+        (START, "membership.workers=null", "leave it out"),
+        (START, "~membership.workers", "leave it out"),
+        (START, "~membership.workers=3", "leave it out"),
+        (START, "membership.workers=1,2", "leave it out"),
+        (START, "membership.worker=null", "leave it out"),
+        (START, "membership@x=fixed", "leave it out"),
+        (START, "membership.workers=${seed}", "give --workers ${seed}"),
+        (START, "membership={workers:2}", "give --workers 2"),
+        (START, "++membership={host:localhost,worker:0}", "leave it out"),
+        (START, "membership.worker=0", "leave it out"),
+        (START, "membership.worker=2", "leave it out"),
+        (ONE, "membership.worker=2", "give --number 2"),
+        (START, "membership.lighthouse=http://localhost:1", "leave it out"),
+        (
+            ONE,
+            "++membership.lighthouse='http://localhost:2'",
+            "give --lighthouse http://localhost:2",
+        ),
+        (START, "membership=fixed", "leave it out"),
+        (START, "+membership=fixed", "leave it out"),
+        (ONE, "membership='fixed'", "leave it out"),
+        (ONE, "membership.name=fixed", "leave it out"),
+        (START, "~membership", "leave it out"),
+        (START, "worker_size=2", "give --ranks 2"),
+        ([*START, "--ranks=2"], "++worker_size=3", "give --ranks 3"),
+        ([*ONE, "--ranks=2"], "~worker_size", "leave it out"),
+    ],
+)
+def test_an_override_of_what_an_option_says_is_refused(given, override, told, capsys):
+    assert fleet.main([*given, override]) == FINAL
+    assert capsys.readouterr().err == f"error: {override} is not allowed here: {told}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "override"),
+    [
+        (START, "membership.host=localhost"),
+        (START, "++membership={host:localhost}"),
+        (START, "membership.workers=3"),
+        (START, "membership=torchft"),
+        (START, "worker_size=1"),
+        ([*START, "--ranks=2"], "worker_size=2"),
+        (ONE, "membership.worker='0'"),
+        (ONE, "membership.lighthouse=http://localhost:1"),
+    ],
+)
+def test_an_override_that_says_the_same_as_an_option_is_not(given, override, monkeypatch):
+    monkeypatch.setitem(fleet.PARTS, given[0], lambda options: 0)
+    assert fleet.main([*given, override]) == 0
+
+
 @pytest.mark.parametrize("part", ["start", "lighthouse"])
 def test_a_port_that_is_taken_is_named(part, capsys):
     pytest.importorskip("torchft")
@@ -179,7 +241,7 @@ TOO_FEW = "error: fewer than a majority of the workers are left: all stop"
         ([(0, "odd"), (0, "odd"), (0,)], 0, of(0), ["worker 0: odd", "worker 1: odd"]),
         ([(0, BAR), (0, BAR), (0, BAR)], 0, of(0), [f"worker 0: {BAR}"]),
         ([(0, "1%\r50%\r100%")], 0, of(0), ["worker 0: 100%"]),
-        ([(FINAL, SAME), (FINAL, SAME), (FINAL, SAME)], 1, [], [f"worker W: {SAME}"]),
+        ([(FINAL, SAME), (FINAL, SAME), (FINAL, SAME)], FINAL, [], [f"worker W: {SAME}"]),
         ([(0,), (0,), (FINAL, SAME)], 1, of(0), [f"worker 2: {SAME}"]),
         ([(FINAL,), (FINAL,), (0,)], 1, of(2), []),
         ([(FINAL, SAME), (0,), (0,)], 1, of(1), [f"worker 0: {SAME}"]),

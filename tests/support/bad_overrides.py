@@ -144,7 +144,7 @@ RANGES = {
     f"{FLEET} resume=none": "resume=none is not allowed with membership=torchft: a worker that",
     f"{FLEET} optimizer=muon": "membership=torchft needs local steps, Muon cannot go on without a",
     f"{FLEET} optimizer=ef21_muon": "membership=torchft needs local steps, EF21Muon cannot go on",
-    f"{FLEET} optimizer.delay=1": "delay=1 are not allowed for workers that come and go: they",
+    f"{FLEET} optimizer.delay=1": "delay=1 is not allowed for workers that come and go: they",
     f"{FLEET} optimizer.server=rank0": "server='rank0' is not allowed for workers that come and",
     f"{FLEET} optimizer.feedback=ef21": "feedback='ef21' is not allowed for workers that come and",
     f"{FLEET} compressor@s2w=topk": "sends nothing back to",

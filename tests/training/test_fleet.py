@@ -18,10 +18,11 @@ from ef21_muon.exchange.admission import FleetRefused
 from ef21_muon.exchange.collectives import Traffic
 from scripts.chaos.crew import Crew
 from scripts.fleet import worker_overrides
+from training.checkpoint import Checkpoints
 from training.config import compose
 from training.fleet import FixedMembers, FleetMembers, Meetings, members_of, place_among_all
 from training.log import NoLog, RunLog
-from training.resume import as_it_was_left
+from training.resume import as_it_was_left, resume
 from training.workers import FINAL, FinalError, RunError, Workers
 
 HANGS = """
@@ -160,6 +161,43 @@ def test_a_log_without_a_checkpoint_is_gone_on_with(tmp_path):
         as_it_was_left(fleet_config(0, "seed=1"), tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"record": "ru')
     assert as_it_was_left(config, tmp_path) is None
+
+
+RUN = {"record": "run", "config": OmegaConf.to_container(fleet_config(0), resolve=True)}
+FAILED = {"record": "end", "status": "failed", "error": "worker 0 cannot go on"}
+MET = {"record": "membership", "workers": [0, 1]}
+NOTHING_DONE = {
+    "refused by the others": [RUN, FAILED],
+    "killed before its first step": [RUN],
+    "killed in a first record": [RUN, '{"record": "trai'],
+    "refused after a meeting at the start": [RUN, MET | {"step": 0}, MET | {"step": None}, FAILED],
+    "asked to stop before its first step": [RUN, {"record": "end", "status": "stopped", "step": 0}],
+}
+
+
+@pytest.mark.parametrize("records", NOTHING_DONE.values(), ids=NOTHING_DONE)
+@pytest.mark.parametrize("membership", ["torchft", "fixed"])
+def test_after_a_start_that_trained_nothing_another_configuration_starts(
+    records, membership, tmp_path
+):
+    lines = [one if isinstance(one, str) else json.dumps(one) + "\n" for one in records]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    seed = "seed=1"  # another than the log's
+    config = fleet_config(0, seed) if membership == "torchft" else compose((seed,)).config
+    config.resume = "auto"
+    workers = Workers(alone=True)
+    run = SimpleNamespace(config=config, workers=workers)
+    assert resume(run, Checkpoints(tmp_path / "checkpoints", workers, keep=1), tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "record", [{"record": "train", "step": 1, "tokens": 9, "seconds": 1.0}, MET | {"step": 30}]
+)
+def test_after_a_step_another_configuration_is_refused(record, tmp_path):
+    lines = [json.dumps(one) + "\n" for one in (RUN, record, FAILED)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    with pytest.raises(RunError, match="made with another configuration: seed=1"):
+        as_it_was_left(fleet_config(0, "seed=1"), tmp_path)
 
 
 @pytest.mark.slow
