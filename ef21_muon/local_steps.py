@@ -12,12 +12,10 @@ from torch.optim import Optimizer
 
 from ef21_muon.checks import (
     OUTER_NUMBERS,
-    UNEQUAL,
     check_number,
     choice,
     flag,
     refuse_unused_decays,
-    require_equal_parameters,
     whole_number,
 )
 from ef21_muon.communicating import CommunicatingOptimizer
@@ -182,9 +180,7 @@ class LocalSteps(WrappingOptimizer):
             if not self.lanes:
                 require_a_gradient(self.param_groups)
             bring_gradients(self._brought, type(self).__name__)
-            if self.steps == 0:
-                self._take_over()
-                require_equal_parameters(self._shared_by_all(), self.process_group, UNEQUAL)
+            self._take_over()
             self._look_back()
             # A worker whose gradient overflowed does without this step; its own ranks do alike.
             overflowed = self._overflowed(self.lanes.worker if self.lanes else ALONE)

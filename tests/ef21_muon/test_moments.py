@@ -38,7 +38,7 @@ def test_a_state_brings_two_ranks_back_whatever_is_under_way(reports, server, st
     assert all(report["back"][f"{server} {steps}"] for report in reports)
 
 
-def test_ranks_that_load_other_models_before_the_first_step_are_refused(reports):
+def test_ranks_that_load_other_models_before_the_first_step_do_not_agree(reports):
     for report in reports:
         assert "differs between rank 0 and rank 1" in report["loaded"]
 

@@ -62,8 +62,9 @@ def loaded_apart() -> str:
     optimizer = LocalSteps(inner, w2s=TopK(0.3))
     with torch.no_grad():
         model[0].weight.add_(dist.get_rank())
+    take(model, optimizer, 1)
     try:
-        take(model, optimizer, 1)
+        optimizer.check_agreement()
     except ValueError as error:
         return str(error)
     return "nothing"
