@@ -56,7 +56,7 @@ class Group(ProcessGroupGloo):
             meets_at = store.partition("/")[0]
             if size == 1 or not is_local(meets_at.rpartition(":")[0].strip("[]")):
                 raise
-            raise RuntimeError(
+            raise dist.DistError(
                 f"they are to meet at {meets_at}, which other machines do not reach: where workers "
                 f"are on several, give each its address there, membership.host=ADDRESS ({error})"
             ) from error
