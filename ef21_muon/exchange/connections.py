@@ -97,6 +97,8 @@ class Transport(HTTPTransport):
     def __init__(self, host: str, timeout: timedelta):
         self.host, self.received, self.sent = host, 0, 0
         super().__init__(timeout=timeout, num_chunks=0)
+        # A class of this server alone. Errors it still says.
+        self._server.RequestHandlerClass.log_request = lambda *_: None
 
     @classmethod
     def _load_from_address(cls, address: str, timeout: timedelta) -> object:

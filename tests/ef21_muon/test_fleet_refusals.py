@@ -243,7 +243,7 @@ def test_a_worker_that_starts_again_at_once_is_not_taken_for_another():
 
 
 @pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])
-def test_state_never_travels_by_a_proxy(monkeypatch, name):
+def test_state_travels_in_silence_and_never_by_a_proxy(monkeypatch, capfd, name):
     for other in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, f"http://localhost:{free_port()}")
@@ -254,6 +254,7 @@ def test_state_never_travels_by_a_proxy(monkeypatch, name):
     assert torch.equal(found["user"]["default"]["tensors"][0], torch.arange(4.0))
     server.shutdown()
     client.shutdown()
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
