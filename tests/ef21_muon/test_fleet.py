@@ -24,7 +24,7 @@ from run import PATIENCE
 from ef21_muon import Dense, Identity, LocalSteps, Switch, TopK
 from ef21_muon.exchange import fleet as exchange
 from ef21_muon.exchange import lighthouse as beacon
-from ef21_muon.exchange.fleet import HEAD, Fleet, FleetError, FleetRefused
+from ef21_muon.exchange.fleet import HEAD, Fleet, FleetRefused
 from ef21_muon.fleet import FleetSteps
 
 EVERY = 3
@@ -174,34 +174,6 @@ def test_a_lighthouse_that_starts_again_is_waited_for(monkeypatch, caplog):
         for worker in workers:
             assert torch.equal(worker.agreed[12], workers[0].agreed[12])
             torch.testing.assert_close(worker.agreed[12], expected[12], rtol=0, atol=1e-5)
-
-
-def test_a_lighthouse_that_starts_later_is_waited_for_and_that_is_said(monkeypatch, caplog):
-    monkeypatch.setattr(exchange, "PATIENCE", 1.0)
-    monkeypatch.setattr(beacon, "SILENCE", 0.5)
-    port = free_port()
-    url = f"http://localhost:{port}"
-    with crew.workers(url, [0]) as (worker,):
-        thread, until = worker.start(3), time.monotonic() + PATIENCE
-        while not caplog.messages and time.monotonic() < until:
-            time.sleep(0.01)
-        late = LighthouseProcess(1, port)
-        thread.join(PATIENCE)
-        late.end()
-        assert worker.error is None and worker.optimizer.steps == 3
-    assert caplog.messages == [
-        f"no answer of the lighthouse {url} so far: waiting for it",
-        f"the lighthouse {url} answers",
-    ]
-
-
-def test_without_a_lighthouse_it_says_so():
-    url = f"http://localhost:{free_port()}"
-    with (
-        crew.workers(url, [0], patience=1) as (worker,),
-        pytest.raises(FleetError, match=f"no answer of the lighthouse {url}"),
-    ):
-        worker.train(until=3)
 
 
 def test_what_waits_can_be_ended():
