@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroupGloo as Gloo
 
 from ef21_muon.exchange.admission import Card, FleetError, FleetRefused, refusals
 from ef21_muon.exchange.collectives import Traffic
-from ef21_muon.exchange.reach import Place
+from ef21_muon.exchange.reach import Place, is_local
 
 os.environ.setdefault("RUST_LOG", "warn")  # or torchft says six lines a round
 try:
@@ -50,7 +50,16 @@ class Group(ProcessGroupGloo):
 
     def configure(self, store, name, rank, size, quorum, group_rank, group_size, of_all) -> None:
         self.workers, self.settled = tuple(one // self.ranks for one in of_all), False
-        super().configure(store, name, rank, size, quorum, group_rank, group_size, of_all)
+        try:
+            super().configure(store, name, rank, size, quorum, group_rank, group_size, of_all)
+        except dist.DistError as error:  # of the store, or of one that shows no card there
+            meets_at = store.partition("/")[0]
+            if size == 1 or not is_local(meets_at.rpartition(":")[0].strip("[]")):
+                raise
+            raise dist.DistError(
+                f"they are to meet at {meets_at}, which other machines do not reach: where workers "
+                f"are on several, give each its address there, membership.host=ADDRESS ({error})"
+            ) from error
 
     def _create_pg(self, store: dist.Store, rank: int, size: int) -> dist.ProcessGroup:
         cards = self._exchange(store, rank, size)
@@ -88,6 +97,8 @@ class Transport(HTTPTransport):
     def __init__(self, host: str, timeout: timedelta):
         self.host, self.received, self.sent = host, 0, 0
         super().__init__(timeout=timeout, num_chunks=0)
+        # A class of this server alone. Errors it still says.
+        self._server.RequestHandlerClass.log_request = lambda *_: None
 
     @classmethod
     def _load_from_address(cls, address: str, timeout: timedelta) -> object:

@@ -18,6 +18,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions
 from ef21_muon.exchange.admission import Card, FleetError, FleetRefused
 from ef21_muon.exchange.collectives import Traffic, place_in
 from ef21_muon.exchange.connections import Group, Manager, Transport, ask, let_go, size_of
+from ef21_muon.exchange.lighthouse import Lighthouse
 from ef21_muon.exchange.meeting import HEAD, HISTORY, Meeting, bytes_of, history_of
 from ef21_muon.exchange.reach import INTERFACE, Place
 from ef21_muon.exchange.verdict import Verdicts
@@ -83,7 +84,7 @@ class Fleet:
         self.healed = False  # in the last gather
         self.longest = 0.0  # seconds that a gather took
         self.waited = 0.0  # seconds, in all gathers
-        self._away_since: float | None = None
+        self._lighthouse = Lighthouse(lighthouse, quiet=self.rank > 0)
         self._counters = {"step": 0, "batches_committed": 0}
         self._met = False
         self._verdicts = Verdicts(worker, quiet=self.rank > 0)
@@ -228,8 +229,9 @@ class Fleet:
 
     def _new_manager(self, store: str, port: int) -> Manager:
         while True:
+            self._lighthouse.is_away()
             try:
-                return Manager(
+                manager = Manager(
                     pg=self.process_group,
                     state_dict=self.shared.shared_state,
                     load_state_dict=self._take,
@@ -249,13 +251,14 @@ class Fleet:
                     connect_timeout=timedelta(seconds=min(PATIENCE, self.patience)),
                     quorum_retries=int(NEVER.total_seconds()),
                 )
+                self._lighthouse.answers()
+                return manager
             except AWAY as error:
                 self._wait_for_the_lighthouse(error)
 
     def _wait_for_the_lighthouse(self, error: Exception) -> None:
         self.while_waiting(PAUSE)
-        self._away_since = self._away_since or time.monotonic()
-        if time.monotonic() - self._away_since > self.patience:
+        if self._lighthouse.is_away() > self.patience:
             raise FleetError(
                 f"no answer of the lighthouse {self.lighthouse} for {self.patience:g} s: start it, "
                 "or give the address where it is"
@@ -272,8 +275,9 @@ class Fleet:
         asked = ask(self.manager.start_quorum)
         while not wait([asked], timeout=PAUSE).done:
             self.while_waiting(PAUSE)
+            self._lighthouse.look()
         if (error := asked.exception()) is None:
-            self._away_since = None
+            self._lighthouse.answers()
             return True
         if not isinstance(error, AWAY):
             raise error

@@ -53,6 +53,15 @@ def cut_off(places: Sequence[Place]) -> list[int]:
     return [number for number, place in enumerate(places) if place.is_loopback]
 
 
+def is_local(host: str) -> bool:
+    """Whether a name or an address is one of every machine for itself, as `localhost` is."""
+    try:
+        found = socket.getaddrinfo(host, None)
+    except (OSError, UnicodeError):
+        return False
+    return all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
+
+
 def _first_own(found: list[tuple]) -> str | None:
     """The first of these addresses that this machine has."""
     for family, kind, _, _, address in found:

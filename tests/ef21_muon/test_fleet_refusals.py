@@ -8,14 +8,18 @@ from datetime import timedelta
 import fleet as crew
 import pytest
 import torch
+import torch.distributed as dist
 from bad_inputs import free_port
 from fleet import Worker, lighthouse, parameters_of
 from run import PATIENCE
 from torch import nn
 
 from ef21_muon import Dense, Identity, RankK, TopK
+from ef21_muon.exchange import connections
+from ef21_muon.exchange.admission import Card
 from ef21_muon.exchange.connections import Transport
 from ef21_muon.exchange.fleet import FleetRefused
+from ef21_muon.exchange.reach import Place, is_local
 from ef21_muon.fleet import FleetSteps
 
 RUN = {"optimizer.lr": 0.01, "steps": 60}
@@ -239,7 +243,7 @@ def test_a_worker_that_starts_again_at_once_is_not_taken_for_another():
 
 
 @pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])
-def test_state_never_travels_by_a_proxy(monkeypatch, name):
+def test_state_travels_in_silence_and_never_by_a_proxy(monkeypatch, capfd, name):
     for other in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, f"http://localhost:{free_port()}")
@@ -250,6 +254,43 @@ def test_state_never_travels_by_a_proxy(monkeypatch, name):
     assert torch.equal(found["user"]["default"]["tensors"][0], torch.arange(4.0))
     server.shutdown()
     client.shutdown()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "host, named",
+    [("localhost", True), ("127.0.0.1", True), ("127.0.0.2", True), ("elsewhere", False)],
+)
+@pytest.mark.parametrize("rank", [0, 1])  # which has the store, or finds none there
+def test_where_workers_are_to_meet_is_named_if_only_one_machine_has_it(
+    host, named, rank, monkeypatch
+):
+    monkeypatch.setattr(connections, "is_local", lambda text: is_local(text) and named)
+    address = host if named else "localhost"
+    place = Place(host, "127.0.0.1", "network")
+    group = connections.Group(
+        1, timedelta(seconds=0.5), card=lambda: Card(rank, 1, 1.0, False, RUN, place)
+    )
+    store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+    port = free_port() if rank else store.port
+    with pytest.raises(dist.DistError) as caught:
+        group.configure(f"{address}:{port}/torchft/1/0", "worker", rank, 2, 1, 0, 1, [0, 1])
+    found = (
+        f"they are to meet at {address}:{port}, which other machines do not reach: where workers"
+    )
+    assert (found in str(caught.value)) == named
+    assert ("give each its address there, membership.host=ADDRESS (" in str(caught.value)) == named
+
+
+@pytest.mark.parametrize(
+    "host, local",
+    [
+        *[("localhost", True), ("127.0.0.1", True), ("127.0.1.1", True), ("::1", True)],
+        *[("192.0.2.1", False), ("2001:db8::1", False), ("nope.invalid", False), ("a..b", False)],
+    ],
+)
+def test_which_addresses_every_machine_has_for_itself(host, local):
+    assert is_local(host) == local
 
 
 def test_a_host_that_does_not_lead_here_is_refused(monkeypatch):

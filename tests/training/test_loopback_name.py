@@ -89,3 +89,32 @@ def test_membership_host_suffices(start, small, tmp_path):
             own = f"error: worker {number} cannot go on: worker {number} on node{number} (process"
             assert status == 0 or (own in told and REFUSED in told)
         lighthouse.terminate()
+
+
+@pytest.mark.slow
+def test_a_lighthouse_by_the_name_localhost_is_named_where_a_worker_is_elsewhere(
+    start, small, tmp_path
+):
+    pytest.importorskip("torchft")
+    port = free_port()
+    lighthouse = start(0, "scripts/fleet.py", "lighthouse", "--workers=2", f"--port={port}")
+    workers = []
+    for number, host in enumerate(("localhost", start.addresses[0])):
+        options = type(
+            "Options", (), {"workers": 2, "ranks": 1, "lighthouse": f"http://{host}:{port}"}
+        )
+        options.overrides = [*small, "optimizer=local", "optimizer.every=2"]
+        options.overrides += [f"directory={tmp_path}/local"]
+        options.overrides += [f"membership.host={start.addresses[1]}"] if number else []
+        workers.append(start(number, "train.py", *worker_overrides(options, number)))
+    for number, worker in enumerate(workers):
+        line = ""
+        while "no round of workers" not in line:
+            line = worker.stderr.readline()
+            assert line, f"worker {number} has ended"
+        assert line.startswith(
+            f"worker {number}: no round of workers 0, 1: they are to meet at local"
+        )
+        assert "give each its address there, membership.host=ADDRESS (" in line
+        worker.terminate()
+    lighthouse.terminate()

@@ -1,0 +1,66 @@
+"""The lighthouse that is waited for: what is said, and for how long."""
+
+import time
+
+import fleet as crew
+import pytest
+from bad_inputs import free_port
+from fleet import LighthouseProcess
+from run import PATIENCE
+
+from ef21_muon.exchange import fleet as exchange
+from ef21_muon.exchange import lighthouse as beacon
+from ef21_muon.exchange.admission import FleetError
+from ef21_muon.exchange.lighthouse import Lighthouse
+
+URL = "http://localhost:1"
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_each_time_it_is_away_for_long_one_line_says_so_and_one_that_it_answers(
+    quiet, monkeypatch, caplog
+):
+    lighthouse, times = Lighthouse(URL, quiet), [200.0, 205.0, 210.0, 215.0, 230.0]
+    for _ in range(2):
+        clock = iter(times)
+        monkeypatch.setattr(beacon.time, "monotonic", lambda clock=clock: next(clock))
+        assert [lighthouse.is_away() for _ in times] == [0, 5, 10, 15, 30]
+        monkeypatch.undo()
+        lighthouse.answers()
+    away = f"no answer of the lighthouse {URL} so far: waiting for it"
+    assert caplog.messages == ([] if quiet else [away, f"the lighthouse {URL} answers"] * 2)
+
+
+def test_a_short_absence_is_not_worth_a_line(caplog):
+    lighthouse = Lighthouse(URL, quiet=False)
+    assert lighthouse.is_away() == 0 and lighthouse.is_away() < 1
+    lighthouse.answers()
+    assert not caplog.messages
+
+
+def test_a_lighthouse_that_starts_later_is_waited_for_and_that_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(exchange, "PATIENCE", 1.0)
+    monkeypatch.setattr(beacon, "SILENCE", 0.5)
+    port = free_port()
+    url = f"http://localhost:{port}"
+    with crew.workers(url, [0]) as (worker,):
+        thread, until = worker.start(3), time.monotonic() + PATIENCE
+        while not caplog.messages and time.monotonic() < until:
+            time.sleep(0.01)
+        late = LighthouseProcess(1, port)
+        thread.join(PATIENCE)
+        late.end()
+        assert worker.error is None and worker.optimizer.steps == 3
+    assert caplog.messages == [
+        f"no answer of the lighthouse {url} so far: waiting for it",
+        f"the lighthouse {url} answers",
+    ]
+
+
+def test_without_a_lighthouse_it_says_so():
+    url = f"http://localhost:{free_port()}"
+    with (
+        crew.workers(url, [0], patience=1) as (worker,),
+        pytest.raises(FleetError, match=f"no answer of the lighthouse {url}"),
+    ):
+        worker.train(until=3)
