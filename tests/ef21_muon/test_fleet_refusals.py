@@ -179,7 +179,7 @@ NEWCOMERS = {
     "another run, at a later step": (lambda url: ahead_of_the_others(url, 0), "steps=30"),
     "another model": (
         lambda url: Other(2, url),
-        "shape of parameter 0 of group 0=(5, 7) float32 (theirs None)",
+        "shape of parameter 0 of group 0=(5, 7) float32 (theirs ",
     ),
 }
 
