@@ -137,8 +137,13 @@ class Workers:
         self._store.set(f"place/{self.rank}", json.dumps(asdict(here)))
         texts = [self._store.get(f"place/{rank}") for rank in range(self.count)]
         places = [Place(**json.loads(text)) for text in texts]
+        self._store.set(f"seen/{self.rank}", "")
         if behind := cut_off(places):
             place = places[behind[0]]
+            if self.first:  # the store goes with it, in which others still look
+                seen = [f"seen/{rank}" for rank in range(self.count)]
+                with suppress(dist.DistError):
+                    self._store.wait(seen, timedelta(seconds=self.REPORT_SECONDS))
             raise FinalError(
                 f"rank {behind[0]} is on a machine whose name, {place.host}, is {place.address} "
                 f"there, which is no address for other machines: set {INTERFACE} on every node to "
