@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from inspect import signature
 from math import prod
 
@@ -205,9 +206,9 @@ class CommunicatingOptimizer(StatefulOptimizer):
         """Whose gradients this worker brings to a step, of all its lanes."""
         return self.lanes.layers if self.lanes else self._layers
 
-    @property
+    @cached_property
     def _layers(self) -> list[Layer]:
-        """The parameters of batches."""
+        """The parameters of batches, which are formed once."""
         return [
             Layer(name, parameter, prod(batch.shape), self.missing)
             for batch in self.batches

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from types import MappingProxyType
 
 import torch
@@ -232,7 +233,7 @@ class LocalSteps(WrappingOptimizer):
         if self.lanes:
             self.lanes.share_parameters()
 
-    @property
+    @cached_property
     def _layers(self) -> list[Layer]:
         """Where an inner optimizer skips what has no gradient, a worker of several ranks cannot."""
         missing, otherwise = missing_of(self.inner), "refuse" if self.lanes else "skip"

@@ -10,6 +10,7 @@ if not __package__:
 
 from training.mirror import init
 from training.records import LOG_NAME, Log, read_log
+from training.workers import one_line
 
 
 def history(log: Log) -> list[tuple[int, dict]]:
@@ -37,7 +38,7 @@ def main() -> int:
         upload(log, options)
     except Exception as error:  # of any kind that wandb, or what it uses, may raise
         print(
-            f"error: wandb did not take the run ({' '.join(str(error).split())}): start again when "
+            f"error: wandb did not take the run ({one_line(error)}): start again when "
             "it answers, or give --mode offline",
             file=sys.stderr,
         )

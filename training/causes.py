@@ -15,7 +15,7 @@ OWN = (
     *(ROOT / name for name in ("training", "baselines", "data", "model.py", "train.py")),
     Path(ef21_muon.__file__).resolve().parent,
 )
-LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+PYTHON = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
 
 
 def cause_of(error: BaseException) -> str:
@@ -79,11 +79,17 @@ def _place(error: BaseException) -> str | None:
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith("<frozen") and not _of_hydra(frame.filename)
     ]
-    written_here = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)]
+    written_here = [frame for frame in frames if not is_installed(frame.filename)]
     if not frames:
         return None
     frame = (written_here or frames)[-1]
     return f"{frame.filename}:{frame.lineno}"
+
+
+def is_installed(path: str) -> bool:
+    """Whether a file is Python's own, or of an installed package."""
+    installed = {"site-packages", "dist-packages"}.intersection(Path(path).parts)
+    return bool(installed) or path.startswith(PYTHON)
 
 
 def _of_hydra(path: str) -> bool:

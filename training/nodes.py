@@ -8,7 +8,6 @@ import hashlib
 import secrets
 import socket
 import sys
-import sysconfig
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -18,6 +17,7 @@ import torch
 from omegaconf import DictConfig, ListConfig
 
 from data.loader import TokenStream
+from training.causes import is_installed
 from training.workers import RunError, Workers
 
 CODE = {"__main__", "train", "model", "training", "baselines", "data", "ef21_muon"}
@@ -102,13 +102,10 @@ def _not_seen(folder: Path, names: list[str], patience: float) -> list[int]:
 
 def _modules_of_users() -> Iterator[str]:
     """The modules that are neither Python's, nor installed, nor of this code."""
-    pythons = sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")
     for name, module in [*sys.modules.items()]:
         path = getattr(module, "__file__", None)
-        if not isinstance(path, str) or name.partition(".")[0] in CODE:
-            continue
-        installed = {"site-packages", "dist-packages"}.intersection(Path(path).parts)
-        if not (installed or path.startswith(pythons)):
+        of_code = name.partition(".")[0] in CODE
+        if isinstance(path, str) and not (of_code or is_installed(path)):
             yield name
 
 
