@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ef21_muon import ALONE, Dense, EF21Muon, Identity, LocalSteps, RankK, Switch, TopK
+from ef21_muon import ALONE, Dense, EF21Muon, Identity, LocalSteps, RankK, TopK
 
 INNER = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
@@ -281,8 +281,7 @@ WRONG = (
     ({"mean": "senders", "feedback": "ef21"}, "mean='senders' is not allowed with feedback='ef21'"),
     ({"server": "cloud"}, "server='cloud' is not a placement"),
     ({"server": "replicated", "s2w": TopK(0.1)}, "sends nothing back to compress"),
-    ({"w2s": "topk"}, "w2s='topk' is not allowed: give a Compressor or Switch"),
-    ({"s2w": Switch(Identity(), TopK(0.1), 3)}, "s2w=.* is not allowed: give a Compressor"),
+    ({"w2s": "topk"}, "w2s='topk' is not allowed: give a Compressor"),
     ({"stagger": 1}, "stagger=1 is not allowed: give True or False"),
     ({"nesterov": "yes"}, "nesterov='yes' is not allowed"),
     ({"buckets": 0}, "buckets=0 is not allowed"),

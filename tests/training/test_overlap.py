@@ -4,9 +4,9 @@ import re
 import shlex
 
 import pytest
+from ef21_muon.exchange.timetable import Timetable
 from omegaconf import OmegaConf
 
-from ef21_muon.exchange.timetable import Timetable
 from model import GPT
 from training.config import build, compose, what_matters
 from training.links import LINKS

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from ef21_muon.exchange.collectives import Exchange
-from ef21_muon.exchange.layers import batch_layers
+from ef21_muon.layers import batch_layers
+from ef21_muon.transport.fixed import Exchange
 from model import GPT
 from training.config import build, compose
 from training.method import build_optimizer, run_label
@@ -107,7 +107,7 @@ def test_a_baseline_takes_no_roles_compressor(process_group):
 
 
 def busiest(optimizer, server, ranks):
-    """Bytes that the busiest of the ranks sends, by ef21_muon.exchange.collectives."""
+    """Bytes that the busiest of the ranks sends, by ef21_muon.transport.fixed."""
     batches = batch_layers(optimizer.param_groups, server, 0, ranks)
     exchange = Exchange(
         [b.owned_by for b in batches],

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-
-from ef21_muon.exchange.gradients import bring_gradients
 from ef21_muon.exchange.lanes import Lanes
+
+from ef21_muon.guards import bring_gradients
 
 
 def test_a_gradient_that_is_missing_on_a_rank_is_told_before_anything_is_sent(process_group):

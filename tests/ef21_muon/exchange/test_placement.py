@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ef21_muon import EF21Muon, Identity, Spectral, Switch, TopK, param_groups
-from ef21_muon.exchange.collectives import Exchange
-from ef21_muon.exchange.layers import LayerBatch, lmo_costs, serve, traffic_by_placement
-from ef21_muon.exchange.placement import PLACEMENTS, busiest, cut, owned_layers, spread
+from ef21_muon.layers import LayerBatch, lmo_costs, serve, traffic_by_placement
+from ef21_muon.transport.fixed import Exchange
+from ef21_muon.transport.placement import PLACEMENTS, busiest, cut, owned_layers, spread
 from model import GPT
 from training.config import build, compose
 
