@@ -123,48 +123,45 @@ class AveragedGradients(Communicating):
         return guarded_step(self, closure, self._take_step)
 
     def _take_step(self) -> None:
+        self.timer.phase("exchange")
         if self.mesh:
-            with self.timer("exchange"):
-                self.mesh.reduce_gradients()
+            self.mesh.reduce_gradients()
         run(map(self._round, self.buckets), self.timer)
         if self.buffers.shared:
-            with self.timer("exchange"):
-                self.transport.traffic += self.buffers.average()
-        self.wrapped.step(self.timer)
+            self.transport.traffic += self.buffers.average()
+        self.timer.phase("server")
+        self.wrapped.step()
+        self.timer.phase("exchange")
         if self.mesh:
-            with self.timer("exchange"):
-                self.mesh.share_parameters()
+            self.mesh.share_parameters()
 
     def _round(self, batches: Sequence[Batch]) -> Generator:
         """EF21 for a bucket of batches of layers, and the mean in place of gradients."""
-        with self.timer("encode"):
-            messages = []
-            for batch in batches:
-                gradients = torch.stack(gradients_of(batch, self.steps + 1))
-                generator = self.generators["w2s"]
-                messages.append(
-                    batch.up.encode(gradients, generator, self.error_decay, self.steps + 1)
-                )
-        from_workers = yield self.transport.to_servers, batches, messages
-        with self.timer("decode"):
-            for batch, messages in zip(batches, from_workers, strict=True):
-                mean = batch.state["server_gradient"]
-                if self.feedback != "ef21":
-                    mean.zero_()
-                for message in messages if batch.serves else ():
-                    mean += batch.up.decode(message) * (1 / len(messages))  # rounded twice
-        with self.timer("server"):
-            means = []
-            for batch in batches:
-                mean = batch.state["server_gradient"]
-                mean = still_where_broken(mean.clone(), mean) if batch.serves else mean
-                means.append(batch.down.encode(mean) if batch.serves else batch.nothing_owned())
-        means = yield self.transport.to_workers, batches, means
-        with self.timer("decode"):
-            for batch, mean in zip(batches, means, strict=True):
-                means_of_layers = batch.as_parameters(batch.down.decode(mean))
-                for parameter, mean in zip(batch.params, means_of_layers, strict=True):
-                    parameter.grad.copy_(mean)
+        self.timer.phase("encode")
+        payloads = []
+        for batch in batches:
+            gradients = torch.stack(gradients_of(batch, self.steps + 1))
+            generator, step = self.generators["w2s"], self.steps + 1
+            payloads.append(batch.up.encode(gradients, generator, self.error_decay, step))
+        from_workers = yield self.transport.to_servers, batches, payloads
+        self.timer.phase("decode")
+        payloads = []
+        for batch, messages in zip(batches, from_workers, strict=True):
+            mean = batch.state["server_gradient"]
+            if self.feedback != "ef21":
+                mean.zero_()
+            for message in messages if batch.serves else ():
+                mean += batch.up.decode(message) * (1 / len(messages))  # rounded twice
+            if batch.serves:
+                payloads.append(batch.down.encode(still_where_broken(mean.clone(), mean)))
+            else:
+                payloads.append(batch.nothing_owned())
+        means = yield self.transport.to_workers, batches, payloads
+        self.timer.phase("decode")
+        for batch, payload in zip(batches, means, strict=True):
+            of_layers = batch.as_parameters(batch.down.decode(payload))
+            for parameter, mean in zip(batch.params, of_layers, strict=True):
+                parameter.grad.copy_(mean)
 
     def __setstate__(self, values: dict) -> None:
         super().__setstate__(values)

@@ -4,7 +4,7 @@ import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from operator import is_
 
 import torch
@@ -32,12 +32,14 @@ def guarded_step(optimizer, closure: Callable | None, take: Callable[[], None]):
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    with torch.no_grad(), in_step(optimizer):
+    alone = place_in(optimizer.everyone)[1] == 1
+    with torch.no_grad(), nullcontext() if alone else in_step(optimizer):
         optimizer.guards.before_step(optimizer)
         if overflowed(optimizer, optimizer.everyone):
             return loss
         with torch.autocast(optimizer.device.type, enabled=False):  # products are of full precision
             take()
+        optimizer.timer.phase(None)
         optimizer.steps += 1
         optimizer.begun = True
     return loss
@@ -46,9 +48,6 @@ def guarded_step(optimizer, closure: Callable | None, take: Callable[[], None]):
 @contextmanager
 def in_step(optimizer) -> Iterator[None]:
     """Where others may wait for this rank, and this for others, which is then said."""
-    if place_in(optimizer.everyone)[1] == 1:
-        yield
-        return
     optimizer.roll_call = optimizer.roll_call or RollCall(optimizer.everyone)
     step = optimizer.steps
     optimizer.roll_call.enter(step)
@@ -73,6 +72,7 @@ class Guards:
         self.formed = [(list(g["params"]), *map(g.get, self.fixed)) for g in optimizer.param_groups]
         state = optimizer.state.items()
         self.views = [(p, key, table) for p, own in state for key, table in own.items()]
+        self.flags = [at for batch in optimizer.batches for at in broken_at(batch)]
         self.notice = Notice()
 
     def before_step(self, optimizer) -> None:
@@ -82,7 +82,13 @@ class Guards:
         """
         if optimizer.inner:  # whose load_state_dict makes other groups, of the same parameters
             optimizer.param_groups = [g for one in optimizer.inner for g in one.param_groups]
-        self._require_ranks(optimizer.process_group)
+        _, now = place_in(optimizer.process_group)
+        if now != self.ranks:
+            raise RuntimeError(
+                f"there are {now} ranks where there were {self.ranks} when the optimizer was "
+                "built, which would send nothing to the others: build it after "
+                "torch.distributed.init_process_group"
+            )
         for parameter, key, table in self.views:
             if optimizer.state.get(parameter, {}).get(key) is not table:
                 raise RuntimeError(
@@ -96,21 +102,12 @@ class Guards:
         if optimizer.steps == 0 and place_in(optimizer.everyone)[1] > 1:
             warn_of_statistics(self.layers, optimizer.buffers.module)
         bring_gradients(self.layers, type(optimizer).__name__)
-        if self.notice.look([at for b in optimizer.batches for at in broken_at(b)]):
+        if self.notice.look(self.flags):
             try:
                 optimizer.check_finite()
             except FloatingPointError as error:
                 rank, _ = place_in(optimizer.everyone)
                 log.warning("rank %d: %s (check_finite() raises this: end the run)", rank, error)
-
-    def _require_ranks(self, group: dist.ProcessGroup | str | None) -> None:
-        _, now = place_in(group)
-        if now != self.ranks:
-            raise RuntimeError(
-                f"there are {now} ranks where there were {self.ranks} when the optimizer was "
-                "built, which would send nothing to the others: build it after "
-                "torch.distributed.init_process_group"
-            )
 
     def _require_groups(self, groups: list[dict]) -> None:
         if len(groups) != len(self.formed):
@@ -279,7 +276,7 @@ class Notice:
 
 
 class PhaseTimer:
-    """Seconds spent in named phases: `with timer("encode"): ...`.
+    """Seconds spent in named phases: `with timer("data"): ...`, or between calls of `phase`.
 
     device: on CUDA a phase is timed by events on the current stream, which are read only by
     `read()`; of the phases that nobody reads the last 10,000 are kept. None: nothing is timed.
@@ -287,26 +284,34 @@ class PhaseTimer:
 
     def __init__(self, device: torch.device | None):
         self.device = device
+        self._open: tuple[str, float | torch.cuda.Event] | None = None
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=10_000)
 
     def __reduce__(self) -> tuple:
         return PhaseTimer, (self.device,)  # a copy begins at zero
 
+    def phase(self, name: str | None) -> None:
+        """What passes from here on is of this phase; with None it is of none."""
+        if self.device is None:
+            return
+        on_cuda = self.device.type == "cuda"
+        now = torch.cuda.Event(enable_timing=True) if on_cuda else time.perf_counter()
+        if on_cuda:
+            now.record()
+        if self._open:
+            before, since = self._open
+            if on_cuda:
+                self._events.append((before, since, now))
+            else:
+                self._seconds[before] += now - since
+        self._open = name and (name, now)
+
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        if self.device is None:
-            yield
-        elif self.device.type == "cuda":
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            yield
-            stop.record()
-            self._events.append((phase, start, stop))
-        else:
-            start = time.perf_counter()
-            yield
-            self._seconds[phase] += time.perf_counter() - start
+        self.phase(phase)
+        yield
+        self.phase(None)
 
     def read(self) -> dict[str, float]:
         """Seconds of each phase since the last call. Waits for the device."""

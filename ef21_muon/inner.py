@@ -57,11 +57,10 @@ class Wrapped:
         for optimizer in self.optimizers:
             optimizer.register_step_pre_hook(refuse)
 
-    def step(self, timer: PhaseTimer) -> None:
+    def step(self) -> None:
         """A step of each. ValueError from the first for state that is not made of float tensors."""
-        with timer("server"):
-            for optimizer in self.optimizers:
-                optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         if not self._checked:
             _require_float_state(self.optimizers)
             self._checked = True

@@ -37,8 +37,8 @@ class Channel:
 
     memory: G_j or e_j, float32 like the target, at first zero; None without feedback. `size` is the
     bytes of a layer's message. `broken_at` (layers,) is the first step whose message was not
-    finite, counted from 1, or 0. While `recording`, `contraction` and `estimator_error` (layers,) are those
-    of the last message.
+    finite, counted from 1, or 0. While `recording`, `contraction` and `estimator_error` (layers,)
+    are those of the last message.
     """
 
     def __init__(
@@ -129,16 +129,12 @@ class Batch:
         self.group, self.names, self.params, self.shape = group, names, params, shape
         self.transposed = transposed and params[0].ndim > 1
         self.owned_by, self.owned = owned_by, owned_by[rank]
+        self.serves = len(params[self.owned]) > 0  # whether this rank owns a layer
         everything = slice(0, len(params))
         self.replicated = all(part == everything for part in owned_by)
         self.device = params[0].device
         self.state: dict[str, Tensor] = {}
         self.broken_at = torch.zeros(len(params), dtype=torch.int64, device=self.device)
-
-    @property
-    def serves(self) -> bool:
-        """Whether this rank owns a layer."""
-        return self.owned.stop > self.owned.start
 
     @property
     def kernel(self) -> int:

@@ -230,11 +230,12 @@ class LocalSteps(Communicating):
             self._take_over()
             # A worker whose gradient overflowed does without this step; its own ranks do alike.
             does_without = overflowed(self, self.mesh.worker if self.mesh else ALONE)
+            self.timer.phase("exchange")
             if self.mesh:
-                with self.timer("exchange"):
-                    self.mesh.reduce_gradients()
+                self.mesh.reduce_gradients()
+            self.timer.phase("server")
             if not does_without:
-                self.wrapped.step(self.timer)
+                self.wrapped.step()
             self.steps += 1
             with torch.autocast(self.device.type, enabled=False):
                 self._exchange()
@@ -265,29 +266,24 @@ class LocalSteps(Communicating):
 
     def _round(self, batches: Sequence[Batch]) -> Generator:
         """A round of a bucket of batches: worker, server, worker."""
-        with self.timer("encode"):
-            messages = [self._worker_message(batch) for batch in batches]
-        from_workers = yield self.transport.to_servers, batches, messages
+        self.timer.phase("encode")
+        payloads = [self._worker_message(batch) for batch in batches]
+        from_workers = yield self.transport.to_servers, batches, payloads
         yield from self._at_servers(batches, from_workers)
 
-    def _at_servers(self, batches: Sequence[Batch], from_workers: list[list[Tensor]]) -> Generator:
-        with self.timer("decode"):
-            means = [
-                self._mean(batch, messages)
-                for batch, messages in zip(batches, from_workers, strict=True)
-            ]
-        with self.timer("server"):
-            shifts = [
-                self._server_message(batch, mean)
-                for batch, mean in zip(batches, means, strict=True)
-            ]
-        shifts = yield self.transport.to_workers, batches, shifts
+    def _at_servers(self, batches: Sequence[Batch], from_workers: Sequence) -> Generator:
+        self.timer.phase("decode")
+        both = zip(batches, from_workers, strict=True)
+        means = [(batch, self._mean(batch, messages)) for batch, messages in both]
+        self.timer.phase("server")
+        payloads = [self._server_message(batch, mean) for batch, mean in means]
+        shifts = yield self.transport.to_workers, batches, payloads
         self._at_workers(batches, shifts)
 
     def _at_workers(self, batches: Sequence[Batch], shifts: Sequence[Tensor]) -> None:
-        with self.timer("decode"):
-            for batch, shift in zip(batches, shifts, strict=True):
-                self._update(batch, batch.down.decode(shift))
+        self.timer.phase("decode")
+        for batch, shift in zip(batches, shifts, strict=True):
+            self._update(batch, batch.down.decode(shift))
         self.last_sync = self.steps
 
     def _resumed(self, batches: Sequence[Batch], leg: int) -> Generator:
@@ -387,14 +383,14 @@ class LocalSteps(Communicating):
 
     def _average_buffers(self) -> None:
         if self.buffers.shared:
-            with self.timer("exchange"):
-                self.transport.traffic += self.buffers.average()
+            self.transport.traffic += self.buffers.average()
 
     def _share(self) -> None:
         """Give the other ranks of this worker the layers that were stepped here."""
+        self.timer.phase("exchange")
         if self.mesh:
-            with self.timer("exchange"):
-                self.mesh.share_parameters()
+            self.mesh.share_parameters()
+        self.timer.phase(None)
         self.wrapped.take_over()
 
     def _take_over(self) -> None:
@@ -476,7 +472,7 @@ class LocalSteps(Communicating):
         super().go_on_after(steps)
         self.last_sync = steps
         for under_way in vars(self).get("_rounds", {}).values():
-            under_way.arrived()  # or what is sent next would be taken for it
+            under_way.wait()  # or what is sent next would be taken for it
         self._rounds = {}
 
     def __setstate__(self, values: dict) -> None:

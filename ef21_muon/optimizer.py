@@ -255,40 +255,43 @@ class EF21Muon(Communicating):
         return loss
 
     def _take_step(self) -> None:
+        self.timer.phase("exchange")
         if self.mesh:
-            with self.timer("exchange"):
-                self.mesh.reduce_gradients()
+            self.mesh.reduce_gradients()
         for batch in self.batches:
             if batch.versions is not None and batch.versions != versions(batch):
                 take_over(batch)
         run(map(self._round, self.buckets), self.timer)
         for batch in self.batches:
             batch.versions = versions(batch)
+        self.timer.phase("exchange")
         if self.buffers.shared:
-            with self.timer("exchange"):
-                self.transport.traffic += self.buffers.average()
+            self.transport.traffic += self.buffers.average()
         if self.mesh:
-            with self.timer("exchange"):
-                self.mesh.share_parameters()
+            self.mesh.share_parameters()
 
     def _round(self, batches: Sequence[Batch]) -> Generator:
         """Algorithm 1 for a bucket of batches of layers, line by line."""
-        with self.timer("encode"):
-            messages = [self._worker_message(batch) for batch in batches]  # lines 9 to 11
-        from_workers = yield self.transport.to_servers, batches, messages  # line 12
-        with self.timer("decode"):
-            for batch, messages in zip(batches, from_workers, strict=True):
-                gradient = batch.state["server_gradient"]
-                if self.feedback != "ef21":
-                    gradient.mul_(self.param_groups[batch.group]["server_momentum"])
-                for message in messages if batch.serves else ():  # line 14: G = G + mean of R_j
-                    gradient += batch.up.decode(message) * (1 / len(messages))  # rounded twice
-        with self.timer("server"):
-            shifts = [self._server_message(batch) for batch in batches]  # lines 3 to 5
-        shifts = yield self.transport.to_workers, batches, shifts  # line 6
-        with self.timer("decode"):
-            for batch, shift in zip(batches, shifts, strict=True):  # line 8: W = W + S
-                torch._foreach_add_(batch.params, batch.as_parameters(batch.down.decode(shift)))
+        self.timer.phase("encode")
+        payloads = []
+        for batch in batches:
+            payloads.append(self._worker_message(batch))  # lines 9 to 11
+        from_workers = yield self.transport.to_servers, batches, payloads  # line 12
+        self.timer.phase("decode")
+        for batch, messages in zip(batches, from_workers, strict=True):
+            gradient = batch.state["server_gradient"]
+            if self.feedback != "ef21":
+                gradient.mul_(self.param_groups[batch.group]["server_momentum"])
+            for message in messages if batch.serves else ():  # line 14: G = G + mean of R_j
+                gradient += batch.up.decode(message) * (1 / len(messages))  # rounded twice
+        self.timer.phase("server")
+        payloads = []
+        for batch in batches:
+            payloads.append(self._server_message(batch))  # lines 3 to 5
+        shifts = yield self.transport.to_workers, batches, payloads  # line 6
+        self.timer.phase("decode")
+        for batch, shift in zip(batches, shifts, strict=True):  # line 8: W = W + S
+            torch._foreach_add_(batch.params, batch.as_parameters(batch.down.decode(shift)))
 
     def _worker_message(self, batch: Batch) -> Tensor:
         """Lines 9 to 11: M_j, R_j = C_j(M_j - G_j) and G_j = G_j + R_j; R_j, one row a layer."""
@@ -398,7 +401,10 @@ def versions(batch: Batch) -> list[tuple[int, int]]:
     Others than after the last step tell that somebody else has changed W, as a model's
     load_state_dict does; what is written into a parameter's `.data` goes unnoticed.
     """
-    return [(parameter._version, parameter.data_ptr()) for parameter in batch.params]
+    found = []
+    for parameter in batch.params:
+        found.append((parameter._version, parameter.data_ptr()))
+    return found
 
 
 def take_over(batch: Batch) -> None:

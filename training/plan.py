@@ -23,8 +23,8 @@ from training.workers import RunError
 
 SLOWEST = next(iter(LINKS))
 WEIGHED = (
-    "server=auto weighs both: a byte takes as long as {cpu:,} multiplications of a CPU, or {cuda:,} "
-    "of a GPU (at 1 Gbit/s)"
+    "server=auto weighs both: a byte takes as long as {cpu:,} multiplications of a CPU, or "
+    "{cuda:,} of a GPU (at 1 Gbit/s)"
 ).format(**MULTIPLICATIONS_PER_BYTE)
 
 
