@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ef21_muon import ALONE, Dense, EF21Muon, Identity, LocalSteps, RankK, TopK
+from ef21_muon import ALONE, Dense, EF21Muon, LocalSteps, RankK, TopK
 
 INNER = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
