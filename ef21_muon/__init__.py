@@ -7,11 +7,11 @@ on torch alone.
 from ef21_muon.averaged import AveragedGradients
 from ef21_muon.exchange.collectives import ALONE
 from ef21_muon.hierarchy import HierarchicalEF21Muon
-from ef21_muon.lmo.blocks import Blocks
 from ef21_muon.lmo.norms import (
     L1,
     AdaptiveRadius,
     BiasRMS,
+    Blocks,
     ColumnNorm,
     Euclidean,
     Norm,
