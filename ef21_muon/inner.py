@@ -28,11 +28,10 @@ def require_inner(optimizers: Sequence[Optimizer]) -> None:
                 f"inner={type(optimizer).__name__} sends messages itself: build it with "
                 "process_group=ALONE (from ef21_muon import ALONE)"
             )
-        correction = getattr(optimizer, "correction", None)
-        if correction is not None and correction.evaluates:
+        if getattr(optimizer, "correction", None):
             raise ValueError(
                 f"inner={type(optimizer).__name__} with momentum={optimizer.momentum!r} needs a "
-                "closure in every step: give momentum='polyak' or 'mvr1'"
+                "closure in every step: give momentum='polyak'"
             )
         closure = signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is Parameter.empty:

@@ -16,7 +16,7 @@ from ef21_muon.checks import (
     refuse_unused_decays,
     whole_number,
 )
-from ef21_muon.correction import KINDS, corrected, no_closure
+from ef21_muon.correction import PARTS, Correction
 from ef21_muon.exchange.collectives import Traffic, place_in
 from ef21_muon.exchange.gradients import bring_gradients
 from ef21_muon.exchange.layers import LayerBatch, batch_layers, lmo_costs, still_where_broken
@@ -78,8 +78,7 @@ class EF21Muon(ServedOptimizer):
         feedback: "ef21" as above, "ef14" or "none" (`ef21_muon.messages.feedback`).
         momentum: "polyak" is line 9. Others correct the gradient for how far W has gone
             (`ef21_muon.correction`): "mvr" and "hessian" take a second gradient of the batch, so
-            that `step` needs a closure, "mvr1" has the one before. `gamma` is the correction's
-            weight.
+            that `step` needs a closure. `gamma` is the correction's weight.
         momentum_start: the first M_j is the "gradient", or with "zero" beta times it (Muon, Scion).
         first_message: "compressed", so that no gradient is ever sent whole, or "exact", so that
             G_j is M_j at first, as the L-smooth theorem has it, in float32.
@@ -147,9 +146,9 @@ class EF21Muon(ServedOptimizer):
         }
         buckets = whole_number("buckets", buckets, least=1)
         self.feedback = FEEDBACK[choice("feedback", feedback, FEEDBACK)]
-        self.momentum = choice("momentum", momentum, ("polyak", *KINDS))
+        self.momentum = choice("momentum", momentum, ("polyak", *PARTS))
         self.gamma = check_number("gamma", gamma, {"gamma": ("of at least 0", lambda g: g >= 0)})
-        self.correction = None if momentum == "polyak" else KINDS[momentum](gamma)
+        self.correction = None if momentum == "polyak" else Correction(momentum, self.gamma)
         momenta = ("gradient", "zero")
         self.momentum_start = choice("momentum_start", momentum_start, momenta)
         first_messages = ("compressed", "exact")
@@ -161,7 +160,7 @@ class EF21Muon(ServedOptimizer):
         batches = batch_layers(self.param_groups, self.server, *place_in(process_group))
         for batch in batches:
             left_out = self.param_groups[batch.group]["lmo_feedback"]
-            batch.make_room(self.correction and self.correction.remembers, left_out)
+            batch.make_room("previous_model" if self.correction else None, left_out)
         self._begin(batches)
         rules = [self.param_groups[batch.group]["w2s"] for batch in self.batches]
         if first_message == "exact":
@@ -185,22 +184,14 @@ class EF21Muon(ServedOptimizer):
         """One round, on all workers together.
 
         closure: clears the gradients, evaluates a batch, calls backward and returns the loss; with
-        a `momentum` that evaluates the batch twice it is called twice.
+        "mvr" and "hessian" it is called twice.
         """
         if self.correction:
             closure = self._corrected(closure)
         return super().step(closure)
 
     def _corrected(self, closure: Callable | None) -> Callable:
-        """A closure that leaves corrected gradients. Raises RuntimeError where one is missing."""
-        if closure is None:
-            if self.correction.evaluates:
-                raise RuntimeError(
-                    f"momentum={self.momentum!r} evaluates every batch twice: call step(closure) "
-                    "with a function that clears the gradients, evaluates the batch, calls backward"
-                    " and returns the loss"
-                )
-            closure = no_closure
+        """A closure that leaves corrected gradients."""
         layers = [
             (parameter, before, self.param_groups[batch.group]["beta"])
             for batch in self.batches
@@ -209,7 +200,7 @@ class EF21Muon(ServedOptimizer):
             )
         ]
         bring = partial(bring_gradients, self._brought, type(self).__name__)
-        return corrected(self.correction, layers, closure, bring, first=not self.begun)
+        return self.correction.corrected(closure, layers, bring, first=not self.begun)
 
     def _round(self) -> Traffic:
         for batch in self.batches:

@@ -51,8 +51,7 @@ class Passes:
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_half)
         # W is evaluated, where a worker's own parameters are apart from it.
         self.agreed = getattr(optimizer, "agreed", nullcontext)
-        correction = getattr(optimizer, "correction", None)
-        self.twice = correction is not None and correction.evaluates
+        self.twice = getattr(optimizer, "correction", None) is not None
         self.max_norm = max_norm
         if lanes := getattr(optimizer, "lanes", None):  # they average over a worker's ranks first
             lanes.max_norm, self.max_norm = max_norm, None
