@@ -14,7 +14,6 @@ from copy import copy, deepcopy
 from datetime import timedelta
 from itertools import chain
 from types import EllipsisType
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,15 +33,7 @@ PARTS, LEAST = 16, 2**20
 ALIGNED = 16  # bytes
 
 ByRank = list[list[Tensor]]
-
-
-class Piece(NamedTuple):
-    """What is sent of a layer at once."""
-
-    parameter: Tensor
-    entries: int
-    here: slice | EllipsisType  # of what this rank holds
-    rows: list[slice | EllipsisType]  # of the whole layer, by the rank that holds them
+Rows = slice | EllipsisType
 
 
 def new_mesh(
@@ -147,30 +138,28 @@ class WorkerMesh:
         if self.sharded:
             require_shards(self.parameters, dist.get_process_group_ranks(self.worker))
 
-    def _in_buckets(self, owners: list[int]) -> list[list[list[Piece]]]:
-        """By collective and owner what is sent at once, with about as much for every owner."""
+    def _in_buckets(self, owners: list[int]) -> list[list[list[tuple[Tensor, list[Rows]]]]]:
+        """By collective and owner the layers that are sent, and the rows that each rank holds."""
         entries = sum(parameter.numel() for parameter in self.parameters)
         room = max(LEAST, -(-entries // (PARTS * self.ranks_per_worker)))
         sent = [0] * self.ranks_per_worker
         buckets = defaultdict(lambda: [[] for _ in sent])
         for parameter, owner in zip(self.parameters, owners, strict=True):
-            for piece in self._pieces(parameter, room):
-                buckets[sent[owner] // room][owner].append(piece)
-                sent[owner] += piece.entries
+            for rows in self._rows(parameter, room):
+                buckets[sent[owner] // room][owner].append((parameter, rows))
+                sent[owner] += min(room, parameter.numel())
         return list(buckets.values())
 
-    def _pieces(self, parameter: Tensor, room: int) -> list[Piece]:
-        """Larger whole layers than `room` are cut, since their owner gets them from every rank."""
+    def _rows(self, parameter: Tensor, room: int) -> list[list[Rows]]:
+        """By rank; a large whole layer in parts, since its owner gets them from every rank."""
         entries, ranks = parameter.numel(), self.ranks_per_worker
-        if self.sharded:  # as torch.chunk does; the last ranks may have no rows
+        if self.sharded:  # as torch.chunk does; the last ranks may have none
             count = -(-len(parameter) // ranks)
-            rows = [slice(rank * count, (rank + 1) * count) for rank in range(ranks)]
-            return [Piece(parameter, entries, ..., rows)]
+            return [[slice(rank * count, (rank + 1) * count) for rank in range(ranks)]]
         if entries <= room:
-            return [Piece(parameter, entries, ..., [...] * ranks)]
+            return [[...] * ranks]
         step = max(1, room * len(parameter) // entries)
-        cuts = [slice(first, first + step) for first in range(0, len(parameter), step)]
-        return [Piece(parameter, parameter[cut].numel(), cut, [cut] * ranks) for cut in cuts]
+        return [[slice(first, first + step)] * ranks for first in range(0, len(parameter), step)]
 
     def name(self, own: list[Layer]) -> None:
         """Tell all ranks of the worker of the layers that an optimizer of this rank steps."""
@@ -285,9 +274,12 @@ class WorkerMesh:
     ) -> Iterator[tuple[ByRank, ByRank]]:
         """By bucket what this rank holds for each owner, and what each holds of its own layers."""
         for bucket in self._buckets:
-            held = [[local(part(p.parameter))[p.here] for p in pieces] for pieces in bucket]
+            held = [
+                [local(part(p))[... if self.sharded else rows[0]] for p, rows in pieces]
+                for pieces in bucket
+            ]
             owned = [
-                [whole[piece.parameter][piece.rows[rank]] for piece in bucket[self._place]]
+                [whole[p][rows[rank]] for p, rows in bucket[self._place]]
                 for rank in range(self.ranks_per_worker)
             ]
             yield held, owned
