@@ -13,13 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ef21_muon.checks import first_difference
-from ef21_muon.exchange.layers import named_layers
-from ef21_muon.fingerprint import fingerprint
+from ef21_muon.layers import named_layers
 from ef21_muon.lmo.norms import AdaptiveRadius, along
 from ef21_muon.messages.compressors import Compressor
 from ef21_muon.messages.samples import numbers
-from ef21_muon.messages.switch import in_round, starts
+from ef21_muon.transport.agreement import first_difference
+from ef21_muon.transport.fingerprint import fingerprint
 
 SIDE = 512  # of a matrix that is tried; a larger one is tried in part
 
@@ -47,13 +46,11 @@ def of_messages(entry: str, rules: list[dict]) -> Results:
     """
     tried = set()
     for index, _, parameter, shape in named_layers(rules):
-        given = rules[index][entry]
-        for start in sorted(starts(given)):
-            fitted = in_round(given, start).fit(*shape)
-            name = f"{entry}={fitted}, {shape[0]} x {shape[1]}"
-            if not (fitted.lossless or name in tried):
-                tried.add(name)
-                yield name, _decoded(fitted, *shape, parameter.device)
+        fitted = rules[index][entry].fit(*shape)
+        name = f"{entry}={fitted}, {shape[0]} x {shape[1]}"
+        if not (fitted.lossless or name in tried):
+            tried.add(name)
+            yield name, _decoded(fitted, *shape, parameter.device)
 
 
 def of_inner(inner: Iterable[Optimizer]) -> Results:

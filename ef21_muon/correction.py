@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ef21_muon.exchange.gradients import GradientError
+from ef21_muon.guards import GradientError
 
 STEP = 0.1  # of the way from W^k back to W^{k-1}, over which a Hessian is differenced
 

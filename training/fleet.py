@@ -15,7 +15,6 @@ from ef21_muon.exchange.admission import FleetRefused
 from training.config import what_matters
 from training.log import NoLog, RunLog
 from training.membership import require_addresses, require_way_here
-from training.method import rounds_of
 from training.schedule import new_scheduler
 from training.workers import FinalError, RunError, Workers, one_line
 
@@ -55,12 +54,15 @@ class FixedMembers:
     FleetMembers has the same calls, and says what they are for. `run` is a train.Run.
     """
 
-    def among(self, make: partial) -> partial:
-        return make
+    transport = None
+
+    def synced_steps(self, step: int) -> int:
+        """Of a run after so many steps those that W has of all workers."""
+        return step
 
     def ask_every(self, optimizer: torch.optim.Optimizer) -> int:
         """Steps, at most, between questions whether to stop: who seldom sends seldom asks."""
-        return min(*rounds_of(optimizer).lengths, SELDOM)
+        return min(*optimizer.rounds.lengths, SELDOM)
 
     def at_work(self, what: str) -> AbstractContextManager:
         return nullcontext()
@@ -110,8 +112,9 @@ class FleetMembers:
                 "scripts/fleet.py"
             )
         try:
-            from ef21_muon.exchange.fleet import Fleet
             from ef21_muon.fleet import FleetSteps
+
+            from ef21_muon.exchange.fleet import Fleet
         except ImportError as error:
             raise RunError(f"membership={own.name}: {one_line(error)}") from error
 

@@ -1,1 +1,1 @@
-"""Who sends what to whom: servers, workers of several ranks, and the collectives of a round."""
+"""How messages travel: between workers that stay, and between the ranks of one worker."""

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
-from ef21_muon.exchange.clipping import clip
-from ef21_muon.exchange.collectives import wait
-from ef21_muon.exchange.gradients import Layer
-from ef21_muon.exchange.placement import spread
+from ef21_muon.layers import Layer
+from ef21_muon.transport.clipping import clip
+from ef21_muon.transport.fixed import wait
+from ef21_muon.transport.placement import assign
 from ef21_muon.transport.shards import is_sharded, local, require_shards
 
 DIMENSIONS = ("worker", "rank")
@@ -81,7 +81,8 @@ class WorkerMesh:
     same layers in all workers; `own` has every parameter that this rank owns, with what an
     optimizer steps of it: itself, or a whole copy of a sharded one. `layers`, once they were named,
     has of all what an optimizer needs to ask for gradients. `stream` is the number of this rank's
-    random stream. Raises ValueError, on all ranks of a worker, where one has no layer, or shards of
+    random stream. `max_norm`, to be set alike on all ranks, clips the worker's gradient in every
+    step. Raises ValueError, on all ranks of a worker, where one has no layer, or shards of
     another mesh.
     """
 
@@ -106,6 +107,7 @@ class WorkerMesh:
         self.device_mesh, self.ranks_per_worker = mesh, mesh.size(1)
         self.peers, self.worker = mesh.get_all_groups()
         self.stream, self._place = dist.get_rank(), dist.get_rank(self.worker)
+        self.max_norm: float | None = None
         self.sharded = any(map(is_sharded, self.parameters))
         try:
             with self.together():
@@ -113,7 +115,7 @@ class WorkerMesh:
         except Exception:
             self.close()
             raise
-        owners = spread([p.numel() for p in self.parameters], self.ranks_per_worker)
+        owners = assign([p.numel() for p in self.parameters], self.ranks_per_worker)
         self.own = {
             parameter: Parameter(local(parameter).new_empty(parameter.shape))
             if self.sharded
@@ -214,11 +216,11 @@ class WorkerMesh:
         return sums.tolist()
 
     @torch.no_grad()
-    def reduce_gradients(self, max_norm: float | None = None) -> None:
+    def reduce_gradients(self) -> None:
         """The mean of the worker's gradients, on the rank that owns a layer; elsewhere none.
 
-        Whole ones are summed in the order of ranks; sharded ones fully_shard has averaged. Clipped
-        to `max_norm`, alike on all ranks. All ranks have brought the gradients of all `layers`.
+        Whole ones are summed in the order of ranks; sharded ones fully_shard has averaged. All
+        ranks have brought the gradients of all `layers`.
         """
         self.gather_parameters()
         means = {
@@ -232,8 +234,8 @@ class WorkerMesh:
             parameter.grad = None
         for parameter, mean in means.items():
             self.own[parameter].grad = mean.to(parameter.dtype) if self.sharded else mean
-        if max_norm is not None:
-            clip([one.grad for one in self.own.values()], max_norm, self.worker)
+        if self.max_norm is not None:
+            clip([one.grad for one in self.own.values()], self.max_norm, self.worker)
 
     @torch.no_grad()
     def gather_parameters(self) -> None:

@@ -39,8 +39,9 @@ def build(kind: str, worker: int) -> tuple[nn.Module, LocalSteps]:
     if kind == "fixed":
         dist.init_process_group("gloo")
         return model, LocalSteps(inner, **options)
-    from ef21_muon.exchange.fleet import Fleet
     from ef21_muon.fleet import FleetSteps
+
+    from ef21_muon.exchange.fleet import Fleet
 
     optimizer = FleetSteps(inner, fleet=Fleet(worker, f"http://localhost:{PORT}"), **options)
     optimizer.join()

@@ -10,6 +10,7 @@ import fleet as crew
 import pytest
 import torch
 from bad_inputs import free_port
+from ef21_muon.fleet import FleetSteps
 from fleet import (
     DATA,
     LighthouseProcess,
@@ -25,7 +26,6 @@ from ef21_muon import Dense, Identity, LocalSteps, Switch, TopK
 from ef21_muon.exchange import fleet as exchange
 from ef21_muon.exchange import lighthouse as beacon
 from ef21_muon.exchange.fleet import HEAD, Fleet, FleetRefused
-from ef21_muon.fleet import FleetSteps
 
 EVERY = 3
 

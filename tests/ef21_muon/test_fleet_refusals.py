@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from bad_inputs import free_port
+from ef21_muon.fleet import FleetSteps
 from fleet import Worker, lighthouse, parameters_of
 from run import PATIENCE
 from torch import nn
@@ -20,7 +21,6 @@ from ef21_muon.exchange.admission import Card
 from ef21_muon.exchange.connections import Transport
 from ef21_muon.exchange.fleet import FleetRefused
 from ef21_muon.exchange.reach import Place, is_local
-from ef21_muon.fleet import FleetSteps
 
 RUN = {"optimizer.lr": 0.01, "steps": 60}
 

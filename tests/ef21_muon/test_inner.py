@@ -167,8 +167,9 @@ def test_one_that_cannot_be_built_again_is_refused(name):
 def test_a_worker_that_was_away_begins_anew_from_what_the_others_share(name):
     """It takes over W, and its inner optimizer steps from there as a fresh one."""
     pytest.importorskip("torchft")
-    from ef21_muon.exchange.fleet import Fleet
     from ef21_muon.fleet import FleetSteps
+
+    from ef21_muon.exchange.fleet import Fleet
 
     def worker(number):
         torch.manual_seed(0)

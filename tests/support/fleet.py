@@ -11,11 +11,11 @@ from pathlib import Path
 os.environ.setdefault("RUST_LOG", "error")
 
 import torch
+from ef21_muon.fleet import FleetSteps
 from torch import nn
 from torchft.coordination import LighthouseServer
 
 from ef21_muon.exchange.fleet import Fleet
-from ef21_muon.fleet import FleetSteps
 
 HEARTBEAT_MS = 2500
 DATA = 4  # inputs, of which a function is learnt

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from run import PATIENCE, ROOT, launch
 
 from ef21_muon.exchange.admission import FleetRefused
-from ef21_muon.exchange.collectives import Traffic
+from ef21_muon.transport.fixed import Traffic
 from scripts.chaos.crew import Crew
 from scripts.fleet import worker_overrides
 from training.checkpoint import Checkpoints

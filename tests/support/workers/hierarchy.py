@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from ef21_muon.exchange.lanes import Lanes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -30,7 +31,6 @@ from ef21_muon import (
     Switch,
     TopK,
 )
-from ef21_muon.exchange.lanes import Lanes
 
 SHAPES = {"query": (12, 20), "key": (12, 20), "value": (12, 20), "fc": (30, 12), "head": (16, 12)}
 CASES = {

@@ -19,7 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 
-from ef21_muon.exchange.gradients import Layer, bring_gradients
+from ef21_muon.guards import bring_gradients
+from ef21_muon.layers import Layer
 from ef21_muon.transport import mesh as meshes
 from ef21_muon.transport.mesh import WorkerMesh, new_mesh
 from ef21_muon.transport.shards import local
@@ -238,12 +239,13 @@ def by_fully_shard() -> list[float]:
             mesh = WorkerMesh(model.parameters(), mesh=device_mesh)
         else:
             mesh = WorkerMesh(model.parameters(), size)
+        mesh.max_norm = 0.5
         inner = torch.optim.AdamW(mesh.share(model.named_parameters()), lr=0.1)
         for step in range(STEPS):
             data = torch.Generator().manual_seed(10 * step + dist.get_rank())
             model(torch.randn(4, 8, generator=data)).square().mean().backward()
             with counted() as calls:
-                mesh.reduce_gradients(max_norm=0.5)
+                mesh.reduce_gradients()
                 inner.step()
                 model.zero_grad()
                 mesh.share_parameters()
