@@ -109,6 +109,11 @@ class WorkerMesh:
         self.stream, self._place = dist.get_rank(), dist.get_rank(self.worker)
         self.max_norm: float | None = None
         self.sharded = any(map(is_sharded, self.parameters))
+        self.layers = [
+            Layer(f"a parameter of shape {tuple(p.shape)}", p, p.numel(), "refuse")
+            for p in self.parameters
+        ]
+        self._named: list[tuple[int, str, str]] = []  # of the layers that this rank owns
         try:
             with self.together():
                 self._require_layers()
@@ -124,10 +129,6 @@ class WorkerMesh:
             if owner == self._place
         }
         self._buckets = self._in_buckets(owners)
-        self.layers = [
-            Layer(f"a parameter of shape {tuple(p.shape)}", p, p.numel(), "refuse")
-            for p in self.parameters
-        ]
         self._written: list[tuple[int, ...]] = []
         self.gather_parameters()
 
@@ -164,13 +165,12 @@ class WorkerMesh:
         return [[slice(first, first + step)] * ranks for first in range(0, len(parameter), step)]
 
     def name(self, own: list[Layer]) -> None:
-        """Tell all ranks of the worker of the layers that an optimizer of this rank steps."""
+        """What an optimizer of this rank calls its layers, and asks of them, in `layers`.
+
+        Other ranks of the worker learn it at the end of `together`.
+        """
         stepped = [id(self.own.get(parameter)) for parameter in self.parameters]
-        mine = [(stepped.index(id(one.parameter)), one.name, one.missing) for one in own]
-        of_ranks = [None] * self.ranks_per_worker
-        dist.all_gather_object(of_ranks, mine, group=self.worker)
-        for place, name, missing in chain(*of_ranks):
-            self.layers[place] = self.layers[place]._replace(name=name, missing=missing)
+        self._named = [(stepped.index(id(one.parameter)), one.name, one.missing) for one in own]
 
     def share(self, groups: Iterable) -> list[dict]:
         """Of parameter groups the part that this rank steps, with what it steps of each parameter.
@@ -201,12 +201,16 @@ class WorkerMesh:
             yield
         except Exception as error:
             refused = error
-        messages = [None] * self.ranks_per_worker
-        dist.all_gather_object(messages, refused and str(refused), group=self.worker)
+        of_ranks = [None] * self.ranks_per_worker
+        mine = refused and str(refused), self._named
+        dist.all_gather_object(of_ranks, mine, group=self.worker)
         if refused is not None:
             raise refused
-        if told := [message for message in messages if message is not None]:
-            raise ValueError(told[0])
+        for message, named in of_ranks:
+            if message is not None:
+                raise ValueError(message)
+            for place, name, missing in named:
+                self.layers[place] = self.layers[place]._replace(name=name, missing=missing)
 
     def total(self, *numbers: int) -> list[int]:
         """The sums of the numbers over the ranks of the worker, in one collective."""

@@ -332,10 +332,12 @@ def named() -> dict:
     case.bring_gradients()
     case.layers["query"].grad = None
     before = said(lambda: bring_gradients(case.mesh.layers, "it"))
-    case.mesh.name([Layer(f"its {n}", p, p.numel(), "refuse") for n, p in case.own.items()])
+    with case.mesh.together():
+        case.mesh.name([Layer(f"its {n}", p, p.numel(), "refuse") for n, p in case.own.items()])
     then = said(lambda: bring_gradients(case.mesh.layers, "it"))
     zero = [one for one in case.mesh.layers if one.parameter in case.mesh.own]
-    case.mesh.name([one._replace(missing="zero") for one in zero])
+    with case.mesh.together():
+        case.mesh.name([one._replace(missing="zero") for one in zero])
     return {
         "names": [one.name for one in case.mesh.layers],
         "before": before,
