@@ -167,7 +167,7 @@ class Communicating(torch.optim.Optimizer):
         for what is no compressor or group, and where messages are under way in other sizes.
         """
         chosen = [i for i, rule in enumerate(self.rules) if group in (None, rule.get("name"))]
-        if not chosen:
+        if not (self.mesh.total(len(chosen))[0] if self.mesh else chosen):
             names = ", ".join(str(rule.get("name")) for rule in self.rules)
             raise ValueError(f"group={group!r} is not a group of this optimizer: it has {names}")
         if any("message" in batch.state for batch in self.batches):
@@ -358,7 +358,7 @@ class Communicating(torch.optim.Optimizer):
 
     def __deepcopy__(self, memo: dict) -> "Communicating":
         """Of these parameters, or of their copies where they are copied with it; sends as this."""
-        holders = (self, self.transport, self.buffers, *([self.mesh] if self.mesh else ()))
+        holders = self, self.transport, self.buffers
         held = [value for holder in holders for value in vars(holder).values()]
         memo |= {id(group): group for group in held if isinstance(group, dist.ProcessGroup)}
         other = memo[id(self)] = object.__new__(type(self))

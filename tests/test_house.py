@@ -22,6 +22,7 @@ DIRECTIONS = {
     "ef21_muon.lmo": (),
     "ef21_muon.lmo.presets": ("ef21_muon.messages.compressors",),
     "ef21_muon.exchange": ("ef21_muon.messages", "ef21_muon.lmo", "ef21_muon.identity"),
+    "ef21_muon.transport": ("ef21_muon.exchange",),
     "baselines": ("ef21_muon",),
     "data": (),
     "model": (),

@@ -14,7 +14,6 @@ from copy import copy, deepcopy
 from datetime import timedelta
 from itertools import chain
 from types import EllipsisType
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,23 +24,16 @@ from torch.nn import Parameter
 from ef21_muon.layers import Layer
 from ef21_muon.transport.clipping import clip
 from ef21_muon.transport.fixed import wait
-from ef21_muon.transport.placement import assign as spread
+from ef21_muon.transport.placement import assign
 from ef21_muon.transport.shards import is_sharded, local, require_shards
 
 DIMENSIONS = ("worker", "rank")
-BUCKETS = 4  # about as many collectives each way, so that none takes room for the whole model
+# A collective takes room for about this part of the model, or as many entries for every rank.
+PARTS, LEAST = 16, 2**20
 ALIGNED = 16  # bytes
 
 ByRank = list[list[Tensor]]
-
-
-class Piece(NamedTuple):
-    """What is sent of a layer at once."""
-
-    parameter: Tensor
-    entries: int
-    here: slice | EllipsisType  # of what this rank holds
-    rows: list[slice | EllipsisType]  # of the whole layer, by the rank that holds them
+Rows = slice | EllipsisType
 
 
 def new_mesh(
@@ -63,12 +55,9 @@ def new_mesh(
     if (ranks_per_worker or 0) < 1 or ranks % ranks_per_worker:
         raise ValueError(f"{given} does not divide {ranks} ranks: give a divisor")
     mesh = torch.arange(ranks).view(-1, ranks_per_worker)
-    worker, place = divmod(dist.get_rank(), ranks_per_worker)
-    groups = [
-        dist.new_group(members.tolist(), timeout, of_members, use_local_synchronization=True)
-        for members, of_members in ((mesh[:, place], backend), (mesh[worker], None))
-    ]
-    return DeviceMesh.from_group(groups, device_type, mesh, mesh_dim_names=DIMENSIONS)
+    peers, _ = dist.new_subgroups_by_enumeration(mesh.T.tolist(), timeout, backend)
+    worker, _ = dist.new_subgroups_by_enumeration(mesh.tolist(), timeout)
+    return DeviceMesh.from_group([peers, worker], device_type, mesh, mesh_dim_names=DIMENSIONS)
 
 
 class WorkerMesh:
@@ -92,7 +81,8 @@ class WorkerMesh:
     same layers in all workers; `own` has every parameter that this rank owns, with what an
     optimizer steps of it: itself, or a whole copy of a sharded one. `layers`, once they were named,
     has of all what an optimizer needs to ask for gradients. `stream` is the number of this rank's
-    random stream. Raises ValueError, on all ranks of a worker, where one has no layer, or shards of
+    random stream. `max_norm`, to be set alike on all ranks, clips the worker's gradient in every
+    step. Raises ValueError, on all ranks of a worker, where one has no layer, or shards of
     another mesh.
     """
 
@@ -117,14 +107,20 @@ class WorkerMesh:
         self.device_mesh, self.ranks_per_worker = mesh, mesh.size(1)
         self.peers, self.worker = mesh.get_all_groups()
         self.stream, self._place = dist.get_rank(), dist.get_rank(self.worker)
+        self.max_norm: float | None = None
         self.sharded = any(map(is_sharded, self.parameters))
+        self.layers = [
+            Layer(f"a parameter of shape {tuple(p.shape)}", p, p.numel(), "refuse")
+            for p in self.parameters
+        ]
+        self._named: list[tuple[int, str, str]] = []  # of the layers that this rank owns
         try:
             with self.together():
                 self._require_layers()
-        except ValueError:
+        except Exception:
             self.close()
             raise
-        owners = spread([p.numel() for p in self.parameters], self.ranks_per_worker)
+        owners = assign([p.numel() for p in self.parameters], self.ranks_per_worker)
         self.own = {
             parameter: Parameter(local(parameter).new_empty(parameter.shape))
             if self.sharded
@@ -133,10 +129,6 @@ class WorkerMesh:
             if owner == self._place
         }
         self._buckets = self._in_buckets(owners)
-        self.layers = [
-            Layer(f"a parameter of shape {tuple(p.shape)}", p, p.numel(), "refuse")
-            for p in self.parameters
-        ]
         self._written: list[tuple[int, ...]] = []
         self.gather_parameters()
 
@@ -149,39 +141,36 @@ class WorkerMesh:
         if self.sharded:
             require_shards(self.parameters, dist.get_process_group_ranks(self.worker))
 
-    def _in_buckets(self, owners: list[int]) -> list[list[list[Piece]]]:
-        """By collective and owner what is sent at once, with about as much for every owner."""
+    def _in_buckets(self, owners: list[int]) -> list[list[list[tuple[Tensor, list[Rows]]]]]:
+        """By collective and owner the layers that are sent, and the rows that each rank holds."""
         entries = sum(parameter.numel() for parameter in self.parameters)
-        room = -(-entries // (BUCKETS * self.ranks_per_worker)) or 1
+        room = max(LEAST, -(-entries // (PARTS * self.ranks_per_worker)))
         sent = [0] * self.ranks_per_worker
         buckets = defaultdict(lambda: [[] for _ in sent])
         for parameter, owner in zip(self.parameters, owners, strict=True):
-            for piece in self._pieces(parameter, room):
-                buckets[sent[owner] // room][owner].append(piece)
-                sent[owner] += piece.entries
+            for rows in self._rows(parameter, room):
+                buckets[sent[owner] // room][owner].append((parameter, rows))
+                sent[owner] += min(room, parameter.numel())
         return list(buckets.values())
 
-    def _pieces(self, parameter: Tensor, room: int) -> list[Piece]:
-        """Larger whole layers than `room` are cut, since their owner gets them from every rank."""
+    def _rows(self, parameter: Tensor, room: int) -> list[list[Rows]]:
+        """By rank; a large whole layer in parts, since its owner gets them from every rank."""
         entries, ranks = parameter.numel(), self.ranks_per_worker
-        if self.sharded:  # as torch.chunk does; the last ranks may have no rows
+        if self.sharded:  # as torch.chunk does; the last ranks may have none
             count = -(-len(parameter) // ranks)
-            rows = [slice(rank * count, (rank + 1) * count) for rank in range(ranks)]
-            return [Piece(parameter, entries, ..., rows)]
+            return [[slice(rank * count, (rank + 1) * count) for rank in range(ranks)]]
         if entries <= room:
-            return [Piece(parameter, entries, ..., [...] * ranks)]
+            return [[...] * ranks]
         step = max(1, room * len(parameter) // entries)
-        cuts = [slice(first, first + step) for first in range(0, len(parameter), step)]
-        return [Piece(parameter, parameter[cut].numel(), cut, [cut] * ranks) for cut in cuts]
+        return [[slice(first, first + step)] * ranks for first in range(0, len(parameter), step)]
 
     def name(self, own: list[Layer]) -> None:
-        """Tell all ranks of the worker of the layers that an optimizer of this rank steps."""
+        """What an optimizer of this rank calls its layers, and asks of them, in `layers`.
+
+        Other ranks of the worker learn it at the end of `together`.
+        """
         stepped = [id(self.own.get(parameter)) for parameter in self.parameters]
-        mine = [(stepped.index(id(one.parameter)), one.name, one.missing) for one in own]
-        of_ranks = [None] * self.ranks_per_worker
-        dist.all_gather_object(of_ranks, mine, group=self.worker)
-        for place, name, missing in chain(*of_ranks):
-            self.layers[place] = self.layers[place]._replace(name=name, missing=missing)
+        self._named = [(stepped.index(id(one.parameter)), one.name, one.missing) for one in own]
 
     def share(self, groups: Iterable) -> list[dict]:
         """Of parameter groups the part that this rank steps, with what it steps of each parameter.
@@ -212,12 +201,16 @@ class WorkerMesh:
             yield
         except Exception as error:
             refused = error
-        messages = [None] * self.ranks_per_worker
-        dist.all_gather_object(messages, refused and str(refused), group=self.worker)
+        of_ranks = [None] * self.ranks_per_worker
+        mine = refused and str(refused), self._named
+        dist.all_gather_object(of_ranks, mine, group=self.worker)
         if refused is not None:
             raise refused
-        if told := [message for message in messages if message is not None]:
-            raise ValueError(told[0])
+        for message, named in of_ranks:
+            if message is not None:
+                raise ValueError(message)
+            for place, name, missing in named:
+                self.layers[place] = self.layers[place]._replace(name=name, missing=missing)
 
     def total(self, *numbers: int) -> list[int]:
         """The sums of the numbers over the ranks of the worker, in one collective."""
@@ -227,11 +220,11 @@ class WorkerMesh:
         return sums.tolist()
 
     @torch.no_grad()
-    def reduce_gradients(self, max_norm: float | None = None) -> None:
+    def reduce_gradients(self) -> None:
         """The mean of the worker's gradients, on the rank that owns a layer; elsewhere none.
 
-        Whole ones are summed in the order of ranks; sharded ones fully_shard has averaged. Clipped
-        to `max_norm`, alike on all ranks. All ranks have brought the gradients of all `layers`.
+        Whole ones are summed in the order of ranks; sharded ones fully_shard has averaged. All
+        ranks have brought the gradients of all `layers`.
         """
         self.gather_parameters()
         means = {
@@ -245,8 +238,8 @@ class WorkerMesh:
             parameter.grad = None
         for parameter, mean in means.items():
             self.own[parameter].grad = mean.to(parameter.dtype) if self.sharded else mean
-        if max_norm is not None:
-            clip([one.grad for one in self.own.values()], max_norm, self.worker)
+        if self.max_norm is not None:
+            clip([one.grad for one in self.own.values()], self.max_norm, self.worker)
 
     @torch.no_grad()
     def gather_parameters(self) -> None:
@@ -287,9 +280,12 @@ class WorkerMesh:
     ) -> Iterator[tuple[ByRank, ByRank]]:
         """By bucket what this rank holds for each owner, and what each holds of its own layers."""
         for bucket in self._buckets:
-            held = [[local(part(p.parameter))[p.here] for p in pieces] for pieces in bucket]
+            held = [
+                [local(part(p))[... if self.sharded else rows[0]] for p, rows in pieces]
+                for pieces in bucket
+            ]
             owned = [
-                [whole[piece.parameter][piece.rows[rank]] for piece in bucket[self._place]]
+                [whole[p][rows[rank]] for p, rows in bucket[self._place]]
                 for rank in range(self.ranks_per_worker)
             ]
             yield held, owned
@@ -297,19 +293,21 @@ class WorkerMesh:
     def _send(self, tensors: ByRank, like: ByRank) -> ByRank:
         """Send tensors to every rank of the worker, and return what came from each: `like` these.
 
-        In one collective, in bytes, whatever their types and strides.
+        In one collective, in bytes, whatever their types and strides; this rank's own as they are.
         """
         sent, sizes, places = self._pack(tensors)
-        _copy(places, tensors)
+        _copy(places, [*tensors[: self._place], [], *tensors[self._place + 1 :]])
         received, of_others, arrived = self._pack(like)
         work = dist.all_to_all_single(
             received, sent, of_others, sizes, group=self.worker, async_op=True
         )
         wait([work])
+        arrived[self._place] = tensors[self._place]
         return arrived
 
     def _pack(self, lists: ByRank) -> tuple[Tensor, list[int], ByRank]:
         """A buffer for tensors like these, its bytes for every rank, and places of the tensors."""
+        lists = [[] if rank == self._place else one for rank, one in enumerate(lists)]
         sizes = [[-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in one] for one in lists]
         buffer = torch.empty(sum(map(sum, sizes)), dtype=torch.uint8, device=self.device)
         room = iter(buffer.split([*chain(*sizes)]))
