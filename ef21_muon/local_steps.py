@@ -224,9 +224,9 @@ class LocalSteps(Communicating):
             with torch.enable_grad():
                 loss = closure()
         with in_step(self):
+            self.guards.before_step(self)
             if not self.mesh:
                 self.wrapped.require_a_gradient()
-            self.guards.before_step(self)
             self._take_over()
             # A worker whose gradient overflowed does without this step; its own ranks do alike.
             does_without = overflowed(self, self.mesh.worker if self.mesh else ALONE)
@@ -290,12 +290,13 @@ class LocalSteps(Communicating):
         """A round that was under way at a checkpoint, from its first or second leg on."""
         if leg == 1:
             messages = [batch.state["message"][:, : batch.up.size] for batch in batches]
-            send = partial(self.transport.to_servers, again=True)
+            send = partial(self.transport.again, self.transport.to_servers)
             from_workers = yield send, batches, messages
             yield from self._at_servers(batches, from_workers)
         else:
             shifts = [batch.state["server_message"] for batch in batches]
-            shifts = yield partial(self.transport.to_workers, again=True), batches, shifts
+            send = partial(self.transport.again, self.transport.to_workers)
+            shifts = yield send, batches, shifts
             self._at_workers(batches, shifts)
 
     def _worker_message(self, batch: Batch) -> Tensor:
