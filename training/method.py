@@ -14,7 +14,6 @@ from baselines import AllReduced, SignMuon
 from ef21_muon import EF21Muon, HierarchicalEF21Muon, LocalSteps, param_groups
 from ef21_muon.communicating import CommunicatingOptimizer
 from ef21_muon.exchange.rounds import Rounds
-from ef21_muon.messages.compressors import Compressor
 from ef21_muon.messages.feedback import EF14, EF21
 from ef21_muon.messages.switch import Switch, starts
 from ef21_muon.served import ServedOptimizer
@@ -199,8 +198,13 @@ def rounds_of(optimizer: torch.optim.Optimizer) -> Rounds:
     return getattr(optimizer, "rounds", Rounds(1))
 
 
-def run_label(optimizer: torch.optim.Optimizer) -> str:
-    """The run's name in figures: the method, or what EF21-Muon sends."""
+def run_label(
+    optimizer: torch.optim.Optimizer, gather: Callable[[list], list[list]] = lambda own: [own]
+) -> str:
+    """The run's name in figures: the method, or what EF21-Muon sends.
+
+    gather: the lists of all ranks of the worker, each of which sends some of its layers.
+    """
     if not has_servers(optimizer):
         return optimizer.title
     local = isinstance(optimizer, LocalSteps)
@@ -208,20 +212,21 @@ def run_label(optimizer: torch.optim.Optimizer) -> str:
         rules(optimizer)[0][direction] if local else optimizer.defaults[direction]
         for direction in ("w2s", "s2w")
     )
-    label = _sent(optimizer, "w2s", w2s)
+    sent = [one for of_rank in gather(_sent(optimizer)) for one in of_rank]
+    label = _name("w2s", str(w2s), sent)
     if not s2w.lossless:
-        label = f"{label}, back {_sent(optimizer, 's2w', s2w)}"
-    for group in getattr(optimizer, "worker_groups", rules(optimizer)):
-        if str(own := group.get("w2s", w2s)) != str(w2s):
-            label = f"{label}, {group['name']} {_sent(optimizer, 'w2s', own)}"
-        if str(own := group.get("s2w", s2w)) != str(s2w):
-            label = f"{label}, {group['name']} back {_sent(optimizer, 's2w', own)}"
+        label = f"{label}, back {_name('s2w', str(s2w), sent)}"
+    for group, direction, chosen in dict.fromkeys(one[:3] for one in sent):
+        if chosen != str(w2s if direction == "w2s" else s2w):
+            back = "back " if direction == "s2w" else ""
+            label = f"{label}, {group} {back}{_name(direction, chosen, sent)}"
     if local:
         return f"{label}, {_local_label(optimizer)}"
     if isinstance(optimizer, SignMuon):
         return f"{optimizer.title}, {label}"
     told = [optimizer.feedback.title] if optimizer.feedback is not EF21 else []
-    if any(group["lmo_feedback"] for group in optimizer.param_groups):
+    of_all = getattr(optimizer, "worker_groups", optimizer.param_groups)
+    if any(group.get("lmo_feedback", optimizer.defaults["lmo_feedback"]) for group in of_all):
         told.append("LMO feedback")
     if (decay := optimizer.defaults["error_decay"]) != 1:
         told.append(f"decay {decay:g}")
@@ -230,16 +235,22 @@ def run_label(optimizer: torch.optim.Optimizer) -> str:
     return ", ".join([label, " ".join(told)] if told else [label])
 
 
-def _sent(optimizer: ServedOptimizer, direction: str, chosen: Compressor | Switch) -> str:
+def _sent(optimizer: ServedOptimizer) -> list[tuple[str, str, str, str]]:
+    """Of this rank's layers: group, direction, the compressor that was chosen, what is sent."""
+    sent = []
+    for batch in optimizer.batches:
+        rule = rules(optimizer)[batch.group]
+        for direction in ("w2s", "s2w"):
+            chosen = rule[direction]
+            used = chosen if isinstance(chosen, Switch) else getattr(batch, direction)
+            sent.append((rule["name"], direction, str(chosen), str(used)))
+    return sent
+
+
+def _name(direction: str, chosen: str, sent: list[tuple[str, str, str, str]]) -> str:
     """The compressor by its name, or what all layers that have it send because it saves no byte."""
-    if isinstance(chosen, Switch):
-        return str(chosen)
-    used = {
-        str(getattr(batch, direction))
-        for batch in optimizer.batches
-        if str(rules(optimizer)[batch.group][direction]) == str(chosen)
-    }
-    return used.pop() if len(used) == 1 else str(chosen)
+    used = {used for _, *one, used in sent if one == [direction, chosen]}
+    return used.pop() if len(used) == 1 else chosen
 
 
 def _local_label(optimizer: LocalSteps) -> str:
