@@ -26,6 +26,7 @@ from scripts.step124m.allocations import Allocations, Phases
 from training.config import ROOT, build, compose
 from training.method import build_optimizer
 from training.sharding import require_shards, shard
+from training.weights import draw_weights
 from training.workers import Workers, leave
 
 OUTPUT = ROOT / "results" / "step124m"
@@ -36,9 +37,11 @@ def measure(overrides: list[str], workers: Workers) -> dict:
     config = compose((*overrides, "shard=true")).config
     require_shards(config.worker_size, workers.count)
     tokens = torch.zeros(1, config.model.context, dtype=torch.int64)
-    with Allocations() as built:
-        model = GPT(build(config.model, "model"), config.seed)
+    with Allocations(shapes=False) as built:
+        with torch.device("meta"):
+            model = GPT(build(config.model, "model"))
         shard(model, config.worker_size, workers)
+        draw_weights(model, config.seed, workers)
         optimizer = build_optimizer(config, model, workers.timeout)
         model(tokens, tokens).backward()
         optimizer.step()
