@@ -5,11 +5,11 @@ on torch alone.
 """
 
 from ef21_muon.averaged import AveragedGradients
-from ef21_muon.lmo.blocks import Blocks
 from ef21_muon.lmo.norms import (
     L1,
     AdaptiveRadius,
     BiasRMS,
+    Blocks,
     ColumnNorm,
     Euclidean,
     Norm,

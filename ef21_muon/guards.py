@@ -4,7 +4,7 @@ import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import is_
 
 import torch
@@ -32,8 +32,7 @@ def guarded_step(optimizer, closure: Callable | None, take: Callable[[], None]):
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    alone = place_in(optimizer.everyone)[1] == 1
-    with torch.no_grad(), nullcontext() if alone else in_step(optimizer):
+    with torch.no_grad(), in_step(optimizer):
         optimizer.guards.before_step(optimizer)
         if overflowed(optimizer, optimizer.everyone):
             return loss
@@ -45,9 +44,14 @@ def guarded_step(optimizer, closure: Callable | None, take: Callable[[], None]):
     return loss
 
 
-@contextmanager
-def in_step(optimizer) -> Iterator[None]:
+def in_step(optimizer) -> AbstractContextManager[None]:
     """Where others may wait for this rank, and this for others, which is then said."""
+    alone = place_in(optimizer.everyone)[1] == 1
+    return nullcontext() if alone else _among_others(optimizer)
+
+
+@contextmanager
+def _among_others(optimizer) -> Iterator[None]:
     optimizer.roll_call = optimizer.roll_call or RollCall(optimizer.everyone)
     step = optimizer.steps
     optimizer.roll_call.enter(step)

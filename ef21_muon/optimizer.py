@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ef21_muon.arithmetic import Results, of_messages, of_norms
 from ef21_muon.communicating import Communicating
-from ef21_muon.correction import KINDS, corrected
+from ef21_muon.correction import PARTS, Correction
 from ef21_muon.guards import bring_gradients, gradients_of, guarded_step
 from ef21_muon.layers import (
     FEEDBACK,
@@ -165,9 +165,9 @@ class EF21Muon(Communicating):
         whole_number("buckets", buckets, least=1)
         self.feedback = choice("feedback", feedback, FEEDBACK)
         self.lmo = choice("lmo", lmo, ("servers", "workers"))
-        self.momentum = choice("momentum", momentum, ("polyak", *KINDS))
+        self.momentum = choice("momentum", momentum, ("polyak", *PARTS))
         self.gamma = check_number("gamma", gamma, {"gamma": ("of at least 0", lambda g: g >= 0)})
-        self.correction = None if momentum == "polyak" else KINDS[momentum](gamma)
+        self.correction = None if momentum == "polyak" else Correction(momentum, self.gamma)
         self.momentum_start = choice("momentum_start", momentum_start, ("gradient", "zero"))
         self.first_message = choice("first_message", first_message, ("compressed", "exact"))
         if mesh and self.correction:
@@ -353,13 +353,7 @@ class EF21Muon(Communicating):
         return step
 
     def _corrected(self, closure: Callable | None) -> Callable:
-        """A closure that leaves corrected gradients. Raises RuntimeError where it is missing."""
-        if closure is None:
-            raise RuntimeError(
-                f"momentum={self.momentum!r} evaluates every batch twice: call step(closure) "
-                "with a function that clears the gradients, evaluates the batch, calls backward"
-                " and returns the loss"
-            )
+        """A closure that leaves corrected gradients."""
         layers = [
             (parameter, before, self.param_groups[batch.group]["beta"])
             for batch in self.batches
@@ -368,7 +362,7 @@ class EF21Muon(Communicating):
             )
         ]
         bring = partial(bring_gradients, self.guards.layers, type(self).__name__)
-        return corrected(self.correction, layers, closure, bring, first=not self.begun)
+        return self.correction.corrected(closure, layers, bring, first=not self.begun)
 
     def go_on_after(self, steps: int) -> None:
         super().go_on_after(steps)

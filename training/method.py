@@ -230,9 +230,8 @@ def run_label(optimizer: torch.optim.Optimizer) -> str:
 
 def _sent(optimizer: Communicating, direction: str, chosen: Compressor) -> str:
     """The compressor by its name, or what all layers that have it send because it saves no byte."""
-    channel = {"w2s": "up", "s2w": "down"}[direction]
     used = {
-        str(vars(batch)[channel].compressor)
+        str(chosen.fit(*batch.shape))
         for batch in optimizer.batches
         if str(optimizer.rules[batch.group][direction]) == str(chosen)
     }

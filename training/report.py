@@ -99,7 +99,7 @@ def _layers(optimizer: Communicating) -> list[list[str]]:
     rows = []
     for batch in optimizer.batches:
         group, rule = optimizer.param_groups[batch.group], optimizer.rules[batch.group]
-        layers, fitted = len(batch.params), batch.up.compressor
+        layers, fitted = len(batch.params), rule["w2s"].fit(*batch.shape)
         rows.append(
             [
                 group["name"],

@@ -116,7 +116,7 @@ def test_one_process_sends_nothing():
     server=st.sampled_from(PLACEMENTS),
 )
 def test_what_is_sent_and_received_layer_by_layer(sizes, ranks, server):
-    """Of every layer a message to each owner that another rank is, and back to each that is none."""
+    """A message per layer to each owner but oneself, and back to each rank but the owners."""
     assigned = sorted(assign([1] * len(sizes), ranks))
     of_layers = [owned_layers([owner], server, ranks) for owner in assigned]
     batches = [new_batch(*size, owned_by) for size, owned_by in zip(sizes, of_layers, strict=True)]
