@@ -162,7 +162,7 @@ class LocalSteps(Communicating):
             for batch in batches if delay else ():
                 self._keep_messages(batch)
             self.begin(batches, self._layers_of(batches))
-        self.last_sync = 0  # local steps until the last round
+        self.last_sync = self.finished = 0  # local steps until the last round, and `finish`
         self._rounds: dict[int, Underway] = {}  # under way between steps, by bucket
         transport.attach(self)
 
@@ -211,7 +211,7 @@ class LocalSteps(Communicating):
     @property
     def under_way(self) -> set[int]:
         """The batches whose messages have not come to the servers."""
-        buckets = self.turns.under_way(self.steps)
+        buckets = self.turns.under_way(self.steps) if self.finished != self.steps else ()
         late = {id(batch) for bucket in buckets for batch in self.buckets[bucket]}
         return {b for b, batch in enumerate(self.batches) if id(batch) in late}
 
@@ -379,6 +379,7 @@ class LocalSteps(Communicating):
         just_sent = turns.departing(last)
         left = [batches for b, batches in enumerate(self.buckets) if b not in just_sent]
         run(map(self._round, left), self.timer)
+        self.finished = self.steps
         self._average_buffers()
         self._share()
 

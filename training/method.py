@@ -13,7 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from baselines import AllReduced
 from ef21_muon import EF21Muon, LocalSteps, WorkerMesh, param_groups
 from ef21_muon.communicating import Communicating
-from ef21_muon.messages.compressors import Compressor
 from ef21_muon.transport.fixed import Transport
 from ef21_muon.transport.schedule import Rounds
 from training.causes import explained

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ef21_muon.exchange.shards import local
 from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.distributed_c10d import _world
 from torch.profiler import ProfilerActivity, profile
 
-from ef21_muon.exchange.shards import local
 from model import GPT, GPTConfig
 from scripts.step124m.allocations import Allocations, record_function
 from training.groups import groups_of_a_job
