@@ -13,8 +13,8 @@ from baselines.numbers import check_number
 from ef21_muon.checks import choice
 from ef21_muon.exchange.collectives import Traffic
 from ef21_muon.lmo.newton_schulz import unit_largest
-from ef21_muon.messages.basis import orthonormal
 from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.low_rank import orthonormal
 from ef21_muon.messages.values import Float32, Values
 
 EPSILON = 1e-8  # added to the norms of columns, as in the authors' code

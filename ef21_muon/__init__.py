@@ -23,23 +23,15 @@ from ef21_muon.lmo.norms import (
 from ef21_muon.lmo.presets import param_groups
 from ef21_muon.local_steps import LocalSteps
 from ef21_muon.messages.chunks import ChunkTopK
-from ef21_muon.messages.compressors import Compressor, Dense, Identity, RandK, RankK, TopK
-from ef21_muon.messages.fitted import FittedRank
-from ef21_muon.messages.noneuclidean import Damping, Dropout, TopColumns, TopSingular
+from ef21_muon.messages.compressors import Compressor, Dense, Identity
+from ef21_muon.messages.extras import Damping, Dropout, TopColumns, TopSingular
+from ef21_muon.messages.low_rank import FittedRank, RankK
 from ef21_muon.messages.normal import Normal
-from ef21_muon.messages.residual import Residual
-from ef21_muon.messages.smoothness import SmoothnessAware
+from ef21_muon.messages.scaled import Integer, NaturalWindow, SignScale, SmoothnessAware
+from ef21_muon.messages.sparse import RandK, TopK
 from ef21_muon.messages.statistical import Statistical
 from ef21_muon.messages.switch import Switch
-from ef21_muon.messages.values import (
-    BFloat16,
-    Float32,
-    Integer,
-    Natural,
-    NaturalWindow,
-    SignScale,
-    Values,
-)
+from ef21_muon.messages.values import BFloat16, Float32, Natural, Values
 from ef21_muon.optimizer import EF21Muon
 
 __version__ = "0.1.0"
@@ -72,7 +64,6 @@ __all__ = [
     "Nuclear",
     "RandK",
     "RankK",
-    "Residual",
     "RowNorm",
     "Sign",
     "SignScale",

@@ -17,8 +17,7 @@ from ef21_muon.checks import first_difference
 from ef21_muon.exchange.layers import named_layers
 from ef21_muon.fingerprint import fingerprint
 from ef21_muon.lmo.norms import AdaptiveRadius, along
-from ef21_muon.messages.compressors import Compressor
-from ef21_muon.messages.samples import numbers
+from ef21_muon.messages.compressors import Compressor, numbers
 from ef21_muon.messages.switch import in_round, starts
 
 SIDE = 512  # of a matrix that is tried; a larger one is tried in part

@@ -3,17 +3,9 @@
 import torch
 from torch import Generator, Tensor
 
-from ef21_muon.messages.bits import (
-    check_length,
-    index_bytes,
-    pack,
-    pack_indices,
-    packed_bytes,
-    unpack,
-    unpack_indices,
-)
 from ef21_muon.messages.compressors import Compressor, marked
-from ef21_muon.messages.values import Values
+from ef21_muon.messages.sparse import index_bytes, pack_indices, unpack_indices
+from ef21_muon.messages.values import Values, check_length, pack, packed_bytes, unpack
 
 
 class ChunkPlaces:
@@ -108,7 +100,7 @@ class ChunkTopK(Compressor):
         return torch.cat([chunks.pack_places(places), self.values.encode(values, generator)], 1)
 
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
-        check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
+        check_length(payload, self.payload_bytes(m, n), self, m, n)
         chunks = self._places(m, n)
         split = chunks.index_bytes
         values = self.values.decode(payload[:, split:], 1, chunks.count * chunks.k)[:, 0]

@@ -8,8 +8,8 @@ from math import erf, exp, inf, pi, sqrt
 import torch
 from torch import Generator, Tensor
 
-from ef21_muon.messages.pieces import at_a_time
-from ef21_muon.messages.values import Blockwise
+from ef21_muon.messages.scaled import Blockwise
+from ef21_muon.messages.values import AT_A_TIME
 
 BITS = range(1, 7)
 LONGEST = 1 << 16  # entries to rotate together
@@ -51,11 +51,8 @@ class Normal(Blockwise):
         ratio = levels[len(levels) // 2] / levels[-1]
         return 1 - ratio**2 * (1 - 2**-16) / self.blocks(rows, columns)[1]
 
-    def _rotate(self, values: Tensor) -> Tensor:
-        return rotate_(values.clone())
-
-    def _rotate_back_(self, values: Tensor) -> Tensor:
-        return rotate_back_(values)
+    def _turned(self, values: Tensor, back: bool = False) -> Tensor:
+        return rotate_(values if back else values.clone(), back)
 
     def _scale(self, values: Tensor) -> Tensor:
         """Of least squares for the levels that are nearest at the root mean square."""
@@ -102,45 +99,29 @@ def normal_levels(bits: int) -> tuple[float, ...]:
     return (*(-level for level in reversed(levels)), *levels)
 
 
-def rotate_(x: Tensor) -> Tensor:
-    """A fixed pseudo-random rotation of the last dimension of `x`, contiguous, in place.
+def rotate_(x: Tensor, back: bool = False) -> Tensor:
+    """A fixed pseudo-random rotation of the last dimension of `x`, contiguous, in place; or `back`.
 
     Random signs and Hadamard transforms of its segments of 2^k, the largest power of two that fits,
     at most 65536; and then of its last 2^k entries, where segments do not cover all.
     """
-    size, covered = _segments(x.shape[-1])
-    first, second = _signs(size, x.device)
-    rows = x.view(-1, x.shape[-1])
-    for piece in _pieces(rows[:, :covered], size):
-        piece.copy_(_hadamard(piece * first))
-    if covered < x.shape[-1]:
-        for piece in _pieces(rows[:, -size:], size):
-            piece.copy_(_hadamard(piece * second))
-    return x
-
-
-def rotate_back_(x: Tensor) -> Tensor:
-    """The inverse of `rotate_`, in place."""
-    size, covered = _segments(x.shape[-1])
-    first, second = _signs(size, x.device)
-    rows = x.view(-1, x.shape[-1])
-    if covered < x.shape[-1]:
-        for piece in _pieces(rows[:, -size:], size):
-            torch.mul(_hadamard(piece), second, out=piece)
-    for piece in _pieces(rows[:, :covered], size):
-        torch.mul(_hadamard(piece), first, out=piece)
-    return x
-
-
-def _segments(length: int) -> tuple[int, int]:
-    """Their size, and how many entries they cover."""
+    length = x.shape[-1]
     size = min(LONGEST, 1 << length.bit_length() - 1)
-    return size, length // size * size
+    covered = length // size * size
+    first, second = _signs(size, x.device)
+    rows = x.view(-1, length)
+    parts = [(rows[:, :covered], first)]
+    if covered < length:
+        parts.append((rows[:, -size:], second))
+    for part, signs in reversed(parts) if back else parts:
+        for piece in _pieces(part, size):
+            piece.copy_(_hadamard(piece).mul_(signs) if back else _hadamard(piece * signs))
+    return x
 
 
 def _pieces(rows: Tensor, size: int) -> Iterator[Tensor]:
     """Views of segments (rows, segments, size), some of them at a time."""
-    amount = at_a_time(rows.device)
+    amount = AT_A_TIME[rows.device.type]
     for some in rows.split(max(1, amount // rows.shape[1])):
         segments = some.unflatten(1, (-1, size))
         yield from segments.split(max(1, amount // (len(some) * size)), 1)

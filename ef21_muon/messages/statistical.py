@@ -3,9 +3,15 @@
 import torch
 from torch import Generator, Tensor
 
-from ef21_muon.messages.bits import pack, packed_bytes, reinterpret, unpack
-from ef21_muon.messages.pieces import at_a_time
-from ef21_muon.messages.values import Blockwise
+from ef21_muon.messages.scaled import Blockwise
+from ef21_muon.messages.values import (
+    AT_A_TIME,
+    check_length,
+    pack,
+    packed_bytes,
+    reinterpret,
+    unpack,
+)
 
 
 class Statistical(Blockwise):
@@ -70,14 +76,14 @@ class Statistical(Blockwise):
         one = 2.0 ** (60 - unit.shape[2].bit_length())
         sums = torch.zeros(*unit.shape[:2], self.bins, dtype=torch.int64, device=unit.device)
         counts = torch.zeros_like(sums)
-        size = max(1, at_a_time(unit.device) // (unit.shape[0] * unit.shape[1]))
+        size = max(1, AT_A_TIME[unit.device.type] // (unit.shape[0] * unit.shape[1]))
         add = add_by_bins if unit.is_cuda and self.bins <= 16 else add_by_places
         for part, of_part in zip(unit.split(size, 2), codes.split(size, 2), strict=True):
             add(sums, counts, (part * one).to(torch.int64), of_part)
         return (sums.double() / counts.clamp_min_(1)).div_(one).float()
 
     def decode(self, payload: Tensor, rows: int, columns: int) -> Tensor:
-        self._check(payload, rows, columns)
+        check_length(payload, self.payload_bytes(rows, columns), self, rows, columns)
         blocks, length = self.blocks(rows, columns)
         split = 4 * blocks * (self.bins + 1)
         told = reinterpret(payload[:, :split], torch.float32).view(-1, blocks, self.bins + 1)

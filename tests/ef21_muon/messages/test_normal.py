@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from ef21_muon import Integer, Normal
 from ef21_muon.messages import normal
-from ef21_muon.messages.normal import normal_levels, rotate_, rotate_back_
+from ef21_muon.messages.normal import normal_levels, rotate_
+from ef21_muon.messages.values import AT_A_TIME
 
 LEVELS = {  # J. Max, "Quantizing for minimum distortion" (1960), table I: the positive ones
     1: [0.7980],
@@ -54,7 +55,7 @@ def test_a_rotation_keeps_lengths_and_angles_and_is_undone(length, longest, seed
         patch.setattr(normal, "LONGEST", longest)
         turned = rotate_(x.clone())
         assert torch.allclose(turned @ turned.mT, x @ x.mT, rtol=1e-4, atol=1e-3)
-        assert torch.allclose(rotate_back_(turned.clone()), x, atol=1e-5)
+        assert torch.allclose(rotate_(turned.clone(), back=True), x, atol=1e-5)
         assert torch.equal(rotate_(x.clone()), turned), "the same each time"
 
 
@@ -76,10 +77,10 @@ def test_the_transform_is_sylvesters(power):
 @pytest.mark.parametrize("shape", [(1, 6, 100), (4, 1, 5000), (2, 3, 64)])
 def test_pieces_do_not_matter(monkeypatch, shape):
     x = torch.randn(shape, generator=seeded())
-    turned, back = rotate_(x.clone()), rotate_back_(x.clone())
-    monkeypatch.setattr(normal, "at_a_time", lambda device: 128)
+    turned, back = rotate_(x.clone()), rotate_(x.clone(), back=True)
+    monkeypatch.setitem(AT_A_TIME, "cpu", 128)
     assert torch.equal(rotate_(x.clone()), turned)
-    assert torch.equal(rotate_back_(x.clone()), back)
+    assert torch.equal(rotate_(x.clone(), back=True), back)
 
 
 @pytest.mark.parametrize("length", [64, 96, 100, 127, 768, 1024, 3072, 5000])

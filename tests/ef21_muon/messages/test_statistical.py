@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from ef21_muon import Statistical
 from ef21_muon.messages import statistical
 from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.values import AT_A_TIME
 
 
 def through(values, x):
@@ -29,7 +30,7 @@ def test_it_agrees_with_a_loop(bits, x, by_row, span, piece):
     """Where no entry is on the edge of a bin, to the rounding of float32; piece after piece."""
     values = Statistical(bits, "row" if by_row else "message", span)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ef21_muon.messages.pieces.CHUNK", piece)
+        patch.setitem(AT_A_TIME, "cpu", piece)
         decoded = through(values, x).double().numpy()
     exact = x.double().numpy()
     blocks = exact.reshape(-1, exact.shape[2]) if by_row else exact.reshape(len(exact), -1)

@@ -1,4 +1,4 @@
-"""Compressors that contract in the norms of the LMO step, and two that modify another compressor.
+"""The rarer compressors of the paper: contractive in other norms, or by way of another compressor.
 
 The theory takes the contraction of C_j (w2s) in the dual norm or the Euclidean one and that of C
 (s2w) in the norm itself (arXiv:2510.00643). `alpha` is always the Frobenius one, as everywhere;
@@ -12,11 +12,10 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.lmo.newton_schulz import unit_largest
-from ef21_muon.messages.bits import check_length, index_bytes, pack_indices, unpack_indices
-from ef21_muon.messages.compressors import Compressor, Fraction, RankK, marked
-from ef21_muon.messages.fitted import FittedRank
-from ef21_muon.messages.selection import largest
-from ef21_muon.messages.values import Float32
+from ef21_muon.messages.compressors import Compressor
+from ef21_muon.messages.low_rank import FittedRank, RankK
+from ef21_muon.messages.sparse import Entries, index_bytes, largest, pack_indices, unpack_indices
+from ef21_muon.messages.values import Float32, check_length
 
 
 class TopSingular(RankK):
@@ -38,16 +37,12 @@ class TopSingular(RankK):
     def title(self) -> str:
         return f"singular {self.percent()}"
 
-    def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
-        x = x if x.shape[1] <= x.shape[2] else x.mT
+    def _basis(self, x: Tensor, r: int, generator: Generator | None) -> Tensor:
         # The SVD of numbers that are not finite raises; in Q they stay, for the receiver to see.
-        vectors = torch.linalg.svd(unit_largest(x).nan_to_num_(), full_matrices=False).U
-        basis = vectors[..., : self.kept(x.shape[1])]
-        factors = basis.mT, basis.mT @ x
-        return torch.cat([self.values.encode(factor, generator) for factor in factors], 1)
+        return torch.linalg.svd(unit_largest(x).nan_to_num_(), full_matrices=False).U[..., :r]
 
 
-class TopColumns(Fraction):
+class TopColumns(Entries):
     """The k columns of largest 2-norm, k = fraction n, their places as Elias-Fano coded indices.
 
     A column of a weight (d_out, d_in) belongs to one input. alpha = (1 - omega) k / n. For float32
@@ -62,35 +57,24 @@ class TopColumns(Fraction):
     def title(self) -> str:
         return f"top columns {self.percent()}"
 
-    def payload_bytes(self, m: int, n: int) -> int:
-        k = self.kept(n)
-        return index_bytes(n, k) + self.values.payload_bytes(k, m)
-
     def alpha(self, m: int, n: int) -> float:
         k = self.kept(n)
         return (1 - self.values.omega(k, m)) * k / n
+
+    def _layout(self, m: int, n: int) -> tuple[int, int, int]:
+        k = self.kept(n)
+        return index_bytes(n, k), k, m
+
+    def _positions(self, places: Tensor, m: int, n: int) -> Tensor:
+        columns = unpack_indices(places, n, self.kept(n))
+        starts = torch.arange(0, m * n, n, device=places.device)
+        return (columns[:, :, None] + starts).flatten(1)
 
     def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         m, n = x.shape[1:]
         columns = largest(torch.linalg.vector_norm(unit_largest(x), dim=1), self.kept(n))
         kept = x.gather(2, columns[:, None].expand(-1, m, -1)).mT
         return torch.cat([pack_indices(columns, n), self.values.encode(kept, generator)], 1)
-
-    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
-        check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
-        k = self.kept(n)
-        columns = self._columns(payload, n)[:, None].expand(-1, m, -1)
-        kept = self.values.decode(payload[:, index_bytes(n, k) :], k, m).mT
-        return torch.zeros(len(payload), m, n, dtype=torch.float32, device=payload.device).scatter_(
-            2, columns, kept
-        )
-
-    def sent(self, payload: Tensor, m: int, n: int) -> Tensor:
-        return marked(self._columns(payload, n), n)[:, None].expand(-1, m, -1)
-
-    def _columns(self, payload: Tensor, n: int) -> Tensor:
-        k = self.kept(n)
-        return unpack_indices(payload[:, : index_bytes(n, k)], n, k)
 
 
 class Modified(Compressor):
@@ -213,7 +197,7 @@ class Dropout(Modified):
         return torch.nn.functional.pad(super().sample(m, n), (1, 0), value=1)
 
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
-        check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
+        check_length(payload, self.payload_bytes(m, n), self, m, n)
         x = self.compressor.decode(payload[:, 1:], m, n)
         return x.masked_fill_(payload[:, :1, None] == 0, 0)
 
