@@ -13,52 +13,29 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.messages.formats import value_format
-from ef21_muon.messages.values import Float32, Values
+from ef21_muon.messages.values import Codec, Float32, Values
 
 
-class Compressor:
+class Compressor(Codec):
     """Keeps part of a matrix and writes it in the format `values`."""
+
+    lossless = False  # whether C(x) = x, bit for bit
 
     def __init__(self, values: Values | str = "float32"):
         self.values = value_format(values)
-
-    @property
-    def lossless(self) -> bool:
-        """Whether C(x) = x, bit for bit."""
-        return False
-
-    def payload_bytes(self, m: int, n: int) -> int:
-        """Bytes of the message for one m x n matrix."""
-        raise NotImplementedError
 
     def alpha(self, m: int, n: int) -> float:
         """The contraction that is guaranteed for m x n matrices."""
         raise NotImplementedError
 
-    def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
-        """float32 (L, m, n) -> uint8 (L, payload_bytes(m, n)).
-
-        `generator` drives what is random in it; None is torch's global generator.
-        """
-        raise NotImplementedError
-
-    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
-        """uint8 (L, payload_bytes(m, n)) -> float32 (L, m, n); ValueError on another length."""
-        raise NotImplementedError
-
     def sent(self, payload: Tensor, m: int, n: int) -> Tensor | None:
-        """Which entries the messages have: bool (L, m, n), or None where they have all.
-
-        An entry whose value was rounded to 0 was sent all the same.
-        """
+        """Which entries were sent, even if rounded to 0: bool (L, m, n), or None for all."""
         raise NotImplementedError
 
     def sample(self, m: int, n: int) -> Tensor:
-        """A message for one m x n matrix, uint8 (1, payload_bytes), alike on every machine.
+        """A message for one matrix, on the CPU, alike on every machine: what do they decode it to?
 
-        For the comparison of what machines decode it to: a compressor whose `encode` may come out
-        otherwise on another processor even of small whole numbers, as by a product of matrices,
-        makes it in another way. On the CPU.
+        By `encode` only if that gives the same bits of small whole numbers on all processors.
         """
         return self.encode(numbers(1, m, n, below=8), fixed_generator())
 
@@ -113,12 +90,6 @@ class Identity(Dense):
         super().__init__(Float32())
 
 
-def marked(positions: Tensor, total: int) -> Tensor:
-    """int64 (L, k) -> bool (L, total), True at the positions."""
-    marks = torch.zeros(len(positions), total, dtype=torch.bool, device=positions.device)
-    return marks.scatter_(1, positions, True)
-
-
 # Numbers that are alike on every machine, of which torch.randn draws others on some processors.
 
 
@@ -130,7 +101,7 @@ def fixed_generator() -> Generator:
 def numbers(*shape: int, below: int = 1 << 23) -> Tensor:
     """Pseudo-random whole numbers from -below up to below, float32 on the CPU.
 
-    Of few digits, as below=8, sums are exact in any order; those of 24 fill a mantissa.
+    Sums of small ones are exact in any order; those below 2^23 fill a mantissa.
     """
     options = {"generator": fixed_generator(), "dtype": torch.float32, "device": "cpu"}
     return torch.randint(-below, below, shape, **options)

@@ -3,9 +3,8 @@
 import re
 from collections.abc import Mapping
 
-from ef21_muon.messages.normal import Normal
+from ef21_muon.messages.levels import Normal, Statistical
 from ef21_muon.messages.scaled import Integer, NaturalWindow, SignScale, SmoothnessAware
-from ef21_muon.messages.statistical import Statistical
 from ef21_muon.messages.values import BFloat16, Float32, Natural, Values
 
 NAMES = (

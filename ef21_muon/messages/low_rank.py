@@ -12,26 +12,62 @@ from ef21_muon.messages.sparse import Fraction
 from ef21_muon.messages.values import Values, check_length, reinterpret
 
 PASSES = 3
-# Of a bound on the Gram matrix' largest eigenvalue. Of an embedding's gradient, with products that
-# are summed one row after the other, the smallest was seen to be below zero by 3.4e-5 of it.
+# Of a bound on the Gram matrix' largest eigenvalue: of an embedding's gradient, summed row after
+# row, rounding took the smallest below zero by 3.4e-5 of it.
 SHIFT = 1e-4
-SCALE_BYTES = 4
 
 
-class RankK(Fraction):
+class LowRank(Fraction):
+    """x as the product of r = fraction min(m, n) columns and r rows; a message holds these factors.
+
+    The columns come first, transposed, so that a row of either factor belongs to one direction.
+    """
+
+    scale_bytes = 0  # of a factor of both, before them
+
+    def _factors(self, m: int, n: int) -> tuple[tuple[Values, int], tuple[Values, int]]:
+        """Of both factors, (r, length), the format and the length."""
+        raise NotImplementedError
+
+    def payload_bytes(self, m: int, n: int) -> int:
+        r = self.kept(min(m, n))
+        sizes = (values.payload_bytes(r, length) for values, length in self._factors(m, n))
+        return self.scale_bytes + sum(sizes)
+
+    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
+        check_length(payload, self.payload_bytes(m, n), self, m, n)
+        (first, length), (second, other) = self._factors(m, n)
+        r = self.kept(min(m, n))
+        scale, payload = payload[:, : self.scale_bytes], payload[:, self.scale_bytes :]
+        split = first.payload_bytes(r, length)
+        basis = first.decode(payload[:, :split], r, length)
+        rows = second.decode(payload[:, split:], r, other)
+        if self.scale_bytes:
+            rows = rows * reinterpret(scale, torch.float32)[:, :, None]
+        return basis.mT @ rows if length == m else rows.mT @ basis
+
+    def sent(self, payload: Tensor, m: int, n: int) -> None:
+        return None
+
+    def sample(self, m: int, n: int) -> Tensor:
+        parts = [torch.tensor([[0.7]], dtype=torch.float32, device="cpu").view(torch.uint8)]
+        for values, length in self._factors(m, n):
+            factor = numbers(1, self.kept(min(m, n)), length)
+            parts.append(values.encode(factor, fixed_generator()))
+        return torch.cat(parts if self.scale_bytes else parts[1:], 1)
+
+
+class RankK(LowRank):
     """The projection of x on r directions of its shorter side, r = fraction min(m, n), as factors.
 
     For m <= n: P is an orthonormal basis of range(x x^T S) for a Gaussian m x r sketch S (range
-    finder with one power step, Halko et al., arXiv:0909.4061), Q = P^T x, and P^T and Q are sent,
-    so that a row of either belongs to one direction; C(x) = P Q. For m > n the same of x^T.
-
-    A projection, so contractive for any basis; over random sketches it keeps at least the share
-    c = r / min(m, n) of ||x||^2. Unbiased rounding of the factors, by omega_P and omega_Q per row,
-    costs (1 + omega_P) (1 + omega_Q) - 1 of what is kept, so
+    finder with one power step, Halko et al., arXiv:0909.4061), Q = P^T x, and C(x) = P Q. For m > n
+    the same of x^T. Contractive for any basis; over random sketches it keeps at least the share
+    c = r / min(m, n) of ||x||^2. With unbiased rounding of the factors, by omega_P and omega_Q,
 
         alpha = (2 - (1 + omega_P) (1 + omega_Q)) c,
 
-    and biased rounding is only bounded by the triangle inequality,
+    and with biased rounding, by the triangle inequality,
 
         alpha = 1 - (sqrt(1 - c) + d sqrt(c))^2,  1 + d = (1 + sqrt(omega_P)) (1 + sqrt(omega_Q)),
 
@@ -39,12 +75,13 @@ class RankK(Fraction):
     a scale keep these promises with a scale per row.
     """
 
-    def title(self) -> str:
-        return f"rank {self.percent()}"
+    kind = "rank"
 
-    def payload_bytes(self, m: int, n: int) -> int:
-        r = self.kept(min(m, n))
-        return self.values.payload_bytes(r, m) + self.values.payload_bytes(r, n)
+    def _basis(self, x: Tensor, r: int, generator: Generator | None) -> Tensor:
+        return range_of(x, r, generator)
+
+    def _factors(self, m: int, n: int) -> tuple[tuple[Values, int], tuple[Values, int]]:
+        return (self.values, min(m, n)), (self.values, max(m, n))
 
     def alpha(self, m: int, n: int) -> float:
         r = self.kept(min(m, n))
@@ -62,40 +99,20 @@ class RankK(Fraction):
         factors = basis.mT, basis.mT @ x
         return torch.cat([self.values.encode(factor, generator) for factor in factors], 1)
 
-    def _basis(self, x: Tensor, r: int, generator: Generator | None) -> Tensor:
-        return range_of(x, r, generator)
 
-    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
-        check_length(payload, self.payload_bytes(m, n), self, m, n)
-        short, long = sorted((m, n))
-        r = self.kept(short)
-        split = self.values.payload_bytes(r, short)
-        basis = self.values.decode(payload[:, :split], r, short)
-        rows = self.values.decode(payload[:, split:], r, long)
-        return basis.mT @ rows if m <= n else rows.mT @ basis
-
-    def sent(self, payload: Tensor, m: int, n: int) -> None:
-        return None
-
-    def sample(self, m: int, n: int) -> Tensor:
-        r = self.kept(min(m, n))
-        factors = numbers(1, r, min(m, n)), numbers(1, r, max(m, n))
-        return torch.cat([self.values.encode(factor, fixed_generator()) for factor in factors], 1)
-
-
-class FittedRank(Fraction):
+class FittedRank(LowRank):
     """x of rank r = fraction min(m, n) as s P Q: P in the format `basis`, Q in the finer `values`.
 
     For m >= n: P is an orthonormal basis of range(x x^T S) for a Gaussian m x r sketch S, rounded;
     Q = P^+ x are the least-squares rows for P as it was rounded, rounded in turn; and the scalar s
     is that of least squares again. For m < n the same of x^T. The formats differ because rounding P
     only turns the subspace that is sent, while rounding Q is noise in the largest directions, and P
-    has most of the values: of the MLP matrices of a GPT four fifths.
-
-    By s, C(x) is never further from x than 0 is, whatever x and the formats: alpha = 0 is what is
-    guaranteed. Of a matrix with a few large directions about the share is kept that the projection
-    keeps, less what the basis' format loses of normal values.
+    has most of the values. By s, C(x) is never further from x than 0 is, whatever the formats:
+    alpha = 0 is what is guaranteed.
     """
+
+    kind = "fitted rank"
+    scale_bytes = 4
 
     def __init__(
         self, fraction: float, values: Values | str = "normal4", basis: Values | str = "normal2"
@@ -103,20 +120,11 @@ class FittedRank(Fraction):
         super().__init__(fraction, values)
         self.basis = value_format(basis)
 
-    def title(self) -> str:
-        return f"fitted rank {self.percent()}"
-
     def __str__(self) -> str:
         return f"{self.title()} {self.basis} x {self.values}"
 
-    def payload_bytes(self, m: int, n: int) -> int:
-        return sum(self._sizes(m, n))
-
-    def _sizes(self, m: int, n: int) -> tuple[int, int, int]:
-        """Bytes of s, P and Q."""
-        short, long = sorted((m, n))
-        r = self.kept(short)
-        return SCALE_BYTES, self.basis.payload_bytes(r, long), self.values.payload_bytes(r, short)
+    def _factors(self, m: int, n: int) -> tuple[tuple[Values, int], tuple[Values, int]]:
+        return (self.basis, max(m, n)), (self.values, min(m, n))
 
     def alpha(self, m: int, n: int) -> float:
         return 0.0
@@ -135,26 +143,6 @@ class FittedRank(Fraction):
         length = (gram @ rows * rows).sum((1, 2))
         scale = (products * rows).sum((1, 2)) / length.masked_fill(length == 0, 1)
         return torch.cat([(scale[:, None] * largest[:, 0]).view(torch.uint8), *sent], 1)
-
-    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
-        check_length(payload, self.payload_bytes(m, n), self, m, n)
-        short, long = sorted((m, n))
-        r = self.kept(short)
-        scale, basis, rows = payload.split(self._sizes(m, n), 1)
-        scale = reinterpret(scale, torch.float32)[:, :, None]
-        basis = self.basis.decode(basis, r, long)
-        rows = self.values.decode(rows, r, short) * scale
-        return basis.mT @ rows if m >= n else rows.mT @ basis
-
-    def sent(self, payload: Tensor, m: int, n: int) -> None:
-        return None
-
-    def sample(self, m: int, n: int) -> Tensor:
-        r = self.kept(min(m, n))
-        scale = torch.tensor([[0.7]], dtype=torch.float32, device="cpu").view(torch.uint8)
-        basis = self.basis.encode(numbers(1, r, max(m, n)), fixed_generator())
-        rows = self.values.encode(numbers(1, r, min(m, n)), fixed_generator())
-        return torch.cat([scale, basis, rows], 1)
 
 
 def _solve(gram: Tensor, products: Tensor) -> Tensor:
@@ -176,14 +164,11 @@ def range_of(x: Tensor, r: int, generator: Generator | None) -> Tensor:
 def orthonormal(x: Tensor) -> Tensor:
     """Columns of length 1, orthogonal to each other, that span those of x (L, m, r), m >= r.
 
-    Of a GPU by Cholesky factors of Gram matrices, X <- X L^-T with L L^T = X^T X + shift, three
-    times (Fukaya et al., arXiv:1809.11085): matrix products alone, where Householder's reflections
-    take it 30 times as long (48 matrices of 768 x 115 on an H100: 22 ms for 0.7). The shift is what
-    rounding may make of the Gram matrix of columns as long as an embedding's, whose rows are a few
-    large ones and many small ones; what it takes from lengths a step X (3 - X^T X) / 2 gives back.
-    What x spans with less than about 1e-5 of its length comes out shorter than 1, and by rounding
-    alone longer, so that P P^T stays at most a projection. Elsewhere by QR. Does not wait for the
-    device.
+    On a CPU by QR, on a GPU, where that takes 30 times as long (48 matrices of 768 x 115 on an
+    H100: 22 ms for 0.7), by Cholesky factors of Gram matrices, X <- X L^-T with
+    L L^T = X^T X + shift, three times (Fukaya et al., arXiv:1809.11085); what the shift takes from
+    lengths a step X (3 - X^T X) / 2 gives back. What x spans with less than about 1e-5 of its
+    length comes out shorter than 1, so that P P^T stays at most a projection. Does not wait.
     """
     return by_gram(x) if x.is_cuda else torch.linalg.qr(x).Q
 

@@ -23,25 +23,23 @@ class Blockwise(Values):
     """Formats with a scale per block: codes of `width` bits, and a scale of `scale_dtype` for each.
 
     block: "row", "message", a number of consecutive values, or "8blocks" for so many equal blocks
-    per message (fewer where it has not that many values). The fewer values share a scale, the
-    smaller the error and the more scales are sent.
+    per message (fewer where it has not that many values).
     """
 
     width: int
-    scale_dtype: torch.dtype
+    scales, scale_dtype = 1, torch.float32  # so many per block
+    default_block = "row"
 
     def __init__(self, block: int | str = "row"):
         counted = re.fullmatch(r"([1-9]\d*)blocks", block) if isinstance(block, str) else None
         known = block in ("row", "message") or counted or (type(block) is int and block > 0)
         if not known:
-            raise ValueError(
-                f"{type(self).__name__} got block={block}: "
-                "give row, message, a number of values above 0, or of blocks as 8blocks"
-            )
+            allowed = "row, message, a number of values above 0, or of blocks as 8blocks"
+            raise ValueError(f"{type(self).__name__} got block={block}: give {allowed}")
         self.block, self._count = block, int(counted[1]) if counted else 1
 
-    def _told_block(self) -> str:
-        return "" if self.block == "row" else f"@{self.block}"
+    def __str__(self) -> str:
+        return super().__str__() + ("" if self.block == self.default_block else f"@{self.block}")
 
     def blocks(self, rows: int, columns: int) -> tuple[int, int]:
         """How many blocks there are, and how many values each has, the last one padded."""
@@ -52,8 +50,8 @@ class Blockwise(Values):
         return -(-total // length), length
 
     def payload_bytes(self, rows: int, columns: int) -> int:
-        scales = self.blocks(rows, columns)[0] * self.scale_dtype.itemsize
-        return scales + packed_bytes(rows * columns, self.width)
+        scales = self.blocks(rows, columns)[0] * self.scales
+        return scales * self.scale_dtype.itemsize + packed_bytes(rows * columns, self.width)
 
     def encode(self, values: Tensor, generator: Generator | None = None) -> Tensor:
         count = values.shape[1] * values.shape[2]
@@ -80,8 +78,8 @@ class Blockwise(Values):
         check_length(payload, self.payload_bytes(rows, columns), self, rows, columns)
         count = rows * columns
         blocks, length = self.blocks(rows, columns)
-        split = blocks * self.scale_dtype.itemsize
-        scales = reinterpret(payload[:, :split], self.scale_dtype).view(-1, blocks, 1)
+        split = blocks * self.scales * self.scale_dtype.itemsize
+        scales = reinterpret(payload[:, :split], self.scale_dtype).view(-1, blocks, self.scales)
         codes = unpack(payload[:, split:], count, self.width)
         codes = torch.nn.functional.pad(codes, (0, blocks * length - count))
         values = self._restore(scales, codes.view(-1, blocks, length))
@@ -114,18 +112,15 @@ class NaturalWindow(Blockwise):
     N / 4 * 4^(3 - 2^b), at most 1.
     """
 
+    name = "natural{.exponent_bits}"
     scale_dtype = torch.uint8
 
     def __init__(self, exponent_bits: int = 4, stochastic: bool = True, block: int | str = "row"):
         if not (type(exponent_bits) is int and 3 <= exponent_bits <= 7):
             raise ValueError(f"natural got exponent_bits={exponent_bits}: give 3 to 7 (8: natural)")
+        super().__init__(block)
         self.exponent_bits, self.width = exponent_bits, exponent_bits + 1
         self.stochastic = self.unbiased = stochastic
-        super().__init__(block)
-
-    def __str__(self) -> str:
-        nearest = "" if self.stochastic else "nearest "
-        return f"{nearest}natural{self.exponent_bits}{self._told_block()}"
 
     def omega(self, rows: int, columns: int) -> float:
         length = self.blocks(rows, columns)[1]
@@ -173,17 +168,14 @@ class Integer(Blockwise):
     `stochastic=False` takes the nearer one: deterministic, biased, omega = min(1, N / (4 s^2)).
     """
 
-    scale_dtype = torch.float32
+    name = "int{.width}"
 
     def __init__(self, bits: int = 8, stochastic: bool = True, block: int | str = "row"):
         if not (type(bits) is int and 2 <= bits <= 8):
             raise ValueError(f"int got bits={bits}: give 2 to 8")
+        super().__init__(block)
         self.width, self.levels = bits, 2 ** (bits - 1) - 1
         self.stochastic = self.unbiased = stochastic
-        super().__init__(block)
-
-    def __str__(self) -> str:
-        return f"{'' if self.stochastic else 'nearest '}int{self.width}{self._told_block()}"
 
     def omega(self, rows: int, columns: int) -> float:
         length = self.blocks(rows, columns)[1]
@@ -213,12 +205,8 @@ class SignScale(Blockwise):
     Gaussian values.
     """
 
-    scale_dtype = torch.float32
-    unbiased = False
+    name = "sign"
     width = 1
-
-    def __str__(self) -> str:
-        return f"sign{self._told_block()}"
 
     def omega(self, rows: int, columns: int) -> float:
         return 1 - 1 / self.blocks(rows, columns)[1]
@@ -237,33 +225,25 @@ class SmoothnessAware(Values):
     """Dithered integers of x in the geometry of a diagonal D: C(x) = Q(x D^(-1/2)) D^(1/2).
 
     As smoothness-aware quantisation (Wang, Safaryan and Richtarik, arXiv:2106.03524), where D is of
-    the matrix L_j for which a worker's own function is smooth, and known to the server. The loss of
-    a linear layer has the diagonal E delta_i^2 E a_j^2, of what comes back to output i and what
-    goes into input j (Martens and Grosse, arXiv:1503.05671). Outputs are rows, and Q is `Integer`
-    with a float32 scale per row; of inputs
+    the matrix for which a worker's function is smooth: of a linear layer's loss E delta_i^2 E a_j^2
+    for output i and input j (Martens and Grosse, arXiv:1503.05671). Here Q is `Integer` with a
+    scale per row, and D_j = c_j = max_i |x_ij| is sent in 2 bytes per column (bfloat16); it grows
+    as the root of E a_j^2. Nothing is lost in the Euclidean norm: scales of rows are at most
+    sqrt(r_i), r_i = max_j |x_ij|, and sum_ij r_i c_j <= sqrt(N) ||x||^2 for N = m n, so that
 
-        D_j = c_j = max_i |x_ij|,
+        omega = (1 + 2^-7) min(sqrt(N) / (4 s^2), N^(1/4) / s),  s = 2^(bits-1) - 1.
 
-    which a message tells of itself, in 2 bytes per column (bfloat16). c_j grows as the root of
-    E a_j^2 does, so this goes half of the way from no scaling to L_j's own, and so far nothing is
-    lost in the Euclidean norm: scales of rows are at most sqrt(r_i), r_i = max_j |x_ij|, and
-    sum_ij r_i c_j <= sqrt(N) ||x||^2 for N = m n, so that
-
-        omega = (1 + 2^-7) min(sqrt(N) / (4 s^2), N^(1/4) / s),  s = 2^(bits-1) - 1,
-
-    with sqrt(N) in the place of N for one scale per message. In the norm of D^-1 omega is that of
-    `Integer`. Unbiased; `stochastic=False` takes the nearer integer, with the first of the two, at
-    most 1. Of float32's range, magnitudes from 1e-37 to 1e38. Raises ValueError for other bits.
+    In the norm of D^-1 omega is that of `Integer`. Unbiased; `stochastic=False` takes the nearer
+    integer, with the first of the two, at most 1. Magnitudes from 1e-37 to 1e38.
     """
+
+    name = "smooth{.integers.width}"
 
     def __init__(self, bits: int = 4, stochastic: bool = True):
         if not (type(bits) is int and 2 <= bits <= 8):
             raise ValueError(f"smooth got bits={bits}: give 2 to 8")
         self.integers = Integer(bits, stochastic)
         self.stochastic = self.unbiased = stochastic
-
-    def __str__(self) -> str:
-        return f"{'' if self.stochastic else 'nearest '}smooth{self.integers.width}"
 
     def omega(self, rows: int, columns: int) -> float:
         total, levels = rows * columns, self.integers.levels

@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Generator, Tensor
 
-from ef21_muon.messages.compressors import Compressor, marked
+from ef21_muon.messages.compressors import Compressor
 from ef21_muon.messages.values import (
     AT_A_TIME,
     Values,
@@ -29,12 +29,13 @@ SORTED_BELOW = 1 << LOW_BITS
 class Fraction(Compressor):
     """A compressor that keeps a fraction, in (0, 1], of what there is."""
 
+    kind: str
+
     def __init__(self, fraction: float, values: Values | str = "float32"):
         super().__init__(values)
         if not (isinstance(fraction, Real) and 0 < fraction <= 1):
-            raise ValueError(
-                f"{type(self).__name__} got fraction={fraction}: give a number above 0, at most 1"
-            )
+            given = f"{type(self).__name__} got fraction={fraction}"
+            raise ValueError(f"{given}: give a number above 0, at most 1")
         self.fraction = float(fraction)
 
     def kept(self, total: int) -> int:
@@ -45,21 +46,28 @@ class Fraction(Compressor):
         """The fraction, for the title."""
         return f"{100 * self.fraction:.4g}%"
 
+    def title(self) -> str:
+        return f"{self.kind} {self.percent()}"
 
-class Entries(Fraction):
+
+class Entries(Compressor):
     """A compressor that keeps entries; a message holds their places and then their values."""
 
     def _layout(self, m: int, n: int) -> tuple[int, int, int]:
-        """Bytes of the places, and rows and columns of the values: by default k = fraction m n."""
+        """Bytes of the places, and rows and columns of the values."""
         raise NotImplementedError
 
     def _positions(self, places: Tensor, m: int, n: int) -> Tensor:
-        """uint8 (L, bytes) -> the values' positions in the matrix, all different: int64 (L, k)."""
+        """uint8 (L, bytes) -> where values are in the flat matrix, all different: int64 (L, k)."""
         raise NotImplementedError
 
     def payload_bytes(self, m: int, n: int) -> int:
         places, rows, columns = self._layout(m, n)
         return places + self.values.payload_bytes(rows, columns)
+
+    def alpha(self, m: int, n: int) -> float:
+        _, rows, columns = self._layout(m, n)
+        return (1 - self.values.omega(rows, columns)) * rows * columns / (m * n)
 
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
         split, rows, columns = self._layout(m, n)
@@ -70,22 +78,15 @@ class Entries(Fraction):
         return x.scatter_(1, self._positions(payload[:, :split], m, n), values).view(-1, m, n)
 
     def sent(self, payload: Tensor, m: int, n: int) -> Tensor:
-        places = payload[:, : self._layout(m, n)[0]]
-        return marked(self._positions(places, m, n), m * n).view(-1, m, n)
+        positions = self._positions(payload[:, : self._layout(m, n)[0]], m, n)
+        marks = torch.zeros(len(payload), m * n, dtype=torch.bool, device=payload.device)
+        return marks.scatter_(1, positions, True).view(-1, m, n)
 
 
-class TopK(Entries):
-    """The k = fraction m n entries of largest magnitude, places as Elias-Fano coded indices.
+class TopK(Fraction, Entries):
+    """The k = fraction m n entries of largest magnitude; alpha = (1 - omega) k / (m n)."""
 
-    alpha = (1 - omega) k / (m n).
-    """
-
-    def title(self) -> str:
-        return f"top {self.percent()}"
-
-    def alpha(self, m: int, n: int) -> float:
-        k = self.kept(m * n)
-        return (1 - self.values.omega(1, k)) * k / (m * n)
+    kind = "top"
 
     def _layout(self, m: int, n: int) -> tuple[int, int, int]:
         k = self.kept(m * n)
@@ -101,21 +102,18 @@ class TopK(Entries):
         return torch.cat([pack_indices(indices, x.shape[1]), values], 1)
 
 
-class RandK(TopK):
-    """k entries at random positions that follow from a seed of 9 bytes; no indices are sent.
+class RandK(Fraction, Entries):
+    """k = fraction m n entries at random positions, which follow from a seed of 9 bytes.
 
     The positions are start + i stride modulo m n for i < k: a uniform start, and a stride, coprime
     to m n, out of 256. So every entry is kept with probability k / (m n), which is all that the
     contraction needs: alpha = (1 - omega) k / (m n).
     """
 
-    SEED_BYTES = 9
-
-    def title(self) -> str:
-        return f"random {self.percent()}"
+    kind = "random"
 
     def _layout(self, m: int, n: int) -> tuple[int, int, int]:
-        return self.SEED_BYTES, 1, self.kept(m * n)
+        return 9, 1, self.kept(m * n)
 
     def _positions(self, places: Tensor, m: int, n: int) -> Tensor:
         stride, start = places[:, :1].to(torch.int64), reinterpret(places[:, 1:], torch.int64)
@@ -151,9 +149,8 @@ def largest(x: Tensor, k: int) -> Tensor:
     """The positions of the k entries of largest magnitude of every row, in increasing order.
 
     x: float32 (L, n), 1 <= k <= n; returns int64 (L, k). Of equal magnitudes the first are taken.
-    Floats of one sign are ordered as their bits, which tell the k-th entry exactly. Beside the
-    result it takes about a byte per entry, on a GPU four, and 12 for each of the k. Rows that are
-    shorter than a histogram are sorted. Does not wait for the device.
+    Floats of one sign are ordered as their bits, which tell the k-th entry exactly, in about a byte
+    per entry (on a GPU four) and 12 for each of the k. Does not wait for the device.
     """
     if x.shape[1] < SORTED_BELOW:
         order = x.abs().sort(dim=1, descending=True, stable=True).indices
@@ -178,20 +175,14 @@ def largest(x: Tensor, k: int) -> Tensor:
 
 
 def kth_by_topk(bits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k-th largest magnitude of every row, and how many equal to it are among the k.
-
-    bits: int32 (L, n); both results: (L, 1).
-    """
+    """Of int32 (L, n) the k-th largest magnitudes, and how many like it are among the k: (L, 1)."""
     magnitudes = bits & MAGNITUDE
     kth = magnitudes.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
     return kth, k - (magnitudes > kth).sum(1, keepdim=True)
 
 
 def kth_by_histograms(pieces: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The same of parts (L, any of n): of two histograms, of high bits and then of low bits.
-
-    The latter where the high ones are those of the k-th entry.
-    """
+    """The same of parts (L, any of n): of high bits, and then of low ones where they are its."""
     rows, device = len(pieces[0]), pieces[0].device
     missing, kth = torch.full((rows, 1), k, device=device), None
     for _ in range(2):
@@ -229,10 +220,7 @@ def index_bytes(universe: int, count: int) -> int:
 
 
 def pack_indices(indices: Tensor, universe: int) -> Tensor:
-    """Elias-Fano code of strictly increasing rows of indices below `universe`.
-
-    indices: (L, k) int64; returns uint8 (L, index_bytes(universe, k)).
-    """
+    """Strictly increasing int64 (L, k) below `universe` -> uint8 (L, index_bytes(universe, k))."""
     rows, count = indices.shape
     width = shortest(universe, count)[1]
     bitmap = indices.new_zeros(rows, count + (universe - 1 >> width), dtype=torch.uint8)
@@ -247,10 +235,7 @@ def pack_indices(indices: Tensor, universe: int) -> Tensor:
 
 
 def unpack_indices(packed: Tensor, universe: int, count: int) -> Tensor:
-    """Undo `pack_indices`. Returns (L, count) int64.
-
-    Raises ValueError if `packed` does not have index_bytes(universe, count) bytes per row.
-    """
+    """Undo `pack_indices`: int64 (L, count); ValueError for rows of another length."""
     size, width = shortest(universe, count)
     if packed.shape[1] != size:
         raise wrong_length(packed, size, f"{count} indices below {universe}")

@@ -1,10 +1,10 @@
 """Value formats, by which numbers become bytes, and the packing of small integers.
 
-A format turns batches of float32 numbers (L, rows, columns) into rows of bytes (L, payload_bytes)
-and back; each of the L is a message of its own. Formats document their bits per value, whether they
-are unbiased (E decode(encode(v)) = v), and `omega`: E ||decode(encode(v)) - v||^2 <= omega ||v||^2.
-Every size is a function of counts alone, never of the data, so a receiver knows it in advance.
-Words are little-endian, as on every machine that torch runs on.
+A format writes batches of float32 numbers (L, rows, columns), each of the L as a message of its
+own. Formats document their bits per value, whether they are unbiased (E decode(encode(v)) = v), and
+`omega`: E ||decode(encode(v)) - v||^2 <= omega ||v||^2. Every size is a function of counts alone,
+never of the data, so a receiver knows it in advance. Words are little-endian, as on every machine
+that torch runs on.
 """
 
 from collections import defaultdict
@@ -14,97 +14,90 @@ import torch
 from torch import Generator, Tensor
 
 MANTISSA = 1 << 23  # a float32 is a sign, 8 bits of exponent and 23 bits of mantissa
-# Entries by type of device, so that temporaries stay small, and a GPU's work is longer than its
-# launches.
+# Entries by type of device: temporaries stay small, a GPU's work is longer than its launches.
 AT_A_TIME = defaultdict(lambda: 1 << 20, cuda=1 << 24)
 
 
-class Values:
+class Codec:
+    """Matrices as rows of bytes: a value format, or a compressor that writes in one."""
+
+    def payload_bytes(self, m: int, n: int) -> int:
+        """Bytes of the message for one m x n matrix."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        """float32 (L, m, n) -> uint8 (L, payload_bytes(m, n)); None is torch's global generator."""
+        raise NotImplementedError
+
+    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
+        """uint8 (L, payload_bytes(m, n)) -> float32 (L, m, n); ValueError on another length."""
+        raise NotImplementedError
+
+
+class Values(Codec):
     """A value format."""
 
-    unbiased: bool
+    name: str  # of the class, with attributes as {.width}
+    unbiased = False
+    stochastic: bool | None = None  # None where rounding is not a choice
+
+    def __str__(self) -> str:
+        return ("nearest " if self.stochastic is False else "") + self.name.format(self)
 
     def omega(self, rows: int, columns: int) -> float:
         """The bound on the relative squared error, in expectation where rounding is stochastic."""
         raise NotImplementedError
 
+
+class Plain(Values):
+    """Numbers of a type of torch's."""
+
+    dtype: torch.dtype
+
     def payload_bytes(self, rows: int, columns: int) -> int:
-        """Bytes that rows x columns values take."""
-        raise NotImplementedError
+        return self.dtype.itemsize * rows * columns
 
     def encode(self, values: Tensor, generator: Generator | None = None) -> Tensor:
-        """float32 (L, rows, columns) -> uint8 (L, payload_bytes(rows, columns)).
-
-        `generator` drives stochastic rounding; None is torch's global generator.
-        """
-        raise NotImplementedError
+        return values.flatten(1).to(self.dtype).contiguous().view(torch.uint8)
 
     def decode(self, payload: Tensor, rows: int, columns: int) -> Tensor:
-        """uint8 (L, payload_bytes) -> float32 (L, rows, columns); ValueError on another length."""
-        raise NotImplementedError
+        check_length(payload, self.dtype.itemsize * rows * columns, self, rows, columns)
+        return reinterpret(payload, self.dtype).float().view(-1, rows, columns)
 
 
-class Float32(Values):
+class Float32(Plain):
     """32 bits per value, exact."""
 
-    unbiased = True
-
-    def __str__(self) -> str:
-        return "float32"
+    name, dtype, unbiased = "float32", torch.float32, True
 
     def omega(self, rows: int, columns: int) -> float:
         return 0.0
 
-    def payload_bytes(self, rows: int, columns: int) -> int:
-        return 4 * rows * columns
 
-    def encode(self, values: Tensor, generator: Generator | None = None) -> Tensor:
-        return values.flatten(1).contiguous().view(torch.uint8)
-
-    def decode(self, payload: Tensor, rows: int, columns: int) -> Tensor:
-        check_length(payload, 4 * rows * columns, self, rows, columns)
-        return reinterpret(payload, torch.float32).view(-1, rows, columns)
-
-
-class BFloat16(Values):
+class BFloat16(Plain):
     """16 bits per value, rounded to nearest: a relative error of at most 2^-8, deterministic.
 
     Magnitudes below float32's normal range (2^-126) lose more.
     """
 
-    unbiased = False
-
-    def __str__(self) -> str:
-        return "bfloat16"
+    name, dtype = "bfloat16", torch.bfloat16
 
     def omega(self, rows: int, columns: int) -> float:
         return 2.0**-16
-
-    def payload_bytes(self, rows: int, columns: int) -> int:
-        return 2 * rows * columns
-
-    def encode(self, values: Tensor, generator: Generator | None = None) -> Tensor:
-        return values.flatten(1).to(torch.bfloat16).contiguous().view(torch.uint8)
-
-    def decode(self, payload: Tensor, rows: int, columns: int) -> Tensor:
-        check_length(payload, 2 * rows * columns, self, rows, columns)
-        return reinterpret(payload, torch.bfloat16).float().view(-1, rows, columns)
 
 
 class Natural(Values):
     """Sign and power-of-two exponent, 9 bits per value (Horvath et al., arXiv:1905.10988).
 
-    |v| in [2^e, 2^(e+1)] becomes 2^(e+1) with probability |v| 2^-e - 1, else 2^e: unbiased with
-    omega = 1/8. Below 2^-126 it rounds to 0 or 2^-126, still unbiased but by more than omega; above
-    2^127 it may round to infinity. `stochastic=False` rounds to the nearer power: deterministic,
-    biased, omega = 1/9.
+    |v| in [2^e, 2^(e+1)] becomes 2^(e+1) with probability |v| 2^-e - 1, else 2^e: unbiased,
+    omega = 1/8 (more below 2^-126; above 2^127 it may be infinity). `stochastic=False` rounds to
+    the nearer power: deterministic, biased, omega = 1/9.
     """
+
+    name = "natural"
 
     def __init__(self, stochastic: bool = True):
         self.stochastic = self.unbiased = stochastic
-
-    def __str__(self) -> str:
-        return "natural" if self.stochastic else "nearest natural"
 
     def omega(self, rows: int, columns: int) -> float:
         return 1 / 8 if self.stochastic else 1 / 9
@@ -135,7 +128,7 @@ def at_a_time(messages: Tensor) -> int:
 
 
 def carry(bits: Tensor, stochastic: bool, generator: Generator | None) -> Tensor:
-    """What to add to a mantissa f so that it carries into the exponent: |v| = 2^e (1 + f).
+    """What makes a mantissa f carry into the exponent of |v| = 2^e (1 + f), if it is added.
 
     A uniform 23-bit number carries with probability f; a constant half rounds to nearest.
     """
@@ -170,10 +163,9 @@ def packed_bytes(count: int, width: int) -> int:
 
 
 def pack(codes: Tensor, width: int) -> Tensor:
-    """Pack integers in [0, 2^width), width 0 to 32.
+    """Integers (L, n) in [0, 2^width), width 0 to 32, as uint8 (L, packed_bytes(n, width)).
 
-    codes: (L, n), any integer or bool dtype; returns uint8 (L, packed_bytes(n, width)): their low
-    bytes, then the next ones, and at last what is left of them, eight in `width % 8` bytes.
+    Their low bytes, then the next ones, and at last eight by eight what is left of them.
     """
     (rows, count), (planes, rest) = codes.shape, divmod(width, 8)
     parts = []
@@ -191,10 +183,7 @@ def pack(codes: Tensor, width: int) -> Tensor:
 
 
 def unpack(packed: Tensor, count: int, width: int) -> Tensor:
-    """Undo `pack`. Returns (L, count): uint8 for widths up to 8, int64 beyond.
-
-    Raises ValueError if `packed` does not have packed_bytes(count, width) bytes per row.
-    """
+    """Undo `pack`: (L, count), uint8 for widths up to 8, int64 beyond; ValueError as decode."""
     if packed.shape[1] != packed_bytes(count, width):
         what = f"{count} integers of {width} bits"
         raise wrong_length(packed, packed_bytes(count, width), what)
@@ -218,10 +207,9 @@ def unpack(packed: Tensor, count: int, width: int) -> Tensor:
 
 @cache
 def _shifts(width: int) -> tuple[tuple[int, int, int, int], ...]:
-    """How eight codes of a word, a byte each, become neighbours: first pairs, then fours, then all.
+    """How eight codes, a byte each of a word, become neighbours: pairs, then fours, then all.
 
-    For each: how far its halves are apart and how far when together, in bits, the mask of the low
-    halves, and by how many times a high half the word then changes.
+    Bits that halves are apart, before and after; a mask of low halves; what a high half changes by.
     """
     steps = []
     for apart in (8, 16, 32):
