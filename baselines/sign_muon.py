@@ -8,7 +8,6 @@ from ef21_muon.exchange.layers import LayerBatch
 from ef21_muon.lmo.norms import AdaptiveRadius, Norm
 from ef21_muon.messages.compressors import Compressor, Dense
 from ef21_muon.messages.feedback import EF21
-from ef21_muon.messages.switch import Switch
 from ef21_muon.optimizer import EF21Muon
 from ef21_muon.served import ServedOptimizer
 
@@ -40,7 +39,7 @@ class SignMuon(EF21Muon):
         beta: float = 0.1,
         norm: Norm | None = None,
         radius: float = 1.0,
-        w2s: Compressor | Switch | None = None,
+        w2s: Compressor | None = None,
         s2w: Compressor | None = None,
         feedback: str = "none",
         nesterov: bool = False,

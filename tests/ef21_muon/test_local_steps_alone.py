@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ef21_muon import ALONE, Dense, EF21Muon, Identity, LocalSteps, RankK, Switch, TopK
+from ef21_muon import ALONE, Dense, EF21Muon, LocalSteps, RankK, TopK
 
 INNER = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
@@ -198,21 +198,6 @@ def test_a_state_from_before_replaces_messages_under_way():
         assert torch.equal(found, its)
 
 
-def test_a_switch_changes_rounds_and_their_bytes():
-    first, later = TopK(0.5), TopK(0.1)
-    model, optimizer = build(every=3, w2s=Switch(first, later, start=2))
-    sizes = []
-    for _ in range(4):
-        before = optimizer.w2s_bytes
-        train(model, optimizer, 3)
-        sizes.append(optimizer.w2s_bytes - before)
-    expected = [
-        sum(len(b.params) * c.fit(*b.shape).payload_bytes(*b.shape) for b in optimizer.batches)
-        for c in (first, first, later, later)
-    ]
-    assert sizes == expected
-
-
 def test_groups_may_have_compressors_of_their_own():
     model = new_model()
     groups = [
@@ -282,7 +267,7 @@ WRONG = (
     ({"server": "cloud"}, "server='cloud' is not a placement"),
     ({"server": "replicated", "s2w": TopK(0.1)}, "sends nothing back to compress"),
     ({"w2s": "topk"}, "w2s='topk' is not allowed: give a Compressor or Switch"),
-    ({"s2w": Switch(Identity(), TopK(0.1), 3)}, "s2w=.* is not allowed: give a Compressor"),
+    ({"s2w": "topk"}, "s2w=.* is not allowed: give a Compressor"),
     ({"stagger": 1}, "stagger=1 is not allowed: give True or False"),
     ({"nesterov": "yes"}, "nesterov='yes' is not allowed"),
     ({"buckets": 0}, "buckets=0 is not allowed"),

@@ -19,7 +19,6 @@ from ef21_muon import (
     LocalSteps,
     RandK,
     RankK,
-    Switch,
     TopColumns,
     TopK,
     TopSingular,
@@ -150,7 +149,6 @@ class TopRows(Fraction):
 MUTE = (
     TopRows(0.25),
     Damping(TopRows(0.25), 0.5),
-    Switch(TopK(0.1), TopRows(0.25), start=2),
 )
 
 

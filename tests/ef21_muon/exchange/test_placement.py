@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ef21_muon import EF21Muon, Identity, Spectral, Switch, TopK, param_groups
+from ef21_muon import EF21Muon, Identity, Spectral, TopK, param_groups
 from ef21_muon.exchange.collectives import Exchange
 from ef21_muon.exchange.layers import LayerBatch, lmo_costs, serve, traffic_by_placement
 from ef21_muon.exchange.placement import PLACEMENTS, busiest, cut, owned_layers, spread
@@ -129,7 +129,6 @@ def test_the_busiest_rank_is_that_of_the_exchange(sizes, ranks):
         (Identity(), Identity(), 2, "sharded"),
         (Identity(), Identity(), 8, "sharded"),
         (TopK(0.01), TopK(0.01), 2, "sharded"),  # nothing could be compressed where all serve all
-        (Switch(Identity(), TopK(0.01), 9), Identity(), 2, "replicated"),
     ],
 )
 def test_auto_takes_what_moves_the_least(w2s, s2w, ranks, expected):

@@ -27,7 +27,6 @@ from ef21_muon import (
     RankK,
     Sign,
     Spectral,
-    Switch,
     TopK,
 )
 from ef21_muon.exchange.lanes import Lanes
@@ -40,10 +39,10 @@ CASES = {
     "rank0": {"w2s": TopK(0.2), "server": "rank0"},
     "replicated": {"w2s": TopK(0.2), "server": "replicated"},
     "rank": {"w2s": RankK(0.2)},
-    "of the head": {"w2s": TopK(0.2), "head": {"w2s": Switch(TopK(0.1), TopK(0.4), start=3)}},
+    "of the head": {"w2s": TopK(0.2), "head": {"w2s": TopK(0.4)}},
     "local": {
         "every": 2,
-        "w2s": {"hidden": TopK(0.2), "head": Switch(TopK(0.1), TopK(0.4), start=2)},
+        "w2s": {"hidden": TopK(0.2), "head": TopK(0.4)},
         "outer_momentum": 0.5,
         "server": "sharded",
     },
