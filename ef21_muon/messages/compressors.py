@@ -1,12 +1,12 @@
 """Compressors: what of a matrix is kept, written in a value format (`ef21_muon.messages.values`).
 
-A compressor is a codec. C(x) is by definition decode(encode(x)), so the bytes that are logged are
-the bytes that are sent. Payload sizes follow from the shape alone. All are contractive,
+C(x) is by definition decode(encode(x)), so the bytes that are logged are the bytes that are sent.
+Matrices come in batches (L, m, n); every one is a message of its own, of a size that follows from
+the shape alone. All are contractive in the Frobenius norm,
 
     E ||C(x) - x||^2 <= (1 - alpha) ||x||^2,
 
-with the `alpha` that they document (Frobenius norm), where omega is that of the value format.
-Matrices come in batches (L, m, n); every matrix is a message of its own, a row of the payload.
+with the `alpha` that they document, where omega is that of the value format.
 """
 
 import torch
@@ -20,6 +20,7 @@ class Compressor(Codec):
     """Keeps part of a matrix and writes it in the format `values`."""
 
     lossless = False  # whether C(x) = x, bit for bit
+    sends_all = False
 
     def __init__(self, values: Values | str = "float32"):
         self.values = value_format(values)
@@ -30,7 +31,8 @@ class Compressor(Codec):
 
     def sent(self, payload: Tensor, m: int, n: int) -> Tensor | None:
         """Which entries were sent, even if rounded to 0: bool (L, m, n), or None for all."""
-        raise NotImplementedError
+        if not self.sends_all:
+            raise NotImplementedError
 
     def sample(self, m: int, n: int) -> Tensor:
         """A message for one matrix, on the CPU, alike on every machine: what do they decode it to?
@@ -57,6 +59,8 @@ class Compressor(Codec):
 class Dense(Compressor):
     """Every entry is kept; alpha = 1 - omega. `Dense("natural")` is the Natural compressor."""
 
+    sends_all = True
+
     def title(self) -> str:
         return "identity" if self.lossless else "dense"
 
@@ -75,9 +79,6 @@ class Dense(Compressor):
 
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
         return self.values.decode(payload, m, n)
-
-    def sent(self, payload: Tensor, m: int, n: int) -> None:
-        return None
 
     def fit(self, m: int, n: int) -> Compressor:
         return self

@@ -23,6 +23,7 @@ class LowRank(Fraction):
     The columns come first, transposed, so that a row of either factor belongs to one direction.
     """
 
+    sends_all = True
     scale_bytes = 0  # of a factor of both, before them
 
     def _factors(self, m: int, n: int) -> tuple[tuple[Values, int], tuple[Values, int]]:
@@ -45,9 +46,6 @@ class LowRank(Fraction):
         if self.scale_bytes:
             rows = rows * reinterpret(scale, torch.float32)[:, :, None]
         return basis.mT @ rows if length == m else rows.mT @ basis
-
-    def sent(self, payload: Tensor, m: int, n: int) -> None:
-        return None
 
     def sample(self, m: int, n: int) -> Tensor:
         parts = [torch.tensor([[0.7]], dtype=torch.float32, device="cpu").view(torch.uint8)]
@@ -103,12 +101,10 @@ class RankK(LowRank):
 class FittedRank(LowRank):
     """x of rank r = fraction min(m, n) as s P Q: P in the format `basis`, Q in the finer `values`.
 
-    For m >= n: P is an orthonormal basis of range(x x^T S) for a Gaussian m x r sketch S, rounded;
-    Q = P^+ x are the least-squares rows for P as it was rounded, rounded in turn; and the scalar s
-    is that of least squares again. For m < n the same of x^T. The formats differ because rounding P
-    only turns the subspace that is sent, while rounding Q is noise in the largest directions, and P
-    has most of the values. By s, C(x) is never further from x than 0 is, whatever the formats:
-    alpha = 0 is what is guaranteed.
+    For m >= n: P is a basis as RankK's, rounded; Q = P^+ x are the least-squares rows for P as it
+    was rounded, rounded in turn; and the scalar s is that of least squares again. For m < n the
+    same of x^T. The formats differ because P has most of the values, and rounding P only turns the
+    subspace that is sent. By s, C(x) is never further from x than 0 is: alpha = 0.
     """
 
     kind = "fitted rank"
