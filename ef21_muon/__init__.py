@@ -29,7 +29,6 @@ from ef21_muon.messages.levels import Normal, Statistical
 from ef21_muon.messages.low_rank import FittedRank, RankK
 from ef21_muon.messages.scaled import Integer, NaturalWindow, SignScale, SmoothnessAware
 from ef21_muon.messages.sparse import RandK, TopK
-from ef21_muon.messages.switch import Switch
 from ef21_muon.messages.values import BFloat16, Float32, Natural, Values
 from ef21_muon.optimizer import EF21Muon
 
@@ -69,7 +68,6 @@ __all__ = [
     "SmoothnessAware",
     "Spectral",
     "Statistical",
-    "Switch",
     "TopColumns",
     "TopK",
     "TopSingular",
