@@ -175,9 +175,8 @@ class Communicating(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def average_buffers(self) -> None:
-        """Share the mean of the model's buffers, where that was asked for."""
-        if self.buffers.shared:
-            self.transport.traffic += self.buffers.average()
+        """Have the mean of all workers' buffers, where that was asked for."""
+        self.transport.traffic += self.buffers.average()
 
     def exchange_compressor(self, w2s: Compressor, group: str | None = None) -> None:
         """Send with another compressor from the next round on; on all ranks, between rounds.

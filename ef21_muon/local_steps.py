@@ -208,7 +208,7 @@ class LocalSteps(Communicating):
             with torch.autocast(self.device.type, enabled=False):
                 self.turns.take(self.steps - 1, self._round, self.timer)
             _, place, length = self.rounds.of(self.steps - 1)
-            if place == length - 1:
+            if place == length - 1 and self.buffers.shared:
                 self.average_buffers()
             self._share()
         return loss
@@ -320,7 +320,8 @@ class LocalSteps(Communicating):
         if self.steps == 0 or (self.transport.heals and self.last_sync == self.steps):
             return
         self.turns.finish(self.steps - 1, self._round, self.timer)
-        self.average_buffers()
+        if self.buffers.shared:
+            self.average_buffers()
         self._share()
 
     def _share(self) -> None:
