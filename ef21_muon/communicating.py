@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
@@ -12,15 +11,7 @@ import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
 from ef21_muon import state
-from ef21_muon.arithmetic import (
-    REPLICATED,
-    SAFE,
-    WHY,
-    Results,
-    advice_for,
-    of_decoding,
-    unlike,
-)
+from ef21_muon.arithmetic import SAFE, Results, of_decoding, where_bits_agree
 from ef21_muon.guards import Guards, PhaseTimer, broken_at
 from ef21_muon.identity import settings_of
 from ef21_muon.layers import Batch, Layer, form_batches, layers_of
@@ -43,8 +34,6 @@ from ef21_muon.transport.placement import AUTO
 from ef21_muon.transport.roll_call import RollCall
 from ef21_muon.transport.schedule import Rounds
 from ef21_muon.transport.shards import require_whole
-
-log = logging.getLogger("ef21_muon")
 
 
 class Communicating(torch.optim.Optimizer):
@@ -70,6 +59,7 @@ class Communicating(torch.optim.Optimizer):
     # What a scheduler wraps, and a thread; and torch's hooks, as torch has it.
     NOT_COPIED = ("step", "roll_call", *state.HOOKS)
     inner: Sequence[torch.optim.Optimizer] = ()
+    wrapped = None  # of `ef21_muon.inner`, where there are inner optimizers
     rules: Sequence[dict] = ()
     batches: Sequence[Batch] | None = None
     roll_call: RollCall | None = None  # from the first step on, where others step too
@@ -125,29 +115,19 @@ class Communicating(torch.optim.Optimizer):
         own: what every rank computes for itself with a placement, beside messages, of which all
         have to get the same bits. Raises ValueError where they do not with any that is allowed.
         """
-        groups = self.rules
         allowed = [server]
         if server == AUTO:
-            self.placements = loads(groups, costs, self.transport.ranks)
+            self.placements = loads(self.rules, costs, self.transport.ranks)
             allowed = [*self.placements]
         if allowed[0] == "replicated":
-            refuse_compressed_shifts(groups)
-        while True:
-            self.server, *others = allowed
-            found = None
-            if self.ranks > 1:
-                results = chain(of_decoding(groups, self.server), own(self.server))
-                found = unlike(results, self.device, self.process_group)
-            if found is None:
-                place = self.transport.rank, self.transport.ranks
-                return form_batches(groups, costs, self.server, *place)
-            what, rank = found
-            words = f"rank {rank} gets other bits than rank 0 of {what}: {WHY}, and "
-            allowed = [one for one in others if one != "replicated"]
-            if not (self.server == "replicated" and allowed and what.startswith(REPLICATED)):
-                raise ValueError(words + advice_for(what))
-            if place_in(self.process_group)[0] == 0:
-                log.warning("%sserver=auto is therefore %s, not replicated", words, allowed[0])
+            refuse_compressed_shifts(self.rules)
+
+        def computed(server: str) -> Results:
+            return chain(of_decoding(self.rules, server), own(server))
+
+        self.server = where_bits_agree(allowed, computed, self.device, self.process_group)
+        place = self.transport.rank, self.transport.ranks
+        return form_batches(self.rules, costs, self.server, *place)
 
     def begin(self, batches: Sequence[Batch], layers: Sequence[Layer] | None = None) -> None:
         """Step these batches, which all ranks hold alike; last in a constructor.
@@ -391,6 +371,8 @@ class Communicating(torch.optim.Optimizer):
     def __setstate__(self, values: dict) -> None:
         super().__setstate__(values)
         self.go_on_after(self.steps)
+        if self.wrapped:
+            self.wrapped.guard(self)
 
     def _shared(self) -> list[tuple[str, Tensor]]:
         """What all workers hold alike, by name."""

@@ -115,6 +115,7 @@ class Batch:
 
     up: Channel
     down: Channel
+    written: list[tuple[int, int]] | None = None
 
     def __init__(
         self,
@@ -192,6 +193,25 @@ class Batch:
             for row, parameter in enumerate(self.params[self.layers_of(name)]):
                 state[parameter][name] = table[row]
         return state
+
+    def note(self) -> None:
+        """Note how often parameters were written, and where they are."""
+        self.written = self._now()
+
+    def take_over(self, always: bool = False) -> None:
+        """X = W where somebody has changed W since `note`, as a model's load_state_dict does.
+
+        What is written into a parameter's `.data` goes unnoticed.
+        """
+        model = self.state.get("server_model")
+        if model is not None and (always or self.written not in (None, self._now())):
+            model.copy_(self.models(self.owned))
+
+    def _now(self) -> list[tuple[int, int]]:
+        found = []
+        for parameter in self.params:
+            found.append((parameter._version, parameter.data_ptr()))
+        return found
 
     def swap(self) -> None:
         """Have the parameters and W, apart from them, change places."""

@@ -95,8 +95,10 @@ class Underway:
 
     def go_on(self) -> bool:
         """Wait for what is under way and take the next leg; False at the end of the round."""
-        self.timer.phase("exchange")
-        arrived = self.wait and self.wait()
+        arrived = None
+        if self.wait:
+            self.timer.phase("exchange")
+            arrived = self.wait()
         try:
             send, batches, payloads = self.legs.send(arrived)
         except StopIteration:
