@@ -34,8 +34,8 @@ def loads(
 ) -> dict[str, Load]:
     """By placement, of those that the compressors allow; first the one of the least weight.
 
-    groups: with the entries params, w2s and s2w; costs: of serving each layer; device: the kind that
-    the servers' steps are taken on, by default that of the parameters.
+    groups: with the entries params, w2s and s2w; costs: of serving each layer; device: the kind
+    that the servers' steps are taken on, by default that of the parameters.
     """
     lossless = all(group["s2w"].lossless for group in groups)
     allowed = ("sharded", "replicated", "rank0") if lossless else ("sharded", "rank0")
