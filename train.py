@@ -67,8 +67,8 @@ class Run:
         self.stops, self.later = Stops(workers, seldom), Later(seldom // 2)
         self.label = config.label or run_label(self.optimizer)
         self.tokens_per_step = config.batch.sequences * self.raw_model.config.context
-        told = self.tokens_per_step // (config.membership.workers or 1)
-        self.progress = Progress(workers, self.optimizer, told)
+        per_worker = self.tokens_per_step // (config.membership.workers or 1)
+        self.progress = Progress(workers, self.optimizer, per_worker)
 
     def _prepare(self) -> None:
         """What a worker needs of its own node: data, the model, and the classes of the others."""
@@ -109,7 +109,8 @@ class Run:
 
     def position(self) -> dict:
         """Where the run is: the fields that all records share."""
-        return self.progress.position(self.scheduler.last_epoch)
+        step = self.scheduler.last_epoch
+        return self.progress.position(step, self.members.synced_steps(step))
 
     def train(self, log: RunLog | NoLog, checkpoints: Checkpoints) -> dict | None:
         """The training loop; returns the facts of the end record, None if it was asked to stop."""
@@ -135,7 +136,7 @@ class Run:
             self.later.settle(math.inf if evaluate or save else step)
             save |= self.stops.requested
             log.advance(step)
-            self.members.tell(self, log)
+            self.members.tell(log)
             if config.diagnostics_every and self.optimizer.watch and self.optimizer.watched:
                 log.diagnostics(step, self.optimizer.diagnostics())
                 self.optimizer.watch = False
@@ -165,7 +166,7 @@ class Run:
 
         late = test_loss is None  # this worker came after the last step
         test_loss = self.test_loss() if late else test_loss
-        self.members.see_off(self, log, test_loss if late else None)
+        self.members.wait_for_peers(self, log, test_loss if late else None)
         return self.summary(test_loss)
 
     def check(self) -> None:
@@ -185,7 +186,7 @@ class Run:
             "test_loss": test_loss,
             "uncompressed_bytes": self.config.steps * 4 * self.raw_model.config.parameter_count,
             "optimizer_share": round(self.progress.optimizer_share, 4),
-            **self.members.facts(self),
+            **self.members.facts(),
         }
 
 
@@ -207,7 +208,7 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
     end = None
     try:
         with workers.stoppable():
-            with suppress(Stopped), run.members.refusals(run, log):
+            with suppress(Stopped), run.members.refusals(log):
                 end = run.train(log, checkpoints)
             checkpoints.settle()
     except BaseException as error:
@@ -217,7 +218,7 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
             checkpoints.settle()
         raise
     finally:
-        run.members.leave(run)
+        run.members.leave()
     if end is None:
         log.end("stopped", step=run.scheduler.last_epoch)
         workers.say(f"\nstopped as asked: {how_to_go_on(config, directory)}")

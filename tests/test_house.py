@@ -22,6 +22,7 @@ DIRECTIONS = {
     "ef21_muon.lmo": (),
     "ef21_muon.lmo.presets": ("ef21_muon.messages.compressors",),
     "ef21_muon.exchange": ("ef21_muon.messages", "ef21_muon.lmo", "ef21_muon.identity"),
+    "ef21_muon.fleet": ("ef21_muon",),
     "baselines": ("ef21_muon",),
     "data": (),
     "model": (),
@@ -138,7 +139,7 @@ def draws_by_agg(module: Module) -> Iterator[str]:
                 yield f"imports {name}"
 
 
-EXTRAS = {"ef21_muon.exchange.connections": {"torchft"}}
+EXTRAS = {"ef21_muon.fleet.connections": {"torchft"}}
 
 RULES = (
     *(is_short, has_short_functions, says_what_it_is, imports_downwards, needs_torch_alone),

@@ -72,12 +72,15 @@ class Progress:
 
         return read
 
-    def position(self, step: int) -> dict:
-        """Where the run is after so many steps, for a record. Bytes are per worker."""
+    def position(self, step: int, synced_steps: int) -> dict:
+        """Where the run is after so many steps, for a record. Bytes are per worker.
+
+        synced_steps: those whose tokens are in W.
+        """
         return {
             "step": step,
             "round": getattr(self.optimizer, "round", step),
-            "tokens": getattr(self.optimizer, "told", step) * self.tokens_per_step,
+            "tokens": synced_steps * self.tokens_per_step,
             **{key: self.bytes_before[key] + getattr(self.optimizer, key) for key in BYTES},
             "seconds": round(self.seconds, 3),
         }

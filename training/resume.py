@@ -42,7 +42,7 @@ def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
         "data": run.workers.gather(run.feed.batches.state_dict()),
         "round": getattr(run.optimizer, "round", None),
         "position": run.position(),
-        "fleet": run.optimizer.fleet_state() if comes_and_goes(run.config) else None,
+        "fleet": run.members.state(),
         **run.progress.state(),
     }
     return _tensors(run) | _generator_states(run), facts
@@ -214,8 +214,7 @@ def _continue(run, facts: dict) -> None:
     position = {"received_bytes": _received(facts)} | facts["position"]
     if isinstance(run.optimizer, CommunicatingOptimizer):
         run.optimizer.go_on_after(position["step"])
-    if comes_and_goes(run.config):
-        run.optimizer.load_fleet_state(facts["fleet"])
+    run.members.load_state(facts.get("fleet"))
     run.progress.go_on(facts)
     run.progress.bytes_before = {key: position[key] - getattr(run.optimizer, key) for key in BYTES}
     run.scheduler = new_scheduler(run.optimizer, run.config, position["step"])
