@@ -50,7 +50,7 @@ class Run:
             shard(self.raw_model, config.worker_size, workers)
         self.members = members_of(config, workers)
         self.optimizer = build_optimizer(
-            config, self.raw_model, workers.timeout, group, self.members.among
+            config, self.raw_model, workers.timeout, group, self.members.transport
         )
         self.scheduler = new_scheduler(self.optimizer, config, steps=0)
         self.passes = Passes(
@@ -61,14 +61,13 @@ class Run:
             config.compile,
             config.clip_grad_norm,
         )
-        self.finish = getattr(self.optimizer, "finish", lambda: None)
         # While workers train on, answers whether to stop are on their way, and sums of losses.
         seldom = self.members.ask_every(self.optimizer)
         self.stops, self.later = Stops(workers, seldom), Later(seldom // 2)
         self.label = config.label or run_label(self.optimizer)
         self.tokens_per_step = config.batch.sequences * self.raw_model.config.context
-        per_worker = self.tokens_per_step // (config.membership.workers or 1)
-        self.progress = Progress(workers, self.optimizer, per_worker)
+        told = self.tokens_per_step // (config.membership.workers or 1)
+        self.progress = Progress(workers, self.optimizer, told, self.members.synced_steps)
 
     def _prepare(self) -> None:
         """What a worker needs of its own node: data, the model, and the classes of the others."""
@@ -109,8 +108,7 @@ class Run:
 
     def position(self) -> dict:
         """Where the run is: the fields that all records share."""
-        step = self.scheduler.last_epoch
-        return self.progress.position(step, self.members.synced_steps(step))
+        return self.progress.position(self.scheduler.last_epoch)
 
     def train(self, log: RunLog | NoLog, checkpoints: Checkpoints) -> dict | None:
         """The training loop; returns the facts of the end record, None if it was asked to stop."""
@@ -127,7 +125,7 @@ class Run:
             step = self.scheduler.last_epoch  # in a fleet that of the others
             last = step >= config.steps
             if last:
-                self.finish()
+                self.optimizer.finish()
 
             evaluate = last or due(step, config.eval.every)
             save = last or due(step, config.checkpoint.every)

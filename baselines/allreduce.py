@@ -5,7 +5,9 @@ once each way, and `wire_tx_bytes` what a ring all-reduce of it sends, 2 (n - 1)
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -17,11 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from baselines.collectives import Collectives
 from baselines.greedylore import GreedyLore
 from baselines.numbers import check_number
-from ef21_muon.checks import PARTED, choice, require_equal_parameters, whole_number
-from ef21_muon.exchange.collectives import ALONE
-from ef21_muon.exchange.layers import named_layers
+from ef21_muon.guards import PhaseTimer
+from ef21_muon.layers import named_layers
 from ef21_muon.optimizer import EF21Muon
-from ef21_muon.timing import PhaseTimer
+from ef21_muon.settings import choice, whole_number
+from ef21_muon.transport.agreement import PARTED, require_equal_parameters
+from ef21_muon.transport.fixed import ALONE
+from ef21_muon.transport.schedule import Rounds
 
 HOOKS = ("float32", "float16", "bfloat16", "powersgd", "greedylore")
 LOW_RANK = ("powersgd", "greedylore")
@@ -42,6 +46,11 @@ class AllReduced:
     """
 
     name: str
+    # What train.py asks every optimizer for.
+    rounds = Rounds(1)
+    server = mesh = correction = None
+    inner = ()
+    watch = False
 
     def _reduce_with(
         self, hook: str, rank: int, every: int, process_group: ProcessGroup | None
@@ -55,10 +64,27 @@ class AllReduced:
             raise ValueError("hook='bfloat16' is not allowed on gloo: use float16, or NCCL")
         self.reduced_over = process_group
         self.reduced_bytes = 0
-        self.timer = PhaseTimer()
+        self.timer = PhaseTimer(self.param_groups[0]["params"][0].device)
         if hook == "greedylore":
             self.collectives = Collectives(process_group)
             self.lore = GreedyLore(self, rank, every, self.collectives.mean)
+
+    @property
+    def round(self) -> int:
+        """Steps so far."""
+        return self._steps_taken
+
+    @property
+    def whole_every(self) -> int:
+        """The steps between those whose gradients are sent whole; 0 where all are, or none."""
+        return self.every if self.hook == "greedylore" else 0
+
+    def finish(self) -> None:
+        """Nothing is left to send."""
+
+    def agreed(self) -> AbstractContextManager[None]:
+        """Within it the parameters are what workers agree on, as always."""
+        return nullcontext()
 
     @property
     def title(self) -> str:
@@ -148,8 +174,9 @@ class AllReduced:
 
     def _greedylore(self) -> Callable:
         def counted(state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+            before = self.collectives.traffic.w2s_bytes
             self.lore.average(bucket.parameters(), bucket.gradients(), self._steps_taken)
-            self.reduced_bytes += self.collectives.read().w2s_bytes
+            self.reduced_bytes += self.collectives.traffic.w2s_bytes - before
             done = torch.futures.Future()
             done.set_result(bucket.buffer())
             return done
@@ -166,6 +193,7 @@ class AdamW(AllReduced, torch.optim.AdamW):
     """torch.optim.AdamW (Loshchilov and Hutter, arXiv:1711.05101) behind DDP."""
 
     name = "AdamW"
+    generators: ClassVar[dict] = {}
 
     def __init__(
         self,

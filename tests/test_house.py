@@ -21,8 +21,8 @@ DIRECTIONS = {
     "ef21_muon.messages": ("ef21_muon.lmo.newton_schulz",),
     "ef21_muon.lmo": (),
     "ef21_muon.lmo.presets": ("ef21_muon.messages.compressors",),
-    "ef21_muon.exchange": ("ef21_muon.messages", "ef21_muon.lmo", "ef21_muon.identity"),
     "ef21_muon.fleet": ("ef21_muon",),
+    "ef21_muon.transport": (),
     "baselines": ("ef21_muon",),
     "data": (),
     "model": (),
@@ -175,9 +175,9 @@ FAULTS = [
     (imports_downwards, "other/a.py", "", "other.a has no place among the directions"),
     (
         imports_downwards,
-        "ef21_muon/exchange/up.py",
+        "ef21_muon/transport/up.py",
         "from ..optimizer import EF21Muon",
-        "ef21_muon.exchange.up imports ef21_muon.optimizer.EF21Muon",
+        "ef21_muon.transport.up imports ef21_muon.optimizer.EF21Muon",
     ),
     (
         imports_downwards,

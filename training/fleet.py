@@ -5,16 +5,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ef21_muon import LocalSteps
+from ef21_muon.transport.fixed import Transport
 from training.config import what_matters
 from training.log import NoLog, RunLog
 from training.membership import require_addresses, require_way_here
-from training.method import rounds_of
 from training.schedule import new_scheduler
 from training.workers import FinalError, RunError, Workers, one_line
 
@@ -54,12 +53,11 @@ class FixedMembers:
     FleetMembers has the same calls, and says what they are for. `run` is a train.Run.
     """
 
-    def among(self, make: partial) -> partial:
-        return make
+    transport = None
 
     def ask_every(self, optimizer: torch.optim.Optimizer) -> int:
         """Steps, at most, between questions whether to stop: who seldom sends seldom asks."""
-        return min(*rounds_of(optimizer).lengths, SELDOM)
+        return min(*optimizer.rounds.lengths, SELDOM)
 
     def at_work(self, what: str) -> AbstractContextManager:
         return nullcontext()
@@ -99,15 +97,15 @@ class FleetMembers:
         self.quorums = QuorumRecords()
         self._asked: float | None = None  # when it was first seen that this worker shall stop
 
-    def among(self, make: partial) -> partial:
-        """A maker of the same local steps, whose rounds are of the workers of the moment.
+    def transport(self, method: type) -> Transport:
+        """Of messages among the workers of the moment, for local steps.
 
-        Raises RunError where there is no torchft, and for what is not LocalSteps.
+        Raises RunError where there is no torchft, and for another method.
         """
         own, workers = self.config.membership, self.workers
-        if not issubclass(make.func, LocalSteps):
+        if not issubclass(method, LocalSteps):
             raise RunError(
-                f"membership={own.name} needs local steps, {make.func.__name__} cannot go on "
+                f"membership={own.name} needs local steps, {method.__name__} cannot go on "
                 "without a worker: give optimizer=local, diloco, muloco or sparseloco"
             )
         if workers.count != self.config.worker_size:
@@ -136,7 +134,7 @@ class FleetMembers:
         if own.host is None:
             require_way_here(members.host, f"this machine's name {members.host}", patience)
         self.watch.waited = lambda: members.waited
-        return partial(make, transport=self.fleet)
+        return self.fleet
 
     def _wait(self, seconds: float) -> None:
         if self.workers.asked_to_stop:  # the round may be about to come
@@ -157,7 +155,7 @@ class FleetMembers:
     @contextmanager
     def refusals(self, log: RunLog | NoLog) -> Iterator[None]:
         """Within it this worker ends for good where it cannot be among the others."""
-        from ef21_muon.fleet import FleetRefused  # needs torchft, as among does
+        from ef21_muon.fleet import FleetRefused  # needs torchft, as transport does
 
         try:
             yield

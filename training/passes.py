@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from baselines import AllReduced
-from ef21_muon.exchange.clipping import clip
+from ef21_muon.transport.clipping import clip
 from model import GPT
 from training.workers import RunError
 
@@ -50,12 +50,11 @@ class Passes:
         in_half = on_cuda if precision == "auto" else precision == "bfloat16"
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_half)
         # W is evaluated, where a worker's own parameters are apart from it.
-        self.agreed = getattr(optimizer, "agreed", nullcontext)
-        correction = getattr(optimizer, "correction", None)
-        self.twice = correction is not None and correction.evaluates
+        self.agreed = optimizer.agreed
+        self.twice = optimizer.correction is not None
         self.max_norm = max_norm
-        if lanes := getattr(optimizer, "lanes", None):  # they average over a worker's ranks first
-            lanes.max_norm, self.max_norm = max_norm, None
+        if optimizer.mesh:  # which averages over a worker's ranks first
+            optimizer.mesh.max_norm, self.max_norm = max_norm, None
 
     def gradient(self, batch: list[list[Tensor]]) -> Tensor:
         """Leave the gradient of a batch, of passes of equal size, in `grad`; its mean loss, ()."""

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ef21_muon.fingerprint import fingerprint
+from ef21_muon.transport.fingerprint import fingerprint
 from training.workers import Workers
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ef21_muon.exchange.reach import INTERFACE, Place, cut_off
 from ef21_muon.identity import differences
+from ef21_muon.transport.reach import INTERFACE, Place, cut_off
 
 FEW = 6  # differences, at most, that an error names
 

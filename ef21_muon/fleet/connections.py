@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroupGloo as Gloo
 
-from ef21_muon.exchange.collectives import Traffic
-from ef21_muon.exchange.reach import Place, is_local
 from ef21_muon.fleet.admission import Card, FleetError, FleetRefused, refusals
+from ef21_muon.transport.fixed import Traffic
+from ef21_muon.transport.reach import Place, is_local
 
 log = logging.getLogger("ef21_muon")
 os.environ.setdefault("RUST_LOG", "warn")  # or torchft says six lines a round
@@ -117,6 +117,11 @@ class StateServer(HTTPTransport):
         sent = len(dst_ranks) * size_of(state_dict["user"]["default"])
         self.traffic += Traffic(wire_tx_bytes=sent)
         super().send_checkpoint(dst_ranks, step, state_dict, timeout)
+
+    def counted(self) -> Traffic:
+        """Since it was asked last."""
+        traffic, self.traffic = self.traffic, Traffic()
+        return traffic
 
 
 def size_of(state: dict) -> int:

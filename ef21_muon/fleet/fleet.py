@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ef21_muon.exchange.collectives import Traffic
 from ef21_muon.fleet.members import Members
 from ef21_muon.fleet.shared import Shared
 from ef21_muon.fleet.verdict import Quorum
 from ef21_muon.local_steps import LocalSteps
+from ef21_muon.transport.fixed import ALONE, Transport
 
 PAUSE = 2.0  # seconds between rounds for those that are late
 FEW = 3  # layers, at most, that a warning names
@@ -21,7 +21,7 @@ QUORUMS = 1000  # at most, that are remembered for who asks for them
 log = logging.getLogger("ef21_muon")
 
 
-class Fleet:
+class Fleet(Transport):
     """Rounds of LocalSteps that go on with the workers that are there.
 
     The mean of a round is over the messages that came. A worker that comes anew, was away, or has
@@ -48,8 +48,7 @@ class Fleet:
     worker cannot be among the others, and what `while_waiting` does; then nobody waits for it.
     """
 
-    rank, ranks = 0, 1  # a worker decodes all messages itself
-    heals = True  # a worker whose message is not finite begins anew with the next round
+    heals = True
 
     def __init__(
         self,
@@ -59,17 +58,17 @@ class Fleet:
         run: Mapping[str, object] | None = None,
         **options,  # of Members
     ):
+        super().__init__(ALONE)  # a worker serves itself with all messages
         self.members = Members(worker, lighthouse, **options)
         self.run = dict(run or {})
         self.quorums: deque[Quorum] = deque(maxlen=QUORUMS)
-        self._synced_at = 0  # steps of this worker at the last round
         # Each worker has its own random numbers, as with fixed membership.
         self.stream = worker * self.members.ranks + self.members.rank
 
     def require_options(
         self, *, server: str, stagger: bool, delay: int, feedback: str, buffers: nn.Module | None
-    ) -> None:
-        """Raise ValueError for what cannot go on without a member or within a round."""
+    ) -> str:
+        """The placement. Raises ValueError for what cannot go on without a member or in a round."""
         if server not in ("auto", "replicated"):
             raise ValueError(
                 f"server={server!r} is not allowed for workers that come and go: a server would go "
@@ -91,16 +90,12 @@ class Fleet:
                 "feedback='ef21' is not allowed for workers that come and go: its servers remember "
                 "the mean of all workers, give ef14 or none"
             )
+        return "replicated"
 
     def attach(self, optimizer: LocalSteps) -> None:
         """The last of what its constructor does."""
         self.optimizer, self.shared = optimizer, Shared(optimizer, self.run)
         self.members.shared = self.shared
-
-    @property
-    def traffic(self) -> Traffic:
-        """Bytes of this rank so far."""
-        return self.members.traffic
 
     @property
     def synced_steps(self) -> int:
@@ -112,12 +107,7 @@ class Fleet:
         return self.shared.fingerprint() % 2**64
 
     def to_servers(self, batches: Sequence, payloads: list[Tensor]) -> Callable[[], list]:
-        """Meet the others when what is returned is called; it gives of every batch the messages.
-
-        Without a local step since the last round there is nothing to say, and nobody is met.
-        """
-        if self.optimizer.steps == self._synced_at:
-            return lambda: [[] for _ in batches]
+        """What is returned meets the others, and gives of every batch the messages that count."""
         message = torch.cat([payload.flatten() for payload in payloads])
         return lambda: self._meet(message)
 
@@ -180,7 +170,7 @@ class Fleet:
             optimizer.steps = quorum.step
             _, place, _ = optimizer.rounds.of(quorum.step - 1)
             shared.synced_steps += len(messages) * (place + 1)
-        self._synced_at = optimizer.steps
+        self.traffic += quorum.traffic
         self.quorums.append(quorum)
         of_workers = [shared.messages_of(one) for one in messages]
         return [[rows[b] for rows in of_workers] for b in range(len(optimizer.batches))]

@@ -14,8 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions
 
-from ef21_muon.exchange.collectives import Traffic, place_in
-from ef21_muon.exchange.reach import INTERFACE, Place
 from ef21_muon.fleet.admission import Card, FleetError, FleetRefused
 from ef21_muon.fleet.connections import (
     Group,
@@ -28,6 +26,8 @@ from ef21_muon.fleet.connections import (
 )
 from ef21_muon.fleet.shared import Shared
 from ef21_muon.fleet.verdict import HEAD, Head, Quorum, Verdicts, history_of
+from ef21_muon.transport.fixed import Traffic, place_in
+from ef21_muon.transport.reach import INTERFACE, Place
 
 log = logging.getLogger("ef21_muon")
 
@@ -67,7 +67,6 @@ class Members:
         self.healed = False  # in the last gather
         self.longest = 0.0  # seconds that a gather took
         self.waited = 0.0  # seconds, in all gathers
-        self._sent = Traffic()  # of messages
         self.lighthouse = Lighthouse(lighthouse, quiet=self.rank > 0)
         self._counters = {"step": 0, "batches_committed": 0}
         self._verdicts = Verdicts(worker, quiet=self.rank > 0)
@@ -79,11 +78,6 @@ class Members:
     def load_state(self, state: dict[str, int]) -> None:
         """Before the first gather, with what was shared at that moment."""
         self._counters = state
-
-    @property
-    def traffic(self) -> Traffic:
-        """Bytes of this rank so far, also of the state that it has sent and fetched."""
-        return self._sent + self.state_server.traffic if self.manager else self._sent
 
     def gather(
         self, message: Tensor, counts: bool, finite: bool = True
@@ -107,7 +101,7 @@ class Members:
     def _gather(
         self, message: Tensor, counts: bool, finite: bool, start: float
     ) -> tuple[list[Tensor], Quorum]:
-        tries, diverged, same_messages, notes = 0, 0, False, []
+        tries, diverged, same_messages, notes, traffic = 0, 0, False, [], Traffic()
         self.healed = False
         while True:
             tries += 1
@@ -125,6 +119,7 @@ class Members:
                 mine = self._head(counts, finite)
                 rows = self._send(torch.cat([mine.packed(), message.cpu()]), tries)
             if rows is not None:
+                traffic += self._traffic(len(message), len(rows))
                 heads = [Head.unpacked(row) for row in rows[:, : HEAD.size]]
                 history = history_of(heads)
                 if mine.history != history:  # then the others commit, and are ahead
@@ -153,6 +148,7 @@ class Members:
             history="{:016x}{:016x}".format(*history),
             tries=tries,
             seconds=time.monotonic() - start,
+            traffic=traffic + self.state_server.counted(),
             refused=tuple(refused),
             notes=(*notes, *found),
         )
@@ -245,7 +241,8 @@ class Members:
 
     def _take(self, state: dict) -> None:
         self.shared.take(state)
-        self.state_server.traffic += Traffic(received_bytes=size_of(state))
+        size = size_of(state)
+        self.state_server.traffic += Traffic(received_bytes=size, wire_rx_bytes=size)
         self.healed = True
 
     def _quorum(self) -> bool:
@@ -320,9 +317,13 @@ class Members:
         if self.process_group.settled:
             self.longest = max(self.longest, time.monotonic() - start)
         self.process_group.settled = True
-        size, others = len(packed) - HEAD.size, ranks - 1
-        self._sent += Traffic(size, 0, others * size, others * len(packed))
         return flat.view(ranks, len(packed))
+
+    @staticmethod
+    def _traffic(size: int, ranks: int) -> Traffic:
+        """Of messages of `size` bytes that have gone to all and come from all."""
+        received, sent = (ranks - 1) * size, (ranks - 1) * (size + HEAD.size)
+        return Traffic(size, 0, received, wire_tx_bytes=sent, wire_rx_bytes=sent)
 
     def _commit(self) -> bool:
         """Whether this worker has the round; others may have it."""

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ef21_muon.arithmetic import WHY, digests, of_messages
-from ef21_muon.fingerprint import fingerprint
 from ef21_muon.fleet.admission import FleetRefused, differing_from
 from ef21_muon.fleet.verdict import INSTEAD
 from ef21_muon.inner import beginner
 from ef21_muon.local_steps import LocalSteps
+from ef21_muon.transport.fingerprint import fingerprint
 
 
 class Shared:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ef21_muon.arithmetic import SAFE, WHY
 from ef21_muon.fleet.admission import FleetRefused
+from ef21_muon.transport.fixed import Traffic
 
 HEAD = Struct(">QQQ??")
 LARGEST = torch.finfo(torch.float32).max  # of a squared length
@@ -69,6 +70,7 @@ class Quorum:
     history: str  # in hexadecimal, the messages in W before, and the digest of what all shared
     tries: int  # quorums that it took
     seconds: float  # of waiting and sending
+    traffic: Traffic  # of this rank, of all tries, and of state
     refused: tuple[int, ...] = ()  # whose messages are not finite and do not count
     notes: tuple[str, ...] = ()  # what was amiss, in words
 

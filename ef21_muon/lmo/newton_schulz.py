@@ -26,27 +26,17 @@ POLAR_EXPRESS = (
 )
 SAFETY = 1.01  # of the same paper, against rounding
 
-
-def _shrunk(polynomial: Polynomial, by: float) -> Polynomial:
-    """The coefficients of p(x / by)."""
-    a, b, c = polynomial
-    return a / by, b / by**3, c / by**5
-
-
-# One for each step; the last is repeated. All of the Polar Express but its last are evaluated at
-# x / SAFETY, and so is its input, which makes it the square for the first.
-POLYNOMIALS = {
+# All of them but the last are evaluated at x / SAFETY, and so is the input of the first.
+SHRUNK_BY = (SAFETY**2, *6 * (SAFETY,), 1)
+POLYNOMIALS = {  # one for each step; the last is repeated
     "jordan": (JORDAN,),
-    "polar_express": (
-        _shrunk(POLAR_EXPRESS[0], SAFETY**2),
-        *(_shrunk(polynomial, SAFETY) for polynomial in POLAR_EXPRESS[1:-1]),
-        POLAR_EXPRESS[-1],
+    "polar_express": tuple(
+        (a / s, b / s**3, c / s**5) for (a, b, c), s in zip(POLAR_EXPRESS, SHRUNK_BY, strict=True)
     ),
 }
 
-# Where n / m is at least GRAM_ASPECT, steps go GRAM_STEPS at a time through the Gram matrix. It
-# holds squares of singular values, so that this takes float32; more at a time would be faster yet
-# and lose digits (results/lmo).
+# Where n / m is at least GRAM_ASPECT, steps go GRAM_STEPS at a time through the Gram matrix, in
+# float32, as it holds squares of singular values. More at a time would lose digits (results/lmo).
 GRAM_ASPECT = 2
 GRAM_STEPS = 3
 
@@ -56,19 +46,14 @@ def newton_schulz(
 ) -> Tensor:
     """U V^T, approximately, for every matrix U S V^T of a batch.
 
-    matrices: (..., m, n); the result has the same shape and dtype. Singular values relative to the
-    Frobenius norm come out
+    matrices: (..., m, n); the result has the same shape and dtype. Five steps of "jordan" bring
+    singular values above 0.003 of the Frobenius norm to about [0.7, 1.2]; five of "polar_express"
+    those above 0.001 to [0.84, 1.13], six to within 0.007 of 1 and seven to within 2e-5. Smaller
+    ones come out smaller, and zero stays zero.
 
-    - of five steps of "jordan" in about [0.7, 1.2] where they exceeded 0.003,
-    - of five steps of "polar_express" in [0.84, 1.13], of six within 0.007 of 1 and of seven within
-      2e-5, where they exceeded 0.001;
-
-    smaller ones come out smaller, and zero stays zero.
-
-    `dtype` is the dtype of the iteration: by default bfloat16 on CUDA and float32 elsewhere
-    (bfloat16 matrix products are ~50x slower on CPUs without bf16 units, and a few times faster on
-    those with them). In bfloat16 "jordan" rounds where torch.optim.Muon rounds, but for what
-    torch.compile, through which it goes on CUDA, fuses.
+    dtype: of the iteration, by default bfloat16 on CUDA and float32 elsewhere, since CPUs without
+    bf16 units take ~50 times longer in bfloat16. In bfloat16 "jordan" rounds where torch.optim.Muon
+    rounds, but for what torch.compile, through which it goes on CUDA, fuses.
     """
     if dtype is None:
         dtype = torch.bfloat16 if matrices.is_cuda else torch.float32
@@ -76,13 +61,11 @@ def newton_schulz(
     polynomials = [published[min(step, len(published) - 1)] for step in range(steps)]
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = unit_length((matrices.mT if tall else matrices).to(dtype))
-    shape = x.shape
-    x = x.reshape(-1, *shape[-2:])
-    through_gram = dtype.itemsize >= 4 and shape[-1] >= GRAM_ASPECT * shape[-2]
+    m, n = x.shape[-2:]
+    through_gram = dtype.itemsize >= 4 and n >= GRAM_ASPECT * m
     run = compiled() if x.is_cuda else iterate
-    x = run(x, polynomials, GRAM_STEPS if through_gram else 0)
-    x = x.view(shape)
-    return (x.mT if tall else x).to(matrices.dtype)
+    result = run(x.reshape(-1, m, n), polynomials, GRAM_STEPS if through_gram else 0).view(x.shape)
+    return (result.mT if tall else result).to(matrices.dtype)
 
 
 def iterate(x: Tensor, polynomials: list[Polynomial], gram_steps: int) -> Tensor:
@@ -91,50 +74,39 @@ def iterate(x: Tensor, polynomials: list[Polynomial], gram_steps: int) -> Tensor
     `gram_steps` at a time through the Gram matrix, or, if that is 0, step by step.
     """
     if gram_steps == 0:
-        for polynomial in polynomials:
-            x = _step(x, polynomial)
+        for a, b, c in polynomials:  # a x + b (x x^T) x + c (x x^T)^2 x
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x
     for first in range(0, len(polynomials), gram_steps):
         x = _gram_steps(x, polynomials[first : first + gram_steps])
     return x
 
 
-@cache
-def compiled(backend: str = "inductor") -> Callable[[Tensor, list[Polynomial], int], Tensor]:
-    """`iterate`, compiled for every shape that it meets, when it meets it.
-
-    Beyond as many shapes as torch compiles a function for (torch._dynamo.config.recompile_limit, 8)
-    it runs as it is.
-    """
-    return torch.compile(iterate, dynamic=False, backend=backend)
-
-
-def _step(x: Tensor, polynomial: Polynomial) -> Tensor:
-    """a x + b (x x^T) x + c (x x^T)^2 x."""
-    a, b, c = polynomial
-    gram = x @ x.mT
-    return torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-
-
 def _gram_steps(x: Tensor, polynomials: list[Polynomial]) -> Tensor:
-    """The same, for one polynomial after another, with only two products of n columns.
+    """One polynomial after another, with only two products of n columns.
 
     A step is F x with F = a + b x x^T + c (x x^T)^2, and its Gram matrix is F (x x^T) F.
     """
     gram = x @ x.mT
-    product = factor = _factor(gram, polynomials[0])
+    product = factor = _factor(gram, *polynomials[0])
     for polynomial in polynomials[1:]:
         gram = factor @ gram @ factor
-        factor = _factor(gram, polynomial)
+        factor = _factor(gram, *polynomial)
         product = factor @ product
     return product @ x
 
 
-def _factor(gram: Tensor, polynomial: Polynomial) -> Tensor:
-    a, b, c = polynomial
+def _factor(gram: Tensor, a: float, b: float, c: float) -> Tensor:
     factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
     factor.diagonal(dim1=1, dim2=2).add_(a)
     return factor
+
+
+@cache
+def compiled(backend: str = "inductor") -> Callable[[Tensor, list[Polynomial], int], Tensor]:
+    """`iterate`, compiled for as many shapes as torch._dynamo.config.recompile_limit, 8."""
+    return torch.compile(iterate, dynamic=False, backend=backend)
 
 
 def unit_length(x: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
@@ -151,10 +123,7 @@ def length(x: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
 
 
 def unit_largest(x: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
-    """x times the power of two that makes its largest magnitude along `dim` at least 1, below 2.
-
-    So squares stay in range, and no digit is lost.
-    """
+    """x times the power of two that puts its largest magnitude along `dim` into [1, 2): exact."""
     return x / binade(x, dim)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ef21_muon.timing import PhaseTimer
+from ef21_muon.guards import PhaseTimer
 
 
 class Phases(PhaseTimer):

@@ -11,7 +11,6 @@ from torch import Tensor
 from ef21_muon.lmo.norms import AdaptiveRadius, Euclidean, Spectral
 from ef21_muon.messages.compressors import Identity, RankK, TopK
 from ef21_muon.messages.noneuclidean import Damping
-from ef21_muon.theory import GeneralizedSmooth, LSmooth
 from scripts.theory.algorithm import (
     Setting,
     gradient_norms,
@@ -20,6 +19,7 @@ from scripts.theory.algorithm import (
     simulate,
     train,
 )
+from scripts.theory.bounds import GeneralizedSmooth, LSmooth
 from scripts.theory.problems import Pulling, Quadratic, Rippled, Valley, geometry
 
 WORKERS, SIDE = 4, 4

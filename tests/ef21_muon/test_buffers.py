@@ -9,8 +9,8 @@ from torch import nn
 from workers.running_statistics import EVERY, METHODS, STEPS, new_model
 
 from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
-from ef21_muon.exchange.buffers import Buffers, own_statistics
-from ef21_muon.exchange.gradients import Layer
+from ef21_muon.layers import Layer
+from ef21_muon.transport.buffers import Buffers, own_statistics
 
 FLOATS = 2 * 4 + 2 * 6 + 5  # the statistics of both layers, and a table of constants
 LOCAL = [name for name in METHODS if name.startswith("local")]

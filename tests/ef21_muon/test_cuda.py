@@ -23,8 +23,8 @@ from ef21_muon import (
     TopColumns,
     TopK,
 )
-from ef21_muon.fingerprint import fingerprint
 from ef21_muon.lmo.newton_schulz import newton_schulz
+from ef21_muon.transport.fingerprint import fingerprint
 
 pytestmark = pytest.mark.cuda
 

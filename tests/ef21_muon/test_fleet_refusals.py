@@ -15,10 +15,10 @@ from run import PATIENCE
 from torch import nn
 
 from ef21_muon import Dense, Identity, LocalSteps, RankK, TopK
-from ef21_muon.exchange.reach import Place, is_local
 from ef21_muon.fleet import FleetRefused, connections
 from ef21_muon.fleet.admission import Card
 from ef21_muon.fleet.connections import StateServer
+from ef21_muon.transport.reach import Place, is_local
 
 RUN = {"optimizer.lr": 0.01, "steps": 60}
 

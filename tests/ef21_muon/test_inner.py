@@ -103,7 +103,6 @@ MAKE = {
     "keywords": lambda p: Keywords(p, lr=0.1, momentum=0.5),
     "ef21_muon": muon,
     "ef21_muon, lossy": lambda p: muon(p, w2s=TopK(0.3), s2w=TopK(0.5), beta=0.5),
-    "ef21_muon, corrected": lambda p: muon(p, momentum="mvr1", gamma=0.1, beta=0.5),
     "ef21_muon, lmo_feedback": lambda p: muon(p, lmo_feedback=True, radius=50),
 }
 

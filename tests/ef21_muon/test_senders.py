@@ -92,7 +92,7 @@ def of_layers(**options) -> LocalSteps:
 
 def mean_of(optimizer: LocalSteps, compressor: Compressor, messages: list) -> torch.Tensor:
     (batch,) = optimizer.batches
-    batch.w2s = compressor
+    batch.up.compressor = compressor
     total = batch.zeros()
     optimizer._add_mean(batch, total, tuple(messages))
     return total

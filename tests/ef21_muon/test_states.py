@@ -232,13 +232,13 @@ UNLIKE = {
         "weight_decay of group 0 0.1 (here 0.0)",
     ),
     "momentum kind": (
-        lambda p: EF21Muon(p, momentum="mvr1"),
         lambda p: EF21Muon(p, momentum="polyak"),
-        "momentum 'mvr1' (here 'polyak')",
+        lambda p: EF21Muon(p, momentum="mvr"),
+        "momentum 'polyak' (here 'mvr')",
     ),
     "gamma": (
-        lambda p: EF21Muon(p, momentum="mvr1", gamma=0.1),
-        lambda p: EF21Muon(p, momentum="mvr1", gamma=0.2),
+        lambda p: EF21Muon(p, gamma=0.1),
+        lambda p: EF21Muon(p, gamma=0.2),
         "gamma 0.1 (here 0.2)",
     ),
     "values of dion": (

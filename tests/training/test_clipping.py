@@ -18,7 +18,7 @@ METHODS = {
     "ef21": lambda named: EF21Muon(named, w2s=TopK(0.2)),
     **{
         kind: lambda named, kind=kind: EF21Muon(named, w2s=TopK(0.2), momentum=kind, gamma=0.5)
-        for kind in ("mvr", "mvr1", "hessian")
+        for kind in ("mvr", "hessian")
     },
     "local adamw": lambda named: LocalSteps(torch.optim.AdamW(named), every=2, w2s=TopK(0.2)),
     "local sgd": lambda named: LocalSteps(torch.optim.SGD(named, lr=0.1), every=2),

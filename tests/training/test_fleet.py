@@ -14,6 +14,7 @@ from bad_inputs import free_port
 from omegaconf import OmegaConf
 from run import PATIENCE, ROOT, launch
 
+from ef21_muon.transport.fixed import Traffic
 from scripts.chaos.crew import Crew
 from scripts.fleet import worker_overrides
 from training.checkpoint import Checkpoints
@@ -68,7 +69,7 @@ def test_what_hangs_ends_and_says_where(place):
 def quorum(workers, **changes):
     verdict = pytest.importorskip("ef21_muon.fleet.verdict", exc_type=ImportError)
     usual = {"messages": len(workers), "step": 30, "healed": False, "diverged": 0, "history": "00"}
-    usual |= {"tries": 1, "seconds": 0.01234}
+    usual |= {"tries": 1, "seconds": 0.01234, "traffic": Traffic()}
     return verdict.Quorum(**usual | {"workers": workers} | changes)
 
 

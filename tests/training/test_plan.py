@@ -3,9 +3,10 @@
 import re
 
 import pytest
+from a_round import a_round
 
-from ef21_muon.exchange.collectives import Exchange
-from ef21_muon.exchange.layers import batch_layers
+from ef21_muon.layers import batch_layers
+from ef21_muon.transport.fixed import Exchange
 from model import GPT
 from training.config import build, compose
 from training.method import build_optimizer, run_label
@@ -32,10 +33,10 @@ def test_bytes_are_those_of_the_optimizer(server):
     config = compose(overrides).config
     optimizer = build_optimizer(config, GPT(build(config.model, "model")))
     found = row(plan(config), 4)
-    assert number(found["w2s a round"]) == optimizer.exchange.w2s_bytes
-    s2w = 0 if server == "replicated" else optimizer.exchange.s2w_bytes
+    assert number(found["w2s a round"]) == a_round(optimizer).w2s_bytes
+    s2w = 0 if server == "replicated" else a_round(optimizer).s2w_bytes
     assert number(found["s2w a round"]) == s2w
-    assert number(found["w2s a run"]) == 7 * optimizer.exchange.w2s_bytes
+    assert number(found["w2s a run"]) == 7 * a_round(optimizer).w2s_bytes
     for workers in (2, 4, 8):
         seconds = 8 * busiest(optimizer, server, workers) / 1e8
         found = row(plan(config), workers)
@@ -84,8 +85,8 @@ def test_a_role_may_have_compressors_of_its_own():
         f"{default}, embedding top 50% natural, embedding back dense sign"
     )
     found = row(plan(config), 4)
-    assert number(found["w2s a round"]) == optimizer.exchange.w2s_bytes
-    assert number(found["s2w a round"]) == optimizer.exchange.s2w_bytes
+    assert number(found["w2s a round"]) == a_round(optimizer).w2s_bytes
+    assert number(found["s2w a round"]) == a_round(optimizer).s2w_bytes
 
 
 def test_a_roles_switch_begins_a_phase_of_the_plan():
@@ -107,12 +108,12 @@ def test_a_baseline_takes_no_roles_compressor(process_group):
 
 
 def busiest(optimizer, server, ranks):
-    """Bytes that the busiest of the ranks sends, by ef21_muon.exchange.collectives."""
+    """Bytes that the busiest of the ranks sends, by ef21_muon.transport.fixed."""
     batches = batch_layers(optimizer.param_groups, server, 0, ranks)
     exchange = Exchange(
         [b.owned_by for b in batches],
-        [b.w2s.payload_bytes(*b.shape) for b in batches],
-        [b.s2w.payload_bytes(*b.shape) for b in batches],
+        [b.up.compressor.payload_bytes(*b.shape) for b in batches],
+        [b.down.compressor.payload_bytes(*b.shape) for b in batches],
     )
     exchange.ranks = ranks
     return max(exchange.wire_tx_bytes(rank) for rank in range(ranks))

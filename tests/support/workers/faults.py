@@ -26,8 +26,8 @@ from waiting import SleptTime, wait_until
 import train
 import training.workers
 from ef21_muon import EF21Muon
-from ef21_muon.exchange import collectives
-from ef21_muon.exchange.collectives import Exchange
+from ef21_muon.transport import fixed as collectives
+from ef21_muon.transport.fixed import Exchange
 from training.checkpoint import Checkpoints
 from training.passes import Passes
 from training.workers import Workers, leave

@@ -31,7 +31,6 @@ CASES = {
     "no feedback": (TOP, "optimizer.feedback=none"),
     "other start": (TOP, "optimizer.momentum_start=zero", "optimizer.first_message=exact"),
     "mvr": (TOP, "compressor@s2w=natural", "optimizer.momentum=mvr"),
-    "mvr1": (TOP, "optimizer.momentum=mvr1", "optimizer.gamma=0.05"),
     "hessian": (TOP, "optimizer.momentum=hessian", "batch.per_forward=2"),
     "two ranks a worker": (TOP, "worker_size=2"),
     "switch before": ("compressor@w2s=switch", "w2s.start=1"),

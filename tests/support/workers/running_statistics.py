@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from ef21_muon.exchange.lanes import Lanes
 from torch import nn
 
 from ef21_muon import ALONE, AveragedGradients, EF21Muon, HierarchicalEF21Muon, LocalSteps, TopK
-from ef21_muon.exchange.lanes import Lanes
 
 STEPS, EVERY = 7, 3
 

@@ -32,8 +32,8 @@ from ef21_muon import (
     TopK,
     TopSingular,
 )
-from ef21_muon.fingerprint import fingerprint
 from ef21_muon.messages.samples import numbers
+from ef21_muon.transport.fingerprint import fingerprint
 
 FORMATS = (
     *("float32", "bfloat16", "natural", "natural4@message", "int2", "int8@128", "normal1"),

@@ -12,8 +12,8 @@ from waiting import wait_until
 from workers.unlike import NESTEROV, RANK, new_model
 
 from ef21_muon import Dense, FittedRank, LocalSteps
-from ef21_muon.fingerprint import fingerprint
 from ef21_muon.fleet import Fleet, FleetRefused
+from ef21_muon.transport.fingerprint import fingerprint
 
 FLEETS = {  # all but the last train with both workers
     "normal2": Dense("normal2"),

@@ -6,12 +6,12 @@ The exit status is that of the way which verify.py finds least fault with.
 import pytest
 import torch
 import torch.distributed as dist
+from ef21_muon.messages.feedback import FEEDBACK
+from ef21_muon.served import ServedOptimizer
 
 from ef21_muon import EF21Muon
-from ef21_muon.exchange.collectives import Exchange
-from ef21_muon.messages.feedback import FEEDBACK
 from ef21_muon.messages.values import BFloat16
-from ef21_muon.served import ServedOptimizer
+from ef21_muon.transport.fixed import Exchange
 from scripts.verify import verify
 from training.workers import Workers, leave
 

@@ -6,7 +6,7 @@ import torch
 from run import torchrun
 from workers.host_exchange import CASES
 
-from ef21_muon.exchange.host import sends_from_host, start_from_host
+from ef21_muon.transport.host import sends_from_host, start_from_host
 
 on_gpu = pytest.param("cuda", marks=pytest.mark.cuda)
 

@@ -1,7 +1,9 @@
-"""Which steps a round has."""
+"""Which steps a round has, and which messages travel in which of them."""
 
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from math import ceil
 from numbers import Integral
 
 
@@ -58,3 +60,54 @@ class Rounds:
         first, *later = zip(self._every, self._steps, strict=True)
         told = (f"{length} from step {step + 1}" for length, step in later)
         return ", ".join([str(first[0]), *told])
+
+
+class Turns:
+    """When buckets are sent and arrive, where a round has many steps.
+
+    Steps count from 0. Without `streaming` all buckets have their turn in the last step of a round;
+    with it every bucket has its own, so that the bytes that were sent grow evenly. A message takes
+    `delay` steps from the turn of its bucket to the servers, and as many back, but where nothing is
+    sent back.
+
+    sizes: the bytes of every bucket; ways: 2 where servers send something back, else 1. Raises
+    ValueError for a delay that is no shorter than a round.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], rounds: Rounds, delay: int, ways: int, streaming: bool
+    ):
+        self.rounds, self.delay, self.ways = rounds, delay, ways
+        shortest = min(rounds.lengths)
+        if ways * delay >= shortest:
+            raise ValueError(
+                f"delay={delay} is not allowed with every={rounds}: what is under way has to arrive"
+                f" before the next message, give at most {(shortest - 1) // ways}"
+            )
+        sent = list(accumulate(sizes))
+        self._turns = {
+            length: [
+                ceil(length * upto / sent[-1]) - 1 if streaming else length - 1 for upto in sent
+            ]
+            for length in rounds.lengths
+        }
+
+    def departing(self, step: int) -> list[int]:
+        """The buckets whose turn a step is."""
+        if step < 0:
+            return []
+        _, place, length = self.rounds.of(step)
+        return [bucket for bucket, turn in enumerate(self._turns[length]) if turn == place]
+
+    def at_servers(self, step: int) -> list[int]:
+        """The buckets whose messages come to the servers with a step."""
+        return self.departing(step - self.delay)
+
+    def arriving(self, step: int) -> list[int]:
+        """The buckets that come back to the workers with a step."""
+        return self.departing(step - self.ways * self.delay)
+
+    def under_way(self, steps: int) -> set[int]:
+        """The buckets whose messages have not come to the servers after as many steps."""
+        later = range(steps, steps + self.delay)
+        return {bucket for step in later for bucket in self.at_servers(step)}

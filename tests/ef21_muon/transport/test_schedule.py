@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ef21_muon.exchange.rounds import Rounds
+from ef21_muon.transport.schedule import Rounds
 
 STRETCHES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 7)), min_size=1, max_size=4)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ef21_muon.theory import GeneralizedSmooth, LSmooth
+from scripts.theory.bounds import GeneralizedSmooth, LSmooth
 
 numbers = st.floats(0.1, 10)
 shares = st.floats(0.01, 1)

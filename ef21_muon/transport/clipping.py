@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ef21_muon.exchange.collectives import ALONE, place_in
+from ef21_muon.transport.fixed import ALONE, place_in
 
 
 def clip(

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _NormBase
 
-from ef21_muon.exchange.collectives import Traffic, all_gather, place_in, wait
-from ef21_muon.exchange.gradients import Layer
-from ef21_muon.exchange.instances import instances
+from ef21_muon.layers import Layer
+from ef21_muon.transport.fixed import Traffic, all_gather, place_in, wait
+from ef21_muon.transport.instances import instances
 
 log = logging.getLogger("ef21_muon")
 
