@@ -53,7 +53,8 @@ class FixedMembers:
     FleetMembers has the same calls, and says what they are for. `run` is a train.Run.
     """
 
-    transport = None
+    def transport(self, method: type) -> Transport | None:
+        return None
 
     def ask_every(self, optimizer: torch.optim.Optimizer) -> int:
         """Steps, at most, between questions whether to stop: who seldom sends seldom asks."""
@@ -97,7 +98,7 @@ class FleetMembers:
         self.quorums = QuorumRecords()
         self._asked: float | None = None  # when it was first seen that this worker shall stop
 
-    def transport(self, method: type) -> Transport:
+    def transport(self, method: type) -> Transport | None:
         """Of messages among the workers of the moment, for local steps.
 
         Raises RunError where there is no torchft, and for another method.

@@ -68,16 +68,17 @@ def build_optimizer(
     model: nn.Module,
     timeout: timedelta | None = None,
     group: ProcessGroup | None = None,
-    transport: Callable[[type], Transport] | None = None,
+    transport: Callable[[type], Transport | None] = lambda method: None,
 ) -> torch.optim.Optimizer:
     """The optimizer of all workers, which wait for each other as long as `timeout`.
 
-    Their messages go by the process group, or by what `transport` makes for a method. Raises
+    Their messages go by the process group, or by a `transport` of the method. Raises
     RunError for choices that contradict one another.
     """
     make = build(config.optimizer, "optimizer", _partial_=True)
     _require_arguments(make)
-    own = {"transport": transport(make.func)} if transport else {}
+    carrier = transport(make.func)
+    own = {"transport": carrier} if carrier else {}
     groups = parameter_groups(config, model)
     place = {"process_group": group, **own}
     if config.worker_size > 1:
