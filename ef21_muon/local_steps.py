@@ -162,7 +162,7 @@ class LocalSteps(Communicating):
             for batch in batches if delay else ():
                 self._keep_messages(batch)
             self.begin(batches, self._layers_of(batches))
-        self.last_sync = 0  # local steps until the last round
+        self.last_sync = self.finished = 0  # local steps until the last round, and `finish`
         self._rounds: dict[int, Underway] = {}  # under way between steps, by bucket
         transport.attach(self)
 
@@ -211,7 +211,7 @@ class LocalSteps(Communicating):
     @property
     def under_way(self) -> set[int]:
         """The batches whose messages have not come to the servers."""
-        buckets = self.turns.under_way(self.steps)
+        buckets = self.turns.under_way(self.steps) if self.finished != self.steps else ()
         late = {id(batch) for bucket in buckets for batch in self.buckets[bucket]}
         return {b for b, batch in enumerate(self.batches) if id(batch) in late}
 
@@ -224,9 +224,9 @@ class LocalSteps(Communicating):
             with torch.enable_grad():
                 loss = closure()
         with in_step(self):
+            self.guards.before_step(self)
             if not self.mesh:
                 self.wrapped.require_a_gradient()
-            self.guards.before_step(self)
             self._take_over()
             # A worker whose gradient overflowed does without this step; its own ranks do alike.
             does_without = overflowed(self, self.mesh.worker if self.mesh else ALONE)
@@ -290,12 +290,13 @@ class LocalSteps(Communicating):
         """A round that was under way at a checkpoint, from its first or second leg on."""
         if leg == 1:
             messages = [batch.state["message"][:, : batch.up.size] for batch in batches]
-            send = partial(self.transport.to_servers, again=True)
+            send = partial(self.transport.again, self.transport.to_servers)
             from_workers = yield send, batches, messages
             yield from self._at_servers(batches, from_workers)
         else:
             shifts = [batch.state["server_message"] for batch in batches]
-            shifts = yield partial(self.transport.to_workers, again=True), batches, shifts
+            send = partial(self.transport.again, self.transport.to_workers)
+            shifts = yield send, batches, shifts
             self._at_workers(batches, shifts)
 
     def _worker_message(self, batch: Batch) -> Tensor:
@@ -378,6 +379,7 @@ class LocalSteps(Communicating):
         just_sent = turns.departing(last)
         left = [batches for b, batches in enumerate(self.buckets) if b not in just_sent]
         run(map(self._round, left), self.timer)
+        self.finished = self.steps
         self._average_buffers()
         self._share()
 

@@ -1,7 +1,6 @@
 """The method of a run: the optimizer that its configuration describes."""
 
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from inspect import Parameter, signature
 
@@ -9,11 +8,11 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from baselines import AllReduced
 from ef21_muon import EF21Muon, LocalSteps, WorkerMesh, param_groups
 from ef21_muon.communicating import Communicating
-from ef21_muon.messages.compressors import Compressor
 from ef21_muon.transport.fixed import Transport
 from ef21_muon.transport.schedule import Rounds
 from training.causes import explained
@@ -60,17 +59,20 @@ def require_parts(config: DictConfig, model: nn.Module) -> None:
     parameter_groups(config, model)
     for key in ("w2s", "s2w"):
         build(config[key], key)
-    _require_arguments(build(config.optimizer, "optimizer", _partial_=True))
+    make = build(config.optimizer, "optimizer", _partial_=True)
+    _require_arguments(make)
+    if config.worker_size > 1:
+        _require_several_ranks(config, make.func)
 
 
 def build_optimizer(
     config: DictConfig,
     model: nn.Module,
-    timeout: timedelta | None = None,
     group: ProcessGroup | None = None,
+    mesh: DeviceMesh | None = None,
     transport: Callable[[type], Transport | None] = lambda method: None,
 ) -> torch.optim.Optimizer:
-    """The optimizer of all workers, which wait for each other as long as `timeout`.
+    """The optimizer of all workers; of workers of several ranks in the mesh.
 
     Their messages go by the process group, or by a `transport` of the method. Raises
     RunError for choices that contradict one another.
@@ -82,11 +84,12 @@ def build_optimizer(
     groups = parameter_groups(config, model)
     place = {"process_group": group, **own}
     if config.worker_size > 1:
-        _require_several_ranks(config, make.func)
-        parameters = [parameter for one in groups for _, parameter in one["params"]]
-        backend = group and "gloo"
-        mesh = WorkerMesh(parameters, config.worker_size, timeout=timeout, backend=backend)
-        place = {"mesh": mesh, **own}
+        if len(parameters := [p for one in groups for _, p in one["params"]]) < config.worker_size:
+            raise RunError(
+                f"worker_size={config.worker_size} leaves ranks without a layer: the model has "
+                f"{len(parameters)}, give at most as many"
+            )
+        place = {"mesh": WorkerMesh(parameters, mesh=mesh), **own}
     if issubclass(make.func, LocalSteps):
         with explained("optimizer"):
             optimizer = build_local_steps(config, make, groups, place)
@@ -196,8 +199,13 @@ def has_servers(optimizer: torch.optim.Optimizer) -> bool:
     return optimizer.server is not None and not isinstance(optimizer, AllReduced)
 
 
-def run_label(optimizer: torch.optim.Optimizer) -> str:
-    """The run's name in figures: the method, or what EF21-Muon sends."""
+def run_label(
+    optimizer: torch.optim.Optimizer, gather: Callable[[list], list[list]] = lambda own: [own]
+) -> str:
+    """The run's name in figures: the method, or what EF21-Muon sends.
+
+    gather: the lists of all ranks of the worker, each of which sends some of its layers.
+    """
     if not has_servers(optimizer):
         return optimizer.title
     local = isinstance(optimizer, LocalSteps)
@@ -205,21 +213,22 @@ def run_label(optimizer: torch.optim.Optimizer) -> str:
         optimizer.rules[0][direction] if local else optimizer.defaults[direction]
         for direction in ("w2s", "s2w")
     )
-    label = _sent(optimizer, "w2s", w2s)
+    sent = [one for of_rank in gather(_sent(optimizer)) for one in of_rank]
+    label = _name("w2s", str(w2s), sent)
     if not s2w.lossless:
-        label = f"{label}, back {_sent(optimizer, 's2w', s2w)}"
-    for rule in optimizer.rules:
-        if str(rule["w2s"]) != str(w2s):
-            label = f"{label}, {rule['name']} {_sent(optimizer, 'w2s', rule['w2s'])}"
-        if str(rule["s2w"]) != str(s2w):
-            label = f"{label}, {rule['name']} back {_sent(optimizer, 's2w', rule['s2w'])}"
+        label = f"{label}, back {_name('s2w', str(s2w), sent)}"
+    for group, direction, chosen in dict.fromkeys(one[:3] for one in sent):
+        if chosen != str(w2s if direction == "w2s" else s2w):
+            back = "back " if direction == "s2w" else ""
+            label = f"{label}, {group} {back}{_name(direction, chosen, sent)}"
     if local:
         return f"{label}, {_local_label(optimizer)}"
     if optimizer.lmo == "workers":
         signs = "EF21-SignMuon" if optimizer.feedback == "ef21" else "SignMuon"
         return f"{signs}, {label}"
     told = [] if optimizer.feedback == "ef21" else [FEEDBACK[optimizer.feedback]]
-    if any(group["lmo_feedback"] for group in optimizer.param_groups):
+    with_feedback = [group["lmo_feedback"] for group in optimizer.param_groups]
+    if any(one for of_rank in gather(with_feedback) for one in of_rank):
         told.append("LMO feedback")
     if (decay := optimizer.defaults["error_decay"]) != 1:
         told.append(f"decay {decay:g}")
@@ -228,14 +237,21 @@ def run_label(optimizer: torch.optim.Optimizer) -> str:
     return ", ".join([label, " ".join(told)] if told else [label])
 
 
-def _sent(optimizer: Communicating, direction: str, chosen: Compressor) -> str:
+def _sent(optimizer: Communicating) -> list[tuple[str, str, str, str]]:
+    """Of this rank's layers: group, direction, the compressor that was chosen, what is sent."""
+    sent = []
+    for batch in optimizer.batches:
+        rule = optimizer.rules[batch.group]
+        for direction in ("w2s", "s2w"):
+            chosen = rule[direction]
+            sent.append((rule["name"], direction, str(chosen), str(chosen.fit(*batch.shape))))
+    return sent
+
+
+def _name(direction: str, chosen: str, sent: list[tuple[str, str, str, str]]) -> str:
     """The compressor by its name, or what all layers that have it send because it saves no byte."""
-    used = {
-        str(chosen.fit(*batch.shape))
-        for batch in optimizer.batches
-        if str(optimizer.rules[batch.group][direction]) == str(chosen)
-    }
-    return used.pop() if len(used) == 1 else str(chosen)
+    used = {used for _, *one, used in sent if one == [direction, chosen]}
+    return used.pop() if len(used) == 1 else chosen
 
 
 def _local_label(optimizer: LocalSteps) -> str:

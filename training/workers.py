@@ -200,15 +200,22 @@ class Workers:
     def _request_stop(self, number: int, frame: object) -> None:
         self.asked_to_stop = True
 
-    def group(self, exchange: str) -> dist.ProcessGroup | None:
+    def group(self, exchange: str, delay: int = 0) -> dist.ProcessGroup | None:
         """The process group of messages that go from `exchange`, "device" or "host"; None is all.
 
-        Raises RunError for messages from the device where workers share one.
+        delay: steps that they travel. Raises RunError for messages from the device where workers
+        share one, and for NCCL with a delay, in which its kernels would hold up the computation.
         """
         if exchange == "device" and self.shared:
             raise RunError(
                 "exchange=device needs a GPU for each rank, and this machine, or another, has fewer"
                 f" (here {torch.cuda.device_count()}): start as many, or give exchange=host"
+            )
+        by_nccl = exchange == "device" and self._from_host is not None
+        if by_nccl and delay:
+            raise RunError(
+                f"optimizer.delay={delay} is not allowed with NCCL, whose receiving kernel would "
+                "spin on the GPU all the while: give exchange=host, or optimizer.delay=0"
             )
         return self._from_host if exchange == "host" else None
 

@@ -149,15 +149,13 @@ class Transport:
         """The optimizer that sends by this; for transports that have to know it."""
 
     def to_servers(
-        self, batches: Sequence, payloads: Sequence[Tensor], again: bool = False
+        self, batches: Sequence, payloads: Sequence[Tensor]
     ) -> Callable[[], list[list[Tensor]]]:
         """Start to send every layer's payload to its owners (line 12 of Algorithm 1).
 
-        payloads: for every batch uint8 (layers, batch.up.size). again: what was counted before, and
-        was under way at a checkpoint. Returns a function that waits and gives for every batch the
-        messages of all workers, uint8 (layers owned here, size) each.
+        payloads: for every batch uint8 (layers, batch.up.size). Returns a function that waits and
+        gives for every batch the messages of all workers, uint8 (layers owned here, size) each.
         """
-        counted = self.traffic
         size = sum(map(Tensor.numel, payloads))
         self.traffic += Traffic(w2s_bytes=size)
         if self.ranks == 1:
@@ -177,7 +175,6 @@ class Transport:
             parts, arrive = self._to_all(messages[0])
         else:
             parts, arrive = self._swap(messages, [len(messages[self.rank])] * self.ranks)
-        self.traffic = counted if again else self.traffic
 
         def receive() -> list[list[Tensor]]:
             arrive()
@@ -187,7 +184,7 @@ class Transport:
         return receive
 
     def to_workers(
-        self, batches: Sequence, payloads: Sequence[Tensor], again: bool = False
+        self, batches: Sequence, payloads: Sequence[Tensor]
     ) -> Callable[[], Sequence[Tensor]]:
         """Start to send the payloads of the layers owned here to every rank (line 6).
 
@@ -196,7 +193,6 @@ class Transport:
         """
         if self.ranks > 1 and all(batch.replicated for batch in batches):
             return lambda: payloads
-        counted = self.traffic
         size = 0
         for batch in batches:
             size += len(batch.params) * batch.down.size
@@ -210,13 +206,19 @@ class Transport:
             for rank in range(self.ranks)
         ]
         parts, arrive = self._spread(message, of_ranks)
-        self.traffic = counted if again else self.traffic
 
         def receive() -> list[Tensor]:
             arrive()
             of_owners = [_rows(part, batches, sizes, rank) for rank, part in enumerate(parts)]
             return [torch.cat(of_batch) for of_batch in zip(*of_owners, strict=True)]
 
+        return receive
+
+    def again(self, send: Callable, batches: Sequence, payloads: Sequence[Tensor]) -> Callable:
+        """Send what was under way at a checkpoint, and was counted before."""
+        counted = self.traffic
+        receive = send(batches, payloads)
+        self.traffic = counted
         return receive
 
     def _to_all(self, message: Tensor) -> tuple[list[Tensor], Callable[[], None]]:

@@ -33,12 +33,16 @@ class Memory:
 class Allocations:
     """What torch's CPU allocator hands out `with` it, by phase.
 
-    `phases`: Memory of each; `kept`: bytes that are still allocated at the end.
+    `phases`: Memory of each; `kept`: bytes that are still allocated at the end. With `shapes` the
+    profiler holds every tensor, and torch swaps none then, as to materialise a sharded model.
     """
+
+    def __init__(self, shapes: bool = True):
+        self.shapes = shapes
 
     def __enter__(self):
         self.profile = profile(
-            activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True
+            activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=self.shapes
         ).__enter__()
         return self
 

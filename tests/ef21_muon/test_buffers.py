@@ -14,7 +14,6 @@ from ef21_muon.transport.buffers import Buffers, own_statistics
 
 FLOATS = 2 * 4 + 2 * 6 + 5  # the statistics of both layers, and a table of constants
 LOCAL = [name for name in METHODS if name.startswith("local")]
-OF_ONE_WORKER = ("hierarchical", "local, lanes")  # of both ranks
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +52,10 @@ def test_what_is_shared_is_the_mean_and_what_is_trained_stays(reports, name):
 def test_their_bytes_count(reports, name):
     rounds = STEPS // EVERY if name in LOCAL else STEPS
     size = 4 * FLOATS * rounds
-    of_worker = 2 * size if name in OF_ONE_WORKER else size
     for report in reports:
         found, without = report[f"{name} True"]["bytes"], report[f"{name} False"]["bytes"]
         more = [one - other for one, other in zip(found, without, strict=True)]
-        assert more == [of_worker, of_worker, size]
+        assert more == [size, size, size]
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -6,7 +6,7 @@ import reference
 import torch
 from torch.nn import Parameter
 
-from ef21_muon import ALONE, EF21Muon, Euclidean, HierarchicalEF21Muon, LocalSteps, TopK
+from ef21_muon import ALONE, EF21Muon, Euclidean, LocalSteps, TopK, WorkerMesh
 from ef21_muon.correction import PARTS
 
 ROUNDS, SHAPE, LR, BETA = 20, (6, 9), 0.1, 0.3
@@ -151,14 +151,12 @@ def test_the_model_before_is_kept(kind):
             "inner=EF21Muon with momentum='mvr' needs a closure in every step: give momentum='po",
         ),
         (
-            lambda p: HierarchicalEF21Muon(
-                [{"params": [("p", p)]}], worker_size=1, momentum="hessian"
-            ),
+            lambda p: EF21Muon([p], momentum="hessian", mesh=WorkerMesh([p], 1)),
             "momentum='hessian' is not allowed with workers of several ranks, of which each has a",
         ),
     ],
 )
-def test_what_cannot_be_corrected_is_refused(build, told):
+def test_what_cannot_be_corrected_is_refused(process_group, build, told):
     with pytest.raises(ValueError) as error:
         build(Parameter(torch.ones(SHAPE)))
     assert str(error.value).startswith(told)

@@ -14,13 +14,13 @@ from ef21_muon import (
     Dense,
     EF21Muon,
     FittedRank,
-    HierarchicalEF21Muon,
     Identity,
     Natural,
     RankK,
     Sign,
     Spectral,
     TopK,
+    WorkerMesh,
 )
 from ef21_muon.messages import selection
 
@@ -323,7 +323,8 @@ def test_nor_do_workers_of_several_ranks(process_group):
     parameters, _ = build()
     groups = [{"params": list(parameters.items())}]
     compressors = {"w2s": TopK(0.2, "natural"), "s2w": RankK(0.2)}
-    optimizer = HierarchicalEF21Muon(groups, worker_size=1, **compressors)
+    mesh = WorkerMesh(parameters.values(), ranks_per_worker=1)
+    optimizer = EF21Muon(groups, mesh=mesh, **compressors)
     steps_without_waiting(parameters, optimizer)
 
 

@@ -76,13 +76,13 @@ def test_passes_are_compiled_where_asked_for(device, asked, compiled, monkeypatc
     """Traced, but with the operations that are there: to the same numbers."""
     own, calls = torch.compile, []
 
-    def traced(model):
-        calls.append(model)
-        return own(model, backend="aot_eager")
+    def traced(model, dynamic):
+        calls.append((model, dynamic))
+        return own(model, dynamic=dynamic, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", traced)
     plain, other = passes_of("float32", device=device), passes_of("float32", asked, device)
-    assert calls == [other.raw_model] * compiled
+    assert calls == [(other.raw_model, False)] * compiled
     assert plain.gradient(batch_on(device)) == pytest.approx(other.gradient(batch_on(device)))
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ef21_muon import EF21Muon, TopK
 from model import GPT
 from training.config import build, compose
 from training.method import build_optimizer, run_label
@@ -97,3 +98,17 @@ TOP = ("compressor@w2s=topk", "w2s.values=sign")
 def test_a_label_tells_what_of_local_steps_is_not_the_default(overrides, label):
     config = compose(("model=tiny", "model.layers=1", "optimizer=local", *overrides)).config
     assert run_label(build_optimizer(config, GPT(build(config.model, "model")))) == label
+
+
+def test_a_label_tells_what_all_ranks_of_a_worker_send():
+    """Large layers send all signs, which are less than places; another rank has other layers."""
+    top, own = TopK(0.3, "sign"), {"w2s": TopK(0.2)}
+    first, second, third = (
+        EF21Muon([{"name": name, "params": [torch.zeros(size, size)], **entries}], w2s=top)
+        for name, size, entries in (("hidden", 128, {}), ("hidden", 8, {}), ("embedding", 8, own))
+    )
+    lists = []
+    for one in (second, third):
+        run_label(one, lambda own: lists.append(own) or [own])
+    assert run_label(first) == "dense sign"
+    assert run_label(first, lambda own: [own, *lists]) == "top 30% sign, embedding top 20%"
