@@ -84,7 +84,7 @@ class Dion(Communicating):
         super().__init__(
             params,
             defaults,
-            Collectives(process_group),
+            transport=Collectives(process_group),
             seed=seed,
             purposes=("values",),
             process_group=process_group,

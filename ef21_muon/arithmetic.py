@@ -50,6 +50,13 @@ def of_messages(entry: str, rules: list[dict]) -> Results:
             yield name, compressor.decode(compressor.sample(m, n).to(parameter.device), m, n)
 
 
+def of_decoding(rules: list[dict], server: str) -> Results:
+    """What every rank decodes, of all messages back and, where all serve, of those to servers."""
+    yield from of_messages("s2w", rules)
+    if server == "replicated":
+        yield from of_messages("w2s", rules)
+
+
 def of_norms(groups: list[dict]) -> Results:
     """The servers' step, for every norm and shape of parameter groups of EF21Muon."""
     tried = set()

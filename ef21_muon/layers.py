@@ -173,6 +173,14 @@ class Batch:
         self.state[name] = table
         return table
 
+    def send_with(
+        self, compressor: Compressor, feedback: str, memory: str = "gradient_estimate"
+    ) -> None:
+        """Open the channel to the servers; memory: the name of the table that feedback needs."""
+        table = None if feedback == "none" else self.keep(memory)
+        lost = torch.zeros_like(self.broken_at)
+        self.up = Channel(compressor, self.shape, feedback, table, lost)
+
     def layers_of(self, name: str) -> slice:
         """The layers that a table of this name has."""
         return self.owned if name.startswith(SERVER) else slice(None)

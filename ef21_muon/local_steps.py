@@ -1,7 +1,7 @@
 """Local steps: workers step by themselves, and exchange in rounds what has come of it."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -9,8 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ef21_muon.arithmetic import Results, of_messages
-from ef21_muon.communicating import Communicating
+from ef21_muon.communicating import Communicating, together
 from ef21_muon.guards import in_step, overflowed
 from ef21_muon.inner import Wrapped
 from ef21_muon.layers import (
@@ -19,9 +18,7 @@ from ef21_muon.layers import (
     Channel,
     entry_counts,
     finite,
-    form_batches,
     in_buckets,
-    layers_of,
     mark,
 )
 from ef21_muon.messages.compressors import Identity
@@ -94,7 +91,7 @@ class LocalSteps(Communicating):
     """
 
     BROKEN = "{} is not finite after step {}"
-    NOT_COPIED = (*Communicating.NOT_COPIED, "_rounds")
+    NOT_COPIED = (*Communicating.NOT_COPIED, "_underway")
 
     def __init__(
         self,
@@ -133,51 +130,45 @@ class LocalSteps(Communicating):
             server = transport.require_options(
                 server=server, stagger=stagger, delay=delay, feedback=feedback, buffers=buffers
             )
-        with mesh.together() if mesh else nullcontext():
-            group = mesh.peers if mesh else process_group
+        with together(mesh):
             self.wrapped = Wrapped(inner)
             self.inner = self.wrapped.optimizers
-            transport = transport or Transport(group)
             super().__init__(
                 self.wrapped.param_groups,
                 {},
-                transport,
                 seed=seed,
-                purposes=("w2s", "s2w"),
-                process_group=group,
+                process_group=process_group,
                 mesh=mesh,
+                transport=transport,
                 buffers=buffers,
-                stream=transport.stream,
             )
             self.rules = self.wrapped.take(self, w2s or Identity(), s2w or Identity())
-            costs = entry_counts(self.rules)
-            self.place_servers(server, self.rules, costs, self._computed_by_all)
-            place = transport.rank, transport.ranks
-            batches = form_batches(self.rules, costs, self.server, *place)
+            batches = self.new_batches(server, entry_counts(self.rules))
             for batch in batches:
                 self._make_room(batch)
-            one_by_one = len(batches) if stagger else 1 if transport.heals else buckets
-            self.buckets = [[b] for b in batches] if stagger else in_buckets(batches, one_by_one)
-            self.turns = self._new_turns()
+            most = 1 if self.transport.heals else buckets
+            self.buckets = [[b] for b in batches] if stagger else in_buckets(batches, most)
+            sizes = [sum(len(b.params) * b.up.size for b in bucket) for bucket in self.buckets]
+            ways = 1 if all(batch.replicated for batch in batches) else 2
+            self.turns = Turns(sizes, self.rounds, delay, ways, stagger)
             for batch in batches if delay else ():
                 self._keep_messages(batch)
-            self.begin(batches, self._layers_of(batches))
+            # Where an inner optimizer skips what has no gradient, several ranks cannot.
+            self.begin(batches, self.wrapped.layers(batches, "refuse" if mesh else "skip"))
         self.last_sync = self.finished = 0  # local steps until the last round, and `finish`
-        self._rounds: dict[int, Underway] = {}  # under way between steps, by bucket
-        transport.attach(self)
+        self._underway: dict[int, Underway] = {}  # rounds between steps, by bucket
+        self.transport.attach(self)
 
     def _make_room(self, batch: Batch) -> None:
         """For the state: W, e_j or G_j and, of the servers, V, EF21's G and e_s."""
         batch.keep("model_shift", batch.models())
-        memory = None
-        if self.feedback != "none":
-            memory = batch.keep("gradient_estimate" if self.feedback == "ef21" else "error")
-        lost, rule = torch.zeros_like(batch.broken_at), self.rules[batch.group]
-        batch.up = Channel(rule["w2s"], batch.shape, self.feedback, memory, lost)
+        rule, memory = self.rules[batch.group], "error"
+        if self.feedback == "ef21":
+            memory = "gradient_estimate"
+            batch.keep("server_gradient")
+        batch.send_with(rule["w2s"], self.feedback, memory)
         if self.mean == "senders":
             require_marks(batch.up.compressor, *batch.shape)
-        if self.feedback == "ef21":
-            batch.keep("server_gradient")
         if self.outer_momentum:
             batch.keep("server_momentum")
         if not batch.down.compressor.lossless:
@@ -191,22 +182,6 @@ class LocalSteps(Communicating):
         batch.keep("message", message)
         if self.turns.ways == 2:
             batch.keep("server_message", message.new_zeros(served, batch.down.size))
-
-    def _new_turns(self) -> Turns:
-        sizes = [sum(len(b.params) * b.up.size for b in bucket) for bucket in self.buckets]
-        ways = 1 if all(b.replicated for bucket in self.buckets for b in bucket) else 2
-        return Turns(sizes, self.rounds, self.delay, ways, self.stagger)
-
-    def _layers_of(self, batches: Sequence[Batch]) -> list:
-        """Where an inner optimizer skips what has no gradient, a worker of several ranks cannot."""
-        missing, otherwise = self.wrapped.missing(), "refuse" if self.mesh else "skip"
-        layers = layers_of(batches, otherwise)
-        return [one._replace(missing=missing.get(one.parameter, otherwise)) for one in layers]
-
-    def _computed_by_all(self, server: str) -> Results:
-        yield from of_messages("s2w", self.rules)
-        if server == "replicated":
-            yield from of_messages("w2s", self.rules)
 
     @property
     def under_way(self) -> set[int]:
@@ -247,22 +222,22 @@ class LocalSteps(Communicating):
         step = self.steps - 1
         departing = self.turns.departing(step)
         for bucket in departing:
-            self._rounds[bucket] = Underway(self._round(self.buckets[bucket]), self.timer)
+            self._underway[bucket] = Underway(self._round(self.buckets[bucket]), self.timer)
         for bucket in self.turns.at_servers(step):
             self._go_on(bucket, leg=1)
         for bucket in self.turns.arriving(step):
             self._go_on(bucket, leg=2)
         _, place, length = self.rounds.of(self.steps - 1)
         if place == length - 1:
-            self._average_buffers()
+            self.average_buffers()
 
     def _go_on(self, bucket: int, leg: int) -> None:
         """Take up what is under way; after an interruption it is sent again."""
-        if bucket not in self._rounds:
+        if bucket not in self._underway:
             resumed = self._resumed(self.buckets[bucket], leg)
-            self._rounds[bucket] = Underway(resumed, self.timer)
-        if not self._rounds[bucket].go_on():
-            del self._rounds[bucket]
+            self._underway[bucket] = Underway(resumed, self.timer)
+        if not self._underway[bucket].go_on():
+            del self._underway[bucket]
 
     def _round(self, batches: Sequence[Batch]) -> Generator:
         """A round of a bucket of batches: worker, server, worker."""
@@ -380,12 +355,8 @@ class LocalSteps(Communicating):
         left = [batches for b, batches in enumerate(self.buckets) if b not in just_sent]
         run(map(self._round, left), self.timer)
         self.finished = self.steps
-        self._average_buffers()
+        self.average_buffers()
         self._share()
-
-    def _average_buffers(self) -> None:
-        if self.buffers.shared:
-            self.transport.traffic += self.buffers.average()
 
     def _share(self) -> None:
         """Give the other ranks of this worker the layers that were stepped here."""
@@ -474,9 +445,9 @@ class LocalSteps(Communicating):
     def go_on_after(self, steps: int) -> None:
         super().go_on_after(steps)
         self.last_sync = steps
-        for under_way in vars(self).get("_rounds", {}).values():
+        for under_way in vars(self).get("_underway", {}).values():
             under_way.wait()  # or what is sent next would be taken for it
-        self._rounds = {}
+        self._underway = {}
 
     def __setstate__(self, values: dict) -> None:
         super().__setstate__(values)
