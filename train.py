@@ -45,6 +45,7 @@ class Run:
             torch.compiler.set_stance("default" if config.compile else "force_eager")
         group = workers.group(config.exchange, config.optimizer.get("delay", 0))
         workers.together(self._prepare)  # before workers wait for each other
+        self.members = members_of(config, workers)
         mesh = None
         if config.worker_size > 1:
             backend = group and "gloo"
@@ -53,7 +54,6 @@ class Run:
         if config.shard:
             shard(self.raw_model, mesh)
         draw_weights(self.raw_model, config.seed, workers)
-        self.members = members_of(config, workers)
         self.optimizer = build_optimizer(
             config, self.raw_model, group, mesh, self.members.transport
         )

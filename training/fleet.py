@@ -89,9 +89,15 @@ class FixedMembers:
 
 
 class FleetMembers:
-    """A worker among others that come and go."""
+    """A worker among others that come and go. RunError where it has other ranks than configured."""
 
     def __init__(self, config: DictConfig, workers: Workers):
+        if workers.count != config.worker_size:
+            raise RunError(
+                f"membership={config.membership.name} has a torchrun for each worker, of "
+                f"worker_size={config.worker_size} ranks, this one has {workers.count}: see "
+                "scripts/fleet.py"
+            )
         self.config, self.workers = config, workers
         # One that hangs ends itself, since the others can go on without it.
         self.watch = Watch(workers.timeout.total_seconds())
@@ -108,12 +114,6 @@ class FleetMembers:
             raise RunError(
                 f"membership={own.name} needs local steps, {method.__name__} cannot go on "
                 "without a worker: give optimizer=local, diloco, muloco or sparseloco"
-            )
-        if workers.count != self.config.worker_size:
-            raise RunError(
-                f"membership={own.name} has a torchrun for each worker, of worker_size="
-                f"{self.config.worker_size} ranks, this one has {workers.count}: see "
-                "scripts/fleet.py"
             )
         try:
             from ef21_muon.fleet import Fleet

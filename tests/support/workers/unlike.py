@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from baselines import SignMuon
 from ef21_muon import (
     AdaptiveRadius,
     AveragedGradients,
@@ -26,7 +25,6 @@ from ef21_muon import (
     LocalSteps,
     RandK,
     RankK,
-    Residual,
     Sign,
     TopColumns,
     TopK,
@@ -47,13 +45,11 @@ COMPRESSORS = {
     "top_columns": lambda values: TopColumns(0.3, values),
     "damping": lambda values: Damping(TopK(0.3, values), 0.7),
     "dropout": lambda values: Dropout(Dense(values), 0.9),
-    "residual": lambda values: Residual(TopK(0.1, values), Dense("sign")),
 }
 LOW_RANK = {
     "rank": lambda values: RankK(0.5, values),
     "fitted_rank": lambda values: FittedRank(0.5, values),
     "top_singular": lambda values: TopSingular(0.5, values),
-    "residual of rank": lambda values: Residual(RankK(0.3, values), Dense("sign")),
     "damped rank": lambda values: Damping(RankK(0.5, values), 0.7),
 }
 SHAPES = [(96, 80), (200, 1)]
@@ -91,7 +87,9 @@ OPTIMIZERS = {
     "signs adaptive": lambda p: EF21Muon(
         p, w2s=TOP, norm=Sign(), radius=AdaptiveRadius(1, 1), server="replicated"
     ),
-    "sign muon": lambda p: SignMuon(p, w2s=Dense("sign"), server="replicated"),
+    "sign muon": lambda p: EF21Muon(
+        p, lmo="workers", feedback="none", w2s=Dense("sign"), server="replicated"
+    ),
     "local normal2": lambda p: local(p, w2s=Dense("normal2"), server="replicated"),
     "local sign": lambda p: local(p, w2s=Dense("sign"), server="replicated"),
     "local rank": lambda p: local(p, w2s=RANK, server="replicated"),
