@@ -71,11 +71,6 @@ class FixedMembers:
     def synced_steps(self, step: int) -> int:
         return step
 
-    def state(self) -> dict | None:
-        return None
-
-    def load_state(self, state: dict | None) -> None: ...
-
     def follow(self, run) -> None: ...
 
     def tell(self, log: RunLog | NoLog) -> None: ...
@@ -173,14 +168,6 @@ class FleetMembers:
     def synced_steps(self, step: int) -> int:
         """Local steps in W of all workers, where this one has taken so many."""
         return self.fleet.synced_steps
-
-    def state(self) -> dict | None:
-        """For a checkpoint: how far all workers were."""
-        return self.fleet.state()
-
-    def load_state(self, state: dict | None) -> None:
-        """Of a checkpoint, before `join`."""
-        self.fleet.load_state(state)
 
     def follow(self, run) -> None:
         """Go on from the step that the others are at, where that is another."""

@@ -42,7 +42,7 @@ def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
         "data": run.workers.gather(run.feed.batches.state_dict()),
         "round": run.optimizer.round,
         "position": run.position(),
-        "fleet": run.members.state(),
+        "fleet": run.members.fleet.state() if comes_and_goes(run.config) else None,
         **run.progress.state(),
     }
     return _tensors(run) | _generator_states(run), facts
@@ -208,7 +208,8 @@ def _continue(run, facts: dict) -> None:
     position = {"received_bytes": _received(facts)} | facts["position"]
     if isinstance(run.optimizer, Communicating):
         run.optimizer.go_on_after(position["step"])
-    run.members.load_state(facts.get("fleet"))
+    if comes_and_goes(run.config):
+        run.members.fleet.load_state(facts["fleet"])
     run.progress.go_on(facts)
     run.progress.count_on_from(position)
     run.scheduler = new_scheduler(run.optimizer, run.config, position["step"])

@@ -69,17 +69,14 @@ class Fleet(Transport):
         self, *, server: str, stagger: bool, delay: int, feedback: str, buffers: nn.Module | None
     ) -> str:
         """The placement. Raises ValueError for what cannot go on without a member or in a round."""
+        refused = "is not allowed for workers that come and go"
         if server not in ("auto", "replicated"):
             raise ValueError(
-                f"server={server!r} is not allowed for workers that come and go: a server would go "
-                "with its worker, give replicated"
+                f"server={server!r} {refused}: a server would go with its worker, give replicated"
             )
         given = {"stagger": stagger, "delay": delay}
-        if given := [f"{key}={value}" for key, value in given.items() if value]:
-            raise ValueError(
-                f"{' with '.join(given)} is not allowed for workers that come and go: they meet "
-                "in whole rounds, leave it out"
-            )
+        if given := " with ".join(f"{key}={value}" for key, value in given.items() if value):
+            raise ValueError(f"{given} {refused}: they meet in whole rounds, leave it out")
         if buffers is not None:
             raise ValueError(
                 "buffers are not averaged over workers that come and go: leave them out, and "
@@ -87,8 +84,8 @@ class Fleet(Transport):
             )
         if feedback == "ef21":
             raise ValueError(
-                "feedback='ef21' is not allowed for workers that come and go: its servers remember "
-                "the mean of all workers, give ef14 or none"
+                f"feedback='ef21' {refused}: its servers remember the mean of all workers, give "
+                "ef14 or none"
             )
         return "replicated"
 
@@ -138,13 +135,14 @@ class Fleet(Transport):
 
     def state(self) -> dict[str, int]:
         """Beside the optimizer's state: how far all workers were."""
-        return {"synced_steps": self.synced_steps, **self.members.state()}
+        manager, counters = self.members.manager, self.members.counters
+        counters = manager.state_dict() if manager else counters
+        return {"synced_steps": self.synced_steps, **counters}
 
     def load_state(self, state: Mapping[str, int]) -> None:
         """With the optimizer's state that was loaded, before `join`."""
-        counters = dict(state)
-        self.shared.synced_steps = counters.pop("synced_steps")
-        self.members.load_state(counters)
+        self.members.counters = dict(state)
+        self.shared.synced_steps = self.members.counters.pop("synced_steps")
 
     def __getstate__(self) -> dict:
         raise TypeError("a worker among others that come and go cannot be copied: save its state")

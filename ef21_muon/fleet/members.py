@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import wait
+from dataclasses import replace
 from datetime import timedelta
 from urllib.parse import urlsplit
 
@@ -34,6 +35,7 @@ log = logging.getLogger("ef21_muon")
 NEVER = timedelta(days=1)
 SLOWEST = 10e6 / 8  # bytes a second, at which the state of a worker that comes is fetched
 PATIENCE = 10.0  # seconds, beside what something has to take
+DOUBLINGS = 10  # at most, of the patience with a message, in as many tries
 PAUSE = 0.2  # seconds between questions
 AWAY = (TimeoutError, RuntimeError)  # what torchft raises where the lighthouse is
 
@@ -68,16 +70,8 @@ class Members:
         self.longest = 0.0  # seconds that a gather took
         self.waited = 0.0  # seconds, in all gathers
         self.lighthouse = Lighthouse(lighthouse, quiet=self.rank > 0)
-        self._counters = {"step": 0, "batches_committed": 0}
+        self.counters = {"step": 0, "batches_committed": 0}  # how far the fleet was at the start
         self._verdicts = Verdicts(worker, quiet=self.rank > 0)
-
-    def state(self) -> dict[str, int]:
-        """For a checkpoint: how far the fleet was."""
-        return self.manager.state_dict() if self.manager else self._counters
-
-    def load_state(self, state: dict[str, int]) -> None:
-        """Before the first gather, with what was shared at that moment."""
-        self._counters = state
 
     def gather(
         self, message: Tensor, counts: bool, finite: bool = True
@@ -131,17 +125,23 @@ class Members:
             notes += self._amiss()
         self._forget_addresses()
         self.workers = self.process_group.workers
-        step, finite_ones, messages = None, set(), {}
-        for worker, head, row in zip(self.workers, heads, rows, strict=True):
-            if head.history == history and head.counts:
-                step, messages[worker] = head.steps, row[HEAD.size :].to(message.device)
-                finite_ones |= {worker} if head.finite else set()
-        refused, found = self._judge(messages, finite_ones, step)
+        sent = {
+            worker: (head, row[HEAD.size :].to(message.device))
+            for worker, head, row in zip(self.workers, heads, rows, strict=True)
+            if head.history == history and head.counts
+        }
+        squares = (
+            self.shared.squared_length(one) if head.finite else torch.nan
+            for head, one in sent.values()
+        )
+        squares = dict(zip(sent, self._total(*squares, dtype=torch.float64), strict=True))
+        steps = max((head.steps for head, _ in sent.values()), default=None)
+        refused, found = self._verdicts.of(squares, steps, len(sent) == len(self.workers))
         self._verdicts.note_diverged(same_messages)
-        messages = [one for worker, one in messages.items() if worker not in refused]
+        messages = [one for worker, (_, one) in sent.items() if worker not in refused]
         return messages, Quorum(
             messages=len(messages),
-            step=step if messages else None,
+            step=steps if messages else None,
             workers=self.workers,
             healed=self.healed,
             diverged=diverged,
@@ -168,21 +168,19 @@ class Members:
             dist.broadcast_object_list(own, group=self.group, group_src=0)
         if isinstance(own[0], FleetRefused):
             raise own[0]
-        ((place, port, process, since),) = own
+        ((card, port),) = own
         self.healing = timedelta(seconds=PATIENCE + size_of(self.shared.state()) / SLOWEST)
         self.state_server = StateServer(self.host, timeout=self.healing)
         self.process_group = Group(
             self.ranks,
             timeout=timedelta(seconds=PATIENCE),
-            card=lambda: Card(
-                self.worker, process, since, bool(self.workers), self.shared.built, place
-            ),
+            card=lambda: replace(card, met=bool(self.workers)),
         )
         self.manager = self._new_manager(port)
-        self.manager.load_state_dict(self._counters)
+        self.manager.load_state_dict(self.counters)
 
-    def _listen(self) -> tuple[Place, int, int, float] | FleetRefused:
-        """Where others reach this worker, the port of its store there, which process it is."""
+    def _listen(self) -> tuple[Card, int] | FleetRefused:
+        """What this worker says of itself to others, and the port of its store."""
         patience, until = timedelta(seconds=PATIENCE), time.monotonic() + PATIENCE
         while True:
             try:
@@ -190,7 +188,9 @@ class Members:
                 self._store = dist.TCPStore(
                     self.host, 0, is_master=True, wait_for_workers=False, timeout=patience
                 )
-                return place, self._store.port, os.getpid(), time.time()
+                built = self.shared.built
+                card = Card(self.worker, os.getpid(), time.time(), False, built, place)
+                return card, self._store.port
             except (OSError, RuntimeError) as error:
                 if time.monotonic() > until:
                     return FleetRefused(
@@ -278,20 +278,6 @@ class Members:
             log.warning("worker %s: no round of workers %s: %s", self.worker, workers, reason)
         return [reason] if of_all_ranks else []
 
-    def _judge(
-        self, messages: dict[int, Tensor], finite: set[int], step: int | None
-    ) -> tuple[list[int], list[str]]:
-        """Whose messages are not finite, and what there is to say of all of them."""
-        squares = self._total(
-            *(
-                self.shared.squared_length(message) if worker in finite else torch.nan
-                for worker, message in messages.items()
-            ),
-            dtype=torch.float64,
-        )
-        squares = dict(zip(messages, squares, strict=True))
-        return self._verdicts.of(squares, step, len(messages) == len(self.workers))
-
     def _head(self, counts: bool, finite: bool) -> Head:
         digest, broken = self._total(self.shared.fingerprint(), not finite)
         committed, steps = self.manager.batches_committed(), self.shared.optimizer.steps
@@ -303,7 +289,8 @@ class Members:
         flat = torch.empty(ranks * len(packed), dtype=torch.uint8)
         patience = PATIENCE + 5 * self.longest
         if not (self.longest and self.process_group.settled):  # somebody comes
-            patience = (self.healing.total_seconds() + len(flat) / SLOWEST) * 2 ** (tries - 1)
+            patience = self.healing.total_seconds() + len(flat) / SLOWEST
+            patience *= 2 ** min(tries - 1, DOUBLINGS)
         options = AllgatherOptions()
         options.timeout = timedelta(seconds=patience)
         self.while_waiting(patience)

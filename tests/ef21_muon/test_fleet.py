@@ -293,6 +293,14 @@ def test_one_that_stands_still_in_a_message_is_not_waited_for_as_long_as_a_state
         assert torch.equal(workers[0].agreed[12], workers[1].agreed[12])
 
 
+def test_after_any_number_of_tries_a_message_is_waited_for_in_vain_no_longer_than_a_clock_has():
+    with lighthouse(1) as url, crew.workers(url, [0]) as (worker,):
+        worker.fleet.join()
+        own, packed = worker.fleet.members, torch.arange(40, dtype=torch.uint8)
+        own.longest = 0.0
+        assert torch.equal(own._send(packed, tries=5000), packed[None])
+
+
 def test_workers_draw_their_own_random_numbers():
     def generator(worker, seed=0):
         inner = torch.optim.SGD(new_model().parameters(), lr=0.1)
