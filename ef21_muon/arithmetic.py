@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ef21_muon.layers import named_layers
 from ef21_muon.lmo.norms import AdaptiveRadius, along
-from ef21_muon.messages.samples import numbers
+from ef21_muon.messages.compressors import numbers
 from ef21_muon.transport.agreement import first_difference
 from ef21_muon.transport.fingerprint import fingerprint
 

@@ -106,11 +106,13 @@ class AveragedGradients(Communicating):
         return guarded_step(self, closure, self._take_step)
 
     def _take_step(self) -> None:
-        self.timer.phase("exchange")
         if self.mesh:
+            self.timer.phase("exchange")
             self.mesh.reduce_gradients()
         run(map(self._round, self.buckets), self.timer)
-        self.average_buffers()
+        self.timer.phase("exchange")
+        if self.buffers.shared:
+            self.average_buffers()
         self.timer.phase("server")
         self.wrapped.step()
         self.timer.phase("exchange")

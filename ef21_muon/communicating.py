@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 
@@ -23,7 +23,7 @@ from ef21_muon.arithmetic import (
 )
 from ef21_muon.guards import Guards, PhaseTimer, broken_at
 from ef21_muon.identity import settings_of
-from ef21_muon.layers import Batch, Layer, form_batches, layers_of, relative_error
+from ef21_muon.layers import Batch, Layer, form_batches, layers_of
 from ef21_muon.messages.compressors import Compressor
 from ef21_muon.settings import check_compressors, choice, refuse_compressed_shifts
 from ef21_muon.transport.agreement import (
@@ -74,7 +74,7 @@ class Communicating(torch.optim.Optimizer):
     batches: Sequence[Batch] | None = None
     roll_call: RollCall | None = None  # from the first step on, where others step too
     server: str | None = None  # the placement
-    under_way: Collection[int] = ()  # the batches whose messages have not come to the servers
+    under_way: Sequence[Batch] = ()  # whose messages have not come to the servers
     rounds = Rounds(1)  # of a step each, but with local steps
     correction = None  # of gradients, by a second one of the batch
     _swapped = False  # whether parameters and W have changed places
@@ -175,9 +175,8 @@ class Communicating(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def average_buffers(self) -> None:
-        """Share the mean of the model's buffers, where that was asked for."""
-        if self.buffers.shared:
-            self.transport.traffic += self.buffers.average()
+        """Have the mean of all workers' buffers, where that was asked for."""
+        self.transport.traffic += self.buffers.average()
 
     def exchange_compressor(self, w2s: Compressor, group: str | None = None) -> None:
         """Send with another compressor from the next round on; on all ranks, between rounds.
@@ -272,7 +271,7 @@ class Communicating(torch.optim.Optimizer):
             columns = batch.up.contraction.tolist(), batch.up.estimator_error.tolist()
             for name, contraction, error in zip(batch.names, *columns, strict=True):
                 result[name] = {"w2s_contraction": contraction, "estimator_error": error}
-            errors = _shift_error(batch)
+            errors = batch.shift_error()
             for name, error in zip(batch.names[batch.owned], errors, strict=True):
                 result[name]["model_shift_error"] = error
         return result
@@ -317,8 +316,9 @@ class Communicating(torch.optim.Optimizer):
         elsewhere = "give server=sharded or rank0, " if self.server == "replicated" else ""
         advice = f"{elsewhere}give {SAFE}, or " if self.server else ""
         require_equal_parameters(self._shared(), self.process_group, PARTED.format(advice))
-        arrived = [batch for b, batch in enumerate(self.batches) if b not in self.under_way]
-        if self.server and (known := [one for one in arrived if one.up.feedback == "ef21"]):
+        late = {id(batch) for batch in self.under_way}
+        arrived = [one for one in self.batches if self.server and id(one) not in late]
+        if known := [one for one in arrived if one.up.feedback == "ef21"]:
             require_mean_estimate(known, self.process_group)
 
     def require_own_parameters(self, call: str) -> None:
@@ -402,17 +402,6 @@ def new_generator(device: torch.device, seed: int, stream: int, purpose: str) ->
     digest = hashlib.sha256(f"{seed}/{stream}/{purpose}".encode()).digest()
     device = torch.device("cpu") if device.type == "meta" else device
     return Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
-
-
-def _shift_error(batch: Batch) -> list[float]:
-    """||X - W|| / ||X|| of the layers owned here; 0 where nothing is lost on the way."""
-    if (model := batch.state.get("server_model")) is not None:
-        return relative_error(batch.models(batch.owned).float(), model).tolist()
-    if (error := batch.state.get("server_error")) is None:
-        return [0.0] * len(batch.names[batch.owned])
-    of_error = torch.linalg.matrix_norm(error)
-    model = torch.linalg.matrix_norm(batch.state["model_shift"][batch.owned] - error)
-    return torch.where(of_error == 0, 0.0, of_error / model).tolist()
 
 
 def together(mesh: WorkerMesh | None) -> AbstractContextManager[None]:

@@ -193,6 +193,24 @@ class Batch:
                 state[parameter][name] = table[row]
         return state
 
+    def swap(self) -> None:
+        """Have the parameters and W, apart from them, change places."""
+        shifts = self.as_parameters(self.state["model_shift"])  # views
+        for parameter, shift in zip(self.params, shifts, strict=True):
+            local_model = parameter.clone()
+            parameter.copy_(shift)
+            shift.copy_(local_model)
+
+    def shift_error(self) -> list[float]:
+        """||X - W|| / ||X|| of the layers owned here; 0 where nothing is lost on the way."""
+        if (model := self.state.get("server_model")) is not None:
+            return relative_error(self.models(self.owned).float(), model).tolist()
+        if (error := self.state.get("server_error")) is None:
+            return [0.0] * len(self.names[self.owned])
+        of_error = torch.linalg.matrix_norm(error)
+        model = torch.linalg.matrix_norm(self.state["model_shift"][self.owned] - error)
+        return torch.where(of_error == 0, 0.0, of_error / model).tolist()
+
     def shared(self) -> Iterator[tuple[str, Tensor]]:
         """Of every layer its name and what all workers hold alike: W."""
         return zip(self.names, self.state.get("model_shift", self.params), strict=True)

@@ -33,7 +33,7 @@ from ef21_muon.settings import (
     refuse_unused_decays,
     whole_number,
 )
-from ef21_muon.transport.fixed import ALONE, Transport, Underway, run
+from ef21_muon.transport.fixed import ALONE, Transport, run
 from ef21_muon.transport.mesh import WorkerMesh
 from ef21_muon.transport.schedule import Rounds, Turns
 
@@ -54,7 +54,7 @@ class LocalSteps(Communicating):
 
     with outer_lr V in place of the sum without `nesterov`. The parameters are this worker's x_j;
     `agreed()` puts W in their place, which is bit-identical on all workers and is what to evaluate
-    and to save. Gradients are local: do not wrap the model in DistributedDataParallel.
+    and to save.
 
     every: a number of steps, or {first step: number} where rounds change, as {0: 120, 360: 60}.
     inner: an optimizer, or several of different parameters, that sends nothing, as torch's own, or
@@ -83,15 +83,13 @@ class LocalSteps(Communicating):
     for e_s where s2w loses anything. A delay takes 4 more and the messages under way.
 
     A worker alone with lossless messages, an `outer_lr` of 1 and no momentum is its inner
-    optimizer. Raises ValueError for options out of range, for an inner optimizer that sends, that
-    is a LocalSteps or needs a closure, for parameters that differ between ranks, and where ranks
-    get other bits of the same messages and all decode them; from the first
-    `step` ValueError where the inner state is not made of float tensors, and RuntimeError where no
-    parameter has a gradient.
+    optimizer. Raises ValueError for options out of range, for an inner optimizer that sends, is a
+    LocalSteps or needs a closure, and where ranks get other bits of the same messages and all
+    decode them; from the first `step` ValueError where the inner state is not made of float
+    tensors, and RuntimeError where no parameter has a gradient.
     """
 
     BROKEN = "{} is not finite after step {}"
-    NOT_COPIED = (*Communicating.NOT_COPIED, "_underway")
 
     def __init__(
         self,
@@ -148,15 +146,12 @@ class LocalSteps(Communicating):
                 self._make_room(batch)
             most = 1 if self.transport.heals else buckets
             self.buckets = [[b] for b in batches] if stagger else in_buckets(batches, most)
-            sizes = [sum(len(b.params) * b.up.size for b in bucket) for bucket in self.buckets]
-            ways = 1 if all(batch.replicated for batch in batches) else 2
-            self.turns = Turns(sizes, self.rounds, delay, ways, stagger)
+            self.turns = Turns(self.buckets, self.rounds, delay, stagger)
             for batch in batches if delay else ():
                 self._keep_messages(batch)
             # Where an inner optimizer skips what has no gradient, several ranks cannot.
             self.begin(batches, self.wrapped.layers(batches, "refuse" if mesh else "skip"))
-        self.last_sync = self.finished = 0  # local steps until the last round, and `finish`
-        self._underway: dict[int, Underway] = {}  # rounds between steps, by bucket
+        self.last_sync = 0  # local steps until the last round
         self.transport.attach(self)
 
     def _make_room(self, batch: Batch) -> None:
@@ -184,11 +179,9 @@ class LocalSteps(Communicating):
             batch.keep("server_message", message.new_zeros(served, batch.down.size))
 
     @property
-    def under_way(self) -> set[int]:
+    def under_way(self) -> list[Batch]:
         """The batches whose messages have not come to the servers."""
-        buckets = self.turns.under_way(self.steps) if self.finished != self.steps else ()
-        late = {id(batch) for bucket in buckets for batch in self.buckets[bucket]}
-        return {b for b, batch in enumerate(self.batches) if id(batch) in late}
+        return self.turns.late(self.steps)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -213,37 +206,31 @@ class LocalSteps(Communicating):
                 self.wrapped.step()
             self.steps += 1
             with torch.autocast(self.device.type, enabled=False):
-                self._exchange()
+                self.turns.take(self.steps - 1, self._round, self.timer)
+            _, place, length = self.rounds.of(self.steps - 1)
+            if place == length - 1 and self.buffers.shared:
+                self.average_buffers()
             self._share()
         return loss
 
-    def _exchange(self) -> None:
-        """What is due of rounds after a step: of each bucket, every `delay` steps, one leg."""
-        step = self.steps - 1
-        departing = self.turns.departing(step)
-        for bucket in departing:
-            self._underway[bucket] = Underway(self._round(self.buckets[bucket]), self.timer)
-        for bucket in self.turns.at_servers(step):
-            self._go_on(bucket, leg=1)
-        for bucket in self.turns.arriving(step):
-            self._go_on(bucket, leg=2)
-        _, place, length = self.rounds.of(self.steps - 1)
-        if place == length - 1:
-            self.average_buffers()
+    def _round(self, batches: Sequence[Batch], leg: int = 0) -> Generator:
+        """A round of a bucket of batches: worker, server, worker.
 
-    def _go_on(self, bucket: int, leg: int) -> None:
-        """Take up what is under way; after an interruption it is sent again."""
-        if bucket not in self._underway:
-            resumed = self._resumed(self.buckets[bucket], leg)
-            self._underway[bucket] = Underway(resumed, self.timer)
-        if not self._underway[bucket].go_on():
-            del self._underway[bucket]
-
-    def _round(self, batches: Sequence[Batch]) -> Generator:
-        """A round of a bucket of batches: worker, server, worker."""
-        self.timer.phase("encode")
-        payloads = [self._worker_message(batch) for batch in batches]
-        from_workers = yield self.transport.to_servers, batches, payloads
+        leg: 1, to the servers, or 2, back, where it begins with what a checkpoint has under way.
+        """
+        again, to_servers = self.transport.again, self.transport.to_servers
+        if leg == 2:
+            shifts = [batch.state["server_message"] for batch in batches]
+            shifts = yield partial(again, self.transport.to_workers), batches, shifts
+            self._at_workers(batches, shifts)
+            return
+        if leg == 1:
+            payloads = [batch.state["message"][:, : batch.up.size] for batch in batches]
+            to_servers = partial(again, to_servers)
+        else:
+            self.timer.phase("encode")
+            payloads = [self._worker_message(batch) for batch in batches]
+        from_workers = yield to_servers, batches, payloads
         yield from self._at_servers(batches, from_workers)
 
     def _at_servers(self, batches: Sequence[Batch], from_workers: Sequence) -> Generator:
@@ -260,19 +247,6 @@ class LocalSteps(Communicating):
         for batch, shift in zip(batches, shifts, strict=True):
             self._update(batch, batch.down.decode(shift))
         self.last_sync = self.steps
-
-    def _resumed(self, batches: Sequence[Batch], leg: int) -> Generator:
-        """A round that was under way at a checkpoint, from its first or second leg on."""
-        if leg == 1:
-            messages = [batch.state["message"][:, : batch.up.size] for batch in batches]
-            send = partial(self.transport.again, self.transport.to_servers)
-            from_workers = yield send, batches, messages
-            yield from self._at_servers(batches, from_workers)
-        else:
-            shifts = [batch.state["server_message"] for batch in batches]
-            send = partial(self.transport.again, self.transport.to_workers)
-            shifts = yield send, batches, shifts
-            self._at_workers(batches, shifts)
 
     def _worker_message(self, batch: Batch) -> Tensor:
         """D_j = W - x_j + error_decay e_j;  R_j = C_j(D_j);  e_j = D_j - R_j."""
@@ -313,8 +287,8 @@ class LocalSteps(Communicating):
             if self.nesterov:
                 direction = mean + self.outer_momentum * momentum  # not fused, as some would
         message = batch.down.encode(self.outer_lr * direction, generator, source=direction)
-        if "server_message" in batch.state:
-            batch.state["server_message"].copy_(message)
+        if (kept := batch.state.get("server_message")) is not None:
+            kept.copy_(message)
         return message
 
     def _update(self, batch: Batch, received: Tensor) -> None:
@@ -345,17 +319,9 @@ class LocalSteps(Communicating):
         self.require_own_parameters("finish()")
         if self.steps == 0 or (self.transport.heals and self.last_sync == self.steps):
             return
-        last, turns = self.steps - 1, self.turns
-        for later in range(last + 1, last + 1 + turns.ways * turns.delay):
-            for bucket in turns.at_servers(later) if later <= last + turns.delay else ():
-                self._go_on(bucket, leg=1)
-            for bucket in turns.arriving(later):
-                self._go_on(bucket, leg=2)
-        just_sent = turns.departing(last)
-        left = [batches for b, batches in enumerate(self.buckets) if b not in just_sent]
-        run(map(self._round, left), self.timer)
-        self.finished = self.steps
-        self.average_buffers()
+        self.turns.finish(self.steps - 1, self._round, self.timer)
+        if self.buffers.shared:
+            self.average_buffers()
         self._share()
 
     def _share(self) -> None:
@@ -393,11 +359,7 @@ class LocalSteps(Communicating):
         if self.mesh:
             self.mesh.gather_parameters()
         for batch in self.batches:
-            shifts = batch.as_parameters(batch.state["model_shift"])  # views
-            for parameter, shift in zip(batch.params, shifts, strict=True):
-                local_model = parameter.clone()
-                parameter.copy_(shift)
-                shift.copy_(local_model)
+            batch.swap()
         self.buffers.swap()
         if self.mesh:
             self.mesh.share_parameters()
@@ -445,9 +407,7 @@ class LocalSteps(Communicating):
     def go_on_after(self, steps: int) -> None:
         super().go_on_after(steps)
         self.last_sync = steps
-        for under_way in vars(self).get("_underway", {}).values():
-            under_way.wait()  # or what is sent next would be taken for it
-        self._underway = {}
+        self.turns.drop()
 
     def __setstate__(self, values: dict) -> None:
         super().__setstate__(values)

@@ -243,8 +243,8 @@ class EF21Muon(Communicating):
         return loss
 
     def _take_step(self) -> None:
-        self.timer.phase("exchange")
         if self.mesh:
+            self.timer.phase("exchange")
             self.mesh.reduce_gradients()
         for batch in self.batches:
             if batch.versions is not None and batch.versions != versions(batch):
@@ -253,7 +253,8 @@ class EF21Muon(Communicating):
         for batch in self.batches:
             batch.versions = versions(batch)
         self.timer.phase("exchange")
-        self.average_buffers()
+        if self.buffers.shared:
+            self.average_buffers()
         if self.mesh:
             self.mesh.share_parameters()
 

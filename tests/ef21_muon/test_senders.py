@@ -23,7 +23,8 @@ from ef21_muon import (
     TopK,
     TopSingular,
 )
-from ef21_muon.messages.compressors import Compressor, Fraction
+from ef21_muon.messages.compressors import Compressor
+from ef21_muon.messages.sparse import Fraction
 
 FORMATS = ("float32", "natural", "int4", "sign", "statistical2")
 WHOLE = (

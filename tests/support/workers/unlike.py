@@ -30,7 +30,7 @@ from ef21_muon import (
     TopK,
     TopSingular,
 )
-from ef21_muon.messages.samples import numbers
+from ef21_muon.messages.compressors import numbers
 from ef21_muon.transport.fingerprint import fingerprint
 
 FORMATS = (
