@@ -385,7 +385,8 @@ class LocalSteps(Communicating):
             if batch.up.memory is not None:
                 batch.up.memory.zero_()
             torch._foreach_copy_(batch.params, batch.as_parameters(batch.state["model_shift"]))
-        self.go_on_after(steps)
+        super().go_on_after(steps)  # the round goes on in which they were taken
+        self.last_sync = steps
 
     @torch.no_grad()
     def meet(self, from_workers: list[list[Tensor]]) -> None:

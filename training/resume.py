@@ -42,7 +42,7 @@ def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
         "data": run.workers.gather(run.feed.batches.state_dict()),
         "round": run.optimizer.round,
         "position": run.position(),
-        "fleet": run.optimizer.fleet_state() if comes_and_goes(run.config) else None,
+        "fleet": run.members.fleet.state() if comes_and_goes(run.config) else None,
         **run.progress.state(),
     }
     return _tensors(run) | _generator_states(run), facts
@@ -209,7 +209,7 @@ def _continue(run, facts: dict) -> None:
     if isinstance(run.optimizer, Communicating):
         run.optimizer.go_on_after(position["step"])
     if comes_and_goes(run.config):
-        run.optimizer.load_fleet_state(facts["fleet"])
+        run.members.fleet.load_state(facts["fleet"])
     run.progress.go_on(facts)
     run.progress.count_on_from(position)
     run.scheduler = new_scheduler(run.optimizer, run.config, position["step"])

@@ -143,6 +143,10 @@ class Transport:
         self.rank, self.ranks = place_in(group) if self.sends else (rank, ranks)
         self.traffic = Traffic()
 
+    def require_options(self, *, server: str, **others) -> str:
+        """The placement of servers. ValueError for options of LocalSteps that do not go with it."""
+        return server
+
     def attach(self, optimizer) -> None:
         """The optimizer that sends by this; for transports that have to know it."""
 

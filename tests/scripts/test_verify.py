@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from ef21_muon.exchange import phases
 from ef21_muon.messages.feedback import FEEDBACK
 from run import ROOT, torchrun
 
 from ef21_muon import EF21Muon, LocalSteps, Spectral, TopK
-from ef21_muon.exchange import phases
 from ef21_muon.lmo.norms import BiasRMS
 from ef21_muon.messages import values
 from scripts import verify
