@@ -23,6 +23,7 @@ class Collectives:
 
     sends = True
     heals = False
+    stream = None
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.group = group

@@ -56,7 +56,7 @@ class DeMo(Communicating):
         super().__init__(
             params,
             defaults,
-            Collectives(process_group),
+            transport=Collectives(process_group),
             seed=seed,
             purposes=("values",),
             process_group=process_group,

@@ -14,8 +14,8 @@ from ef21_muon.communicating import Communicating
 from ef21_muon.guards import gradients_of, guarded_step
 from ef21_muon.layers import Batch
 from ef21_muon.lmo.newton_schulz import unit_largest
-from ef21_muon.messages.basis import orthonormal
 from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.low_rank import orthonormal
 from ef21_muon.messages.values import Float32, Values
 from ef21_muon.settings import choice
 
@@ -84,7 +84,7 @@ class Dion(Communicating):
         super().__init__(
             params,
             defaults,
-            Collectives(process_group),
+            transport=Collectives(process_group),
             seed=seed,
             purposes=("values",),
             process_group=process_group,

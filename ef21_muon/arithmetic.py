@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ef21_muon.layers import named_layers
 from ef21_muon.lmo.norms import AdaptiveRadius, along
-from ef21_muon.messages.samples import numbers
+from ef21_muon.messages.compressors import numbers
 from ef21_muon.transport.agreement import first_difference
 from ef21_muon.transport.fingerprint import fingerprint
 
@@ -48,6 +48,13 @@ def of_messages(entry: str, rules: list[dict]) -> Results:
             tried.add(name)
             m, n = min(m, SIDE), min(n, SIDE)
             yield name, compressor.decode(compressor.sample(m, n).to(parameter.device), m, n)
+
+
+def of_decoding(rules: list[dict], server: str) -> Results:
+    """What every rank decodes, of all messages back and, where all serve, of those to servers."""
+    yield from of_messages("s2w", rules)
+    if server == "replicated":
+        yield from of_messages("w2s", rules)
 
 
 def of_norms(groups: list[dict]) -> Results:

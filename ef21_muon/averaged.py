@@ -1,23 +1,20 @@
 """Any torch optimizer on the mean of the workers' gradients, as for what an LMO is not used for."""
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from ef21_muon.arithmetic import Results, of_inner, of_messages
-from ef21_muon.communicating import Communicating
+from ef21_muon.arithmetic import of_inner
+from ef21_muon.communicating import Communicating, together
 from ef21_muon.guards import gradients_of, guarded_step
 from ef21_muon.inner import Wrapped
 from ef21_muon.layers import (
     FEEDBACK,
     Batch,
-    Channel,
     entry_counts,
-    form_batches,
     in_buckets,
     still_where_broken,
 )
@@ -30,7 +27,7 @@ from ef21_muon.settings import (
     refuse_unused_decays,
     whole_number,
 )
-from ef21_muon.transport.fixed import Transport, run
+from ef21_muon.transport.fixed import run
 from ef21_muon.transport.mesh import WorkerMesh
 
 
@@ -81,54 +78,41 @@ class AveragedGradients(Communicating):
         choice("feedback", feedback, FEEDBACK)
         self.error_decay = check_number("error_decay", error_decay, OUTER_NUMBERS)
         refuse_unused_decays([{"error_decay": self.error_decay, "server_momentum": 0}], feedback)
-        with mesh.together() if mesh else nullcontext():
-            group = mesh.peers if mesh else process_group
+        with together(mesh):
             self.wrapped = Wrapped(inner)
             self.inner = self.wrapped.optimizers
             super().__init__(
                 self.wrapped.param_groups,
                 {},
-                Transport(group),
                 seed=seed,
-                purposes=("w2s", "s2w"),
-                process_group=group,
+                process_group=process_group,
                 mesh=mesh,
                 missing=missing,
                 buffers=buffers,
             )
             self.rules = self.wrapped.take(self, w2s or Identity(), Identity())
             costs = entry_counts(self.rules)
-            self.place_servers(server, self.rules, costs, self._computed_by_all)
-            place = self.transport.rank, self.transport.ranks
-            batches = form_batches(self.rules, costs, self.server, *place)
+            batches = self.new_batches(server, costs, lambda server: of_inner(self.inner))
             lossless = all(batch.up.compressor.lossless for batch in batches)
             self.feedback = "none" if lossless else feedback
             for batch in batches:
-                memory = None if self.feedback == "none" else batch.keep("gradient_estimate")
-                lost = torch.zeros_like(batch.broken_at)
-                rule = self.rules[batch.group]["w2s"]
-                batch.up = Channel(rule, batch.shape, self.feedback, memory, lost)
+                batch.send_with(self.rules[batch.group]["w2s"], self.feedback)
                 batch.keep("server_gradient")
             self.begin(batches)
         self.buckets = in_buckets(batches, buckets)
-
-    def _computed_by_all(self, server: str) -> Results:
-        yield from of_messages("s2w", self.rules)
-        if server == "replicated":
-            yield from of_messages("w2s", self.rules)
-        yield from of_inner(self.inner)
 
     def step(self, closure: Callable | None = None):
         """A round, and a step of the inner optimizer, on all workers together."""
         return guarded_step(self, closure, self._take_step)
 
     def _take_step(self) -> None:
-        self.timer.phase("exchange")
         if self.mesh:
+            self.timer.phase("exchange")
             self.mesh.reduce_gradients()
         run(map(self._round, self.buckets), self.timer)
+        self.timer.phase("exchange")
         if self.buffers.shared:
-            self.transport.traffic += self.buffers.average()
+            self.average_buffers()
         self.timer.phase("server")
         self.wrapped.step()
         self.timer.phase("exchange")

@@ -3,18 +3,27 @@
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
 from ef21_muon import state
-from ef21_muon.arithmetic import REPLICATED, SAFE, WHY, Results, advice_for, unlike
+from ef21_muon.arithmetic import (
+    REPLICATED,
+    SAFE,
+    WHY,
+    Results,
+    advice_for,
+    of_decoding,
+    unlike,
+)
 from ef21_muon.guards import Guards, PhaseTimer, broken_at
 from ef21_muon.identity import settings_of
-from ef21_muon.layers import Batch, Layer, layers_of, relative_error
+from ef21_muon.layers import Batch, Layer, form_batches, layers_of
 from ef21_muon.messages.compressors import Compressor
 from ef21_muon.settings import check_compressors, choice, refuse_compressed_shifts
 from ef21_muon.transport.agreement import (
@@ -65,7 +74,7 @@ class Communicating(torch.optim.Optimizer):
     batches: Sequence[Batch] | None = None
     roll_call: RollCall | None = None  # from the first step on, where others step too
     server: str | None = None  # the placement
-    under_way: Collection[int] = ()  # the batches whose messages have not come to the servers
+    under_way: Sequence[Batch] = ()  # whose messages have not come to the servers
     rounds = Rounds(1)  # of a step each, but with local steps
     correction = None  # of gradients, by a second one of the batch
     _swapped = False  # whether parameters and W have changed places
@@ -74,17 +83,18 @@ class Communicating(torch.optim.Optimizer):
         self,
         params,
         defaults: dict,
-        transport: Transport,
         *,
         seed: int,
-        purposes: Sequence[str],
         process_group: dist.ProcessGroup | str | None,
         mesh: WorkerMesh | None = None,
+        transport: Transport | None = None,
         missing: str = "refuse",
         buffers: nn.Module | None = None,
-        stream: int | None = None,
+        purposes: Sequence[str] = ("w2s", "s2w"),
     ):
         super().__init__(params, defaults)
+        process_group = mesh.peers if mesh else process_group
+        transport = transport or Transport(process_group)
         self.missing = choice("missing", missing, ("refuse", "zero"))
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         if not parameters:
@@ -95,8 +105,8 @@ class Communicating(torch.optim.Optimizer):
         # The ranks of all workers, which are more than those that hold the same layers.
         self.everyone = None if mesh else process_group
         rank, self.ranks = place_in(process_group)
-        if stream is None:
-            stream = mesh.stream if mesh else rank
+        rank = mesh.stream if mesh else rank
+        stream = rank if transport.stream is None else transport.stream
         self.device = parameters[0].device
         self.buffers = Buffers(buffers, self.everyone)
         self.timer = PhaseTimer(self.device)
@@ -106,14 +116,16 @@ class Communicating(torch.optim.Optimizer):
             purpose: new_generator(self.device, seed, stream, purpose) for purpose in purposes
         }
 
-    def place_servers(
-        self, server: str, groups: list[dict], costs: list[int], own: Callable[[str], Results]
-    ) -> None:
-        """Choose `server`, a placement; "auto" is that of the least load where ranks agree.
+    def new_batches(
+        self, server: str, costs: list[int], own: Callable[[str], Results] = lambda server: iter(())
+    ) -> list[Batch]:
+        """Of the layers of `rules`, with servers placed where `server` says.
 
-        own: what every rank computes for itself with a placement, of which all have to get the same
-        bits. Raises ValueError where they do not with any placement that is allowed.
+        "auto" is the placement of the least load where ranks agree. costs: of serving each layer;
+        own: what every rank computes for itself with a placement, beside messages, of which all
+        have to get the same bits. Raises ValueError where they do not with any that is allowed.
         """
+        groups = self.rules
         allowed = [server]
         if server == AUTO:
             self.placements = loads(groups, costs, self.transport.ranks)
@@ -124,9 +136,11 @@ class Communicating(torch.optim.Optimizer):
             self.server, *others = allowed
             found = None
             if self.ranks > 1:
-                found = unlike(own(self.server), self.device, self.process_group)
+                results = chain(of_decoding(groups, self.server), own(self.server))
+                found = unlike(results, self.device, self.process_group)
             if found is None:
-                return
+                place = self.transport.rank, self.transport.ranks
+                return form_batches(groups, costs, self.server, *place)
             what, rank = found
             words = f"rank {rank} gets other bits than rank 0 of {what}: {WHY}, and "
             allowed = [one for one in others if one != "replicated"]
@@ -159,6 +173,10 @@ class Communicating(torch.optim.Optimizer):
                 f"{type(self).__name__} forms its batches once: pass all groups when it is built"
             )
         super().add_param_group(param_group)
+
+    def average_buffers(self) -> None:
+        """Have the mean of all workers' buffers, where that was asked for."""
+        self.transport.traffic += self.buffers.average()
 
     def exchange_compressor(self, w2s: Compressor, group: str | None = None) -> None:
         """Send with another compressor from the next round on; on all ranks, between rounds.
@@ -253,7 +271,7 @@ class Communicating(torch.optim.Optimizer):
             columns = batch.up.contraction.tolist(), batch.up.estimator_error.tolist()
             for name, contraction, error in zip(batch.names, *columns, strict=True):
                 result[name] = {"w2s_contraction": contraction, "estimator_error": error}
-            errors = _shift_error(batch)
+            errors = batch.shift_error()
             for name, error in zip(batch.names[batch.owned], errors, strict=True):
                 result[name]["model_shift_error"] = error
         return result
@@ -298,8 +316,9 @@ class Communicating(torch.optim.Optimizer):
         elsewhere = "give server=sharded or rank0, " if self.server == "replicated" else ""
         advice = f"{elsewhere}give {SAFE}, or " if self.server else ""
         require_equal_parameters(self._shared(), self.process_group, PARTED.format(advice))
-        arrived = [batch for b, batch in enumerate(self.batches) if b not in self.under_way]
-        if self.server and (known := [one for one in arrived if one.up.feedback == "ef21"]):
+        late = {id(batch) for batch in self.under_way}
+        arrived = [one for one in self.batches if self.server and id(one) not in late]
+        if known := [one for one in arrived if one.up.feedback == "ef21"]:
             require_mean_estimate(known, self.process_group)
 
     def require_own_parameters(self, call: str) -> None:
@@ -385,12 +404,6 @@ def new_generator(device: torch.device, seed: int, stream: int, purpose: str) ->
     return Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def _shift_error(batch: Batch) -> list[float]:
-    """||X - W|| / ||X|| of the layers owned here; 0 where nothing is lost on the way."""
-    if (model := batch.state.get("server_model")) is not None:
-        return relative_error(batch.models(batch.owned).float(), model).tolist()
-    if (error := batch.state.get("server_error")) is None:
-        return [0.0] * len(batch.names[batch.owned])
-    of_error = torch.linalg.matrix_norm(error)
-    model = torch.linalg.matrix_norm(batch.state["model_shift"][batch.owned] - error)
-    return torch.where(of_error == 0, 0.0, of_error / model).tolist()
+def together(mesh: WorkerMesh | None) -> AbstractContextManager[None]:
+    """Within it an error of one rank of a worker is raised on all of them."""
+    return mesh.together() if mesh else nullcontext()

@@ -5,7 +5,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from operator import is_
+from operator import attrgetter, is_
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from ef21_muon.transport.roll_call import RollCall
 
 FIXED = ("w2s", "s2w")  # entries of a parameter group that batches are formed by
 log = logging.getLogger("ef21_muon")
+_GRAD = attrgetter("grad")
 
 
 class GradientError(RuntimeError, ValueError):
@@ -240,7 +241,7 @@ def overflowed(optimizer, group: dist.ProcessGroup | str | None) -> bool:
 
 def gradients_of(batch: Batch, step: int) -> list[Tensor]:
     """Of this worker, float32 (m, n) each; those that are not finite are marked."""
-    gradients = batch.matrices([parameter.grad.float() for parameter in batch.params])
+    gradients = batch.matrices(map(Tensor.float, map(_GRAD, batch.params)))
     finite = torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite()
     mark(batch.broken_at, ~finite, step)
     return gradients

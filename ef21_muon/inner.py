@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from ef21_muon.communicating import Communicating
 from ef21_muon.guards import PhaseTimer
+from ef21_muon.layers import Batch, Layer, layers_of
 from ef21_muon.optimizer import EF21Muon
 from ef21_muon.settings import Compressors, rule_of
 from ef21_muon.state import HOOKS
@@ -65,14 +66,19 @@ class Wrapped:
             _require_float_state(self.optimizers)
             self._checked = True
 
-    def missing(self) -> dict[Tensor, str]:
-        """Of the parameters of this library's optimizers what a missing gradient is."""
-        return {
+    def layers(self, batches: Sequence[Batch], otherwise: str) -> list[Layer]:
+        """Whose gradients are needed: what a missing one is this library's optimizers know.
+
+        otherwise: of the others' parameters.
+        """
+        missing = {
             parameter: optimizer.missing
             for optimizer in self.ours
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
+        layers = layers_of(batches, otherwise)
+        return [one._replace(missing=missing.get(one.parameter, otherwise)) for one in layers]
 
     def take_over(self, changed: bool = True) -> None:
         """Let EF21Muon know that its parameters are others or, if not `changed`, are not."""

@@ -173,6 +173,14 @@ class Batch:
         self.state[name] = table
         return table
 
+    def send_with(
+        self, compressor: Compressor, feedback: str, memory: str = "gradient_estimate"
+    ) -> None:
+        """Open the channel to the servers; memory: the name of the table that feedback needs."""
+        table = None if feedback == "none" else self.keep(memory)
+        lost = torch.zeros_like(self.broken_at)
+        self.up = Channel(compressor, self.shape, feedback, table, lost)
+
     def layers_of(self, name: str) -> slice:
         """The layers that a table of this name has."""
         return self.owned if name.startswith(SERVER) else slice(None)
@@ -184,6 +192,24 @@ class Batch:
             for row, parameter in enumerate(self.params[self.layers_of(name)]):
                 state[parameter][name] = table[row]
         return state
+
+    def swap(self) -> None:
+        """Have the parameters and W, apart from them, change places."""
+        shifts = self.as_parameters(self.state["model_shift"])  # views
+        for parameter, shift in zip(self.params, shifts, strict=True):
+            local_model = parameter.clone()
+            parameter.copy_(shift)
+            shift.copy_(local_model)
+
+    def shift_error(self) -> list[float]:
+        """||X - W|| / ||X|| of the layers owned here; 0 where nothing is lost on the way."""
+        if (model := self.state.get("server_model")) is not None:
+            return relative_error(self.models(self.owned).float(), model).tolist()
+        if (error := self.state.get("server_error")) is None:
+            return [0.0] * len(self.names[self.owned])
+        of_error = torch.linalg.matrix_norm(error)
+        model = torch.linalg.matrix_norm(self.state["model_shift"][self.owned] - error)
+        return torch.where(of_error == 0, 0.0, of_error / model).tolist()
 
     def shared(self) -> Iterator[tuple[str, Tensor]]:
         """Of every layer its name and what all workers hold alike: W."""

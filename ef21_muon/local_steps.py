@@ -1,7 +1,7 @@
 """Local steps: workers step by themselves, and exchange in rounds what has come of it."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -9,8 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ef21_muon.arithmetic import Results, of_messages
-from ef21_muon.communicating import Communicating
+from ef21_muon.communicating import Communicating, together
 from ef21_muon.guards import in_step, overflowed
 from ef21_muon.inner import Wrapped
 from ef21_muon.layers import (
@@ -19,9 +18,7 @@ from ef21_muon.layers import (
     Channel,
     entry_counts,
     finite,
-    form_batches,
     in_buckets,
-    layers_of,
     mark,
 )
 from ef21_muon.messages.compressors import Identity
@@ -36,7 +33,7 @@ from ef21_muon.settings import (
     refuse_unused_decays,
     whole_number,
 )
-from ef21_muon.transport.fixed import ALONE, Transport, Underway, run
+from ef21_muon.transport.fixed import ALONE, Transport, run
 from ef21_muon.transport.mesh import WorkerMesh
 from ef21_muon.transport.schedule import Rounds, Turns
 
@@ -57,7 +54,7 @@ class LocalSteps(Communicating):
 
     with outer_lr V in place of the sum without `nesterov`. The parameters are this worker's x_j;
     `agreed()` puts W in their place, which is bit-identical on all workers and is what to evaluate
-    and to save. Gradients are local: do not wrap the model in DistributedDataParallel.
+    and to save.
 
     every: a number of steps, or {first step: number} where rounds change, as {0: 120, 360: 60}.
     inner: an optimizer, or several of different parameters, that sends nothing, as torch's own, or
@@ -86,15 +83,13 @@ class LocalSteps(Communicating):
     for e_s where s2w loses anything. A delay takes 4 more and the messages under way.
 
     A worker alone with lossless messages, an `outer_lr` of 1 and no momentum is its inner
-    optimizer. Raises ValueError for options out of range, for an inner optimizer that sends, that
-    is a LocalSteps or needs a closure, for parameters that differ between ranks, and where ranks
-    get other bits of the same messages and all decode them; from the first
-    `step` ValueError where the inner state is not made of float tensors, and RuntimeError where no
-    parameter has a gradient.
+    optimizer. Raises ValueError for options out of range, for an inner optimizer that sends, is a
+    LocalSteps or needs a closure, and where ranks get other bits of the same messages and all
+    decode them; from the first `step` ValueError where the inner state is not made of float
+    tensors, and RuntimeError where no parameter has a gradient.
     """
 
     BROKEN = "{} is not finite after step {}"
-    NOT_COPIED = (*Communicating.NOT_COPIED, "_rounds")
 
     def __init__(
         self,
@@ -133,51 +128,42 @@ class LocalSteps(Communicating):
             server = transport.require_options(
                 server=server, stagger=stagger, delay=delay, feedback=feedback, buffers=buffers
             )
-        with mesh.together() if mesh else nullcontext():
-            group = mesh.peers if mesh else process_group
+        with together(mesh):
             self.wrapped = Wrapped(inner)
             self.inner = self.wrapped.optimizers
-            transport = transport or Transport(group)
             super().__init__(
                 self.wrapped.param_groups,
                 {},
-                transport,
                 seed=seed,
-                purposes=("w2s", "s2w"),
-                process_group=group,
+                process_group=process_group,
                 mesh=mesh,
+                transport=transport,
                 buffers=buffers,
-                stream=transport.stream,
             )
             self.rules = self.wrapped.take(self, w2s or Identity(), s2w or Identity())
-            costs = entry_counts(self.rules)
-            self.place_servers(server, self.rules, costs, self._computed_by_all)
-            place = transport.rank, transport.ranks
-            batches = form_batches(self.rules, costs, self.server, *place)
+            batches = self.new_batches(server, entry_counts(self.rules))
             for batch in batches:
                 self._make_room(batch)
-            one_by_one = len(batches) if stagger else 1 if transport.heals else buckets
-            self.buckets = [[b] for b in batches] if stagger else in_buckets(batches, one_by_one)
-            self.turns = self._new_turns()
+            most = 1 if self.transport.heals else buckets
+            self.buckets = [[b] for b in batches] if stagger else in_buckets(batches, most)
+            self.turns = Turns(self.buckets, self.rounds, delay, stagger)
             for batch in batches if delay else ():
                 self._keep_messages(batch)
-            self.begin(batches, self._layers_of(batches))
-        self.last_sync = self.finished = 0  # local steps until the last round, and `finish`
-        self._rounds: dict[int, Underway] = {}  # under way between steps, by bucket
-        transport.attach(self)
+            # Where an inner optimizer skips what has no gradient, several ranks cannot.
+            self.begin(batches, self.wrapped.layers(batches, "refuse" if mesh else "skip"))
+        self.last_sync = 0  # local steps until the last round
+        self.transport.attach(self)
 
     def _make_room(self, batch: Batch) -> None:
         """For the state: W, e_j or G_j and, of the servers, V, EF21's G and e_s."""
         batch.keep("model_shift", batch.models())
-        memory = None
-        if self.feedback != "none":
-            memory = batch.keep("gradient_estimate" if self.feedback == "ef21" else "error")
-        lost, rule = torch.zeros_like(batch.broken_at), self.rules[batch.group]
-        batch.up = Channel(rule["w2s"], batch.shape, self.feedback, memory, lost)
+        rule, memory = self.rules[batch.group], "error"
+        if self.feedback == "ef21":
+            memory = "gradient_estimate"
+            batch.keep("server_gradient")
+        batch.send_with(rule["w2s"], self.feedback, memory)
         if self.mean == "senders":
             require_marks(batch.up.compressor, *batch.shape)
-        if self.feedback == "ef21":
-            batch.keep("server_gradient")
         if self.outer_momentum:
             batch.keep("server_momentum")
         if not batch.down.compressor.lossless:
@@ -192,28 +178,10 @@ class LocalSteps(Communicating):
         if self.turns.ways == 2:
             batch.keep("server_message", message.new_zeros(served, batch.down.size))
 
-    def _new_turns(self) -> Turns:
-        sizes = [sum(len(b.params) * b.up.size for b in bucket) for bucket in self.buckets]
-        ways = 1 if all(b.replicated for bucket in self.buckets for b in bucket) else 2
-        return Turns(sizes, self.rounds, self.delay, ways, self.stagger)
-
-    def _layers_of(self, batches: Sequence[Batch]) -> list:
-        """Where an inner optimizer skips what has no gradient, a worker of several ranks cannot."""
-        missing, otherwise = self.wrapped.missing(), "refuse" if self.mesh else "skip"
-        layers = layers_of(batches, otherwise)
-        return [one._replace(missing=missing.get(one.parameter, otherwise)) for one in layers]
-
-    def _computed_by_all(self, server: str) -> Results:
-        yield from of_messages("s2w", self.rules)
-        if server == "replicated":
-            yield from of_messages("w2s", self.rules)
-
     @property
-    def under_way(self) -> set[int]:
+    def under_way(self) -> list[Batch]:
         """The batches whose messages have not come to the servers."""
-        buckets = self.turns.under_way(self.steps) if self.finished != self.steps else ()
-        late = {id(batch) for bucket in buckets for batch in self.buckets[bucket]}
-        return {b for b, batch in enumerate(self.batches) if id(batch) in late}
+        return self.turns.late(self.steps)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -238,37 +206,31 @@ class LocalSteps(Communicating):
                 self.wrapped.step()
             self.steps += 1
             with torch.autocast(self.device.type, enabled=False):
-                self._exchange()
+                self.turns.take(self.steps - 1, self._round, self.timer)
+            _, place, length = self.rounds.of(self.steps - 1)
+            if place == length - 1 and self.buffers.shared:
+                self.average_buffers()
             self._share()
         return loss
 
-    def _exchange(self) -> None:
-        """What is due of rounds after a step: of each bucket, every `delay` steps, one leg."""
-        step = self.steps - 1
-        departing = self.turns.departing(step)
-        for bucket in departing:
-            self._rounds[bucket] = Underway(self._round(self.buckets[bucket]), self.timer)
-        for bucket in self.turns.at_servers(step):
-            self._go_on(bucket, leg=1)
-        for bucket in self.turns.arriving(step):
-            self._go_on(bucket, leg=2)
-        _, place, length = self.rounds.of(self.steps - 1)
-        if place == length - 1:
-            self._average_buffers()
+    def _round(self, batches: Sequence[Batch], leg: int = 0) -> Generator:
+        """A round of a bucket of batches: worker, server, worker.
 
-    def _go_on(self, bucket: int, leg: int) -> None:
-        """Take up what is under way; after an interruption it is sent again."""
-        if bucket not in self._rounds:
-            resumed = self._resumed(self.buckets[bucket], leg)
-            self._rounds[bucket] = Underway(resumed, self.timer)
-        if not self._rounds[bucket].go_on():
-            del self._rounds[bucket]
-
-    def _round(self, batches: Sequence[Batch]) -> Generator:
-        """A round of a bucket of batches: worker, server, worker."""
-        self.timer.phase("encode")
-        payloads = [self._worker_message(batch) for batch in batches]
-        from_workers = yield self.transport.to_servers, batches, payloads
+        leg: 1, to the servers, or 2, back, where it begins with what a checkpoint has under way.
+        """
+        again, to_servers = self.transport.again, self.transport.to_servers
+        if leg == 2:
+            shifts = [batch.state["server_message"] for batch in batches]
+            shifts = yield partial(again, self.transport.to_workers), batches, shifts
+            self._at_workers(batches, shifts)
+            return
+        if leg == 1:
+            payloads = [batch.state["message"][:, : batch.up.size] for batch in batches]
+            to_servers = partial(again, to_servers)
+        else:
+            self.timer.phase("encode")
+            payloads = [self._worker_message(batch) for batch in batches]
+        from_workers = yield to_servers, batches, payloads
         yield from self._at_servers(batches, from_workers)
 
     def _at_servers(self, batches: Sequence[Batch], from_workers: Sequence) -> Generator:
@@ -285,19 +247,6 @@ class LocalSteps(Communicating):
         for batch, shift in zip(batches, shifts, strict=True):
             self._update(batch, batch.down.decode(shift))
         self.last_sync = self.steps
-
-    def _resumed(self, batches: Sequence[Batch], leg: int) -> Generator:
-        """A round that was under way at a checkpoint, from its first or second leg on."""
-        if leg == 1:
-            messages = [batch.state["message"][:, : batch.up.size] for batch in batches]
-            send = partial(self.transport.again, self.transport.to_servers)
-            from_workers = yield send, batches, messages
-            yield from self._at_servers(batches, from_workers)
-        else:
-            shifts = [batch.state["server_message"] for batch in batches]
-            send = partial(self.transport.again, self.transport.to_workers)
-            shifts = yield send, batches, shifts
-            self._at_workers(batches, shifts)
 
     def _worker_message(self, batch: Batch) -> Tensor:
         """D_j = W - x_j + error_decay e_j;  R_j = C_j(D_j);  e_j = D_j - R_j."""
@@ -338,8 +287,8 @@ class LocalSteps(Communicating):
             if self.nesterov:
                 direction = mean + self.outer_momentum * momentum  # not fused, as some would
         message = batch.down.encode(self.outer_lr * direction, generator, source=direction)
-        if "server_message" in batch.state:
-            batch.state["server_message"].copy_(message)
+        if (kept := batch.state.get("server_message")) is not None:
+            kept.copy_(message)
         return message
 
     def _update(self, batch: Batch, received: Tensor) -> None:
@@ -370,22 +319,10 @@ class LocalSteps(Communicating):
         self.require_own_parameters("finish()")
         if self.steps == 0 or (self.transport.heals and self.last_sync == self.steps):
             return
-        last, turns = self.steps - 1, self.turns
-        for later in range(last + 1, last + 1 + turns.ways * turns.delay):
-            for bucket in turns.at_servers(later) if later <= last + turns.delay else ():
-                self._go_on(bucket, leg=1)
-            for bucket in turns.arriving(later):
-                self._go_on(bucket, leg=2)
-        just_sent = turns.departing(last)
-        left = [batches for b, batches in enumerate(self.buckets) if b not in just_sent]
-        run(map(self._round, left), self.timer)
-        self.finished = self.steps
-        self._average_buffers()
-        self._share()
-
-    def _average_buffers(self) -> None:
+        self.turns.finish(self.steps - 1, self._round, self.timer)
         if self.buffers.shared:
-            self.transport.traffic += self.buffers.average()
+            self.average_buffers()
+        self._share()
 
     def _share(self) -> None:
         """Give the other ranks of this worker the layers that were stepped here."""
@@ -422,11 +359,7 @@ class LocalSteps(Communicating):
         if self.mesh:
             self.mesh.gather_parameters()
         for batch in self.batches:
-            shifts = batch.as_parameters(batch.state["model_shift"])  # views
-            for parameter, shift in zip(batch.params, shifts, strict=True):
-                local_model = parameter.clone()
-                parameter.copy_(shift)
-                shift.copy_(local_model)
+            batch.swap()
         self.buffers.swap()
         if self.mesh:
             self.mesh.share_parameters()
@@ -473,9 +406,7 @@ class LocalSteps(Communicating):
     def go_on_after(self, steps: int) -> None:
         super().go_on_after(steps)
         self.last_sync = steps
-        for under_way in vars(self).get("_rounds", {}).values():
-            under_way.wait()  # or what is sent next would be taken for it
-        self._rounds = {}
+        self.turns.drop()
 
     def __setstate__(self, values: dict) -> None:
         super().__setstate__(values)

@@ -1,7 +1,6 @@
 """EF21-Muon (Gruntkowska et al., arXiv:2510.00643), Algorithm 1, as a torch optimizer."""
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import nullcontext
 from functools import partial
 from math import sqrt
 
@@ -9,15 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ef21_muon.arithmetic import Results, of_messages, of_norms
-from ef21_muon.communicating import Communicating
+from ef21_muon.arithmetic import Results, of_norms
+from ef21_muon.communicating import Communicating, together
 from ef21_muon.correction import PARTS, Correction
 from ef21_muon.guards import bring_gradients, gradients_of, guarded_step
 from ef21_muon.layers import (
     FEEDBACK,
     Batch,
-    Channel,
-    form_batches,
     in_buckets,
     lmo_costs,
     still_where_broken,
@@ -175,29 +172,24 @@ class EF21Muon(Communicating):
                 f"momentum={momentum!r} is not allowed with workers of several ranks, of which "
                 "each has a part of W: leave it at 'polyak', or give every worker one rank"
             )
-        with mesh.together() if mesh else nullcontext():
-            group = mesh.peers if mesh else process_group
+        with together(mesh):
             super().__init__(
                 mesh.share(params) if mesh else params,
                 defaults,
-                transport or Transport(group),
                 seed=seed,
-                purposes=("w2s", "s2w"),
-                process_group=group,
+                process_group=process_group,
                 mesh=mesh,
+                transport=transport,
                 missing=missing,
                 buffers=buffers,
             )
             self.rules = self.param_groups
             refuse_unused_decays(self.param_groups, feedback)
-            costs = lmo_costs(self.param_groups)
-            self.place_servers(server, self.param_groups, costs, self._computed_by_all)
-            place = self.transport.rank, self.transport.ranks
-            batches = form_batches(self.param_groups, costs, self.server, *place)
+            batches = self.new_batches(server, lmo_costs(self.param_groups), self._steps_of_all)
             for batch in batches:
                 self._make_room(batch)
             self.begin(batches)
-            self._choose_compressors()
+        self._choose_compressors()
         self.buckets = in_buckets(batches, buckets)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -215,9 +207,7 @@ class EF21Muon(Communicating):
         """For the state: M_j, G_j and, of the servers, G, X and what LMOs left out."""
         group = self.param_groups[batch.group]
         batch.keep("momentum")
-        memory = None if self.feedback == "none" else batch.keep("gradient_estimate")
-        lost = torch.zeros_like(batch.broken_at)
-        batch.up = Channel(group["w2s"], batch.shape, self.feedback, memory, lost)
+        batch.send_with(group["w2s"], self.feedback)
         batch.keep("server_gradient")
         if self.correction:
             batch.keep("previous_model")
@@ -234,12 +224,10 @@ class EF21Muon(Communicating):
             rule = Identity() if self.steps == 0 else self.param_groups[batch.group]["w2s"]
             batch.up.use(rule)
 
-    def _computed_by_all(self, server: str) -> Results:
-        yield from of_messages("s2w", self.param_groups)
-        if server == "replicated":
-            yield from of_messages("w2s", self.param_groups)
-            if self.lmo == "servers":
-                yield from of_norms(self.param_groups)
+    def _steps_of_all(self, server: str) -> Results:
+        """What every rank computes for itself: where all serve, the steps of servers."""
+        if server == "replicated" and self.lmo == "servers":
+            yield from of_norms(self.param_groups)
 
     def step(self, closure: Callable | None = None):
         """One round, on all workers together.
@@ -255,8 +243,8 @@ class EF21Muon(Communicating):
         return loss
 
     def _take_step(self) -> None:
-        self.timer.phase("exchange")
         if self.mesh:
+            self.timer.phase("exchange")
             self.mesh.reduce_gradients()
         for batch in self.batches:
             if batch.versions is not None and batch.versions != versions(batch):
@@ -266,7 +254,7 @@ class EF21Muon(Communicating):
             batch.versions = versions(batch)
         self.timer.phase("exchange")
         if self.buffers.shared:
-            self.transport.traffic += self.buffers.average()
+            self.average_buffers()
         if self.mesh:
             self.mesh.share_parameters()
 

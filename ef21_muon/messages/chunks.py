@@ -3,26 +3,16 @@
 import torch
 from torch import Generator, Tensor
 
-from ef21_muon.messages.bits import (
-    check_length,
-    index_bytes,
-    pack,
-    pack_indices,
-    packed_bytes,
-    unpack,
-    unpack_indices,
-)
-from ef21_muon.messages.compressors import Compressor, marked
-from ef21_muon.messages.values import Values
+from ef21_muon.messages.sparse import Entries, index_bytes, pack_indices, unpack_indices
+from ef21_muon.messages.values import Values, pack, packed_bytes, unpack
 
 
 class ChunkPlaces:
     """m x n matrices as chunks, and places of k entries in each of them as bytes.
 
-    Chunks have the sides `largest_divisor(m, chunk)` and `largest_divisor(n, chunk)`, as in the
-    code of DeMo and SparseLoCo, and `count` of them, of `size` entries each, cover the matrix. Of a
-    smaller chunk than k all is kept. Places are indices of fixed width in their chunk or
-    Elias-Fano coded over the whole matrix, chunk after chunk, whichever is shorter for these sizes.
+    Their sides are the largest divisors of m and n up to `chunk`, as in the code of DeMo and
+    SparseLoCo. Of a smaller chunk than k all is kept. Places are indices of fixed width in their
+    chunk or Elias-Fano coded, chunk after chunk, whichever is shorter for this shape.
     """
 
     def __init__(self, m: int, n: int, chunk: int, k: int):
@@ -46,33 +36,34 @@ class ChunkPlaces:
         """(L, count, k) -> uint8 (L, index_bytes)."""
         if self.fixed_width:
             return pack(places.flatten(1), self.width)
-        return pack_indices(self._in_matrix(places), self.m * self.n)
+        return pack_indices(self._chunk_after_chunk(places), self.m * self.n)
 
     def unpack_positions(self, indices: Tensor) -> Tensor:
-        """uint8 (L, index_bytes) -> positions in the matrix, chunk after chunk: (L, count k)."""
+        """uint8 (L, index_bytes) -> positions, counted chunk after chunk: (L, count k)."""
         kept = self.count * self.k
         if not self.fixed_width:
             return unpack_indices(indices, self.m * self.n, kept)
         places = unpack(indices, kept, self.width).to(torch.int64)
-        return self._in_matrix(places.view(-1, self.count, self.k))
+        return self._chunk_after_chunk(places.view(-1, self.count, self.k))
 
-    def as_matrices(self, entries: Tensor) -> Tensor:
-        """Entries chunk after chunk, (L, m n), each at its place: (L, m, n)."""
-        tiles = entries.view(-1, *self.grid, *self.sides).transpose(2, 3)
-        return tiles.reshape(-1, self.m, self.n)
+    def in_matrix(self, positions: Tensor) -> Tensor:
+        """Positions chunk after chunk as those row after row."""
+        chunk, place = positions // self.size, positions % self.size
+        tall, wide = self.sides
+        rows = chunk // self.grid[1] * tall + place // wide
+        return rows * self.n + chunk % self.grid[1] * wide + place % wide
 
-    def _in_matrix(self, places: Tensor) -> Tensor:
-        """Places in chunks, (L, count, k), as positions in the matrix, (L, count k)."""
+    def _chunk_after_chunk(self, places: Tensor) -> Tensor:
+        """Places in chunks, (L, count, k), as positions (L, count k)."""
         starts = torch.arange(0, self.m * self.n, self.size, device=places.device)
         return (places + starts[:, None]).flatten(1)
 
 
-class ChunkTopK(Compressor):
-    """The k entries of largest magnitude of every chunk of `chunk` x `chunk`, as SparseLoCo's.
+class ChunkTopK(Entries):
+    """The k entries of largest magnitude of every chunk of `chunk` x `chunk` (arXiv:2508.15706).
 
-    arXiv:2508.15706. Chunks are as large as divisors of the matrix's sides allow, those of a vector
-    (n, 1) as long, and k goes down with their size: max(1, round(k size / chunk^2)). The values are
-    one row, so that a scale of theirs is one a matrix. alpha = (1 - omega) k / size.
+    Of smaller chunks it is max(1, round(k size / chunk^2)). The values are one row, so that a
+    matrix has one scale of theirs. alpha = (1 - omega) k / size.
     """
 
     def __init__(self, k: int = 64, chunk: int = 64, values: Values | str = "float32"):
@@ -90,9 +81,13 @@ class ChunkTopK(Compressor):
         size = largest_divisor(m, self.chunk) * largest_divisor(n, self.chunk)
         return ChunkPlaces(m, n, self.chunk, max(1, round(self.k * size / self.chunk**2)))
 
-    def payload_bytes(self, m: int, n: int) -> int:
+    def _layout(self, m: int, n: int) -> tuple[int, int, int]:
         chunks = self._places(m, n)
-        return chunks.index_bytes + self.values.payload_bytes(1, chunks.count * chunks.k)
+        return chunks.index_bytes, 1, chunks.count * chunks.k
+
+    def _positions(self, places: Tensor, m: int, n: int) -> Tensor:
+        chunks = self._places(m, n)
+        return chunks.in_matrix(chunks.unpack_positions(places))
 
     def alpha(self, m: int, n: int) -> float:
         chunks = self._places(m, n)
@@ -106,20 +101,6 @@ class ChunkTopK(Compressor):
         places = chunks.largest(tiles)
         values = tiles.gather(2, places).view(len(x), 1, -1)
         return torch.cat([chunks.pack_places(places), self.values.encode(values, generator)], 1)
-
-    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
-        check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
-        chunks = self._places(m, n)
-        split = chunks.index_bytes
-        values = self.values.decode(payload[:, split:], 1, chunks.count * chunks.k)[:, 0]
-        flat = torch.zeros(len(payload), m * n, dtype=torch.float32, device=payload.device)
-        flat.scatter_(1, chunks.unpack_positions(payload[:, :split]), values)
-        return chunks.as_matrices(flat)
-
-    def sent(self, payload: Tensor, m: int, n: int) -> Tensor:
-        chunks = self._places(m, n)
-        positions = chunks.unpack_positions(payload[:, : chunks.index_bytes])
-        return chunks.as_matrices(marked(positions, m * n))
 
 
 def largest_divisor(number: int, limit: int) -> int:

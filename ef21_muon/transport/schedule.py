@@ -1,10 +1,13 @@
 """Which steps a round has, and which messages travel in which of them."""
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from itertools import accumulate
 from math import ceil
 from numbers import Integral
+from typing import TypeAlias
+
+from ef21_muon.transport.fixed import Underway, run
 
 
 class Rounds:
@@ -62,35 +65,70 @@ class Rounds:
         return ", ".join([str(first[0]), *told])
 
 
+RoundOf: TypeAlias = Callable[[Sequence, int], Generator]
+
+
 class Turns:
-    """When buckets are sent and arrive, where a round has many steps.
+    """The rounds of buckets of batches, where a round has many steps; some are under way.
 
     Steps count from 0. Without `streaming` all buckets have their turn in the last step of a round;
     with it every bucket has its own, so that the bytes that were sent grow evenly. A message takes
     `delay` steps from the turn of its bucket to the servers, and as many back, but where nothing is
     sent back.
 
-    sizes: the bytes of every bucket; ways: 2 where servers send something back, else 1. Raises
-    ValueError for a delay that is no shorter than a round.
+    `round_of`, where it is asked for, makes of a bucket its round, a generator for `Underway`: from
+    leg 0 on, or of one that was under way at a checkpoint from leg 1, to the servers, or 2, back.
+    Raises ValueError for a delay that is no shorter than a round.
     """
 
     def __init__(
-        self, sizes: Sequence[int], rounds: Rounds, delay: int, ways: int, streaming: bool
+        self,
+        buckets: Sequence[Sequence],
+        rounds: Rounds,
+        delay: int,
+        streaming: bool,
     ):
-        self.rounds, self.delay, self.ways = rounds, delay, ways
+        self.buckets, self.rounds, self.delay = buckets, rounds, delay
+        self.ways = 1 if all(batch.replicated for bucket in buckets for batch in bucket) else 2
         shortest = min(rounds.lengths)
-        if ways * delay >= shortest:
+        if self.ways * delay >= shortest:
             raise ValueError(
                 f"delay={delay} is not allowed with every={rounds}: what is under way has to arrive"
-                f" before the next message, give at most {(shortest - 1) // ways}"
+                f" before the next message, give at most {(shortest - 1) // self.ways}"
             )
+        sizes = [sum(len(b.params) * b.up.size for b in bucket) for bucket in buckets]
         sent = list(accumulate(sizes))
         self._turns = {
-            length: [
-                ceil(length * upto / sent[-1]) - 1 if streaming else length - 1 for upto in sent
-            ]
+            length: [ceil(length * one / sent[-1]) - 1 if streaming else length - 1 for one in sent]
             for length in rounds.lengths
         }
+        self._under_way: dict[int, Underway] = {}
+        self._finished = False
+
+    def take(self, step: int, round_of: RoundOf, timer) -> None:
+        """What is due after a step."""
+        self._finished = False
+        for bucket in self.departing(step):
+            self._under_way[bucket] = Underway(round_of(self.buckets[bucket], 0), timer)
+        self._arrive(step, step, round_of, timer)
+
+    def finish(self, step: int, round_of: RoundOf, timer) -> None:
+        """After the last step: what is under way arrives, and the other buckets take a round."""
+        for later in range(step + 1, step + 1 + self.ways * self.delay):
+            self._arrive(later, step, round_of, timer)
+        just_sent = self.departing(step)
+        left = [bucket for number, bucket in enumerate(self.buckets) if number not in just_sent]
+        run((round_of(bucket, 0) for bucket in left), timer)
+        self._finished = True
+
+    def _arrive(self, step: int, last: int, round_of: RoundOf, timer) -> None:
+        """What arrives with a step, of what has departed up to the last one."""
+        for leg, sent in ((1, step - self.delay), (2, step - self.ways * self.delay)):
+            for bucket in self.departing(sent) if sent <= last else ():
+                if bucket not in self._under_way:  # after an interruption it is sent again
+                    self._under_way[bucket] = Underway(round_of(self.buckets[bucket], leg), timer)
+                if not self._under_way[bucket].go_on():
+                    del self._under_way[bucket]
 
     def departing(self, step: int) -> list[int]:
         """The buckets whose turn a step is."""
@@ -99,15 +137,18 @@ class Turns:
         _, place, length = self.rounds.of(step)
         return [bucket for bucket, turn in enumerate(self._turns[length]) if turn == place]
 
-    def at_servers(self, step: int) -> list[int]:
-        """The buckets whose messages come to the servers with a step."""
-        return self.departing(step - self.delay)
+    def late(self, steps: int) -> list:
+        """The batches whose messages have not come to the servers after as many steps."""
+        departed = range(steps - self.delay, steps) if not self._finished else ()
+        buckets = {bucket for step in departed for bucket in self.departing(step)}
+        return [batch for bucket in buckets for batch in self.buckets[bucket]]
 
-    def arriving(self, step: int) -> list[int]:
-        """The buckets that come back to the workers with a step."""
-        return self.departing(step - self.ways * self.delay)
+    def drop(self) -> None:
+        """Wait for what is under way, or what is sent next would be taken for it, and forget it."""
+        for one in self._under_way.values():
+            one.wait()
+        self._under_way = {}
 
-    def under_way(self, steps: int) -> set[int]:
-        """The buckets whose messages have not come to the servers after as many steps."""
-        later = range(steps, steps + self.delay)
-        return {bucket for step in later for bucket in self.at_servers(step)}
+    def __getstate__(self) -> dict:
+        """Without what is under way, which a copy sends again."""
+        return vars(self) | {"_under_way": {}}

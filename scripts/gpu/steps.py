@@ -33,7 +33,7 @@ COMPRESSORS = sorted(path.stem for path in (CONFIGS / "compressor").glob("*.yaml
 METHODS = {
     name: [f"compressor@w2s={name}"]
     for name in COMPRESSORS
-    if name not in ("damping", "dropout", "residual", "switch", "top_singular")
+    if name not in ("damping", "dropout", "top_singular")
 } | {"rank, both ways": ["compressor@w2s=rank", "compressor@s2w=rank"]}
 
 

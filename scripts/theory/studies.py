@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ef21_muon.lmo.norms import AdaptiveRadius, Euclidean, Spectral
-from ef21_muon.messages.compressors import Identity, RankK, TopK
-from ef21_muon.messages.noneuclidean import Damping
+from ef21_muon.messages.compressors import Identity
+from ef21_muon.messages.extras import Damping
+from ef21_muon.messages.low_rank import RankK
+from ef21_muon.messages.sparse import TopK
 from scripts.theory.algorithm import (
     Setting,
     gradient_norms,

@@ -6,7 +6,7 @@ from workers.unlike import COMPRESSORS, FORMATS, LOW_RANK
 
 from ef21_muon import AdaptiveRadius, Identity, RankK, Spectral, TopK
 from ef21_muon.arithmetic import SIDE, digests, of_inner, of_messages, of_norms
-from ef21_muon.messages.samples import numbers
+from ef21_muon.messages.compressors import numbers
 
 
 def parameter(*shape):

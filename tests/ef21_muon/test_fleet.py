@@ -22,7 +22,7 @@ from fleet import (
 )
 from run import PATIENCE
 
-from ef21_muon import Dense, Identity, LocalSteps, Switch, TopK
+from ef21_muon import Dense, LocalSteps, TopK
 from ef21_muon.exchange import fleet as exchange
 from ef21_muon.exchange import lighthouse as beacon
 from ef21_muon.exchange.fleet import HEAD, Fleet, FleetRefused
@@ -320,7 +320,6 @@ REFUSED = {
     "both": ({"stagger": True, "delay": 1}, "^stagger=True with delay=1 is not allowed"),
     "feedback": ({"feedback": "ef21"}, "feedback='ef21' is not allowed"),
     "s2w": ({"s2w": TopK(0.5)}, "s2w"),
-    "w2s": ({"w2s": Switch(Identity(), TopK(0.5), start=2)}, "give one compressor"),
     "every": ({"every": 0}, "every=0 is not allowed"),
 }
 

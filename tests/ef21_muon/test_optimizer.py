@@ -22,7 +22,7 @@ from ef21_muon import (
     TopK,
     WorkerMesh,
 )
-from ef21_muon.messages import selection
+from ef21_muon.messages import sparse
 
 COMPRESSORS = {
     "identity": Identity(),
@@ -315,7 +315,7 @@ def test_no_option_makes_a_step_wait_for_the_device(options):
 
 
 def test_nor_does_the_selection_in_large_layers(monkeypatch):
-    monkeypatch.setattr(selection, "SORTED_BELOW", 0)
+    monkeypatch.setattr(sparse, "SORTED_BELOW", 0)
     steps_without_waiting(*build(w2s=TopK(0.2, "natural"), s2w=TopK(0.2)))
 
 

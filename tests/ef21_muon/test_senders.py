@@ -19,18 +19,17 @@ from ef21_muon import (
     LocalSteps,
     RandK,
     RankK,
-    Residual,
-    Switch,
     TopColumns,
     TopK,
     TopSingular,
 )
-from ef21_muon.messages.compressors import Compressor, Fraction
+from ef21_muon.messages.compressors import Compressor
+from ef21_muon.messages.sparse import Fraction
 
 FORMATS = ("float32", "natural", "int4", "sign", "statistical2")
 WHOLE = (
     *(Identity(), Dense("normal2"), RankK(0.3), TopSingular(0.3), FittedRank(0.3)),
-    *(Damping(Dense("int4")), Residual(RankK(0.2), TopK(0.1)), Residual(TopK(0.1), Dense("sign"))),
+    Damping(Dense("int4")),
 )
 SPARSE = [
     (kind, made(values))
@@ -47,7 +46,6 @@ SPARSE += [
     ("damped", Damping(TopK(0.2), 0.5)),
     ("dropped", Dropout(TopK(0.2), 0.5)),
     ("dropped", Dropout(Dense("natural"), 0.5)),
-    ("both", Residual(TopK(0.2), RandK(0.1))),
 ]
 
 
@@ -151,8 +149,6 @@ class TopRows(Fraction):
 MUTE = (
     TopRows(0.25),
     Damping(TopRows(0.25), 0.5),
-    Residual(TopK(0.1), TopRows(0.25)),
-    Switch(TopK(0.1), TopRows(0.25), start=2),
 )
 
 

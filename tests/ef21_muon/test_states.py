@@ -17,9 +17,7 @@ from ef21_muon import (
     Dense,
     EF21Muon,
     LocalSteps,
-    RankK,
     Sign,
-    Switch,
     TopK,
 )
 
@@ -27,7 +25,6 @@ MAKE = {
     "top 20%": lambda p: EF21Muon(p, w2s=TopK(0.2)),
     "top 30%": lambda p: EF21Muon(p, w2s=TopK(0.3)),
     "back": lambda p: EF21Muon(p, w2s=TopK(0.2), s2w=TopK(0.2)),
-    "switch": lambda p: EF21Muon(p, w2s=Switch(TopK(0.2), RankK(0.3), start=5)),
     "ef14": lambda p: EF21Muon(p, w2s=TopK(0.2), feedback="ef14"),
     "local": lambda p: LocalSteps(EF21Muon(p, process_group=ALONE), every=3, w2s=TopK(0.2)),
     "dion": lambda p: Dion([{"name": "hidden", "params": p}]),
@@ -338,7 +335,7 @@ CLEARED = {
 
 
 @pytest.mark.parametrize("how", CLEARED)
-@pytest.mark.parametrize("name", [name for name in ROLLED_BACK if name not in ("switch", "back")])
+@pytest.mark.parametrize("name", [name for name in ROLLED_BACK if name != "back"])
 def test_a_state_that_was_cleared_or_replaced_is_refused_at_the_next_step(name, how):
     model = layer()
     optimizer = ROLLED_BACK[name](list(model.parameters()))

@@ -89,16 +89,6 @@ def test_a_role_may_have_compressors_of_its_own():
     assert number(found["s2w a round"]) == a_round(optimizer).s2w_bytes
 
 
-def test_a_roles_switch_begins_a_phase_of_the_plan():
-    role = ("+compressor@norm.embedding.w2s=switch", "norm.embedding.w2s.start=3", "steps=7")
-    config = compose(("model=tiny", *role)).config
-    lines = [line.split() for line in plan(config).split("\n\n")[1].splitlines()]
-    phases = [line for line in lines if line[:1] == ["4"]]
-    assert [line[1] for line in phases] == ["1", "4"]
-    first, later = (number(line[2]) for line in phases)
-    assert first != later and number(phases[0][5]) == 3 * first + 4 * later
-
-
 def test_a_baseline_takes_no_roles_compressor(process_group):
     for optimizer, lossless in (("dion", None), ("muon", True)):
         config = compose(("model=tiny", f"optimizer={optimizer}", *ROLE)).config

@@ -33,15 +33,6 @@ def test_bytes_are_those_of_all_layers_of_a_row(told):
     assert f"dense natural  {8 * 128 * 128 * 9 // 8:,}" in line
 
 
-def test_what_changes_is_told_with_its_first_step(told):
-    switch = ("compressor@w2s=switch", "compressor@w2s.first=sign", "w2s.start=2", "steps=12")
-    for method, step in (((), 3), (("optimizer=local", "optimizer.every=4"), 9)):
-        (line,) = (one for one in told(*switch, *method).splitlines() if "128x128" in one)
-        assert f"dense sign, dense natural from step {step} " in line
-        row = 128 * (128 // 8 + 4)
-        assert f"{8 * row:,}, {8 * 128 * 128 * 9 // 8:,}" in line
-
-
 @pytest.mark.parametrize(
     "overrides, expected",
     [

@@ -21,8 +21,7 @@ import training.resume
 from training.config import CONFIGS, Job, compose
 from training.workers import RunError, Workers, leave
 
-NAMES = {path.stem for path in (CONFIGS / "compressor").glob("*.yaml")}
-COMPRESSORS = sorted(NAMES - {"switch"})  # which has cases of its own
+COMPRESSORS = sorted(path.stem for path in (CONFIGS / "compressor").glob("*.yaml"))
 PLACEMENTS = ("sharded", "rank0", "replicated")
 TOP = "compressor@w2s=topk"
 LOCAL = (TOP, "optimizer=local", "optimizer.every=3")  # step 2 is in the middle of a round
@@ -33,9 +32,6 @@ CASES = {
     "mvr": (TOP, "compressor@s2w=natural", "optimizer.momentum=mvr"),
     "hessian": (TOP, "optimizer.momentum=hessian", "batch.per_forward=2"),
     "two ranks a worker": (TOP, "worker_size=2"),
-    "switch before": ("compressor@w2s=switch", "w2s.start=1"),
-    "switch as it goes on": ("compressor@w2s=switch", "w2s.start=2"),
-    "switch after": ("compressor@w2s=switch", "w2s.start=3", "optimizer.server=replicated"),
     **{name: (f"optimizer={name}",) for name in ("adamw", "muon", "muon_fp16", "dion", "demo")},
     "muon_greedylore": ("optimizer=muon_greedylore", "optimizer.every=3"),
     "adamw greedylore": ("optimizer=adamw", "optimizer.hook=greedylore", "+optimizer.every=3"),

@@ -26,13 +26,12 @@ from ef21_muon import (
     LocalSteps,
     RandK,
     RankK,
-    Residual,
     Sign,
     TopColumns,
     TopK,
     TopSingular,
 )
-from ef21_muon.messages.samples import numbers
+from ef21_muon.messages.compressors import numbers
 from ef21_muon.transport.fingerprint import fingerprint
 
 FORMATS = (
@@ -47,13 +46,11 @@ COMPRESSORS = {
     "top_columns": lambda values: TopColumns(0.3, values),
     "damping": lambda values: Damping(TopK(0.3, values), 0.7),
     "dropout": lambda values: Dropout(Dense(values), 0.9),
-    "residual": lambda values: Residual(TopK(0.1, values), Dense("sign")),
 }
 LOW_RANK = {
     "rank": lambda values: RankK(0.5, values),
     "fitted_rank": lambda values: FittedRank(0.5, values),
     "top_singular": lambda values: TopSingular(0.5, values),
-    "residual of rank": lambda values: Residual(RankK(0.3, values), Dense("sign")),
     "damped rank": lambda values: Damping(RankK(0.5, values), 0.7),
 }
 SHAPES = [(96, 80), (200, 1)]

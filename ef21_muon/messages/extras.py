@@ -1,4 +1,4 @@
-"""Compressors that contract in the norms of the LMO step, and two that modify another compressor.
+"""The rarer compressors of the paper: contractive in other norms, or by way of another compressor.
 
 The theory takes the contraction of C_j (w2s) in the dual norm or the Euclidean one and that of C
 (s2w) in the norm itself (arXiv:2510.00643). `alpha` is always the Frobenius one, as everywhere;
@@ -12,11 +12,17 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.lmo.newton_schulz import unit_largest
-from ef21_muon.messages.bits import check_length, index_bytes, pack_indices, unpack_indices
-from ef21_muon.messages.compressors import Compressor, Fraction, RankK, marked
-from ef21_muon.messages.fitted import FittedRank
-from ef21_muon.messages.selection import largest
-from ef21_muon.messages.values import Float32
+from ef21_muon.messages.compressors import Compressor
+from ef21_muon.messages.low_rank import FittedRank, RankK
+from ef21_muon.messages.sparse import (
+    Entries,
+    Fraction,
+    index_bytes,
+    largest,
+    pack_indices,
+    unpack_indices,
+)
+from ef21_muon.messages.values import Float32, check_length
 
 
 class TopSingular(RankK):
@@ -25,29 +31,22 @@ class TopSingular(RankK):
     P holds the singular vectors of the shorter side and Q = P^T x; both are sent as RankK sends
     them. Of r = min(m, n) singular values it drops the r - K smallest, so in the Schatten-p norm
 
-        1 - alpha = (1 - K / r)^(2/p):  K / r for Frobenius, 1 - (1 - K / r)^2 for nuclear.
+        1 - alpha = (1 - K / r)^(2/p):  K / r for Frobenius, 1 - (1 - K / r)^2 for nuclear,
 
-    In the spectral norm (p = infinity) the error is sigma_{K+1}: it never exceeds sigma_1, but
-    reaches it where those are equal, so alpha = 0 there, as for every compressor of rank below r.
-
-    No message of its rank has a smaller error in any of these norms (Eckart and Young; Mirsky),
-    where RankK's sketch keeps the share K / r in expectation only. On a CPU the SVD takes 5 to 20
-    times as long as the sketch, so this is for small layers and for telling what a sketch loses.
+    and alpha = 0 in the spectral norm (p = infinity), where singular values may be equal. No
+    message of its rank has a smaller error in any of these norms (Eckart and Young; Mirsky). On a
+    CPU the SVD takes 5 to 20 times as long as RankK's sketch, so this is for small layers and for
+    telling what a sketch loses.
     """
 
-    def title(self) -> str:
-        return f"singular {self.percent()}"
+    kind = "singular"
 
-    def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
-        x = x if x.shape[1] <= x.shape[2] else x.mT
+    def _basis(self, x: Tensor, r: int, generator: Generator | None) -> Tensor:
         # The SVD of numbers that are not finite raises; in Q they stay, for the receiver to see.
-        vectors = torch.linalg.svd(unit_largest(x).nan_to_num_(), full_matrices=False).U
-        basis = vectors[..., : self.kept(x.shape[1])]
-        factors = basis.mT, basis.mT @ x
-        return torch.cat([self.values.encode(factor, generator) for factor in factors], 1)
+        return torch.linalg.svd(unit_largest(x).nan_to_num_(), full_matrices=False).U[..., :r]
 
 
-class TopColumns(Fraction):
+class TopColumns(Fraction, Entries):
     """The k columns of largest 2-norm, k = fraction n, their places as Elias-Fano coded indices.
 
     A column of a weight (d_out, d_in) belongs to one input. alpha = (1 - omega) k / n. For float32
@@ -55,20 +54,23 @@ class TopColumns(Fraction):
 
         1 - alpha = (1 - k / n)^(2/q):
 
-    the n - k dropped terms are the smallest of n, so at most their share (n - k) / n of the sum. It
-    is reached by columns of equal norm, and is 1 (nothing added, alpha = 0) for q = infinity.
+    the n - k dropped terms are the smallest of n, so at most their share of the sum.
     """
 
-    def title(self) -> str:
-        return f"top columns {self.percent()}"
-
-    def payload_bytes(self, m: int, n: int) -> int:
-        k = self.kept(n)
-        return index_bytes(n, k) + self.values.payload_bytes(k, m)
+    kind = "top columns"
 
     def alpha(self, m: int, n: int) -> float:
         k = self.kept(n)
         return (1 - self.values.omega(k, m)) * k / n
+
+    def _layout(self, m: int, n: int) -> tuple[int, int, int]:
+        k = self.kept(n)
+        return index_bytes(n, k), k, m
+
+    def _positions(self, places: Tensor, m: int, n: int) -> Tensor:
+        columns = unpack_indices(places, n, self.kept(n))
+        starts = torch.arange(0, m * n, n, device=places.device)
+        return (columns[:, :, None] + starts).flatten(1)
 
     def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         m, n = x.shape[1:]
@@ -76,32 +78,14 @@ class TopColumns(Fraction):
         kept = x.gather(2, columns[:, None].expand(-1, m, -1)).mT
         return torch.cat([pack_indices(columns, n), self.values.encode(kept, generator)], 1)
 
-    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
-        check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
-        k = self.kept(n)
-        columns = self._columns(payload, n)[:, None].expand(-1, m, -1)
-        kept = self.values.decode(payload[:, index_bytes(n, k) :], k, m).mT
-        return torch.zeros(len(payload), m, n, dtype=torch.float32, device=payload.device).scatter_(
-            2, columns, kept
-        )
-
-    def sent(self, payload: Tensor, m: int, n: int) -> Tensor:
-        return marked(self._columns(payload, n), n)[:, None].expand(-1, m, -1)
-
-    def _columns(self, payload: Tensor, n: int) -> Tensor:
-        k = self.kept(n)
-        return unpack_indices(payload[:, : index_bytes(n, k)], n, k)
-
 
 class Modified(Compressor):
     """A compressor that changes what another one does, and is fitted where that one is."""
 
     def __init__(self, compressor: Compressor):
         if not isinstance(compressor, Compressor):
-            raise ValueError(
-                f"{type(self).__name__} got compressor={compressor!r}: "
-                "give a Compressor of ef21_muon"
-            )
+            given = f"{type(self).__name__} got compressor={compressor!r}"
+            raise ValueError(f"{given}: give a Compressor of ef21_muon")
         super().__init__(compressor.values)
         self.compressor = compressor
 
@@ -123,32 +107,24 @@ class Modified(Compressor):
 class Damping(Modified):
     """C(x) = scale * compressor(x), scale in (0, 1]: the same message, and decoding multiplies.
 
-    It makes the unbiased formats of few bits contractive. Where a compressor keeps the share c of
-    ||x||^2 and writes it with unbiased rounding of omega, its alpha is (1 - omega) c, at 0 or below
-    from omega = 1 on. Damped,
+    It makes unbiased formats of few bits contractive: of a compressor that keeps the share c of
+    ||x||^2, and whose alpha is (1 - omega) c,
 
         alpha = c (2 scale - scale^2 (1 + omega)),
 
     which is largest, c / (1 + omega), for scale = 1 / (1 + omega), the default. For values that are
     biased give the scale; 1 - alpha is then (scale sqrt(1 - a) + 1 - scale)^2 for the compressor's
-    own alpha a, by the triangle inequality, in every norm in which it has one. Of the identity it
-    is a plain multiple, with 1 - alpha = (1 - scale)^2 in every norm.
+    own alpha a, by the triangle inequality, in every norm in which it has one.
     """
 
     def __init__(self, compressor: Compressor, scale: float | None = None):
         super().__init__(compressor)
         if isinstance(compressor, Modified):
             raise ValueError(f"Damping got compressor={compressor}: damp the one inside it instead")
-        if scale is None and not self.values.unbiased:
-            raise ValueError(
-                f"Damping has no default scale for {compressor}, whose values are biased: give one"
-            )
-        if scale is None and isinstance(compressor, FittedRank):
+        if scale is None and (not self.values.unbiased or isinstance(compressor, FittedRank)):
             raise ValueError(f"Damping has no default scale for {compressor}: give one")
         if scale is not None and not (isinstance(scale, float | int) and 0 < scale <= 1):
-            raise ValueError(
-                f"Damping got scale={scale}: give a number above 0, at most 1, or None"
-            )
+            raise ValueError(f"Damping got scale={scale}: give a number above 0, at most 1")
         self.scale = scale
 
     def title(self) -> str:
@@ -183,16 +159,14 @@ class Dropout(Modified):
     """The compressor's message with `probability`, in (0, 1], else nothing, C(x) = 0.
 
     alpha = probability times the compressor's, in every norm. Every matrix of a batch is drawn for
-    itself. Sizes follow from shapes alone, so a dropped message takes its place all the same, with
-    a byte in front that says whether to read it: this saves no bytes. RandK does.
+    itself. This saves no bytes: a byte in front of a message says whether to read it.
     """
 
     def __init__(self, compressor: Compressor, probability: float = 0.5):
         super().__init__(compressor)
         if not (isinstance(probability, float | int) and 0 < probability <= 1):
-            raise ValueError(
-                f"Dropout got probability={probability}: give a number above 0, at most 1"
-            )
+            given = f"Dropout got probability={probability}"
+            raise ValueError(f"{given}: give a number above 0, at most 1")
         self.probability = probability
 
     def title(self) -> str:
@@ -213,7 +187,7 @@ class Dropout(Modified):
         return torch.nn.functional.pad(super().sample(m, n), (1, 0), value=1)
 
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
-        check_length(payload, self.payload_bytes(m, n), f"{self} of a {m} x {n} matrix")
+        check_length(payload, self.payload_bytes(m, n), self, m, n)
         x = self.compressor.decode(payload[:, 1:], m, n)
         return x.masked_fill_(payload[:, :1, None] == 0, 0)
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ef21_muon import Integer, Normal
-from ef21_muon.messages import normal
-from ef21_muon.messages.normal import normal_levels, rotate_, rotate_back_
+from ef21_muon.messages import levels as module
+from ef21_muon.messages.levels import normal_levels, rotate_
+from ef21_muon.messages.values import AT_A_TIME
 
 LEVELS = {  # J. Max, "Quantizing for minimum distortion" (1960), table I: the positive ones
     1: [0.7980],
@@ -51,10 +52,10 @@ def test_a_rotation_keeps_lengths_and_angles_and_is_undone(length, longest, seed
     """In one segment and a last one, or in many."""
     x = torch.randn(2, 3, length, generator=seeded(seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(normal, "LONGEST", longest)
+        patch.setattr(module, "LONGEST", longest)
         turned = rotate_(x.clone())
         assert torch.allclose(turned @ turned.mT, x @ x.mT, rtol=1e-4, atol=1e-3)
-        assert torch.allclose(rotate_back_(turned.clone()), x, atol=1e-5)
+        assert torch.allclose(rotate_(turned.clone(), back=True), x, atol=1e-5)
         assert torch.equal(rotate_(x.clone()), turned), "the same each time"
 
 
@@ -67,19 +68,19 @@ def test_the_transform_is_sylvesters(power):
         first, second = expected.unflatten(2, (-1, 2, apart)).unbind(3)
         expected = torch.stack((first + second, first - second), 3).flatten(2)
         apart *= 2
-    found = normal._hadamard(x)
+    found = module._hadamard(x)
     torch.testing.assert_close(found.double(), expected * 2 ** (-power / 2), rtol=0, atol=1e-5)
     for row in range(3):
-        assert torch.equal(normal._hadamard(x[row : row + 1]), found[row : row + 1])
+        assert torch.equal(module._hadamard(x[row : row + 1]), found[row : row + 1])
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 100), (4, 1, 5000), (2, 3, 64)])
 def test_pieces_do_not_matter(monkeypatch, shape):
     x = torch.randn(shape, generator=seeded())
-    turned, back = rotate_(x.clone()), rotate_back_(x.clone())
-    monkeypatch.setattr(normal, "at_a_time", lambda device: 128)
+    turned, back = rotate_(x.clone()), rotate_(x.clone(), back=True)
+    monkeypatch.setitem(AT_A_TIME, "cpu", 128)
     assert torch.equal(rotate_(x.clone()), turned)
-    assert torch.equal(rotate_back_(x.clone()), back)
+    assert torch.equal(rotate_(x.clone(), back=True), back)
 
 
 @pytest.mark.parametrize("length", [64, 96, 100, 127, 768, 1024, 3072, 5000])
@@ -105,7 +106,7 @@ def test_regular_rows_look_as_normal_as_others(length):
 def test_torch_defaults_do_not_matter():
     x = torch.randn(1, 3, 40, generator=seeded())
     expected = through(Normal(3), x)
-    for cached in (normal._signs, normal._levels, normal._plus_and_minus):
+    for cached in (module._signs, module._table):
         cached.cache_clear()
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
@@ -116,7 +117,7 @@ def test_torch_defaults_do_not_matter():
         torch.set_default_device("cpu")
         torch.set_default_dtype(torch.float32)
     assert torch.equal(found, expected)
-    assert not normal._levels(3, x.device).is_inference()
+    assert not module._table(normal_levels(3), x.device).is_inference()
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -144,7 +145,7 @@ def test_heavy_tails_lose_less_than_in_equal_steps(bits):
 def test_messages_of_long_rows_are_turned_in_segments():
     x = torch.randn(1, 1, 150_001, generator=seeded()) ** 3
     assert lost(Normal(4), x) == pytest.approx(LOST[4], rel=0.05)
-    assert normal._signs(normal.LONGEST, x.device).numel() == 2 * normal.LONGEST
+    assert module._signs(module.LONGEST, x.device).numel() == 2 * module.LONGEST
 
 
 @pytest.mark.parametrize("bits", [0, 7, 2.0, "4", None])

@@ -22,7 +22,7 @@ from ef21_muon import (
     TopK,
     TopSingular,
 )
-from ef21_muon.messages.bits import index_bytes
+from ef21_muon.messages.sparse import index_bytes
 
 DAMPED = {
     "dense int2": Damping(Dense("int2")),
