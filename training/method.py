@@ -98,7 +98,7 @@ def build_optimizer(
     options = dict(place)
     if not issubclass(make.func, AllReduced):
         options["seed"] = config.seed
-    if issubclass(make.func, EF21Muon) and not issubclass(make.func, AllReduced):
+    if issubclass(make.func, EF21Muon):
         options |= {"w2s": build(config.w2s, "w2s"), "s2w": build(config.s2w, "s2w")}
     else:
         groups = [stepped_by(make.func, group) for group in groups]
@@ -110,7 +110,7 @@ def build_optimizer(
 
 def _require_several_ranks(config: DictConfig, method: type) -> None:
     """Raise RunError for a method whose workers have one rank."""
-    if issubclass(method, AllReduced) or not issubclass(method, EF21Muon | LocalSteps):
+    if not issubclass(method, EF21Muon | LocalSteps):
         raise RunError(
             f"worker_size={config.worker_size} needs optimizer=ef21_muon or local: set it to 1"
         )

@@ -10,7 +10,6 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ef21_muon import LocalSteps
-from ef21_muon.communicating import Communicating
 from ef21_muon.transport.shards import local
 from training.checkpoint import (
     PARTIAL,
@@ -206,8 +205,7 @@ def _generator_states(run) -> dict[str, Tensor]:
 def _continue(run, facts: dict) -> None:
     """Counters, schedule and times of the checkpoint."""
     position = {"received_bytes": _received(facts)} | facts["position"]
-    if isinstance(run.optimizer, Communicating):
-        run.optimizer.go_on_after(position["step"])
+    run.optimizer.go_on_after(position["step"])
     if comes_and_goes(run.config):
         run.members.fleet.load_state(facts["fleet"])
     run.progress.go_on(facts)
