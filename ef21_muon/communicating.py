@@ -14,7 +14,7 @@ from ef21_muon import state
 from ef21_muon.arithmetic import SAFE, Results, of_decoding, where_bits_agree
 from ef21_muon.guards import Guards, PhaseTimer, broken_at
 from ef21_muon.identity import settings_of
-from ef21_muon.layers import Batch, Layer, form_batches, layers_of
+from ef21_muon.layers import AUTO, Batch, Layer, form_batches, layers_of
 from ef21_muon.messages.compressors import Compressor
 from ef21_muon.settings import check_compressors, choice, refuse_compressed_shifts
 from ef21_muon.transport.agreement import (
@@ -30,7 +30,6 @@ from ef21_muon.transport.buffers import Buffers
 from ef21_muon.transport.fixed import Traffic, Transport, place_in
 from ef21_muon.transport.load import Load, loads
 from ef21_muon.transport.mesh import WorkerMesh
-from ef21_muon.transport.placement import AUTO
 from ef21_muon.transport.roll_call import RollCall
 from ef21_muon.transport.schedule import Rounds
 from ef21_muon.transport.shards import require_whole

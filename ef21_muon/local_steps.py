@@ -34,6 +34,7 @@ from ef21_muon.settings import (
     whole_number,
 )
 from ef21_muon.transport.fixed import ALONE, Transport, run
+from ef21_muon.transport.host import require_host
 from ef21_muon.transport.mesh import WorkerMesh
 from ef21_muon.transport.schedule import Rounds, Turns
 
@@ -130,6 +131,8 @@ class LocalSteps(Communicating):
             self.wrapped = Wrapped(inner)
             self.inner = self.wrapped.optimizers
             super().__init__(self.wrapped.param_groups, {}, seed=seed, buffers=buffers, **place)
+            if delay and self.ranks > 1:
+                require_host(self.process_group, self.device, f"delay={delay}")
             self.rules = self.wrapped.take(self, w2s or Identity(), s2w or Identity())
             batches = self.new_batches(server, entry_counts(self.rules))
             for batch in batches:
@@ -382,7 +385,8 @@ class LocalSteps(Communicating):
             if batch.up.memory is not None:
                 batch.up.memory.zero_()
             torch._foreach_copy_(batch.params, batch.as_parameters(batch.state["model_shift"]))
-        self.go_on_after(steps)
+        super().go_on_after(steps)  # the round goes on in which they were taken
+        self.last_sync = steps
 
     @torch.no_grad()
     def meet(self, from_workers: list[list[Tensor]]) -> None:

@@ -90,7 +90,7 @@ class EF21Muon(Communicating):
         momentum_start: the first M_j is the "gradient", or with "zero" beta times it (Muon, Scion).
         first_message: "compressed", so that no gradient is ever sent whole, or "exact", so that
             G_j is M_j at first, as the L-smooth theorem has it, in float32.
-        server: where the servers are (`ef21_muon.transport.placement`); "auto" is where messages
+        server: where the servers are (`ef21_muon.layers`); "auto" is where messages
             and LMOs of the busiest rank take the least time (`ef21_muon.transport.load`), but not
             "replicated" where ranks compute other bits (`ef21_muon.arithmetic`). Numbers are the
             same for any choice.

@@ -70,26 +70,26 @@ def build_optimizer(
     model: nn.Module,
     group: ProcessGroup | None = None,
     mesh: DeviceMesh | None = None,
-    transport: Callable[[WorkerMesh | None], Transport] | None = None,
+    transport: Callable[[type], Transport | None] = lambda method: None,
 ) -> torch.optim.Optimizer:
     """The optimizer of all workers; of workers of several ranks in the mesh.
 
-    Their messages go by the process group, or by the `transport` of a worker's ranks. Raises
+    Their messages go by the process group, or by a `transport` of the method. Raises
     RunError for choices that contradict one another.
     """
     make = build(config.optimizer, "optimizer", _partial_=True)
     _require_arguments(make)
+    carrier = transport(make.func)
+    own = {"transport": carrier} if carrier else {}
     groups = parameter_groups(config, model)
-    place = {"process_group": group}
+    place = {"process_group": group, **own}
     if config.worker_size > 1:
         if len(parameters := [p for one in groups for _, p in one["params"]]) < config.worker_size:
             raise RunError(
                 f"worker_size={config.worker_size} leaves ranks without a layer: the model has "
                 f"{len(parameters)}, give at most as many"
             )
-        place = {"mesh": WorkerMesh(parameters, mesh=mesh)}
-    if transport:
-        place["transport"] = transport(place.get("mesh"))
+        place = {"mesh": WorkerMesh(parameters, mesh=mesh), **own}
     if issubclass(make.func, LocalSteps):
         with explained("optimizer"):
             optimizer = build_local_steps(config, make, groups, place)
@@ -98,7 +98,7 @@ def build_optimizer(
     options = dict(place)
     if not issubclass(make.func, AllReduced):
         options["seed"] = config.seed
-    if issubclass(make.func, EF21Muon) and not issubclass(make.func, AllReduced):
+    if issubclass(make.func, EF21Muon):
         options |= {"w2s": build(config.w2s, "w2s"), "s2w": build(config.s2w, "s2w")}
     else:
         groups = [stepped_by(make.func, group) for group in groups]
@@ -110,7 +110,7 @@ def build_optimizer(
 
 def _require_several_ranks(config: DictConfig, method: type) -> None:
     """Raise RunError for a method whose workers have one rank."""
-    if issubclass(method, AllReduced) or not issubclass(method, EF21Muon | LocalSteps):
+    if not issubclass(method, EF21Muon | LocalSteps):
         raise RunError(
             f"worker_size={config.worker_size} needs optimizer=ef21_muon or local: set it to 1"
         )

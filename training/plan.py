@@ -7,9 +7,9 @@ from omegaconf import DictConfig
 
 from ef21_muon import ALONE, EF21Muon, LocalSteps
 from ef21_muon.communicating import Communicating
+from ef21_muon.layers import AUTO
 from ef21_muon.transport.fixed import Transport
 from ef21_muon.transport.load import MULTIPLICATIONS_PER_BYTE, dry_round
-from ef21_muon.transport.placement import AUTO
 from model import GPT
 from training.config import build
 from training.links import LINKS

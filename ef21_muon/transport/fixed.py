@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ef21_muon.transport.host import sends_from_host, start_from_host
+from ef21_muon.transport.host import sends_by_nccl, sends_from_host, start_from_host
 
 # Given for a process group, a worker is alone though others run: nothing is sent.
 ALONE = "alone"
@@ -237,7 +237,7 @@ class Transport:
 
         NCCL broadcasts it, once over every link; gloo sends it to one rank after another.
         """
-        if not self.sends or dist.get_backend(self.group) != "nccl":
+        if not (self.sends and sends_by_nccl(self.group, message.device)):
             return self._swap([message] * self.ranks, sizes)
         self._count_wire(
             Fraction(sum(sizes) * (self.ranks - 1), self.ranks), sum(sizes) - len(message)

@@ -21,10 +21,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
-from ef21_muon.layers import Layer
+from ef21_muon.layers import Layer, assign
 from ef21_muon.transport.clipping import clip
 from ef21_muon.transport.fixed import wait
-from ef21_muon.transport.placement import assign
 from ef21_muon.transport.shards import is_sharded, local, require_shards
 
 DIMENSIONS = ("worker", "rank")

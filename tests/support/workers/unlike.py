@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from baselines import SignMuon
 from ef21_muon import (
     AdaptiveRadius,
     AveragedGradients,
@@ -69,7 +68,7 @@ def averaged(parameters, **options):
 class Unseen(EF21Muon):
     """Other bits are not seen before the first step, as those of a user's own compressor."""
 
-    def _recomputed(self, groups, server):
+    def _steps_of_all(self, server):
         return iter(())
 
 
@@ -88,7 +87,9 @@ OPTIMIZERS = {
     "signs adaptive": lambda p: EF21Muon(
         p, w2s=TOP, norm=Sign(), radius=AdaptiveRadius(1, 1), server="replicated"
     ),
-    "sign muon": lambda p: SignMuon(p, w2s=Dense("sign"), server="replicated"),
+    "sign muon": lambda p: EF21Muon(
+        p, lmo="workers", feedback="none", w2s=Dense("sign"), server="replicated"
+    ),
     "local normal2": lambda p: local(p, w2s=Dense("normal2"), server="replicated"),
     "local sign": lambda p: local(p, w2s=Dense("sign"), server="replicated"),
     "local rank": lambda p: local(p, w2s=RANK, server="replicated"),
