@@ -350,6 +350,8 @@ class Communicating(torch.optim.Optimizer):
         for batch in self.batches:  # what was not finite was before
             for at in broken_at(batch):
                 at.zero_()
+        if self.mesh:
+            self.mesh.written = None
         for optimizer in self.inner:
             if isinstance(optimizer, Communicating):
                 optimizer.go_on_after(steps)

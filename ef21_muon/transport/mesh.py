@@ -128,7 +128,7 @@ class WorkerMesh:
             if owner == self._place
         }
         self._buckets = self._in_buckets(owners)
-        self._written: list[tuple[int, ...]] = []
+        self.written: list[tuple[int, ...]] | None = None  # by which parameters are known again
         self.gather_parameters()
 
     def _require_layers(self) -> None:
@@ -244,12 +244,13 @@ class WorkerMesh:
     def gather_parameters(self) -> None:
         """What this rank steps of sharded layers, as the shards are.
 
-        Sent only where somebody has written to a shard of this worker since. What is written into a
-        parameter's `.data` goes unnoticed.
+        Sent only where somebody has written to a shard of this worker since, or `written` is None, as
+        after a state was loaded: into a parameter's `.data`, and what `detach()` of a sharded one
+        gives, people write unnoticed.
         """
-        if self.sharded and self.total(int(self._written != (now := self._writes())))[0]:
+        if self.sharded and self.total(int(self.written != (now := self._writes())))[0]:
             self._to_owners(lambda parameter: parameter, self.own)
-            self._written = now
+            self.written = now
 
     @torch.no_grad()
     def share_parameters(self) -> None:
@@ -261,7 +262,7 @@ class WorkerMesh:
         if self.sharded:
             for whole in self.own.values():
                 whole.grad = None
-            self._written = self._writes()
+            self.written = self._writes()
 
     def _to_owners(self, part: Callable[[Tensor], Tensor], whole: dict[Tensor, Tensor]) -> None:
         """Into `whole` its rows, or the mean of what ranks hold of it."""
