@@ -347,11 +347,11 @@ class Communicating(torch.optim.Optimizer):
         self.steps, self.begun = steps, steps > 0
         self.timer = PhaseTimer(self.timer.device)
         self.guards.notice = type(self.guards.notice)()
+        if self.mesh:
+            self.mesh.forget()
         for batch in self.batches:  # what was not finite was before
             for at in broken_at(batch):
                 at.zero_()
-        if self.mesh:
-            self.mesh.written = None
         for optimizer in self.inner:
             if isinstance(optimizer, Communicating):
                 optimizer.go_on_after(steps)

@@ -147,10 +147,6 @@ class Transport:
         """The placement of servers. ValueError for options of LocalSteps that do not go with it."""
         return server
 
-    def require_options(self, *, server: str, **options) -> str:
-        """The placement for LocalSteps with these options; ValueError for what is not allowed."""
-        return server
-
     def attach(self, optimizer) -> None:
         """The optimizer that sends by this; for transports that have to know it."""
 

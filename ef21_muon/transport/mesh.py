@@ -128,7 +128,7 @@ class WorkerMesh:
             if owner == self._place
         }
         self._buckets = self._in_buckets(owners)
-        self.written: list[tuple[int, ...]] | None = None  # by which parameters are known again
+        self._written: list[tuple[int, ...]] = []
         self.gather_parameters()
 
     def _require_layers(self) -> None:
@@ -244,13 +244,16 @@ class WorkerMesh:
     def gather_parameters(self) -> None:
         """What this rank steps of sharded layers, as the shards are.
 
-        Sent only where somebody has written to a shard of this worker since, or `written` is None, as
-        after a state was loaded: into a parameter's `.data`, and what `detach()` of a sharded one
-        gives, people write unnoticed.
+        Sent only where somebody has written to a shard of this worker since. What is written into a
+        parameter's `.data`, or into `detach()` of a sharded one, goes unnoticed until `forget`.
         """
-        if self.sharded and self.total(int(self.written != (now := self._writes())))[0]:
+        if self.sharded and self.total(int(self._written != (now := self._writes())))[0]:
             self._to_owners(lambda parameter: parameter, self.own)
-            self.written = now
+            self._written = now
+
+    def forget(self) -> None:
+        """Gather next time, whoever has written what, as after a state was loaded."""
+        self._written = []
 
     @torch.no_grad()
     def share_parameters(self) -> None:
@@ -262,7 +265,7 @@ class WorkerMesh:
         if self.sharded:
             for whole in self.own.values():
                 whole.grad = None
-            self.written = self._writes()
+            self._written = self._writes()
 
     def _to_owners(self, part: Callable[[Tensor], Tensor], whole: dict[Tensor, Tensor]) -> None:
         """Into `whole` its rows, or the mean of what ranks hold of it."""
