@@ -23,7 +23,6 @@ SIDE = 512  # of a matrix that is tried; a larger one is tried in part
 
 # Where all workers compute what a name begins with, and what to do where their bits differ.
 REPLICATED = ("w2s", "step")
-WHY = "their processors, BLAS libraries or numbers of threads differ"
 SAFE = "compressors without matrix products (dense, sign, topk, chunk_topk, randk, top_columns)"
 ADVICE = {
     "w2s": "with server=replicated every rank decodes all messages: give server=sharded or rank0, "
@@ -124,6 +123,12 @@ def unlike(
     """The first result that ranks have other bits of, and such a rank, or None; the same on all."""
     found = first_difference(digests(results), device, group, only_common=True)
     return found and (found[1], found[0])
+
+
+def other_bits(name: str, rank: int) -> str:
+    """What is said of a result that ranks have other bits of; `advice_for` it goes on."""
+    why = "their processors, BLAS libraries or numbers of threads differ"
+    return f"rank {rank} gets other bits than rank 0 of {name}: {why}, and "
 
 
 def advice_for(name: str) -> str:

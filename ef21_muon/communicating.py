@@ -15,10 +15,10 @@ from ef21_muon import state
 from ef21_muon.arithmetic import (
     REPLICATED,
     SAFE,
-    WHY,
     Results,
     advice_for,
     of_decoding,
+    other_bits,
     unlike,
 )
 from ef21_muon.guards import Guards, PhaseTimer, broken_at
@@ -142,7 +142,7 @@ class Communicating(torch.optim.Optimizer):
                 place = self.transport.rank, self.transport.ranks
                 return form_batches(groups, costs, self.server, *place)
             what, rank = found
-            words = f"rank {rank} gets other bits than rank 0 of {what}: {WHY}, and "
+            words = other_bits(what, rank)
             allowed = [one for one in others if one != "replicated"]
             if not (self.server == "replicated" and allowed and what.startswith(REPLICATED)):
                 raise ValueError(words + advice_for(what))
@@ -182,7 +182,8 @@ class Communicating(torch.optim.Optimizer):
         """Send with another compressor from the next round on; on all ranks, between rounds.
 
         group: the name of the parameter groups that it is for, by default all. Raises ValueError
-        for what is no compressor or group, and where messages are under way in other sizes.
+        for what is no compressor or group, where messages are under way in other sizes, and where
+        ranks get other bits of what all decode.
         """
         chosen = [i for i, rule in enumerate(self.rules) if group in (None, rule.get("name"))]
         if not (self.mesh.total(len(chosen))[0] if self.mesh else chosen):
@@ -190,8 +191,13 @@ class Communicating(torch.optim.Optimizer):
             raise ValueError(f"group={group!r} is not a group of this optimizer: it has {names}")
         if any("message" in batch.state for batch in self.batches):
             raise ValueError("a compressor is not exchanged with a delay: build the optimizer anew")
+        rules = [r | {"w2s": w2s} if i in chosen else r for i, r in enumerate(self.rules)]
+        for rule in rules:
+            check_compressors(rule)
+        found = unlike(of_decoding(rules, self.server), self.device, self.process_group)
+        if found is not None:
+            raise ValueError(other_bits(*found) + advice_for(found[0]))
         for index in chosen:
-            check_compressors(self.rules[index] | {"w2s": w2s})
             self.rules[index]["w2s"] = w2s
         for batch in self.batches:
             if batch.group in chosen:
