@@ -199,12 +199,12 @@ class LocalSteps(Communicating):
             self.guards.before_step(self)
             if not self.mesh:
                 self.wrapped.require_a_gradient()
-            self._take_over()
             # A worker whose gradient overflowed does without this step; its own ranks do alike.
             does_without = overflowed(self, self.mesh.worker if self.mesh else ALONE)
             self.timer.phase("exchange")
             if self.mesh:
                 self.mesh.reduce_gradients()
+            self._take_over()
             self.timer.phase("server")
             if not does_without:
                 self.wrapped.step()
@@ -356,12 +356,12 @@ class LocalSteps(Communicating):
 
     @torch.no_grad()
     def _swap(self) -> None:
+        if self.mesh:
+            self.mesh.gather_parameters()
         if not self._swapped:
             self._take_over()
             self.wrapped.take_over()
         self._swapped = not self._swapped
-        if self.mesh:
-            self.mesh.gather_parameters()
         for batch in self.batches:
             batch.swap()
         self.buffers.swap()
