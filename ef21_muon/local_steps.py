@@ -21,7 +21,7 @@ from ef21_muon.layers import (
     in_buckets,
     mark,
 )
-from ef21_muon.messages.compressors import Identity
+from ef21_muon.messages.compressors import Compressor, Identity
 from ef21_muon.messages.senders import add_mean_over_senders, require_marks
 from ef21_muon.settings import (
     OUTER_NUMBERS,
@@ -170,6 +170,20 @@ class LocalSteps(Communicating):
         batch.keep("message", message)
         if self.turns.ways == 2:
             batch.keep("server_message", message.new_zeros(served, batch.down.size))
+
+    def exchange_compressor(self, w2s: Compressor, group: str | None = None) -> None:
+        if self.transport.heals:
+            raise ValueError("a compressor is not exchanged in a fleet: begin another run with it")
+        if self.stagger and self.rounds.of(self.steps)[1]:
+            raise ValueError(
+                f"a compressor is not exchanged after step {self.steps}, in a round in which some "
+                "layers were sent: do so after its last step"
+            )
+        if self.mean == "senders" and isinstance(w2s, Compressor):
+            for batch in self.batches:
+                require_marks(w2s.fit(*batch.shape), *batch.shape)
+        super().exchange_compressor(w2s, group)
+        self.turns = Turns(self.buckets, self.rounds, self.delay, self.stagger)
 
     @property
     def under_way(self) -> list[Batch]:

@@ -268,5 +268,8 @@ class SmoothnessAware(Values):
 
 
 def _root_of(largest: Tensor) -> Tensor:
-    """D^(1/2) for c (L, columns): (L, 1, columns), with 1 in the place of 0."""
-    return largest.masked_fill(largest == 0, 1).float().sqrt()[:, None]
+    """D^(1/2) for c (L, columns): (L, 1, columns), with 1 in the place of 0.
+
+    By way of float64, since not every library's root of a float32 is right to the last bit.
+    """
+    return largest.masked_fill(largest == 0, 1).double().sqrt().float()[:, None]

@@ -245,11 +245,15 @@ class WorkerMesh:
         """What this rank steps of sharded layers, as the shards are.
 
         Sent only where somebody has written to a shard of this worker since. What is written into a
-        parameter's `.data` goes unnoticed.
+        parameter's `.data`, or into `detach()` of a sharded one, goes unnoticed until `forget`.
         """
         if self.sharded and self.total(int(self._written != (now := self._writes())))[0]:
             self._to_owners(lambda parameter: parameter, self.own)
             self._written = now
+
+    def forget(self) -> None:
+        """Let parameters be gathered next time whoever has written them: a state was loaded."""
+        self._written = []
 
     @torch.no_grad()
     def share_parameters(self) -> None:
