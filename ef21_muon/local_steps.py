@@ -21,8 +21,7 @@ from ef21_muon.layers import (
     in_buckets,
     mark,
 )
-from ef21_muon.messages.compressors import Identity
-from ef21_muon.messages.senders import add_mean_over_senders, require_marks
+from ef21_muon.messages.compressors import Identity, add_mean_over_senders, require_marks
 from ef21_muon.settings import (
     OUTER_NUMBERS,
     Compressors,

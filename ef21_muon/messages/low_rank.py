@@ -6,8 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.lmo.newton_schulz import unit_largest
-from ef21_muon.messages.compressors import fixed_generator, numbers
-from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.compressors import fixed_generator, numbers, value_format
 from ef21_muon.messages.sparse import Fraction
 from ef21_muon.messages.values import Values, check_length, reinterpret
 
