@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import count
 from math import gcd
-from numbers import Real
 
 import torch
 from torch import Generator, Tensor
@@ -12,7 +12,9 @@ from ef21_muon.messages.compressors import Compressor
 from ef21_muon.messages.values import (
     AT_A_TIME,
     Values,
+    check,
     check_length,
+    check_share,
     pack,
     packed_bytes,
     reinterpret,
@@ -33,9 +35,7 @@ class Fraction(Compressor):
 
     def __init__(self, fraction: float, values: Values | str = "float32"):
         super().__init__(values)
-        if not (isinstance(fraction, Real) and 0 < fraction <= 1):
-            given = f"{type(self).__name__} got fraction={fraction}"
-            raise ValueError(f"{given}: give a number above 0, at most 1")
+        check_share(f"{type(self).__name__} got fraction", fraction)
         self.fraction = float(fraction)
 
     def kept(self, total: int) -> int:
@@ -51,15 +51,12 @@ class Fraction(Compressor):
 
 
 class Entries(Compressor):
-    """A compressor that keeps entries; a message holds their places and then their values."""
+    """A compressor that keeps entries; a message holds their places and then their values.
 
-    def _layout(self, m: int, n: int) -> tuple[int, int, int]:
-        """Bytes of the places, and rows and columns of the values."""
-        raise NotImplementedError
-
-    def _positions(self, places: Tensor, m: int, n: int) -> Tensor:
-        """uint8 (L, bytes) -> where values are in the flat matrix, all different: int64 (L, k)."""
-        raise NotImplementedError
+    It has `_layout`, for a shape the bytes of the places and the rows and columns of the values;
+    and `_positions`, of places uint8 (L, bytes) -> where in the flat matrix values are, all
+    different: int64 (L, k).
+    """
 
     def payload_bytes(self, m: int, n: int) -> int:
         places, rows, columns = self._layout(m, n)
@@ -105,9 +102,8 @@ class TopK(Fraction, Entries):
 class RandK(Fraction, Entries):
     """k = fraction m n entries at random positions, which follow from a seed of 9 bytes.
 
-    The positions are start + i stride modulo m n for i < k: a uniform start, and a stride, coprime
-    to m n, out of 256. So every entry is kept with probability k / (m n), which is all that the
-    contraction needs: alpha = (1 - omega) k / (m n).
+    They are start + i stride modulo m n for i < k: a uniform start, and a stride, coprime to m n,
+    out of 256. So every entry is kept with probability k / (m n): alpha = (1 - omega) k / (m n).
     """
 
     kind = "random"
@@ -134,11 +130,11 @@ class RandK(Fraction, Entries):
 
 
 class ChunkPlaces:
-    """m x n matrices as chunks, and places of k entries in each of them as bytes.
+    """m x n matrices as chunks, and places of k entries (or all) of each of them as bytes.
 
-    Their sides are the largest divisors of m and n up to `chunk`, as in the code of DeMo and
-    SparseLoCo. Of a smaller chunk than k all is kept. Places are indices of fixed width in their
-    chunk or Elias-Fano coded, chunk after chunk, whichever is shorter for this shape.
+    Sides are the largest divisors of m and n up to `chunk`, as in the code of DeMo and SparseLoCo.
+    Places are indices of fixed width in their chunk or Elias-Fano coded, chunk after chunk,
+    whichever is shorter for this shape.
     """
 
     def __init__(self, m: int, n: int, chunk: int, k: int):
@@ -194,10 +190,10 @@ class ChunkTopK(Entries):
 
     def __init__(self, k: int = 64, chunk: int = 64, values: Values | str = "float32"):
         super().__init__(values)
-        if not (type(chunk) is int and chunk > 0):
-            raise ValueError(f"ChunkTopK got chunk={chunk}: give a whole number above 0")
-        if not (type(k) is int and 0 < k <= chunk**2):
-            raise ValueError(f"ChunkTopK got k={k}: give a whole number above 0, at most chunk^2")
+        positive = type(chunk) is int and chunk > 0
+        check(positive, f"ChunkTopK got chunk={chunk}", "a whole number above 0")
+        some = type(k) is int and 0 < k <= chunk**2
+        check(some, f"ChunkTopK got k={k}", "a whole number above 0, at most chunk^2")
         self.k, self.chunk = k, chunk
 
     def title(self) -> str:
@@ -237,12 +233,8 @@ def largest_divisor(number: int, limit: int) -> int:
 @cache
 def _coprimes(total: int, device: torch.device) -> Tensor:
     """256 numbers coprime to `total`, spread over its range; repeated where it has fewer."""
-    found = []
-    for place in range(256):
-        number = max(1, total * place // 256)
-        while gcd(number, total) > 1:
-            number += 1
-        found.append(number)
+    starts = (max(1, total * place // 256) for place in range(256))
+    found = [next(n for n in count(start) if gcd(n, total) == 1) for start in starts]
     return torch.tensor(found, device=device)
 
 
@@ -250,8 +242,8 @@ def largest(x: Tensor, k: int) -> Tensor:
     """The positions of the k entries of largest magnitude of every row, in increasing order.
 
     x: float32 (L, n), 1 <= k <= n; returns int64 (L, k). Of equal magnitudes the first are taken.
-    Floats of one sign are ordered as their bits, which tell the k-th entry exactly, in about a byte
-    per entry (on a GPU four) and 12 for each of the k. Does not wait for the device.
+    Floats of one sign are ordered as their bits. Takes about a byte per entry (on a GPU four) and
+    12 for each of the k. Does not wait for the device.
     """
     if x.shape[1] < SORTED_BELOW:
         order = x.abs().sort(dim=1, descending=True, stable=True).indices
@@ -322,12 +314,12 @@ def index_bytes(universe: int, count: int) -> int:
 
 def pack_indices(indices: Tensor, universe: int) -> Tensor:
     """Strictly increasing int64 (L, k) below `universe` -> uint8 (L, index_bytes(universe, k))."""
-    rows, count = indices.shape
-    width = shortest(universe, count)[1]
-    bitmap = indices.new_zeros(rows, count + (universe - 1 >> width), dtype=torch.uint8)
+    rows, kept = indices.shape
+    width = shortest(universe, kept)[1]
+    bitmap = indices.new_zeros(rows, kept + (universe - 1 >> width), dtype=torch.uint8)
     low = torch.empty_like(indices, dtype=torch.int32)
     size = AT_A_TIME[indices.device.type] // 4  # since places have 8 bytes
-    for first in range(0, count, size):
+    for first in range(0, kept, size):
         piece = indices[:, first : first + size]
         places = torch.arange(first, first + piece.shape[1], device=indices.device)
         bitmap.scatter_(1, places + (piece >> width), 1)
