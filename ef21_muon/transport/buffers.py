@@ -11,7 +11,7 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _NormBase
 
 from ef21_muon.layers import Layer
-from ef21_muon.transport.fixed import Traffic, all_gather, place_in, wait
+from ef21_muon.transport.fixed import Traffic, gathered
 from ef21_muon.transport.instances import instances
 
 log = logging.getLogger("ef21_muon")
@@ -53,12 +53,7 @@ class Buffers:
         if not self.shared:
             return Traffic()
         mine = torch.cat([buffer.flatten() for buffer in self._present()])
-        _, ranks = place_in(self.group)
-        of_ranks = mine[None]
-        if ranks > 1:
-            flat = mine.new_empty(ranks * len(mine))
-            wait([all_gather(flat, mine, self.group, async_op=True)])
-            of_ranks = flat.view(ranks, len(mine))
+        of_ranks = gathered(mine, self.group)
         mean = torch.where((of_ranks == of_ranks[0]).all(0), of_ranks[0], of_ranks.mean(0))
         former = torch.cat([shared.flatten() for shared in self.shared.values()])
         mean = torch.where(former.isfinite() & ~mean.isfinite(), former, mean)
@@ -66,8 +61,8 @@ class Buffers:
         for part, shared, own in zip(parts, self.shared.values(), self._present(), strict=True):
             shared.copy_(part.view_as(shared))
             own.copy_(shared)
-        size, others = mine.nbytes, ranks - 1
-        return Traffic(size, 0, others * size, others * size)
+        others = (len(of_ranks) - 1) * mine.nbytes
+        return Traffic(mine.nbytes, 0, others, others)
 
     @torch.no_grad()
     def swap(self) -> None:

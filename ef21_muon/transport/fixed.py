@@ -40,10 +40,20 @@ def wait(works: Iterable[dist.Work]) -> None:
             work.wait()
     except RuntimeError as error:
         error.add_note(
-            "another rank has ended, or failed first, while this one waited for its message in a "
-            "step: look at its error, or give every rank as many steps (batches)"
+            "another rank has ended, or failed first, while this one waited for its message: look "
+            "at its error, or give every rank as many steps (batches)"
         )
         raise
+
+
+def gathered(mine: Tensor, group: dist.ProcessGroup | str | None) -> Tensor:
+    """What every rank of the group has, all of one shape, (ranks, ...)."""
+    _, ranks = place_in(group)
+    if ranks == 1:
+        return mine[None]
+    flat = mine.new_empty(ranks * mine.numel())
+    wait([all_gather(flat, mine.flatten(), group, async_op=True)])
+    return flat.view(ranks, *mine.shape)
 
 
 @dataclass(frozen=True)
