@@ -50,22 +50,10 @@ def evaluate(closure: Callable | None):
 
 def in_step(optimizer) -> AbstractContextManager[None]:
     """Where others may wait for this rank, and this for others, which is then said."""
-    alone = place_in(optimizer.everyone)[1] == 1
-    return nullcontext() if alone else _among_others(optimizer)
-
-
-@contextmanager
-def _among_others(optimizer) -> Iterator[None]:
+    if place_in(optimizer.everyone)[1] == 1:
+        return nullcontext()
     optimizer.roll_call = optimizer.roll_call or RollCall(optimizer.everyone)
-    step = optimizer.steps
-    optimizer.roll_call.enter(step)
-    try:
-        yield
-    except Exception as error:
-        optimizer.roll_call.refuse(step, str(error))
-        raise
-    finally:
-        optimizer.roll_call.leave()
+    return optimizer.roll_call.step(optimizer.steps)
 
 
 class Guards:
