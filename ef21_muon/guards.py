@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ef21_muon.layers import Batch, Layer, mark
-from ef21_muon.transport.buffers import warn_of_statistics
+from ef21_muon.transport.buffers import instances, warn_of_statistics
 from ef21_muon.transport.fixed import place_in
-from ef21_muon.transport.instances import instances
 from ef21_muon.transport.roll_call import RollCall
 
 FIXED = ("w2s", "s2w")  # entries of a parameter group that batches are formed by
