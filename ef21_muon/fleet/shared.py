@@ -12,7 +12,7 @@ from ef21_muon.fleet.admission import FleetRefused, differing_from
 from ef21_muon.fleet.verdict import INSTEAD
 from ef21_muon.inner import beginner
 from ef21_muon.local_steps import LocalSteps
-from ef21_muon.transport.fingerprint import fingerprint
+from ef21_muon.transport.agreement import fingerprint
 
 TABLES = ("model_shift", "server_momentum")  # of a batch's state, that all workers hold alike
 
