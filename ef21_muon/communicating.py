@@ -396,6 +396,9 @@ class Communicating(torch.optim.Optimizer):
 
     def __setstate__(self, values: dict) -> None:
         super().__setstate__(values)
+        for batch in self.batches:  # whose tables' views a pickle made tensors of their own
+            self.state.update(batch.parameter_state())
+        self.guards = Guards(self, self.guards.layers)
         self.go_on_after(self.steps)
 
     def _shared(self) -> list[tuple[str, Tensor]]:

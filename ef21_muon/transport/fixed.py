@@ -231,7 +231,8 @@ class Transport:
 
         NCCL broadcasts it, once over every link; gloo sends it to one rank after another.
         """
-        if not self.sends or dist.get_backend(self.group) != "nccl":
+        by_nccl = f"{message.device.type}:nccl"
+        if not self.sends or by_nccl not in dist.get_backend_config(self.group):
             return self._swap([message] * self.ranks, sizes)
         self._count_wire(
             Fraction(sum(sizes) * (self.ranks - 1), self.ranks), sum(sizes) - len(message)
