@@ -45,15 +45,13 @@ class Run:
             torch.compiler.set_stance("default" if config.compile else "force_eager")
         group = workers.group(config.exchange, config.optimizer.get("delay", 0))
         workers.together(self._prepare)  # before workers wait for each other
+        self.members = members_of(config, workers)
         mesh = None
         if config.worker_size > 1:
-            backend = group and "gloo"
-            device = workers.device.type
-            mesh = new_worker_mesh(config.worker_size, device, workers.timeout, backend)
+            mesh = new_worker_mesh(config.worker_size, workers, from_host=group is not None)
         if config.shard:
             shard(self.raw_model, mesh)
         draw_weights(self.raw_model, config.seed, workers)
-        self.members = members_of(config, workers)
         self.optimizer = build_optimizer(
             config, self.raw_model, group, mesh, self.members.transport
         )
@@ -139,7 +137,7 @@ class Run:
             self.later.settle(math.inf if evaluate or save else step)
             save |= self.stops.requested
             log.advance(step)
-            self.members.tell(self, log)
+            self.members.tell(log)
             if config.diagnostics_every and self.optimizer.watch:
                 self.diagnose(step, log)
             if save or due(step, config.check_every):
@@ -168,7 +166,7 @@ class Run:
 
         late = test_loss is None  # this worker came after the last step
         test_loss = self.test_loss() if late else test_loss
-        self.members.see_off(self, log, test_loss if late else None)
+        self.members.wait_for_peers(self, log, test_loss if late else None)
         return self.summary(test_loss)
 
     def of_a_worker(self, value) -> list:
@@ -204,7 +202,7 @@ class Run:
             "test_loss": test_loss,
             "uncompressed_bytes": self.config.steps * 4 * self.raw_model.config.parameter_count,
             "optimizer_share": round(self.progress.optimizer_share, 4),
-            **self.members.facts(self),
+            **self.members.facts(),
         }
 
 
@@ -226,7 +224,7 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
     end = None
     try:
         with workers.stoppable():
-            with suppress(Stopped), run.members.refusals(run, log):
+            with suppress(Stopped), run.members.refusals(log):
                 end = run.train(log, checkpoints)
             checkpoints.settle()
     except BaseException as error:
@@ -236,7 +234,7 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
             checkpoints.settle()
         raise
     finally:
-        run.members.leave(run)
+        run.members.leave()
     if end is None:
         log.end("stopped", step=run.scheduler.last_epoch)
         workers.say(f"\nstopped as asked: {how_to_go_on(config, directory)}")

@@ -155,7 +155,3 @@ class AveragedGradients(Communicating):
             of_layers = batch.as_parameters(batch.down.decode(payload))
             for parameter, mean in zip(batch.params, of_layers, strict=True):
                 parameter.grad.copy_(mean)
-
-    def __setstate__(self, values: dict) -> None:
-        super().__setstate__(values)
-        self.wrapped.guard(self)

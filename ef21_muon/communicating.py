@@ -2,9 +2,9 @@
 
 import copy
 import hashlib
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 
 import torch
@@ -12,18 +12,10 @@ import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
 from ef21_muon import state
-from ef21_muon.arithmetic import (
-    REPLICATED,
-    SAFE,
-    Results,
-    advice_for,
-    of_decoding,
-    other_bits,
-    unlike,
-)
+from ef21_muon.arithmetic import SAFE, Results, of_decoding, where_bits_agree
 from ef21_muon.guards import Guards, PhaseTimer, broken_at
 from ef21_muon.identity import settings_of
-from ef21_muon.layers import Batch, Layer, form_batches, layers_of
+from ef21_muon.layers import AUTO, Batch, Layer, form_batches, layers_of
 from ef21_muon.messages.compressors import Compressor
 from ef21_muon.settings import check_compressors, choice, refuse_compressed_shifts
 from ef21_muon.transport.agreement import (
@@ -39,12 +31,9 @@ from ef21_muon.transport.buffers import Buffers
 from ef21_muon.transport.fixed import Traffic, Transport, place_in
 from ef21_muon.transport.load import Load, loads
 from ef21_muon.transport.mesh import WorkerMesh
-from ef21_muon.transport.placement import AUTO
 from ef21_muon.transport.roll_call import RollCall
 from ef21_muon.transport.schedule import Rounds
 from ef21_muon.transport.shards import require_whole
-
-log = logging.getLogger("ef21_muon")
 
 
 class Communicating(torch.optim.Optimizer):
@@ -70,6 +59,7 @@ class Communicating(torch.optim.Optimizer):
     # What a scheduler wraps, and a thread; and torch's hooks, as torch has it.
     NOT_COPIED = ("step", "roll_call", *state.HOOKS)
     inner: Sequence[torch.optim.Optimizer] = ()
+    wrapped = None  # of `ef21_muon.inner`, where there are inner optimizers
     rules: Sequence[dict] = ()
     batches: Sequence[Batch] | None = None
     roll_call: RollCall | None = None  # from the first step on, where others step too
@@ -125,29 +115,19 @@ class Communicating(torch.optim.Optimizer):
         own: what every rank computes for itself with a placement, beside messages, of which all
         have to get the same bits. Raises ValueError where they do not with any that is allowed.
         """
-        groups = self.rules
         allowed = [server]
         if server == AUTO:
-            self.placements = loads(groups, costs, self.transport.ranks)
+            self.placements = loads(self.rules, costs, self.transport.ranks)
             allowed = [*self.placements]
         if allowed[0] == "replicated":
-            refuse_compressed_shifts(groups)
-        while True:
-            self.server, *others = allowed
-            found = None
-            if self.ranks > 1:
-                results = chain(of_decoding(groups, self.server), own(self.server))
-                found = unlike(results, self.device, self.process_group)
-            if found is None:
-                place = self.transport.rank, self.transport.ranks
-                return form_batches(groups, costs, self.server, *place)
-            what, rank = found
-            words = other_bits(what, rank)
-            allowed = [one for one in others if one != "replicated"]
-            if not (self.server == "replicated" and allowed and what.startswith(REPLICATED)):
-                raise ValueError(words + advice_for(what))
-            if place_in(self.process_group)[0] == 0:
-                log.warning("%sserver=auto is therefore %s, not replicated", words, allowed[0])
+            refuse_compressed_shifts(self.rules)
+
+        def computed(server: str) -> Results:
+            return chain(of_decoding(self.rules, server), own(server))
+
+        self.server = where_bits_agree(allowed, computed, self.device, self.process_group)
+        place = self.transport.rank, self.transport.ranks
+        return form_batches(self.rules, costs, self.server, *place)
 
     def begin(self, batches: Sequence[Batch], layers: Sequence[Layer] | None = None) -> None:
         """Step these batches, which all ranks hold alike; last in a constructor.
@@ -194,9 +174,8 @@ class Communicating(torch.optim.Optimizer):
         rules = [r | {"w2s": w2s} if i in chosen else r for i, r in enumerate(self.rules)]
         for rule in rules:
             check_compressors(rule)
-        found = unlike(of_decoding(rules, self.server), self.device, self.process_group)
-        if found is not None:
-            raise ValueError(other_bits(*found) + advice_for(found[0]))
+        decoded = partial(of_decoding, rules)
+        where_bits_agree([self.server], decoded, self.device, self.process_group)
         for index in chosen:
             self.rules[index]["w2s"] = w2s
         for batch in self.batches:
@@ -374,6 +353,8 @@ class Communicating(torch.optim.Optimizer):
         self.steps, self.begun = steps, steps > 0
         self.timer = PhaseTimer(self.timer.device)
         self.guards.notice = type(self.guards.notice)()
+        if self.mesh:
+            self.mesh.forget()
         for batch in self.batches:  # what was not finite was before
             for at in broken_at(batch):
                 at.zero_()
@@ -400,6 +381,8 @@ class Communicating(torch.optim.Optimizer):
             self.state.update(batch.parameter_state())
         self.guards = Guards(self, self.guards.layers)
         self.go_on_after(self.steps)
+        if self.wrapped:
+            self.wrapped.guard(self)
 
     def _shared(self) -> list[tuple[str, Tensor]]:
         """What all workers hold alike, by name."""

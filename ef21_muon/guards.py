@@ -29,10 +29,7 @@ class GradientError(RuntimeError, ValueError):
 
 def guarded_step(optimizer, closure: Callable | None, take: Callable[[], None]):
     """A step that is `take`, on all workers together, after all that could refuse it; the loss."""
-    loss = None
-    if closure is not None:
-        with torch.enable_grad():
-            loss = closure()
+    loss = evaluate(closure)
     with torch.no_grad(), in_step(optimizer):
         optimizer.guards.before_step(optimizer)
         if overflowed(optimizer, optimizer.everyone):
@@ -43,6 +40,12 @@ def guarded_step(optimizer, closure: Callable | None, take: Callable[[], None]):
         optimizer.steps += 1
         optimizer.begun = True
     return loss
+
+
+def evaluate(closure: Callable | None):
+    """The loss that a closure of `step` gives, None without one."""
+    with torch.enable_grad():
+        return closure() if closure else None
 
 
 def in_step(optimizer) -> AbstractContextManager[None]:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ef21_muon import LocalSteps
-from ef21_muon.communicating import Communicating
+from ef21_muon.layers import SERVER
 from ef21_muon.transport.shards import local
 from training.checkpoint import (
     PARTIAL,
@@ -28,8 +28,6 @@ from training.records import LOG_NAME
 from training.schedule import new_scheduler
 from training.workers import RunError
 
-SERVER = "server_"  # what the names of a server's state begin with
-
 
 def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
     """The tensors and the facts of a checkpoint of a train.Run, after a whole step."""
@@ -42,7 +40,7 @@ def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
         "data": run.workers.gather(run.feed.batches.state_dict()),
         "round": run.optimizer.round,
         "position": run.position(),
-        "fleet": run.optimizer.fleet_state() if comes_and_goes(run.config) else None,
+        "fleet": run.members.fleet.state() if comes_and_goes(run.config) else None,
         **run.progress.state(),
     }
     return _tensors(run) | _generator_states(run), facts
@@ -206,10 +204,9 @@ def _generator_states(run) -> dict[str, Tensor]:
 def _continue(run, facts: dict) -> None:
     """Counters, schedule and times of the checkpoint."""
     position = {"received_bytes": _received(facts)} | facts["position"]
-    if isinstance(run.optimizer, Communicating):
-        run.optimizer.go_on_after(position["step"])
+    run.optimizer.go_on_after(position["step"])
     if comes_and_goes(run.config):
-        run.optimizer.load_fleet_state(facts["fleet"])
+        run.members.fleet.load_state(facts["fleet"])
     run.progress.go_on(facts)
     run.progress.count_on_from(position)
     run.scheduler = new_scheduler(run.optimizer, run.config, position["step"])

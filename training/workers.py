@@ -16,7 +16,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from ef21_muon.exchange.reach import INTERFACE, Place, cut_off
+from ef21_muon.transport.reach import INTERFACE, Place, cut_off
 from training.console import lenient_output
 
 # What errors that torch raises mean, by a part of their message.

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ef21_muon.transport.host import sends_from_host, start_from_host
+from ef21_muon.transport.host import sends_by_nccl, sends_from_host, start_from_host
 
 # Given for a process group, a worker is alone though others run: nothing is sent.
 ALONE = "alone"
@@ -95,8 +95,10 @@ class Underway:
 
     def go_on(self) -> bool:
         """Wait for what is under way and take the next leg; False at the end of the round."""
-        self.timer.phase("exchange")
-        arrived = self.wait and self.wait()
+        arrived = None
+        if self.wait:
+            self.timer.phase("exchange")
+            arrived = self.wait()
         try:
             send, batches, payloads = self.legs.send(arrived)
         except StopIteration:
@@ -140,6 +142,10 @@ class Transport:
         self.group, self.sends = group, ranks is None
         self.rank, self.ranks = place_in(group) if self.sends else (rank, ranks)
         self.traffic = Traffic()
+
+    def require_options(self, *, server: str, **others) -> str:
+        """The placement of servers. ValueError for options of LocalSteps that do not go with it."""
+        return server
 
     def attach(self, optimizer) -> None:
         """The optimizer that sends by this; for transports that have to know it."""
@@ -231,8 +237,7 @@ class Transport:
 
         NCCL broadcasts it, once over every link; gloo sends it to one rank after another.
         """
-        by_nccl = f"{message.device.type}:nccl"
-        if not self.sends or by_nccl not in dist.get_backend_config(self.group):
+        if not (self.sends and sends_by_nccl(self.group, message.device)):
             return self._swap([message] * self.ranks, sizes)
         self._count_wire(
             Fraction(sum(sizes) * (self.ranks - 1), self.ranks), sum(sizes) - len(message)

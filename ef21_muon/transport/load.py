@@ -8,9 +8,9 @@ import torch
 from ef21_muon.layers import Batch, form_batches
 from ef21_muon.transport.fixed import Traffic, Transport
 
-# Multiplications of a server's step that take as long as a byte on a link of 1 Gbit/s: of float32
+# Multiplications of a server's step that take as long as a byte on a link of 100 Mbit/s: of float32
 # on a thread of a CPU (3.6e10 a second were measured), of bfloat16 on a GPU (6e13 on an H100).
-MULTIPLICATIONS_PER_BYTE = {"cpu": 300, "cuda": 500_000}
+MULTIPLICATIONS_PER_BYTE = {"cpu": 3_000, "cuda": 5_000_000}
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,18 @@ class Load:
         return self.bytes + self.multiplications / per_byte
 
 
-def loads(groups: Sequence[dict], costs: list[int], ranks: int) -> dict[str, Load]:
+def loads(
+    groups: Sequence[dict], costs: list[int], ranks: int, device: str | None = None
+) -> dict[str, Load]:
     """By placement, of those that the compressors allow; first the one of the least weight.
 
-    groups: with the entries params, w2s and s2w; costs: of serving each layer.
+    groups: with the entries params, w2s and s2w; costs: of serving each layer; device: the kind
+    that the servers' steps are taken on, by default that of the parameters.
     """
     lossless = all(group["s2w"].lossless for group in groups)
     allowed = ("sharded", "replicated", "rank0") if lossless else ("sharded", "rank0")
     found = {server: _load(groups, costs, server, ranks) for server in allowed}
-    device = next(parameter.device.type for group in groups for parameter in group["params"])
+    device = device or next(p.device.type for group in groups for p in group["params"])
     return dict(sorted(found.items(), key=lambda one: one[1].weight(device)))
 
 

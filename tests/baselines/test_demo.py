@@ -230,8 +230,8 @@ def test_what_is_sent_leaves_the_momentum(values):
     parameter = torch.nn.Parameter(torch.zeros(16, 24))
     optimizer = DeMo([parameter], lr=0.1, decay=0.9, k=4, chunk=8, values=values)
     momentum = optimizer.state[parameter]["momentum"]
-    gather, sent = optimizer.collectives.gather, []
-    optimizer.collectives.gather = lambda messages: sent.append(messages[0]) or gather(messages)
+    gather, sent = optimizer.transport.gather, []
+    optimizer.transport.gather = lambda messages: sent.append(messages[0]) or gather(messages)
     for _ in range(5):
         before = momentum.clone()
         parameter.grad = torch.randn(16, 24, generator=generator)

@@ -135,7 +135,8 @@ def test_workers_that_come_and_go_do_not_average_them():
     with pytest.raises(
         ValueError, match=r"^buffers are not averaged over workers that come and go"
     ):
-        fleet.FleetSteps(torch.optim.SGD(model.parameters()), fleet=None, buffers=model)
+        transport = fleet.Fleet(0, "http://localhost:1")
+        LocalSteps(torch.optim.SGD(model.parameters()), transport=transport, buffers=model)
 
 
 def frozen(module):

@@ -8,10 +8,8 @@ from bad_inputs import free_port
 from fleet import LighthouseProcess
 from run import PATIENCE
 
-from ef21_muon.exchange import fleet as exchange
-from ef21_muon.exchange import lighthouse as beacon
-from ef21_muon.exchange.admission import FleetError
-from ef21_muon.exchange.lighthouse import Lighthouse
+from ef21_muon.fleet import FleetError, connections, members
+from ef21_muon.fleet.connections import Lighthouse
 
 URL = "http://localhost:1"
 
@@ -23,7 +21,7 @@ def test_each_time_it_is_away_for_long_one_line_says_so_and_one_that_it_answers(
     lighthouse, times = Lighthouse(URL, quiet), [200.0, 205.0, 210.0, 215.0, 230.0]
     for _ in range(2):
         clock = iter(times)
-        monkeypatch.setattr(beacon.time, "monotonic", lambda clock=clock: next(clock))
+        monkeypatch.setattr(connections.time, "monotonic", lambda clock=clock: next(clock))
         assert [lighthouse.is_away() for _ in times] == [0, 5, 10, 15, 30]
         monkeypatch.undo()
         lighthouse.answers()
@@ -39,8 +37,8 @@ def test_a_short_absence_is_not_worth_a_line(caplog):
 
 
 def test_a_lighthouse_that_starts_later_is_waited_for_and_that_is_said(monkeypatch, caplog):
-    monkeypatch.setattr(exchange, "PATIENCE", 1.0)
-    monkeypatch.setattr(beacon, "SILENCE", 0.5)
+    monkeypatch.setattr(members, "PATIENCE", 1.0)
+    monkeypatch.setattr(connections, "SILENCE", 0.5)
     port = free_port()
     url = f"http://localhost:{port}"
     with crew.workers(url, [0]) as (worker,):

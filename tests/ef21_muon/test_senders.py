@@ -144,10 +144,7 @@ class TopRows(Fraction):
         return "top rows"
 
 
-MUTE = (
-    TopRows(0.25),
-    Damping(TopRows(0.25), 0.5),
-)
+MUTE = (TopRows(0.25), Damping(TopRows(0.25), 0.5))
 
 
 @pytest.mark.parametrize("compressor", MUTE, ids=str)
@@ -198,7 +195,7 @@ def test_of_workers_that_come_and_go_it_is_over_those_whose_messages_came():
                 found = workers[number].agreed[first + EVERY]
                 expected = torch.cat([w.flatten() for w in shared])
                 torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-            workers[2].optimizer.leave()
+            workers[2].fleet.leave()
 
 
 def steps_of(crew, number, shared, first):

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from run import PATIENCE
 from waiting import SleptTime
 
-from ef21_muon.exchange.reach import Place
+from ef21_muon.transport.reach import Place
 from training.workers import FinalError, RunError, Workers, by_host_alone
 
 

@@ -1,13 +1,13 @@
-"""The workers of the moment, who come and go: their messages of a round. By torchft, an extra."""
+"""The workers of the moment, who come and go: how this one meets them, and gets their messages."""
 
 import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import wait
+from dataclasses import replace
 from datetime import timedelta
-from typing import Protocol
 from urllib.parse import urlsplit
 
 import torch
@@ -15,170 +15,143 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions
 
-from ef21_muon.exchange.admission import Card, FleetError, FleetRefused
-from ef21_muon.exchange.collectives import Traffic, place_in
-from ef21_muon.exchange.connections import Group, Manager, Transport, ask, let_go, size_of
-from ef21_muon.exchange.lighthouse import Lighthouse
-from ef21_muon.exchange.meeting import HEAD, HISTORY, Meeting, bytes_of, history_of
-from ef21_muon.exchange.reach import INTERFACE, Place
-from ef21_muon.exchange.verdict import Verdicts
+from ef21_muon.fleet.admission import Card, FleetError, FleetRefused
+from ef21_muon.fleet.connections import (
+    Group,
+    Lighthouse,
+    Manager,
+    StateServer,
+    ask,
+    let_go,
+    size_of,
+)
+from ef21_muon.fleet.shared import Shared
+from ef21_muon.fleet.verdict import HEAD, Head, Quorum, Verdicts, history_of
+from ef21_muon.transport.fixed import Traffic, place_in
+from ef21_muon.transport.reach import INTERFACE, Place
 
 log = logging.getLogger("ef21_muon")
-# What goes wrong between workers is said here, in a line.
-logging.getLogger("torchft.manager").setLevel(logging.CRITICAL)
 
 NEVER = timedelta(days=1)
 SLOWEST = 10e6 / 8  # bytes a second, at which the state of a worker that comes is fetched
 PATIENCE = 10.0  # seconds, beside what something has to take
+DOUBLINGS = 10  # at most, of the patience with a message, in as many tries
 PAUSE = 0.2  # seconds between questions
 AWAY = (TimeoutError, RuntimeError)  # what torchft raises where the lighthouse is
 
 
-class Shared(Protocol):
-    """What all workers share, and agree on bit for bit: as FleetSteps has it."""
-
-    done: int
-    built: Mapping[str, str]  # what has to be the same on all, by name
-
-    def shared_state(self) -> dict: ...
-    def take_shared_state(self, state: dict) -> None: ...
-    def digest(self) -> int: ...
-    def squared_length(self, message: Tensor) -> float: ...
-
-
-class Fleet:
-    """This worker among those of the moment, whom torchft's lighthouse knows.
+class Members:
+    """A worker's place among those of the moment: options as in Fleet.
 
     Every message follows a head, by which those with another history are told apart: theirs do not
     count, and they take over what the others share, as one does that comes anew or was away. What
     fails on the way costs another quorum and no local steps: the same message is sent again.
-    A message that is not finite does not count, and all name its sender; one that is far longer
-    than the others' counts, and is named too. Of two workers with one number, and of two runs at
-    one lighthouse, the later is refused.
-
-    worker: its number among all that there may be; lighthouse: the URL; host: by which others reach
-    this one, its name by default, at whose address gloo listens unless GLOO_SOCKET_IFNAME names an
-    interface; group: of the worker's own ranks, on the CPU. The lighthouse is waited for `patience`
-    seconds, other workers as long as it takes. `while_waiting` is called again and again, with the
-    seconds that it waits at most before the next call, and may raise.
-
-    State is fetched from a peer by torchft over HTTP and unpickled: trust the network.
     """
+
+    shared: Shared  # from before the first gather on
 
     def __init__(
         self,
         worker: int,
         lighthouse: str,
-        *,
         host: str | None = None,
         group: dist.ProcessGroup | None = None,
         patience: float = 600.0,
         while_waiting: Callable[[float], None] = lambda seconds: None,
     ):
-        self.worker, self.lighthouse, self.group = worker, lighthouse, group
+        self.worker, self.group = worker, group
         local = urlsplit(lighthouse).hostname in ("localhost", "127.0.0.1", "::1")
         self.host = host or ("localhost" if local else socket.gethostname())
         self.patience, self.while_waiting = patience, while_waiting
         self.rank, self.ranks = place_in(group)
         self.manager: Manager | None = None
+        self.workers: tuple[int, ...] = ()  # in the last gather
         self.healed = False  # in the last gather
         self.longest = 0.0  # seconds that a gather took
         self.waited = 0.0  # seconds, in all gathers
-        self._lighthouse = Lighthouse(lighthouse, quiet=self.rank > 0)
-        self._counters = {"step": 0, "batches_committed": 0}
-        self._met = False
+        self.lighthouse = Lighthouse(lighthouse, quiet=self.rank > 0)
+        self.counters = {"step": 0, "batches_committed": 0}  # how far the fleet was at the start
         self._verdicts = Verdicts(worker, quiet=self.rank > 0)
-
-    def attach(self, shared: Shared) -> None:
-        """Of what all workers share here."""
-        self.shared = shared
-
-    def state(self) -> dict[str, int]:
-        """For a checkpoint: how far the fleet was."""
-        return self.manager.state_dict() if self.manager else self._counters
-
-    def load_state(self, state: dict[str, int]) -> None:
-        """Before the first gather, with what was shared at that moment."""
-        self._counters = state
 
     def gather(
         self, message: Tensor, counts: bool, finite: bool = True
-    ) -> tuple[list[Tensor], Meeting]:
+    ) -> tuple[list[Tensor], Quorum]:
         """The messages of all who worked from the same state, as soon as they have come.
 
         In the order of workers, (bytes,) uint8 each, as `message`, which is of one size for all;
         counts: whether it stands for local steps; finite: whether what it was made of is.
-
-        Raises FleetError where the lighthouse does not answer for `patience` seconds, FleetRefused
-        where this worker cannot be among the others or Verdicts says so, and what `while_waiting`
-        and `take_shared_state` raise; then nobody has to wait for this worker.
         """
         start = time.monotonic()
         try:
             if self.manager is None:
                 self._enter()
-            return self._gather(message, counts, finite)
+            return self._gather(message, counts, finite, start)
         except BaseException:
             self.leave()
             raise
         finally:
             self.waited += time.monotonic() - start
 
-    def _gather(self, message: Tensor, counts: bool, finite: bool) -> tuple[list[Tensor], Meeting]:
-        start, tries, parted, traffic = time.monotonic(), 0, 0, Traffic()
-        self.healed, apart, notes = False, False, []
+    def _gather(
+        self, message: Tensor, counts: bool, finite: bool, start: float
+    ) -> tuple[list[Tensor], Quorum]:
+        tries, diverged, same_messages, notes, traffic = 0, 0, False, [], Traffic()
+        self.healed = False
         while True:
             tries += 1
             if not self._quorum():
                 continue
             error = self._error()
-            healed, broken, refused = self._of_all_ranks(
+            healed, broken, refused = self._total(
                 self.healed, error is not None, isinstance(error, FleetRefused)
             )
             if refused:
                 raise FleetRefused(str(error or "see what another rank of this worker says"))
             counts &= not healed
-            rows, theirs = None, b""
+            rows = None
             if not broken:
                 mine = self._head(counts, finite)
-                rows = self._send(torch.cat([bytes_of(mine), message.cpu()]), tries)
+                rows = self._send(torch.cat([mine.packed(), message.cpu()]), tries)
             if rows is not None:
-                heads = [bytes(row.tolist()) for row in rows[:, : HEAD.size]]
-                theirs = history_of(heads)
-                traffic += self._traffic(message.numel(), len(rows))
-                if mine[:HISTORY] != theirs:  # then the others commit, and are ahead
-                    parted += 1
-                    apart |= mine[:8] == theirs[:8]
+                traffic += self._traffic(len(message), len(rows))
+                heads = [Head.unpacked(row) for row in rows[:, : HEAD.size]]
+                history = history_of(heads)
+                if mine.history != history:  # then the others commit, and are ahead
+                    diverged += 1
+                    same_messages |= mine.committed == history[0]
                     self.manager.report_error(RuntimeError("another history than the others"))
-            if not self._commit():
-                notes += self._amiss()
-                continue
-            self._met = True
-            self._forget_addresses()
-            traffic += self.transport.traffic()
-            workers = self.process_group.workers
-            messages, step, said_finite = {}, None, set()
-            for worker, head, row in zip(workers, heads, rows, strict=True):
-                _, _, done, standing, is_finite = HEAD.unpack(head)
-                if head[:HISTORY] == theirs and standing:
-                    step, messages[worker] = done, row[HEAD.size :].to(message.device)
-                    said_finite |= {worker} if is_finite else set()
-            refused, found = self._judge(messages, said_finite, step)
-            messages = [one for worker, one in messages.items() if worker not in refused]
-            return messages, Meeting(
-                messages=len(messages),
-                step=step if messages else None,
-                workers=workers,
-                healed=self.healed,
-                parted=parted,
-                apart=apart,
-                history=theirs.hex(),
-                tries=tries,
-                seconds=time.monotonic() - start,
-                traffic=traffic,
-                refused=tuple(refused),
-                notes=tuple(notes + found),
-            )
+            if self._commit():
+                break
+            notes += self._amiss()
+        self._forget_addresses()
+        self.workers = self.process_group.workers
+        sent = {
+            worker: (head, row[HEAD.size :].to(message.device))
+            for worker, head, row in zip(self.workers, heads, rows, strict=True)
+            if head.history == history and head.counts
+        }
+        squares = (
+            self.shared.squared_length(one) if head.finite else torch.nan
+            for head, one in sent.values()
+        )
+        squares = dict(zip(sent, self._total(*squares, dtype=torch.float64), strict=True))
+        steps = max((head.steps for head, _ in sent.values()), default=None)
+        refused, found = self._verdicts.of(squares, steps, len(sent) == len(self.workers))
+        self._verdicts.note_diverged(same_messages)
+        messages = [one for worker, (_, one) in sent.items() if worker not in refused]
+        return messages, Quorum(
+            messages=len(messages),
+            step=steps if messages else None,
+            workers=self.workers,
+            healed=self.healed,
+            diverged=diverged,
+            history="{:016x}{:016x}".format(*history),
+            tries=tries,
+            seconds=time.monotonic() - start,
+            traffic=traffic + self.state_server.counted(),
+            refused=tuple(refused),
+            notes=(*notes, *found),
+        )
 
     def leave(self) -> None:
         """The others need not wait for this one any more."""
@@ -195,20 +168,19 @@ class Fleet:
             dist.broadcast_object_list(own, group=self.group, group_src=0)
         if isinstance(own[0], FleetRefused):
             raise own[0]
-        ((place, port, process, since),) = own
-        state = size_of(self.shared.shared_state())
-        self.healing = timedelta(seconds=PATIENCE + state / SLOWEST)
-        self.transport = Transport(self.host, timeout=self.healing)
+        ((card, port),) = own
+        self.healing = timedelta(seconds=PATIENCE + size_of(self.shared.state()) / SLOWEST)
+        self.state_server = StateServer(self.host, timeout=self.healing)
         self.process_group = Group(
             self.ranks,
             timeout=timedelta(seconds=PATIENCE),
-            card=lambda: Card(self.worker, process, since, self._met, self.shared.built, place),
+            card=lambda: replace(card, met=bool(self.workers)),
         )
-        self.manager = self._new_manager(self.host, port)
-        self.manager.load_state_dict(self._counters)
+        self.manager = self._new_manager(port)
+        self.manager.load_state_dict(self.counters)
 
-    def _listen(self) -> tuple[Place, int, int, float] | FleetRefused:
-        """Where others reach this worker, the port of its store there, which process it is."""
+    def _listen(self) -> tuple[Card, int] | FleetRefused:
+        """What this worker says of itself to others, and the port of its store."""
         patience, until = timedelta(seconds=PATIENCE), time.monotonic() + PATIENCE
         while True:
             try:
@@ -216,7 +188,9 @@ class Fleet:
                 self._store = dist.TCPStore(
                     self.host, 0, is_master=True, wait_for_workers=False, timeout=patience
                 )
-                return place, self._store.port, os.getpid(), time.time()
+                built = self.shared.built
+                card = Card(self.worker, os.getpid(), time.time(), False, built, place)
+                return card, self._store.port
             except (OSError, RuntimeError) as error:
                 if time.monotonic() > until:
                     return FleetRefused(
@@ -227,57 +201,58 @@ class Fleet:
             self.while_waiting(PAUSE)
             time.sleep(PAUSE)
 
-    def _new_manager(self, store: str, port: int) -> Manager:
+    def _new_manager(self, port: int) -> Manager:
         while True:
-            self._lighthouse.is_away()
+            self.lighthouse.is_away()
             try:
                 manager = Manager(
                     pg=self.process_group,
-                    state_dict=self.shared.shared_state,
+                    state_dict=self.shared.state,
                     load_state_dict=self._take,
                     min_replica_size=1,  # the lighthouse asks for more
                     use_async_quorum=False,
                     init_sync=False,
-                    checkpoint_transport=self.transport,
+                    checkpoint_transport=self.state_server,
                     replica_id=f"worker{self.worker}",
                     hostname=self.host,
                     rank=self.rank,
                     world_size=self.ranks,
-                    store_addr=store,
+                    store_addr=self.host,
                     store_port=port,
-                    lighthouse_addr=self.lighthouse,
+                    lighthouse_addr=self.lighthouse.url,
                     timeout=self.healing,
                     quorum_timeout=NEVER,
                     connect_timeout=timedelta(seconds=min(PATIENCE, self.patience)),
                     quorum_retries=int(NEVER.total_seconds()),
                 )
-                self._lighthouse.answers()
+                self.lighthouse.answers()
                 return manager
             except AWAY as error:
                 self._wait_for_the_lighthouse(error)
 
     def _wait_for_the_lighthouse(self, error: Exception) -> None:
         self.while_waiting(PAUSE)
-        if self._lighthouse.is_away() > self.patience:
+        if self.lighthouse.is_away() > self.patience:
             raise FleetError(
-                f"no answer of the lighthouse {self.lighthouse} for {self.patience:g} s: start it, "
-                "or give the address where it is"
+                f"no answer of the lighthouse {self.lighthouse.url} for {self.patience:g} s: start "
+                "it, or give the address where it is"
             ) from error
         time.sleep(PAUSE)
 
     def _take(self, state: dict) -> None:
-        self.shared.take_shared_state(state)
-        self.transport.received += size_of(state)
+        self.shared.take(state)
+        size = size_of(state)
+        self.state_server.traffic += Traffic(received_bytes=size, wire_rx_bytes=size)
         self.healed = True
 
     def _quorum(self) -> bool:
         """Wait for the others; whether there is a quorum. `_take` may be called."""
-        asked = ask(self.manager.start_quorum)
+        asked = ask(self.manager.start_quorum, self.shared.device)
         while not wait([asked], timeout=PAUSE).done:
             self.while_waiting(PAUSE)
-            self._lighthouse.look()
+            self.lighthouse.look()
         if (error := asked.exception()) is None:
-            self._lighthouse.answers()
+            self.lighthouse.answers()
             return True
         if not isinstance(error, AWAY):
             raise error
@@ -303,32 +278,10 @@ class Fleet:
             log.warning("worker %s: no round of workers %s: %s", self.worker, workers, reason)
         return [reason] if of_all_ranks else []
 
-    def _judge(
-        self, messages: dict[int, Tensor], said_finite: set[int], step: int | None
-    ) -> tuple[list[int], list[str]]:
-        """Whose messages are not finite, and what there is to say of all of them."""
-        squares = torch.tensor(
-            [
-                self.shared.squared_length(message) if worker in said_finite else torch.nan
-                for worker, message in messages.items()
-            ],
-            dtype=torch.float64,
-        )
-        if self.ranks > 1:  # of the worker as a whole
-            dist.all_reduce(squares, group=self.group)
-        squares = dict(zip(messages, squares.tolist(), strict=True))
-        all_workers = len(messages) == len(self.process_group.workers)
-        return self._verdicts.of(squares, step, all_workers)
-
-    def _head(self, counts: bool, finite: bool) -> bytes:
-        digest = self.shared.digest()
-        if self.ranks > 1:  # of the worker as a whole
-            of_all = [None] * self.ranks
-            dist.all_gather_object(of_all, (digest, finite), group=self.group)
-            digests, all_finite = zip(*of_all, strict=True)
-            digest, finite = sum(digests) % 2**64, all(all_finite)
-        digest = digest.to_bytes(8, "big")
-        return HEAD.pack(self.manager.batches_committed(), digest, self.shared.done, counts, finite)
+    def _head(self, counts: bool, finite: bool) -> Head:
+        digest, broken = self._total(self.shared.fingerprint(), not finite)
+        committed, steps = self.manager.batches_committed(), self.shared.optimizer.steps
+        return Head(committed, digest % 2**64, steps, counts, not broken)
 
     def _send(self, packed: Tensor, tries: int) -> Tensor | None:
         """All workers' heads and messages, (workers, bytes), or None where it failed."""
@@ -336,7 +289,8 @@ class Fleet:
         flat = torch.empty(ranks * len(packed), dtype=torch.uint8)
         patience = PATIENCE + 5 * self.longest
         if not (self.longest and self.process_group.settled):  # somebody comes
-            patience = (self.healing.total_seconds() + len(flat) / SLOWEST) * 2 ** (tries - 1)
+            patience = self.healing.total_seconds() + len(flat) / SLOWEST
+            patience *= 2 ** min(tries - 1, DOUBLINGS)
         options = AllgatherOptions()
         options.timeout = timedelta(seconds=patience)
         self.while_waiting(patience)
@@ -352,6 +306,12 @@ class Fleet:
         self.process_group.settled = True
         return flat.view(ranks, len(packed))
 
+    @staticmethod
+    def _traffic(size: int, ranks: int) -> Traffic:
+        """Of messages of `size` bytes that have gone to all and come from all."""
+        received, sent = (ranks - 1) * size, (ranks - 1) * (size + HEAD.size)
+        return Traffic(size, 0, received, wire_tx_bytes=sent, wire_rx_bytes=sent)
+
     def _commit(self) -> bool:
         """Whether this worker has the round; others may have it."""
         self.while_waiting(self.healing.total_seconds())  # of one that still fetches its state
@@ -360,18 +320,13 @@ class Fleet:
         except AWAY:
             return False
 
-    def _of_all_ranks(self, *flags: bool) -> tuple[bool, ...]:
-        """Of each whether it holds on any rank of this worker."""
-        if self.ranks == 1:
-            return flags
-        self.while_waiting(self.healing.total_seconds())  # the other ranks may still fetch theirs
-        found = torch.tensor(flags, dtype=torch.int64)
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
-        return tuple(map(bool, found))
-
-    def _traffic(self, size: int, ranks: int) -> Traffic:
-        others = ranks - 1
-        return Traffic(size, 0, others * size, others * (size + HEAD.size))
+    def _total(self, *numbers: float, dtype: torch.dtype = torch.int64) -> list:
+        """Of each the sum over the ranks of this worker, of integers modulo 2^64."""
+        total = torch.tensor(numbers, dtype=dtype)
+        if self.ranks > 1:
+            self.while_waiting(self.healing.total_seconds())  # others may still fetch their state
+            dist.all_reduce(total, group=self.group)
+        return total.tolist()
 
     def _forget_addresses(self) -> None:
         """Of gloo's, which all have read: a restarted lighthouse counts its quorums from 1 again.

@@ -1,10 +1,10 @@
-"""Which workers can meet, of those that come and go, as all of them find alike."""
+"""Which workers may meet, as all of them find alike: same run, own number, within reach."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ef21_muon.exchange.reach import INTERFACE, Place, cut_off
 from ef21_muon.identity import differences
+from ef21_muon.transport.reach import INTERFACE, Place, cut_off
 
 FEW = 6  # differences, at most, that an error names
 
@@ -14,26 +14,18 @@ class FleetError(ConnectionError):
 
 
 class FleetRefused(FleetError):
-    """This worker cannot be among the others, and to start it again would not mend that.
-
-    Its number is taken, it is of another run, others do not reach it, or what it sends is not
-    finite again and again.
-    """
+    """This worker cannot be among the others, and to start it again would not mend that."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a worker says of itself to those that it has not met before.
+    """What a worker says of itself to those that it has not met before."""
 
-    worker: its number; process: its id; since: when it started, in seconds; met: whether it has had
-    a round; built: what has to be the same on all, by name; place: where it is.
-    """
-
-    worker: int
-    process: int
-    since: float
-    met: bool
-    built: Mapping[str, str]
+    worker: int  # its number
+    process: int  # its id
+    since: float  # when it started, in seconds
+    met: bool  # whether it has had a round
+    built: Mapping[str, str]  # what has to be the same on all, by name
     place: Place
 
     @property

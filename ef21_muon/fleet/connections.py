@@ -1,10 +1,10 @@
-"""Between workers that come and go: the messages of those that meet, and the state for who comes.
-
-By torchft, an extra.
-"""
+"""What is torchft's, fitted: the group of those that meet, state for who comes, the lighthouse."""
 
 import json
+import logging
 import os
+import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from concurrent.futures.thread import _threads_queues
@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroupGloo as Gloo
 
-from ef21_muon.exchange.admission import Card, FleetError, FleetRefused, refusals
-from ef21_muon.exchange.collectives import Traffic
-from ef21_muon.exchange.reach import Place, is_local
+from ef21_muon.fleet.admission import Card, FleetError, FleetRefused, refusals
+from ef21_muon.transport.fixed import Traffic
+from ef21_muon.transport.reach import Place, is_local
 
+log = logging.getLogger("ef21_muon")
 os.environ.setdefault("RUST_LOG", "warn")  # or torchft says six lines a round
 try:
     from torchft import Manager, ProcessGroupGloo
@@ -32,8 +33,12 @@ except ImportError as error:
         "workers that come and go need torchft, for Linux on x86-64: pip install 'ef21-muon[fleet]'"
     ) from error
 
-__all__ = ["Group", "Manager", "Transport", "ask", "let_go", "size_of"]
+__all__ = ["Group", "Lighthouse", "Manager", "StateServer", "ask", "let_go", "size_of"]
+# What goes wrong between workers is said by this library, in a line.
+logging.getLogger("torchft.manager").setLevel(logging.CRITICAL)
 DIRECT = build_opener(ProxyHandler({}))  # whatever the environment says of proxies
+SILENCE = 10.0  # seconds without an answer of the lighthouse, after which it is said
+LOOK = 5.0  # seconds between looks at the lighthouse, and for a connection to it
 
 
 class Group(ProcessGroupGloo):
@@ -91,11 +96,11 @@ class Group(ProcessGroupGloo):
         return [replace(card, place=Place(**card.place)) for card in cards]
 
 
-class Transport(HTTPTransport):
+class StateServer(HTTPTransport):
     """Serves what is shared under this host's name, and counts its bytes. Never by a proxy."""
 
     def __init__(self, host: str, timeout: timedelta):
-        self.host, self.received, self.sent = host, 0, 0
+        self.host, self.traffic = host, Traffic()
         super().__init__(timeout=timeout, num_chunks=0)
         # A class of this server alone. Errors it still says.
         self._server.RequestHandlerClass.log_request = lambda *_: None
@@ -109,13 +114,13 @@ class Transport(HTTPTransport):
         return f"http://{self.host}:{urlsplit(super().address()).port}/checkpoint/"
 
     def send_checkpoint(self, dst_ranks, step, state_dict, timeout) -> None:
-        self.sent += len(dst_ranks) * size_of(state_dict["user"]["default"])
+        sent = len(dst_ranks) * size_of(state_dict["user"]["default"])
+        self.traffic += Traffic(wire_tx_bytes=sent)
         super().send_checkpoint(dst_ranks, step, state_dict, timeout)
 
-    def traffic(self) -> Traffic:
+    def counted(self) -> Traffic:
         """Since it was asked last."""
-        traffic = Traffic(0, 0, self.received, self.sent)
-        self.received = self.sent = 0
+        traffic, self.traffic = self.traffic, Traffic()
         return traffic
 
 
@@ -124,18 +129,72 @@ def size_of(state: dict) -> int:
     return sum(tensor.nbytes for tensor in state["tensors"])
 
 
-def ask(call: Callable[[], None]) -> Future:
-    """Call it in a thread of a daemon, which starts daemons, as the manager's own have to be."""
+class Lighthouse:
+    """One that is waited for, which is said once after SILENCE, and once when it is there again.
+
+    quiet: say nothing, as on all ranks of a worker but the first.
+    """
+
+    def __init__(self, url: str, quiet: bool):
+        self.url, self.quiet = url, quiet
+        self._since: float | None = None  # without an answer
+        self._said = False
+        self._looking: Future | None = None
+        self._looked = time.monotonic()
+
+    def is_away(self) -> float:
+        """Note that it gives no answer; for how many seconds now."""
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        if now - self._since >= SILENCE and not (self._said or self.quiet):
+            self._said = True
+            log.warning("no answer of the lighthouse %s so far: waiting for it", self.url)
+        return now - self._since
+
+    def answers(self) -> None:
+        """Note that it does."""
+        if self._said:
+            log.warning("the lighthouse %s answers", self.url)
+        self._since, self._said, self._looking = None, False, None
+        self._looked = time.monotonic()
+
+    def look(self) -> None:
+        """See whether it takes connections, now and then, while a question to it is open.
+
+        torchft asks again and again then, and says nothing. Does not wait.
+        """
+        if self._looking is None and time.monotonic() - self._looked > LOOK and not self.quiet:
+            self._looking = ask(self._connect)
+        elif self._looking and self._looking.done():
+            away, self._looking = self._looking.exception() is not None, None
+            self._looked = time.monotonic()
+            if away:
+                self.is_away()
+            else:
+                self.answers()
+
+    def _connect(self) -> None:
+        url = urlsplit(self.url)
+        socket.create_connection((url.hostname, url.port), timeout=LOOK).close()
+
+
+def ask(call: Callable[[], None], device: torch.device | None = None) -> Future:
+    """Call it in a thread of a daemon, which starts daemons, as the manager's own have to be.
+
+    device: that of the tensors that the call copies: torchft waits for the thread's current one.
+    """
     asked = Future()
-    Thread(target=_answer, args=(asked, call), daemon=True).start()
+
+    def answer() -> None:
+        try:
+            if device is not None and device.type == "cuda":
+                torch.cuda.set_device(device)
+            asked.set_result(call())
+        except Exception as error:
+            asked.set_exception(error)
+
+    Thread(target=answer, daemon=True).start()
     return asked
-
-
-def _answer(asked: Future, call: Callable[[], None]) -> None:
-    try:
-        asked.set_result(call())
-    except Exception as error:
-        asked.set_exception(error)
 
 
 def let_go(executor: Executor) -> None:
