@@ -26,6 +26,7 @@ from ef21_muon import (
     Sign,
     TopK,
 )
+from ef21_muon.transport import fixed
 from training.workers import leave
 
 COUNTS = ("w2s_bytes", "s2w_bytes", "received_bytes", "wire_tx_bytes")
@@ -152,7 +153,7 @@ def copies_alone() -> dict:
 
 
 def back_to_workers(backend: str, method: str) -> dict:
-    """What a step gives where the backend is called so, and how often it broadcasts."""
+    """What steps give where this backend is said to send, and how often it broadcasts."""
     make = {
         "ef21": lambda p: EF21Muon(p, w2s=FIRST, s2w=Dense("int4"), server="sharded"),
         "rank0": lambda p: EF21Muon(p, w2s=FIRST, server="rank0"),
@@ -165,7 +166,7 @@ def back_to_workers(backend: str, method: str) -> dict:
         return broadcast(*arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "get_backend_config", lambda group: f"cpu:{backend}")
+        patch.setattr(fixed, "sends_by_nccl", lambda group, device: backend == "nccl")
         patch.setattr(dist, "broadcast", counted)
         model = new_model()
         optimizer = make(model.parameters())
