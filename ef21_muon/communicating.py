@@ -294,7 +294,7 @@ class Communicating(torch.optim.Optimizer):
             self.check_finite()
         except FloatingPointError as error:
             problem = str(error)
-        require_finite(problem, self.device, self.everyone)
+        require_finite(problem, self.everyone)
         if self.mesh:
             self.mesh.gather_parameters()
         require_equal_groups(self.param_groups, self.process_group)

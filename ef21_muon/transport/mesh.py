@@ -252,7 +252,7 @@ class WorkerMesh:
             self._written = now
 
     def forget(self) -> None:
-        """Let parameters be gathered next time whoever has written them: a state was loaded."""
+        """Gather next time, whoever has written what, as after a state was loaded."""
         self._written = []
 
     @torch.no_grad()
