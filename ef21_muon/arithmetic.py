@@ -4,8 +4,9 @@ Sums of products come out with other last digits on another processor, with anot
 another number of threads. Where every worker decodes a message or takes a step, W then parts.
 """
 
+import logging
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 
 import torch
@@ -16,8 +17,8 @@ from torch.optim import Optimizer
 from ef21_muon.layers import named_layers
 from ef21_muon.lmo.norms import AdaptiveRadius, along
 from ef21_muon.messages.compressors import numbers
-from ef21_muon.transport.agreement import first_difference
-from ef21_muon.transport.fingerprint import fingerprint
+from ef21_muon.transport.agreement import fingerprint, first_difference
+from ef21_muon.transport.fixed import place_in
 
 SIDE = 512  # of a matrix that is tried; a larger one is tried in part
 
@@ -36,6 +37,8 @@ ADVICE = {
 }
 
 Results = Iterator[tuple[str, Tensor]]
+
+log = logging.getLogger("ef21_muon")
 
 
 def of_messages(entry: str, rules: list[dict]) -> Results:
@@ -124,6 +127,32 @@ def unlike(
     """The first result that ranks have other bits of, and such a rank, or None; the same on all."""
     found = first_difference(digests(results), device, group, only_common=True)
     return found and (found[1], found[0])
+
+
+def where_bits_agree(
+    allowed: Sequence[str],
+    computed: Callable[[str], Results],
+    device: torch.device,
+    group: dist.ProcessGroup | str | None,
+) -> str:
+    """The first placement, or the next but "replicated" if ranks get other bits in that.
+
+    computed: what every rank computes for itself with a placement. Raises ValueError where ranks
+    get other bits with all that are allowed.
+    """
+    server, *others = allowed
+    rank, ranks = place_in(group)
+    found = unlike(computed(server), device, group) if ranks > 1 else None
+    if found is None:
+        return server
+    what, other = found
+    words = f"rank {other} gets other bits than rank 0 of {what}: {WHY}, and "
+    others = [one for one in others if one != "replicated"]
+    if not (server == "replicated" and others and what.startswith(REPLICATED)):
+        raise ValueError(words + advice_for(what))
+    if rank == 0:
+        log.warning("%sserver=auto is therefore %s, not replicated", words, others[0])
+    return where_bits_agree(others, computed, device, group)
 
 
 def advice_for(name: str) -> str:

@@ -2,9 +2,9 @@
 
 import copy
 import hashlib
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 
 import torch
@@ -12,18 +12,10 @@ import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
 from ef21_muon import state
-from ef21_muon.arithmetic import (
-    REPLICATED,
-    SAFE,
-    WHY,
-    Results,
-    advice_for,
-    of_decoding,
-    unlike,
-)
+from ef21_muon.arithmetic import SAFE, Results, of_decoding, where_bits_agree
 from ef21_muon.guards import Guards, PhaseTimer, broken_at
 from ef21_muon.identity import settings_of
-from ef21_muon.layers import Batch, Layer, form_batches, layers_of
+from ef21_muon.layers import AUTO, Batch, Layer, form_batches, layers_of
 from ef21_muon.messages.compressors import Compressor
 from ef21_muon.settings import check_compressors, choice, refuse_compressed_shifts
 from ef21_muon.transport.agreement import (
@@ -39,12 +31,9 @@ from ef21_muon.transport.buffers import Buffers
 from ef21_muon.transport.fixed import Traffic, Transport, place_in
 from ef21_muon.transport.load import Load, loads
 from ef21_muon.transport.mesh import WorkerMesh
-from ef21_muon.transport.placement import AUTO
 from ef21_muon.transport.roll_call import RollCall
 from ef21_muon.transport.schedule import Rounds
 from ef21_muon.transport.shards import require_whole
-
-log = logging.getLogger("ef21_muon")
 
 
 class Communicating(torch.optim.Optimizer):
@@ -70,6 +59,7 @@ class Communicating(torch.optim.Optimizer):
     # What a scheduler wraps, and a thread; and torch's hooks, as torch has it.
     NOT_COPIED = ("step", "roll_call", *state.HOOKS)
     inner: Sequence[torch.optim.Optimizer] = ()
+    wrapped = None  # of `ef21_muon.inner`, where there are inner optimizers
     rules: Sequence[dict] = ()
     batches: Sequence[Batch] | None = None
     roll_call: RollCall | None = None  # from the first step on, where others step too
@@ -125,29 +115,19 @@ class Communicating(torch.optim.Optimizer):
         own: what every rank computes for itself with a placement, beside messages, of which all
         have to get the same bits. Raises ValueError where they do not with any that is allowed.
         """
-        groups = self.rules
         allowed = [server]
         if server == AUTO:
-            self.placements = loads(groups, costs, self.transport.ranks)
+            self.placements = loads(self.rules, costs, self.transport.ranks)
             allowed = [*self.placements]
         if allowed[0] == "replicated":
-            refuse_compressed_shifts(groups)
-        while True:
-            self.server, *others = allowed
-            found = None
-            if self.ranks > 1:
-                results = chain(of_decoding(groups, self.server), own(self.server))
-                found = unlike(results, self.device, self.process_group)
-            if found is None:
-                place = self.transport.rank, self.transport.ranks
-                return form_batches(groups, costs, self.server, *place)
-            what, rank = found
-            words = f"rank {rank} gets other bits than rank 0 of {what}: {WHY}, and "
-            allowed = [one for one in others if one != "replicated"]
-            if not (self.server == "replicated" and allowed and what.startswith(REPLICATED)):
-                raise ValueError(words + advice_for(what))
-            if place_in(self.process_group)[0] == 0:
-                log.warning("%sserver=auto is therefore %s, not replicated", words, allowed[0])
+            refuse_compressed_shifts(self.rules)
+
+        def computed(server: str) -> Results:
+            return chain(of_decoding(self.rules, server), own(server))
+
+        self.server = where_bits_agree(allowed, computed, self.device, self.process_group)
+        place = self.transport.rank, self.transport.ranks
+        return form_batches(self.rules, costs, self.server, *place)
 
     def begin(self, batches: Sequence[Batch], layers: Sequence[Layer] | None = None) -> None:
         """Step these batches, which all ranks hold alike; last in a constructor.
@@ -182,7 +162,8 @@ class Communicating(torch.optim.Optimizer):
         """Send with another compressor from the next round on; on all ranks, between rounds.
 
         group: the name of the parameter groups that it is for, by default all. Raises ValueError
-        for what is no compressor or group, and where messages are under way in other sizes.
+        for what is no compressor or group, where messages are under way in other sizes, and where
+        ranks get other bits of what all decode.
         """
         chosen = [i for i, rule in enumerate(self.rules) if group in (None, rule.get("name"))]
         if not (self.mesh.total(len(chosen))[0] if self.mesh else chosen):
@@ -190,8 +171,12 @@ class Communicating(torch.optim.Optimizer):
             raise ValueError(f"group={group!r} is not a group of this optimizer: it has {names}")
         if any("message" in batch.state for batch in self.batches):
             raise ValueError("a compressor is not exchanged with a delay: build the optimizer anew")
+        rules = [r | {"w2s": w2s} if i in chosen else r for i, r in enumerate(self.rules)]
+        for rule in rules:
+            check_compressors(rule)
+        decoded = partial(of_decoding, rules)
+        where_bits_agree([self.server], decoded, self.device, self.process_group)
         for index in chosen:
-            check_compressors(self.rules[index] | {"w2s": w2s})
             self.rules[index]["w2s"] = w2s
         for batch in self.batches:
             if batch.group in chosen:
@@ -309,7 +294,7 @@ class Communicating(torch.optim.Optimizer):
             self.check_finite()
         except FloatingPointError as error:
             problem = str(error)
-        require_finite(problem, self.device, self.everyone)
+        require_finite(problem, self.everyone)
         if self.mesh:
             self.mesh.gather_parameters()
         require_equal_groups(self.param_groups, self.process_group)
@@ -368,6 +353,8 @@ class Communicating(torch.optim.Optimizer):
         self.steps, self.begun = steps, steps > 0
         self.timer = PhaseTimer(self.timer.device)
         self.guards.notice = type(self.guards.notice)()
+        if self.mesh:
+            self.mesh.forget()
         for batch in self.batches:  # what was not finite was before
             for at in broken_at(batch):
                 at.zero_()
@@ -391,6 +378,8 @@ class Communicating(torch.optim.Optimizer):
     def __setstate__(self, values: dict) -> None:
         super().__setstate__(values)
         self.go_on_after(self.steps)
+        if self.wrapped:
+            self.wrapped.guard(self)
 
     def _shared(self) -> list[tuple[str, Tensor]]:
         """What all workers hold alike, by name."""

@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ef21_muon.layers import Batch, Layer, mark
-from ef21_muon.transport.buffers import warn_of_statistics
+from ef21_muon.transport.buffers import instances, warn_of_statistics
 from ef21_muon.transport.fixed import place_in
-from ef21_muon.transport.instances import instances
 from ef21_muon.transport.roll_call import RollCall
 
 FIXED = ("w2s", "s2w")  # entries of a parameter group that batches are formed by
@@ -29,10 +28,7 @@ class GradientError(RuntimeError, ValueError):
 
 def guarded_step(optimizer, closure: Callable | None, take: Callable[[], None]):
     """A step that is `take`, on all workers together, after all that could refuse it; the loss."""
-    loss = None
-    if closure is not None:
-        with torch.enable_grad():
-            loss = closure()
+    loss = evaluate(closure)
     with torch.no_grad(), in_step(optimizer):
         optimizer.guards.before_step(optimizer)
         if overflowed(optimizer, optimizer.everyone):
@@ -45,24 +41,18 @@ def guarded_step(optimizer, closure: Callable | None, take: Callable[[], None]):
     return loss
 
 
+def evaluate(closure: Callable | None):
+    """The loss that a closure of `step` gives, None without one."""
+    with torch.enable_grad():
+        return closure() if closure else None
+
+
 def in_step(optimizer) -> AbstractContextManager[None]:
     """Where others may wait for this rank, and this for others, which is then said."""
-    alone = place_in(optimizer.everyone)[1] == 1
-    return nullcontext() if alone else _among_others(optimizer)
-
-
-@contextmanager
-def _among_others(optimizer) -> Iterator[None]:
+    if place_in(optimizer.everyone)[1] == 1:
+        return nullcontext()
     optimizer.roll_call = optimizer.roll_call or RollCall(optimizer.everyone)
-    step = optimizer.steps
-    optimizer.roll_call.enter(step)
-    try:
-        yield
-    except Exception as error:
-        optimizer.roll_call.refuse(step, str(error))
-        raise
-    finally:
-        optimizer.roll_call.leave()
+    return optimizer.roll_call.step(optimizer.steps)
 
 
 class Guards:

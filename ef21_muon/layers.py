@@ -14,9 +14,10 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.messages.compressors import Compressor
-from ef21_muon.transport.placement import assign, cut, owned_layers
 
 FEEDBACK = ("ef21", "ef14", "none")
+PLACEMENTS = ("rank0", "sharded", "replicated")
+AUTO = "auto"  # the placement that takes the least time
 SERVER = "server_"  # what the names of a server's state begin with
 
 
@@ -115,6 +116,7 @@ class Batch:
 
     up: Channel
     down: Channel
+    written: list[tuple[int, int]] | None = None
 
     def __init__(
         self,
@@ -193,6 +195,25 @@ class Batch:
                 state[parameter][name] = table[row]
         return state
 
+    def note(self) -> None:
+        """Note how often parameters were written, and where they are."""
+        self.written = self._now()
+
+    def take_over(self, always: bool = False) -> None:
+        """X = W where somebody has changed W since `note`, as a model's load_state_dict does.
+
+        What is written into a parameter's `.data` goes unnoticed.
+        """
+        model = self.state.get("server_model")
+        if model is not None and (always or self.written not in (None, self._now())):
+            model.copy_(self.models(self.owned))
+
+    def _now(self) -> list[tuple[int, int]]:
+        found = []
+        for parameter in self.params:
+            found.append((parameter._version, parameter.data_ptr()))
+        return found
+
     def swap(self) -> None:
         """Have the parameters and W, apart from them, change places."""
         shifts = self.as_parameters(self.state["model_shift"])  # views
@@ -249,6 +270,48 @@ def lmo_costs(groups: Sequence[dict]) -> list[int]:
 def entry_counts(groups: Sequence[dict]) -> list[int]:
     """Of every layer; what serving it costs where there is no LMO."""
     return [parameter.numel() for _, _, parameter, _ in named_layers(groups)]
+
+
+def assign(costs: list[int], ranks: int) -> list[int]:
+    """A rank for each layer: by decreasing cost, each to the rank with the least so far (LPT).
+
+    costs: what the LMO of each layer takes, in multiplications.
+    """
+    load, owners = [0] * ranks, [0] * len(costs)
+    for layer in sorted(range(len(costs)), key=lambda layer: -costs[layer]):
+        owner = min(range(ranks), key=load.__getitem__)
+        owners[layer] = owner
+        load[owner] += costs[layer]
+    return owners
+
+
+def owned_layers(assigned: list[int], server: str, ranks: int) -> list[slice]:
+    """The layers of a batch that each rank owns, by placement.
+
+    assigned: the rank that `assign` chose for each layer, in increasing order. `rank0`: rank 0 owns
+    all; `sharded`: as assigned; `replicated`: every rank owns all. Raises ValueError for another
+    name.
+    """
+    if server not in PLACEMENTS:
+        names = ", ".join((AUTO, *PLACEMENTS))
+        raise ValueError(f"server={server!r} is not a placement: choose {names}")
+    layers = len(assigned)
+    if server == "replicated":
+        return [slice(0, layers)] * ranks
+    if server == "rank0":
+        return [slice(0, layers)] + [slice(layers, layers)] * (ranks - 1)
+    bounds = [sum(owner < rank for owner in assigned) for rank in range(ranks + 1)]
+    return [slice(*bounds[rank : rank + 2]) for rank in range(ranks)]
+
+
+def cut(sizes: list[int], parts: int) -> list[range]:
+    """Cut a sequence into at most `parts` runs, each with about the same sum of sizes."""
+    ends, total, done = [], sum(sizes), 0
+    for place, size in enumerate(sizes, 1):
+        done += size
+        if done * parts >= total * (len(ends) + 1):
+            ends.append(place)
+    return [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def form_batches(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ef21_muon.communicating import Communicating, together
-from ef21_muon.guards import in_step, overflowed
+from ef21_muon.guards import evaluate, in_step, overflowed
 from ef21_muon.inner import Wrapped
 from ef21_muon.layers import (
     FEEDBACK,
@@ -21,8 +21,12 @@ from ef21_muon.layers import (
     in_buckets,
     mark,
 )
-from ef21_muon.messages.compressors import Identity
-from ef21_muon.messages.senders import add_mean_over_senders, require_marks
+from ef21_muon.messages.compressors import (
+    Compressor,
+    Identity,
+    add_mean_over_senders,
+    require_marks,
+)
 from ef21_muon.settings import (
     OUTER_NUMBERS,
     Compressors,
@@ -34,10 +38,9 @@ from ef21_muon.settings import (
     whole_number,
 )
 from ef21_muon.transport.fixed import ALONE, Transport, run
+from ef21_muon.transport.host import require_host
 from ef21_muon.transport.mesh import WorkerMesh
 from ef21_muon.transport.schedule import Rounds, Turns
-
-SHARED = ("model_shift", "server_momentum")  # the tables that all workers of a fleet hold alike
 
 
 class LocalSteps(Communicating):
@@ -63,10 +66,7 @@ class LocalSteps(Communicating):
     "ef21", R_j = C_j(W - x_j - G_j), G_j = G_j + R_j, g = g + mean of R_j; or "none". `server` and
     `buckets` are as in EF21Muon. mean: "all" as above, or with sparse messages "senders", where g
     has of every entry the mean over the workers that have sent it (SparseLoCo), 0 where none has.
-    Of messages that have all entries both are the same.
-
-    buffers: the model, whose floating-point buffers, as the running statistics of BatchNorm, become
-    the mean of all workers' in every round, and within `agreed()` are those of the last one.
+    buffers: as in EF21Muon, in every round; within `agreed()` they are those of the last one.
 
     With `stagger` every batch of layers has a turn of its own in the round, so that a link is used
     evenly, and with `delay` a message travels for as many steps each way while the training goes on
@@ -128,18 +128,13 @@ class LocalSteps(Communicating):
             server = transport.require_options(
                 server=server, stagger=stagger, delay=delay, feedback=feedback, buffers=buffers
             )
+        place = {"process_group": process_group, "mesh": mesh, "transport": transport}
         with together(mesh):
             self.wrapped = Wrapped(inner)
             self.inner = self.wrapped.optimizers
-            super().__init__(
-                self.wrapped.param_groups,
-                {},
-                seed=seed,
-                process_group=process_group,
-                mesh=mesh,
-                transport=transport,
-                buffers=buffers,
-            )
+            super().__init__(self.wrapped.param_groups, {}, seed=seed, buffers=buffers, **place)
+            if delay and self.ranks > 1:
+                require_host(self.process_group, self.device, f"delay={delay}")
             self.rules = self.wrapped.take(self, w2s or Identity(), s2w or Identity())
             batches = self.new_batches(server, entry_counts(self.rules))
             for batch in batches:
@@ -178,6 +173,20 @@ class LocalSteps(Communicating):
         if self.turns.ways == 2:
             batch.keep("server_message", message.new_zeros(served, batch.down.size))
 
+    def exchange_compressor(self, w2s: Compressor, group: str | None = None) -> None:
+        if self.transport.heals:
+            raise ValueError("a compressor is not exchanged in a fleet: begin another run with it")
+        if self.stagger and self.rounds.of(self.steps)[1]:
+            raise ValueError(
+                f"a compressor is not exchanged after step {self.steps}, in a round in which some "
+                "layers were sent: do so after its last step"
+            )
+        if self.mean == "senders" and isinstance(w2s, Compressor):
+            for batch in self.batches:
+                require_marks(w2s.fit(*batch.shape), *batch.shape)
+        super().exchange_compressor(w2s, group)
+        self.turns = Turns(self.buckets, self.rounds, self.delay, self.stagger)
+
     @property
     def under_way(self) -> list[Batch]:
         """The batches whose messages have not come to the servers."""
@@ -187,20 +196,17 @@ class LocalSteps(Communicating):
     def step(self, closure: Callable | None = None):
         """A step of the inner optimizer, and what is due after it of a round."""
         self.require_own_parameters("step()")
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluate(closure)
         with in_step(self):
             self.guards.before_step(self)
             if not self.mesh:
                 self.wrapped.require_a_gradient()
-            self._take_over()
             # A worker whose gradient overflowed does without this step; its own ranks do alike.
             does_without = overflowed(self, self.mesh.worker if self.mesh else ALONE)
             self.timer.phase("exchange")
             if self.mesh:
                 self.mesh.reduce_gradients()
+            self._take_over()
             self.timer.phase("server")
             if not does_without:
                 self.wrapped.step()
@@ -352,12 +358,12 @@ class LocalSteps(Communicating):
 
     @torch.no_grad()
     def _swap(self) -> None:
+        if self.mesh:
+            self.mesh.gather_parameters()
         if not self._swapped:
             self._take_over()
             self.wrapped.take_over()
         self._swapped = not self._swapped
-        if self.mesh:
-            self.mesh.gather_parameters()
         for batch in self.batches:
             batch.swap()
         self.buffers.swap()
@@ -381,23 +387,6 @@ class LocalSteps(Communicating):
             mark(batch.broken_at, ~norms.isfinite(), self.steps or 1)
         super().check_finite()
 
-    def shared_tensors(self) -> list[Tensor]:
-        """What all workers of a fleet hold alike: W and V of every batch."""
-        self.require_own_parameters("what workers share")
-        return [b.state[name] for b in self.batches for name in SHARED if name in b.state]
-
-    @torch.no_grad()
-    def take_shared(self, tensors: Sequence[Tensor], steps: int) -> None:
-        """Go on from the W, the V and the steps of others, with nothing left to send."""
-        for table, new in zip(self.shared_tensors(), tensors, strict=True):
-            table.copy_(new)
-        for batch in self.batches:
-            if batch.up.memory is not None:
-                batch.up.memory.zero_()
-            torch._foreach_copy_(batch.params, batch.as_parameters(batch.state["model_shift"]))
-        super().go_on_after(steps)  # the round goes on in which they were taken
-        self.last_sync = steps
-
     @torch.no_grad()
     def meet(self, from_workers: list[list[Tensor]]) -> None:
         """Take a round's messages, per batch, which has none of this worker's."""
@@ -408,7 +397,3 @@ class LocalSteps(Communicating):
         super().go_on_after(steps)
         self.last_sync = steps
         self.turns.drop()
-
-    def __setstate__(self, values: dict) -> None:
-        super().__setstate__(values)
-        self.wrapped.guard(self)

@@ -31,6 +31,8 @@ from ef21_muon.settings import (
 from ef21_muon.transport.fixed import Transport, run
 from ef21_muon.transport.mesh import WorkerMesh
 
+GAMMA = {"gamma": ("of at least 0", lambda gamma: gamma >= 0)}
+
 
 class EF21Muon(Communicating):
     """Muon, Scion and Gluon on workers that send each other compressed messages.
@@ -52,9 +54,8 @@ class EF21Muon(Communicating):
 
         optimizer = EF21Muon(param_groups(model, "scion"), lr=0.02, w2s=RankK(0.15, "natural"))
 
-    Gradients are local: do not wrap the model in DistributedDataParallel. With an initialised
-    process group every rank is a worker; without one there is a single worker, nothing is sent and
-    the mathematics is the same.
+    Gradients are local: do not wrap the model in DistributedDataParallel. Every rank of an
+    initialised process group is a worker; without one there is a single one, and nothing is sent.
 
     params: parameters, (name, parameter) pairs, or groups, which may have entries of their own from
     the first list. A parameter of n entries in one dimension is an (n, 1) matrix, one of more than
@@ -89,7 +90,7 @@ class EF21Muon(Communicating):
         momentum_start: the first M_j is the "gradient", or with "zero" beta times it (Muon, Scion).
         first_message: "compressed", so that no gradient is ever sent whole, or "exact", so that
             G_j is M_j at first, as the L-smooth theorem has it, in float32.
-        server: where the servers are (`ef21_muon.transport.placement`); "auto" is where messages
+        server: where the servers are (`ef21_muon.layers`); "auto" is where messages
             and LMOs of the busiest rank take the least time (`ef21_muon.transport.load`), but not
             "replicated" where ranks compute other bits (`ef21_muon.arithmetic`). Numbers are the
             same for any choice.
@@ -163,26 +164,14 @@ class EF21Muon(Communicating):
         self.feedback = choice("feedback", feedback, FEEDBACK)
         self.lmo = choice("lmo", lmo, ("servers", "workers"))
         self.momentum = choice("momentum", momentum, ("polyak", *PARTS))
-        self.gamma = check_number("gamma", gamma, {"gamma": ("of at least 0", lambda g: g >= 0)})
-        self.correction = None if momentum == "polyak" else Correction(momentum, self.gamma)
+        self.gamma = check_number("gamma", gamma, GAMMA)
+        self.correction = _correction(momentum, self.gamma, mesh)
         self.momentum_start = choice("momentum_start", momentum_start, ("gradient", "zero"))
         self.first_message = choice("first_message", first_message, ("compressed", "exact"))
-        if mesh and self.correction:
-            raise ValueError(
-                f"momentum={momentum!r} is not allowed with workers of several ranks, of which "
-                "each has a part of W: leave it at 'polyak', or give every worker one rank"
-            )
+        place = {"process_group": process_group, "mesh": mesh, "transport": transport}
         with together(mesh):
-            super().__init__(
-                mesh.share(params) if mesh else params,
-                defaults,
-                seed=seed,
-                process_group=process_group,
-                mesh=mesh,
-                transport=transport,
-                missing=missing,
-                buffers=buffers,
-            )
+            params = mesh.share(params) if mesh else params
+            super().__init__(params, defaults, seed=seed, missing=missing, buffers=buffers, **place)
             self.rules = self.param_groups
             refuse_unused_decays(self.param_groups, feedback)
             batches = self.new_batches(server, lmo_costs(self.param_groups), self._steps_of_all)
@@ -216,13 +205,17 @@ class EF21Muon(Communicating):
             batch.keep("server_model", batch.models(batch.owned).float())
         if group["lmo_feedback"]:
             batch.keep("server_lmo_error")
-        batch.versions = versions(batch)
+        batch.note()
 
     def _choose_compressors(self) -> None:
         """For the next messages: the first may be sent exactly."""
         for batch in self.batches if self.first_message == "exact" else ():
             rule = Identity() if self.steps == 0 else self.param_groups[batch.group]["w2s"]
             batch.up.use(rule)
+
+    def exchange_compressor(self, w2s: Compressor, group: str | None = None) -> None:
+        super().exchange_compressor(w2s, group)
+        self._choose_compressors()
 
     def _steps_of_all(self, server: str) -> Results:
         """What every rank computes for itself: where all serve, the steps of servers."""
@@ -247,15 +240,15 @@ class EF21Muon(Communicating):
             self.timer.phase("exchange")
             self.mesh.reduce_gradients()
         for batch in self.batches:
-            if batch.versions is not None and batch.versions != versions(batch):
-                take_over(batch)
+            batch.take_over()
         run(map(self._round, self.buckets), self.timer)
         for batch in self.batches:
-            batch.versions = versions(batch)
-        self.timer.phase("exchange")
+            batch.note()
         if self.buffers.shared:
+            self.timer.phase("exchange")
             self.average_buffers()
         if self.mesh:
+            self.timer.phase("exchange")
             self.mesh.share_parameters()
 
     def _round(self, batches: Sequence[Batch]) -> Generator:
@@ -356,43 +349,35 @@ class EF21Muon(Communicating):
         super().go_on_after(steps)
         self._choose_compressors()
         for batch in self.batches:
-            batch.versions = None  # any W is the one that X goes with
+            batch.written = None  # any W is the one that X goes with
 
     @torch.no_grad()
     def take_over(self, changed: bool = True) -> None:
         """X = W where somebody else has `changed` W; what is changed from here on is noticed."""
         for batch in self.batches:
-            if changed and batch.versions is not None and batch.versions != versions(batch):
-                take_over(batch)
-            batch.versions = versions(batch)
+            if changed:
+                batch.take_over()
+            batch.note()
 
     @torch.no_grad()
     def begin_anew(self) -> None:
         """Forget all but the parameters, as if built from them now; steps count on."""
         self.begun = False
         for batch in self.batches:
-            for table in batch.state.values():
-                table.zero_()
-            take_over(batch)
-            batch.versions = versions(batch)
+            torch._foreach_zero_([*batch.state.values()])
+            batch.take_over(always=True)
+            batch.note()
 
 
-def versions(batch: Batch) -> list[tuple[int, int]]:
-    """Of every parameter how often it was written, and where it is.
-
-    Others than after the last step tell that somebody else has changed W, as a model's
-    load_state_dict does; what is written into a parameter's `.data` goes unnoticed.
-    """
-    found = []
-    for parameter in batch.params:
-        found.append((parameter._version, parameter.data_ptr()))
-    return found
-
-
-def take_over(batch: Batch) -> None:
-    """X = W."""
-    if (model := batch.state.get("server_model")) is not None:
-        model.copy_(batch.models(batch.owned))
+def _correction(momentum: str, gamma: float, mesh: WorkerMesh | None) -> Correction | None:
+    if momentum == "polyak":
+        return None
+    if mesh:
+        raise ValueError(
+            f"momentum={momentum!r} is not allowed with workers of several ranks, of which each has"
+            " a part of W: leave it at 'polyak', or give every worker one rank"
+        )
+    return Correction(momentum, gamma)
 
 
 def _lr(batch: Batch, group: dict) -> float | Tensor:

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
+from baselines import Muon
 from ef21_muon import ALONE, EF21Muon, LocalSteps
 from ef21_muon.communicating import Communicating
 from ef21_muon.transport.fixed import Transport
@@ -79,7 +80,7 @@ def _build_inner(
 
 def stepped_by(method: type, group: dict) -> dict:
     """Of a group what an optimizer that sends nothing by itself takes: no compressors."""
-    rule = ("norm", "radius", "lmo_feedback") if issubclass(method, EF21Muon) else ()
+    rule = ("norm", "radius", "lmo_feedback") if issubclass(method, EF21Muon | Muon) else ()
     return {entry: group[entry] for entry in ("name", "params", *rule) if entry in group}
 
 

@@ -7,9 +7,9 @@ from omegaconf import DictConfig
 
 from ef21_muon import ALONE, EF21Muon, LocalSteps
 from ef21_muon.communicating import Communicating
+from ef21_muon.layers import AUTO
 from ef21_muon.transport.fixed import Transport
 from ef21_muon.transport.load import MULTIPLICATIONS_PER_BYTE, dry_round
-from ef21_muon.transport.placement import AUTO
 from model import GPT
 from training.config import build
 from training.links import LINKS
@@ -24,7 +24,7 @@ from training.workers import RunError
 SLOWEST = next(iter(LINKS))
 WEIGHED = (
     "server=auto weighs both: a byte takes as long as {cpu:,} multiplications of a CPU, or "
-    "{cuda:,} of a GPU (at 1 Gbit/s)"
+    "{cuda:,} of a GPU (at 100 Mbit/s)"
 ).format(**MULTIPLICATIONS_PER_BYTE)
 
 

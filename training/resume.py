@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ef21_muon import LocalSteps
-from ef21_muon.communicating import Communicating
+from ef21_muon.layers import SERVER
 from ef21_muon.transport.shards import local
 from training.checkpoint import (
     PARTIAL,
@@ -27,8 +27,6 @@ from training.local_steps import inner_tensors
 from training.records import LOG_NAME
 from training.schedule import new_scheduler
 from training.workers import RunError
-
-SERVER = "server_"  # what the names of a server's state begin with
 
 
 def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
@@ -206,8 +204,7 @@ def _generator_states(run) -> dict[str, Tensor]:
 def _continue(run, facts: dict) -> None:
     """Counters, schedule and times of the checkpoint."""
     position = {"received_bytes": _received(facts)} | facts["position"]
-    if isinstance(run.optimizer, Communicating):
-        run.optimizer.go_on_after(position["step"])
+    run.optimizer.go_on_after(position["step"])
     if comes_and_goes(run.config):
         run.members.fleet.load_state(facts["fleet"])
     run.progress.go_on(facts)

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import torch
 from omegaconf import DictConfig
 
 from ef21_muon import EF21Muon
@@ -38,4 +39,5 @@ def costs_of(method: partial, groups: list[dict]) -> list[int]:
 
 def loads_by_placement(method: partial, groups: list[dict], workers: int) -> dict[str, Load]:
     """What the busiest rank has to do in a round; first the placement that auto takes."""
-    return loads(groups, costs_of(method, groups), workers)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # that a run here would be on
+    return loads(groups, costs_of(method, groups), workers, device)

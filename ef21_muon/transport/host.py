@@ -26,6 +26,20 @@ def sends_from_host(group: dist.ProcessGroup | None, device: torch.device) -> bo
     return device.type == "cuda" and "cuda:gloo" in dist.get_backend_config(group)
 
 
+def sends_by_nccl(group: dist.ProcessGroup | None, device: torch.device) -> bool:
+    """Whether NCCL sends tensors of the device: by kernels of its own, which wait on the device."""
+    return device.type == "cuda" and "cuda:nccl" in dist.get_backend_config(group)
+
+
+def require_host(group: dist.ProcessGroup | None, device: torch.device, given: str) -> None:
+    """Raise ValueError for messages that travel while the device computes, and by NCCL."""
+    if sends_by_nccl(group, device):
+        raise ValueError(
+            f"{given} is not allowed with NCCL, whose kernels would hold the GPU until messages "
+            "come: give a process group of gloo, which sends from the host"
+        )
+
+
 def start_from_host(
     send: Send, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]
 ) -> tuple[Callable[[], list[dist.Work]], Callable[[], None]]:

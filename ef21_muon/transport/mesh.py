@@ -21,10 +21,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
-from ef21_muon.layers import Layer
+from ef21_muon.layers import Layer, assign
 from ef21_muon.transport.clipping import clip
 from ef21_muon.transport.fixed import wait
-from ef21_muon.transport.placement import assign
 from ef21_muon.transport.shards import is_sharded, local, require_shards
 
 DIMENSIONS = ("worker", "rank")
@@ -246,11 +245,15 @@ class WorkerMesh:
         """What this rank steps of sharded layers, as the shards are.
 
         Sent only where somebody has written to a shard of this worker since. What is written into a
-        parameter's `.data` goes unnoticed.
+        parameter's `.data`, or into `detach()` of a sharded one, goes unnoticed until `forget`.
         """
         if self.sharded and self.total(int(self._written != (now := self._writes())))[0]:
             self._to_owners(lambda parameter: parameter, self.own)
             self._written = now
+
+    def forget(self) -> None:
+        """Gather next time, whoever has written what, as after a state was loaded."""
+        self._written = []
 
     @torch.no_grad()
     def share_parameters(self) -> None:

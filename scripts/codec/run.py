@@ -82,7 +82,7 @@ def momentum_difference(config: DictConfig) -> list[Tensor]:
     for batch in optimizer.batches:
         gradient = torch.stack(batch.matrices(parameter.grad for parameter in batch.params))
         beta = optimizer.param_groups[batch.group]["beta"]
-        differences.append(batch.momentum.lerp(gradient, beta) - batch.gradient_estimate)
+        differences.append(batch.state["momentum"].lerp(gradient, beta) - batch.up.memory)
     return differences
 
 

@@ -106,7 +106,7 @@ def measure_method(
     """An optimizer's step with the gradients that are there, and the state that it keeps."""
     before = device.allocated()
     optimizer = new()
-    timer = getattr(optimizer, "timer", PhaseTimer())
+    timer = getattr(optimizer, "timer", PhaseTimer(device.device))
     gradients()
     numbers = measure(device, optimizer.step, timer, steps)
     del timer
@@ -121,7 +121,7 @@ def measure_all(config: DictConfig, overrides: list[str], steps: int, tell: Call
     compiled = torch.compile(model) if device.on_cuda else model
     shape = config.batch.per_forward, model.config.context
     tokens = torch.randint(model.config.vocab_size, (2, *shape), device=device.device)
-    timer = PhaseTimer()
+    timer = PhaseTimer(device.device)
 
     def forward_backward() -> None:
         model.zero_grad()

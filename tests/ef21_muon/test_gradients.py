@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from baselines import DeMo, Dion, SignMuon
-from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps, TopK
+from baselines import DeMo, Dion
+from ef21_muon import ALONE, AveragedGradients, Dense, EF21Muon, LocalSteps, TopK
 
 METHODS = {
     "ef21_muon": lambda p, **options: EF21Muon(p, lr=0.1, w2s=TopK(0.5), **options),
     "corrected": lambda p, **options: EF21Muon(p, lr=0.1, momentum="mvr", **options),
-    "sign": lambda p, **options: SignMuon(p, lr=0.1, **options),
+    "sign": lambda p, **options: EF21Muon(
+        p, lr=0.1, lmo="workers", feedback="none", w2s=Dense("sign@message"), **options
+    ),
     "averaged": lambda p, **options: AveragedGradients(torch.optim.SGD(p, lr=0.1), **options),
     "local": lambda p, **options: LocalSteps(
         EF21Muon(p, lr=0.1, process_group=ALONE, **options), every=2

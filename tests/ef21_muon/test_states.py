@@ -9,7 +9,7 @@ import torch
 from one_layer import everything, layer, take_steps
 from torch import nn
 
-from baselines import DeMo, Dion, SignMuon
+from baselines import DeMo, Dion
 from ef21_muon import (
     ALONE,
     AdaptiveRadius,
@@ -29,7 +29,7 @@ MAKE = {
     "local": lambda p: LocalSteps(EF21Muon(p, process_group=ALONE), every=3, w2s=TopK(0.2)),
     "dion": lambda p: Dion([{"name": "hidden", "params": p}]),
     "demo": lambda p: DeMo([{"name": "hidden", "params": p}]),
-    "sign_muon": lambda p: SignMuon(p, feedback="ef21"),
+    "sign_muon": lambda p: EF21Muon(p, lmo="workers", w2s=Dense("sign@message")),
 }
 
 
@@ -65,7 +65,7 @@ def test_the_state_of_anything_else_is_refused_before_anything_changes(name, of)
         return
     optimizer = trained(name, steps=1)
     before = tensors(optimizer)
-    with pytest.raises(ValueError, match=r"^the state is of (method|feedback|w2s|s2w) "):
+    with pytest.raises(ValueError, match=r"^the state is of (method|feedback|lmo|w2s|s2w) "):
         optimizer.load_state_dict(trained(of).state_dict())
     assert optimizer.steps == 1 and all(map(torch.equal, before, tensors(optimizer)))
 

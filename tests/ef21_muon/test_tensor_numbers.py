@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from baselines import DeMo, Dion, SignMuon
+from baselines import DeMo, Dion
 from ef21_muon import (
     ALONE,
     AdaptiveRadius,
     AveragedGradients,
+    Dense,
     EF21Muon,
     LocalSteps,
     RankK,
@@ -53,7 +54,9 @@ METHODS = {
     "feedback": lambda p, lr: EF21Muon(p, lr=lr, lmo_feedback=True),
     "adaptive": lambda p, lr: EF21Muon(p, lr=lr, norm=Sign(), radius=AdaptiveRadius(0.5, 1)),
     "corrected": lambda p, lr: EF21Muon(p, lr=lr, momentum="mvr"),
-    "sign": lambda p, lr: SignMuon(p, lr=lr),
+    "sign": lambda p, lr: EF21Muon(
+        p, lr=lr, lmo="workers", feedback="none", w2s=Dense("sign@message")
+    ),
     "local": local,
     "averaged": lambda p, lr: AveragedGradients(torch.optim.AdamW(p, lr=lr)),
     "dion": lambda p, lr: Dion(p, lr=lr),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
+from silent import Silent
 
 from model import GPT, GPTConfig
 from training.config import compose, what_matters
@@ -10,13 +11,6 @@ from training.passes import Passes
 from training.workers import RunError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
-
-
-class Silent:
-    """The part of an optimizer that passes need."""
-
-    def timer(self, phase):
-        return torch.autograd.profiler.record_function(phase)
 
 
 def passes_of(precision="auto", compiled=False, device="cpu"):

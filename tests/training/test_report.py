@@ -98,8 +98,10 @@ def test_a_label_tells_what_all_ranks_of_a_worker_send():
         EF21Muon([{"name": name, "params": [torch.zeros(size, size)], **entries}], w2s=top)
         for name, size, entries in (("hidden", 128, {}), ("hidden", 8, {}), ("embedding", 8, own))
     )
-    lists = []
-    for one in (second, third):
-        run_label(one, lambda own: lists.append(own) or [own])
+    of_others = [], []  # what each has brought, call by call
+    for one, brought in zip((second, third), of_others, strict=True):
+        run_label(one, lambda own, brought=brought: brought.append(own) or [own])
     assert run_label(first) == "dense sign"
-    assert run_label(first, lambda own: [own, *lists]) == "top 30% sign, embedding top 20%"
+    calls = zip(*of_others, strict=True)
+    label = run_label(first, lambda own: [own, *next(calls)])
+    assert label == "top 30% sign, embedding top 20%"

@@ -1,12 +1,15 @@
 """Messages by way of the host's memory; see tests/support/workers/host_exchange.py."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from run import torchrun
 from workers.host_exchange import CASES
 
-from ef21_muon.transport.host import sends_from_host, start_from_host
+from ef21_muon.transport.host import require_host, sends_from_host, start_from_host
 
 on_gpu = pytest.param("cuda", marks=pytest.mark.cuda)
 
@@ -73,3 +76,18 @@ def test_an_error_of_sending_is_raised_where_the_message_is_waited_for():
 
 def test_what_is_on_the_cpu_is_sent_from_there():
     assert not sends_from_host(None, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "refused"),
+    [
+        ("cpu:gloo,cuda:nccl", "cuda", True),
+        ("cpu:gloo,cuda:gloo", "cuda", False),
+        ("cpu:gloo,cuda:nccl", "cpu", False),
+    ],
+)
+def test_messages_under_way_are_not_for_nccl(monkeypatch, config, device, refused):
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
+    told = pytest.raises(ValueError, match=r"^delay=1 is not allowed with NCCL, .*: give a process")
+    with told if refused else nullcontext():
+        require_host(None, torch.device(device), "delay=1")

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from ef21_muon.exchange.shards import local
+from silent import Silent
 from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.distributed_c10d import _world
 from torch.profiler import ProfilerActivity, profile
 
+from ef21_muon.transport.shards import local
 from model import GPT, GPTConfig
 from scripts.step124m.allocations import Allocations, record_function
 from training.groups import groups_of_a_job
 from training.passes import Passes
-from training.sharding import shard
+from training.sharding import new_worker_mesh, shard
 from training.weights import draw_weights
 from training.workers import Workers
 
@@ -28,18 +29,11 @@ LARGE = GPTConfig(layers=8, width=256, heads=2, context=64, vocab_size=512)
 SEED = 3
 
 
-class Silent:
-    """The part of an optimizer that passes need."""
-
-    def timer(self, phase):
-        return nullcontext()
-
-
 def new_model(config: GPTConfig, workers: Workers, sharded: bool = True) -> GPT:
     with torch.device("meta"):
         model = GPT(config)
     if sharded:
-        shard(model, workers.count, workers)
+        shard(model, new_worker_mesh(workers.count, workers))
     draw_weights(model, SEED, workers)
     return model
 

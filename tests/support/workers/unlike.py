@@ -31,7 +31,7 @@ from ef21_muon import (
     TopSingular,
 )
 from ef21_muon.messages.compressors import numbers
-from ef21_muon.transport.fingerprint import fingerprint
+from ef21_muon.transport.agreement import fingerprint
 
 FORMATS = (
     *("float32", "bfloat16", "natural", "natural4@message", "int2", "int8@128", "normal1"),
@@ -68,7 +68,7 @@ def averaged(parameters, **options):
 class Unseen(EF21Muon):
     """Other bits are not seen before the first step, as those of a user's own compressor."""
 
-    def _recomputed(self, groups, server):
+    def _steps_of_all(self, server):
         return iter(())
 
 

@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ef21_muon import EF21Muon, Euclidean, Identity, Spectral, TopK, param_groups
-from ef21_muon.layers import lmo_costs
+from ef21_muon.layers import PLACEMENTS, assign, cut, lmo_costs, owned_layers
 from ef21_muon.transport.load import MULTIPLICATIONS_PER_BYTE, Load, dry_round, loads
-from ef21_muon.transport.placement import PLACEMENTS, assign, cut, owned_layers
 from model import GPT
 from training.config import build, compose
 
