@@ -183,7 +183,9 @@ def pack(codes: Tensor, width: int) -> Tensor:
     Their low bytes, then the next ones, and at last eight by eight what is left of them.
     """
     (rows, count), (planes, rest) = codes.shape, divmod(width, 8)
-    parts = [(codes >> 8 * plane & 0xFF).to(torch.uint8) for plane in range(planes)]
+    parts = []
+    for plane in range(planes):
+        parts.append((codes >> 8 * plane & 0xFF).to(torch.uint8))
     if rest or not planes:
         eights = codes.new_zeros(rows, (count + 7) // 8, 8, dtype=torch.uint8)
         eights.flatten(1)[:, :count] = codes >> 8 * planes if planes else codes
