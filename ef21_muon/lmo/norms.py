@@ -20,9 +20,9 @@ from ef21_muon.lmo.newton_schulz import POLYNOMIALS, length, newton_schulz, unit
 class Norm:
     """A norm on matrices of d_out rows and d_in columns.
 
-    scaling: a name in `scalings`, by default the first; ValueError otherwise. A norm of your own
-    gives `aligned` and `dual_norm` (or `lmo` and `dual`), and `cost` if it is not `cost_per_entry`
-    times the entries.
+    scaling: a name in `scalings`, by default the first. For s = 1 a norm of your own has
+    `aligned(G)`, a new tensor with the maximiser of <G, Z> over the unit ball, and `dual_norm(G)`;
+    and `cost` if it is not `cost_per_entry` times the entries.
     """
 
     scalings: ClassVar = {"none": lambda d_out, d_in: 1.0}
@@ -67,14 +67,6 @@ class Norm:
     def cost(self, d_out: int, d_in: int) -> int:
         """Multiplications that `lmo` takes for one matrix, for balancing servers."""
         return self.cost_per_entry * d_out * d_in
-
-    def aligned(self, gradient: Tensor) -> Tensor:
-        """argmax of <gradient, Z> over the unit ball for s = 1, as a new tensor."""
-        raise NotImplementedError
-
-    def dual_norm(self, gradient: Tensor) -> Tensor:
-        """The dual norm for s = 1."""
-        raise NotImplementedError
 
     def scale(self, d_out: int, d_in: int) -> float:
         return self.scalings[self.scaling](d_out, d_in)
@@ -314,12 +306,12 @@ class Blocks(Norm):
 class AdaptiveRadius:
     """Gluon's layer-wise radius t_i = ||G_i||_* / (l0 + l1 ||G_i||_*) (arXiv:2505.13416).
 
-    l0, l1: at least 0, not both 0; ValueError otherwise. With l1 = 0 it is gamma ||G||_*, the step
-    of the L-smooth theorem of arXiv:2510.00643, with gamma = 1 / l0.
+    l0, l1: at least 0, not both 0. With l1 = 0 it is gamma ||G||_*, the step of the L-smooth
+    theorem of arXiv:2510.00643, with gamma = 1 / l0.
     """
 
     def __init__(self, l0: float, l1: float):
-        for name, value in (("l0", l0), ("l1", l1)):
+        for name, value in {"l0": l0, "l1": l1}.items():
             if not (isinstance(value, Real) and isfinite(value) and value >= 0):
                 raise ValueError(f"AdaptiveRadius got {name}={value}: give a number of at least 0")
         if l0 == l1 == 0:

@@ -82,8 +82,8 @@ class Compressor(Codec):
 
     def fit(self, m: int, n: int) -> "Compressor":
         """The compressor to use for m x n matrices: dense where this one would save no byte."""
-        dense = Dense(self.values)
-        return self if self.payload_bytes(m, n) < dense.payload_bytes(m, n) else dense
+        saves = self.payload_bytes(m, n) < self.values.payload_bytes(m, n)
+        return self if saves or isinstance(self, Dense) else Dense(self.values)
 
     def title(self) -> str:
         """What is kept, as figures and tables name it."""
@@ -118,9 +118,6 @@ class Dense(Compressor):
 
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
         return self.values.decode(payload, m, n)
-
-    def fit(self, m: int, n: int) -> Compressor:
-        return self
 
 
 class Identity(Dense):
