@@ -1,4 +1,4 @@
-"""Parameter groups for EF21Muon by what parameters are: roles, and a norm and a radius for each.
+"""Parameter groups for EF21Muon: roles of parameters, and a norm and a radius for each.
 
 Roles are "hidden" (weights of linear and convolutional layers), "embedding" (tables and output
 heads, tied or not) and "vector" (biases, gains). configs/norm has the same presets for Hydra.

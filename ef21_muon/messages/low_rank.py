@@ -29,8 +29,8 @@ class RankK(Fraction):
 
         alpha = 1 - (sqrt(1 - c) + d sqrt(c))^2,  1 + d = (1 + sqrt(omega_P)) (1 + sqrt(omega_Q)),
 
-    with c at least d^2 / (1 + d^2), where this is worst. Below 0 it promises nothing. Formats with
-    a scale keep these promises with a scale per row.
+    with c at least d^2 / (1 + d^2), where this is worst. Below 0, and for a scale per message, it
+    promises nothing.
     """
 
     kind = "rank"
