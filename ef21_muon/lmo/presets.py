@@ -96,10 +96,8 @@ def param_groups(
     for parameter, role in found.items():
         name = layers.names[parameter][0]
         if role not in rules:
-            known = ", ".join(rules)
-            raise ValueError(
-                f"the role {role!r} of {name} has no rule in the preset: it has {known}"
-            )
+            given = f"the role {role!r} of {name} has no rule in the preset"
+            raise ValueError(f"{given}: it has {', '.join(rules)}")
         exact = {"w2s": Identity(), "s2w": Identity()} if role == "vector" else {}
         new = {"name": role, "params": [], **exact, **rules[role]}
         if parameter in turned:
@@ -154,8 +152,7 @@ class _Layers:
 
     def roles(self, patterns: Mapping[str, str]) -> dict[Tensor, str]:
         """The role of every parameter, by `patterns` for its names first, then by type."""
-        by_type = self.roles_by_type()
-        given = {}
+        by_type, given = self.roles_by_type(), {}
         for pattern, role in patterns.items():
             matching = self.matching(pattern, "roles")
             new = [p for p in matching if p not in given]
@@ -193,11 +190,8 @@ class _Layers:
         gains = {gain for norm in norms for gain in norm.parameters(recurse=False)}
         vectors = gains | {parameter for parameter in self.names if parameter.ndim < 2}
         found = dict.fromkeys(self.names)  # to the last role of these
-        for role, kind in (
-            ("hidden", hidden),
-            ("embedding", {*tables, *heads}),
-            ("vector", vectors),
-        ):
+        kinds = {"hidden": hidden, "embedding": {*tables, *heads}, "vector": vectors}
+        for role, kind in kinds.items():
             found |= {parameter: role for parameter in self.names if parameter in kind}
         return found
 

@@ -91,13 +91,10 @@ class Dense(Compressor):
     """Every entry is kept; alpha = 1 - omega. `Dense("natural")` is the Natural compressor."""
 
     sends_all = True
+    lossless = property(lambda self: isinstance(self.values, Float32))
 
     def title(self) -> str:
         return "identity" if self.lossless else "dense"
-
-    @property
-    def lossless(self) -> bool:
-        return isinstance(self.values, Float32)
 
     def payload_bytes(self, m: int, n: int) -> int:
         return self.values.payload_bytes(m, n)

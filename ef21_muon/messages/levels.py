@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.messages.scaled import Blockwise
-from ef21_muon.messages.values import AT_A_TIME, check, check_bits, pack
+from ef21_muon.messages.values import AT_A_TIME, check, pack
 
 LONGEST = 1 << 16  # entries to rotate together
 NARROW = 32  # entries: of fewer side by side, sums are slow
@@ -29,7 +29,7 @@ class Normal(Blockwise):
     scale_dtype = torch.bfloat16
 
     def __init__(self, bits: int = 4, block: str = "row"):
-        check_bits("normal", bits, 1, 6)
+        check(type(bits) is int and 1 <= bits <= 6, f"normal got bits={bits}", "1 to 6")
         # No part of a rotated block can be left out.
         check(block in ("row", "message"), f"normal got block={block}", "row or message")
         self.width = bits
@@ -83,7 +83,7 @@ class Statistical(Blockwise):
     error = 1.0
 
     def __init__(self, bits: int = 4, block: str = "message", span: float = 6.0):
-        check_bits("statistical", bits, 2, 8)
+        check(type(bits) is int and 2 <= bits <= 8, f"statistical got bits={bits}", "2 to 8")
         check(block in ("row", "message"), f"statistical got block={block}", "row or message")
         positive = isinstance(span, float | int) and 0 < span < inf
         check(positive, f"statistical got span={span}", "a number above 0")

@@ -12,7 +12,6 @@ from ef21_muon.messages.values import (
     at_a_time,
     carry,
     check,
-    check_bits,
     check_length,
     pack,
     packed_bytes,
@@ -159,7 +158,7 @@ class Integer(Blockwise):
     name = "int{.width}"
 
     def __init__(self, bits: int = 8, stochastic: bool = True, block: int | str = "row"):
-        check_bits("int", bits, 2, 8)
+        check(type(bits) is int and 2 <= bits <= 8, f"int got bits={bits}", "2 to 8")
         super().__init__(block)
         self.width, self.levels = bits, 2 ** (bits - 1) - 1
         self.stochastic = self.unbiased = stochastic
@@ -226,7 +225,7 @@ class SmoothnessAware(Values):
     name = "smooth{.integers.width}"
 
     def __init__(self, bits: int = 4, stochastic: bool = True):
-        check_bits("smooth", bits, 2, 8)
+        check(type(bits) is int and 2 <= bits <= 8, f"smooth got bits={bits}", "2 to 8")
         self.integers = Integer(bits, stochastic)
         self.stochastic = self.unbiased = stochastic
 

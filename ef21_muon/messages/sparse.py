@@ -100,8 +100,8 @@ class TopK(Fraction, Entries):
 class RandK(Fraction, Entries):
     """k = fraction m n entries at random positions, from a seed of 9 bytes.
 
-    They are start + i stride modulo m n for i < k, with a uniform start and one of 256 strides
-    coprime to m n, so every entry is kept with probability k / (m n): alpha = (1 - omega) k / (m n).
+    They are start + i stride modulo m n for i < k: a uniform start, and a stride, coprime to m n,
+    out of 256. So every entry is kept with probability k / (m n): alpha = (1 - omega) k / (m n).
     """
 
     kind = "random"

@@ -120,16 +120,10 @@ def check(holds: bool, given: str, allowed: str) -> None:
         raise ValueError(f"{given}: give {allowed}")
 
 
-def check_bits(name: str, bits: int, least: int, most: int) -> None:
-    """Raise ValueError unless a format has a whole number of bits in this range."""
-    whole = type(bits) is int and least <= bits <= most
-    check(whole, f"{name} got bits={bits}", f"{least} to {most}")
-
-
 def check_share(given: str, share: float) -> None:
     """Raise ValueError unless it is a number in (0, 1]."""
-    holds = isinstance(share, Real) and 0 < share <= 1
-    check(holds, f"{given}={share}", "a number above 0, at most 1")
+    number = isinstance(share, Real) and 0 < share <= 1
+    check(number, f"{given}={share}", "a number above 0, at most 1")
 
 
 def at_a_time(messages: Tensor) -> int:
