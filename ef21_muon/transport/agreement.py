@@ -34,7 +34,8 @@ def require_equal_parameters(
     if place_in(group)[1] == 1:
         return
     every = gathered(torch.stack([fingerprint(parameter) for _, parameter in named]), group)
-    for rank, layer in _differing(every):
+    if differs := (every != every[0]).nonzero().tolist():
+        rank, layer = differs[0]
         raise ValueError(
             f"{named[layer][0]} differs between rank 0 and rank {rank}: all workers hold the same "
             f"parameters; {why}"
@@ -52,7 +53,7 @@ def first_difference(
         return None
     digest = torch.tensor([*sha256(str(mine).encode()).digest()], device=device)
     digests = gathered(digest, group)
-    if not _differing(digests):
+    if torch.equal(digests, digests[:1].expand_as(digests)):
         return None
     every = [None] * len(digests)
     dist.all_gather_object(every, mine, group=group)
@@ -67,39 +68,27 @@ def first_difference(
 
 
 def require_equal_settings(
-    mine: dict, device: torch.device, group: dist.ProcessGroup | None
+    mine: dict, device: torch.device, group: dist.ProcessGroup | None, what: str = "optimizer"
 ) -> None:
-    """Raise ValueError, on all ranks, for a setting that differs between them."""
+    """Raise ValueError, on all ranks, for a setting of `what` that differs between them."""
     if found := first_difference(mine, device, group):
         rank, name, first, other = found
         raise ValueError(
             f"{name} is {first} on rank 0 and {other} on rank {rank}: give all workers the same "
-            "optimizer"
+            f"{what}"
         )
 
 
 def require_equal_groups(groups: list[dict], group: dist.ProcessGroup | None) -> None:
-    """Raise ValueError, on all ranks, for a number of a parameter group that differs between them.
-
-    groups: parameter groups, with the same entries on all ranks.
-    """
-    if place_in(group)[1] == 1:
-        return
-    numbers = [
-        (index, name, float(value))
+    """Raise ValueError, on all ranks, for a number of a group that differs between them."""
+    numbers = {
+        f"{name} of group {index}": float(value)
         for index, of_group in enumerate(groups)
         for name, value in sorted((name, plain(value)) for name, value in of_group.items())
         if isinstance(value, int | float)
-    ]
+    }
     device = next(p.device for of_group in groups for p in of_group["params"])
-    mine = torch.tensor([number for *_, number in numbers], dtype=torch.float64, device=device)
-    every = gathered(mine, group)
-    for rank, place in _differing(every):
-        index, name, _ = numbers[place]
-        raise ValueError(
-            f"{name} of group {index} is {every[0][place]:g} on rank 0 and {every[rank][place]:g} "
-            f"on rank {rank}: give all workers the same groups, and schedules"
-        )
+    require_equal_settings(numbers, device, group, "groups, and schedules")
 
 
 def require_mean_estimate(batches, group: dist.ProcessGroup | None) -> None:
@@ -168,8 +157,3 @@ def _weights(device: torch.device) -> Tensor:
     limits = torch.iinfo(torch.int64)
     weights = torch.randint(limits.min, limits.max, (CHUNK,), generator=generator, device="cpu")
     return weights.bitwise_or_(1).to(device)
-
-
-def _differing(every: Tensor) -> list[list[int]]:
-    """Rank and place of what is not as rank 0 has it; every: (ranks, places)."""
-    return (every != every[0]).nonzero().tolist()

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ef21_muon.transport.host import sends_by_nccl, sends_from_host, start_from_host
+from ef21_muon.transport.host import sends_by_nccl, sends_from_host, start_from_host, wait
 
 # Given for a process group, a worker is alone though others run: nothing is sent.
 ALONE = "alone"
@@ -32,19 +32,6 @@ def place_in(group: dist.ProcessGroup | str | None) -> tuple[int, int]:
     if group == ALONE or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
-
-
-def wait(works: Iterable[dist.Work]) -> None:
-    """Wait for all; what torch raises where another rank is gone says so too."""
-    try:
-        for work in works:
-            work.wait()
-    except RuntimeError as error:
-        error.add_note(
-            "another rank has ended, or failed first, while this one waited for its message: look "
-            "at its error, or give every rank as many steps (batches)"
-        )
-        raise
 
 
 def gathered(mine: Tensor, group: dist.ProcessGroup | str | None) -> Tensor:
@@ -269,13 +256,7 @@ class Transport:
 
         if not self._from_host(messages[0]):
             return received, partial(wait, send(outgoing, incoming))
-        works_of, take_up = start_from_host(send, outgoing, incoming)
-
-        def arrive() -> None:
-            wait(works_of())
-            take_up()
-
-        return received, arrive
+        return received, start_from_host(send, outgoing, incoming)
 
     def _from_host(self, message: Tensor) -> bool:
         """Whether a thread sends it; then from rank to rank alone, by no collective of the group.
