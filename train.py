@@ -48,9 +48,7 @@ class Run:
         self.members = members_of(config, workers)
         mesh = None
         if config.worker_size > 1:
-            backend = group and "gloo"
-            device = workers.device.type
-            mesh = new_worker_mesh(config.worker_size, device, workers.timeout, backend)
+            mesh = new_worker_mesh(config.worker_size, workers, from_host=group is not None)
         if config.shard:
             shard(self.raw_model, mesh)
         draw_weights(self.raw_model, config.seed, workers)

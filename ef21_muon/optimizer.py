@@ -213,6 +213,10 @@ class EF21Muon(Communicating):
             rule = Identity() if self.steps == 0 else self.param_groups[batch.group]["w2s"]
             batch.up.use(rule)
 
+    def exchange_compressor(self, w2s: Compressor, group: str | None = None) -> None:
+        super().exchange_compressor(w2s, group)
+        self._choose_compressors()
+
     def _steps_of_all(self, server: str) -> Results:
         """What every rank computes for itself: where all serve, the steps of servers."""
         if server == "replicated" and self.lmo == "servers":

@@ -24,18 +24,8 @@ METHODS = (Communicating, AllReduced)  # what train.py can use
 FEEDBACK = {"ef21": "EF21", "ef14": "EF14", "none": "no feedback"}  # as figures name it
 # What optimizers get from elsewhere than configs/optimizer.
 ELSEWHERE = {
-    *(
-        "params",
-        "norm",
-        "radius",
-        "w2s",
-        "s2w",
-        "seed",
-        "process_group",
-        "mesh",
-        "buffers",
-        "transport",
-    ),
+    *("params", "norm", "radius", "w2s", "s2w", "seed"),
+    *("process_group", "mesh", "buffers", "transport"),
 }
 
 
@@ -79,33 +69,41 @@ def build_optimizer(
     """
     make = build(config.optimizer, "optimizer", _partial_=True)
     _require_arguments(make)
-    carrier = transport(make.func)
-    own = {"transport": carrier} if carrier else {}
     groups = parameter_groups(config, model)
-    place = {"process_group": group, **own}
-    if config.worker_size > 1:
-        if len(parameters := [p for one in groups for _, p in one["params"]]) < config.worker_size:
-            raise RunError(
-                f"worker_size={config.worker_size} leaves ranks without a layer: the model has "
-                f"{len(parameters)}, give at most as many"
-            )
-        place = {"mesh": WorkerMesh(parameters, mesh=mesh), **own}
-    if issubclass(make.func, LocalSteps):
-        with explained("optimizer"):
-            optimizer = build_local_steps(config, make, groups, place)
-        _require_accord(config, optimizer)
-        return optimizer
-    options = dict(place)
-    if not issubclass(make.func, AllReduced):
-        options["seed"] = config.seed
-    if issubclass(make.func, EF21Muon):
-        options |= {"w2s": build(config.w2s, "w2s"), "s2w": build(config.s2w, "s2w")}
+    place = {"transport": carrier} if (carrier := transport(make.func)) else {}
+    if config.worker_size == 1:
+        place["process_group"] = group
     else:
-        groups = [stepped_by(make.func, group) for group in groups]
+        place["mesh"] = _ranks_of_a_worker(config, groups, mesh)
     with explained("optimizer"):
-        optimizer = make(groups, **options)
+        if issubclass(make.func, LocalSteps):
+            optimizer = build_local_steps(config, make, groups, place)
+        else:
+            optimizer = _build_averaging(config, make, groups, place)
     _require_accord(config, optimizer)
     return optimizer
+
+
+def _ranks_of_a_worker(config: DictConfig, groups: list[dict], mesh: DeviceMesh) -> WorkerMesh:
+    parameters = [parameter for group in groups for _, parameter in group["params"]]
+    if len(parameters) < config.worker_size:
+        raise RunError(
+            f"worker_size={config.worker_size} leaves ranks without a layer: the model has "
+            f"{len(parameters)}, give at most as many"
+        )
+    return WorkerMesh(parameters, mesh=mesh)
+
+
+def _build_averaging(
+    config: DictConfig, make: partial, groups: list[dict], place: dict
+) -> torch.optim.Optimizer:
+    """One whose workers average something in every step. make: of it; place: as of local steps."""
+    if issubclass(make.func, AllReduced):
+        return make([stepped_by(make.func, group) for group in groups], **place)
+    if not issubclass(make.func, EF21Muon):
+        return make([stepped_by(make.func, group) for group in groups], seed=config.seed, **place)
+    compressors = {direction: build(config[direction], direction) for direction in ("w2s", "s2w")}
+    return make(groups, **compressors, seed=config.seed, **place)
 
 
 def _require_several_ranks(config: DictConfig, method: type) -> None:

@@ -24,7 +24,7 @@ from training.workers import RunError
 SLOWEST = next(iter(LINKS))
 WEIGHED = (
     "server=auto weighs both: a byte takes as long as {cpu:,} multiplications of a CPU, or "
-    "{cuda:,} of a GPU (at 1 Gbit/s)"
+    "{cuda:,} of a GPU (at 100 Mbit/s)"
 ).format(**MULTIPLICATIONS_PER_BYTE)
 
 

@@ -78,8 +78,11 @@ def _chosen(placements: dict[str, Load]) -> str:
     if not placements:
         return ""
     (_, least), *others = placements.items()
-    told = ", ".join(f"{name} {one.bytes:,}" for name, one in others)
-    return f": the busiest rank moves {least.bytes:,} bytes a round ({told})"
+    told = ", ".join(f"{name} {one.bytes:,} and {one.multiplications:.2g}" for name, one in others)
+    return (
+        f": the busiest ranks move {least.bytes:,} bytes and take {least.multiplications:.2g} "
+        f"multiplications a round ({told})"
+    )
 
 
 def ranks_of_a_worker(optimizer: torch.optim.Optimizer) -> int:

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ef21_muon import LocalSteps
+from ef21_muon.layers import SERVER
 from ef21_muon.transport.shards import local
 from training.checkpoint import (
     PARTIAL,
@@ -26,8 +27,6 @@ from training.local_steps import inner_tensors
 from training.records import LOG_NAME
 from training.schedule import new_scheduler
 from training.workers import RunError
-
-SERVER = "server_"  # what the names of a server's state begin with
 
 
 def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:

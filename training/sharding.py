@@ -1,28 +1,26 @@
 """Workers of several ranks: their mesh, and a model spread over the ranks of each."""
 
-from datetime import timedelta
-
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ef21_muon.transport.mesh import new_mesh
 from model import GPT
-from training.workers import RunError
+from training.workers import RunError, Workers
 
 
-def new_worker_mesh(
-    worker_size: int, device: str, timeout: timedelta | None, backend: str | None
-) -> DeviceMesh:
-    """That of all ranks, `worker_size` of them a worker; backend: of messages between workers.
+def new_worker_mesh(worker_size: int, workers: Workers, from_host: bool = False) -> DeviceMesh:
+    """That of all ranks, `worker_size` of them a worker.
 
-    Raises RunError for workers whose ranks do not add up to all.
+    from_host: whether messages between workers go by gloo, through the host's memory, where those
+    inside of one do not. Raises RunError for workers whose ranks do not add up to all.
     """
     given = f"worker_size={worker_size}"
     if not dist.is_initialized():
         raise RunError(f"{given} needs a process group: use torchrun")
     if dist.get_world_size() % worker_size:
         raise RunError(f"{given} does not divide {dist.get_world_size()} ranks: give a divisor")
-    return new_mesh(worker_size, device, timeout, backend)
+    backend = "gloo" if from_host else None
+    return new_mesh(worker_size, workers.device.type, workers.timeout, backend)
 
 
 def shard(model: GPT, mesh: DeviceMesh) -> None:

@@ -14,6 +14,8 @@ from ef21_muon.inner import beginner
 from ef21_muon.local_steps import LocalSteps
 from ef21_muon.transport.agreement import fingerprint
 
+TABLES = ("model_shift", "server_momentum")  # of a batch's state, that all workers hold alike
+
 
 class Shared:
     """W and the outer momentum V of an optimizer, its steps, and the local steps in W of all.
@@ -36,17 +38,23 @@ class Shared:
     def device(self) -> torch.device:
         return self.optimizer.batches[0].params[0].device
 
+    def tensors(self) -> list[Tensor]:
+        """W and V of every batch."""
+        self.optimizer.require_own_parameters("what workers share")
+        states = [batch.state for batch in self.optimizer.batches]
+        return [state[table] for state in states for table in TABLES if table in state]
+
     def fingerprint(self) -> int:
         """Of all that workers share, and how they are built, an int64. Waits for the device."""
         total = torch.full((), self._digest_of_built, dtype=torch.int64, device=self.device)
-        for tensor in self.optimizer.shared_tensors():
+        for tensor in self.tensors():
             total = total * 6364136223846793005 + fingerprint(tensor)
         return total.item()
 
     def state(self) -> dict:
         """For a worker that comes; its tensors are not copies."""
         counters = {"steps": self.optimizer.steps, "synced_steps": self.synced_steps}
-        tensors = self.optimizer.shared_tensors()
+        tensors = self.tensors()
         return {"built": self.built | self.bits, **counters, "tensors": tensors}
 
     @torch.no_grad()
@@ -67,7 +75,13 @@ class Shared:
                 f"decodes all messages: {INSTEAD}"
             )
         self.synced_steps = state["synced_steps"]
-        self.optimizer.take_shared(state["tensors"], state["steps"])
+        for table, new in zip(self.tensors(), state["tensors"], strict=True):
+            table.copy_(new)
+        for batch in self.optimizer.batches:
+            if batch.up.memory is not None:
+                batch.up.memory.zero_()
+            torch._foreach_copy_(batch.params, batch.as_parameters(batch.state["model_shift"]))
+        self.optimizer.go_on_after(state["steps"])
         for begin_anew in self._begin_inner:
             begin_anew()
 

@@ -9,11 +9,50 @@ the shape alone. All are contractive in the Frobenius norm,
 with the `alpha` that they document, where omega is that of the value format.
 """
 
+import re
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Generator, Tensor
 
-from ef21_muon.messages.formats import value_format
-from ef21_muon.messages.values import Codec, Float32, Values
+from ef21_muon.messages.levels import Normal, Statistical
+from ef21_muon.messages.scaled import Integer, NaturalWindow, SignScale, SmoothnessAware
+from ef21_muon.messages.values import BFloat16, Codec, Float32, Natural, Values
+
+NAMES = (
+    "float32, bfloat16, natural, natural3 to natural7, int2 to int8, normal1 to normal6, sign, "
+    "smooth2 to smooth8, statistical2 to statistical8"
+)
+FORMATS = {"float32": Float32, "bfloat16": BFloat16, "natural": Natural, "sign": SignScale}
+OF_BITS = {
+    **{"natural": NaturalWindow, "int": Integer, "normal": Normal},
+    **{"smooth": SmoothnessAware, "statistical": Statistical},
+}
+
+
+def value_format(values: Values | str | Mapping) -> Values:
+    """A format from what configurations write; a format is returned as it is.
+
+    A name, with bits behind it and a block behind @ ("natural4", "int4@128", "int4@8blocks",
+    "sign@message"), or a mapping with such a `format` and further options ({format: natural4,
+    stochastic: false}). Raises ValueError for anything else.
+    """
+    if isinstance(values, Values):
+        return values
+    options = dict(values) if isinstance(values, Mapping) else {"format": values}
+    name = str(options.pop("format", None))
+    match = re.fullmatch(rf"({'|'.join(FORMATS | OF_BITS)})(\d?)(?:@(\w+))?", name)
+    kind, bits, block = match.groups() if match else (None, "", None)
+    format_ = (OF_BITS if bits else FORMATS).get(kind)
+    if format_ is None:
+        raise ValueError(f"values={name} is not a value format: choose from {NAMES}")
+    if block:
+        options["block"] = int(block) if block.isdigit() else block
+    try:
+        return format_(*map(int, bits), **options)
+    except TypeError:
+        told = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise ValueError(f"values={name} does not take {told}: choose from {NAMES}") from None
 
 
 class Compressor(Codec):
@@ -89,6 +128,36 @@ class Identity(Dense):
 
     def __init__(self):
         super().__init__(Float32())
+
+
+def require_marks(compressor: Compressor, m: int, n: int) -> None:
+    """Raise ValueError for a compressor that does not say which entries its messages have."""
+    try:
+        compressor.sent(torch.empty(0, compressor.payload_bytes(m, n), dtype=torch.uint8), m, n)
+    except NotImplementedError:
+        raise ValueError(
+            f"mean='senders' is not allowed with w2s={compressor}, which does not say which "
+            "entries a message has: give its class the method `sent`, or mean='all'"
+        ) from None
+
+
+def add_mean_over_senders(
+    compressor: Compressor, total: Tensor, messages: Sequence[Tensor]
+) -> bool:
+    """Add to every entry of total (layers, m, n) the mean over the messages that have it.
+
+    messages: uint8 (layers, bytes) each. False, and nothing is added, where all have all entries.
+    """
+    shape = total.shape[1:]
+    senders, received = torch.zeros_like(total), torch.zeros_like(total)
+    for message in messages:
+        sent = compressor.sent(message, *shape)
+        if sent is None:
+            return False
+        senders += sent
+        received += compressor.decode(message, *shape)
+    total += received.div_(senders.clamp_(min=1))
+    return True
 
 
 # Numbers that are alike on every machine, of which torch.randn draws others on some processors.

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.messages.scaled import Blockwise
-from ef21_muon.messages.values import AT_A_TIME, pack
+from ef21_muon.messages.values import AT_A_TIME, check, check_bits, pack
 
 LONGEST = 1 << 16  # entries to rotate together
 NARROW = 32  # entries: of fewer side by side, sums are slow
@@ -22,21 +22,17 @@ class Normal(Blockwise):
     pseudo-random rotation, after which most look normal; each value takes the nearest of the 2^bits
     levels of Lloyd and Max; the scale is that of least squares, a bfloat16. Deterministic, biased.
     Normal values lose 0.36, 0.12, 0.035, 0.0095, 0.0025 and 0.0006 of their squares for 1 to 6
-    bits; the worst block of N values, by
-
-        omega = 1 - (lowest level / highest level)^2 (1 - 2^-16) / N,
-
-    next to all of them. Magnitudes from 1e-37 to 1e35.
+    bits, the worst block of N values omega = 1 - (lowest level / highest level)^2 (1 - 2^-16) / N.
+    Magnitudes from 1e-37 to 1e35.
     """
 
     name = "normal{.width}"
     scale_dtype = torch.bfloat16
 
     def __init__(self, bits: int = 4, block: str = "row"):
-        if not (type(bits) is int and 1 <= bits <= 6):
-            raise ValueError(f"normal got bits={bits}: give 1 to 6")
-        if block not in ("row", "message"):  # no part of a rotated block can be left out
-            raise ValueError(f"normal got block={block}: give row or message")
+        check_bits("normal", bits, 1, 6)
+        # No part of a rotated block can be left out.
+        check(block in ("row", "message"), f"normal got block={block}", "row or message")
         self.width = bits
         super().__init__(block)
 
@@ -78,8 +74,8 @@ class Statistical(Blockwise):
 
     (1 for an sd of 0), halves to even, and every bin becomes the mean of what is in it. A block, a
     message or a row, takes 4 (B + 1) bytes beside its codes: its mean, and the bins' as float32.
-    What is lost is the sum of squares within bins, at most ||x||^2, which is reached: omega = 1.
-    Normal values lose 0.18, 0.012 and 0.0003 of their squares for 2, 4 and 8 bits.
+    The squares within bins are lost, at worst all: omega = 1. Normal values lose 0.18, 0.012 and
+    0.0003 of their squares for 2, 4 and 8 bits.
     """
 
     name = "statistical{.width}"
@@ -87,12 +83,10 @@ class Statistical(Blockwise):
     scales = property(lambda self: 1 + self.bins)  # a block's mean, and means of bins less it
 
     def __init__(self, bits: int = 4, block: str = "message", span: float = 6.0):
-        if not (type(bits) is int and 2 <= bits <= 8):
-            raise ValueError(f"statistical got bits={bits}: give 2 to 8")
-        if block not in ("row", "message"):
-            raise ValueError(f"statistical got block={block}: give row or message")
-        if not (isinstance(span, float | int) and 0 < span < float("inf")):
-            raise ValueError(f"statistical got span={span}: give a number above 0")
+        check_bits("statistical", bits, 2, 8)
+        check(block in ("row", "message"), f"statistical got block={block}", "row or message")
+        positive = isinstance(span, float | int) and 0 < span < inf
+        check(positive, f"statistical got span={span}", "a number above 0")
         self.width, self.bins, self.span = bits, 2**bits, span
         super().__init__(block)
 
@@ -136,8 +130,7 @@ class Statistical(Blockwise):
 
 def add_by_places(sums: Tensor, counts: Tensor, values: Tensor, codes: Tensor) -> None:
     """Add int64 (L, blocks, n) to the sums of their bins, (L, blocks, bins), and count them."""
-    # What is not finite has any code.
-    places = codes.to(torch.int64) & sums.shape[2] - 1
+    places = codes.to(torch.int64) & sums.shape[2] - 1  # what is not finite has any code
     sums.scatter_add_(2, places, values)
     counts.scatter_add_(2, places, torch.ones_like(places))
 
@@ -153,7 +146,7 @@ def add_by_bins(sums: Tensor, counts: Tensor, values: Tensor, codes: Tensor) -> 
 
 @cache
 def normal_levels(bits: int) -> tuple[float, ...]:
-    """The 2^bits levels, rising, that lose least of standard normal values (Lloyd; Max, 1960).
+    """The 2^bits levels that lose least of standard normal values (Lloyd; Max, 1960), rising.
 
     Each is the mean of the values nearest to it, found by going there.
     """
@@ -171,7 +164,7 @@ def normal_levels(bits: int) -> tuple[float, ...]:
 
 
 def rotate_(x: Tensor, back: bool = False) -> Tensor:
-    """A fixed pseudo-random rotation of the last dimension of `x`, contiguous, in place; or `back`.
+    """Turn the last dimension of `x`, contiguous, in place by a fixed rotation; or `back`.
 
     Random signs and Hadamard transforms of segments of 2^k <= 65536, the largest power that fits,
     and then of the last 2^k entries, where segments do not cover all.
@@ -201,9 +194,8 @@ def _pieces(rows: Tensor, size: int) -> Iterator[Tensor]:
 def _hadamard(x: Tensor) -> Tensor:
     """The orthonormal Hadamard transform of the last dimension, 2^k long: its own inverse.
 
-    By sums and differences of pairs, so that every processor gets the same bits, where it might add
-    up a matrix product in another order: of a x b numbers the rows of an a x b matrix, which is
-    transposed so that they lie side by side, and then its columns.
+    By sums and differences of pairs, of which every processor gets the same bits: of a x b numbers
+    the rows of an a x b matrix, transposed so that they lie side by side, and then its columns.
     """
     size = x.shape[-1]
     power = size.bit_length() - 1
@@ -219,7 +211,7 @@ def _sums_and_differences(x: Tensor) -> Tensor:
     shape, signs = x.shape, _table(((1,), (-1,)), x.device)
     apart = 1
     while apart < shape[1]:
-        # The products are exact, whether they are rounded before the sum or not.
+        # The products are exact.
         pairs = x.reshape(shape[0], shape[1] // (2 * apart), 2, apart * shape[2])
         x = torch.addcmul(pairs[:, :, :1], pairs[:, :, 1:], signs)
         apart *= 2

@@ -6,8 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.lmo.newton_schulz import unit_largest
-from ef21_muon.messages.compressors import fixed_generator, numbers
-from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.compressors import fixed_generator, numbers, value_format
 from ef21_muon.messages.sparse import Fraction
 from ef21_muon.messages.values import Values, check_length, reinterpret
 
@@ -20,15 +19,12 @@ SHIFT = 1e-4
 class LowRank(Fraction):
     """x as the product of r = fraction min(m, n) columns and r rows; a message holds these factors.
 
-    The columns come first, transposed, so that a row of either factor belongs to one direction.
+    The columns come first, transposed, so that a row of either factor belongs to one direction. It
+    has `_factors`, for a shape the formats and the lengths of both: ((Values, int), (Values, int)).
     """
 
     sends_all = True
     scale_bytes = 0  # of a factor of both, before them
-
-    def _factors(self, m: int, n: int) -> tuple[tuple[Values, int], tuple[Values, int]]:
-        """Of both factors, (r, length), the format and the length."""
-        raise NotImplementedError
 
     def payload_bytes(self, m: int, n: int) -> int:
         r = self.kept(min(m, n))
@@ -60,8 +56,8 @@ class RankK(LowRank):
 
     For m <= n: P is an orthonormal basis of range(x x^T S) for a Gaussian m x r sketch S (range
     finder with one power step, Halko et al., arXiv:0909.4061), Q = P^T x, and C(x) = P Q. For m > n
-    the same of x^T. Contractive for any basis; over random sketches it keeps at least the share
-    c = r / min(m, n) of ||x||^2. With unbiased rounding of the factors, by omega_P and omega_Q,
+    the same of x^T. In expectation it keeps at least the share c = r / min(m, n) of ||x||^2. With
+    unbiased rounding of the factors, by omega_P and omega_Q,
 
         alpha = (2 - (1 + omega_P) (1 + omega_Q)) c,
 
@@ -103,8 +99,8 @@ class FittedRank(LowRank):
 
     For m >= n: P is a basis as RankK's, rounded; Q = P^+ x are the least-squares rows for P as it
     was rounded, rounded in turn; and the scalar s is that of least squares again. For m < n the
-    same of x^T. The formats differ because P has most of the values, and rounding P only turns the
-    subspace that is sent. By s, C(x) is never further from x than 0 is: alpha = 0.
+    same of x^T. P has most of the values, and rounding it only turns the subspace that is sent. By
+    s, C(x) is never further from x than 0 is: alpha = 0.
     """
 
     kind = "fitted rank"
@@ -144,10 +140,9 @@ class FittedRank(LowRank):
 def _solve(gram: Tensor, products: Tensor) -> Tensor:
     """Rows Q with gram Q = products; gram may be singular, so 1e-5 of its diagonal is added."""
     ridge = 1e-5 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    ridge = ridge.masked_fill(ridge == 0, 1) * torch.eye(
-        gram.shape[1], dtype=gram.dtype, device=gram.device
-    )
-    return torch.linalg.solve_ex(gram + ridge, products).result
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    gram = gram + ridge.masked_fill(ridge == 0, 1) * identity
+    return torch.linalg.solve_ex(gram, products).result
 
 
 def range_of(x: Tensor, r: int, generator: Generator | None) -> Tensor:
@@ -160,10 +155,9 @@ def range_of(x: Tensor, r: int, generator: Generator | None) -> Tensor:
 def orthonormal(x: Tensor) -> Tensor:
     """Columns of length 1, orthogonal to each other, that span those of x (L, m, r), m >= r.
 
-    On a CPU by QR, on a GPU, where that takes 30 times as long (48 matrices of 768 x 115 on an
-    H100: 22 ms for 0.7), by Cholesky factors of Gram matrices, X <- X L^-T with
-    L L^T = X^T X + shift, three times (Fukaya et al., arXiv:1809.11085); what the shift takes from
-    lengths a step X (3 - X^T X) / 2 gives back. What x spans with less than about 1e-5 of its
+    On a CPU by QR; on a GPU, where that takes 30 times as long, by Cholesky factors of Gram
+    matrices, X <- X L^-T with L L^T = X^T X + shift, three times (Fukaya et al., arXiv:1809.11085),
+    and a step X (3 - X^T X) / 2 for the lengths. What x spans with less than about 1e-5 of its
     length comes out shorter than 1, so that P P^T stays at most a projection. Does not wait.
     """
     return by_gram(x) if x.is_cuda else torch.linalg.qr(x).Q

@@ -1,14 +1,13 @@
 """Value formats, by which numbers become bytes, and the packing of small integers.
 
-A format writes batches of float32 numbers (L, rows, columns), each of the L as a message of its
-own. Formats document their bits per value, whether they are unbiased (E decode(encode(v)) = v), and
-`omega`: E ||decode(encode(v)) - v||^2 <= omega ||v||^2. Every size is a function of counts alone,
-never of the data, so a receiver knows it in advance. Words are little-endian, as on every machine
-that torch runs on.
+A format writes float32 numbers (L, rows, columns) as L messages, whose size follows from the counts
+alone. Formats document their bits per value, whether they are unbiased (E decode(encode(v)) = v),
+and `omega`: E ||decode(encode(v)) - v||^2 <= omega ||v||^2. Words are little-endian.
 """
 
 from collections import defaultdict
 from functools import cache
+from numbers import Real
 
 import torch
 from torch import Generator, Tensor
@@ -53,6 +52,10 @@ class Plain(Values):
     """Numbers of a type of torch's."""
 
     dtype: torch.dtype
+    error: float
+
+    def omega(self, rows: int, columns: int) -> float:
+        return self.error
 
     def payload_bytes(self, rows: int, columns: int) -> int:
         return self.dtype.itemsize * rows * columns
@@ -68,10 +71,7 @@ class Plain(Values):
 class Float32(Plain):
     """32 bits per value, exact."""
 
-    name, dtype, unbiased = "float32", torch.float32, True
-
-    def omega(self, rows: int, columns: int) -> float:
-        return 0.0
+    name, dtype, error, unbiased = "float32", torch.float32, 0.0, True
 
 
 class BFloat16(Plain):
@@ -80,10 +80,7 @@ class BFloat16(Plain):
     Magnitudes below float32's normal range (2^-126) lose more.
     """
 
-    name, dtype = "bfloat16", torch.bfloat16
-
-    def omega(self, rows: int, columns: int) -> float:
-        return 2.0**-16
+    name, dtype, error = "bfloat16", torch.bfloat16, 2.0**-16
 
 
 class Natural(Values):
@@ -120,6 +117,24 @@ class Natural(Values):
         bits = payload[:, :count].to(torch.int32).bitwise_left_shift_(23)
         bits |= unpack(payload[:, count:], count, 1).to(torch.int32).bitwise_left_shift_(31)
         return bits.view(torch.float32).view(-1, rows, columns)
+
+
+def check(holds: bool, given: str, allowed: str) -> None:
+    """Raise ValueError unless it holds: what was given, and what is allowed."""
+    if not holds:
+        raise ValueError(f"{given}: give {allowed}")
+
+
+def check_bits(name: str, bits: int, least: int, most: int) -> None:
+    """Raise ValueError unless a format has a whole number of bits in this range."""
+    whole = type(bits) is int and least <= bits <= most
+    check(whole, f"{name} got bits={bits}", f"{least} to {most}")
+
+
+def check_share(given: str, share: float) -> None:
+    """Raise ValueError unless it is a number in (0, 1]."""
+    holds = isinstance(share, Real) and 0 < share <= 1
+    check(holds, f"{given}={share}", "a number above 0, at most 1")
 
 
 def at_a_time(messages: Tensor) -> int:

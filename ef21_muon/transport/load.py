@@ -9,9 +9,9 @@ import torch
 from ef21_muon.layers import Batch, form_batches
 from ef21_muon.transport.fixed import Traffic, Transport
 
-# Multiplications of a server's step that take as long as a byte on a link of 1 Gbit/s: of float32
+# Multiplications of a server's step that take as long as a byte on a link of 100 Mbit/s: of float32
 # on a thread of a CPU (3.6e10 a second were measured), of bfloat16 on a GPU (6e13 on an H100).
-MULTIPLICATIONS_PER_BYTE = {"cpu": 300, "cuda": 500_000}
+MULTIPLICATIONS_PER_BYTE = {"cpu": 3_000, "cuda": 5_000_000}
 
 
 @dataclass(frozen=True)

@@ -230,11 +230,16 @@ class WorkerMesh:
     def gather_parameters(self) -> None:
         """What this rank steps of sharded layers, as the shards are.
 
-        Sent only where somebody has written to a shard since, but into its `.data` unnoticed.
+        Sent only where somebody has written to a shard since. What is written into its `.data`, or
+        into its `detach()`, goes unnoticed until `forget`.
         """
         if self.sharded and self.total(int(self._written != (now := self._writes())))[0]:
             self._to_owners(lambda parameter: parameter, self.own)
             self._written = now
+
+    def forget(self) -> None:
+        """Gather next time, whoever has written what, as after a state was loaded."""
+        self._written = []
 
     @torch.no_grad()
     def share_parameters(self) -> None:

@@ -2,11 +2,13 @@
 
 import re
 import shlex
+from unittest import mock
 
 import pytest
 from a_round import a_round
 from omegaconf import OmegaConf
 
+from ef21_muon.transport.load import MULTIPLICATIONS_PER_BYTE
 from ef21_muon.transport.schedule import Turns
 from model import GPT
 from training.config import build, compose, what_matters
@@ -29,9 +31,10 @@ EVERY = {
 BACK = [setting for setting in MAP if "-back" in setting.name]
 
 
-def planned(*overrides):
-    """What it prints, by paragraphs."""
-    return plan(compose((*TINY, *overrides)).config).split("\n\n")
+def planned(*overrides, gpu=True):
+    """What it prints where there is a GPU, by paragraphs."""
+    with mock.patch("torch.cuda.is_available", return_value=gpu):
+        return plan(compose((*TINY, *overrides)).config).split("\n\n")
 
 
 def rows_of(paragraph):
@@ -92,9 +95,22 @@ def test_placements_are_those_that_auto_takes(at_this_link):
     for setting in (*MAP[:3], *BACK):
         *_, placements, _, _, _ = planned(*setting.overrides(compose(TINY).config))
         for column, workers in enumerate(WORKERS):
-            sizes = [re.split("  +", line)[2 * column + 1] for line in placements.splitlines()[2:]]
-            least = min(sizes, key=lambda size: int(size.replace(",", "")))
-            assert found[setting.name, workers]["bytes a round"] == least
+            rows = [re.split("  +", line)[3 * column + 1 :] for line in placements.splitlines()[2:]]
+            size, *_ = min(rows, key=lambda row: weight(*row[:2]))
+            assert found[setting.name, workers]["bytes a round"] == size
+
+
+def weight(size, multiplications):
+    """As of a run on a GPU."""
+    return int(size.replace(",", "")) + float(multiplications) / MULTIPLICATIONS_PER_BYTE["cuda"]
+
+
+@pytest.mark.parametrize(("gpu", "server"), [(True, "replicated"), (False, "sharded")])
+def test_servers_are_those_of_a_run_on_such_a_machine(gpu, server):
+    """Of eight workers that take all LMO steps each, of messages that are small."""
+    (served6,) = (setting for setting in MAP if setting.name == "served6")
+    rows = rows_of(planned(*served6.overrides(compose(TINY).config), gpu=gpu)[1])
+    assert [row["servers"] for row in rows if row["workers"] == "8"] == [server]
 
 
 @pytest.mark.parametrize("ways", [1, 2])
@@ -112,7 +128,7 @@ def test_a_message_arrives_before_its_delay_ends(at_this_link):
     seen = set()
     for (name, workers), row in by_setting(at_this_link[7]).items():
         one_way = 8 * int(sizes[name, workers]["bytes a round"].replace(",", "")) / RATE + LATENCY
-        ways = 2 if "-back" in name or (name == "identity" and workers > 2) else 1
+        ways = 2 if "-back" in name or name == "identity" else 1
         seconds = one_way + (ways - 1) * LATENCY
         assert float(row["s a round"]) == pytest.approx(seconds, rel=0.01)
         share = 100 * seconds / (seconds + EVERY[name] * STEP)

@@ -148,7 +148,7 @@ def train(case: str, size: int, shard: bool) -> dict[str, np.ndarray]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     parts = range(4)[rank * 4 // ranks : (rank + 1) * 4 // ranks]
     for step in range(STEPS):
-        if step == STEPS // 2:  # as a user's own code or load_state_dict does
+        if step in (0, STEPS // 2):  # as a user's own code or load_state_dict does
             with torch.no_grad():
                 for parameter in model.values():
                     parameter.mul_(0.5)

@@ -33,7 +33,7 @@ def new_model(config: GPTConfig, workers: Workers, sharded: bool = True) -> GPT:
     with torch.device("meta"):
         model = GPT(config)
     if sharded:
-        shard(model, new_worker_mesh(workers.count, "cpu", workers.timeout, backend=None))
+        shard(model, new_worker_mesh(workers.count, workers))
     draw_weights(model, SEED, workers)
     return model
 
