@@ -322,7 +322,7 @@ class Members:
         return total.tolist()
 
     def _forget_addresses(self) -> None:
-        """Of gloo's, which all have read: a lighthouse that restarts counts quorums from 1 again."""
+        """Of gloo's, which all have read: a lighthouse that starts anew counts quorums anew."""
         if self.rank == 0:
             for key in self._store.list_keys():
                 if "torchft/" in key:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ef21_muon.settings import plain
-from ef21_muon.transport.fixed import gathered, place_in
+from ef21_muon.transport.fixed import Group, gathered, place_in
 
 # Why parameters differ between ranks, at first and later, and what to do.
 UNEQUAL = (
@@ -24,9 +24,7 @@ CHUNK = 1 << 20
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def require_equal_parameters(
-    named: list[tuple[str, Tensor]], group: dist.ProcessGroup | None, why: str
-) -> None:
+def require_equal_parameters(named: list[tuple[str, Tensor]], group: Group, why: str) -> None:
     """Raise ValueError, on all ranks, for the first parameter that differs between them.
 
     why: the causes that there may be, and what to do.
@@ -43,7 +41,7 @@ def require_equal_parameters(
 
 
 def first_difference(
-    mine: dict, device: torch.device, group: dist.ProcessGroup | None, only_common: bool = False
+    mine: dict, device: torch.device, group: Group, only_common: bool = False
 ) -> tuple[int, str, str, str] | None:
     """The first rank that has another value than rank 0, its name, and both values; or None.
 
@@ -68,7 +66,7 @@ def first_difference(
 
 
 def require_equal_settings(
-    mine: dict, device: torch.device, group: dist.ProcessGroup | None, what: str = "optimizer"
+    mine: dict, device: torch.device, group: Group, what: str = "optimizer"
 ) -> None:
     """Raise ValueError, on all ranks, for a setting of `what` that differs between them."""
     if found := first_difference(mine, device, group):
@@ -79,7 +77,7 @@ def require_equal_settings(
         )
 
 
-def require_equal_groups(groups: list[dict], group: dist.ProcessGroup | None) -> None:
+def require_equal_groups(groups: list[dict], group: Group) -> None:
     """Raise ValueError, on all ranks, for a number of a group that differs between them."""
     numbers = {
         f"{name} of group {index}": float(value)
@@ -91,7 +89,7 @@ def require_equal_groups(groups: list[dict], group: dist.ProcessGroup | None) ->
     require_equal_settings(numbers, device, group, "groups, and schedules")
 
 
-def require_mean_estimate(batches, group: dist.ProcessGroup | None) -> None:
+def require_mean_estimate(batches, group: Group) -> None:
     """Raise ValueError for a layer served here whose G is not the mean of all workers' G_j.
 
     Compares a random projection of either, to a thousandth of the norms: rounding is far below,
@@ -112,7 +110,7 @@ def require_mean_estimate(batches, group: dist.ProcessGroup | None) -> None:
                 )
 
 
-def require_finite(problem: str | None, group: dist.ProcessGroup | None) -> None:
+def require_finite(problem: str | None, group: Group) -> None:
     """Raise FloatingPointError, on all ranks, for a problem of any, which it names."""
     _, ranks = place_in(group)
     problems = [problem] * ranks

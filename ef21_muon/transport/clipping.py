@@ -6,12 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ef21_muon.transport.fixed import ALONE, place_in
+from ef21_muon.transport.fixed import ALONE, Group, place_in
 
 
-def clip(
-    gradients: Sequence[Tensor], max_norm: float, group: dist.ProcessGroup | str | None = ALONE
-) -> None:
+def clip(gradients: Sequence[Tensor], max_norm: float, group: Group = ALONE) -> None:
     """Scale gradients, in place, to a Euclidean norm of all of them together of at most `max_norm`.
 
     As torch.nn.utils.clip_grad_norm_, but that a norm which is not finite changes nothing, so that
