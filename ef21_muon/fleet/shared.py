@@ -11,6 +11,7 @@ from ef21_muon.arithmetic import WHY, digests, of_messages
 from ef21_muon.fleet.admission import FleetRefused, differing_from
 from ef21_muon.fleet.verdict import INSTEAD
 from ef21_muon.inner import beginner
+from ef21_muon.layers import finite
 from ef21_muon.local_steps import LocalSteps
 from ef21_muon.transport.agreement import fingerprint
 
@@ -109,11 +110,7 @@ class Shared:
         """The layers whose parameters or state are not finite here. Waits for the device."""
         broken = []
         for batch in self.optimizer.batches:
-            sizes = [torch.stack(torch._foreach_norm(batch.params, float("inf")))]
-            sizes += [
-                torch.linalg.vector_norm(table, float("inf"), dim=(1, 2))
-                for table in batch.state.values()
-            ]
-            finite = torch.stack([one.float() for one in sizes]).isfinite().all(0).tolist()
-            broken += [name for name, fine in zip(batch.names, finite, strict=True) if not fine]
+            tables = [batch.models().float(), *batch.state.values()]
+            fine = torch.stack([*map(finite, tables)]).all(0).tolist()
+            broken += [name for name, is_fine in zip(batch.names, fine, strict=True) if not is_fine]
         return broken

@@ -7,7 +7,7 @@ traffic are spread over the ranks of a worker, and nothing crosses twice.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from datetime import timedelta
@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
 from ef21_muon.layers import Layer, assign
-from ef21_muon.transport.clipping import clip
+from ef21_muon.transport.fixed import ALONE, Group, place_in
 from ef21_muon.transport.host import wait
 from ef21_muon.transport.shards import is_sharded, local, named, require_shards
 
@@ -32,6 +32,7 @@ ALIGNED = 16  # bytes
 
 ByRank = list[list[Tensor]]
 Rows = slice | EllipsisType
+Piece = tuple[Tensor, Rows, list[Rows]]  # a layer, what a rank sends of its own, and whose is what
 
 
 def new_mesh(
@@ -130,28 +131,28 @@ class WorkerMesh:
         self._written: list[tuple[int, ...]] = []
         self.gather_parameters()
 
-    def _in_buckets(self, owners: list[int]) -> list[list[list[tuple[Tensor, list[Rows]]]]]:
-        """By collective and owner the layers that are sent, and the rows that each rank holds."""
+    def _in_buckets(self, owners: list[int]) -> list[list[list[Piece]]]:
+        """By collective and owner what is sent."""
         entries = sum(parameter.numel() for parameter in self.parameters)
         room = max(LEAST, -(-entries // (PARTS * self.ranks_per_worker)))
         sent = [0] * self.ranks_per_worker
         buckets = defaultdict(lambda: [[] for _ in sent])
         for parameter, owner in zip(self.parameters, owners, strict=True):
-            for rows in self._rows(parameter, room):
-                buckets[sent[owner] // room][owner].append((parameter, rows))
+            for piece in self._pieces(parameter, room):
+                buckets[sent[owner] // room][owner].append(piece)
                 sent[owner] += min(room, parameter.numel())
         return list(buckets.values())
 
-    def _rows(self, parameter: Tensor, room: int) -> list[list[Rows]]:
-        """By rank; a large whole layer in parts, since its owner gets them from every rank."""
-        entries, ranks = parameter.numel(), self.ranks_per_worker
+    def _pieces(self, p: Tensor, room: int) -> list[Piece]:
+        """Of a layer; a large whole one in parts, since its owner gets them from every rank."""
+        ranks, parts = self.ranks_per_worker, [...]
         if self.sharded:  # as torch.chunk does; the last ranks may have none
-            count = -(-len(parameter) // ranks)
-            return [[slice(rank * count, (rank + 1) * count) for rank in range(ranks)]]
-        if entries <= room:
-            return [[...] * ranks]
-        step = max(1, room * len(parameter) // entries)
-        return [[slice(first, first + step)] * ranks for first in range(0, len(parameter), step)]
+            count = -(-len(p) // ranks)
+            return [(p, ..., [slice(rank * count, (rank + 1) * count) for rank in range(ranks)])]
+        if p.numel() > room:
+            step = max(1, room * len(p) // p.numel())
+            parts = [slice(first, first + step) for first in range(0, len(p), step)]
+        return [(p, part, [part] * ranks) for part in parts]
 
     def name(self, own: list[Layer]) -> None:
         """What an optimizer of this rank calls its layers, and asks of them, in `layers`.
@@ -269,12 +270,9 @@ class WorkerMesh:
     ) -> Iterator[tuple[ByRank, ByRank]]:
         """By bucket what this rank holds for each owner, and what each holds of its own layers."""
         for bucket in self._buckets:
-            held = [
-                [local(part(p))[... if self.sharded else rows[0]] for p, rows in pieces]
-                for pieces in bucket
-            ]
+            held = [[local(part(p))[mine] for p, mine, _ in pieces] for pieces in bucket]
             owned = [
-                [whole[p][rows[rank]] for p, rows in bucket[self._place]]
+                [whole[p][of_ranks[rank]] for p, _, of_ranks in bucket[self._place]]
                 for rank in range(self.ranks_per_worker)
             ]
             yield held, owned
@@ -324,3 +322,18 @@ class WorkerMesh:
 def _copy(targets: ByRank, sources: ByRank) -> None:
     if any(targets):
         torch._foreach_copy_([*chain(*targets)], [*chain(*sources)])
+
+
+def clip(gradients: Sequence[Tensor], max_norm: float, group: Group = ALONE) -> None:
+    """Scale gradients, in place, to a Euclidean norm of all of them together of at most `max_norm`.
+
+    As torch.nn.utils.clip_grad_norm_, but that a norm which is not finite changes nothing, so that
+    the layer it comes from can be named. group: ranks that have the worker's other gradients; to be
+    called on all of them. Does not wait for the device.
+    """
+    square = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+    if place_in(group)[1] > 1:
+        dist.all_reduce(square, group=group)
+    norm = square.sqrt()
+    scale = torch.where(norm.isfinite(), max_norm / (norm + 1e-6), 1.0).clamp_(max=1.0)
+    torch._foreach_mul_(gradients, scale.float())
