@@ -200,7 +200,7 @@ class EF21Muon(Communicating):
         batch.keep("server_gradient")
         if self.correction:
             batch.keep("previous_model")
-        narrow = any(torch.finfo(p.dtype).bits < 32 for p in batch.params)  # W stands still alone
+        narrow = any(torch.finfo(p.dtype).bits < 32 for p in batch.params)  # small steps are lost
         if batch.serves and (narrow or not batch.down.compressor.lossless):  # else X is W
             batch.keep("server_model", batch.models(batch.owned).float())
         if group["lmo_feedback"]:
