@@ -10,8 +10,8 @@ from torch import Generator, Tensor
 from baselines.collectives import Collectives, check_numbers, move, new_batches
 from ef21_muon.communicating import Communicating
 from ef21_muon.guards import gradients_of, guarded_step
-from ef21_muon.messages.chunks import ChunkPlaces
-from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.compressors import value_format
+from ef21_muon.messages.sparse import ChunkPlaces
 from ef21_muon.messages.values import Float32, Values
 from ef21_muon.settings import whole_number
 

@@ -14,7 +14,7 @@ from ef21_muon.communicating import Communicating
 from ef21_muon.guards import gradients_of, guarded_step
 from ef21_muon.layers import Batch
 from ef21_muon.lmo.newton_schulz import unit_largest
-from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.compressors import value_format
 from ef21_muon.messages.low_rank import orthonormal
 from ef21_muon.messages.values import Float32, Values
 from ef21_muon.settings import choice

@@ -20,13 +20,12 @@ from ef21_muon.lmo.norms import (
 )
 from ef21_muon.lmo.presets import param_groups
 from ef21_muon.local_steps import LocalSteps
-from ef21_muon.messages.chunks import ChunkTopK
 from ef21_muon.messages.compressors import Compressor, Dense, Identity
 from ef21_muon.messages.extras import Damping, Dropout, TopColumns, TopSingular
 from ef21_muon.messages.levels import Normal, Statistical
 from ef21_muon.messages.low_rank import FittedRank, RankK
 from ef21_muon.messages.scaled import Integer, NaturalWindow, SignScale, SmoothnessAware
-from ef21_muon.messages.sparse import RandK, TopK
+from ef21_muon.messages.sparse import ChunkTopK, RandK, TopK
 from ef21_muon.messages.values import BFloat16, Float32, Natural, Values
 from ef21_muon.optimizer import EF21Muon
 from ef21_muon.transport.fixed import ALONE

@@ -17,8 +17,7 @@ from torch.optim import Optimizer
 from ef21_muon.layers import named_layers
 from ef21_muon.lmo.norms import AdaptiveRadius, along
 from ef21_muon.messages.compressors import numbers
-from ef21_muon.transport.agreement import first_difference
-from ef21_muon.transport.fingerprint import fingerprint
+from ef21_muon.transport.agreement import fingerprint, first_difference
 from ef21_muon.transport.fixed import place_in
 
 SIDE = 512  # of a matrix that is tried; a larger one is tried in part

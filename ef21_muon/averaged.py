@@ -18,7 +18,7 @@ from ef21_muon.layers import (
     in_buckets,
     still_where_broken,
 )
-from ef21_muon.messages.compressors import Identity
+from ef21_muon.messages.compressors import Compressor, Identity
 from ef21_muon.settings import (
     OUTER_NUMBERS,
     Compressors,
@@ -95,11 +95,20 @@ class AveragedGradients(Communicating):
             batches = self.new_batches(server, costs, lambda server: of_inner(self.inner))
             lossless = all(batch.up.compressor.lossless for batch in batches)
             self.feedback = "none" if lossless else feedback
+            self.forgetful = self.feedback != feedback
             for batch in batches:
                 batch.send_with(self.rules[batch.group]["w2s"], self.feedback)
                 batch.keep("server_gradient")
             self.begin(batches)
         self.buckets = in_buckets(batches, buckets)
+
+    def exchange_compressor(self, w2s: Compressor, group: str | None = None) -> None:
+        if self.forgetful and isinstance(w2s, Compressor) and not w2s.lossless:
+            raise ValueError(
+                f"w2s={w2s} is not allowed after messages that lost nothing, of which nothing is "
+                "remembered: build the optimizer with a w2s that loses, or feedback='none'"
+            )
+        super().exchange_compressor(w2s, group)
 
     def step(self, closure: Callable | None = None):
         """A round, and a step of the inner optimizer, on all workers together."""

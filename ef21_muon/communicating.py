@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import chain
 
 import torch
@@ -161,7 +162,7 @@ class Communicating(torch.optim.Optimizer):
         """Send with another compressor from the next round on; on all ranks, between rounds.
 
         group: the name of the parameter groups that it is for, by default all. Raises ValueError
-        for what is no compressor or group, and where messages are under way in other sizes.
+        for what is no compressor or group, with a delay, and where ranks decode to other bits.
         """
         chosen = [i for i, rule in enumerate(self.rules) if group in (None, rule.get("name"))]
         if not (self.mesh.total(len(chosen))[0] if self.mesh else chosen):
@@ -169,8 +170,12 @@ class Communicating(torch.optim.Optimizer):
             raise ValueError(f"group={group!r} is not a group of this optimizer: it has {names}")
         if any("message" in batch.state for batch in self.batches):
             raise ValueError("a compressor is not exchanged with a delay: build the optimizer anew")
+        rules = [r | {"w2s": w2s} if i in chosen else r for i, r in enumerate(self.rules)]
+        for rule in rules:
+            check_compressors(rule)
+        decoded = partial(of_decoding, rules)
+        where_bits_agree([self.server], decoded, self.device, self.process_group)
         for index in chosen:
-            check_compressors(self.rules[index] | {"w2s": w2s})
             self.rules[index]["w2s"] = w2s
         for batch in self.batches:
             if batch.group in chosen:
@@ -288,7 +293,7 @@ class Communicating(torch.optim.Optimizer):
             self.check_finite()
         except FloatingPointError as error:
             problem = str(error)
-        require_finite(problem, self.device, self.everyone)
+        require_finite(problem, self.everyone)
         if self.mesh:
             self.mesh.gather_parameters()
         require_equal_groups(self.param_groups, self.process_group)
@@ -371,6 +376,9 @@ class Communicating(torch.optim.Optimizer):
 
     def __setstate__(self, values: dict) -> None:
         super().__setstate__(values)
+        for batch in self.batches:  # whose tables' views a pickle made tensors of their own
+            self.state.update(batch.parameter_state())
+        self.guards = Guards(self, self.guards.layers)
         self.go_on_after(self.steps)
         if self.wrapped:
             self.wrapped.guard(self)

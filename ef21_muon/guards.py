@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ef21_muon.layers import Batch, Layer, mark
-from ef21_muon.transport.buffers import warn_of_statistics
+from ef21_muon.transport.buffers import instances, warn_of_statistics
 from ef21_muon.transport.fixed import place_in
-from ef21_muon.transport.instances import instances
 from ef21_muon.transport.roll_call import RollCall
 
 FIXED = ("w2s", "s2w")  # entries of a parameter group that batches are formed by
@@ -50,22 +49,10 @@ def evaluate(closure: Callable | None):
 
 def in_step(optimizer) -> AbstractContextManager[None]:
     """Where others may wait for this rank, and this for others, which is then said."""
-    alone = place_in(optimizer.everyone)[1] == 1
-    return nullcontext() if alone else _among_others(optimizer)
-
-
-@contextmanager
-def _among_others(optimizer) -> Iterator[None]:
+    if place_in(optimizer.everyone)[1] == 1:
+        return nullcontext()
     optimizer.roll_call = optimizer.roll_call or RollCall(optimizer.everyone)
-    step = optimizer.steps
-    optimizer.roll_call.enter(step)
-    try:
-        yield
-    except Exception as error:
-        optimizer.roll_call.refuse(step, str(error))
-        raise
-    finally:
-        optimizer.roll_call.leave()
+    return optimizer.roll_call.step(optimizer.steps)
 
 
 class Guards:

@@ -21,8 +21,12 @@ from ef21_muon.layers import (
     in_buckets,
     mark,
 )
-from ef21_muon.messages.compressors import Identity
-from ef21_muon.messages.senders import add_mean_over_senders, require_marks
+from ef21_muon.messages.compressors import (
+    Compressor,
+    Identity,
+    add_mean_over_senders,
+    require_marks,
+)
 from ef21_muon.settings import (
     OUTER_NUMBERS,
     Compressors,
@@ -37,8 +41,6 @@ from ef21_muon.transport.fixed import ALONE, Transport, run
 from ef21_muon.transport.host import require_host
 from ef21_muon.transport.mesh import WorkerMesh
 from ef21_muon.transport.schedule import Rounds, Turns
-
-SHARED = ("model_shift", "server_momentum")  # the tables that all workers of a fleet hold alike
 
 
 class LocalSteps(Communicating):
@@ -171,6 +173,20 @@ class LocalSteps(Communicating):
         if self.turns.ways == 2:
             batch.keep("server_message", message.new_zeros(served, batch.down.size))
 
+    def exchange_compressor(self, w2s: Compressor, group: str | None = None) -> None:
+        if self.transport.heals:
+            raise ValueError("a compressor is not exchanged in a fleet: begin another run with it")
+        if self.stagger and self.rounds.of(self.steps)[1]:
+            raise ValueError(
+                f"a compressor is not exchanged after step {self.steps}, in a round in which some "
+                "layers were sent: do so after its last step"
+            )
+        if self.mean == "senders" and isinstance(w2s, Compressor):
+            for batch in self.batches:
+                require_marks(w2s.fit(*batch.shape), *batch.shape)
+        super().exchange_compressor(w2s, group)
+        self.turns = Turns(self.buckets, self.rounds, self.delay, self.stagger)
+
     @property
     def under_way(self) -> list[Batch]:
         """The batches whose messages have not come to the servers."""
@@ -182,9 +198,9 @@ class LocalSteps(Communicating):
         self.require_own_parameters("step()")
         loss = evaluate(closure)
         with in_step(self):
-            self.guards.before_step(self)
             if not self.mesh:
                 self.wrapped.require_a_gradient()
+            self.guards.before_step(self)
             # A worker whose gradient overflowed does without this step; its own ranks do alike.
             does_without = overflowed(self, self.mesh.worker if self.mesh else ALONE)
             self.timer.phase("exchange")
@@ -370,23 +386,6 @@ class LocalSteps(Communicating):
             norms = torch.stack(torch._foreach_norm(batch.params, float("inf")))
             mark(batch.broken_at, ~norms.isfinite(), self.steps or 1)
         super().check_finite()
-
-    def shared_tensors(self) -> list[Tensor]:
-        """What all workers of a fleet hold alike: W and V of every batch."""
-        self.require_own_parameters("what workers share")
-        return [b.state[name] for b in self.batches for name in SHARED if name in b.state]
-
-    @torch.no_grad()
-    def take_shared(self, tensors: Sequence[Tensor], steps: int) -> None:
-        """Go on from the W, the V and the steps of others, with nothing left to send."""
-        for table, new in zip(self.shared_tensors(), tensors, strict=True):
-            table.copy_(new)
-        for batch in self.batches:
-            if batch.up.memory is not None:
-                batch.up.memory.zero_()
-            torch._foreach_copy_(batch.params, batch.as_parameters(batch.state["model_shift"]))
-        super().go_on_after(steps)  # the round goes on in which they were taken
-        self.last_sync = steps
 
     @torch.no_grad()
     def meet(self, from_workers: list[list[Tensor]]) -> None:

@@ -200,8 +200,8 @@ class EF21Muon(Communicating):
         batch.keep("server_gradient")
         if self.correction:
             batch.keep("previous_model")
-        exact = batch.down.compressor.lossless and batch.params[0].dtype == torch.float32
-        if batch.serves and not exact:  # else X is W
+        narrow = any(torch.finfo(p.dtype).bits < 32 for p in batch.params)  # small steps are lost
+        if batch.serves and (narrow or not batch.down.compressor.lossless):  # else X is W
             batch.keep("server_model", batch.models(batch.owned).float())
         if group["lmo_feedback"]:
             batch.keep("server_lmo_error")
@@ -212,6 +212,10 @@ class EF21Muon(Communicating):
         for batch in self.batches if self.first_message == "exact" else ():
             rule = Identity() if self.steps == 0 else self.param_groups[batch.group]["w2s"]
             batch.up.use(rule)
+
+    def exchange_compressor(self, w2s: Compressor, group: str | None = None) -> None:
+        super().exchange_compressor(w2s, group)
+        self._choose_compressors()
 
     def _steps_of_all(self, server: str) -> Results:
         """What every rank computes for itself: where all serve, the steps of servers."""

@@ -95,7 +95,7 @@ class FleetMembers:
             )
         self.config, self.workers = config, workers
         # One that hangs ends itself, since the others can go on without it.
-        self.watch = Watch(workers.timeout.total_seconds())
+        self.watchdog = Watchdog(workers.timeout.total_seconds())
         self.quorums = QuorumRecords()
         self._asked: float | None = None  # when it was first seen that this worker shall stop
 
@@ -129,7 +129,7 @@ class FleetMembers:
         members = self.fleet.members
         if own.host is None:
             require_way_here(members.host, f"this machine's name {members.host}", patience)
-        self.watch.waited = lambda: members.waited
+        self.watchdog.waited = lambda: members.waited
         return self.fleet
 
     def _wait(self, seconds: float) -> None:
@@ -138,7 +138,7 @@ class FleetMembers:
             self._asked = self._asked or now
             if now - self._asked > LAST_WAIT:
                 raise Stopped
-        self.watch.extend(seconds)
+        self.watchdog.extend(seconds)
 
     def ask_every(self, optimizer: torch.optim.Optimizer) -> int:
         """Steps between questions whether to stop, which are of this worker's ranks alone."""
@@ -146,7 +146,7 @@ class FleetMembers:
 
     def at_work(self, what: str) -> AbstractContextManager:
         """Within it this worker is at work on `what`, and ends itself if it hangs."""
-        return self.watch(what)
+        return self.watchdog(what)
 
     @contextmanager
     def refusals(self, log: RunLog | NoLog) -> Iterator[None]:
@@ -197,11 +197,11 @@ class FleetMembers:
 
     def leave(self) -> None:
         """Let the others go on without this worker, which has nothing more to do."""
-        self.watch.stop()
+        self.watchdog.stop()
         self.fleet.leave()
 
 
-class Watch:
+class Watchdog:
     """Ends this process where it hangs, and tells where; then the others go on without it.
 
     What hangs is what takes far longer than ever before; `patience` seconds at first.

@@ -5,7 +5,7 @@ from functools import partial
 import torch.distributed as dist
 from torch import Tensor
 
-from ef21_muon.transport.fingerprint import fingerprint
+from ef21_muon.transport.agreement import fingerprint
 from ef21_muon.transport.shards import is_sharded, local
 from model import GPT
 from training.workers import Workers

@@ -11,8 +11,11 @@ from ef21_muon.arithmetic import WHY, digests, of_messages
 from ef21_muon.fleet.admission import FleetRefused, differing_from
 from ef21_muon.fleet.verdict import INSTEAD
 from ef21_muon.inner import beginner
+from ef21_muon.layers import finite
 from ef21_muon.local_steps import LocalSteps
-from ef21_muon.transport.fingerprint import fingerprint
+from ef21_muon.transport.agreement import fingerprint
+
+TABLES = ("model_shift", "server_momentum")  # of a batch's state, that all workers hold alike
 
 
 class Shared:
@@ -36,18 +39,23 @@ class Shared:
     def device(self) -> torch.device:
         return self.optimizer.batches[0].params[0].device
 
+    def tensors(self) -> list[Tensor]:
+        """W and V of every batch."""
+        self.optimizer.require_own_parameters("what workers share")
+        states = [batch.state for batch in self.optimizer.batches]
+        return [state[table] for state in states for table in TABLES if table in state]
+
     def fingerprint(self) -> int:
         """Of all that workers share, and how they are built, an int64. Waits for the device."""
         total = torch.full((), self._digest_of_built, dtype=torch.int64, device=self.device)
-        for tensor in self.optimizer.shared_tensors():
+        for tensor in self.tensors():
             total = total * 6364136223846793005 + fingerprint(tensor)
         return total.item()
 
     def state(self) -> dict:
         """For a worker that comes; its tensors are not copies."""
         counters = {"steps": self.optimizer.steps, "synced_steps": self.synced_steps}
-        tensors = self.optimizer.shared_tensors()
-        return {"built": self.built | self.bits, **counters, "tensors": tensors}
+        return {"built": self.built | self.bits, **counters, "tensors": self.tensors()}
 
     @torch.no_grad()
     def take(self, state: dict) -> None:
@@ -67,15 +75,26 @@ class Shared:
                 f"decodes all messages: {INSTEAD}"
             )
         self.synced_steps = state["synced_steps"]
-        self.optimizer.take_shared(state["tensors"], state["steps"])
+        for table, new in zip(self.tensors(), state["tensors"], strict=True):
+            table.copy_(new)
+        for batch in self.optimizer.batches:
+            if batch.up.memory is not None:
+                batch.up.memory.zero_()
+            torch._foreach_copy_(batch.params, batch.as_parameters(batch.state["model_shift"]))
+        self.optimizer.go_on_after(state["steps"])
         for begin_anew in self._begin_inner:
             begin_anew()
 
+    def no_message(self) -> Tensor:
+        """Of the size that each worker's flat message has."""
+        size = sum(len(batch.params) * batch.up.size for batch in self.optimizer.batches)
+        return torch.zeros(size, dtype=torch.uint8, device=self.device)
+
     def messages_of(self, flat: Tensor) -> list[Tensor]:
         """Of every batch what a worker's flat message has, (layers, bytes)."""
-        sizes = [(len(batch.params), batch.up.size) for batch in self.optimizer.batches]
-        parts = flat.split([layers * size for layers, size in sizes])
-        return [part.view(shape) for part, shape in zip(parts, sizes, strict=True)]
+        shapes = [(len(batch.params), batch.up.size) for batch in self.optimizer.batches]
+        parts = flat.split([layers * size for layers, size in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     @torch.no_grad()
     def squared_length(self, flat: Tensor) -> float:
@@ -91,12 +110,7 @@ class Shared:
         """The layers whose parameters or state are not finite here. Waits for the device."""
         broken = []
         for batch in self.optimizer.batches:
-            sizes = [torch.stack(torch._foreach_norm(batch.params, float("inf")))]
-            sizes += [
-                torch.linalg.vector_norm(table, float("inf"), dim=(1, 2))
-                for table in batch.state.values()
-            ]
-            finite = torch.stack([one.float() for one in sizes]).isfinite().all(0)
-            pairs = zip(batch.names, finite.tolist(), strict=True)
-            broken += [name for name, is_finite in pairs if not is_finite]
+            tables = [batch.models().float(), *batch.state.values()]
+            fine = torch.stack([*map(finite, tables)]).all(0).tolist()
+            broken += [name for name, is_fine in zip(batch.names, fine, strict=True) if not is_fine]
         return broken

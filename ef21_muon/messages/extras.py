@@ -1,8 +1,8 @@
 """The rarer compressors of the paper: contractive in other norms, or by way of another compressor.
 
 The theory takes the contraction of C_j (w2s) in the dual norm or the Euclidean one and that of C
-(s2w) in the norm itself (arXiv:2510.00643). `alpha` is always the Frobenius one, as everywhere;
-classes document the others. Rates in other norms are those of float32 values.
+(s2w) in the norm itself (arXiv:2510.00643). `alpha` is the Frobenius one, as everywhere; classes
+document the others, for float32 values.
 """
 
 from copy import copy
@@ -22,21 +22,20 @@ from ef21_muon.messages.sparse import (
     pack_indices,
     unpack_indices,
 )
-from ef21_muon.messages.values import Float32, check_length
+from ef21_muon.messages.values import Float32, check, check_length, check_share
 
 
 class TopSingular(RankK):
     """The K largest singular triplets by an exact SVD, K = fraction min(m, n), as factors.
 
-    P holds the singular vectors of the shorter side and Q = P^T x; both are sent as RankK sends
-    them. Of r = min(m, n) singular values it drops the r - K smallest, so in the Schatten-p norm
+    P holds the singular vectors of the shorter side and Q = P^T x. Of r = min(m, n) singular values
+    it drops the r - K smallest, so in the Schatten-p norm
 
         1 - alpha = (1 - K / r)^(2/p):  K / r for Frobenius, 1 - (1 - K / r)^2 for nuclear,
 
-    and alpha = 0 in the spectral norm (p = infinity), where singular values may be equal. No
-    message of its rank has a smaller error in any of these norms (Eckart and Young; Mirsky). On a
-    CPU the SVD takes 5 to 20 times as long as RankK's sketch, so this is for small layers and for
-    telling what a sketch loses.
+    and alpha = 0 in the spectral norm (p = infinity). No message of its rank has a smaller error in
+    any of these norms (Eckart and Young; Mirsky). On a CPU the SVD takes 5 to 20 times as long as
+    RankK's sketch.
     """
 
     kind = "singular"
@@ -49,12 +48,10 @@ class TopSingular(RankK):
 class TopColumns(Fraction, Entries):
     """The k columns of largest 2-norm, k = fraction n, their places as Elias-Fano coded indices.
 
-    A column of a weight (d_out, d_in) belongs to one input. alpha = (1 - omega) k / n. For float32
-    values and q >= 1, in the mixed norm ||x||_{2,q} = (sum_j ||x_j||_2^q)^(1/q) of columns x_j,
+    A column of a weight (d_out, d_in) belongs to one input. alpha = (1 - omega) k / n, and in the
+    mixed norm ||x||_{2,q} = (sum_j ||x_j||_2^q)^(1/q) of columns x_j, q >= 1, for float32 values
 
-        1 - alpha = (1 - k / n)^(2/q):
-
-    the n - k dropped terms are the smallest of n, so at most their share of the sum.
+        1 - alpha = (1 - k / n)^(2/q).
     """
 
     kind = "top columns"
@@ -83,9 +80,8 @@ class Modified(Compressor):
     """A compressor that changes what another one does, and is fitted where that one is."""
 
     def __init__(self, compressor: Compressor):
-        if not isinstance(compressor, Compressor):
-            given = f"{type(self).__name__} got compressor={compressor!r}"
-            raise ValueError(f"{given}: give a Compressor of ef21_muon")
+        given = f"{type(self).__name__} got compressor={compressor!r}"
+        check(isinstance(compressor, Compressor), given, "a Compressor of ef21_muon")
         super().__init__(compressor.values)
         self.compressor = compressor
 
@@ -112,9 +108,9 @@ class Damping(Modified):
 
         alpha = c (2 scale - scale^2 (1 + omega)),
 
-    which is largest, c / (1 + omega), for scale = 1 / (1 + omega), the default. For values that are
-    biased give the scale; 1 - alpha is then (scale sqrt(1 - a) + 1 - scale)^2 for the compressor's
-    own alpha a, by the triangle inequality, in every norm in which it has one.
+    which is largest, c / (1 + omega), for scale = 1 / (1 + omega), the default. For biased values
+    the scale has to be given, and 1 - alpha = (scale sqrt(1 - a) + 1 - scale)^2 for the
+    compressor's own alpha a, in every norm in which it has one.
     """
 
     def __init__(self, compressor: Compressor, scale: float | None = None):
@@ -123,8 +119,8 @@ class Damping(Modified):
             raise ValueError(f"Damping got compressor={compressor}: damp the one inside it instead")
         if scale is None and (not self.values.unbiased or isinstance(compressor, FittedRank)):
             raise ValueError(f"Damping has no default scale for {compressor}: give one")
-        if scale is not None and not (isinstance(scale, float | int) and 0 < scale <= 1):
-            raise ValueError(f"Damping got scale={scale}: give a number above 0, at most 1")
+        if scale is not None:
+            check_share("Damping got scale", scale)
         self.scale = scale
 
     def title(self) -> str:
@@ -158,15 +154,13 @@ class Damping(Modified):
 class Dropout(Modified):
     """The compressor's message with `probability`, in (0, 1], else nothing, C(x) = 0.
 
-    alpha = probability times the compressor's, in every norm. Every matrix of a batch is drawn for
-    itself. This saves no bytes: a byte in front of a message says whether to read it.
+    alpha = probability times the compressor's, in every norm. Every matrix is drawn for itself. It
+    saves no bytes: one in front of a message says whether to read it.
     """
 
     def __init__(self, compressor: Compressor, probability: float = 0.5):
         super().__init__(compressor)
-        if not (isinstance(probability, float | int) and 0 < probability <= 1):
-            given = f"Dropout got probability={probability}"
-            raise ValueError(f"{given}: give a number above 0, at most 1")
+        check_share("Dropout got probability", probability)
         self.probability = probability
 
     def title(self) -> str:

@@ -1,6 +1,5 @@
 """Value formats whose values are the nearest of a table: of normal numbers, or of bins' means."""
 
-from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from math import erf, exp, inf, pi, sqrt
@@ -9,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.messages.scaled import Blockwise
-from ef21_muon.messages.values import AT_A_TIME, pack
+from ef21_muon.messages.values import AT_A_TIME, check, pack
 
 LONGEST = 1 << 16  # entries to rotate together
 NARROW = 32  # entries: of fewer side by side, sums are slow
@@ -22,21 +21,17 @@ class Normal(Blockwise):
     pseudo-random rotation, after which most look normal; each value takes the nearest of the 2^bits
     levels of Lloyd and Max; the scale is that of least squares, a bfloat16. Deterministic, biased.
     Normal values lose 0.36, 0.12, 0.035, 0.0095, 0.0025 and 0.0006 of their squares for 1 to 6
-    bits; the worst block of N values, by
-
-        omega = 1 - (lowest level / highest level)^2 (1 - 2^-16) / N,
-
-    next to all of them. Magnitudes from 1e-37 to 1e35.
+    bits, the worst block of N values omega = 1 - (lowest level / highest level)^2 (1 - 2^-16) / N.
+    Magnitudes from 1e-37 to 1e35.
     """
 
     name = "normal{.width}"
     scale_dtype = torch.bfloat16
 
     def __init__(self, bits: int = 4, block: str = "row"):
-        if not (type(bits) is int and 1 <= bits <= 6):
-            raise ValueError(f"normal got bits={bits}: give 1 to 6")
-        if block not in ("row", "message"):  # no part of a rotated block can be left out
-            raise ValueError(f"normal got block={block}: give row or message")
+        check(type(bits) is int and 1 <= bits <= 6, f"normal got bits={bits}", "1 to 6")
+        # No part of a rotated block can be left out.
+        check(block in ("row", "message"), f"normal got block={block}", "row or message")
         self.width = bits
         super().__init__(block)
 
@@ -78,26 +73,22 @@ class Statistical(Blockwise):
 
     (1 for an sd of 0), halves to even, and every bin becomes the mean of what is in it. A block, a
     message or a row, takes 4 (B + 1) bytes beside its codes: its mean, and the bins' as float32.
-    What is lost is the sum of squares within bins, at most ||x||^2, which is reached: omega = 1.
-    Normal values lose 0.18, 0.012 and 0.0003 of their squares for 2, 4 and 8 bits.
+    The squares within bins are lost, at worst all: omega = 1. Normal values lose 0.18, 0.012 and
+    0.0003 of their squares for 2, 4 and 8 bits.
     """
 
     name = "statistical{.width}"
     default_block = "message"
     scales = property(lambda self: 1 + self.bins)  # a block's mean, and means of bins less it
+    error = 1.0
 
     def __init__(self, bits: int = 4, block: str = "message", span: float = 6.0):
-        if not (type(bits) is int and 2 <= bits <= 8):
-            raise ValueError(f"statistical got bits={bits}: give 2 to 8")
-        if block not in ("row", "message"):
-            raise ValueError(f"statistical got block={block}: give row or message")
-        if not (isinstance(span, float | int) and 0 < span < float("inf")):
-            raise ValueError(f"statistical got span={span}: give a number above 0")
+        check(type(bits) is int and 2 <= bits <= 8, f"statistical got bits={bits}", "2 to 8")
+        check(block in ("row", "message"), f"statistical got block={block}", "row or message")
+        positive = isinstance(span, float | int) and 0 < span < inf
+        check(positive, f"statistical got span={span}", "a number above 0")
         self.width, self.bins, self.span = bits, 2**bits, span
         super().__init__(block)
-
-    def omega(self, rows: int, columns: int) -> float:
-        return 1.0
 
     def encode(self, values: Tensor, generator: Generator | None = None) -> Tensor:
         blocks, length = self.blocks(*values.shape[1:])
@@ -136,8 +127,7 @@ class Statistical(Blockwise):
 
 def add_by_places(sums: Tensor, counts: Tensor, values: Tensor, codes: Tensor) -> None:
     """Add int64 (L, blocks, n) to the sums of their bins, (L, blocks, bins), and count them."""
-    # What is not finite has any code.
-    places = codes.to(torch.int64) & sums.shape[2] - 1
+    places = codes.to(torch.int64) & sums.shape[2] - 1  # what is not finite has any code
     sums.scatter_add_(2, places, values)
     counts.scatter_add_(2, places, torch.ones_like(places))
 
@@ -153,7 +143,7 @@ def add_by_bins(sums: Tensor, counts: Tensor, values: Tensor, codes: Tensor) -> 
 
 @cache
 def normal_levels(bits: int) -> tuple[float, ...]:
-    """The 2^bits levels, rising, that lose least of standard normal values (Lloyd; Max, 1960).
+    """The 2^bits levels that lose least of standard normal values (Lloyd; Max, 1960), rising.
 
     Each is the mean of the values nearest to it, found by going there.
     """
@@ -171,7 +161,7 @@ def normal_levels(bits: int) -> tuple[float, ...]:
 
 
 def rotate_(x: Tensor, back: bool = False) -> Tensor:
-    """A fixed pseudo-random rotation of the last dimension of `x`, contiguous, in place; or `back`.
+    """Turn the last dimension of `x`, contiguous, in place by a fixed rotation; or `back`.
 
     Random signs and Hadamard transforms of segments of 2^k <= 65536, the largest power that fits,
     and then of the last 2^k entries, where segments do not cover all.
@@ -184,26 +174,20 @@ def rotate_(x: Tensor, back: bool = False) -> Tensor:
     parts = [(rows[:, :covered], first)]
     if covered < length:
         parts.append((rows[:, -size:], second))
+    amount = AT_A_TIME[x.device.type]
     for part, signs in reversed(parts) if back else parts:
-        for piece in _pieces(part, size):
-            piece.copy_(_hadamard(piece).mul_(signs) if back else _hadamard(piece * signs))
+        for some in part.split(max(1, amount // part.shape[1])):
+            segments = some.unflatten(1, (-1, size))
+            for piece in segments.split(max(1, amount // (len(some) * size)), 1):
+                piece.copy_(_hadamard(piece).mul_(signs) if back else _hadamard(piece * signs))
     return x
-
-
-def _pieces(rows: Tensor, size: int) -> Iterator[Tensor]:
-    """Views of segments (rows, segments, size), some of them at a time."""
-    amount = AT_A_TIME[rows.device.type]
-    for some in rows.split(max(1, amount // rows.shape[1])):
-        segments = some.unflatten(1, (-1, size))
-        yield from segments.split(max(1, amount // (len(some) * size)), 1)
 
 
 def _hadamard(x: Tensor) -> Tensor:
     """The orthonormal Hadamard transform of the last dimension, 2^k long: its own inverse.
 
-    By sums and differences of pairs, so that every processor gets the same bits, where it might add
-    up a matrix product in another order: of a x b numbers the rows of an a x b matrix, which is
-    transposed so that they lie side by side, and then its columns.
+    By sums and differences of pairs, of which every processor gets the same bits: of a x b numbers
+    the rows of an a x b matrix, transposed so that they lie side by side, and then its columns.
     """
     size = x.shape[-1]
     power = size.bit_length() - 1
@@ -219,7 +203,7 @@ def _sums_and_differences(x: Tensor) -> Tensor:
     shape, signs = x.shape, _table(((1,), (-1,)), x.device)
     apart = 1
     while apart < shape[1]:
-        # The products are exact, whether they are rounded before the sum or not.
+        # The products are exact.
         pairs = x.reshape(shape[0], shape[1] // (2 * apart), 2, apart * shape[2])
         x = torch.addcmul(pairs[:, :, :1], pairs[:, :, 1:], signs)
         apart *= 2

@@ -6,62 +6,22 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.lmo.newton_schulz import unit_largest
-from ef21_muon.messages.compressors import fixed_generator, numbers
-from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.compressors import fixed_generator, numbers, value_format
 from ef21_muon.messages.sparse import Fraction
 from ef21_muon.messages.values import Values, check_length, reinterpret
 
-PASSES = 3
 # Of a bound on the Gram matrix' largest eigenvalue: of an embedding's gradient, summed row after
 # row, rounding took the smallest below zero by 3.4e-5 of it.
 SHIFT = 1e-4
 
 
-class LowRank(Fraction):
-    """x as the product of r = fraction min(m, n) columns and r rows; a message holds these factors.
-
-    The columns come first, transposed, so that a row of either factor belongs to one direction.
-    """
-
-    sends_all = True
-    scale_bytes = 0  # of a factor of both, before them
-
-    def _factors(self, m: int, n: int) -> tuple[tuple[Values, int], tuple[Values, int]]:
-        """Of both factors, (r, length), the format and the length."""
-        raise NotImplementedError
-
-    def payload_bytes(self, m: int, n: int) -> int:
-        r = self.kept(min(m, n))
-        sizes = (values.payload_bytes(r, length) for values, length in self._factors(m, n))
-        return self.scale_bytes + sum(sizes)
-
-    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
-        check_length(payload, self.payload_bytes(m, n), self, m, n)
-        (first, length), (second, other) = self._factors(m, n)
-        r = self.kept(min(m, n))
-        scale, payload = payload[:, : self.scale_bytes], payload[:, self.scale_bytes :]
-        split = first.payload_bytes(r, length)
-        basis = first.decode(payload[:, :split], r, length)
-        rows = second.decode(payload[:, split:], r, other)
-        if self.scale_bytes:
-            rows = rows * reinterpret(scale, torch.float32)[:, :, None]
-        return basis.mT @ rows if length == m else rows.mT @ basis
-
-    def sample(self, m: int, n: int) -> Tensor:
-        parts = [torch.tensor([[0.7]], dtype=torch.float32, device="cpu").view(torch.uint8)]
-        for values, length in self._factors(m, n):
-            factor = numbers(1, self.kept(min(m, n)), length)
-            parts.append(values.encode(factor, fixed_generator()))
-        return torch.cat(parts if self.scale_bytes else parts[1:], 1)
-
-
-class RankK(LowRank):
+class RankK(Fraction):
     """The projection of x on r directions of its shorter side, r = fraction min(m, n), as factors.
 
     For m <= n: P is an orthonormal basis of range(x x^T S) for a Gaussian m x r sketch S (range
     finder with one power step, Halko et al., arXiv:0909.4061), Q = P^T x, and C(x) = P Q. For m > n
-    the same of x^T. Contractive for any basis; over random sketches it keeps at least the share
-    c = r / min(m, n) of ||x||^2. With unbiased rounding of the factors, by omega_P and omega_Q,
+    the same of x^T. In expectation it keeps at least the share c = r / min(m, n) of ||x||^2. With
+    unbiased rounding of the factors, by omega_P and omega_Q,
 
         alpha = (2 - (1 + omega_P) (1 + omega_Q)) c,
 
@@ -69,17 +29,25 @@ class RankK(LowRank):
 
         alpha = 1 - (sqrt(1 - c) + d sqrt(c))^2,  1 + d = (1 + sqrt(omega_P)) (1 + sqrt(omega_Q)),
 
-    with c at least d^2 / (1 + d^2), where this is worst. Below 0 it promises nothing. Formats with
-    a scale keep these promises with a scale per row.
+    with c at least d^2 / (1 + d^2), where this is worst. Below 0, and for a scale per message, it
+    promises nothing.
     """
 
     kind = "rank"
+    sends_all = True
+    scale_bytes = 0  # of a factor of both, before them
 
     def _basis(self, x: Tensor, r: int, generator: Generator | None) -> Tensor:
         return range_of(x, r, generator)
 
     def _factors(self, m: int, n: int) -> tuple[tuple[Values, int], tuple[Values, int]]:
+        """The formats of P^T and Q, each of r rows, and the lengths of these."""
         return (self.values, min(m, n)), (self.values, max(m, n))
+
+    def payload_bytes(self, m: int, n: int) -> int:
+        r = self.kept(min(m, n))
+        sizes = (values.payload_bytes(r, length) for values, length in self._factors(m, n))
+        return self.scale_bytes + sum(sizes)
 
     def alpha(self, m: int, n: int) -> float:
         r = self.kept(min(m, n))
@@ -97,14 +65,34 @@ class RankK(LowRank):
         factors = basis.mT, basis.mT @ x
         return torch.cat([self.values.encode(factor, generator) for factor in factors], 1)
 
+    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
+        check_length(payload, self.payload_bytes(m, n), self, m, n)
+        (first, length), (second, other) = self._factors(m, n)
+        r = self.kept(min(m, n))
+        scale, payload = payload[:, : self.scale_bytes], payload[:, self.scale_bytes :]
+        split = first.payload_bytes(r, length)
+        basis = first.decode(payload[:, :split], r, length)
+        rows = second.decode(payload[:, split:], r, other)
+        if self.scale_bytes:
+            rows = rows * reinterpret(scale, torch.float32)[:, :, None]
+        return basis.mT @ rows if length == m else rows.mT @ basis
 
-class FittedRank(LowRank):
+    def sample(self, m: int, n: int) -> Tensor:
+        scale = torch.tensor([[0.7]], dtype=torch.float32, device="cpu").view(torch.uint8)
+        parts = [scale[:, : self.scale_bytes]]
+        for values, length in self._factors(m, n):
+            factor = numbers(1, self.kept(min(m, n)), length)
+            parts.append(values.encode(factor, fixed_generator()))
+        return torch.cat(parts, 1)
+
+
+class FittedRank(RankK):
     """x of rank r = fraction min(m, n) as s P Q: P in the format `basis`, Q in the finer `values`.
 
     For m >= n: P is a basis as RankK's, rounded; Q = P^+ x are the least-squares rows for P as it
     was rounded, rounded in turn; and the scalar s is that of least squares again. For m < n the
-    same of x^T. The formats differ because P has most of the values, and rounding P only turns the
-    subspace that is sent. By s, C(x) is never further from x than 0 is: alpha = 0.
+    same of x^T. P has most of the values, and rounding it only turns the subspace that is sent. By
+    s, C(x) is never further from x than 0 is: alpha = 0.
     """
 
     kind = "fitted rank"
@@ -144,10 +132,9 @@ class FittedRank(LowRank):
 def _solve(gram: Tensor, products: Tensor) -> Tensor:
     """Rows Q with gram Q = products; gram may be singular, so 1e-5 of its diagonal is added."""
     ridge = 1e-5 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    ridge = ridge.masked_fill(ridge == 0, 1) * torch.eye(
-        gram.shape[1], dtype=gram.dtype, device=gram.device
-    )
-    return torch.linalg.solve_ex(gram + ridge, products).result
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    gram = gram + ridge.masked_fill(ridge == 0, 1) * identity
+    return torch.linalg.solve_ex(gram, products).result
 
 
 def range_of(x: Tensor, r: int, generator: Generator | None) -> Tensor:
@@ -160,10 +147,9 @@ def range_of(x: Tensor, r: int, generator: Generator | None) -> Tensor:
 def orthonormal(x: Tensor) -> Tensor:
     """Columns of length 1, orthogonal to each other, that span those of x (L, m, r), m >= r.
 
-    On a CPU by QR, on a GPU, where that takes 30 times as long (48 matrices of 768 x 115 on an
-    H100: 22 ms for 0.7), by Cholesky factors of Gram matrices, X <- X L^-T with
-    L L^T = X^T X + shift, three times (Fukaya et al., arXiv:1809.11085); what the shift takes from
-    lengths a step X (3 - X^T X) / 2 gives back. What x spans with less than about 1e-5 of its
+    On a CPU by QR; on a GPU, where that takes 30 times as long, by Cholesky factors of Gram
+    matrices, X <- X L^-T with L L^T = X^T X + shift, three times (Fukaya et al., arXiv:1809.11085),
+    and a step X (3 - X^T X) / 2 for the lengths. What x spans with less than about 1e-5 of its
     length comes out shorter than 1, so that P P^T stays at most a projection. Does not wait.
     """
     return by_gram(x) if x.is_cuda else torch.linalg.qr(x).Q
@@ -171,7 +157,7 @@ def orthonormal(x: Tensor) -> Tensor:
 
 def by_gram(x: Tensor) -> Tensor:
     """`orthonormal` by Gram matrices, for columns whose sums of squares are in float32's range."""
-    for _ in range(PASSES):
+    for _ in range(3):
         products = gram(x)
         bound = products.abs().sum(-1).amax(-1, keepdim=True)
         products.diagonal(dim1=-2, dim2=-1).add_(torch.where(bound == 0, 1, SHIFT * bound))

@@ -11,6 +11,7 @@ from ef21_muon.messages.values import (
     Values,
     at_a_time,
     carry,
+    check,
     check_length,
     pack,
     packed_bytes,
@@ -20,10 +21,13 @@ from ef21_muon.messages.values import (
 
 
 class Blockwise(Values):
-    """Formats with a scale per block: codes of `width` bits, and a scale of `scale_dtype` for each.
+    """Formats with codes of `width` bits, and a scale (or several) of `scale_dtype` per block.
 
     block: "row", "message", a number of consecutive values, or "8blocks" for so many equal blocks
     per message (fewer where it has not that many values).
+
+    `_scale` is of blocks (L, blocks, length), `_quantise` gives codes of any part of the length, by
+    that scale and a generator, and `_restore` values of scales and codes.
     """
 
     width: int
@@ -33,9 +37,8 @@ class Blockwise(Values):
     def __init__(self, block: int | str = "row"):
         counted = re.fullmatch(r"([1-9]\d*)blocks", block) if isinstance(block, str) else None
         known = block in ("row", "message") or counted or (type(block) is int and block > 0)
-        if not known:
-            allowed = "row, message, a number of values above 0, or of blocks as 8blocks"
-            raise ValueError(f"{type(self).__name__} got block={block}: give {allowed}")
+        allowed = "row, message, a number of values above 0, or of blocks as 8blocks"
+        check(known, f"{type(self).__name__} got block={block}", allowed)
         self.block, self._count = block, int(counted[1]) if counted else 1
 
     def __str__(self) -> str:
@@ -56,12 +59,11 @@ class Blockwise(Values):
     def encode(self, values: Tensor, generator: Generator | None = None) -> Tensor:
         count = values.shape[1] * values.shape[2]
         blocks, length = self.blocks(*values.shape[1:])
-        padding = blocks * length - count
-        flat = values.flatten(1)
-        padded = torch.nn.functional.pad(flat, (0, padding)) if padding else flat
+        padded = values.flatten(1)
+        if padding := blocks * length - count:
+            padded = torch.nn.functional.pad(padded, (0, padding))
         padded = padded.view(-1, blocks, length)
-        # Pieces of eight blocks, or of a multiple of eight values of a single block, fill whole
-        # bytes of codes.
+        # Pieces of eight blocks, or of eight values of a single block, fill whole bytes of codes.
         chunk = at_a_time(padded)
         scales, codes, left = [], [], count
         for piece in padded.split(max(8, chunk // length // 8 * 8), 1):
@@ -89,35 +91,23 @@ class Blockwise(Values):
         """What blocks (L, blocks, length) become before they are coded, or, in place, `back`."""
         return values
 
-    def _scale(self, values: Tensor) -> Tensor:
-        """(L, blocks, length) -> (L, blocks, 1)."""
-        raise NotImplementedError
-
-    def _quantise(self, values: Tensor, scale: Tensor, generator: Generator | None) -> Tensor:
-        """Codes of values (L, blocks, any part of the length), of the same shape."""
-        raise NotImplementedError
-
-    def _restore(self, scales: Tensor, codes: Tensor) -> Tensor:
-        raise NotImplementedError
-
 
 class NaturalWindow(Blockwise):
     """Natural values within 2^b - 1 exponents of the block's largest; 1 + b bits per value.
 
-    b = `exponent_bits`, 3 to 7; one byte per block tells the largest exponent. Let s be the
-    smallest magnitude of the window: |v| < s becomes s with probability |v| / s, else 0, so it is
-    unbiased. With N values in a block, whose largest is at least s 2^(2^b - 3),
-    omega = 1/8 + min(N / 4 * 4^(3 - 2^b), sqrt(N) 2^(3 - 2^b)).
-    `stochastic=False` rounds to the nearer of the two: deterministic, biased, omega = 1/9 plus
-    N / 4 * 4^(3 - 2^b), at most 1.
+    b = `exponent_bits`, 3 to 7; one byte per block tells the largest exponent. Below the window's
+    smallest magnitude s, |v| becomes s with probability |v| / s, else 0: unbiased. For N values in
+    a block, whose largest is at least s 2^(2^b - 3),
+    omega = 1/8 + min(N / 4 * 4^(3 - 2^b), sqrt(N) 2^(3 - 2^b)). `stochastic=False` takes the nearer
+    one: deterministic, biased, omega = min(1, 1/9 + N / 4 * 4^(3 - 2^b)).
     """
 
     name = "natural{.exponent_bits}"
     scale_dtype = torch.uint8
 
     def __init__(self, exponent_bits: int = 4, stochastic: bool = True, block: int | str = "row"):
-        if not (type(exponent_bits) is int and 3 <= exponent_bits <= 7):
-            raise ValueError(f"natural got exponent_bits={exponent_bits}: give 3 to 7 (8: natural)")
+        whole = type(exponent_bits) is int and 3 <= exponent_bits <= 7
+        check(whole, f"natural got exponent_bits={exponent_bits}", "3 to 7 (8: natural)")
         super().__init__(block)
         self.exponent_bits, self.width = exponent_bits, exponent_bits + 1
         self.stochastic = self.unbiased = stochastic
@@ -140,13 +130,10 @@ class NaturalWindow(Blockwise):
         carried = carry(bits, self.stochastic, generator)
         smallest = self._smallest(scale)
         share = values.abs() / (smallest << 23).view(torch.float32)
-        # A uniform carry is below share * 2^23 with probability share; the constant one of rounding
-        # to nearest where the share is over a half.
-        level = torch.where(
-            magnitude < smallest << 23,
-            (carried < share * MANTISSA).to(torch.int32),
-            ((magnitude + carried) >> 23) - smallest + 1,
-        )
+        # A uniform carry is below share * 2^23 with probability share; a half, if that is over 1/2.
+        below = (carried < share * MANTISSA).to(torch.int32)
+        within = ((magnitude + carried) >> 23) - smallest + 1
+        level = torch.where(magnitude < smallest << 23, below, within)
         return (level << 1 | (bits < 0)).to(torch.uint8)
 
     def _restore(self, scales: Tensor, codes: Tensor) -> Tensor:
@@ -163,16 +150,15 @@ class NaturalWindow(Blockwise):
 class Integer(Blockwise):
     """`bits`-bit integers times a float32 scale per block, dithered (QSGD, arXiv:1610.02132).
 
-    With s = 2^(bits-1) - 1 levels per side, v becomes a neighbouring multiple of max |v| / s,
-    chosen so that it is unbiased; omega = min(N / (4 s^2), sqrt(N) / s) for N values in a block.
-    `stochastic=False` takes the nearer one: deterministic, biased, omega = min(1, N / (4 s^2)).
+    With s = 2^(bits-1) - 1, v becomes a neighbouring multiple of max |v| / s, unbiased;
+    omega = min(N / (4 s^2), sqrt(N) / s) for N values in a block. `stochastic=False` takes the
+    nearer one: deterministic, biased, omega = min(1, N / (4 s^2)).
     """
 
     name = "int{.width}"
 
     def __init__(self, bits: int = 8, stochastic: bool = True, block: int | str = "row"):
-        if not (type(bits) is int and 2 <= bits <= 8):
-            raise ValueError(f"int got bits={bits}: give 2 to 8")
+        check(type(bits) is int and 2 <= bits <= 8, f"int got bits={bits}", "2 to 8")
         super().__init__(block)
         self.width, self.levels = bits, 2 ** (bits - 1) - 1
         self.stochastic = self.unbiased = stochastic
@@ -180,7 +166,7 @@ class Integer(Blockwise):
     def omega(self, rows: int, columns: int) -> float:
         length = self.blocks(rows, columns)[1]
         spread = length / (4 * self.levels**2)
-        return min(spread, sqrt(length) / self.levels) if self.stochastic else min(1.0, spread)
+        return min(spread, sqrt(length) / self.levels if self.stochastic else 1.0)
 
     def _scale(self, values: Tensor) -> Tensor:
         return values.abs().amax(2, keepdim=True)
@@ -201,12 +187,11 @@ class Integer(Blockwise):
 class SignScale(Blockwise):
     """The sign times the block's mean magnitude: 1 bit per value, deterministic, biased.
 
-    omega = 1 - 1/N for N values in a block, reached where a single one is not zero; about 0.36 for
+    omega = 1 - 1/N for N values in a block, which a single one that is not zero has; about 0.36 for
     Gaussian values.
     """
 
-    name = "sign"
-    width = 1
+    name, width = "sign", 1
 
     def omega(self, rows: int, columns: int) -> float:
         return 1 - 1 / self.blocks(rows, columns)[1]
@@ -224,33 +209,30 @@ class SignScale(Blockwise):
 class SmoothnessAware(Values):
     """Dithered integers of x in the geometry of a diagonal D: C(x) = Q(x D^(-1/2)) D^(1/2).
 
-    As smoothness-aware quantisation (Wang, Safaryan and Richtarik, arXiv:2106.03524), where D is of
+    As smoothness-aware quantisation (Wang, Safaryan and Richtarik, arXiv:2106.03524), whose D is of
     the matrix for which a worker's function is smooth: of a linear layer's loss E delta_i^2 E a_j^2
     for output i and input j (Martens and Grosse, arXiv:1503.05671). Here Q is `Integer` with a
-    scale per row, and D_j = c_j = max_i |x_ij| is sent in 2 bytes per column (bfloat16); it grows
-    as the root of E a_j^2. Nothing is lost in the Euclidean norm: scales of rows are at most
-    sqrt(r_i), r_i = max_j |x_ij|, and sum_ij r_i c_j <= sqrt(N) ||x||^2 for N = m n, so that
+    scale per row, and D_j = c_j = max_i |x_ij|, which grows as the root of E a_j^2, takes 2 bytes
+    per column (bfloat16). Scales of rows are at most sqrt(r_i), r_i = max_j |x_ij|, and
+    sum_ij r_i c_j <= sqrt(N) ||x||^2 for N = m n, so that with s = 2^(bits-1) - 1
 
-        omega = (1 + 2^-7) min(sqrt(N) / (4 s^2), N^(1/4) / s),  s = 2^(bits-1) - 1.
+        omega = (1 + 2^-7) min(sqrt(N) / (4 s^2), N^(1/4) / s).
 
-    In the norm of D^-1 omega is that of `Integer`. Unbiased; `stochastic=False` takes the nearer
-    integer, with the first of the two, at most 1. Magnitudes from 1e-37 to 1e38.
+    Unbiased; `stochastic=False` takes the nearer integer, with the first of the two, at most 1.
+    Magnitudes from 1e-37 to 1e38.
     """
 
     name = "smooth{.integers.width}"
 
     def __init__(self, bits: int = 4, stochastic: bool = True):
-        if not (type(bits) is int and 2 <= bits <= 8):
-            raise ValueError(f"smooth got bits={bits}: give 2 to 8")
+        check(type(bits) is int and 2 <= bits <= 8, f"smooth got bits={bits}", "2 to 8")
         self.integers = Integer(bits, stochastic)
         self.stochastic = self.unbiased = stochastic
 
     def omega(self, rows: int, columns: int) -> float:
         total, levels = rows * columns, self.integers.levels
         spread = (1 + 2**-7) * sqrt(total) / (4 * levels**2)
-        if self.stochastic:
-            return min(spread, (1 + 2**-7) * total**0.25 / levels)
-        return min(1.0, spread)
+        return min(spread, (1 + 2**-7) * total**0.25 / levels if self.stochastic else 1.0)
 
     def payload_bytes(self, rows: int, columns: int) -> int:
         return 2 * columns + self.integers.payload_bytes(rows, columns)
@@ -268,5 +250,8 @@ class SmoothnessAware(Values):
 
 
 def _root_of(largest: Tensor) -> Tensor:
-    """D^(1/2) for c (L, columns): (L, 1, columns), with 1 in the place of 0."""
-    return largest.masked_fill(largest == 0, 1).float().sqrt()[:, None]
+    """D^(1/2) for c (L, columns): (L, 1, columns), with 1 in the place of 0.
+
+    By way of float64, since not every library's root of a float32 is right to the last bit.
+    """
+    return largest.masked_fill(largest == 0, 1).double().sqrt().float()[:, None]

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import count
 from math import gcd
-from numbers import Real
 
 import torch
 from torch import Generator, Tensor
@@ -12,7 +12,9 @@ from ef21_muon.messages.compressors import Compressor
 from ef21_muon.messages.values import (
     AT_A_TIME,
     Values,
+    check,
     check_length,
+    check_share,
     pack,
     packed_bytes,
     reinterpret,
@@ -21,7 +23,6 @@ from ef21_muon.messages.values import (
 )
 
 LOW_BITS = 16  # of the 31 bits of a float32's magnitude
-LOW = (1 << LOW_BITS) - 1
 MAGNITUDE = 0x7FFFFFFF
 SORTED_BELOW = 1 << LOW_BITS
 
@@ -33,9 +34,7 @@ class Fraction(Compressor):
 
     def __init__(self, fraction: float, values: Values | str = "float32"):
         super().__init__(values)
-        if not (isinstance(fraction, Real) and 0 < fraction <= 1):
-            given = f"{type(self).__name__} got fraction={fraction}"
-            raise ValueError(f"{given}: give a number above 0, at most 1")
+        check_share(f"{type(self).__name__} got fraction", fraction)
         self.fraction = float(fraction)
 
     def kept(self, total: int) -> int:
@@ -51,15 +50,11 @@ class Fraction(Compressor):
 
 
 class Entries(Compressor):
-    """A compressor that keeps entries; a message holds their places and then their values."""
+    """A compressor that keeps entries; a message holds their places and then their values.
 
-    def _layout(self, m: int, n: int) -> tuple[int, int, int]:
-        """Bytes of the places, and rows and columns of the values."""
-        raise NotImplementedError
-
-    def _positions(self, places: Tensor, m: int, n: int) -> Tensor:
-        """uint8 (L, bytes) -> where values are in the flat matrix, all different: int64 (L, k)."""
-        raise NotImplementedError
+    `_layout` has the bytes of the places, and the rows and columns of the values; `_positions`, of
+    places uint8 (L, bytes), where in the flat matrix values are, all different: int64 (L, k).
+    """
 
     def payload_bytes(self, m: int, n: int) -> int:
         places, rows, columns = self._layout(m, n)
@@ -103,11 +98,10 @@ class TopK(Fraction, Entries):
 
 
 class RandK(Fraction, Entries):
-    """k = fraction m n entries at random positions, which follow from a seed of 9 bytes.
+    """k = fraction m n entries at random positions, from a seed of 9 bytes.
 
-    The positions are start + i stride modulo m n for i < k: a uniform start, and a stride, coprime
-    to m n, out of 256. So every entry is kept with probability k / (m n), which is all that the
-    contraction needs: alpha = (1 - omega) k / (m n).
+    They are start + i stride modulo m n for i < k: a uniform start, and a stride, coprime to m n,
+    out of 256. So every entry is kept with probability k / (m n): alpha = (1 - omega) k / (m n).
     """
 
     kind = "random"
@@ -133,24 +127,120 @@ class RandK(Fraction, Entries):
         return (start + _coprimes(total, start.device)[stride] * steps) % total
 
 
+class ChunkPlaces:
+    """m x n matrices as chunks, and places of k entries (or all) of each of them as bytes.
+
+    Sides are the largest divisors of m and n up to `chunk`, as in the code of DeMo and SparseLoCo.
+    Places are indices of fixed width in their chunk or Elias-Fano coded, chunk after chunk,
+    whichever is shorter for this shape.
+    """
+
+    def __init__(self, m: int, n: int, chunk: int, k: int):
+        self.m, self.n = m, n
+        self.sides = largest_divisor(m, chunk), largest_divisor(n, chunk)
+        self.grid = m // self.sides[0], n // self.sides[1]
+        self.size = self.sides[0] * self.sides[1]
+        self.count = m * n // self.size
+        self.k = min(k, self.size)
+        self.width = (self.size - 1).bit_length()
+        fixed = packed_bytes(self.count * self.k, self.width)
+        coded = index_bytes(m * n, self.count * self.k)
+        self.fixed_width = fixed <= coded
+        self.index_bytes = min(fixed, coded)
+
+    def largest(self, chunks: Tensor) -> Tensor:
+        """The k of largest magnitude of each: (L, count, size) -> places (L, count, k), rising."""
+        return chunks.abs().topk(self.k, dim=2, sorted=False).indices.sort(2).values
+
+    def pack_places(self, places: Tensor) -> Tensor:
+        """(L, count, k) -> uint8 (L, index_bytes)."""
+        if self.fixed_width:
+            return pack(places.flatten(1), self.width)
+        return pack_indices(self._chunk_after_chunk(places), self.m * self.n)
+
+    def unpack_positions(self, indices: Tensor) -> Tensor:
+        """uint8 (L, index_bytes) -> positions, counted chunk after chunk: (L, count k)."""
+        kept = self.count * self.k
+        if not self.fixed_width:
+            return unpack_indices(indices, self.m * self.n, kept)
+        places = unpack(indices, kept, self.width).to(torch.int64)
+        return self._chunk_after_chunk(places.view(-1, self.count, self.k))
+
+    def in_matrix(self, positions: Tensor) -> Tensor:
+        """Positions chunk after chunk as those row after row."""
+        chunk, place = positions // self.size, positions % self.size
+        tall, wide = self.sides
+        rows = chunk // self.grid[1] * tall + place // wide
+        return rows * self.n + chunk % self.grid[1] * wide + place % wide
+
+    def _chunk_after_chunk(self, places: Tensor) -> Tensor:
+        """Places in chunks, (L, count, k), as positions (L, count k)."""
+        starts = torch.arange(0, self.m * self.n, self.size, device=places.device)
+        return (places + starts[:, None]).flatten(1)
+
+
+class ChunkTopK(Entries):
+    """The k entries of largest magnitude of every chunk of `chunk` x `chunk` (arXiv:2508.15706).
+
+    Of smaller chunks it is max(1, round(k size / chunk^2)). The values are one row, so they have
+    one scale. alpha = (1 - omega) k / size.
+    """
+
+    def __init__(self, k: int = 64, chunk: int = 64, values: Values | str = "float32"):
+        super().__init__(values)
+        whole = type(chunk) is int and chunk > 0
+        check(whole, f"ChunkTopK got chunk={chunk}", "a whole number above 0")
+        whole = type(k) is int and 0 < k <= chunk**2
+        check(whole, f"ChunkTopK got k={k}", "a whole number above 0, at most chunk^2")
+        self.k, self.chunk = k, chunk
+
+    def title(self) -> str:
+        return f"top {self.k} of {self.chunk}x{self.chunk}"
+
+    def _places(self, m: int, n: int) -> ChunkPlaces:
+        size = largest_divisor(m, self.chunk) * largest_divisor(n, self.chunk)
+        return ChunkPlaces(m, n, self.chunk, max(1, round(self.k * size / self.chunk**2)))
+
+    def _layout(self, m: int, n: int) -> tuple[int, int, int]:
+        chunks = self._places(m, n)
+        return chunks.index_bytes, 1, chunks.count * chunks.k
+
+    def _positions(self, places: Tensor, m: int, n: int) -> Tensor:
+        chunks = self._places(m, n)
+        return chunks.in_matrix(chunks.unpack_positions(places))
+
+    def alpha(self, m: int, n: int) -> float:
+        chunks = self._places(m, n)
+        return (1 - self.values.omega(1, chunks.count * chunks.k)) * chunks.k / chunks.size
+
+    def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
+        chunks = self._places(*x.shape[1:])
+        (down, across), (tall, wide) = chunks.grid, chunks.sides
+        tiles = x.reshape(len(x), down, tall, across, wide).transpose(2, 3)
+        tiles = tiles.reshape(len(x), chunks.count, chunks.size)
+        places = chunks.largest(tiles)
+        values = tiles.gather(2, places).view(len(x), 1, -1)
+        return torch.cat([chunks.pack_places(places), self.values.encode(values, generator)], 1)
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of `number` that is at most `limit`."""
+    return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
+
+
 @cache
 def _coprimes(total: int, device: torch.device) -> Tensor:
     """256 numbers coprime to `total`, spread over its range; repeated where it has fewer."""
-    found = []
-    for place in range(256):
-        number = max(1, total * place // 256)
-        while gcd(number, total) > 1:
-            number += 1
-        found.append(number)
+    starts = (max(1, total * place // 256) for place in range(256))
+    found = [next(n for n in count(start) if gcd(n, total) == 1) for start in starts]
     return torch.tensor(found, device=device)
 
 
 def largest(x: Tensor, k: int) -> Tensor:
-    """The positions of the k entries of largest magnitude of every row, in increasing order.
+    """Of float32 (L, n) the positions of the k entries of largest magnitude per row: int64 (L, k).
 
-    x: float32 (L, n), 1 <= k <= n; returns int64 (L, k). Of equal magnitudes the first are taken.
-    Floats of one sign are ordered as their bits, which tell the k-th entry exactly, in about a byte
-    per entry (on a GPU four) and 12 for each of the k. Does not wait for the device.
+    They rise; of equal magnitudes the first are taken. Floats of one sign are ordered as their
+    bits. Takes about a byte per entry (on a GPU four) and 12 for each of the k; does not wait.
     """
     if x.shape[1] < SORTED_BELOW:
         order = x.abs().sort(dim=1, descending=True, stable=True).indices
@@ -189,7 +279,7 @@ def kth_by_histograms(pieces: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]
         counts = torch.zeros(rows, 1 << LOW_BITS, dtype=torch.int32, device=device)
         for piece in pieces:
             high = (piece & MAGNITUDE) >> LOW_BITS
-            numbers = high if kth is None else piece & LOW
+            numbers = high if kth is None else piece & (1 << LOW_BITS) - 1
             counted = torch.ones_like(high) if kth is None else (high == kth).to(torch.int32)
             counts.scatter_add_(1, numbers.to(torch.int64), counted)
         at_least = counts.flip(1).cumsum(1).flip(1)
@@ -221,12 +311,12 @@ def index_bytes(universe: int, count: int) -> int:
 
 def pack_indices(indices: Tensor, universe: int) -> Tensor:
     """Strictly increasing int64 (L, k) below `universe` -> uint8 (L, index_bytes(universe, k))."""
-    rows, count = indices.shape
-    width = shortest(universe, count)[1]
-    bitmap = indices.new_zeros(rows, count + (universe - 1 >> width), dtype=torch.uint8)
+    rows, kept = indices.shape
+    width = shortest(universe, kept)[1]
+    bitmap = indices.new_zeros(rows, kept + (universe - 1 >> width), dtype=torch.uint8)
     low = torch.empty_like(indices, dtype=torch.int32)
     size = AT_A_TIME[indices.device.type] // 4  # since places have 8 bytes
-    for first in range(0, count, size):
+    for first in range(0, kept, size):
         piece = indices[:, first : first + size]
         places = torch.arange(first, first + piece.shape[1], device=indices.device)
         bitmap.scatter_(1, places + (piece >> width), 1)

@@ -1,14 +1,13 @@
 """Value formats, by which numbers become bytes, and the packing of small integers.
 
-A format writes batches of float32 numbers (L, rows, columns), each of the L as a message of its
-own. Formats document their bits per value, whether they are unbiased (E decode(encode(v)) = v), and
-`omega`: E ||decode(encode(v)) - v||^2 <= omega ||v||^2. Every size is a function of counts alone,
-never of the data, so a receiver knows it in advance. Words are little-endian, as on every machine
-that torch runs on.
+A format writes float32 numbers (L, rows, columns) as L messages, whose size follows from the counts
+alone. Formats document their bits per value, whether they are unbiased (E decode(encode(v)) = v),
+and `omega`: E ||decode(encode(v)) - v||^2 <= omega ||v||^2. Words are little-endian.
 """
 
 from collections import defaultdict
 from functools import cache
+from numbers import Real
 
 import torch
 from torch import Generator, Tensor
@@ -38,6 +37,7 @@ class Values(Codec):
     """A value format."""
 
     name: str  # of the class, with attributes as {.width}
+    error: float  # omega, where it does not depend on the shape
     unbiased = False
     stochastic: bool | None = None  # None where rounding is not a choice
 
@@ -46,7 +46,7 @@ class Values(Codec):
 
     def omega(self, rows: int, columns: int) -> float:
         """The bound on the relative squared error, in expectation where rounding is stochastic."""
-        raise NotImplementedError
+        return self.error
 
 
 class Plain(Values):
@@ -68,10 +68,7 @@ class Plain(Values):
 class Float32(Plain):
     """32 bits per value, exact."""
 
-    name, dtype, unbiased = "float32", torch.float32, True
-
-    def omega(self, rows: int, columns: int) -> float:
-        return 0.0
+    name, dtype, error, unbiased = "float32", torch.float32, 0.0, True
 
 
 class BFloat16(Plain):
@@ -80,10 +77,7 @@ class BFloat16(Plain):
     Magnitudes below float32's normal range (2^-126) lose more.
     """
 
-    name, dtype = "bfloat16", torch.bfloat16
-
-    def omega(self, rows: int, columns: int) -> float:
-        return 2.0**-16
+    name, dtype, error = "bfloat16", torch.bfloat16, 2.0**-16
 
 
 class Natural(Values):
@@ -98,9 +92,7 @@ class Natural(Values):
 
     def __init__(self, stochastic: bool = True):
         self.stochastic = self.unbiased = stochastic
-
-    def omega(self, rows: int, columns: int) -> float:
-        return 1 / 8 if self.stochastic else 1 / 9
+        self.error = 1 / 8 if stochastic else 1 / 9
 
     def payload_bytes(self, rows: int, columns: int) -> int:
         return rows * columns + packed_bytes(rows * columns, 1)
@@ -122,13 +114,25 @@ class Natural(Values):
         return bits.view(torch.float32).view(-1, rows, columns)
 
 
+def check(holds: bool, given: str, allowed: str) -> None:
+    """Raise ValueError unless it holds: what was given, and what is allowed."""
+    if not holds:
+        raise ValueError(f"{given}: give {allowed}")
+
+
+def check_share(given: str, share: float) -> None:
+    """Raise ValueError unless it is a number in (0, 1]."""
+    number = isinstance(share, Real) and 0 < share <= 1
+    check(number, f"{given}={share}", "a number above 0, at most 1")
+
+
 def at_a_time(messages: Tensor) -> int:
     """Values of each of these messages (L, ...) to encode at a time, a multiple of 8."""
     return max(8, AT_A_TIME[messages.device.type] // max(1, len(messages)) // 8 * 8)
 
 
 def carry(bits: Tensor, stochastic: bool, generator: Generator | None) -> Tensor:
-    """What makes a mantissa f carry into the exponent of |v| = 2^e (1 + f), if it is added.
+    """What makes a mantissa f carry into the exponent, if it is added.
 
     A uniform 23-bit number carries with probability f; a constant half rounds to nearest.
     """

@@ -11,8 +11,7 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _NormBase
 
 from ef21_muon.layers import Layer
-from ef21_muon.transport.fixed import Traffic, all_gather, place_in, wait
-from ef21_muon.transport.instances import instances
+from ef21_muon.transport.fixed import Group, Traffic, gathered, packed
 
 log = logging.getLogger("ef21_muon")
 
@@ -25,19 +24,16 @@ class Buffers:
     module.
     """
 
-    def __init__(self, module: nn.Module | None, group: dist.ProcessGroup | str | None):
+    def __init__(self, module: nn.Module | None, group: Group):
         if not isinstance(module, nn.Module | None):
             raise ValueError(
                 f"buffers={type(module).__name__} is not allowed: give the model, or the part of it"
                 " whose buffers are to be averaged"
             )
         self.module, self.group = module, group
-        kept = module.state_dict().keys() if module else ()
-        named = module.named_buffers() if module else ()
+        kept, named = (module.state_dict(), module.named_buffers()) if module else ((), ())
         self.shared = {
-            name: buffer.clone()
-            for name, buffer in named
-            if name in kept and buffer.is_floating_point()
+            name: one.clone() for name, one in named if name in kept and one.is_floating_point()
         }
 
     def __str__(self) -> str:
@@ -52,22 +48,17 @@ class Buffers:
         """
         if not self.shared:
             return Traffic()
-        mine = torch.cat([buffer.flatten() for buffer in self._present()])
-        _, ranks = place_in(self.group)
-        of_ranks = mine[None]
-        if ranks > 1:
-            flat = mine.new_empty(ranks * len(mine))
-            wait([all_gather(flat, mine, self.group, async_op=True)])
-            of_ranks = flat.view(ranks, len(mine))
+        mine = packed(self._present())
+        of_ranks = gathered(mine, self.group)
         mean = torch.where((of_ranks == of_ranks[0]).all(0), of_ranks[0], of_ranks.mean(0))
-        former = torch.cat([shared.flatten() for shared in self.shared.values()])
+        former = packed(self.shared.values())
         mean = torch.where(former.isfinite() & ~mean.isfinite(), former, mean)
         parts = mean.split([one.numel() for one in self.shared.values()])
         for part, shared, own in zip(parts, self.shared.values(), self._present(), strict=True):
             shared.copy_(part.view_as(shared))
             own.copy_(shared)
-        size, others = mine.nbytes, ranks - 1
-        return Traffic(size, 0, others * size, others * size)
+        others = (len(of_ranks) - 1) * mine.nbytes
+        return Traffic(mine.nbytes, 0, others, others)
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -83,13 +74,11 @@ class Buffers:
 
     def require_fit(self, state: dict[str, Tensor]) -> None:
         """Raise ValueError for the state of other buffers."""
-        shapes, its_shapes = (
-            {name: tuple(one.shape) for name, one in ours.items()} for ours in (self.shared, state)
-        )
-        if shapes != its_shapes:
+        here, there = ({n: tuple(t.shape) for n, t in one.items()} for one in (self.shared, state))
+        if here != there:
             raise ValueError(
-                f"the state holds buffers {its_shapes} where this optimizer averages {shapes}: "
-                "build it with the same buffers"
+                f"the state holds buffers {there} where this optimizer averages {here}: build it "
+                "with the same buffers"
             )
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -102,11 +91,19 @@ class Buffers:
         return [self.module.get_buffer(name) for name in self.shared]
 
 
-def warn_of_statistics(layers: Sequence[Layer], averaged: nn.Module | None) -> None:
-    """Log, on rank 0, whose running statistics stay each worker's own.
+def instances(kind: type) -> list:
+    """All objects of a class, looked for among what refers to it.
 
-    layers: that are trained; averaged: the module whose buffers are.
+    To ask every object for its class takes five times as long.
     """
+    kinds = [kind]
+    for one in kinds:  # which grows
+        kinds += one.__subclasses__()
+    return [one for one in gc.get_referrers(*kinds) if issubclass(type(one), kind)]
+
+
+def warn_of_statistics(layers: Sequence[Layer], averaged: nn.Module | None) -> None:
+    """Log, on rank 0, whose running statistics stay each worker's own; as `own_statistics`."""
     parted = own_statistics(layers, averaged)
     if parted and dist.get_rank() == 0:
         more = f" (and {len(parted) - 1} more)" if len(parted) > 1 else ""
@@ -119,9 +116,9 @@ def warn_of_statistics(layers: Sequence[Layer], averaged: nn.Module | None) -> N
 
 
 def own_statistics(layers: Sequence[Layer], averaged: nn.Module | None) -> list[str]:
-    """The modules with running statistics beside the trained layers, by name, but the averaged.
+    """The modules with running statistics beside the trained layers, by name.
 
-    SyncBatchNorm has the same on all workers by itself.
+    But for those in `averaged`, and SyncBatchNorm, which has the same on all workers by itself.
     """
     known = {id(module) for module in averaged.modules()} if averaged else set()
     parted = {
@@ -135,9 +132,8 @@ def own_statistics(layers: Sequence[Layer], averaged: nn.Module | None) -> list[
     trained = {id(layer.parameter) for layer in layers}
     modules = [one for one in gc.get_objects() if issubclass(type(one), nn.Module)]
     models = [m for m in modules if any(id(one) in trained for one in m.parameters())]
-    models.sort(key=lambda model: -sum(1 for _ in model.modules()))
-    named = {}
-    for model in models:  # the largest first, by which its parts are named
+    named = {}  # by the largest model, so that comes first
+    for model in sorted(models, key=lambda model: -len([*model.modules()])):
         for name, module in model.named_modules():
             if id(module) in parted:
                 named.setdefault(id(module), name or type(module).__name__)

@@ -1,8 +1,8 @@
 """Messages between workers that stay, by gloo or NCCL, and the one place that counts their bytes.
 
-Every layer has owners, the ranks that play the server for it. All messages are uint8 buffers, one
-each way for a bucket of batches and a pair of ranks: from workers to servers (w2s) and back (s2w).
-All sizes follow from shapes, so no sizes travel. A message to oneself never leaves the rank.
+Every layer has owners, the ranks that play the server for it. Messages are uint8 buffers, one each
+way for a bucket of batches and a pair of ranks: from workers to servers (w2s) and back (s2w). Sizes
+follow from shapes, so none travel. A message to oneself never leaves the rank.
 
 Between pairs they go as one batch of sends and receives: gloo's `all_to_all_single` uses a link in
 one direction at a time (20 MB each way between two nodes at 100 Mbit/s: 3.1 s, and 1.6 s so).
@@ -10,44 +10,44 @@ one direction at a time (20 MB each way between two nodes at 100 Mbit/s: 3.1 s, 
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import astuple, dataclass
 from fractions import Fraction
 from functools import partial
+from operator import add
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ef21_muon.transport.host import sends_by_nccl, sends_from_host, start_from_host
+from ef21_muon.transport.host import sends_by_nccl, sends_from_host, start_from_host, wait
 
 # Given for a process group, a worker is alone though others run: nothing is sent.
 ALONE = "alone"
+Group: TypeAlias = dist.ProcessGroup | str | None
+# What is received of each rank, and what waits until it is there.
+Incoming: TypeAlias = tuple[list[Tensor], Callable[[], None]]
 # Its name from torch 2.13 on, and before.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def place_in(group: dist.ProcessGroup | str | None) -> tuple[int, int]:
+def place_in(group: Group) -> tuple[int, int]:
     """This process's rank in the group and the group's size; alone without a process group."""
     if group == ALONE or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
 
 
-def wait(works: Iterable[dist.Work]) -> None:
-    """Wait for all; what torch raises where another rank is gone says so too."""
-    try:
-        for work in works:
-            work.wait()
-    except RuntimeError as error:
-        error.add_note(
-            "another rank has ended, or failed first, while this one waited for its message in a "
-            "step: look at its error, or give every rank as many steps (batches)"
-        )
-        raise
+def gathered(mine: Tensor, group: Group) -> Tensor:
+    """What every rank of the group has, all of one shape, (ranks, ...)."""
+    _, ranks = place_in(group)
+    if ranks == 1:
+        return mine[None]
+    flat = mine.new_empty(ranks * mine.numel())
+    wait([all_gather(flat, mine.flatten(), group, async_op=True)])
+    return flat.view(ranks, *mine.shape)
 
 
-@dataclass(frozen=True)
-class Traffic:
+class Traffic(NamedTuple):
     """Bytes: of this rank's messages to the servers and back, what it receives, and what it sends.
 
     What a worker receives is what comes back from the servers, or the messages of the others where
@@ -62,18 +62,11 @@ class Traffic:
     wire_rx_bytes: int | Fraction = 0
 
     def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(
-            self.w2s_bytes + other.w2s_bytes,
-            self.s2w_bytes + other.s2w_bytes,
-            self.received_bytes + other.received_bytes,
-            self.wire_tx_bytes + other.wire_tx_bytes,
-            self.wire_rx_bytes + other.wire_rx_bytes,
-        )
+        return Traffic(*map(add, self, other))
 
     def state(self) -> list[int]:
         """As whole numbers, for `from_state`."""
-        fractions = (Fraction(count).as_integer_ratio() for count in astuple(self))
-        return [number for pair in fractions for number in pair]
+        return [number for count in self for number in Fraction(count).as_integer_ratio()]
 
     @classmethod
     def from_state(cls, numbers: list[int]) -> "Traffic":
@@ -133,12 +126,7 @@ class Transport:
     heals = False
     stream: int | None = None
 
-    def __init__(
-        self,
-        group: dist.ProcessGroup | str | None = None,
-        rank: int | None = None,
-        ranks: int | None = None,
-    ):
+    def __init__(self, group: Group = None, rank: int | None = None, ranks: int | None = None):
         self.group, self.sends = group, ranks is None
         self.rank, self.ranks = place_in(group) if self.sends else (rank, ranks)
         self.traffic = Traffic()
@@ -150,9 +138,7 @@ class Transport:
     def attach(self, optimizer) -> None:
         """The optimizer that sends by this; for transports that have to know it."""
 
-    def to_servers(
-        self, batches: Sequence, payloads: Sequence[Tensor]
-    ) -> Callable[[], list[list[Tensor]]]:
+    def to_servers(self, batches: Sequence, payloads: Sequence[Tensor]) -> Callable[[], list]:
         """Start to send every layer's payload to its owners (line 12 of Algorithm 1).
 
         payloads: for every batch uint8 (layers, batch.up.size). Returns a function that waits and
@@ -162,20 +148,14 @@ class Transport:
         self.traffic += Traffic(w2s_bytes=size)
         if self.ranks == 1:
             return partial(list, zip(payloads))
-        everywhere = all(batch.replicated for batch in batches)
-        if everywhere:
-            self.traffic += Traffic(received_bytes=(self.ranks - 1) * size)
         sizes = [batch.up.size for batch in batches]
-        owners = [self.rank] if everywhere else range(self.ranks)
-        messages = [
-            torch.cat(
-                [p[b.owned_by[owner]].flatten() for b, p in zip(batches, payloads, strict=True)]
-            )
-            for owner in owners
-        ]
-        if everywhere:
-            parts, arrive = self._to_all(messages[0])
+        if all(batch.replicated for batch in batches):
+            self.traffic += Traffic(received_bytes=(self.ranks - 1) * size)
+            parts, arrive = self._to_all(packed(payloads))
         else:
+            both = [*zip(batches, payloads, strict=True)]
+            owners = range(self.ranks)
+            messages = [packed([p[b.owned_by[owner]] for b, p in both]) for owner in owners]
             parts, arrive = self._swap(messages, [len(messages[self.rank])] * self.ranks)
 
         def receive() -> list[list[Tensor]]:
@@ -185,9 +165,7 @@ class Transport:
 
         return receive
 
-    def to_workers(
-        self, batches: Sequence, payloads: Sequence[Tensor]
-    ) -> Callable[[], Sequence[Tensor]]:
+    def to_workers(self, batches: Sequence, payloads: Sequence[Tensor]) -> Callable[[], Sequence]:
         """Start to send the payloads of the layers owned here to every rank (line 6).
 
         payloads: for every batch uint8 (layers owned here, batch.down.size). Returns a function
@@ -202,12 +180,8 @@ class Transport:
         if self.ranks == 1:
             return partial(list, payloads)
         sizes = [batch.down.size for batch in batches]
-        message = torch.cat([payload.flatten() for payload in payloads])
-        of_ranks = [
-            sum(_count(b.owned_by[rank]) * b.down.size for b in batches)
-            for rank in range(self.ranks)
-        ]
-        parts, arrive = self._spread(message, of_ranks)
+        of_ranks = [sum(_lengths(batches, sizes, rank)) for rank in range(self.ranks)]
+        parts, arrive = self._spread(packed(payloads), of_ranks)
 
         def receive() -> list[Tensor]:
             arrive()
@@ -223,7 +197,7 @@ class Transport:
         self.traffic = counted
         return receive
 
-    def _to_all(self, message: Tensor) -> tuple[list[Tensor], Callable[[], None]]:
+    def _to_all(self, message: Tensor) -> Incoming:
         """Start to gather the messages, of one size, of all ranks."""
         if self._from_host(message) or not self.sends:
             return self._swap([message] * self.ranks, [len(message)] * self.ranks)
@@ -232,16 +206,15 @@ class Transport:
         work = all_gather(flat, message, self.group, async_op=True)
         return list(flat.view(self.ranks, -1)), partial(wait, [work])
 
-    def _spread(self, message: Tensor, sizes: list[int]) -> tuple[list[Tensor], Callable[[], None]]:
+    def _spread(self, message: Tensor, sizes: list[int]) -> Incoming:
         """Start to send the message to all ranks, and to receive `sizes[r]` bytes from rank r.
 
         NCCL broadcasts it, once over every link; gloo sends it to one rank after another.
         """
         if not (self.sends and sends_by_nccl(self.group, message.device)):
             return self._swap([message] * self.ranks, sizes)
-        self._count_wire(
-            Fraction(sum(sizes) * (self.ranks - 1), self.ranks), sum(sizes) - len(message)
-        )
+        sent = Fraction(sum(sizes) * (self.ranks - 1), self.ranks)
+        self._count_wire(sent, sum(sizes) - len(message))
         received = [message.new_empty(size) for size in sizes]
         received[self.rank] = message
         works = [
@@ -251,13 +224,8 @@ class Transport:
         ]
         return received, partial(wait, works)
 
-    def _swap(
-        self, messages: Sequence[Tensor], sizes: Sequence[int]
-    ) -> tuple[list[Tensor], Callable[[], None]]:
-        """Start to send message r to rank r of the group, and to receive `sizes[r]` bytes from it.
-
-        Returns what is received of each rank, and what waits until it is there.
-        """
+    def _swap(self, messages: Sequence[Tensor], sizes: Sequence[int]) -> Incoming:
+        """Start to send message r to rank r, and to receive `sizes[r]` bytes from it."""
         received = [messages[0].new_empty(size) for size in sizes]
         received[self.rank] = messages[self.rank]
         others = [rank for rank in range(self.ranks) if rank != self.rank]
@@ -277,13 +245,7 @@ class Transport:
 
         if not self._from_host(messages[0]):
             return received, partial(wait, send(outgoing, incoming))
-        works_of, take_up = start_from_host(send, outgoing, incoming)
-
-        def arrive() -> None:
-            wait(works_of())
-            take_up()
-
-        return received, arrive
+        return received, start_from_host(send, outgoing, incoming)
 
     def _from_host(self, message: Tensor) -> bool:
         """Whether a thread sends it; then from rank to rank alone, by no collective of the group.
@@ -296,12 +258,18 @@ class Transport:
         self.traffic += Traffic(wire_tx_bytes=sent, wire_rx_bytes=received)
 
 
+def packed(payloads: Iterable[Tensor]) -> Tensor:
+    """One message, (bytes,)."""
+    return torch.cat([payload.flatten() for payload in payloads])
+
+
 def _rows(part: Tensor, batches: Sequence, sizes: Sequence[int], owner: int) -> list[Tensor]:
     """Split what `owner` owns, (bytes,), into (layers, size) per batch."""
-    lengths = [_count(b.owned_by[owner]) * size for b, size in zip(batches, sizes, strict=True)]
-    split = zip(part.split(lengths), sizes, strict=True)
-    return [one.view(-1, size) for one, size in split]
+    parts = part.split(_lengths(batches, sizes, owner))
+    return [one.view(-1, size) for one, size in zip(parts, sizes, strict=True)]
 
 
-def _count(layers: slice) -> int:
-    return layers.stop - layers.start
+def _lengths(batches: Sequence, sizes: Sequence[int], owner: int) -> list[int]:
+    """The bytes of what `owner` owns of each batch, by the size of a layer."""
+    owned = (len(batch.params[batch.owned_by[owner]]) for batch in batches)
+    return [layers * size for layers, size in zip(owned, sizes, strict=True)]

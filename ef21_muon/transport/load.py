@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -37,34 +38,30 @@ def loads(
     groups: with the entries params, w2s and s2w; costs: of serving each layer; device: the kind
     that the servers' steps are taken on, by default that of the parameters.
     """
-    lossless = all(group["s2w"].lossless for group in groups)
-    allowed = ("sharded", "replicated", "rank0") if lossless else ("sharded", "rank0")
-    found = {server: _load(groups, costs, server, ranks) for server in allowed}
-    device = device or next(p.device.type for group in groups for p in group["params"])
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    cost = dict(zip(map(id, parameters), costs, strict=True))
+    device = device or parameters[0].device.type
+    found = {}
+    for server in ("sharded", "replicated", "rank0"):
+        if server == "replicated" and not all(group["s2w"].lossless for group in groups):
+            continue
+        batches = form_batches(groups, costs, server, rank=0, ranks=ranks)
+        busiest, most = 0, 0
+        for rank in range(ranks):
+            traffic = dry_round(batches, rank, ranks)
+            busiest = max(busiest, int(traffic.wire_tx_bytes), int(traffic.wire_rx_bytes))
+            owned = (p for batch in batches for p in batch.params[batch.owned_by[rank]])
+            most = max(most, sum(cost[id(parameter)] for parameter in owned))
+        found[server] = Load(busiest, most)
     return dict(sorted(found.items(), key=lambda one: one[1].weight(device)))
-
-
-def _load(groups: Sequence[dict], costs: list[int], server: str, ranks: int) -> Load:
-    batches = form_batches(groups, costs, server, rank=0, ranks=ranks)
-    cost = dict(zip((id(p) for group in groups for p in group["params"]), costs, strict=True))
-    busiest, most = 0, 0
-    for rank in range(ranks):
-        traffic = dry_round(batches, rank, ranks)
-        busiest = max(busiest, int(traffic.wire_tx_bytes), int(traffic.wire_rx_bytes))
-        owned = (p for batch in batches for p in batch.params[batch.owned_by[rank]])
-        most = max(most, sum(cost[id(parameter)] for parameter in owned))
-    return Load(busiest, most)
 
 
 def dry_round(batches: Sequence[Batch], rank: int, ranks: int) -> Traffic:
     """What a round of these batches takes of a rank; nothing is sent."""
     transport = Transport(rank=rank, ranks=ranks)
-    transport.to_servers(batches, [_empty(len(b.params), b.up.size) for b in batches])
+    empty = partial(torch.empty, dtype=torch.uint8, device="meta")
     owned = [len(batch.params[batch.owned_by[rank]]) for batch in batches]
-    shifts = [_empty(layers, b.down.size) for layers, b in zip(owned, batches, strict=True)]
+    transport.to_servers(batches, [empty(len(b.params), b.up.size) for b in batches])
+    shifts = [empty(layers, b.down.size) for layers, b in zip(owned, batches, strict=True)]
     transport.to_workers(batches, shifts)
     return transport.traffic
-
-
-def _empty(layers: int, size: int) -> torch.Tensor:
-    return torch.empty(layers, size, dtype=torch.uint8, device="meta")

@@ -5,7 +5,8 @@ import threading
 import time
 import weakref
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
@@ -27,54 +28,54 @@ class RollCall:
 
     def __init__(self, group: dist.ProcessGroup | None):
         group = group or dist.group.WORLD
-        self.ranks = dist.get_process_group_ranks(group)
-        self.rank = dist.get_rank()
+        self.ranks, self.rank = dist.get_process_group_ranks(group), dist.get_rank()
         name = f"{group.group_name}/{_built[group.group_name]}"
         _built[group.group_name] += 1
         # A client of its own: that of the main thread may be waiting.
         store = dist.distributed_c10d._get_default_store().clone()
         self.words = dist.PrefixStore(f"ef21_muon/{name}", store)
         self.here: tuple[int, float] | None = None  # the step that this rank is in, since when
+        self.told: int | None = None  # the last step that was told of
         self.longest = 0.0  # wait that came to an end
         threading.Thread(target=_look, args=(weakref.ref(self),), daemon=True).start()
 
-    def enter(self, step: int) -> None:
-        """This rank is in a step, in which it waits for others."""
-        self.here = (step, time.monotonic())
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Within it this rank takes a step, in which it waits for others; an error refuses it."""
+        self.here = number, time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            with suppress(RuntimeError):  # the store has gone with the process group
+                self.words.set(f"refused/{self.rank}", f"{number} {error}")
+            raise
+        finally:
+            _, since = self.here
+            self.here, self.longest = None, max(self.longest, time.monotonic() - since)
 
-    def leave(self) -> None:
-        """The step has ended."""
-        _, since = self.here
-        self.here, self.longest = None, max(self.longest, time.monotonic() - since)
-
-    def refuse(self, step: int, reason: str) -> None:
-        """This rank does not take the step, so that others may wait in vain."""
-        with suppress(RuntimeError):  # the store has gone with the process group
-            self.words.set(f"refused/{self.rank}", f"{step} {reason}")
-
-    def look(self, told: int | None) -> int | None:
-        """Say what there is to say of this rank's step; returns the last step told of."""
+    def look(self) -> None:
+        """Say what there is to say of this rank's step, once."""
         here = self.here
-        if here is None or here[0] == told:
-            return told
+        if here is None or here[0] == self.told:
+            return
         step, since = here
         waited = time.monotonic() - since
         if waited < LOOK:
-            return told
+            return
         self.words.set(f"in/{self.rank}", str(step))
         refused = self._said("refused", step)
         if not refused and waited < max(NOTICE, 3 * self.longest):
-            return told
+            return
         absent = [rank for rank in self.ranks if rank not in self._said("in", step)]
         if self.here != here or not absent:
-            return told
+            return
         why = "".join(f"; rank {rank} refused it: {reason}" for rank, reason in refused.items())
         log.warning(
             "rank %d has waited for %.0f s in step %d for rank %s%s: give every rank as many steps "
             "(batches), and look there for what it does instead",
             self.rank, waited, step + 1, ", ".join(map(str, absent)), why,
         )  # fmt: skip
-        return step
+        self.told = step
 
     def _said(self, kind: str, step: int) -> dict[int, str]:
         """The words of this kind about a step, by rank."""
@@ -89,10 +90,9 @@ class RollCall:
 
 
 def _look(reference: weakref.ref) -> None:
-    told = None
     while (roll_call := reference()) is not None:
         try:
-            told = roll_call.look(told)
+            roll_call.look()
         except (RuntimeError, ValueError):  # the store has gone with the process group
             return
         del roll_call

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ef21_muon import ALONE, Compressor, EF21Muon, Identity, LocalSteps, Sign, Spectral
 from ef21_muon.lmo.norms import BiasRMS
-from ef21_muon.transport.fingerprint import fingerprint
+from ef21_muon.transport.agreement import fingerprint
 from ef21_muon.transport.host import sender
 from training.workers import Workers
 

@@ -23,7 +23,7 @@ from ef21_muon import (
     TopK,
 )
 from ef21_muon.lmo.newton_schulz import newton_schulz
-from ef21_muon.transport.fingerprint import fingerprint
+from ef21_muon.transport.agreement import fingerprint
 
 pytestmark = pytest.mark.cuda
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ef21_muon.transport.fingerprint import CHUNK, INTEGERS, fingerprint, projection
+from ef21_muon.transport.agreement import CHUNK, INTEGERS, fingerprint, projection
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.uint8]
 

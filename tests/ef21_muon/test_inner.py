@@ -177,7 +177,7 @@ def test_a_worker_that_was_away_begins_anew_from_what_the_others_share(name):
 
     (_, there), (model, away) = worker(0), worker(1)
     with torch.no_grad():
-        for table in there.shared_tensors():
+        for table in there.transport.shared.tensors():
             table.add_(0.1)
     there.go_on_after(60)
     take(model, away, 3)
@@ -185,7 +185,9 @@ def test_a_worker_that_was_away_begins_anew_from_what_the_others_share(name):
     assert away.steps == 60
     fresh_model = copy.deepcopy(model)
     fresh = MAKE[name](list(fresh_model.parameters()))
-    for table, parameter in zip(there.shared_tensors()[::2], model.parameters(), strict=True):
+    for table, parameter in zip(
+        there.transport.shared.tensors()[::2], model.parameters(), strict=True
+    ):
         assert torch.equal(table.flatten(), parameter.flatten())
     take(model, away, 4, first=10)
     take(fresh_model, fresh, 4, first=10)

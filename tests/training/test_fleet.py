@@ -34,7 +34,7 @@ HANGS = """
 import sys, time
 from training import fleet
 fleet.MARGIN = 0.5
-watch = fleet.Watch(0.5)
+watch = fleet.Watchdog(0.5)
 with watch("step"):
     time.sleep(0.01)
 for _ in range(3):  # it is in time, and waits for good reason

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ef21_muon import Statistical
 from ef21_muon.messages import levels
-from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.compressors import value_format
 from ef21_muon.messages.values import AT_A_TIME
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ef21_muon import BFloat16, Float32, Integer, Natural, NaturalWindow, Normal, SignScale
-from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.compressors import value_format
 from ef21_muon.messages.values import AT_A_TIME
 
 DRAWS = 4096

@@ -31,7 +31,7 @@ from ef21_muon import (
     TopSingular,
 )
 from ef21_muon.messages.compressors import numbers
-from ef21_muon.transport.fingerprint import fingerprint
+from ef21_muon.transport.agreement import fingerprint
 
 FORMATS = (
     *("float32", "bfloat16", "natural", "natural4@message", "int2", "int8@128", "normal1"),

@@ -13,7 +13,7 @@ from workers.unlike import NESTEROV, RANK, new_model
 
 from ef21_muon import Dense, FittedRank, LocalSteps
 from ef21_muon.fleet import Fleet, FleetRefused
-from ef21_muon.transport.fingerprint import fingerprint
+from ef21_muon.transport.agreement import fingerprint
 
 FLEETS = {  # all but the last train with both workers
     "normal2": Dense("normal2"),
