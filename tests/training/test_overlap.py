@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -124,9 +125,10 @@ def test_the_longest_delay_is_that_of_the_library(ways):
     for setting in (one for one in MAP if one.name in ("local4-signs", "local120-60-signs")):
         rounds = new_optimizer(setting).rounds
         longest = Exchange(setting, 2, EVERY[setting.name], 1, ways).longest_delay
-        Turns([1], rounds, longest, ways, streaming=False)
+        batch = SimpleNamespace(replicated=ways == 1, params=[None], up=SimpleNamespace(size=1))
+        Turns([[batch]], rounds, longest, streaming=False)
         with pytest.raises(ValueError, match=f"give at most {longest}$"):
-            Turns([1], rounds, longest + 1, ways, streaming=False)
+            Turns([[batch]], rounds, longest + 1, streaming=False)
 
 
 def test_a_message_arrives_before_its_delay_ends(at_this_link):
