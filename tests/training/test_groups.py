@@ -18,9 +18,9 @@ def test_the_groups_of_a_job_end_with_it(small, tmp_path):
 
 
 def test_a_sweep_of_workers_of_several_ranks_makes_a_mesh_for_each_job(small, tmp_path):
-    """Of two workers of two ranks, with a model that is whole or sharded."""
+    """Of two workers of two ranks, with a sharded model."""
     counts = tmp_path / "counts.json"
-    sweep = ("-m", f"runs={tmp_path}/runs", "shard=false,true", "worker_size=2")
+    sweep = ("-m", f"runs={tmp_path}/runs", "seed=0,1", "worker_size=2", "shard=true")
     torchrun("sweep_groups.py", counts, *sweep, *small, "steps=2", ranks=4)
     status, *of_jobs, at_the_end = json.loads(counts.read_text())
     assert status == 0 and at_the_end == 2
