@@ -11,7 +11,7 @@ from training.workers import RunError, Workers
 
 @contextmanager
 def groups_of_a_job(workers: Workers) -> Iterator[None]:
-    """Destroy, at its end, the process groups that were made within it; also after a RunError.
+    """Destroy, at its end, the process groups that it made, but meshes'; also after a RunError.
 
     After another error the process ends, and other ranks may be lost already.
     """
@@ -21,7 +21,9 @@ def groups_of_a_job(workers: Workers) -> Iterator[None]:
     except RunError as error:
         failure = error
     workers.gather(None)  # all ranks are done with them
-    for group in [group for group in _world.pg_map if group not in before]:
+    of_meshes = (group for mesh in workers.meshes.values() for group in mesh.get_all_groups())
+    kept = before.union(of_meshes)
+    for group in [group for group in _world.pg_map if group not in kept]:
         dist.destroy_process_group(group)
     if failure:
         raise failure

@@ -9,8 +9,9 @@ from training.workers import RunError, Workers
 
 
 def new_worker_mesh(worker_size: int, workers: Workers, from_host: bool = False) -> DeviceMesh:
-    """That of all ranks, `worker_size` of them a worker.
+    """That of all ranks, `worker_size` of them a worker; one for all jobs of a launch.
 
+    For torch remembers the mesh of sharded tensors, and takes an equal one of a later job for it.
     from_host: whether messages between workers go by gloo, through the host's memory, where those
     inside of one do not. Raises RunError for workers whose ranks do not add up to all.
     """
@@ -19,8 +20,11 @@ def new_worker_mesh(worker_size: int, workers: Workers, from_host: bool = False)
         raise RunError(f"{given} needs a process group: use torchrun")
     if dist.get_world_size() % worker_size:
         raise RunError(f"{given} does not divide {dist.get_world_size()} ranks: give a divisor")
-    backend = "gloo" if from_host else None
-    return new_mesh(worker_size, workers.device.type, workers.timeout, backend)
+    if (kind := (worker_size, from_host)) not in workers.meshes:
+        backend = "gloo" if from_host else None
+        mesh = new_mesh(worker_size, workers.device.type, workers.timeout, backend)
+        workers.meshes[kind] = mesh
+    return workers.meshes[kind]
 
 
 def shard(model: GPT, mesh: DeviceMesh) -> None:

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from ef21_muon.transport.reach import INTERFACE, Place, cut_off
 from training.console import lenient_output
@@ -91,6 +92,7 @@ class Workers:
             self.device = torch.device("cuda", local_rank % gpus)
             self.shared = max(local_rank + 1, local_count) > gpus
         self.control = self._from_host = self._store = None
+        self.meshes: dict[tuple, DeviceMesh] = {}  # of workers of several ranks
         self.asked_to_stop = False
         self.training = False  # or has trained
         self.timeout = timedelta(seconds=timeout)
