@@ -25,7 +25,8 @@ from ef21_muon.transport.reach import Place, is_local
 log = logging.getLogger("ef21_muon")
 os.environ.setdefault("RUST_LOG", "warn")  # or torchft says six lines a round
 try:
-    from torchft import Manager, ProcessGroupGloo
+    from torchft import Manager as Manager
+    from torchft import ProcessGroupGloo
     from torchft.checkpointing._serialization import _streaming_load
     from torchft.checkpointing.http_transport import HTTPTransport
 except ImportError as error:
@@ -33,7 +34,6 @@ except ImportError as error:
         "workers that come and go need torchft, for Linux on x86-64: pip install 'ef21-muon[fleet]'"
     ) from error
 
-__all__ = ["Group", "Lighthouse", "Manager", "StateServer", "ask", "let_go", "size_of"]
 # What goes wrong between workers is said by this library, in a line.
 logging.getLogger("torchft.manager").setLevel(logging.CRITICAL)
 DIRECT = build_opener(ProxyHandler({}))  # whatever the environment says of proxies
@@ -166,12 +166,11 @@ class Lighthouse:
         if self._looking is None and time.monotonic() - self._looked > LOOK and not self.quiet:
             self._looking = ask(self._connect)
         elif self._looking and self._looking.done():
-            away, self._looking = self._looking.exception() is not None, None
-            self._looked = time.monotonic()
-            if away:
-                self.is_away()
-            else:
+            if self._looking.exception() is None:
                 self.answers()
+            else:
+                self._looking, self._looked = None, time.monotonic()
+                self.is_away()
 
     def _connect(self) -> None:
         url = urlsplit(self.url)

@@ -4,6 +4,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from ef21_muon.fleet.members import Members
 from ef21_muon.fleet.shared import Shared
 from ef21_muon.fleet.verdict import Quorum
 from ef21_muon.local_steps import LocalSteps
-from ef21_muon.transport.fixed import ALONE, Transport
+from ef21_muon.transport.fixed import ALONE, Transport, packed
 
 PAUSE = 2.0  # seconds between rounds for those that are late
 FEW = 3  # layers, at most, that a warning names
@@ -22,27 +23,24 @@ log = logging.getLogger("ef21_muon")
 
 
 class Fleet(Transport):
-    """Rounds of LocalSteps that go on with the workers that are there.
+    """Rounds of LocalSteps that go on with the workers that are there, each with one message.
 
     The mean of a round is over the messages that came. A worker that comes anew, was away, or has
-    another W takes over what the others share, which is W, the outer momentum V and the step; its
-    own state, e_j and that of the inner optimizers, begins anew, and its message of that round,
-    which was made from another W, does not count. So no worker goes on with another W than the
-    others: `digest` is compared in every round. A message that is not finite does not count on any
-    worker, all name its sender, and that begins anew; one that is far longer than the others'
-    counts, and is named too. Every worker serves all layers, and a round is one message. `join()`
-    comes before the first step; every round leaves its result in `quorums`.
+    another W (`digest` is compared in every round) takes over what the others share: W, the outer
+    momentum V and the step. Its own state, e_j and that of inner optimizers, begins anew, and its
+    message of that round, which was made from another W, does not count. A message that is not
+    finite does not count on any worker, all name its sender, and that begins anew; one that is far
+    longer than the others' counts, and is named too. Every worker serves all layers. `join()` comes
+    before the first step; every round leaves its result in `quorums`.
 
-    worker: its number among all that there may be; lighthouse: the URL of torchft's; host: by which
-    others reach this one, its name by default, at whose address gloo listens unless
-    GLOO_SOCKET_IFNAME names an interface; group: of the worker's own ranks, on the CPU, where it
-    has several, each with a fleet. The lighthouse is waited for `patience` seconds, other workers
-    as long as it takes. `while_waiting` is called again and again, with the seconds that it waits
-    at most before the next call, and may raise. run: what else has to be the same on all, as the
-    values of a configuration by name. Of two workers with one number, and of two runs at one
-    lighthouse, the later is refused.
-
-    State is fetched from a peer by torchft over HTTP and unpickled: trust the network.
+    worker: its number among all that there may be; lighthouse: the URL of torchft's, which is
+    waited for `patience` seconds, other workers as long as it takes; host: by which others reach
+    this one, its name by default, at whose address gloo listens unless GLOO_SOCKET_IFNAME names an
+    interface; group: of the worker's own ranks, on the CPU, where it has several, each with a
+    fleet; while_waiting: is called again and again, with the seconds that it waits at most before
+    the next call, and may raise; run: what else has to be the same on all, as the values of a
+    configuration by name. Of two workers with one number, and of two runs at one lighthouse, the
+    later is refused. State is fetched from a peer by HTTP and unpickled: trust the network.
 
     `join` and rounds raise FleetError where the lighthouse does not answer, FleetRefused where this
     worker cannot be among the others, and what `while_waiting` does; then nobody waits for it.
@@ -68,7 +66,7 @@ class Fleet(Transport):
     def require_options(
         self, *, server: str, stagger: bool, delay: int, feedback: str, buffers: nn.Module | None
     ) -> str:
-        """The placement. Raises ValueError for what cannot go on without a member or in a round."""
+        """The placement. Raises ValueError for what cannot go on without a member."""
         refused = "is not allowed for workers that come and go"
         if server not in ("auto", "replicated"):
             raise ValueError(
@@ -105,8 +103,7 @@ class Fleet(Transport):
 
     def to_servers(self, batches: Sequence, payloads: list[Tensor]) -> Callable[[], list]:
         """What is returned meets the others, and gives of every batch the messages that count."""
-        message = torch.cat([payload.flatten() for payload in payloads])
-        return lambda: self._meet(message)
+        return partial(self._meet, packed(payloads))
 
     def to_workers(self, batches: Sequence, payloads: list[Tensor]) -> Callable[[], list]:
         return lambda: payloads
@@ -114,7 +111,7 @@ class Fleet(Transport):
     @torch.no_grad()
     def join(self) -> None:
         """Meet the others in the round that they are in, and go on from where they are."""
-        messages = self._meet(self._nothing(), counts=False)
+        messages = self._meet()
         if any(messages) or self.members.healed:
             self.optimizer.meet(messages)
 
@@ -127,7 +124,7 @@ class Fleet(Transport):
         until = time.monotonic() + seconds
         while len(self.members.workers) < workers and time.monotonic() < until:
             time.sleep(PAUSE)
-            self._meet(self._nothing(), counts=False)
+            self._meet()
 
     def leave(self) -> None:
         """Let the others go on without this worker."""
@@ -135,8 +132,8 @@ class Fleet(Transport):
 
     def state(self) -> dict[str, int]:
         """Beside the optimizer's state: how far all workers were."""
-        manager, counters = self.members.manager, self.members.counters
-        counters = manager.state_dict() if manager else counters
+        manager = self.members.manager
+        counters = manager.state_dict() if manager else self.members.counters
         return {"synced_steps": self.synced_steps, **counters}
 
     def load_state(self, state: Mapping[str, int]) -> None:
@@ -147,20 +144,15 @@ class Fleet(Transport):
     def __getstate__(self) -> dict:
         raise TypeError("a worker among others that come and go cannot be copied: save its state")
 
-    def _nothing(self) -> Tensor:
-        """In place of a message, of which it has the size."""
-        batches = self.optimizer.batches
-        size = sum(len(batch.params) * batch.up.size for batch in batches)
-        return torch.zeros(size, dtype=torch.uint8, device=self.shared.device)
-
-    def _meet(self, message: Tensor, counts: bool = True) -> list[list[Tensor]]:
-        """Of every batch the messages that count."""
-        optimizer, shared = self.optimizer, self.shared
+    def _meet(self, message: Tensor | None = None) -> list[list[Tensor]]:
+        """Of every batch the messages that count; this worker's own may be missing."""
+        optimizer, shared, counts = self.optimizer, self.shared, message is not None
         optimizer.require_own_parameters("a round")
         broken = shared.broken()
         if broken and counts:
             names = ", ".join(broken[:FEW])
             log.warning("%s is not finite after step %s", names, optimizer.steps)
+        message = message if counts else shared.no_message()
         messages, quorum = self.members.gather(message, counts, finite=not broken)
         if self.members.worker in quorum.refused:
             shared.take(shared.state())

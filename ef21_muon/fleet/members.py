@@ -76,10 +76,10 @@ class Members:
     def gather(
         self, message: Tensor, counts: bool, finite: bool = True
     ) -> tuple[list[Tensor], Quorum]:
-        """The messages of all who worked from the same state, as soon as they have come.
+        """The messages of all who worked from the same state, in the order of workers.
 
-        In the order of workers, (bytes,) uint8 each, as `message`, which is of one size for all;
-        counts: whether it stands for local steps; finite: whether what it was made of is.
+        (bytes,) uint8 each, as `message`, which is of one size for all. counts: whether it stands
+        for local steps; finite: whether what it was made of is.
         """
         start = time.monotonic()
         try:
@@ -113,7 +113,9 @@ class Members:
                 mine = self._head(counts, finite)
                 rows = self._send(torch.cat([mine.packed(), message.cpu()]), tries)
             if rows is not None:
-                traffic += self._traffic(len(message), len(rows))
+                others = len(rows) - 1
+                on_wire = others * (len(message) + HEAD.size)
+                traffic += Traffic(len(message), 0, others * len(message), on_wire, on_wire)
                 heads = [Head.unpacked(row) for row in rows[:, : HEAD.size]]
                 history = history_of(heads)
                 if mine.history != history:  # then the others commit, and are ahead
@@ -170,11 +172,9 @@ class Members:
             raise own[0]
         ((card, port),) = own
         self.healing = timedelta(seconds=PATIENCE + size_of(self.shared.state()) / SLOWEST)
-        self.state_server = StateServer(self.host, timeout=self.healing)
+        self.state_server, timeout = StateServer(self.host, self.healing), timedelta(0, PATIENCE)
         self.process_group = Group(
-            self.ranks,
-            timeout=timedelta(seconds=PATIENCE),
-            card=lambda: replace(card, met=bool(self.workers)),
+            self.ranks, timeout, card=lambda: replace(card, met=bool(self.workers))
         )
         self.manager = self._new_manager(port)
         self.manager.load_state_dict(self.counters)
@@ -184,11 +184,10 @@ class Members:
         patience, until = timedelta(seconds=PATIENCE), time.monotonic() + PATIENCE
         while True:
             try:
-                place = Place.here(self.host)
+                place, built = Place.here(self.host), self.shared.built
                 self._store = dist.TCPStore(
                     self.host, 0, is_master=True, wait_for_workers=False, timeout=patience
                 )
-                built = self.shared.built
                 card = Card(self.worker, os.getpid(), time.time(), False, built, place)
                 return card, self._store.port
             except (OSError, RuntimeError) as error:
@@ -306,12 +305,6 @@ class Members:
         self.process_group.settled = True
         return flat.view(ranks, len(packed))
 
-    @staticmethod
-    def _traffic(size: int, ranks: int) -> Traffic:
-        """Of messages of `size` bytes that have gone to all and come from all."""
-        received, sent = (ranks - 1) * size, (ranks - 1) * (size + HEAD.size)
-        return Traffic(size, 0, received, wire_tx_bytes=sent, wire_rx_bytes=sent)
-
     def _commit(self) -> bool:
         """Whether this worker has the round; others may have it."""
         self.while_waiting(self.healing.total_seconds())  # of one that still fetches its state
@@ -329,10 +322,7 @@ class Members:
         return total.tolist()
 
     def _forget_addresses(self) -> None:
-        """Of gloo's, which all have read: a restarted lighthouse counts its quorums from 1 again.
-
-        Where the store is this worker's.
-        """
+        """Of gloo's, which all have read: a lighthouse that starts anew counts quorums anew."""
         if self.rank == 0:
             for key in self._store.list_keys():
                 if "torchft/" in key:

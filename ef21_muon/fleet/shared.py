@@ -11,6 +11,7 @@ from ef21_muon.arithmetic import WHY, digests, of_messages
 from ef21_muon.fleet.admission import FleetRefused, differing_from
 from ef21_muon.fleet.verdict import INSTEAD
 from ef21_muon.inner import beginner
+from ef21_muon.layers import finite
 from ef21_muon.local_steps import LocalSteps
 from ef21_muon.transport.agreement import fingerprint
 
@@ -54,8 +55,7 @@ class Shared:
     def state(self) -> dict:
         """For a worker that comes; its tensors are not copies."""
         counters = {"steps": self.optimizer.steps, "synced_steps": self.synced_steps}
-        tensors = self.tensors()
-        return {"built": self.built | self.bits, **counters, "tensors": tensors}
+        return {"built": self.built | self.bits, **counters, "tensors": self.tensors()}
 
     @torch.no_grad()
     def take(self, state: dict) -> None:
@@ -85,11 +85,16 @@ class Shared:
         for begin_anew in self._begin_inner:
             begin_anew()
 
+    def no_message(self) -> Tensor:
+        """Of the size that each worker's flat message has."""
+        size = sum(len(batch.params) * batch.up.size for batch in self.optimizer.batches)
+        return torch.zeros(size, dtype=torch.uint8, device=self.device)
+
     def messages_of(self, flat: Tensor) -> list[Tensor]:
         """Of every batch what a worker's flat message has, (layers, bytes)."""
-        sizes = [(len(batch.params), batch.up.size) for batch in self.optimizer.batches]
-        parts = flat.split([layers * size for layers, size in sizes])
-        return [part.view(shape) for part, shape in zip(parts, sizes, strict=True)]
+        shapes = [(len(batch.params), batch.up.size) for batch in self.optimizer.batches]
+        parts = flat.split([layers * size for layers, size in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     @torch.no_grad()
     def squared_length(self, flat: Tensor) -> float:
@@ -105,12 +110,7 @@ class Shared:
         """The layers whose parameters or state are not finite here. Waits for the device."""
         broken = []
         for batch in self.optimizer.batches:
-            sizes = [torch.stack(torch._foreach_norm(batch.params, float("inf")))]
-            sizes += [
-                torch.linalg.vector_norm(table, float("inf"), dim=(1, 2))
-                for table in batch.state.values()
-            ]
-            finite = torch.stack([one.float() for one in sizes]).isfinite().all(0)
-            pairs = zip(batch.names, finite.tolist(), strict=True)
-            broken += [name for name, is_finite in pairs if not is_finite]
+            tables = [batch.models().float(), *batch.state.values()]
+            fine = torch.stack([*map(finite, tables)]).all(0).tolist()
+            broken += [name for name, is_fine in zip(batch.names, fine, strict=True) if not is_fine]
         return broken

@@ -78,8 +78,7 @@ class Quorum:
 class Verdicts:
     """Of a worker's rounds: which messages are not finite, and which are far longer than others.
 
-    Those of the first kind are said in the log, with a warning, in every round; those of the second
-    in the first round of several.
+    A warning in the log says the former in every round, the latter in the first of several.
     """
 
     def __init__(self, worker: int, quiet: bool = False):
@@ -102,9 +101,9 @@ class Verdicts:
             one: f"worker {one}'s message is {times:.1e} times as long as the others'"
             for one, times in far_off(squares).items()
         }
-        for note in [*notes, *(far[one] for one in far if one not in self._far)]:
-            if not self.quiet:
-                log.warning("step %s: %s", step, note)
+        new = [note for one, note in far.items() if one not in self._far]
+        for note in [*notes, *new] if not self.quiet else ():
+            log.warning("step %s: %s", step, note)
         self._far = {*far}
         if self.worker in squares:
             self._refused = self._refused + 1 if self.worker in broken else 0

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ef21_muon.settings import plain
-from ef21_muon.transport.fixed import gathered, place_in
+from ef21_muon.transport.fixed import Group, gathered, place_in
 
 # Why parameters differ between ranks, at first and later, and what to do.
 UNEQUAL = (
@@ -24,9 +24,7 @@ CHUNK = 1 << 20
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def require_equal_parameters(
-    named: list[tuple[str, Tensor]], group: dist.ProcessGroup | None, why: str
-) -> None:
+def require_equal_parameters(named: list[tuple[str, Tensor]], group: Group, why: str) -> None:
     """Raise ValueError, on all ranks, for the first parameter that differs between them.
 
     why: the causes that there may be, and what to do.
@@ -34,7 +32,8 @@ def require_equal_parameters(
     if place_in(group)[1] == 1:
         return
     every = gathered(torch.stack([fingerprint(parameter) for _, parameter in named]), group)
-    for rank, layer in _differing(every):
+    if differs := (every != every[0]).nonzero().tolist():
+        rank, layer = differs[0]
         raise ValueError(
             f"{named[layer][0]} differs between rank 0 and rank {rank}: all workers hold the same "
             f"parameters; {why}"
@@ -42,7 +41,7 @@ def require_equal_parameters(
 
 
 def first_difference(
-    mine: dict, device: torch.device, group: dist.ProcessGroup | None, only_common: bool = False
+    mine: dict, device: torch.device, group: Group, only_common: bool = False
 ) -> tuple[int, str, str, str] | None:
     """The first rank that has another value than rank 0, its name, and both values; or None.
 
@@ -52,7 +51,7 @@ def first_difference(
         return None
     digest = torch.tensor([*sha256(str(mine).encode()).digest()], device=device)
     digests = gathered(digest, group)
-    if not _differing(digests):
+    if torch.equal(digests, digests[:1].expand_as(digests)):
         return None
     every = [None] * len(digests)
     dist.all_gather_object(every, mine, group=group)
@@ -67,42 +66,30 @@ def first_difference(
 
 
 def require_equal_settings(
-    mine: dict, device: torch.device, group: dist.ProcessGroup | None
+    mine: dict, device: torch.device, group: Group, what: str = "optimizer"
 ) -> None:
-    """Raise ValueError, on all ranks, for a setting that differs between them."""
+    """Raise ValueError, on all ranks, for a setting of `what` that differs between them."""
     if found := first_difference(mine, device, group):
         rank, name, first, other = found
         raise ValueError(
             f"{name} is {first} on rank 0 and {other} on rank {rank}: give all workers the same "
-            "optimizer"
+            f"{what}"
         )
 
 
-def require_equal_groups(groups: list[dict], group: dist.ProcessGroup | None) -> None:
-    """Raise ValueError, on all ranks, for a number of a parameter group that differs between them.
-
-    groups: parameter groups, with the same entries on all ranks.
-    """
-    if place_in(group)[1] == 1:
-        return
-    numbers = [
-        (index, name, float(value))
+def require_equal_groups(groups: list[dict], group: Group) -> None:
+    """Raise ValueError, on all ranks, for a number of a group that differs between them."""
+    numbers = {
+        f"{name} of group {index}": float(value)
         for index, of_group in enumerate(groups)
         for name, value in sorted((name, plain(value)) for name, value in of_group.items())
         if isinstance(value, int | float)
-    ]
+    }
     device = next(p.device for of_group in groups for p in of_group["params"])
-    mine = torch.tensor([number for *_, number in numbers], dtype=torch.float64, device=device)
-    every = gathered(mine, group)
-    for rank, place in _differing(every):
-        index, name, _ = numbers[place]
-        raise ValueError(
-            f"{name} of group {index} is {every[0][place]:g} on rank 0 and {every[rank][place]:g} "
-            f"on rank {rank}: give all workers the same groups, and schedules"
-        )
+    require_equal_settings(numbers, device, group, "groups, and schedules")
 
 
-def require_mean_estimate(batches, group: dist.ProcessGroup | None) -> None:
+def require_mean_estimate(batches, group: Group) -> None:
     """Raise ValueError for a layer served here whose G is not the mean of all workers' G_j.
 
     Compares a random projection of either, to a thousandth of the norms: rounding is far below,
@@ -123,7 +110,7 @@ def require_mean_estimate(batches, group: dist.ProcessGroup | None) -> None:
                 )
 
 
-def require_finite(problem: str | None, group: dist.ProcessGroup | None) -> None:
+def require_finite(problem: str | None, group: Group) -> None:
     """Raise FloatingPointError, on all ranks, for a problem of any, which it names."""
     _, ranks = place_in(group)
     problems = [problem] * ranks
@@ -168,8 +155,3 @@ def _weights(device: torch.device) -> Tensor:
     limits = torch.iinfo(torch.int64)
     weights = torch.randint(limits.min, limits.max, (CHUNK,), generator=generator, device="cpu")
     return weights.bitwise_or_(1).to(device)
-
-
-def _differing(every: Tensor) -> list[list[int]]:
-    """Rank and place of what is not as rank 0 has it; every: (ranks, places)."""
-    return (every != every[0]).nonzero().tolist()

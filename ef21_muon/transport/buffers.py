@@ -11,7 +11,7 @@ from torch.nn import SyncBatchNorm
 from torch.nn.modules.batchnorm import _NormBase
 
 from ef21_muon.layers import Layer
-from ef21_muon.transport.fixed import Traffic, gathered, packed
+from ef21_muon.transport.fixed import Group, Traffic, gathered, packed
 
 log = logging.getLogger("ef21_muon")
 
@@ -24,7 +24,7 @@ class Buffers:
     module.
     """
 
-    def __init__(self, module: nn.Module | None, group: dist.ProcessGroup | str | None):
+    def __init__(self, module: nn.Module | None, group: Group):
         if not isinstance(module, nn.Module | None):
             raise ValueError(
                 f"buffers={type(module).__name__} is not allowed: give the model, or the part of it"
@@ -74,13 +74,11 @@ class Buffers:
 
     def require_fit(self, state: dict[str, Tensor]) -> None:
         """Raise ValueError for the state of other buffers."""
-        shapes, its_shapes = (
-            {name: tuple(one.shape) for name, one in ours.items()} for ours in (self.shared, state)
-        )
-        if shapes != its_shapes:
+        here, there = ({n: tuple(t.shape) for n, t in one.items()} for one in (self.shared, state))
+        if here != there:
             raise ValueError(
-                f"the state holds buffers {its_shapes} where this optimizer averages {shapes}: "
-                "build it with the same buffers"
+                f"the state holds buffers {there} where this optimizer averages {here}: build it "
+                "with the same buffers"
             )
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -105,10 +103,7 @@ def instances(kind: type) -> list:
 
 
 def warn_of_statistics(layers: Sequence[Layer], averaged: nn.Module | None) -> None:
-    """Log, on rank 0, whose running statistics stay each worker's own.
-
-    layers: that are trained; averaged: the module whose buffers are.
-    """
+    """Log, on rank 0, whose running statistics stay each worker's own; as `own_statistics`."""
     parted = own_statistics(layers, averaged)
     if parted and dist.get_rank() == 0:
         more = f" (and {len(parted) - 1} more)" if len(parted) > 1 else ""
@@ -121,9 +116,9 @@ def warn_of_statistics(layers: Sequence[Layer], averaged: nn.Module | None) -> N
 
 
 def own_statistics(layers: Sequence[Layer], averaged: nn.Module | None) -> list[str]:
-    """The modules with running statistics beside the trained layers, by name, but the averaged.
+    """The modules with running statistics beside the trained layers, by name.
 
-    SyncBatchNorm has the same on all workers by itself.
+    But for those in `averaged`, and SyncBatchNorm, which has the same on all workers by itself.
     """
     known = {id(module) for module in averaged.modules()} if averaged else set()
     parted = {

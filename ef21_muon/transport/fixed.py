@@ -13,41 +13,31 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from fractions import Fraction
 from functools import partial
 from operator import add
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ef21_muon.transport.host import sends_by_nccl, sends_from_host, start_from_host
+from ef21_muon.transport.host import sends_by_nccl, sends_from_host, start_from_host, wait
 
 # Given for a process group, a worker is alone though others run: nothing is sent.
 ALONE = "alone"
+Group: TypeAlias = dist.ProcessGroup | str | None
+# What is received of each rank, and what waits until it is there.
+Incoming: TypeAlias = tuple[list[Tensor], Callable[[], None]]
 # Its name from torch 2.13 on, and before.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def place_in(group: dist.ProcessGroup | str | None) -> tuple[int, int]:
+def place_in(group: Group) -> tuple[int, int]:
     """This process's rank in the group and the group's size; alone without a process group."""
     if group == ALONE or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(group), dist.get_world_size(group)
 
 
-def wait(works: Iterable[dist.Work]) -> None:
-    """Wait for all; what torch raises where another rank is gone says so too."""
-    try:
-        for work in works:
-            work.wait()
-    except RuntimeError as error:
-        error.add_note(
-            "another rank has ended, or failed first, while this one waited for its message: look "
-            "at its error, or give every rank as many steps (batches)"
-        )
-        raise
-
-
-def gathered(mine: Tensor, group: dist.ProcessGroup | str | None) -> Tensor:
+def gathered(mine: Tensor, group: Group) -> Tensor:
     """What every rank of the group has, all of one shape, (ranks, ...)."""
     _, ranks = place_in(group)
     if ranks == 1:
@@ -136,12 +126,7 @@ class Transport:
     heals = False
     stream: int | None = None
 
-    def __init__(
-        self,
-        group: dist.ProcessGroup | str | None = None,
-        rank: int | None = None,
-        ranks: int | None = None,
-    ):
+    def __init__(self, group: Group = None, rank: int | None = None, ranks: int | None = None):
         self.group, self.sends = group, ranks is None
         self.rank, self.ranks = place_in(group) if self.sends else (rank, ranks)
         self.traffic = Traffic()
@@ -153,9 +138,7 @@ class Transport:
     def attach(self, optimizer) -> None:
         """The optimizer that sends by this; for transports that have to know it."""
 
-    def to_servers(
-        self, batches: Sequence, payloads: Sequence[Tensor]
-    ) -> Callable[[], list[list[Tensor]]]:
+    def to_servers(self, batches: Sequence, payloads: Sequence[Tensor]) -> Callable[[], list]:
         """Start to send every layer's payload to its owners (line 12 of Algorithm 1).
 
         payloads: for every batch uint8 (layers, batch.up.size). Returns a function that waits and
@@ -182,9 +165,7 @@ class Transport:
 
         return receive
 
-    def to_workers(
-        self, batches: Sequence, payloads: Sequence[Tensor]
-    ) -> Callable[[], Sequence[Tensor]]:
+    def to_workers(self, batches: Sequence, payloads: Sequence[Tensor]) -> Callable[[], Sequence]:
         """Start to send the payloads of the layers owned here to every rank (line 6).
 
         payloads: for every batch uint8 (layers owned here, batch.down.size). Returns a function
@@ -216,7 +197,7 @@ class Transport:
         self.traffic = counted
         return receive
 
-    def _to_all(self, message: Tensor) -> tuple[list[Tensor], Callable[[], None]]:
+    def _to_all(self, message: Tensor) -> Incoming:
         """Start to gather the messages, of one size, of all ranks."""
         if self._from_host(message) or not self.sends:
             return self._swap([message] * self.ranks, [len(message)] * self.ranks)
@@ -225,7 +206,7 @@ class Transport:
         work = all_gather(flat, message, self.group, async_op=True)
         return list(flat.view(self.ranks, -1)), partial(wait, [work])
 
-    def _spread(self, message: Tensor, sizes: list[int]) -> tuple[list[Tensor], Callable[[], None]]:
+    def _spread(self, message: Tensor, sizes: list[int]) -> Incoming:
         """Start to send the message to all ranks, and to receive `sizes[r]` bytes from rank r.
 
         NCCL broadcasts it, once over every link; gloo sends it to one rank after another.
@@ -243,13 +224,8 @@ class Transport:
         ]
         return received, partial(wait, works)
 
-    def _swap(
-        self, messages: Sequence[Tensor], sizes: Sequence[int]
-    ) -> tuple[list[Tensor], Callable[[], None]]:
-        """Start to send message r to rank r of the group, and to receive `sizes[r]` bytes from it.
-
-        Returns what is received of each rank, and what waits until it is there.
-        """
+    def _swap(self, messages: Sequence[Tensor], sizes: Sequence[int]) -> Incoming:
+        """Start to send message r to rank r, and to receive `sizes[r]` bytes from it."""
         received = [messages[0].new_empty(size) for size in sizes]
         received[self.rank] = messages[self.rank]
         others = [rank for rank in range(self.ranks) if rank != self.rank]
@@ -269,13 +245,7 @@ class Transport:
 
         if not self._from_host(messages[0]):
             return received, partial(wait, send(outgoing, incoming))
-        works_of, take_up = start_from_host(send, outgoing, incoming)
-
-        def arrive() -> None:
-            wait(works_of())
-            take_up()
-
-        return received, arrive
+        return received, start_from_host(send, outgoing, incoming)
 
     def _from_host(self, message: Tensor) -> bool:
         """Whether a thread sends it; then from rank to rank alone, by no collective of the group.

@@ -5,7 +5,7 @@ goes there on a stream of its own as soon as the message is encoded; a thread wa
 it to the process group, so that meanwhile the next message is encoded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -40,29 +40,41 @@ def require_host(group: dist.ProcessGroup | None, device: torch.device, given: s
         )
 
 
+def wait(works: Iterable[dist.Work]) -> None:
+    """Wait for all; what torch raises where another rank is gone says so too."""
+    try:
+        for work in works:
+            work.wait()
+    except RuntimeError as error:
+        error.add_note(
+            "another rank has ended, or failed first, while this one waited for its message: look "
+            "at its error, or give every rank as many steps (batches)"
+        )
+        raise
+
+
 def start_from_host(
     send: Send, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]
-) -> tuple[Callable[[], list[dist.Work]], Callable[[], None]]:
+) -> Callable[[], None]:
     """Start to send `outgoing` from the host, in the order of calls; a tensor is copied once.
 
-    Returns a function that gives the works to wait for, and one that then starts the copies of what
-    has arrived to `incoming`.
+    Returns a function that waits, and starts the copies of what has arrived to `incoming`.
     """
-    own, wait_for_copies = _copied(list({id(tensor): tensor for tensor in outgoing}.values()))
-    copies = [own[id(tensor)] for tensor in outgoing]
-    arriving = [_on_host(buffer) for buffer in incoming]
+    copies, wait_for_copies = _copied({id(tensor): tensor for tensor in outgoing})
+    arriving = [*map(_on_host, incoming)]
 
     def hand_over() -> list[dist.Work]:
         wait_for_copies()
-        return send(copies, arriving)
+        return send([copies[id(tensor)] for tensor in outgoing], arriving)
 
     works = sender().submit(hand_over)
 
-    def take_up() -> None:
+    def arrive() -> None:
+        wait(works.result())
         for buffer, arrived in zip(incoming, arriving, strict=True):
             buffer.copy_(arrived, non_blocking=True)
 
-    return works.result, take_up
+    return arrive
 
 
 @cache
@@ -71,9 +83,7 @@ def sender() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "ef21_muon messages")
 
 
-@cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+_stream = cache(torch.cuda.Stream)  # of a device
 
 
 def _on_host(tensor: Tensor) -> Tensor:
@@ -81,19 +91,17 @@ def _on_host(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
 
-def _copied(tensors: Sequence[Tensor]) -> tuple[dict[int, Tensor], Callable[[], None]]:
-    """Copies on the host by the tensor's id, and what waits until they are there."""
-    copies = {id(tensor): _on_host(tensor) for tensor in tensors}
-    if not any(tensor.is_cuda for tensor in tensors):
-        for tensor in tensors:
-            copies[id(tensor)].copy_(tensor)
-        return copies, lambda: None
-    device = tensors[0].device
+def _copied(tensors: dict[int, Tensor]) -> tuple[dict[int, Tensor], Callable[[], None]]:
+    """Copies on the host, and what waits until they are there."""
+    device = next(iter(tensors.values())).device
+    if device.type == "cpu":
+        return {key: tensor.clone() for key, tensor in tensors.items()}, lambda: None
+    copies = {key: _on_host(tensor) for key, tensor in tensors.items()}
     stream, done = _stream(device), torch.cuda.Event()
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for tensor in tensors:
-            copies[id(tensor)].copy_(tensor, non_blocking=True)
+        for key, tensor in tensors.items():
+            copies[key].copy_(tensor, non_blocking=True)
             tensor.record_stream(stream)
         done.record()
     return copies, done.synchronize

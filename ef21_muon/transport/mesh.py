@@ -2,13 +2,12 @@
 
 Ranks form a mesh, whose rows are workers. Every layer has an owner, one of the columns: in each
 worker the rank of that column gets the mean of its worker's gradients, steps the layer with its
-peers, the ranks of its column in the other workers, and gives the result to its worker. So
-encoding, server work and traffic between workers are spread over the ranks of a worker, and nothing
-crosses twice.
+peers, the ranks of its column in the other workers, and gives the result to its worker. So work and
+traffic are spread over the ranks of a worker, and nothing crosses twice.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from datetime import timedelta
@@ -22,9 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
 from ef21_muon.layers import Layer, assign
-from ef21_muon.transport.clipping import clip
-from ef21_muon.transport.fixed import wait
-from ef21_muon.transport.shards import is_sharded, local, require_shards
+from ef21_muon.transport.fixed import ALONE, Group, place_in
+from ef21_muon.transport.host import wait
+from ef21_muon.transport.shards import is_sharded, local, named, require_shards
 
 DIMENSIONS = ("worker", "rank")
 # A collective takes room for about this part of the model, or as many entries for every rank.
@@ -33,6 +32,7 @@ ALIGNED = 16  # bytes
 
 ByRank = list[list[Tensor]]
 Rows = slice | EllipsisType
+Piece = tuple[Tensor, Rows, list[Rows]]  # a layer, what a rank sends of its own, and whose is what
 
 
 def new_mesh(
@@ -43,9 +43,9 @@ def new_mesh(
 ) -> DeviceMesh:
     """A mesh of all ranks with dimensions "worker" and "rank": successive ranks are one worker.
 
-    To wait longer than `timeout`, by default torch's, for another rank is an error. `backend` is
-    that of "worker", by default torch's; with "gloo" messages go through the host's memory. Raises
-    ValueError where `ranks_per_worker` does not divide the ranks, and without a process group.
+    timeout: of a wait for another rank; backend: of "worker", where with "gloo" messages go through
+    the host's memory; by default torch's. Raises ValueError where `ranks_per_worker` does not
+    divide the ranks, and without a process group.
     """
     given = f"ranks_per_worker={ranks_per_worker}"
     if not dist.is_initialized():
@@ -78,11 +78,10 @@ class WorkerMesh:
 
     `worker` is the process group of this worker's ranks, `peers` that of the ranks which own the
     same layers in all workers; `own` has every parameter that this rank owns, with what an
-    optimizer steps of it: itself, or a whole copy of a sharded one. `layers`, once they were named,
-    has of all what an optimizer needs to ask for gradients. `stream` is the number of this rank's
-    random stream. `max_norm`, to be set alike on all ranks, clips the worker's gradient in every
-    step. Raises ValueError, on all ranks of a worker, where one has no layer, or shards of
-    another mesh.
+    optimizer steps of it: itself, or a whole copy of a sharded one; `layers` has of all what is
+    asked of gradients. `stream` is the number of this rank's random stream. `max_norm`, to be set
+    alike on all ranks, clips the worker's gradient in every step. Raises ValueError, on all ranks
+    of a worker, where one has no layer, or shards of another mesh.
     """
 
     def __init__(
@@ -108,67 +107,59 @@ class WorkerMesh:
         self.stream, self._place = dist.get_rank(), dist.get_rank(self.worker)
         self.max_norm: float | None = None
         self.sharded = any(map(is_sharded, self.parameters))
-        self.layers = [
-            Layer(f"a parameter of shape {tuple(p.shape)}", p, p.numel(), "refuse")
-            for p in self.parameters
-        ]
+        self.layers = [Layer(named(p), p, p.numel(), "refuse") for p in self.parameters]
         self._named: list[tuple[int, str, str]] = []  # of the layers that this rank owns
         try:
             with self.together():
-                self._require_layers()
+                if len(self.parameters) < mesh.size(1):
+                    raise ValueError(
+                        f"ranks_per_worker={mesh.size(1)} leaves ranks without a layer: the model "
+                        f"has {len(self.parameters)}, give at most as many"
+                    )
+                if self.sharded:
+                    require_shards(self.parameters, dist.get_process_group_ranks(self.worker))
         except Exception:
             self.close()
             raise
         owners = assign([p.numel() for p in self.parameters], self.ranks_per_worker)
         self.own = {
-            parameter: Parameter(local(parameter).new_empty(parameter.shape))
-            if self.sharded
-            else parameter
-            for parameter, owner in zip(self.parameters, owners, strict=True)
+            p: Parameter(local(p).new_empty(p.shape)) if self.sharded else p
+            for p, owner in zip(self.parameters, owners, strict=True)
             if owner == self._place
         }
         self._buckets = self._in_buckets(owners)
         self._written: list[tuple[int, ...]] = []
         self.gather_parameters()
 
-    def _require_layers(self) -> None:
-        if len(self.parameters) < self.ranks_per_worker:
-            raise ValueError(
-                f"ranks_per_worker={self.ranks_per_worker} leaves ranks without a layer: the model "
-                f"has {len(self.parameters)}, give at most as many"
-            )
-        if self.sharded:
-            require_shards(self.parameters, dist.get_process_group_ranks(self.worker))
-
-    def _in_buckets(self, owners: list[int]) -> list[list[list[tuple[Tensor, list[Rows]]]]]:
-        """By collective and owner the layers that are sent, and the rows that each rank holds."""
+    def _in_buckets(self, owners: list[int]) -> list[list[list[Piece]]]:
+        """By collective and owner what is sent."""
         entries = sum(parameter.numel() for parameter in self.parameters)
         room = max(LEAST, -(-entries // (PARTS * self.ranks_per_worker)))
         sent = [0] * self.ranks_per_worker
         buckets = defaultdict(lambda: [[] for _ in sent])
         for parameter, owner in zip(self.parameters, owners, strict=True):
-            for rows in self._rows(parameter, room):
-                buckets[sent[owner] // room][owner].append((parameter, rows))
+            for piece in self._pieces(parameter, room):
+                buckets[sent[owner] // room][owner].append(piece)
                 sent[owner] += min(room, parameter.numel())
         return list(buckets.values())
 
-    def _rows(self, parameter: Tensor, room: int) -> list[list[Rows]]:
-        """By rank; a large whole layer in parts, since its owner gets them from every rank."""
-        entries, ranks = parameter.numel(), self.ranks_per_worker
+    def _pieces(self, p: Tensor, room: int) -> list[Piece]:
+        """Of a layer; a large whole one in parts, since its owner gets them from every rank."""
+        ranks, parts = self.ranks_per_worker, [...]
         if self.sharded:  # as torch.chunk does; the last ranks may have none
-            count = -(-len(parameter) // ranks)
-            return [[slice(rank * count, (rank + 1) * count) for rank in range(ranks)]]
-        if entries <= room:
-            return [[...] * ranks]
-        step = max(1, room * len(parameter) // entries)
-        return [[slice(first, first + step)] * ranks for first in range(0, len(parameter), step)]
+            count = -(-len(p) // ranks)
+            return [(p, ..., [slice(rank * count, (rank + 1) * count) for rank in range(ranks)])]
+        if p.numel() > room:
+            step = max(1, room * len(p) // p.numel())
+            parts = [slice(first, first + step) for first in range(0, len(p), step)]
+        return [(p, part, [part] * ranks) for part in parts]
 
     def name(self, own: list[Layer]) -> None:
         """What an optimizer of this rank calls its layers, and asks of them, in `layers`.
 
         Other ranks of the worker learn it at the end of `together`.
         """
-        stepped = [id(self.own.get(parameter)) for parameter in self.parameters]
+        stepped = [id(self.own.get(p)) for p in self.parameters]
         self._named = [(stepped.index(id(one.parameter)), one.name, one.missing) for one in own]
 
     def share(self, groups: Iterable) -> list[dict]:
@@ -190,10 +181,9 @@ class WorkerMesh:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Within it an error of one rank of the worker is raised on all of them.
+        """Within it an error of one rank of the worker is raised on all, on others as ValueError.
 
-        On the others as ValueError with the same message. Not for what waits for other ranks of the
-        worker itself.
+        Not for what waits for other ranks of the worker itself.
         """
         refused = None
         try:
@@ -201,14 +191,13 @@ class WorkerMesh:
         except Exception as error:
             refused = error
         of_ranks = [None] * self.ranks_per_worker
-        mine = refused and str(refused), self._named
-        dist.all_gather_object(of_ranks, mine, group=self.worker)
+        dist.all_gather_object(of_ranks, (refused and str(refused), self._named), self.worker)
         if refused is not None:
             raise refused
-        for message, named in of_ranks:
+        for message, its in of_ranks:
             if message is not None:
                 raise ValueError(message)
-            for place, name, missing in named:
+            for place, name, missing in its:
                 self.layers[place] = self.layers[place]._replace(name=name, missing=missing)
 
     def total(self, *numbers: int) -> list[int]:
@@ -227,10 +216,8 @@ class WorkerMesh:
         """
         self.gather_parameters()
         means = {
-            parameter: torch.empty_like(whole, dtype=parameter.grad.dtype)
-            if self.sharded
-            else parameter.grad
-            for parameter, whole in self.own.items()
+            p: torch.empty_like(whole, dtype=p.grad.dtype) if self.sharded else p.grad
+            for p, whole in self.own.items()
         }
         self._to_owners(lambda parameter: parameter.grad, means)
         for parameter in self.parameters:
@@ -244,8 +231,8 @@ class WorkerMesh:
     def gather_parameters(self) -> None:
         """What this rank steps of sharded layers, as the shards are.
 
-        Sent only where somebody has written to a shard of this worker since. What is written into a
-        parameter's `.data`, or into `detach()` of a sharded one, goes unnoticed until `forget`.
+        Sent only where somebody has written to a shard since. What is written into its `.data`, or
+        into its `detach()`, goes unnoticed until `forget`.
         """
         if self.sharded and self.total(int(self._written != (now := self._writes())))[0]:
             self._to_owners(lambda parameter: parameter, self.own)
@@ -283,12 +270,9 @@ class WorkerMesh:
     ) -> Iterator[tuple[ByRank, ByRank]]:
         """By bucket what this rank holds for each owner, and what each holds of its own layers."""
         for bucket in self._buckets:
-            held = [
-                [local(part(p))[... if self.sharded else rows[0]] for p, rows in pieces]
-                for pieces in bucket
-            ]
+            held = [[local(part(p))[mine] for p, mine, _ in pieces] for pieces in bucket]
             owned = [
-                [whole[p][rows[rank]] for p, rows in bucket[self._place]]
+                [whole[p][of_ranks[rank]] for p, _, of_ranks in bucket[self._place]]
                 for rank in range(self.ranks_per_worker)
             ]
             yield held, owned
@@ -301,24 +285,21 @@ class WorkerMesh:
         sent, sizes, places = self._pack(tensors)
         _copy(places, [*tensors[: self._place], [], *tensors[self._place + 1 :]])
         received, of_others, arrived = self._pack(like)
-        work = dist.all_to_all_single(
-            received, sent, of_others, sizes, group=self.worker, async_op=True
-        )
-        wait([work])
+        to_all = dist.all_to_all_single
+        wait([to_all(received, sent, of_others, sizes, group=self.worker, async_op=True)])
         arrived[self._place] = tensors[self._place]
         return arrived
 
     def _pack(self, lists: ByRank) -> tuple[Tensor, list[int], ByRank]:
         """A buffer for tensors like these, its bytes for every rank, and places of the tensors."""
         lists = [[] if rank == self._place else one for rank, one in enumerate(lists)]
-        sizes = [[-(-tensor.nbytes // ALIGNED) * ALIGNED for tensor in one] for one in lists]
+        sizes = [[-(-t.nbytes // ALIGNED) * ALIGNED for t in one] for one in lists]
         buffer = torch.empty(sum(map(sum, sizes)), dtype=torch.uint8, device=self.device)
         room = iter(buffer.split([*chain(*sizes)]))
         places = [
-            [next(room)[: like.nbytes].view(like.dtype).view(like.shape) for like in one]
-            for one in lists
+            [next(room)[: t.nbytes].view(t.dtype).view(t.shape) for t in one] for one in lists
         ]
-        return buffer, [sum(one) for one in sizes], places
+        return buffer, [*map(sum, sizes)], places
 
     def _writes(self) -> list[tuple[int, ...]]:
         """How often each parameter was written, as a whole and by its rows, and where these are."""
@@ -341,3 +322,18 @@ class WorkerMesh:
 def _copy(targets: ByRank, sources: ByRank) -> None:
     if any(targets):
         torch._foreach_copy_([*chain(*targets)], [*chain(*sources)])
+
+
+def clip(gradients: Sequence[Tensor], max_norm: float, group: Group = ALONE) -> None:
+    """Scale gradients, in place, to a Euclidean norm of all of them together of at most `max_norm`.
+
+    As torch.nn.utils.clip_grad_norm_, but that a norm which is not finite changes nothing, so that
+    the layer it comes from can be named. group: ranks that have the worker's other gradients; to be
+    called on all of them. Does not wait for the device.
+    """
+    square = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+    if place_in(group)[1] > 1:
+        dist.all_reduce(square, group=group)
+    norm = square.sqrt()
+    scale = torch.where(norm.isfinite(), max_norm / (norm + 1e-6), 1.0).clamp_(max=1.0)
+    torch._foreach_mul_(gradients, scale.float())

@@ -11,10 +11,7 @@ if TYPE_CHECKING:
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether it is a DTensor: torch makes none before torch.distributed.tensor is imported.
-
-    That takes a third as long as torch itself.
-    """
+    """Whether it is a DTensor: there is none before its module is imported, which takes long."""
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(parameter, tensors.DTensor)
 
@@ -29,7 +26,7 @@ def require_whole(parameters: Iterable[Tensor], optimizer: str) -> None:
     for parameter in parameters:
         if is_sharded(parameter):
             raise ValueError(
-                f"{_named(parameter)} is sharded: {optimizer} steps whole matrices; give a "
+                f"{named(parameter)} is sharded: {optimizer} steps whole matrices; give a "
                 f"WorkerMesh with ranks_per_worker={parameter.device_mesh.size()} as mesh="
             )
         require_values(parameter)
@@ -45,7 +42,7 @@ def require_values(parameter: Tensor) -> None:
     """Raise ValueError for a parameter on the meta device."""
     if parameter.is_meta:
         raise ValueError(
-            f"{_named(parameter)} is on the meta device and has no values: load or initialise the "
+            f"{named(parameter)} is on the meta device and has no values: load or initialise the "
             "model first"
         )
 
@@ -57,22 +54,23 @@ def require_shards(parameters: Iterable["DTensor"], ranks: list[int]) -> None:
     for parameter in parameters:
         if not is_sharded(parameter):
             raise ValueError(
-                f"{_named(parameter)} is whole where others are sharded: call fully_shard for the "
+                f"{named(parameter)} is whole where others are sharded: call fully_shard for the "
                 "whole model, too"
             )
         require_values(parameter)
         mesh = parameter.device_mesh
         if mesh.ndim != 1 or parameter.placements != (Shard(0),):
             raise ValueError(
-                f"{_named(parameter)} is placed as {parameter.placements} on a mesh of {mesh.ndim} "
+                f"{named(parameter)} is placed as {parameter.placements} on a mesh of {mesh.ndim} "
                 "dimensions: shard its rows alone, by fully_shard over the ranks of a worker"
             )
         if (held := mesh.mesh.tolist()) != ranks:
             raise ValueError(
-                f"{_named(parameter)} is sharded over ranks {held}, and the ranks of this worker "
+                f"{named(parameter)} is sharded over ranks {held}, and the ranks of this worker "
                 f"are {ranks}: give the mesh of its ranks, and ranks_per_worker={len(held)}"
             )
 
 
-def _named(parameter: Tensor) -> str:
+def named(parameter: Tensor) -> str:
+    """In an error, where it has no other name."""
     return f"a parameter of shape {tuple(parameter.shape)}"

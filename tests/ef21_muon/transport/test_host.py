@@ -58,9 +58,8 @@ def test_what_arrives_is_taken_up_after_the_works_and_in_order():
         start_from_host(send, [torch.full((3,), number)], [buffer])
         for number, buffer in zip((1.0, 2.0), buffers, strict=True)
     ]
-    for works, take_up in reversed(started):
-        assert works() == []
-        take_up()
+    for arrive in reversed(started):
+        arrive()
     assert handed == [1, 2]
     assert [buffer.tolist() for buffer in buffers] == [[2, 2, 2], [4, 4, 4]]
 
@@ -69,9 +68,9 @@ def test_an_error_of_sending_is_raised_where_the_message_is_waited_for():
     def send(outgoing, incoming):
         raise RuntimeError("connection closed")
 
-    works, _ = start_from_host(send, [torch.zeros(1)], [torch.zeros(1)])
+    arrive = start_from_host(send, [torch.zeros(1)], [torch.zeros(1)])
     with pytest.raises(RuntimeError, match="connection closed"):
-        works()
+        arrive()
 
 
 def test_what_is_on_the_cpu_is_sent_from_there():
