@@ -25,7 +25,6 @@ from ef21_muon.fleet.connections import (
     let_go,
     size_of,
 )
-from ef21_muon.fleet.shared import Shared
 from ef21_muon.fleet.verdict import HEAD, Head, Quorum, Verdicts, history_of
 from ef21_muon.transport.fixed import Traffic, place_in
 from ef21_muon.transport.reach import INTERFACE, Place
@@ -48,7 +47,7 @@ class Members:
     fails on the way costs another quorum and no local steps: the same message is sent again.
     """
 
-    shared: Shared  # from before the first gather on
+    shared = None  # what this worker has to share, from before the first gather on
 
     def __init__(
         self,
