@@ -162,8 +162,7 @@ class Communicating(torch.optim.Optimizer):
         """Send with another compressor from the next round on; on all ranks, between rounds.
 
         group: the name of the parameter groups that it is for, by default all. Raises ValueError
-        for what is no compressor or group, where messages are under way in other sizes, and where
-        ranks get other bits of what all decode.
+        for what is no compressor or group, with a delay, and where ranks decode to other bits.
         """
         chosen = [i for i, rule in enumerate(self.rules) if group in (None, rule.get("name"))]
         if not (self.mesh.total(len(chosen))[0] if self.mesh else chosen):
@@ -377,6 +376,9 @@ class Communicating(torch.optim.Optimizer):
 
     def __setstate__(self, values: dict) -> None:
         super().__setstate__(values)
+        for batch in self.batches:  # whose tables' views a pickle made tensors of their own
+            self.state.update(batch.parameter_state())
+        self.guards = Guards(self, self.guards.layers)
         self.go_on_after(self.steps)
         if self.wrapped:
             self.wrapped.guard(self)

@@ -88,7 +88,8 @@ class Wrapped:
 
     def require_a_gradient(self) -> None:
         """Raise RuntimeError if no parameter has one: they may be of another model."""
-        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if parameters and all(parameter.grad is None for parameter in parameters):
             raise RuntimeError(
                 "none of the inner optimizer's parameters has a gradient: build it from the "
                 "parameters of the model whose loss.backward() is called, and after moving it to "

@@ -129,7 +129,7 @@ class Batch:
         rank: int = 0,
     ):
         self.group, self.names, self.params, self.shape = group, names, params, shape
-        self.transposed = transposed and params[0].ndim > 1
+        self.transposed = transposed
         self.owned_by, self.owned = owned_by, owned_by[rank]
         self.serves = len(params[self.owned]) > 0  # whether this rank owns a layer
         everything = slice(0, len(params))
@@ -243,7 +243,7 @@ class Batch:
 
 def _turned(tensor: Tensor) -> Tensor:
     """From a parameter's first two dimensions to (d_out, d_in), or back."""
-    return tensor.transpose(0, 1)
+    return tensor.transpose(0, 1) if tensor.ndim > 1 else tensor
 
 
 def named_layers(groups: Sequence[dict]) -> Iterator[tuple[int, str, Tensor, tuple[int, int]]]:

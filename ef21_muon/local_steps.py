@@ -198,9 +198,9 @@ class LocalSteps(Communicating):
         self.require_own_parameters("step()")
         loss = evaluate(closure)
         with in_step(self):
-            self.guards.before_step(self)
             if not self.mesh:
                 self.wrapped.require_a_gradient()
+            self.guards.before_step(self)
             # A worker whose gradient overflowed does without this step; its own ranks do alike.
             does_without = overflowed(self, self.mesh.worker if self.mesh else ALONE)
             self.timer.phase("exchange")

@@ -200,8 +200,8 @@ class EF21Muon(Communicating):
         batch.keep("server_gradient")
         if self.correction:
             batch.keep("previous_model")
-        exact = batch.down.compressor.lossless and batch.params[0].dtype == torch.float32
-        if batch.serves and not exact:  # else X is W
+        narrow = any(torch.finfo(p.dtype).bits < 32 for p in batch.params)  # small steps are lost
+        if batch.serves and (narrow or not batch.down.compressor.lossless):  # else X is W
             batch.keep("server_model", batch.models(batch.owned).float())
         if group["lmo_feedback"]:
             batch.keep("server_lmo_error")

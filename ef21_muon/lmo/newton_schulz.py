@@ -12,8 +12,9 @@ Polynomial = tuple[float, float, float]  # (a, b, c) of a x + b x^3 + c x^5
 # five-fold composition takes singular values in [0.003, 1] to roughly [0.7, 1.2].
 JORDAN = (3.4445, -4.7750, 2.0315)
 
-# Amsel, Persson, Musco, Gower, "The Polar Express" (arXiv:2505.16932): each is the best quintic for
-# what the steps before it make of singular values in [0.001, 1].
+# Amsel et al., "The Polar Express" (arXiv:2505.16932): each is the best quintic for what the steps
+# before it make of singular values in [0.001, 1]. Against rounding all but the last are evaluated
+# at x / 1.01, and so is the input of the first.
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -24,10 +25,7 @@ POLAR_EXPRESS = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
-SAFETY = 1.01  # of the same paper, against rounding
-
-# All of them but the last are evaluated at x / SAFETY, and so is the input of the first.
-SHRUNK_BY = (SAFETY**2, *6 * (SAFETY,), 1)
+SHRUNK_BY = (1.01**2, *6 * (1.01,), 1)
 POLYNOMIALS = {  # one for each step; the last is repeated
     "jordan": (JORDAN,),
     "polar_express": tuple(
@@ -37,23 +35,21 @@ POLYNOMIALS = {  # one for each step; the last is repeated
 
 # Where n / m is at least GRAM_ASPECT, steps go GRAM_STEPS at a time through the Gram matrix, in
 # float32, as it holds squares of singular values. More at a time would lose digits (results/lmo).
-GRAM_ASPECT = 2
-GRAM_STEPS = 3
+GRAM_ASPECT, GRAM_STEPS = 2, 3
 
 
 def newton_schulz(
     matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = None, method: str = "jordan"
 ) -> Tensor:
-    """U V^T, approximately, for every matrix U S V^T of a batch.
+    """U V^T, approximately, for every matrix U S V^T of a batch (..., m, n), in its dtype.
 
-    matrices: (..., m, n); the result has the same shape and dtype. Five steps of "jordan" bring
-    singular values above 0.003 of the Frobenius norm to about [0.7, 1.2]; five of "polar_express"
-    those above 0.001 to [0.84, 1.13], six to within 0.007 of 1 and seven to within 2e-5. Smaller
-    ones come out smaller, and zero stays zero.
+    Five steps of "jordan" bring singular values above 0.003 of the Frobenius norm to about
+    [0.7, 1.2]; five of "polar_express" those above 0.001 to [0.84, 1.13], six to within 0.007 of 1
+    and seven to within 2e-5. Smaller ones come out smaller, and zero stays zero.
 
     dtype: of the iteration, by default bfloat16 on CUDA and float32 elsewhere, since CPUs without
     bf16 units take ~50 times longer in bfloat16. In bfloat16 "jordan" rounds where torch.optim.Muon
-    rounds, but for what torch.compile, through which it goes on CUDA, fuses.
+    rounds, but for what torch.compile fuses on CUDA.
     """
     if dtype is None:
         dtype = torch.bfloat16 if matrices.is_cuda else torch.float32
@@ -71,30 +67,23 @@ def newton_schulz(
 def iterate(x: Tensor, polynomials: list[Polynomial], gram_steps: int) -> Tensor:
     """One polynomial after another of the singular values of x (L, m, n), m <= n.
 
-    `gram_steps` at a time through the Gram matrix, or, if that is 0, step by step.
+    A step is F x with F = a + b x x^T + c (x x^T)^2, and its Gram matrix is F (x x^T) F: they go
+    `gram_steps` at a time with only two products of n columns, or, if that is 0, one by one.
     """
     if gram_steps == 0:
-        for a, b, c in polynomials:  # a x + b (x x^T) x + c (x x^T)^2 x
+        for a, b, c in polynomials:
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x
     for first in range(0, len(polynomials), gram_steps):
-        x = _gram_steps(x, polynomials[first : first + gram_steps])
+        gram = x @ x.mT
+        product = factor = _factor(gram, *polynomials[first])
+        for polynomial in polynomials[first + 1 : first + gram_steps]:
+            gram = factor @ gram @ factor
+            factor = _factor(gram, *polynomial)
+            product = factor @ product
+        x = product @ x
     return x
-
-
-def _gram_steps(x: Tensor, polynomials: list[Polynomial]) -> Tensor:
-    """One polynomial after another, with only two products of n columns.
-
-    A step is F x with F = a + b x x^T + c (x x^T)^2, and its Gram matrix is F (x x^T) F.
-    """
-    gram = x @ x.mT
-    product = factor = _factor(gram, *polynomials[0])
-    for polynomial in polynomials[1:]:
-        gram = factor @ gram @ factor
-        factor = _factor(gram, *polynomial)
-        product = factor @ product
-    return product @ x
 
 
 def _factor(gram: Tensor, a: float, b: float, c: float) -> Tensor:

@@ -1,9 +1,9 @@
 """Norms: the geometry of the server's step.
 
 A norm gives `lmo(G)`, the minimiser of <G, Z> over its unit ball, and `dual(G)`, its dual norm, so
-that <G, lmo(G)> = -dual(G). All take batches of matrices (..., d_out, d_in), as torch.nn.Linear
-stores its weight; a vector of n entries comes as (n, 1). `scaling` names a scale s(d_out, d_in) by
-which a norm is divided, so that lmo and dual are s times as large; formulas are those for s = 1.
+that <G, lmo(G)> = -dual(G), of batches of matrices (..., d_out, d_in), as torch.nn.Linear stores
+its weight; a vector of n entries comes as (n, 1). `scaling` names a scale s(d_out, d_in) by which
+a norm is divided, so that lmo and dual are s times as large; formulas are those for s = 1.
 """
 
 from inspect import signature
@@ -20,9 +20,9 @@ from ef21_muon.lmo.newton_schulz import POLYNOMIALS, length, newton_schulz, unit
 class Norm:
     """A norm on matrices of d_out rows and d_in columns.
 
-    scaling: of `scalings`, which has scales by name, the default first; ValueError otherwise. A
-    norm of your own gives `aligned` and `dual_norm` (or `lmo` and `dual`), and `cost` if it is not
-    `cost_per_entry` times the entries.
+    scaling: a name in `scalings`, by default the first. For s = 1 a norm of your own has
+    `aligned(G)`, a new tensor with the maximiser of <G, Z> over the unit ball, and `dual_norm(G)`;
+    and `cost` if it is not `cost_per_entry` times the entries.
     """
 
     scalings: ClassVar = {"none": lambda d_out, d_in: 1.0}
@@ -31,9 +31,8 @@ class Norm:
     def __init__(self, scaling: str | None = None):
         self.scaling = next(iter(self.scalings)) if scaling is None else scaling
         if self.scaling not in self.scalings:
-            raise ValueError(
-                f"{type(self).__name__} got scaling={scaling!r}: choose {', '.join(self.scalings)}"
-            )
+            known = ", ".join(self.scalings)
+            raise ValueError(f"{type(self).__name__} got scaling={scaling!r}: choose {known}")
 
     def lmo(self, gradient: Tensor) -> Tensor:
         """argmin of <gradient, Z> over ||Z|| <= 1; zero where the gradient is."""
@@ -69,16 +68,7 @@ class Norm:
         """Multiplications that `lmo` takes for one matrix, for balancing servers."""
         return self.cost_per_entry * d_out * d_in
 
-    def aligned(self, gradient: Tensor) -> Tensor:
-        """argmax of <gradient, Z> over the unit ball for s = 1, as a new tensor."""
-        raise NotImplementedError
-
-    def dual_norm(self, gradient: Tensor) -> Tensor:
-        """The dual norm for s = 1."""
-        raise NotImplementedError
-
     def scale(self, d_out: int, d_in: int) -> float:
-        """s(d_out, d_in)."""
         return self.scalings[self.scaling](d_out, d_in)
 
     def __repr__(self) -> str:
@@ -97,11 +87,9 @@ class Spectral(Norm):
     scaling: "scion" divides by sqrt(d_out/d_in), which makes it the RMS -> RMS operator norm
     (arXiv:2502.07529), and of vectors the RMS norm; "muon" by sqrt(max(1, d_out/d_in)) and
     "moonlight" by 0.2 sqrt(max(d_out, d_in)), for steps with an RMS of 0.2 (arXiv:2502.16982):
-    "original" and "match_rms_adamw" of torch.optim.Muon.
-
-    method: `steps` of "jordan" or "polar_express" in `dtype` (see `newton_schulz`), which bring the
-    norm of the step near 1, or "svd", exact and slow. The dual is always exact. ValueError for what
-    is none of these.
+    "original" and "match_rms_adamw" of torch.optim.Muon. method: `steps` of "jordan" or
+    "polar_express" in `dtype` (see `newton_schulz`), which bring the norm of the step near 1, or
+    "svd", exact and slow. The dual is always exact.
     """
 
     scalings: ClassVar = {
@@ -144,7 +132,6 @@ class Spectral(Norm):
         return Spectral("svd", scaling=self.scaling)
 
     def cost(self, d_out: int, d_in: int) -> int:
-        """Of an SVD, or of Newton-Schulz steps taken one by one, as all are in bfloat16."""
         short, long = sorted((d_out, d_in))
         if self.method == "svd":
             return short * short * (3 * long + 10 * short)
@@ -170,9 +157,9 @@ class Sign(Norm):
 class ColumnNorm(Norm):
     """max_j ||Z_:j||; lmo(G)_:j = -G_:j / ||G_:j||; the dual is sum_j ||G_:j||.
 
-    scaling: "scion" divides by sqrt(d_out), which makes it the 1 -> RMS operator norm of Scion
-    (arXiv:2502.07529), for the input layer. For a torch.nn.Embedding, which holds these columns as
-    rows, take RowNorm("none") with the radius sqrt(d_in).
+    scaling: "scion" divides by sqrt(d_out): Scion's 1 -> RMS operator norm (arXiv:2502.07529), for
+    the input layer. For a torch.nn.Embedding, which holds these columns as rows, take
+    RowNorm("none") with the radius sqrt(d_in).
     """
 
     scalings: ClassVar = {"scion": lambda d_out, d_in: sqrt(d_out), **Norm.scalings}
@@ -187,8 +174,8 @@ class ColumnNorm(Norm):
 class RowNorm(Norm):
     """max_i ||Z_i:||; lmo(G)_i: = -G_i: / ||G_i:||; the dual is sum_i ||G_i:||.
 
-    scaling: "scion" divides by 1/sqrt(d_in), which makes it the RMS -> infinity operator norm of
-    Scion (arXiv:2502.07529), for the output layer.
+    scaling: "scion" divides by 1/sqrt(d_in): Scion's RMS -> infinity operator norm
+    (arXiv:2502.07529), for the output layer.
     """
 
     scalings: ClassVar = {"scion": lambda d_out, d_in: 1 / sqrt(d_in), **Norm.scalings}
@@ -214,10 +201,9 @@ class Euclidean(Norm):
 
 
 class BiasRMS(Euclidean):
-    """The RMS norm of Scion (arXiv:2502.07529) for biases, which come as (n, 1).
+    """||z|| / sqrt(n) of n entries, Scion's RMS norm for biases (arXiv:2502.07529).
 
-    ||z|| / sqrt(n); lmo(g) = -sqrt(n) g / ||g||; the dual is sqrt(n) ||g||. Of a matrix it is the
-    RMS of all entries.
+    lmo(g) = -sqrt(n) g / ||g||; the dual is sqrt(n) ||g||.
     """
 
     scalings: ClassVar = {"scion": lambda d_out, d_in: sqrt(d_out * d_in)}
@@ -227,8 +213,8 @@ class Nuclear(Norm):
     """The sum of singular values; lmo(G) = -u v^T of the largest one; the dual is sigma_max(G).
 
     u is found by squaring the Gram matrix of the short side `SQUARINGS` times, as by 2^16 power
-    iterations: relative to sigma_max(G), <G, lmo(G)> is within 1e-4 of the minimum whatever the
-    next singular value is. Unlike an eigensolver it never waits for the device, nor raises for NaN.
+    iterations: <G, lmo(G)> is within 1e-4 sigma_max(G) of the minimum. Unlike an eigensolver it
+    never waits for the device, nor raises for NaN.
     """
 
     SQUARINGS = 16
@@ -275,9 +261,8 @@ class L1(Norm):
 class Blocks(Norm):
     """max over the blocks Z_b of norm(Z_b); the LMO is that of every block, the dual is their sum.
 
-    Of a linear map of `count` blocks with inputs and outputs of their own, as of a grouped
-    convolution, stored below each other, or, with `columns`, side by side. Raises ValueError for a
-    count below 1, and RuntimeError where it does not divide the rows, or columns.
+    The `count` blocks are parts of a linear map with inputs and outputs of their own, as of a
+    grouped convolution, stored below each other, or, with `columns`, side by side.
     """
 
     def __init__(self, norm: Norm, count: int, columns: bool = False):
@@ -321,12 +306,12 @@ class Blocks(Norm):
 class AdaptiveRadius:
     """Gluon's layer-wise radius t_i = ||G_i||_* / (l0 + l1 ||G_i||_*) (arXiv:2505.13416).
 
-    l0, l1: at least 0, not both 0; ValueError otherwise. With l1 = 0 it is gamma ||G||_*, the step
-    of the L-smooth theorem of arXiv:2510.00643, with gamma = 1 / l0.
+    l0, l1: at least 0, not both 0. With l1 = 0 it is gamma ||G||_*, the step of the L-smooth
+    theorem of arXiv:2510.00643, with gamma = 1 / l0.
     """
 
     def __init__(self, l0: float, l1: float):
-        for name, value in (("l0", l0), ("l1", l1)):
+        for name, value in {"l0": l0, "l1": l1}.items():
             if not (isinstance(value, Real) and isfinite(value) and value >= 0):
                 raise ValueError(f"AdaptiveRadius got {name}={value}: give a number of at least 0")
         if l0 == l1 == 0:

@@ -1,4 +1,4 @@
-"""Parameter groups for EF21Muon by what parameters are: roles, and a norm and a radius for each.
+"""Parameter groups for EF21Muon: roles of parameters, and a norm and a radius for each.
 
 Roles are "hidden" (weights of linear and convolutional layers), "embedding" (tables and output
 heads, tied or not) and "vector" (biases, gains). configs/norm has the same presets for Hydra.
@@ -13,35 +13,32 @@ from torch import Tensor, nn
 from ef21_muon.lmo.norms import AdaptiveRadius, BiasRMS, Blocks, Sign, Spectral
 from ef21_muon.messages.compressors import Identity
 
-# Scion (arXiv:2502.07529): the head's radius is 60 times that of hidden layers in its NanoGPT runs
-# (3000 / 50), that of biases the same in its DeiT and CIFAR runs (LIONS-EPFL/scion).
-SCION = {
-    "hidden": {"norm": Spectral(), "radius": 1.0},
-    "embedding": {"norm": Sign(), "radius": 60.0},
-    "vector": {"norm": BiasRMS(), "radius": 1.0},
-}
+
+def _rules(hidden: tuple, embedding: tuple, vector: tuple) -> dict[str, dict]:
+    """Of a norm and a radius for each role."""
+    pairs = {"hidden": hidden, "embedding": embedding, "vector": vector}
+    return {role: {"norm": norm, "radius": radius} for role, (norm, radius) in pairs.items()}
+
+
+# Nothing but scion's radii was tuned: on 768 x 768 matrices the steps of all presets have the RMS
+# of scion's, 1 / sqrt(768) = 0.036 for hidden, 60 / 768 = 0.078 for embedding layers.
 PRESETS = {
-    "scion": SCION,
+    # arXiv:2502.07529: the head's radius is 60 times that of hidden layers in its NanoGPT runs
+    # (3000 / 50), that of biases the same in its DeiT and CIFAR runs (LIONS-EPFL/scion).
+    "scion": _rules((Spectral(), 1.0), (Sign(), 60.0), (BiasRMS(), 1.0)),
     # Muon has AdamW for all but hidden matrices, which is no LMO; the sign step is the nearest one.
-    "muon": {**SCION, "hidden": {"norm": Spectral(scaling="muon"), "radius": 1.0}},
+    "muon": _rules((Spectral(scaling="muon"), 1.0), (Sign(), 60.0), (BiasRMS(), 1.0)),
     # Gluon (arXiv:2505.13416) fits L0 = 0 and L1 = 70 to hidden layers of a NanoGPT with scion's
     # norms, L1 = 1.3 to its tied head, and to biases of a CNN the L1 of its hidden layers; here in
     # units of 70, so that lr is scion's. Give an l0 above 0 for steps that shrink with gradients.
-    "gluon": {
-        "hidden": {"norm": Spectral(), "radius": AdaptiveRadius(l0=0.0, l1=1.0)},
-        "embedding": {"norm": Sign(), "radius": AdaptiveRadius(l0=0.0, l1=0.0186)},
-        "vector": {"norm": BiasRMS(), "radius": AdaptiveRadius(l0=0.0, l1=1.0)},
-    },
+    "gluon": _rules(
+        (Spectral(), AdaptiveRadius(l0=0.0, l1=1.0)),
+        (Sign(), AdaptiveRadius(l0=0.0, l1=0.0186)),
+        (BiasRMS(), AdaptiveRadius(l0=0.0, l1=1.0)),
+    ),
     # The Euclidean norm over sqrt(entries), so that a radius is the RMS of the step.
-    "euclidean": {
-        "hidden": {"norm": BiasRMS(), "radius": 0.036},
-        "embedding": {"norm": BiasRMS(), "radius": 0.078},
-        "vector": {"norm": BiasRMS(), "radius": 1.0},
-    },
+    "euclidean": _rules((BiasRMS(), 0.036), (BiasRMS(), 0.078), (BiasRMS(), 1.0)),
 }
-# Nothing but scion's radii was tuned: on 768 x 768 matrices the steps of all presets have the RMS
-# of scion's, 1 / sqrt(768) = 0.036 for hidden, 60 / 768 = 0.078 for embedding layers.
-
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 DECONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # (d_in, d_out, ...)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *DECONVOLUTIONS)
@@ -65,37 +62,32 @@ def param_groups(
 
     Every parameter that requires a gradient is in one group, under the first of its names. A role
     has a group each for weights that are stored as (d_in, d_out), and for grouped convolutions.
+    Raises ValueError for an unclear role, one without a rule, an unknown preset, a pattern that
+    never counts, and one with wildcards that takes what has another role or orientation by type.
 
     preset: "scion", "muon", "gluon", "euclidean", or rules of your own for the roles: {"hidden":
     {"norm": Spectral(), "radius": 1.0}, ...}, with w2s, s2w and whatever else EF21Muon takes for a
     group. What a rule leaves out is the optimizer's default, but w2s and s2w of vectors are the
-    identity: compressing a few numbers saves nothing.
+    identity.
 
-    Roles follow from module types. Up to one dimension, and gains of normalisations: vector. An
-    embedding's weight: embedding, positions too, which are looked up like tokens. The weight of a
-    convolution or linear layer: hidden, but that of a linear output head: embedding. A head is tied
-    to a table, or is the last linear layer and has the shape of one. With the preset "scion" steps
-    of convolutions are Scion's (`kernels`). Where the norm is Spectral, a grouped convolution takes
-    the steps of as many convolutions side by side (`Blocks`).
+    Roles follow from module types. Up to one dimension, and gains of normalisations: vector. The
+    weight of an embedding: embedding; of a convolution or linear layer: hidden, but embedding for a
+    linear output head, which is tied to a table, or is the last linear layer and has the shape of
+    one. With the preset "scion" steps of convolutions are Scion's (`kernels`). Where the norm is
+    Spectral, a grouped convolution takes the steps of convolutions side by side (`Blocks`).
 
     roles: name patterns (fnmatch) to roles; they go first, and the first that matches counts. They
-    are needed where types do not tell: for other parameters of two or more dimensions, for linear
-    layers that might be a head (with as many outputs as a table has entries, where no head was
-    found, or the shape of the head that was), and for the last linear layer of a model without
-    tables. Any other head, such as a classifier on top of a language model, counts as hidden.
+    are needed for other parameters of two or more dimensions, for linear layers that might be a
+    head (with as many outputs as a table has entries, where no head was found, or the shape of the
+    head that was), and for the last linear layer of a model without tables.
 
     transposed: name patterns of weights that are stored as (d_in, d_out), beside those of
     transposed convolutions and of transformers' Conv1D: a norm sees (d_out, d_in).
-
-    Raises ValueError for an unclear role, one without a rule, an unknown preset, a pattern that
-    never counts, and one with wildcards that takes what has another role or orientation by type.
     """
     rules = preset if isinstance(preset, Mapping) else PRESETS.get(preset)
     if rules is None:
-        raise ValueError(
-            f"preset={preset!r} is not known: choose {', '.join(PRESETS)}, "
-            "or give a rule for each role"
-        )
+        known = ", ".join(PRESETS)
+        raise ValueError(f"preset={preset!r} is not known: choose {known}, or give rules by role")
     layers = _Layers(model)
     found = layers.roles(roles or {})
     turned = layers.turned(transposed)
@@ -104,9 +96,8 @@ def param_groups(
     for parameter, role in found.items():
         name = layers.names[parameter][0]
         if role not in rules:
-            raise ValueError(
-                f"the role {role!r} of {name} has no rule in the preset: it has {', '.join(rules)}"
-            )
+            given = f"the role {role!r} of {name} has no rule in the preset"
+            raise ValueError(f"{given}: it has {', '.join(rules)}")
         exact = {"w2s": Identity(), "s2w": Identity()} if role == "vector" else {}
         new = {"name": role, "params": [], **exact, **rules[role]}
         if parameter in turned:
@@ -145,16 +136,12 @@ class _Layers:
         return {*self.weights(*DECONVOLUTIONS), *(w for w in weights if w.ndim == 2)}
 
     def turned(self, patterns: Sequence[str]) -> set[Tensor]:
-        """Weights that are stored as (d_in, d_out), by type or by `patterns`.
-
-        Raises ValueError for a wildcard that takes a layer of torch.
-        """
+        """Weights that are stored as (d_in, d_out), by type or by `patterns`."""
         turned = self.stored_transposed()
         known = self.weights(nn.Linear, *CONVOLUTIONS, *TABLES).keys() - turned
         for pattern in patterns:
             matching = self.matching(pattern, "transposed")
-            wrong = [p for p in matching if p in known and pattern not in self.names[p]]
-            if wrong:
+            if wrong := [p for p in matching if p in known and pattern not in self.names[p]]:
                 raise ValueError(
                     f"transposed has {pattern!r}, which takes {self.described(wrong)} too, "
                     "stored as (d_out, d_in): give a pattern that leaves it out, or its exact name "
@@ -164,12 +151,8 @@ class _Layers:
         return turned
 
     def roles(self, patterns: Mapping[str, str]) -> dict[Tensor, str]:
-        """The role of every parameter, by `patterns` for its names first, then by type.
-
-        Raises ValueError for a pattern or a role that `param_groups` refuses.
-        """
-        by_type = self.roles_by_type()
-        given = {}
+        """The role of every parameter, by `patterns` for its names first, then by type."""
+        by_type, given = self.roles_by_type(), {}
         for pattern, role in patterns.items():
             matching = self.matching(pattern, "roles")
             new = [p for p in matching if p not in given]
@@ -179,8 +162,7 @@ class _Layers:
                     "first that matches counts, put it before them"
                 )
             by_wildcard = [p for p in new if pattern not in self.names[p]]
-            wrong = [p for p in by_wildcard if role in NOT_BY_WILDCARD.get(by_type[p], ())]
-            if wrong:
+            if wrong := [p for p in by_wildcard if role in NOT_BY_WILDCARD.get(by_type[p], ())]:
                 its_role, its_name = by_type[wrong[0]], self.names[wrong[0]][0]
                 raise ValueError(
                     f"roles has {pattern!r}: {role!r}, which takes {self.described(wrong)} too, by "
@@ -189,8 +171,7 @@ class _Layers:
                 )
             given |= dict.fromkeys(new, role)
         found = by_type | given
-        unclear = [parameter for parameter, role in found.items() if role is None]
-        if unclear:
+        if unclear := [parameter for parameter, role in found.items() if role is None]:
             name, shape = self.names[unclear[0]][0], tuple(unclear[0].shape)
             more = f" (and of {len(unclear) - 1} more)" if len(unclear) > 1 else ""
             raise ValueError(
@@ -207,15 +188,12 @@ class _Layers:
         hidden = {*linears, *self.weights(*CONVOLUTIONS), *self.stored_transposed()} - perhaps_heads
         norms = [module for module in self.model.modules() if isinstance(module, NORMALISATIONS)]
         gains = {gain for norm in norms for gain in norm.parameters(recurse=False)}
-
-        def role(parameter: Tensor) -> str | None:
-            if parameter.ndim < 2 or parameter in gains:
-                return "vector"
-            if parameter in tables or parameter in heads:
-                return "embedding"
-            return "hidden" if parameter in hidden else None
-
-        return {parameter: role(parameter) for parameter in self.names}
+        vectors = gains | {parameter for parameter in self.names if parameter.ndim < 2}
+        found = dict.fromkeys(self.names)  # to the last role of these
+        kinds = {"hidden": hidden, "embedding": {*tables, *heads}, "vector": vectors}
+        for role, kind in kinds.items():
+            found |= {parameter: role for parameter in self.names if parameter in kind}
+        return found
 
     def matching(self, pattern: str, option: str) -> list[Tensor]:
         """Parameters of which any name matches. Raises ValueError where none does."""

@@ -2,10 +2,7 @@
 
 C(x) is by definition decode(encode(x)), so the bytes that are logged are the bytes that are sent.
 Matrices come in batches (L, m, n); every one is a message of its own, of a size that follows from
-the shape alone. All are contractive in the Frobenius norm,
-
-    E ||C(x) - x||^2 <= (1 - alpha) ||x||^2,
-
+the shape alone. All are contractive in the Frobenius norm, E ||C(x) - x||^2 <= (1 - alpha) ||x||^2
 with the `alpha` that they document, where omega is that of the value format.
 """
 
@@ -31,11 +28,10 @@ OF_BITS = {
 
 
 def value_format(values: Values | str | Mapping) -> Values:
-    """A format from what configurations write; a format is returned as it is.
+    """A format from what configurations write, or the format itself; ValueError for anything else.
 
     A name, with bits behind it and a block behind @ ("natural4", "int4@128", "int4@8blocks",
-    "sign@message"), or a mapping with such a `format` and further options ({format: natural4,
-    stochastic: false}). Raises ValueError for anything else.
+    "sign@message"), or such a `format` with options ({format: natural4, stochastic: false}).
     """
     if isinstance(values, Values):
         return values
@@ -74,16 +70,13 @@ class Compressor(Codec):
             raise NotImplementedError
 
     def sample(self, m: int, n: int) -> Tensor:
-        """A message for one matrix, on the CPU, alike on every machine: what do they decode it to?
-
-        By `encode` only if that gives the same bits of small whole numbers on all processors.
-        """
+        """A message for one matrix, on the CPU, of the same bits on all processors."""
         return self.encode(numbers(1, m, n, below=8), fixed_generator())
 
     def fit(self, m: int, n: int) -> "Compressor":
         """The compressor to use for m x n matrices: dense where this one would save no byte."""
-        dense = Dense(self.values)
-        return self if self.payload_bytes(m, n) < dense.payload_bytes(m, n) else dense
+        saves = self.payload_bytes(m, n) < self.values.payload_bytes(m, n)
+        return self if saves or isinstance(self, Dense) else Dense(self.values)
 
     def title(self) -> str:
         """What is kept, as figures and tables name it."""
@@ -91,21 +84,17 @@ class Compressor(Codec):
 
     def __str__(self) -> str:
         """As figures and tables name it: "rank 15% natural"; float32 goes without saying."""
-        exact = isinstance(self.values, Float32)
-        return self.title() if exact else f"{self.title()} {self.values}"
+        return self.title() + ("" if isinstance(self.values, Float32) else f" {self.values}")
 
 
 class Dense(Compressor):
     """Every entry is kept; alpha = 1 - omega. `Dense("natural")` is the Natural compressor."""
 
     sends_all = True
+    lossless = property(lambda self: isinstance(self.values, Float32))
 
     def title(self) -> str:
         return "identity" if self.lossless else "dense"
-
-    @property
-    def lossless(self) -> bool:
-        return isinstance(self.values, Float32)
 
     def payload_bytes(self, m: int, n: int) -> int:
         return self.values.payload_bytes(m, n)
@@ -118,9 +107,6 @@ class Dense(Compressor):
 
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
         return self.values.decode(payload, m, n)
-
-    def fit(self, m: int, n: int) -> Compressor:
-        return self
 
 
 class Identity(Dense):
@@ -146,7 +132,7 @@ def add_mean_over_senders(
 ) -> bool:
     """Add to every entry of total (layers, m, n) the mean over the messages that have it.
 
-    messages: uint8 (layers, bytes) each. False, and nothing is added, where all have all entries.
+    False, and nothing is added, where all have all entries.
     """
     shape = total.shape[1:]
     senders, received = torch.zeros_like(total), torch.zeros_like(total)
@@ -160,16 +146,13 @@ def add_mean_over_senders(
     return True
 
 
-# Numbers that are alike on every machine, of which torch.randn draws others on some processors.
-
-
 def fixed_generator() -> Generator:
     """Of the CPU, in the same state each time."""
     return Generator("cpu").manual_seed(0)
 
 
 def numbers(*shape: int, below: int = 1 << 23) -> Tensor:
-    """Pseudo-random whole numbers from -below up to below, float32 on the CPU.
+    """Pseudo-random whole numbers from -below up to below, float32 on the CPU, on any machine.
 
     Sums of small ones are exact in any order; those below 2^23 fill a mantissa.
     """

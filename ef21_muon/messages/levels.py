@@ -1,6 +1,5 @@
 """Value formats whose values are the nearest of a table: of normal numbers, or of bins' means."""
 
-from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from math import erf, exp, inf, pi, sqrt
@@ -9,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.messages.scaled import Blockwise
-from ef21_muon.messages.values import AT_A_TIME, check, check_bits, pack
+from ef21_muon.messages.values import AT_A_TIME, check, pack
 
 LONGEST = 1 << 16  # entries to rotate together
 NARROW = 32  # entries: of fewer side by side, sums are slow
@@ -30,7 +29,7 @@ class Normal(Blockwise):
     scale_dtype = torch.bfloat16
 
     def __init__(self, bits: int = 4, block: str = "row"):
-        check_bits("normal", bits, 1, 6)
+        check(type(bits) is int and 1 <= bits <= 6, f"normal got bits={bits}", "1 to 6")
         # No part of a rotated block can be left out.
         check(block in ("row", "message"), f"normal got block={block}", "row or message")
         self.width = bits
@@ -81,17 +80,15 @@ class Statistical(Blockwise):
     name = "statistical{.width}"
     default_block = "message"
     scales = property(lambda self: 1 + self.bins)  # a block's mean, and means of bins less it
+    error = 1.0
 
     def __init__(self, bits: int = 4, block: str = "message", span: float = 6.0):
-        check_bits("statistical", bits, 2, 8)
+        check(type(bits) is int and 2 <= bits <= 8, f"statistical got bits={bits}", "2 to 8")
         check(block in ("row", "message"), f"statistical got block={block}", "row or message")
         positive = isinstance(span, float | int) and 0 < span < inf
         check(positive, f"statistical got span={span}", "a number above 0")
         self.width, self.bins, self.span = bits, 2**bits, span
         super().__init__(block)
-
-    def omega(self, rows: int, columns: int) -> float:
-        return 1.0
 
     def encode(self, values: Tensor, generator: Generator | None = None) -> Tensor:
         blocks, length = self.blocks(*values.shape[1:])
@@ -177,18 +174,13 @@ def rotate_(x: Tensor, back: bool = False) -> Tensor:
     parts = [(rows[:, :covered], first)]
     if covered < length:
         parts.append((rows[:, -size:], second))
+    amount = AT_A_TIME[x.device.type]
     for part, signs in reversed(parts) if back else parts:
-        for piece in _pieces(part, size):
-            piece.copy_(_hadamard(piece).mul_(signs) if back else _hadamard(piece * signs))
+        for some in part.split(max(1, amount // part.shape[1])):
+            segments = some.unflatten(1, (-1, size))
+            for piece in segments.split(max(1, amount // (len(some) * size)), 1):
+                piece.copy_(_hadamard(piece).mul_(signs) if back else _hadamard(piece * signs))
     return x
-
-
-def _pieces(rows: Tensor, size: int) -> Iterator[Tensor]:
-    """Views of segments (rows, segments, size), some of them at a time."""
-    amount = AT_A_TIME[rows.device.type]
-    for some in rows.split(max(1, amount // rows.shape[1])):
-        segments = some.unflatten(1, (-1, size))
-        yield from segments.split(max(1, amount // (len(some) * size)), 1)
 
 
 def _hadamard(x: Tensor) -> Tensor:

@@ -10,48 +10,12 @@ from ef21_muon.messages.compressors import fixed_generator, numbers, value_forma
 from ef21_muon.messages.sparse import Fraction
 from ef21_muon.messages.values import Values, check_length, reinterpret
 
-PASSES = 3
 # Of a bound on the Gram matrix' largest eigenvalue: of an embedding's gradient, summed row after
 # row, rounding took the smallest below zero by 3.4e-5 of it.
 SHIFT = 1e-4
 
 
-class LowRank(Fraction):
-    """x as the product of r = fraction min(m, n) columns and r rows; a message holds these factors.
-
-    The columns come first, transposed, so that a row of either factor belongs to one direction. It
-    has `_factors`, for a shape the formats and the lengths of both: ((Values, int), (Values, int)).
-    """
-
-    sends_all = True
-    scale_bytes = 0  # of a factor of both, before them
-
-    def payload_bytes(self, m: int, n: int) -> int:
-        r = self.kept(min(m, n))
-        sizes = (values.payload_bytes(r, length) for values, length in self._factors(m, n))
-        return self.scale_bytes + sum(sizes)
-
-    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
-        check_length(payload, self.payload_bytes(m, n), self, m, n)
-        (first, length), (second, other) = self._factors(m, n)
-        r = self.kept(min(m, n))
-        scale, payload = payload[:, : self.scale_bytes], payload[:, self.scale_bytes :]
-        split = first.payload_bytes(r, length)
-        basis = first.decode(payload[:, :split], r, length)
-        rows = second.decode(payload[:, split:], r, other)
-        if self.scale_bytes:
-            rows = rows * reinterpret(scale, torch.float32)[:, :, None]
-        return basis.mT @ rows if length == m else rows.mT @ basis
-
-    def sample(self, m: int, n: int) -> Tensor:
-        parts = [torch.tensor([[0.7]], dtype=torch.float32, device="cpu").view(torch.uint8)]
-        for values, length in self._factors(m, n):
-            factor = numbers(1, self.kept(min(m, n)), length)
-            parts.append(values.encode(factor, fixed_generator()))
-        return torch.cat(parts if self.scale_bytes else parts[1:], 1)
-
-
-class RankK(LowRank):
+class RankK(Fraction):
     """The projection of x on r directions of its shorter side, r = fraction min(m, n), as factors.
 
     For m <= n: P is an orthonormal basis of range(x x^T S) for a Gaussian m x r sketch S (range
@@ -65,17 +29,25 @@ class RankK(LowRank):
 
         alpha = 1 - (sqrt(1 - c) + d sqrt(c))^2,  1 + d = (1 + sqrt(omega_P)) (1 + sqrt(omega_Q)),
 
-    with c at least d^2 / (1 + d^2), where this is worst. Below 0 it promises nothing. Formats with
-    a scale keep these promises with a scale per row.
+    with c at least d^2 / (1 + d^2), where this is worst. Below 0, and for a scale per message, it
+    promises nothing.
     """
 
     kind = "rank"
+    sends_all = True
+    scale_bytes = 0  # of a factor of both, before them
 
     def _basis(self, x: Tensor, r: int, generator: Generator | None) -> Tensor:
         return range_of(x, r, generator)
 
     def _factors(self, m: int, n: int) -> tuple[tuple[Values, int], tuple[Values, int]]:
+        """The formats of P^T and Q, each of r rows, and the lengths of these."""
         return (self.values, min(m, n)), (self.values, max(m, n))
+
+    def payload_bytes(self, m: int, n: int) -> int:
+        r = self.kept(min(m, n))
+        sizes = (values.payload_bytes(r, length) for values, length in self._factors(m, n))
+        return self.scale_bytes + sum(sizes)
 
     def alpha(self, m: int, n: int) -> float:
         r = self.kept(min(m, n))
@@ -93,8 +65,28 @@ class RankK(LowRank):
         factors = basis.mT, basis.mT @ x
         return torch.cat([self.values.encode(factor, generator) for factor in factors], 1)
 
+    def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
+        check_length(payload, self.payload_bytes(m, n), self, m, n)
+        (first, length), (second, other) = self._factors(m, n)
+        r = self.kept(min(m, n))
+        scale, payload = payload[:, : self.scale_bytes], payload[:, self.scale_bytes :]
+        split = first.payload_bytes(r, length)
+        basis = first.decode(payload[:, :split], r, length)
+        rows = second.decode(payload[:, split:], r, other)
+        if self.scale_bytes:
+            rows = rows * reinterpret(scale, torch.float32)[:, :, None]
+        return basis.mT @ rows if length == m else rows.mT @ basis
 
-class FittedRank(LowRank):
+    def sample(self, m: int, n: int) -> Tensor:
+        scale = torch.tensor([[0.7]], dtype=torch.float32, device="cpu").view(torch.uint8)
+        parts = [scale[:, : self.scale_bytes]]
+        for values, length in self._factors(m, n):
+            factor = numbers(1, self.kept(min(m, n)), length)
+            parts.append(values.encode(factor, fixed_generator()))
+        return torch.cat(parts, 1)
+
+
+class FittedRank(RankK):
     """x of rank r = fraction min(m, n) as s P Q: P in the format `basis`, Q in the finer `values`.
 
     For m >= n: P is a basis as RankK's, rounded; Q = P^+ x are the least-squares rows for P as it
@@ -165,7 +157,7 @@ def orthonormal(x: Tensor) -> Tensor:
 
 def by_gram(x: Tensor) -> Tensor:
     """`orthonormal` by Gram matrices, for columns whose sums of squares are in float32's range."""
-    for _ in range(PASSES):
+    for _ in range(3):
         products = gram(x)
         bound = products.abs().sum(-1).amax(-1, keepdim=True)
         products.diagonal(dim1=-2, dim2=-1).add_(torch.where(bound == 0, 1, SHIFT * bound))

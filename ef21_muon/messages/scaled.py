@@ -12,7 +12,6 @@ from ef21_muon.messages.values import (
     at_a_time,
     carry,
     check,
-    check_bits,
     check_length,
     pack,
     packed_bytes,
@@ -27,8 +26,8 @@ class Blockwise(Values):
     block: "row", "message", a number of consecutive values, or "8blocks" for so many equal blocks
     per message (fewer where it has not that many values).
 
-    A format has `_scale`, of blocks (L, blocks, length) -> (L, blocks, 1); `_quantise`, of any part
-    of the length, given that scale and a generator -> codes; and `_restore`, of scales and codes.
+    `_scale` is of blocks (L, blocks, length), `_quantise` gives codes of any part of the length, by
+    that scale and a generator, and `_restore` values of scales and codes.
     """
 
     width: int
@@ -151,15 +150,15 @@ class NaturalWindow(Blockwise):
 class Integer(Blockwise):
     """`bits`-bit integers times a float32 scale per block, dithered (QSGD, arXiv:1610.02132).
 
-    With s = 2^(bits-1) - 1 levels per side, v becomes a neighbouring multiple of max |v| / s,
-    chosen so that it is unbiased; omega = min(N / (4 s^2), sqrt(N) / s) for N values in a block.
-    `stochastic=False` takes the nearer one: deterministic, biased, omega = min(1, N / (4 s^2)).
+    With s = 2^(bits-1) - 1, v becomes a neighbouring multiple of max |v| / s, unbiased;
+    omega = min(N / (4 s^2), sqrt(N) / s) for N values in a block. `stochastic=False` takes the
+    nearer one: deterministic, biased, omega = min(1, N / (4 s^2)).
     """
 
     name = "int{.width}"
 
     def __init__(self, bits: int = 8, stochastic: bool = True, block: int | str = "row"):
-        check_bits("int", bits, 2, 8)
+        check(type(bits) is int and 2 <= bits <= 8, f"int got bits={bits}", "2 to 8")
         super().__init__(block)
         self.width, self.levels = bits, 2 ** (bits - 1) - 1
         self.stochastic = self.unbiased = stochastic
@@ -188,12 +187,11 @@ class Integer(Blockwise):
 class SignScale(Blockwise):
     """The sign times the block's mean magnitude: 1 bit per value, deterministic, biased.
 
-    omega = 1 - 1/N for N values in a block, reached where a single one is not zero; about 0.36 for
+    omega = 1 - 1/N for N values in a block, which a single one that is not zero has; about 0.36 for
     Gaussian values.
     """
 
-    name = "sign"
-    width = 1
+    name, width = "sign", 1
 
     def omega(self, rows: int, columns: int) -> float:
         return 1 - 1 / self.blocks(rows, columns)[1]
@@ -216,18 +214,18 @@ class SmoothnessAware(Values):
     for output i and input j (Martens and Grosse, arXiv:1503.05671). Here Q is `Integer` with a
     scale per row, and D_j = c_j = max_i |x_ij|, which grows as the root of E a_j^2, takes 2 bytes
     per column (bfloat16). Scales of rows are at most sqrt(r_i), r_i = max_j |x_ij|, and
-    sum_ij r_i c_j <= sqrt(N) ||x||^2 for N = m n, so that
+    sum_ij r_i c_j <= sqrt(N) ||x||^2 for N = m n, so that with s = 2^(bits-1) - 1
 
-        omega = (1 + 2^-7) min(sqrt(N) / (4 s^2), N^(1/4) / s),  s = 2^(bits-1) - 1,
+        omega = (1 + 2^-7) min(sqrt(N) / (4 s^2), N^(1/4) / s).
 
-    and in the norm of D^-1 that of `Integer`. Unbiased; `stochastic=False` takes the nearer
-    integer, with the first of the two, at most 1. Magnitudes from 1e-37 to 1e38.
+    Unbiased; `stochastic=False` takes the nearer integer, with the first of the two, at most 1.
+    Magnitudes from 1e-37 to 1e38.
     """
 
     name = "smooth{.integers.width}"
 
     def __init__(self, bits: int = 4, stochastic: bool = True):
-        check_bits("smooth", bits, 2, 8)
+        check(type(bits) is int and 2 <= bits <= 8, f"smooth got bits={bits}", "2 to 8")
         self.integers = Integer(bits, stochastic)
         self.stochastic = self.unbiased = stochastic
 

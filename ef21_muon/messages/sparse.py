@@ -23,7 +23,6 @@ from ef21_muon.messages.values import (
 )
 
 LOW_BITS = 16  # of the 31 bits of a float32's magnitude
-LOW = (1 << LOW_BITS) - 1
 MAGNITUDE = 0x7FFFFFFF
 SORTED_BELOW = 1 << LOW_BITS
 
@@ -53,9 +52,8 @@ class Fraction(Compressor):
 class Entries(Compressor):
     """A compressor that keeps entries; a message holds their places and then their values.
 
-    It has `_layout`, for a shape the bytes of the places and the rows and columns of the values;
-    and `_positions`, of places uint8 (L, bytes) -> where in the flat matrix values are, all
-    different: int64 (L, k).
+    `_layout` has the bytes of the places, and the rows and columns of the values; `_positions`, of
+    places uint8 (L, bytes), where in the flat matrix values are, all different: int64 (L, k).
     """
 
     def payload_bytes(self, m: int, n: int) -> int:
@@ -100,7 +98,7 @@ class TopK(Fraction, Entries):
 
 
 class RandK(Fraction, Entries):
-    """k = fraction m n entries at random positions, which follow from a seed of 9 bytes.
+    """k = fraction m n entries at random positions, from a seed of 9 bytes.
 
     They are start + i stride modulo m n for i < k: a uniform start, and a stride, coprime to m n,
     out of 256. So every entry is kept with probability k / (m n): alpha = (1 - omega) k / (m n).
@@ -184,16 +182,16 @@ class ChunkPlaces:
 class ChunkTopK(Entries):
     """The k entries of largest magnitude of every chunk of `chunk` x `chunk` (arXiv:2508.15706).
 
-    Of smaller chunks it is max(1, round(k size / chunk^2)). The values are one row, so that a
-    matrix has one scale of theirs. alpha = (1 - omega) k / size.
+    Of smaller chunks it is max(1, round(k size / chunk^2)). The values are one row, so they have
+    one scale. alpha = (1 - omega) k / size.
     """
 
     def __init__(self, k: int = 64, chunk: int = 64, values: Values | str = "float32"):
         super().__init__(values)
-        positive = type(chunk) is int and chunk > 0
-        check(positive, f"ChunkTopK got chunk={chunk}", "a whole number above 0")
-        some = type(k) is int and 0 < k <= chunk**2
-        check(some, f"ChunkTopK got k={k}", "a whole number above 0, at most chunk^2")
+        whole = type(chunk) is int and chunk > 0
+        check(whole, f"ChunkTopK got chunk={chunk}", "a whole number above 0")
+        whole = type(k) is int and 0 < k <= chunk**2
+        check(whole, f"ChunkTopK got k={k}", "a whole number above 0, at most chunk^2")
         self.k, self.chunk = k, chunk
 
     def title(self) -> str:
@@ -239,11 +237,10 @@ def _coprimes(total: int, device: torch.device) -> Tensor:
 
 
 def largest(x: Tensor, k: int) -> Tensor:
-    """The positions of the k entries of largest magnitude of every row, in increasing order.
+    """Of float32 (L, n) the positions of the k entries of largest magnitude per row: int64 (L, k).
 
-    x: float32 (L, n), 1 <= k <= n; returns int64 (L, k). Of equal magnitudes the first are taken.
-    Floats of one sign are ordered as their bits. Takes about a byte per entry (on a GPU four) and
-    12 for each of the k. Does not wait for the device.
+    They rise; of equal magnitudes the first are taken. Floats of one sign are ordered as their
+    bits. Takes about a byte per entry (on a GPU four) and 12 for each of the k; does not wait.
     """
     if x.shape[1] < SORTED_BELOW:
         order = x.abs().sort(dim=1, descending=True, stable=True).indices
@@ -282,7 +279,7 @@ def kth_by_histograms(pieces: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]
         counts = torch.zeros(rows, 1 << LOW_BITS, dtype=torch.int32, device=device)
         for piece in pieces:
             high = (piece & MAGNITUDE) >> LOW_BITS
-            numbers = high if kth is None else piece & LOW
+            numbers = high if kth is None else piece & (1 << LOW_BITS) - 1
             counted = torch.ones_like(high) if kth is None else (high == kth).to(torch.int32)
             counts.scatter_add_(1, numbers.to(torch.int64), counted)
         at_least = counts.flip(1).cumsum(1).flip(1)

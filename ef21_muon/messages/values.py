@@ -37,6 +37,7 @@ class Values(Codec):
     """A value format."""
 
     name: str  # of the class, with attributes as {.width}
+    error: float  # omega, where it does not depend on the shape
     unbiased = False
     stochastic: bool | None = None  # None where rounding is not a choice
 
@@ -45,17 +46,13 @@ class Values(Codec):
 
     def omega(self, rows: int, columns: int) -> float:
         """The bound on the relative squared error, in expectation where rounding is stochastic."""
-        raise NotImplementedError
+        return self.error
 
 
 class Plain(Values):
     """Numbers of a type of torch's."""
 
     dtype: torch.dtype
-    error: float
-
-    def omega(self, rows: int, columns: int) -> float:
-        return self.error
 
     def payload_bytes(self, rows: int, columns: int) -> int:
         return self.dtype.itemsize * rows * columns
@@ -95,9 +92,7 @@ class Natural(Values):
 
     def __init__(self, stochastic: bool = True):
         self.stochastic = self.unbiased = stochastic
-
-    def omega(self, rows: int, columns: int) -> float:
-        return 1 / 8 if self.stochastic else 1 / 9
+        self.error = 1 / 8 if stochastic else 1 / 9
 
     def payload_bytes(self, rows: int, columns: int) -> int:
         return rows * columns + packed_bytes(rows * columns, 1)
@@ -125,16 +120,10 @@ def check(holds: bool, given: str, allowed: str) -> None:
         raise ValueError(f"{given}: give {allowed}")
 
 
-def check_bits(name: str, bits: int, least: int, most: int) -> None:
-    """Raise ValueError unless a format has a whole number of bits in this range."""
-    whole = type(bits) is int and least <= bits <= most
-    check(whole, f"{name} got bits={bits}", f"{least} to {most}")
-
-
 def check_share(given: str, share: float) -> None:
     """Raise ValueError unless it is a number in (0, 1]."""
-    holds = isinstance(share, Real) and 0 < share <= 1
-    check(holds, f"{given}={share}", "a number above 0, at most 1")
+    number = isinstance(share, Real) and 0 < share <= 1
+    check(number, f"{given}={share}", "a number above 0, at most 1")
 
 
 def at_a_time(messages: Tensor) -> int:
@@ -143,7 +132,7 @@ def at_a_time(messages: Tensor) -> int:
 
 
 def carry(bits: Tensor, stochastic: bool, generator: Generator | None) -> Tensor:
-    """What makes a mantissa f carry into the exponent of |v| = 2^e (1 + f), if it is added.
+    """What makes a mantissa f carry into the exponent, if it is added.
 
     A uniform 23-bit number carries with probability f; a constant half rounds to nearest.
     """

@@ -198,21 +198,18 @@ def test_a_state_from_before_replaces_messages_under_way():
         assert torch.equal(found, its)
 
 
-def test_an_exchanged_compressor_changes_rounds_and_their_bytes():
-    first, later = TopK(0.5), TopK(0.1)
-    model, optimizer = build(every=3, w2s=first)
-    sizes = []
-    for turn in range(4):
-        if turn == 2:
-            optimizer.exchange_compressor(later)
-        before = optimizer.w2s_bytes
-        train(model, optimizer, 3)
-        sizes.append(optimizer.w2s_bytes - before)
-    expected = [
-        sum(len(b.params) * c.fit(*b.shape).payload_bytes(*b.shape) for b in optimizer.batches)
-        for c in (first, first, later, later)
-    ]
-    assert sizes == expected
+@pytest.mark.parametrize("stagger", [False, True])
+def test_agreement_is_checked_while_all_layers_are_under_way_and_at_the_end(stagger):
+    model, optimizer = build(every=4, w2s=TopK(0.3), feedback="ef21", delay=2, stagger=stagger)
+    late = set()
+    for step in range(10):
+        train(model, optimizer, 1, first=step)
+        optimizer.check_agreement()
+        late.add(len(optimizer.under_way))
+    assert 0 in late and (stagger or max(late) == len(optimizer.batches))
+    optimizer.finish()
+    optimizer.check_agreement()
+    assert optimizer.under_way == []
 
 
 def test_groups_may_have_compressors_of_their_own():
