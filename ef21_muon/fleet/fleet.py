@@ -150,12 +150,7 @@ class Fleet(Transport):
     heals = True
 
     def __init__(
-        self,
-        worker: int,
-        lighthouse: str,
-        *,
-        run: Mapping[str, object] | None = None,
-        **options,  # of Members
+        self, worker: int, lighthouse: str, *, run: Mapping[str, object] | None = None, **options
     ):
         super().__init__(ALONE)  # a worker serves itself with all messages
         self.members = Members(worker, lighthouse, **options)

@@ -171,9 +171,9 @@ class Members:
             raise own[0]
         ((card, port),) = own
         self.healing = timedelta(seconds=PATIENCE + size_of(self.shared.state()) / SLOWEST)
-        self.state_server, timeout = StateServer(self.host, self.healing), timedelta(0, PATIENCE)
+        self.state_server = StateServer(self.host, self.healing)
         self.process_group = Group(
-            self.ranks, timeout, card=lambda: replace(card, met=bool(self.workers))
+            self.ranks, timedelta(seconds=PATIENCE), lambda: replace(card, met=bool(self.workers))
         )
         self.manager = self._new_manager(port)
         self.manager.load_state_dict(self.counters)
