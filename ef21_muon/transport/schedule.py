@@ -101,10 +101,11 @@ class Turns:
         """What arrives with a step, of what has departed up to the last one."""
         for leg, sent in ((1, step - self.delay), (2, step - self.ways * self.delay)):
             for bucket in self.departing(sent) if sent <= last else ():
-                if bucket not in self._under_way:  # after an interruption it is sent again
-                    self._under_way[bucket] = Underway(round_of(self.buckets[bucket], leg), timer)
-                if not self._under_way[bucket].go_on():
-                    del self._under_way[bucket]
+                one = self._under_way.pop(bucket, None)
+                if one is None:  # after an interruption it is sent again
+                    one = Underway(round_of(self.buckets[bucket], leg), timer)
+                if one.go_on():  # in a fleet this may drop all that is under way
+                    self._under_way[bucket] = one
 
     def departing(self, step: int) -> list[int]:
         """The buckets whose turn a step is."""
