@@ -76,12 +76,25 @@ def build_optimizer(
     else:
         place["mesh"] = _ranks_of_a_worker(config, groups, mesh)
     with explained("optimizer"):
-        if issubclass(make.func, LocalSteps):
-            optimizer = build_local_steps(config, make, groups, place)
-        else:
-            optimizer = _build_averaging(config, make, groups, place)
+        optimizer = assemble(config, make, groups, place)
     _require_accord(config, optimizer)
     return optimizer
+
+
+def assemble(
+    config: DictConfig, make: partial, groups: list[dict], place: dict
+) -> torch.optim.Optimizer:
+    """That of `make`, with all that it is given beside the options of configs/optimizer.
+
+    place: its process group or mesh, and a transport if it is no usual one.
+    """
+    if issubclass(make.func, LocalSteps):
+        return build_local_steps(config, make, groups, place)
+    if issubclass(make.func, EF21Muon):
+        compressors = {way: build(config[way], way) for way in ("w2s", "s2w")}
+        return make(groups, seed=config.seed, **compressors, **place)
+    seed = {} if issubclass(make.func, AllReduced) else {"seed": config.seed}
+    return make([stepped_by(make.func, group) for group in groups], **seed, **place)
 
 
 def _ranks_of_a_worker(config: DictConfig, groups: list[dict], mesh: DeviceMesh) -> WorkerMesh:
@@ -92,18 +105,6 @@ def _ranks_of_a_worker(config: DictConfig, groups: list[dict], mesh: DeviceMesh)
             f"{len(parameters)}, give at most as many"
         )
     return WorkerMesh(parameters, mesh=mesh)
-
-
-def _build_averaging(
-    config: DictConfig, make: partial, groups: list[dict], place: dict
-) -> torch.optim.Optimizer:
-    """One whose workers average something in every step. make: of it; place: as of local steps."""
-    if issubclass(make.func, AllReduced):
-        return make([stepped_by(make.func, group) for group in groups], **place)
-    if not issubclass(make.func, EF21Muon):
-        return make([stepped_by(make.func, group) for group in groups], seed=config.seed, **place)
-    compressors = {direction: build(config[direction], direction) for direction in ("w2s", "s2w")}
-    return make(groups, **compressors, seed=config.seed, **place)
 
 
 def _require_several_ranks(config: DictConfig, method: type) -> None:

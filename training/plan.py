@@ -13,8 +13,7 @@ from ef21_muon.transport.load import MULTIPLICATIONS_PER_BYTE, dry_round
 from model import GPT
 from training.config import build
 from training.links import LINKS
-from training.local_steps import build_local_steps
-from training.method import parameter_groups, require_whole_rounds
+from training.method import assemble, parameter_groups, require_whole_rounds
 from training.overlap import overlap
 from training.report import table
 from training.study import WORKERS
@@ -114,12 +113,8 @@ def _optimizer(
 ) -> Communicating:
     """That of a rank among so many, which sends nothing."""
     make = partial(method.func, **method.keywords | {"server": server})
-    groups = parameter_groups(config, model)
     place = {"transport": Transport(rank=rank, ranks=workers), "process_group": ALONE}
-    if method.func is LocalSteps:
-        return build_local_steps(config, make, groups, place)
-    compressors = {direction: build(config[direction], direction) for direction in ("w2s", "s2w")}
-    return make(groups, **compressors, **place)
+    return assemble(config, make, parameter_groups(config, model), place)
 
 
 def _state_bytes(optimizer: Communicating) -> int:

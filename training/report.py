@@ -8,7 +8,6 @@ from baselines import AllReduced
 from ef21_muon import AdaptiveRadius, Compressor, LocalSteps
 from ef21_muon.communicating import Communicating
 from ef21_muon.layers import Batch
-from ef21_muon.transport.load import Load
 from training.fleet import comes_and_goes, place_among_all
 from training.method import has_servers
 from training.workers import Workers
@@ -69,18 +68,21 @@ def group_table(optimizer: torch.optim.Optimizer, workers: Workers) -> str:
     rounds = optimizer.rounds
     told_rounds = "a round a step" if rounds.lengths == [1] else f"a round every {rounds} steps"
     servers = workers.gather(optimizer.server)[: ranks_of_a_worker(optimizer)]  # of every rank
-    chosen = _chosen(optimizer.placements)
-    return f"{told}\n\n{told_rounds}, servers {' and '.join(dict.fromkeys(servers))}{chosen}"
+    told_servers = f"{' and '.join(dict.fromkeys(servers))}{_chosen(optimizer)}"
+    return f"{told}\n\n{told_rounds}, servers {told_servers}"
 
 
-def _chosen(placements: dict[str, Load]) -> str:
-    """Why a placement was chosen."""
-    if not placements:
+def _chosen(optimizer: Communicating) -> str:
+    """What servers take where they are, and what they would elsewhere; of server=auto."""
+    loads = dict(optimizer.placements)
+    if not loads:
         return ""
-    (_, least), *others = placements.items()
-    told = ", ".join(f"{name} {one.bytes:,} and {one.multiplications:.2g}" for name, one in others)
+    own = loads.pop(optimizer.server)
+    told = ", ".join(
+        f"{name} {one.bytes:,} and {one.multiplications:.2g}" for name, one in loads.items()
+    )
     return (
-        f": the busiest ranks move {least.bytes:,} bytes and take {least.multiplications:.2g} "
+        f": the busiest ranks move {own.bytes:,} bytes and take {own.multiplications:.2g} "
         f"multiplications a round ({told})"
     )
 

@@ -25,7 +25,6 @@ from ef21_muon.fleet.connections import (
     let_go,
     size_of,
 )
-from ef21_muon.fleet.shared import Shared
 from ef21_muon.fleet.verdict import HEAD, Head, Quorum, Verdicts, history_of
 from ef21_muon.transport.fixed import Traffic, place_in
 from ef21_muon.transport.reach import INTERFACE, Place
@@ -48,7 +47,7 @@ class Members:
     fails on the way costs another quorum and no local steps: the same message is sent again.
     """
 
-    shared: Shared  # from before the first gather on
+    shared = None  # what this worker has to share, from before the first gather on
 
     def __init__(
         self,
@@ -172,9 +171,9 @@ class Members:
             raise own[0]
         ((card, port),) = own
         self.healing = timedelta(seconds=PATIENCE + size_of(self.shared.state()) / SLOWEST)
-        self.state_server, timeout = StateServer(self.host, self.healing), timedelta(0, PATIENCE)
+        self.state_server = StateServer(self.host, self.healing)
         self.process_group = Group(
-            self.ranks, timeout, card=lambda: replace(card, met=bool(self.workers))
+            self.ranks, timedelta(seconds=PATIENCE), lambda: replace(card, met=bool(self.workers))
         )
         self.manager = self._new_manager(port)
         self.manager.load_state_dict(self.counters)

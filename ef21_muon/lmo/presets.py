@@ -86,8 +86,8 @@ def param_groups(
     """
     rules = preset if isinstance(preset, Mapping) else PRESETS.get(preset)
     if rules is None:
-        known = ", ".join(PRESETS)
-        raise ValueError(f"preset={preset!r} is not known: choose {known}, or give rules by role")
+        known = f"{', '.join(PRESETS)}, or give a rule for each role"
+        raise ValueError(f"preset={preset!r} is not known: choose {known}")
     layers = _Layers(model)
     found = layers.roles(roles or {})
     turned = layers.turned(transposed)

@@ -35,7 +35,7 @@ OUTPUT = ROOT / "results" / "step124m"
 def measure(overrides: list[str], workers: Workers) -> dict:
     """Bytes of this rank, and what they are bounded by."""
     config = compose((*overrides, "shard=true")).config
-    mesh = new_worker_mesh(config.worker_size, workers.device.type, workers.timeout, None)
+    mesh = new_worker_mesh(config.worker_size, workers)
     tokens = torch.zeros(1, config.model.context, dtype=torch.int64)
     with Allocations(shapes=False) as built:
         with torch.device("meta"):

@@ -2,9 +2,11 @@
 
 import re
 import shlex
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import torch
 from a_round import a_round
 from omegaconf import OmegaConf
 
@@ -17,6 +19,7 @@ from training.method import build_optimizer
 from training.overlap import Exchange
 from training.plan import plan
 from training.study import MAP, WORKERS
+from training.traffic import groups_of, loads_by_placement
 
 TINY = ("model=tiny", "steps=600", "dry_run=true")
 STEP, RATE, LATENCY = 0.25, 5e6, 0.05
@@ -107,10 +110,14 @@ def weight(size, multiplications):
 
 @pytest.mark.parametrize(("gpu", "server"), [(True, "replicated"), (False, "sharded")])
 def test_servers_are_those_of_a_run_on_such_a_machine(gpu, server):
-    """Of eight workers that take all LMO steps each, of messages that are small."""
-    (served6,) = (setting for setting in MAP if setting.name == "served6")
-    rows = rows_of(planned(*served6.overrides(compose(TINY).config), gpu=gpu)[1])
-    assert [row["servers"] for row in rows if row["workers"] == "8"] == [server]
+    """The LMO steps of a wide model take a CPU longer than what servers would send back."""
+    wide = ("model=gpt2-124m", "model.width=3072", "compressor@w2s=topk", "w2s.fraction=0.01")
+    config = compose(wide).config
+    with torch.device("meta"):
+        groups = groups_of(config, GPT(build(config.model, "model")))
+    method = build(config.optimizer, "optimizer", _partial_=True)
+    with mock.patch("torch.cuda.is_available", return_value=gpu):
+        assert next(iter(loads_by_placement(method, groups, 8))) == server
 
 
 @pytest.mark.parametrize("ways", [1, 2])
@@ -118,9 +125,10 @@ def test_the_longest_delay_is_that_of_the_library(ways):
     for setting in (one for one in MAP if one.name in ("local4-signs", "local120-60-signs")):
         rounds = new_optimizer(setting).rounds
         longest = Exchange(setting, 2, EVERY[setting.name], 1, ways).longest_delay
-        Turns([1], rounds, longest, ways, streaming=False)
+        batch = SimpleNamespace(replicated=ways == 1, params=[None], up=SimpleNamespace(size=1))
+        Turns([[batch]], rounds, longest, streaming=False)
         with pytest.raises(ValueError, match=f"give at most {longest}$"):
-            Turns([1], rounds, longest + 1, ways, streaming=False)
+            Turns([[batch]], rounds, longest + 1, streaming=False)
 
 
 def test_a_message_arrives_before_its_delay_ends(at_this_link):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ef21_muon import EF21Muon, TopK
+from ef21_muon.transport.load import Load
 from model import GPT
 from training.config import build, compose
 from training.method import build_optimizer, run_label
@@ -47,6 +48,18 @@ def test_bytes_are_those_of_all_layers_of_a_row(told):
 )
 def test_rounds_are_told(told, overrides, expected):
     assert expected in told(*overrides)
+
+
+def test_where_servers_are_is_told_with_what_they_would_take_elsewhere():
+    """Also where they are not at the first choice, on which machines have not agreed."""
+    config = compose(("model=tiny", "model.layers=1")).config
+    optimizer = build_optimizer(config, GPT(build(config.model, "model")))
+    optimizer.placements = {"replicated": Load(5_000, 10), "sharded": Load(7_000, 4)}
+    optimizer.server = "sharded"
+    assert group_table(optimizer, ALONE).endswith(
+        "servers sharded: the busiest ranks move 7,000 bytes and take 4 multiplications a round "
+        "(replicated 5,000 and 10)"
+    )
 
 
 def test_each_role_is_stepped_by_the_inner_optimizer_that_is_given_for_it(told):
