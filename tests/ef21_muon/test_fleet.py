@@ -381,25 +381,3 @@ def test_a_process_that_ends_while_it_waits_for_others_ends():
             [sys.executable, "-c", ENDS, url], capture_output=True, text=True, timeout=PATIENCE
         )
     assert ended.returncode != 0 and "KeyboardInterrupt" in ended.stderr
-
-
-def test_the_thread_that_asks_for_a_quorum_has_the_models_device(monkeypatch):
-    """Torchft waits for that thread's device before it serves W: a GPU's number may not be 0."""
-    set_in, asked = [], []
-
-    def set_device(device):
-        set_in.append((device, threading.current_thread()))
-
-    monkeypatch.setattr(torch.cuda, "set_device", set_device)
-    device = torch.device("cuda", 1)
-    thread = connections.ask(threading.current_thread, device).result(PATIENCE)
-    assert set_in == [(device, thread)] and thread is not threading.current_thread()
-
-    def ask(call, device):
-        asked.append(device)
-        return connections.ask(call, device)
-
-    monkeypatch.setattr(members, "ask", ask)
-    with lighthouse(1) as url, crew.workers(url, [0]) as (worker,):
-        worker.train(until=3)
-    assert set(asked) == {torch.device("cpu")} and len(set_in) == 1

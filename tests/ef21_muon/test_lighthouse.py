@@ -1,11 +1,13 @@
-"""The lighthouse that is waited for: what is said, and for how long."""
+"""The lighthouse: how it is asked, how long it is waited for, and what is said of it."""
 
+import threading
 import time
 
 import fleet as crew
 import pytest
+import torch
 from bad_inputs import free_port
-from fleet import LighthouseProcess
+from fleet import LighthouseProcess, lighthouse
 from run import PATIENCE
 
 from ef21_muon.fleet import FleetError, connections, members
@@ -62,3 +64,25 @@ def test_without_a_lighthouse_it_says_so():
         pytest.raises(FleetError, match=f"no answer of the lighthouse {url}"),
     ):
         worker.train(until=3)
+
+
+def test_the_thread_that_asks_for_a_quorum_has_the_models_device(monkeypatch):
+    """Torchft waits for that thread's device before it serves W: a GPU's number may not be 0."""
+    set_in, asked = [], []
+
+    def set_device(device):
+        set_in.append((device, threading.current_thread()))
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    device = torch.device("cuda", 1)
+    thread = connections.ask(threading.current_thread, device).result(PATIENCE)
+    assert set_in == [(device, thread)] and thread is not threading.current_thread()
+
+    def ask(call, device):
+        asked.append(device)
+        return connections.ask(call, device)
+
+    monkeypatch.setattr(members, "ask", ask)
+    with lighthouse(1) as url, crew.workers(url, [0]) as (worker,):
+        worker.train(until=3)
+    assert set(asked) == {torch.device("cpu")} and len(set_in) == 1
