@@ -56,8 +56,7 @@ class LocalSteps(Communicating):
         worker:   W = W - S;  x_j = W
 
     with outer_lr V in place of the sum without `nesterov`. The parameters are this worker's x_j;
-    `agreed()` puts W in their place, which is bit-identical on all workers and is what to evaluate
-    and to save.
+    `agreed()` puts W in their place, bit-identical on all workers, to be evaluated and saved.
 
     every: a number of steps, or {first step: number} where rounds change, as {0: 120, 360: 60}.
     inner: an optimizer, or several of different parameters, that sends nothing, as torch's own, or
@@ -83,10 +82,9 @@ class LocalSteps(Communicating):
     for e_s where s2w loses anything. A delay takes 4 more and the messages under way.
 
     A worker alone with lossless messages, an `outer_lr` of 1 and no momentum is its inner
-    optimizer. Raises ValueError for options out of range, for an inner optimizer that sends, is a
-    LocalSteps or needs a closure, and where ranks get other bits of the same messages and all
-    decode them; from the first `step` ValueError where the inner state is not made of float
-    tensors, and RuntimeError where no parameter has a gradient.
+    optimizer. Raises ValueError for options out of range, for an inner optimizer that sends, or
+    needs a closure, or whose state is not made of float tensors, and where ranks get other bits of
+    the same messages; RuntimeError from `step` where no parameter has a gradient.
     """
 
     BROKEN = "{} is not finite after step {}"
@@ -211,10 +209,13 @@ class LocalSteps(Communicating):
             if not does_without:
                 self.wrapped.step()
             self.steps += 1
-            with torch.autocast(self.device.type, enabled=False):
-                self.turns.take(self.steps - 1, self._round, self.timer)
-            _, place, length = self.rounds.of(self.steps - 1)
-            if place == length - 1 and self.buffers.shared:
+            try:
+                with torch.autocast(self.device.type, enabled=False):
+                    self.turns.take(self.steps - 1, self._round, self.timer)
+            except BaseException:
+                self.steps -= 1  # the next step takes this round
+                raise
+            if self.buffers.shared and self.rounds.of(self.steps)[1] == 0:  # a round has ended
                 self.average_buffers()
             self._share()
         return loss
