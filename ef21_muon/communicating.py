@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from ef21_muon import state
 from ef21_muon.arithmetic import SAFE, Results, of_decoding, where_bits_agree
 from ef21_muon.guards import Guards, PhaseTimer, broken_at
-from ef21_muon.identity import settings_of
+from ef21_muon.identity import described, settings_of
 from ef21_muon.layers import AUTO, Batch, Layer, form_batches, layers_of
 from ef21_muon.messages.compressors import Compressor
 from ef21_muon.settings import check_compressors, choice, refuse_compressed_shifts
@@ -173,8 +173,9 @@ class Communicating(torch.optim.Optimizer):
         rules = [r | {"w2s": w2s} if i in chosen else r for i, r in enumerate(self.rules)]
         for rule in rules:
             check_compressors(rule)
-        decoded = partial(of_decoding, rules)
-        where_bits_agree([self.server], decoded, self.device, self.process_group)
+        place = self.device, self.process_group
+        require_equal_settings({f"w2s of group {group}": described(w2s)}, *place)
+        where_bits_agree([self.server], partial(of_decoding, rules), *place)
         for index in chosen:
             self.rules[index]["w2s"] = w2s
         for batch in self.batches:
@@ -182,7 +183,6 @@ class Communicating(torch.optim.Optimizer):
                 batch.up.use(w2s)
         self.guards = Guards(self, self.guards.layers)
         self._built_as = settings_of(self)
-        require_equal_settings(self._built_as, self.device, self.process_group)
 
     @property
     def round(self) -> int:

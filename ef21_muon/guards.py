@@ -63,7 +63,8 @@ class Guards:
 
     def __init__(self, optimizer, layers: Sequence[Layer]):
         self.layers, self.ranks = layers, optimizer.ranks
-        self.fixed = [entry for entry in FIXED if entry in optimizer.RULE]
+        # Those of inner optimizers are looked at by these.
+        self.fixed = [one for one in FIXED if one in optimizer.RULE and not optimizer.inner]
         self.formed = [(list(g["params"]), *map(g.get, self.fixed)) for g in optimizer.param_groups]
         state = optimizer.state.items()
         self.views = [(p, key, table) for p, own in state for key, table in own.items()]

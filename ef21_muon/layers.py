@@ -72,14 +72,17 @@ class Channel:
     ) -> Tensor:
         """The messages, uint8 (layers, size), and what is remembered of them.
 
-        step: for `broken_at`; source: of layers where it is not finite nothing is sent.
+        step: for `broken_at`; source: of layers where it is not finite nothing is sent, and
+        `target`, which was made of it, may be changed.
         """
         difference = target
         if self.memory is not None:
             if self.feedback == "ef21":
                 difference = target - self.memory
-            else:
+            elif source is None:
                 difference = torch.add(target, self.memory, alpha=decay)
+            else:
+                difference = target.add_(self.memory, alpha=decay)
         if source is not None:
             still_where_broken(difference, source)
         message = self.compressor.encode(difference, generator)

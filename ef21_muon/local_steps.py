@@ -227,27 +227,27 @@ class LocalSteps(Communicating):
         """
         again, to_servers = self.transport.again, self.transport.to_servers
         if leg == 2:
-            shifts = [batch.state["server_message"] for batch in batches]
-            shifts = yield partial(again, self.transport.to_workers), batches, shifts
-            self._at_workers(batches, shifts)
-            return
+            payloads = [batch.state["server_message"] for batch in batches]
+            to_workers = partial(again, self.transport.to_workers)
+            return self._at_workers(batches, (yield to_workers, batches, payloads))
         if leg == 1:
-            payloads = [batch.state["message"][:, : batch.up.size] for batch in batches]
+            payloads = (batch.state["message"][:, : batch.up.size] for batch in batches)
             to_servers = partial(again, to_servers)
         else:
             self.timer.phase("encode")
-            payloads = [self._worker_message(batch) for batch in batches]
-        from_workers = yield to_servers, batches, payloads
-        yield from self._at_servers(batches, from_workers)
+            payloads = map(self._worker_message, batches)
+        yield from self._at_servers(batches, (yield to_servers, batches, [*payloads]))
 
-    def _at_servers(self, batches: Sequence[Batch], from_workers: Sequence) -> Generator:
+    def _at_servers(self, batches: Sequence[Batch], from_workers: list) -> Generator:
+        """The rest of a round; messages are let go of as soon as they are in a mean."""
+        payloads = (self._served(batch, from_workers.pop(0)) for batch in batches)
+        self._at_workers(batches, (yield self.transport.to_workers, batches, [*payloads]))
+
+    def _served(self, batch: Batch, messages: Sequence[Tensor]) -> Tensor:
         self.timer.phase("decode")
-        both = zip(batches, from_workers, strict=True)
-        means = [(batch, self._mean(batch, messages)) for batch, messages in both]
+        mean = self._mean(batch, messages)
         self.timer.phase("server")
-        payloads = [self._server_message(batch, mean) for batch, mean in means]
-        shifts = yield self.transport.to_workers, batches, payloads
-        self._at_workers(batches, shifts)
+        return self._server_message(batch, mean)
 
     def _at_workers(self, batches: Sequence[Batch], shifts: Sequence[Tensor]) -> None:
         self.timer.phase("decode")

@@ -254,10 +254,8 @@ class EF21Muon(Communicating):
     def _round(self, batches: Sequence[Batch]) -> Generator:
         """Algorithm 1 for a bucket of batches of layers, line by line."""
         self.timer.phase("encode")
-        payloads = []
-        for batch in batches:
-            payloads.append(self._worker_message(batch))  # lines 9 to 11
-        from_workers = yield self.transport.to_servers, batches, payloads  # line 12
+        payloads = map(self._worker_message, batches)  # lines 9 to 11
+        from_workers = yield self.transport.to_servers, batches, [*payloads]  # line 12
         self.timer.phase("decode")
         for batch, messages in zip(batches, from_workers, strict=True):
             gradient = batch.state["server_gradient"]
@@ -265,11 +263,10 @@ class EF21Muon(Communicating):
                 gradient.mul_(self.param_groups[batch.group]["server_momentum"])
             for message in messages if batch.serves else ():  # line 14: G = G + mean of R_j
                 gradient += batch.up.decode(message) * (1 / len(messages))  # rounded twice
+        del from_workers  # or all messages would be kept until the round has ended
         self.timer.phase("server")
-        payloads = []
-        for batch in batches:
-            payloads.append(self._server_message(batch))  # lines 3 to 5
-        shifts = yield self.transport.to_workers, batches, payloads  # line 6
+        payloads = map(self._server_message, batches)  # lines 3 to 5
+        shifts = yield self.transport.to_workers, batches, [*payloads]  # line 6
         self.timer.phase("decode")
         for batch, shift in zip(batches, shifts, strict=True):  # line 8: W = W + S
             torch._foreach_add_(batch.params, batch.as_parameters(batch.down.decode(shift)))

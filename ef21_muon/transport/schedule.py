@@ -79,11 +79,10 @@ class Turns:
             for length in rounds.lengths
         }
         self._under_way: dict[int, Underway] = {}
-        self._finished = False
+        self._settled = -1  # the last step of which all has arrived before its time
 
     def take(self, step: int, round_of: RoundOf, timer) -> None:
         """What is due after a step."""
-        self._finished = False
         for bucket in self.departing(step):
             self._under_way[bucket] = Underway(round_of(self.buckets[bucket], 0), timer)
         self._arrive(step, step, round_of, timer)
@@ -95,12 +94,12 @@ class Turns:
         just_sent = self.departing(step)
         left = [bucket for number, bucket in enumerate(self.buckets) if number not in just_sent]
         run((round_of(bucket, 0) for bucket in left), timer)
-        self._finished = True
+        self._settled = step
 
     def _arrive(self, step: int, last: int, round_of: RoundOf, timer) -> None:
         """What arrives with a step, of what has departed up to the last one."""
         for leg, sent in ((1, step - self.delay), (2, step - self.ways * self.delay)):
-            for bucket in self.departing(sent) if sent <= last else ():
+            for bucket in self.departing(sent) if self._settled < sent <= last else ():
                 one = self._under_way.pop(bucket, None)
                 if one is None:  # after an interruption it is sent again
                     one = Underway(round_of(self.buckets[bucket], leg), timer)
@@ -116,7 +115,7 @@ class Turns:
 
     def late(self, steps: int) -> list:
         """The batches whose messages have not come to the servers after as many steps."""
-        departed = range(steps - self.delay, steps) if not self._finished else ()
+        departed = range(max(steps - self.delay, self._settled + 1), steps)
         buckets = {bucket for step in departed for bucket in self.departing(step)}
         return [batch for bucket in buckets for batch in self.buckets[bucket]]
 
@@ -124,7 +123,7 @@ class Turns:
         """Wait for what is under way, or what is sent next would be taken for it, and forget it."""
         for one in self._under_way.values():
             one.wait()
-        self._under_way = {}
+        self._under_way, self._settled = {}, -1
 
     def __getstate__(self) -> dict:
         """Without what is under way, which a copy sends again."""
