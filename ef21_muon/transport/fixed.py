@@ -70,7 +70,8 @@ class Traffic(NamedTuple):
 
     @classmethod
     def from_state(cls, numbers: list[int]) -> "Traffic":
-        counts = [Fraction(*pair) for pair in zip(numbers[::2], numbers[1::2], strict=True)]
+        places = range(0, 2 * len(cls._fields), 2)
+        counts = [Fraction(numbers[place], numbers[place + 1]) for place in places]
         return cls(*(int(one) if one.denominator == 1 else one for one in counts))
 
 
