@@ -123,8 +123,8 @@ def test_every_layer_of_a_batch_keeps_the_digits_that_it_needs(order):
         mixed.step()
         alone.step()
     for parameter in layers:
-        assert 0.01 < (1 - parameter.diagonal()).min() and (1 - parameter.diagonal()).max() < 0.03
-    assert 1e-8 < (1 - wide.diagonal()).min() and (1 - wide.diagonal()).max() < 3e-8
+        assert (1 - parameter.diagonal()).min() > 0.01 and (1 - parameter.diagonal()).max() < 0.03
+    assert (1 - wide.diagonal()).min() > 1e-8 and (1 - wide.diagonal()).max() < 3e-8
 
 
 def test_vectors_and_matrices_of_one_shape_may_be_transposed_together():
