@@ -174,7 +174,7 @@ class Communicating(torch.optim.Optimizer):
         for rule in rules:
             check_compressors(rule)
         place = self.device, self.process_group
-        require_equal_settings({f"w2s of group {group}": described(w2s)}, *place)
+        require_equal_settings({f"w2s of group {i}": described(w2s) for i in chosen}, *place)
         where_bits_agree([self.server], partial(of_decoding, rules), *place)
         for index in chosen:
             self.rules[index]["w2s"] = w2s

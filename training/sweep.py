@@ -135,7 +135,9 @@ def _train_jobs(
     for number, job in enumerate(jobs, 1):
         told = f"\njob {number} of {len(jobs)}: " if multirun else None
         try:
-            with groups_of_a_job(workers):
+            # The last job's end with the process: to let go of them earlier could only fail.
+            more = number < len(jobs)
+            with groups_of_a_job(workers) if more else nullcontext():
                 goes_on = _train(job, told, workers, run_job)
             if not goes_on:
                 break

@@ -20,13 +20,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from ef21_muon.transport.reach import INTERFACE, Place, cut_off
 from training.console import lenient_output
 
+MEMORY = "the memory does not suffice: give a smaller model or batch.per_forward"
 # What errors that torch raises mean, by a part of their message.
 MEANINGS = {
     "EADDRINUSE": "the port is taken: give a free --master-port, and start rank 0 once",
     "Unable to find address": "no such network interface: set GLOO_SOCKET_IFNAME to one that is up",
     "no socket interface": "no such network interface: set NCCL_SOCKET_IFNAME to one that is up",
-    "allocate memory": "the memory does not suffice: give a smaller model or batch.per_forward",
-    "out of memory": "the memory does not suffice: give a smaller model or batch.per_forward",
+    **dict.fromkeys(("allocate memory", "out of memory", "size calculation overflowed"), MEMORY),
 }
 EXCHANGES = ("device", "host")
 FINAL = os.EX_CONFIG  # the exit status after an error that no restart can mend
@@ -51,6 +51,10 @@ def by_host_alone(devices: set[bytes]) -> bool:
     So it is where ranks share a GPU, and where only some have one.
     """
     return b"shared" in devices or len(devices) > 1
+
+
+# Not let go of before the process ends, since threads of gloo may still use their groups.
+_ended: list["Workers"] = []
 
 
 def leave(status: int) -> NoReturn:
@@ -315,6 +319,7 @@ class Workers:
                 with suppress(RuntimeError):
                     self.gather(None)
             dist.destroy_process_group()
+            _ended.append(self)
         return status
 
     def _meaning(self, error: RuntimeError) -> str | None:
