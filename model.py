@@ -9,6 +9,7 @@ Shapes in the comments: B sequences, T tokens each, width C, H heads of D = C / 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -143,7 +144,8 @@ class GPT(nn.Module):
     """A decoder-only language model whose head is its token embedding.
 
     `seed` fixes the initial weights, whatever the device. Built under `torch.device("meta")` the
-    model has shapes but no values, which is enough to count and plan.
+    model has shapes but no values, which is enough to count, plan and shard; after `to_empty` they
+    come by `init_weights`.
     """
 
     def __init__(self, config: GPTConfig, seed: int = 0):
@@ -151,29 +153,37 @@ class GPT(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        cosine, sine = rotary_tables(config.context, config.width // config.heads)
-        self.register_buffer("cosine", cosine, persistent=False)
-        self.register_buffer("sine", sine, persistent=False)
+        sizes = config.context, 1, config.width // config.heads // 2
+        self.register_buffer("cosine", torch.empty(sizes, dtype=torch.float32), persistent=False)
+        self.register_buffer("sine", torch.empty(sizes, dtype=torch.float32), persistent=False)
         if not self.embedding.weight.is_meta:
             self.init_weights(seed)
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Draw the weights from a generator of their own.
+    def init_weights(
+        self, seed: int, fill: Callable[[Tensor, Tensor], object] = Tensor.copy_
+    ) -> None:
+        """Draw the weights from a generator of their own, and compute the rotary tables.
 
         Embedding: normal, standard deviation 1 / C, so that a token's own logit starts at 1.
         Output projections: zero, so that every block starts as the identity. Other hidden
-        matrices: normal, standard deviation 1 / sqrt(d_in).
+        matrices: normal, standard deviation 1 / sqrt(d_in). One matrix after the other is drawn
+        whole, on the CPU, and `fill(weight, values)` copies it to where this process holds it, or
+        some rows of it.
         """
+        tables = rotary_tables(self.config.context, self.config.width // self.config.heads)
+        for buffer, table in zip((self.cosine, self.sine), tables, strict=True):
+            buffer.copy_(table)
         generator = torch.Generator("cpu").manual_seed(seed)
         for name, weight in self.named_parameters():
             if name.endswith("project.weight"):
-                weight.zero_()
+                fill(weight, torch.zeros(weight.shape, device="cpu"))
                 continue
             power = 1 if weight is self.embedding.weight else 0.5
             deviation = weight.size(1) ** -power
             values = torch.randn(weight.shape, generator=generator, device="cpu")
-            weight.copy_(deviation * values)
+            fill(weight, values.mul_(deviation))
+            del values  # before the next ones are there
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) float32 of `tokens` (B, T) int64, or their loss against `targets`.
@@ -188,12 +198,20 @@ class GPT(nn.Module):
                 "cut the sequence or raise model.context"
             )
         cosine, sine = self.cosine[:length], self.sine[:length]
-        x = rms_norm(self.embedding(tokens))
+        x = self.embed(tokens)
         for block in self.blocks:
             if self.config.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, x, cosine, sine, use_reentrant=False)
             else:
                 x = block(x, cosine, sine)
+        return self.head(x, targets)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What the first block gets (B, T, C)."""
+        return rms_norm(self.embedding(tokens))
+
+    def head(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        """What `forward` returns, of the last block's output."""
         logits = F.linear(rms_norm(x), self.embedding.weight).float()
         if targets is None:
             return logits

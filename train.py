@@ -28,10 +28,10 @@ from training.progress import Progress, fail
 from training.report import facts_of, introduction, result_table
 from training.resume import checkpoint_of, resume
 from training.schedule import Later, due, new_scheduler
-from training.sharding import require_shards, shard
+from training.sharding import new_worker_mesh, shard
 from training.stops import Stops
 from training.sweep import run_jobs
-from training.weights import take_first
+from training.weights import draw_weights
 from training.workers import FinalError, RunError, Workers, leave, one_line
 
 
@@ -43,14 +43,17 @@ class Run:
         on_cuda = workers.device.type == "cuda"
         if on_cuda:  # of what the library compiles
             torch.compiler.set_stance("default" if config.compile else "force_eager")
-        group = workers.group(config.exchange)
+        group = workers.group(config.exchange, config.optimizer.get("delay", 0))
         workers.together(self._prepare)  # before workers wait for each other
-        take_first(self.raw_model, workers)
-        if config.shard:
-            shard(self.raw_model, config.worker_size, workers)
         self.members = members_of(config, workers)
+        mesh = None
+        if config.worker_size > 1:
+            mesh = new_worker_mesh(config.worker_size, workers, from_host=group is not None)
+        if config.shard:
+            shard(self.raw_model, mesh)
+        draw_weights(self.raw_model, config.seed, workers)
         self.optimizer = build_optimizer(
-            config, self.raw_model, workers.timeout, group, self.members.among
+            config, self.raw_model, group, mesh, self.members.transport
         )
         self.scheduler = new_scheduler(self.optimizer, config, steps=0)
         self.passes = Passes(
@@ -61,22 +64,21 @@ class Run:
             config.compile,
             config.clip_grad_norm,
         )
-        self.finish = getattr(self.optimizer, "finish", lambda: None)
         # While workers train on, answers whether to stop are on their way, and sums of losses.
         seldom = self.members.ask_every(self.optimizer)
         self.stops, self.later = Stops(workers, seldom), Later(seldom // 2)
-        self.label = config.label or run_label(self.optimizer)
         self.tokens_per_step = config.batch.sequences * self.raw_model.config.context
         told = self.tokens_per_step // (config.membership.workers or 1)
-        self.progress = Progress(workers, self.optimizer, told)
+        self.progress = Progress(workers, self.optimizer, told, self.members.synced_steps)
 
     def _prepare(self) -> None:
         """What a worker needs of its own node: data, the model, and the classes of the others."""
-        if self.config.shard:
-            require_shards(self.config.worker_size, self.workers.count)
+        if self.config.shard and self.config.worker_size == 1:
+            raise RunError("shard=true needs workers of several ranks: give worker_size=2 or more")
         model_config = build(self.config.model, "model")
         self.feed = Feed(self.config, model_config.context, self.workers)
-        self.raw_model = GPT(model_config, self.config.seed).to(self.workers.device)
+        with torch.device("meta"):
+            self.raw_model = GPT(model_config)
         require_parts(self.config, self.raw_model)
 
     def step(self) -> torch.Tensor:
@@ -126,7 +128,7 @@ class Run:
             step = self.scheduler.last_epoch  # in a fleet that of the others
             last = step >= config.steps
             if last:
-                self.finish()
+                self.optimizer.finish()
 
             evaluate = last or due(step, config.eval.every)
             save = last or due(step, config.checkpoint.every)
@@ -135,10 +137,9 @@ class Run:
             self.later.settle(math.inf if evaluate or save else step)
             save |= self.stops.requested
             log.advance(step)
-            self.members.tell(self, log)
-            if config.diagnostics_every and self.optimizer.watch and self.optimizer.watched:
-                log.diagnostics(step, self.optimizer.diagnostics())
-                self.optimizer.watch = False
+            self.members.tell(log)
+            if config.diagnostics_every and self.optimizer.watch:
+                self.diagnose(step, log)
             if save or due(step, config.check_every):
                 self.check()
             if not (told or save):
@@ -165,8 +166,24 @@ class Run:
 
         late = test_loss is None  # this worker came after the last step
         test_loss = self.test_loss() if late else test_loss
-        self.members.see_off(self, log, test_loss if late else None)
+        self.members.wait_for_peers(self, log, test_loss if late else None)
         return self.summary(test_loss)
+
+    def of_a_worker(self, value) -> list:
+        """The values of all ranks of the first worker; with workers of one rank this rank's own."""
+        size = self.config.worker_size
+        return self.workers.gather(value)[:size] if size > 1 else [value]
+
+    def label(self) -> str:
+        """The run's name in figures. To be asked for by all workers."""
+        return self.config.label or run_label(self.optimizer, self.of_a_worker)
+
+    def diagnose(self, step: int, log: RunLog | NoLog) -> None:
+        """Record what compression did, once a message of each of a worker's layers was watched."""
+        seen = self.of_a_worker(self.optimizer.diagnostics() if self.optimizer.watched else None)
+        if None not in seen:
+            log.diagnostics(step, {name: one for rank in seen for name, one in rank.items()})
+            self.optimizer.watch = False
 
     def check(self) -> None:
         """Raise RunError if workers have parted or state was lost."""
@@ -185,7 +202,7 @@ class Run:
             "test_loss": test_loss,
             "uncompressed_bytes": self.config.steps * 4 * self.raw_model.config.parameter_count,
             "optimizer_share": round(self.progress.optimizer_share, 4),
-            **self.members.facts(self),
+            **self.members.facts(),
         }
 
 
@@ -202,12 +219,12 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
         directory / "checkpoints", workers, config.checkpoint.keep, config.checkpoint.asynchronous
     )
     resumed = resume(run, checkpoints, directory)
-    new_log = partial(RunLog, directory, job, run.label, facts_of(run), resumed)
+    new_log = partial(RunLog, directory, job, run.label(), facts_of(run), resumed)
     log = workers.together(new_log if workers.first else NoLog)
     end = None
     try:
         with workers.stoppable():
-            with suppress(Stopped), run.members.refusals(run, log):
+            with suppress(Stopped), run.members.refusals(log):
                 end = run.train(log, checkpoints)
             checkpoints.settle()
     except BaseException as error:
@@ -217,7 +234,7 @@ def run_job(job: Job, directory: Path, workers: Workers) -> bool:
             checkpoints.settle()
         raise
     finally:
-        run.members.leave(run)
+        run.members.leave()
     if end is None:
         log.end("stopped", step=run.scheduler.last_epoch)
         workers.say(f"\nstopped as asked: {how_to_go_on(config, directory)}")

@@ -3,6 +3,5 @@
 from baselines.allreduce import AdamW, AllReduced, Muon
 from baselines.demo import DeMo
 from baselines.dion import Dion
-from baselines.sign_muon import SignMuon
 
-__all__ = ["AdamW", "AllReduced", "DeMo", "Dion", "Muon", "SignMuon"]
+__all__ = ["AdamW", "AllReduced", "DeMo", "Dion", "Muon"]

@@ -5,6 +5,7 @@ once each way, and `wire_tx_bytes` what a ring all-reduce of it sends, 2 (n - 1)
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 
 import torch
@@ -13,15 +14,19 @@ from torch import nn
 from torch.distributed import GradBucket, ProcessGroup
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from baselines.collectives import Collectives
 from baselines.greedylore import GreedyLore
 from baselines.numbers import check_number
-from ef21_muon.checks import PARTED, choice, require_equal_parameters, whole_number
-from ef21_muon.exchange.collectives import ALONE
-from ef21_muon.exchange.layers import named_layers
+from ef21_muon.communicating import Communicating
+from ef21_muon.guards import PhaseTimer
+from ef21_muon.layers import named_layers
 from ef21_muon.optimizer import EF21Muon
-from ef21_muon.timing import PhaseTimer
+from ef21_muon.settings import choice, whole_number
+from ef21_muon.transport.agreement import PARTED, require_equal_parameters
+from ef21_muon.transport.fixed import ALONE
+from ef21_muon.transport.schedule import Rounds
 
 HOOKS = ("float32", "float16", "bfloat16", "powersgd", "greedylore")
 LOW_RANK = ("powersgd", "greedylore")
@@ -31,34 +36,113 @@ SYNC_BUFFERS = (  # which older versions of torch name otherwise
 )
 
 
-class AllReduced:
-    """Mixed into an optimizer: it works on gradients that DistributedDataParallel has averaged.
+class AllReduced(Optimizer):
+    """Steps of another optimizer, on gradients that DistributedDataParallel has averaged.
 
-    hook: "float32" is the plain all-reduce, "float16" and "bfloat16" (NCCL alone) halve it, and
-    "powersgd" (Vogels et al., arXiv:1905.13727) sends factors of rank `rank`, in float32, from the
-    third step on. "greedylore" (baselines.greedylore) sends gradients whole every `every` steps,
-    the first included, and at rank `rank` in the steps between. Raises ValueError for a hook that
-    there is not, and without a process group.
+    stepper: that optimizer, which sends nothing: one of torch's, or EF21Muon with
+    process_group=ALONE; `param_groups` and `state` are its own. hook: "float32" is the plain
+    all-reduce, "float16" and "bfloat16" (NCCL alone) halve it, and "powersgd" (Vogels et al.,
+    arXiv:1905.13727) sends factors of rank `rank`, in float32, from the third step on. "greedylore"
+    (baselines.greedylore) sends gradients whole every `every` steps, the first included, and at
+    rank `rank` in the steps between. Raises ValueError for a hook that there is not, and without a
+    process group.
     """
 
-    name: str
+    # What train.py asks every optimizer for, beside the properties and calls that follow.
+    rounds = Rounds(1)
+    mesh = correction = None
+    inner = ()
+    watch = False
 
-    def _reduce_with(
-        self, hook: str, rank: int, every: int, process_group: ProcessGroup | None
-    ) -> None:
-        """To be called at the end of a constructor: a hook's state is part of the optimizer's."""
+    def __init__(
+        self,
+        stepper: Optimizer,
+        *,
+        hook: str = "float32",
+        rank: int = 4,
+        every: int = 200,
+        process_group: ProcessGroup | None = None,
+    ):
         self.hook, self.rank = choice("hook", hook, HOOKS), whole_number("rank", rank, least=1)
         self.every = whole_number("every", every, least=1)
         if not dist.is_initialized():
             raise ValueError("an all-reduce needs a process group: launch with torchrun")
         if hook == "bfloat16" and dist.get_backend(process_group) == "gloo":
             raise ValueError("hook='bfloat16' is not allowed on gloo: use float16, or NCCL")
-        self.reduced_over = process_group
-        self.reduced_bytes = 0
-        self.timer = PhaseTimer()
+        super().__init__(stepper.param_groups, stepper.defaults)
+        self.stepper, self.steps = stepper, 0
+        self.reduced_over, self.reduced_bytes = process_group, 0
+        self.timer = PhaseTimer(self.param_groups[0]["params"][0].device)
+        self.generators, self.server = {}, None
+        if self._is_ours:
+            self.generators, self.server = stepper.generators, stepper.server
+            stepper.timer = PhaseTimer(None)  # its time is a phase of the timer here
+        self._take_over()
         if hook == "greedylore":
             self.collectives = Collectives(process_group)
             self.lore = GreedyLore(self, rank, every, self.collectives.mean)
+
+    @property
+    def round(self) -> int:
+        """Steps so far."""
+        return self.steps
+
+    def step(self, closure: Callable | None = None):
+        """A step of the other optimizer; on all workers together."""
+        with self.timer("server"):
+            loss = self.stepper.step(closure)
+        self.steps += 1
+        return loss
+
+    def finish(self) -> None:
+        """Nothing is left to send."""
+
+    def agreed(self) -> AbstractContextManager[None]:
+        """Within it the parameters are what workers agree on, as always."""
+        return nullcontext()
+
+    def go_on_after(self, steps: int) -> None:
+        """Count on from as many steps, with a state that was loaded."""
+        self.steps = steps
+        if self._is_ours:
+            self.stepper.go_on_after(steps)
+
+    def state_dict(self) -> dict:
+        """The other optimizer's, and the steps so far."""
+        return self.stepper.state_dict() | {"steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Go on from a `state_dict`."""
+        self.stepper.load_state_dict(state_dict)
+        self._take_over()
+        self.go_on_after(state_dict["steps"])
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError if a parameter is NaN or infinite. Waits for the device.
+
+        Or, with EF21Muon, if a gradient was.
+        """
+        if self._is_ours:
+            self.stepper.check_finite()
+        for group in self.param_groups:
+            finite = torch.stack([p.isfinite().all() for p in group["params"]])
+            if not finite.all():
+                raise FloatingPointError(
+                    f"a parameter of group {group['name']} is not finite: lower the learning rate"
+                )
+
+    def check_agreement(self) -> None:
+        """Raise ValueError if workers hold different parameters; to be called on all ranks.
+
+        Names rank and layer. Waits for the device.
+        """
+        named = [(name, parameter) for _, name, parameter, _ in named_layers(self.param_groups)]
+        require_equal_parameters(named, self.reduced_over, PARTED.format(""))
+
+    @property
+    def whole_every(self) -> int:
+        """The steps between those whose gradients are sent whole; 0 where all are, or none."""
+        return self.every if self.hook == "greedylore" else 0
 
     @property
     def title(self) -> str:
@@ -68,7 +152,7 @@ class AllReduced:
             "powersgd": f"PowerSGD rank {self.rank}",
             "greedylore": f"GreedyLore rank {self.rank}, whole every {self.every}",
         }
-        return f"{self.name}, {how.get(self.hook, f'all-reduce {self.hook}')}"
+        return f"{type(self).__name__}, {how.get(self.hook, f'all-reduce {self.hook}')}"
 
     def wrap(self, model: nn.Module) -> DistributedDataParallel:
         """The module to call in place of `model`, whose backward pass averages the gradients."""
@@ -84,23 +168,6 @@ class AllReduced:
         hooks = {"powersgd": self._powersgd, "greedylore": self._greedylore}
         wrapped.register_comm_hook(None, hooks.get(self.hook, self._plain)())
         return wrapped
-
-    def check_finite(self) -> None:
-        """Raise FloatingPointError if a parameter is NaN or infinite. Waits for the device."""
-        for group in self.param_groups:
-            finite = torch.stack([p.isfinite().all() for p in group["params"]])
-            if not finite.all():
-                raise FloatingPointError(
-                    f"a parameter of group {group['name']} is not finite: lower the learning rate"
-                )
-
-    def check_agreement(self) -> None:
-        """Raise ValueError if workers hold different parameters; to be called on all ranks.
-
-        Names rank and layer. Waits for the device.
-        """
-        named = [(name, parameter) for _, name, parameter, _ in named_layers(self.param_groups)]
-        require_equal_parameters(named, self.reduced_over, PARTED.format(""))
 
     @property
     def w2s_bytes(self) -> int:
@@ -148,8 +215,9 @@ class AllReduced:
 
     def _greedylore(self) -> Callable:
         def counted(state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-            self.lore.average(bucket.parameters(), bucket.gradients(), self._steps_taken)
-            self.reduced_bytes += self.collectives.read().w2s_bytes
+            before = self.collectives.traffic.w2s_bytes
+            self.lore.average(bucket.parameters(), bucket.gradients(), self.steps)
+            self.reduced_bytes += self.collectives.traffic.w2s_bytes - before
             done = torch.futures.Future()
             done.set_result(bucket.buffer())
             return done
@@ -157,15 +225,16 @@ class AllReduced:
         return counted
 
     @property
-    def _steps_taken(self) -> int:
-        """Also before a checkpoint from which this goes on."""
-        raise NotImplementedError
+    def _is_ours(self) -> bool:
+        return isinstance(self.stepper, Communicating)
+
+    def _take_over(self) -> None:
+        """Groups and state, which torch's optimizers replace when they load others."""
+        self.param_groups, self.state = self.stepper.param_groups, self.stepper.state
 
 
-class AdamW(AllReduced, torch.optim.AdamW):
+class AdamW(AllReduced):
     """torch.optim.AdamW (Loshchilov and Hutter, arXiv:1711.05101) behind DDP."""
-
-    name = "AdamW"
 
     def __init__(
         self,
@@ -185,30 +254,20 @@ class AdamW(AllReduced, torch.optim.AdamW):
         check_number("weight_decay", weight_decay)
         for beta in betas:
             check_number("betas", beta)
-        super().__init__(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
-        for group in self.param_groups:
+        adamw = torch.optim.AdamW(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
+        for group in adamw.param_groups:
             for p in group["params"]:  # now, and not in the first step: a checkpoint needs places
                 moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[p] = {"step": torch.tensor(0.0, dtype=torch.float32), **moments}
-        self._reduce_with(hook, rank, every, process_group)
-
-    @property
-    def _steps_taken(self) -> int:
-        return int(self.state[self.param_groups[0]["params"][0]]["step"])
-
-    def step(self, closure=None):
-        with self.timer("server"):
-            return super().step(closure)
+                adamw.state[p] = {"step": torch.tensor(0.0, dtype=torch.float32), **moments}
+        super().__init__(adamw, hook=hook, rank=rank, every=every, process_group=process_group)
 
 
-class Muon(AllReduced, EF21Muon):
+class Muon(AllReduced):
     """The LMO step of this library on every rank, behind DDP.
 
     It is EF21Muon alone in its process group: with the same norms and without compression the same
     method, so that only communication differs.
     """
-
-    name = "Muon"
 
     def __init__(
         self,
@@ -221,14 +280,5 @@ class Muon(AllReduced, EF21Muon):
         every: int = 200,
         process_group: ProcessGroup | None = None,
     ):
-        super().__init__(params, lr, beta=beta, process_group=ALONE)
-        self._reduce_with(hook, rank, every, process_group)
-
-    def check_finite(self) -> None:
-        """Raise FloatingPointError for a gradient or a parameter that is not finite."""
-        EF21Muon.check_finite(self)
-        super().check_finite()
-
-    @property
-    def _steps_taken(self) -> int:
-        return self.steps
+        muon = EF21Muon(params, lr, beta=beta, process_group=ALONE)
+        super().__init__(muon, hook=hook, rank=rank, every=every, process_group=process_group)

@@ -1,20 +1,22 @@
 """DeMo: Decoupled Momentum Optimization (Peng et al., arXiv:2411.19870)."""
 
+from collections.abc import Callable
 from math import pi
 
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
 
-from baselines.collectives import CollectiveOptimizer
-from ef21_muon.checks import whole_number
-from ef21_muon.exchange.collectives import Traffic
-from ef21_muon.messages.chunks import ChunkPlaces
-from ef21_muon.messages.formats import value_format
+from baselines.collectives import Collectives, check_numbers, move, new_batches
+from ef21_muon.communicating import Communicating
+from ef21_muon.guards import gradients_of, guarded_step
+from ef21_muon.messages.compressors import value_format
+from ef21_muon.messages.sparse import ChunkPlaces
 from ef21_muon.messages.values import Float32, Values
+from ef21_muon.settings import whole_number
 
 
-class DeMo(CollectiveOptimizer):
+class DeMo(Communicating):
     """Every worker sends its momentum's largest DCT coefficients, and all step along their sign.
 
     Algorithm 1 with the step of Signum: worker j keeps M_j, and a step is
@@ -51,13 +53,24 @@ class DeMo(CollectiveOptimizer):
         self.k, self.chunk = whole_number("k", k, least=1), whole_number("chunk", chunk, least=1)
         self.values = value_format(values)
         defaults = {"lr": lr, "decay": decay, "weight_decay": weight_decay}
-        super().__init__(params, defaults, seed, process_group)
-        batches = self._new_batches()
+        super().__init__(
+            params,
+            defaults,
+            transport=Collectives(process_group),
+            seed=seed,
+            purposes=("values",),
+            process_group=process_group,
+        )
+        batches = new_batches(self.param_groups)
         device = batches[0].params[0].device
         self.chunks = [Chunks(*b.shape, chunk, k, self.values, device) for b in batches]
         for batch in batches:
             batch.state["momentum"] = batch.zeros()
-        self._begin(batches)
+        self.begin(batches)
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        check_numbers(self.param_groups[-1])
 
     @property
     def title(self) -> str:
@@ -65,18 +78,22 @@ class DeMo(CollectiveOptimizer):
         told = "" if isinstance(self.values, Float32) else f" {self.values}"
         return f"DeMo top {self.k} of {self.chunk}x{self.chunk}{told}"
 
-    def _round(self) -> Traffic:
+    def step(self, closure: Callable | None = None):
+        """One round of collectives, on all workers together."""
+        return guarded_step(self, closure, self._take_step)
+
+    def _take_step(self) -> None:
         with self.timer("encode"):
             messages = []
             for batch, chunks in zip(self.batches, self.chunks, strict=True):
                 momentum = batch.state["momentum"]
                 momentum *= self.param_groups[batch.group]["decay"]
-                torch._foreach_add_(list(momentum.unbind()), self._gradients(batch))
+                torch._foreach_add_(list(momentum.unbind()), gradients_of(batch, self.steps + 1))
                 message = chunks.encode(chunks.transform(momentum), self.generators["values"])
                 momentum -= chunks.inverse(chunks.mean(message[None]))
                 messages.append(message)
         with self.timer("exchange"):
-            gathered = self.collectives.gather(messages)
+            gathered = self.transport.gather(messages)
         with self.timer("decode"):
             means = [
                 chunks.mean(of_workers)
@@ -84,9 +101,8 @@ class DeMo(CollectiveOptimizer):
             ]
         with self.timer("server"):
             for batch, chunks, mean in zip(self.batches, self.chunks, means, strict=True):
-                length = self.param_groups[batch.group]["lr"]
-                self._move(batch, chunks.inverse(mean).sign_(), length)
-        return self.collectives.read()
+                group = self.param_groups[batch.group]
+                move(batch, group, chunks.inverse(mean).sign_(), group["lr"])
 
 
 class Chunks(ChunkPlaces):

@@ -1,26 +1,28 @@
 """Dion: Distributed Orthonormalized Updates (Ahn et al., arXiv:2504.05295)."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil
 
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
 
-from baselines.collectives import CollectiveOptimizer, StatefulBatch
+from baselines.collectives import Collectives, check_numbers, move, new_batches
 from baselines.numbers import check_number
-from ef21_muon.checks import choice
-from ef21_muon.exchange.collectives import Traffic
+from ef21_muon.communicating import Communicating
+from ef21_muon.guards import gradients_of, guarded_step
+from ef21_muon.layers import Batch
 from ef21_muon.lmo.newton_schulz import unit_largest
-from ef21_muon.messages.basis import orthonormal
-from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.compressors import value_format
+from ef21_muon.messages.low_rank import orthonormal
 from ef21_muon.messages.values import Float32, Values
+from ef21_muon.settings import choice
 
 EPSILON = 1e-8  # added to the norms of columns, as in the authors' code
 
 
-class Dion(CollectiveOptimizer):
+class Dion(Communicating):
     """Momentum is orthonormalised at low rank, and only the two factors are synchronised.
 
     Algorithm 1 in its data-parallel form with decoupled momenta: worker j keeps M_j (m, n), all
@@ -79,14 +81,21 @@ class Dion(CollectiveOptimizer):
             "weight_decay": weight_decay,
             "lion_betas": lion_betas,
         }
-        super().__init__(params, defaults, seed, process_group)
+        super().__init__(
+            params,
+            defaults,
+            transport=Collectives(process_group),
+            seed=seed,
+            purposes=("values",),
+            process_group=process_group,
+        )
         digest = hashlib.sha256(f"{seed}/right_factor".encode()).digest()
         sketch = Generator().manual_seed(int.from_bytes(digest[:7], "little"))
         self.factored, self.whole, self.lion = [], [], []
-        batches = self._new_batches()
+        batches = new_batches(self.param_groups)
         for batch in batches:
             batch.state["momentum"] = batch.zeros()
-            if batch.is_vector or self.param_groups[batch.group]["algorithm"] == "lion":
+            if batch.params[0].ndim < 2 or self.param_groups[batch.group]["algorithm"] == "lion":
                 self.lion.append(batch)
                 continue
             rank, (m, n) = self.rank_of(*batch.shape), batch.shape
@@ -94,7 +103,7 @@ class Dion(CollectiveOptimizer):
             batch.state["right_factor"] = start.to(batch.params[0].device)
             size = self.values.payload_bytes(rank, m) + self.values.payload_bytes(rank, n)
             (self.factored if size < 4 * m * n else self.whole).append(batch)
-        self._begin(batches)
+        self.begin(batches)
 
     def add_param_group(self, param_group: dict) -> None:
         named_for_lion = param_group.get("name", "hidden") != "hidden"
@@ -104,6 +113,7 @@ class Dion(CollectiveOptimizer):
         if algorithm == "lion":
             param_group.setdefault("weight_decay", 0.0)
         super().add_param_group(param_group)
+        check_numbers(self.param_groups[-1])
         group = self.param_groups[-1]
         betas = group["lion_betas"]
         if not (isinstance(betas, Sequence) and len(betas) == 2):
@@ -126,12 +136,18 @@ class Dion(CollectiveOptimizer):
         """The columns r of the factors of an m x n matrix."""
         return max(1, ceil(self.rank_fraction * min(m, n) - 1e-9))
 
-    def _round(self) -> Traffic:
+    def step(self, closure: Callable | None = None):
+        """One round of collectives, on all workers together."""
+        return guarded_step(self, closure, self._take_step)
+
+    def _take_step(self) -> None:
         with self.timer("encode"):
             for batch in self.factored:
-                _accumulate(batch, self._gradients(batch))
+                _accumulate(batch, gradients_of(batch, self.steps + 1))
             projections = [b.state["momentum"] @ b.state["right_factor"] for b in self.factored]
-            gradients = [torch.stack(self._gradients(b)) for b in self.whole + self.lion]
+            gradients = [
+                torch.stack(gradients_of(b, self.steps + 1)) for b in self.whole + self.lion
+            ]
         projections, gradients = self._means(projections, gradients)
         of_whole, of_lion = gradients[: len(self.whole)], gradients[len(self.whole) :]
         with self.timer("server"):
@@ -148,7 +164,6 @@ class Dion(CollectiveOptimizer):
                 self._dion_step(batch, p, r)
             for batch, gradient in zip(self.lion, of_lion, strict=True):
                 self._lion_step(batch, gradient)
-        return self.collectives.read()
 
     def _means(
         self, factors: list[Tensor], gradients: list[Tensor]
@@ -156,15 +171,15 @@ class Dion(CollectiveOptimizer):
         """Over all workers: of factors (L, rows, r) as `values` say, of gradients by all-reduce."""
         if isinstance(self.values, Float32):
             with self.timer("exchange"):
-                means = self.collectives.mean(factors + gradients)
+                means = self.transport.mean(factors + gradients)
             return means[: len(factors)], means[len(factors) :]
         with self.timer("encode"):
             payloads = [
                 self.values.encode(factor.mT, self.generators["values"]) for factor in factors
             ]
         with self.timer("exchange"):
-            gathered = self.collectives.gather(payloads)
-            gradients = self.collectives.mean(gradients)
+            gathered = self.transport.gather(payloads)
+            gradients = self.transport.mean(gradients)
         with self.timer("decode"):
             factors = [
                 self._mean_of_payloads(of_workers, *factor.mT.shape[1:]).mT
@@ -179,7 +194,7 @@ class Dion(CollectiveOptimizer):
             total += self.values.decode(payload, rank, rows)
         return total / len(of_workers)
 
-    def _dion_step(self, batch: StatefulBatch, p: Tensor, r: Tensor) -> None:
+    def _dion_step(self, batch: Batch, p: Tensor, r: Tensor) -> None:
         """Lines 5-8. p: (L, m, r), r: (L, n, r), the same on all workers."""
         group, (m, n) = self.param_groups[batch.group], batch.shape
         batch.state["momentum"].baddbmm_(p, r.mT, alpha=group["mu"] - 1)
@@ -187,16 +202,16 @@ class Dion(CollectiveOptimizer):
         unit = r / (norms + EPSILON)
         right_factor = batch.state["right_factor"]
         right_factor.copy_(torch.where(norms > 0, unit, right_factor))
-        self._move(batch, p @ unit.mT, group["lr"] * (m / n) ** 0.5)
+        move(batch, group, p @ unit.mT, group["lr"] * (m / n) ** 0.5)
 
-    def _lion_step(self, batch: StatefulBatch, gradient: Tensor) -> None:
+    def _lion_step(self, batch: Batch, gradient: Tensor) -> None:
         group, momentum = self.param_groups[batch.group], batch.state["momentum"]
         of_step, of_momentum = group["lion_betas"]
         direction = momentum.lerp(gradient, 1 - of_step).sign_()
         momentum.lerp_(gradient, 1 - of_momentum)
-        self._move(batch, direction, group["lr"])
+        move(batch, group, direction, group["lr"])
 
 
-def _accumulate(batch: StatefulBatch, gradients: Sequence[Tensor]) -> None:
+def _accumulate(batch: Batch, gradients: Sequence[Tensor]) -> None:
     """Line 3: the momentum becomes B = M + G."""
     torch._foreach_add_(list(batch.state["momentum"].unbind()), list(gradients))

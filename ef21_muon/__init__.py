@@ -5,13 +5,11 @@ on torch alone.
 """
 
 from ef21_muon.averaged import AveragedGradients
-from ef21_muon.exchange.collectives import ALONE
-from ef21_muon.hierarchy import HierarchicalEF21Muon
-from ef21_muon.lmo.blocks import Blocks
 from ef21_muon.lmo.norms import (
     L1,
     AdaptiveRadius,
     BiasRMS,
+    Blocks,
     ColumnNorm,
     Euclidean,
     Norm,
@@ -22,25 +20,16 @@ from ef21_muon.lmo.norms import (
 )
 from ef21_muon.lmo.presets import param_groups
 from ef21_muon.local_steps import LocalSteps
-from ef21_muon.messages.chunks import ChunkTopK
-from ef21_muon.messages.compressors import Compressor, Dense, Identity, RandK, RankK, TopK
-from ef21_muon.messages.fitted import FittedRank
-from ef21_muon.messages.noneuclidean import Damping, Dropout, TopColumns, TopSingular
-from ef21_muon.messages.normal import Normal
-from ef21_muon.messages.residual import Residual
-from ef21_muon.messages.smoothness import SmoothnessAware
-from ef21_muon.messages.statistical import Statistical
-from ef21_muon.messages.switch import Switch
-from ef21_muon.messages.values import (
-    BFloat16,
-    Float32,
-    Integer,
-    Natural,
-    NaturalWindow,
-    SignScale,
-    Values,
-)
+from ef21_muon.messages.compressors import Compressor, Dense, Identity
+from ef21_muon.messages.extras import Damping, Dropout, TopColumns, TopSingular
+from ef21_muon.messages.levels import Normal, Statistical
+from ef21_muon.messages.low_rank import FittedRank, RankK
+from ef21_muon.messages.scaled import Integer, NaturalWindow, SignScale, SmoothnessAware
+from ef21_muon.messages.sparse import ChunkTopK, RandK, TopK
+from ef21_muon.messages.values import BFloat16, Float32, Natural, Values
 from ef21_muon.optimizer import EF21Muon
+from ef21_muon.transport.fixed import ALONE
+from ef21_muon.transport.mesh import WorkerMesh
 
 __version__ = "0.1.0"
 __all__ = [
@@ -61,7 +50,6 @@ __all__ = [
     "Euclidean",
     "FittedRank",
     "Float32",
-    "HierarchicalEF21Muon",
     "Identity",
     "Integer",
     "LocalSteps",
@@ -72,17 +60,16 @@ __all__ = [
     "Nuclear",
     "RandK",
     "RankK",
-    "Residual",
     "RowNorm",
     "Sign",
     "SignScale",
     "SmoothnessAware",
     "Spectral",
     "Statistical",
-    "Switch",
     "TopColumns",
     "TopK",
     "TopSingular",
     "Values",
+    "WorkerMesh",
     "param_groups",
 ]

@@ -4,8 +4,9 @@ Sums of products come out with other last digits on another processor, with anot
 another number of threads. Where every worker decodes a message or takes a step, W then parts.
 """
 
+import logging
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 
 import torch
@@ -13,13 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ef21_muon.checks import first_difference
-from ef21_muon.exchange.layers import named_layers
-from ef21_muon.fingerprint import fingerprint
+from ef21_muon.layers import named_layers
 from ef21_muon.lmo.norms import AdaptiveRadius, along
-from ef21_muon.messages.compressors import Compressor
-from ef21_muon.messages.samples import numbers
-from ef21_muon.messages.switch import in_round, starts
+from ef21_muon.messages.compressors import numbers
+from ef21_muon.transport.agreement import fingerprint, first_difference
+from ef21_muon.transport.fixed import place_in
 
 SIDE = 512  # of a matrix that is tried; a larger one is tried in part
 
@@ -39,80 +38,42 @@ ADVICE = {
 
 Results = Iterator[tuple[str, Tensor]]
 
+log = logging.getLogger("ef21_muon")
+
 
 def of_messages(entry: str, rules: list[dict]) -> Results:
-    """What a message is decoded to of every compressor and shape of the rules' `entry`.
-
-    entry: "w2s" or "s2w".
-    """
+    """What a message is decoded to, for every compressor `entry` ("w2s" or "s2w") and shape."""
     tried = set()
-    for index, _, parameter, shape in named_layers(rules):
-        given = rules[index][entry]
-        for start in sorted(starts(given)):
-            fitted = in_round(given, start).fit(*shape)
-            name = f"{entry}={fitted}, {shape[0]} x {shape[1]}"
-            if not (fitted.lossless or name in tried):
-                tried.add(name)
-                yield name, _decoded(fitted, *shape, parameter.device)
+    for index, _, parameter, (m, n) in named_layers(rules):
+        compressor = rules[index][entry].fit(m, n)
+        name = f"{entry}={compressor}, {m} x {n}"
+        if not (compressor.lossless or name in tried):
+            tried.add(name)
+            m, n = min(m, SIDE), min(n, SIDE)
+            yield name, compressor.decode(compressor.sample(m, n).to(parameter.device), m, n)
 
 
-def of_inner(inner: Iterable[Optimizer]) -> Results:
-    """What two steps of other parameters come to, for every group of torch's own optimizers.
-
-    Others may remember what steps change anywhere, and are left out, as is one of sparse gradients.
-    """
-    for optimizer in inner:
-        if not type(optimizer).__module__.startswith("torch.optim"):
-            continue
-        for index, group in enumerate(optimizer.param_groups):
-            if group["params"]:
-                with suppress(RuntimeError):
-                    yield (
-                        f"inner={type(optimizer).__name__}, group {index}",
-                        _stepped(optimizer, group),
-                    )
+def of_decoding(rules: list[dict], server: str) -> Results:
+    """What every rank decodes, of all messages back and, where all serve, of those to servers."""
+    yield from of_messages("s2w", rules)
+    if server == "replicated":
+        yield from of_messages("w2s", rules)
 
 
 def of_norms(groups: list[dict]) -> Results:
-    """The servers' step of every norm and shape of parameter groups of EF21Muon."""
+    """The servers' step, for every norm and shape of parameter groups of EF21Muon."""
     tried = set()
-    for index, _, parameter, shape in named_layers(groups):
+    for index, _, parameter, (m, n) in named_layers(groups):
         group, device = groups[index], parameter.device
-        name = f"step of {group['norm']!r}, {shape[0]} x {shape[1]} (group {index})"
+        name = f"step of {group['norm']!r}, {m} x {n} (group {index})"
         if name not in tried:
             tried.add(name)
-            gradient = numbers(1, *(min(side, SIDE) for side in shape)).to(device)
+            gradient = numbers(1, min(m, SIDE), min(n, SIDE)).to(device)
             # To compile for these shapes would take long, and the place of others.
             eager = torch.compiler.set_stance("force_eager") if gradient.is_cuda else nullcontext()
             with eager, torch.autocast(device.type, enabled=False), torch.no_grad():
                 step = _norm_step(gradient, group)
             yield name, step
-
-
-def digests(results: Results) -> dict[str, int]:
-    """A fingerprint of each, by name. Waits for the device."""
-    return {name: fingerprint(result).item() for name, result in results}
-
-
-def unlike(
-    results: Results, device: torch.device, group: dist.ProcessGroup | None
-) -> tuple[str, int] | None:
-    """The name of the first result that ranks have other bits of, and such a rank, or None.
-
-    To be called on all ranks, which all get the same answer.
-    """
-    found = first_difference(digests(results), device, group, only_common=True)
-    return found and (found[1], found[0])
-
-
-def advice_for(name: str) -> str:
-    """What to do where workers get other bits of what has this name."""
-    return next(advice for kind, advice in ADVICE.items() if name.startswith(kind))
-
-
-def _decoded(compressor: Compressor, m: int, n: int, device: torch.device) -> Tensor:
-    m, n = min(m, SIDE), min(n, SIDE)
-    return compressor.decode(compressor.sample(m, n).to(device), m, n)
 
 
 def _norm_step(gradient: Tensor, group: dict) -> Tensor:
@@ -125,8 +86,23 @@ def _norm_step(gradient: Tensor, group: dict) -> Tensor:
     return torch.cat([step.flatten(), along(gradient, step), by_rows])
 
 
+def of_inner(inner: Iterable[Optimizer]) -> Results:
+    """Two steps of other parameters, for every group of torch's own optimizers.
+
+    Others may remember what steps change anywhere, and are left out, as is one of sparse gradients.
+    """
+    for optimizer in inner:
+        if type(optimizer).__module__.startswith("torch.optim"):
+            for index, group in enumerate(optimizer.param_groups):
+                if group["params"]:
+                    with suppress(RuntimeError):
+                        stepped = _stepped(optimizer, group)
+                        yield f"inner={type(optimizer).__name__}, group {index}", stepped
+
+
 @torch.no_grad()
 def _stepped(optimizer: Optimizer, group: dict) -> Tensor:
+    """A parameter and its state, after steps of a copy of the optimizer without state and hooks."""
     like = group["params"][0]
     parameter = (numbers(48, 64) / (1 << 23)).to(like).requires_grad_()
     other = object.__new__(type(optimizer))
@@ -138,3 +114,47 @@ def _stepped(optimizer: Optimizer, group: dict) -> Tensor:
         type(optimizer).step(other)
     own = [one for one in other.state[parameter].values() if isinstance(one, Tensor)]
     return torch.cat([tensor.detach().flatten().float() for tensor in (parameter, *own)])
+
+
+def digests(results: Results) -> dict[str, int]:
+    """A fingerprint of each, by name. Waits for the device."""
+    return {name: fingerprint(result).item() for name, result in results}
+
+
+def unlike(
+    results: Results, device: torch.device, group: dist.ProcessGroup | None
+) -> tuple[str, int] | None:
+    """The first result that ranks have other bits of, and such a rank, or None; the same on all."""
+    found = first_difference(digests(results), device, group, only_common=True)
+    return found and (found[1], found[0])
+
+
+def where_bits_agree(
+    allowed: Sequence[str],
+    computed: Callable[[str], Results],
+    device: torch.device,
+    group: dist.ProcessGroup | str | None,
+) -> str:
+    """The first placement, or the next but "replicated" if ranks get other bits in that.
+
+    computed: what every rank computes for itself with a placement. Raises ValueError where ranks
+    get other bits with all that are allowed.
+    """
+    server, *others = allowed
+    rank, ranks = place_in(group)
+    found = unlike(computed(server), device, group) if ranks > 1 else None
+    if found is None:
+        return server
+    what, other = found
+    words = f"rank {other} gets other bits than rank 0 of {what}: {WHY}, and "
+    others = [one for one in others if one != "replicated"]
+    if not (server == "replicated" and others and what.startswith(REPLICATED)):
+        raise ValueError(words + advice_for(what))
+    if rank == 0:
+        log.warning("%sserver=auto is therefore %s, not replicated", words, others[0])
+    return where_bits_agree(others, computed, device, group)
+
+
+def advice_for(name: str) -> str:
+    """What to do where workers get other bits of what has this name."""
+    return next(advice for kind, advice in ADVICE.items() if name.startswith(kind))

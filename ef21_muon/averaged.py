@@ -1,30 +1,37 @@
 """Any torch optimizer on the mean of the workers' gradients, as for what an LMO is not used for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from ef21_muon.arithmetic import Results, of_inner
-from ef21_muon.checks import (
+from ef21_muon.arithmetic import of_inner
+from ef21_muon.communicating import Communicating, together
+from ef21_muon.guards import gradients_of, guarded_step
+from ef21_muon.inner import Wrapped
+from ef21_muon.layers import (
+    FEEDBACK,
+    Batch,
+    entry_counts,
+    in_buckets,
+    still_where_broken,
+)
+from ef21_muon.messages.compressors import Compressor, Identity
+from ef21_muon.settings import (
     OUTER_NUMBERS,
+    Compressors,
     check_number,
     choice,
     refuse_unused_decays,
     whole_number,
 )
-from ef21_muon.exchange.collectives import Traffic, place_in
-from ef21_muon.exchange.layers import EstimateBatch, named_layers, serve, still_where_broken
-from ef21_muon.exchange.phases import new_phases
-from ef21_muon.messages.compressors import Identity
-from ef21_muon.messages.feedback import FEEDBACK
-from ef21_muon.rules import W2S, starts_of
-from ef21_muon.wrapping import WrappingOptimizer
+from ef21_muon.transport.fixed import run
+from ef21_muon.transport.mesh import WorkerMesh
 
 
-class AveragedGradients(WrappingOptimizer):
+class AveragedGradients(Communicating):
     """All workers take the same steps of `inner`, on the mean of their gradients.
 
     Muon is for hidden matrices, and often AdamW for the rest: this is that AdamW on many workers.
@@ -41,7 +48,8 @@ class AveragedGradients(WrappingOptimizer):
     `param_groups` are theirs, so schedulers act on their lr. After a step a parameter's gradient
     is G. w2s: as in EF21Muon, or a mapping from the names of groups; by default gradients are sent
     whole. `feedback`, `error_decay`, `server`, `buckets`, `missing`, `buffers` and `seed` are as in
-    EF21Muon; where all that is sent is lossless there is no feedback, and G is the mean gradient.
+    EF21Muon, and `mesh`, with inner optimizers of `mesh.share(groups)`; where all that is sent is
+    lossless there is no feedback, and G is the mean gradient.
 
     Memory: 4 bytes for each float32 parameter for G_j, and 4 for G on the rank that serves it.
 
@@ -55,7 +63,7 @@ class AveragedGradients(WrappingOptimizer):
         self,
         inner: Optimizer | Sequence[Optimizer],
         *,
-        w2s: W2S | None = None,
+        w2s: Compressors | None = None,
         feedback: str = "ef21",
         error_decay: float = 1.0,
         server: str = "auto",
@@ -63,53 +71,87 @@ class AveragedGradients(WrappingOptimizer):
         missing: str = "refuse",
         buffers: nn.Module | None = None,
         seed: int = 0,
+        mesh: WorkerMesh | None = None,
         process_group: dist.ProcessGroup | str | None = None,
     ):
-        buckets = whole_number("buckets", buckets, least=1)
+        whole_number("buckets", buckets, least=1)
         choice("feedback", feedback, FEEDBACK)
         self.error_decay = check_number("error_decay", error_decay, OUTER_NUMBERS)
         refuse_unused_decays([{"error_decay": self.error_decay, "server_momentum": 0}], feedback)
-        w2s = w2s or Identity()
-        super().__init__(
-            inner,
-            w2s,
-            Identity(),
-            seed=seed,
-            process_group=process_group,
-            missing=missing,
-            buffers=buffers,
-        )
-        costs = [parameter.numel() for _, _, parameter, _ in named_layers(self.rules)]
-        self._place_servers(server, self.rules, costs)
-        batches = serve(EstimateBatch, self.rules, costs, self.server, *place_in(process_group))
-        rules = [self.rules[batch.group]["w2s"] for batch in batches]
-        self.phases = new_phases(batches, rules, starts_of(w2s), buckets, process_group)
-        lossless = all(one.lossless for phase in self.phases for one in phase.w2s)
-        self.feedback = FEEDBACK["none" if lossless else feedback]
-        self._begin(batches)
+        with together(mesh):
+            self.wrapped = Wrapped(inner)
+            self.inner = self.wrapped.optimizers
+            super().__init__(
+                self.wrapped.param_groups,
+                {},
+                seed=seed,
+                process_group=process_group,
+                mesh=mesh,
+                missing=missing,
+                buffers=buffers,
+            )
+            self.rules = self.wrapped.take(self, w2s or Identity(), Identity())
+            costs = entry_counts(self.rules)
+            batches = self.new_batches(server, costs, lambda server: of_inner(self.inner))
+            lossless = all(batch.up.compressor.lossless for batch in batches)
+            self.feedback = "none" if lossless else feedback
+            self.forgetful = self.feedback != feedback
+            for batch in batches:
+                batch.send_with(self.rules[batch.group]["w2s"], self.feedback)
+                batch.keep("server_gradient")
+            self.begin(batches)
+        self.buckets = in_buckets(batches, buckets)
 
-    def _recomputed(self, groups: list[dict], server: str) -> Results:
-        yield from super()._recomputed(groups, server)
-        yield from of_inner(self.inner)
+    def exchange_compressor(self, w2s: Compressor, group: str | None = None) -> None:
+        if self.forgetful and isinstance(w2s, Compressor) and not w2s.lossless:
+            raise ValueError(
+                f"w2s={w2s} is not allowed after messages that lost nothing, of which nothing is "
+                "remembered: build the optimizer with a w2s that loses, or feedback='none'"
+            )
+        super().exchange_compressor(w2s, group)
 
-    def _round(self) -> Traffic:
-        traffic = self._exchange()
-        self._step_inner()
-        return traffic
+    def step(self, closure: Callable | None = None):
+        """A round, and a step of the inner optimizer, on all workers together."""
+        return guarded_step(self, closure, self._take_step)
 
-    def _worker_message(self, batch: EstimateBatch) -> Tensor:
-        gradients = torch.stack(self._gradients(batch))
-        return self._compress(batch, gradients, batch.gradient_estimate, self.error_decay)
+    def _take_step(self) -> None:
+        if self.mesh:
+            self.timer.phase("exchange")
+            self.mesh.reduce_gradients()
+        run(map(self._round, self.buckets), self.timer)
+        self.timer.phase("exchange")
+        if self.buffers.shared:
+            self.average_buffers()
+        self.timer.phase("server")
+        self.wrapped.step()
+        self.timer.phase("exchange")
+        if self.mesh:
+            self.mesh.share_parameters()
 
-    def _receive(self, batch: EstimateBatch, from_workers: tuple[Tensor, ...]) -> None:
-        if not self.feedback.accumulates:
-            batch.server_gradient.zero_()
-        self._add_mean(batch, batch.server_gradient, from_workers)
-
-    def _server_message(self, batch: EstimateBatch) -> Tensor:
-        mean = batch.server_gradient
-        return batch.s2w.encode(still_where_broken(mean.clone(), mean))
-
-    def _update(self, batch: EstimateBatch, received: Tensor) -> None:
-        for parameter, mean in zip(batch.params, batch.as_parameters(received), strict=True):
-            parameter.grad.copy_(mean)
+    def _round(self, batches: Sequence[Batch]) -> Generator:
+        """EF21 for a bucket of batches of layers, and the mean in place of gradients."""
+        self.timer.phase("encode")
+        payloads = []
+        for batch in batches:
+            gradients = torch.stack(gradients_of(batch, self.steps + 1))
+            generator, step = self.generators["w2s"], self.steps + 1
+            payloads.append(batch.up.encode(gradients, generator, self.error_decay, step))
+        from_workers = yield self.transport.to_servers, batches, payloads
+        self.timer.phase("decode")
+        payloads = []
+        for batch, messages in zip(batches, from_workers, strict=True):
+            mean = batch.state["server_gradient"]
+            if self.feedback != "ef21":
+                mean.zero_()
+            for message in messages if batch.serves else ():
+                mean += batch.up.decode(message) * (1 / len(messages))  # rounded twice
+            if batch.serves:
+                payloads.append(batch.down.encode(still_where_broken(mean.clone(), mean)))
+            else:
+                payloads.append(batch.nothing_owned())
+        means = yield self.transport.to_workers, batches, payloads
+        self.timer.phase("decode")
+        for batch, payload in zip(batches, means, strict=True):
+            of_layers = batch.as_parameters(batch.down.decode(payload))
+            for parameter, mean in zip(batch.params, of_layers, strict=True):
+                parameter.grad.copy_(mean)

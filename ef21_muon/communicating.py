@@ -1,71 +1,73 @@
-"""What optimizers that send by themselves have in common: a step is a round of messages."""
+"""What optimizers that send messages by themselves share: the parts that they hold, and calls."""
 
+import copy
 import hashlib
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property
-from inspect import signature
-from math import prod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
-from ef21_muon.checks import (
+from ef21_muon import state
+from ef21_muon.arithmetic import SAFE, Results, of_decoding, where_bits_agree
+from ef21_muon.guards import Guards, PhaseTimer, broken_at
+from ef21_muon.identity import described, settings_of
+from ef21_muon.layers import AUTO, Batch, Layer, form_batches, layers_of
+from ef21_muon.messages.compressors import Compressor
+from ef21_muon.settings import check_compressors, choice, refuse_compressed_shifts
+from ef21_muon.transport.agreement import (
     PARTED,
     UNEQUAL,
-    choice,
     require_equal_groups,
     require_equal_parameters,
     require_equal_settings,
-    require_local_gradients,
-    require_ranks,
-    require_same_groups,
-    require_same_state,
+    require_finite,
+    require_mean_estimate,
 )
-from ef21_muon.exchange.buffers import Buffers, warn_of_statistics
-from ef21_muon.exchange.collectives import Traffic, place_in
-from ef21_muon.exchange.gradients import Layer, bring_gradients
-from ef21_muon.exchange.lanes import Lanes
-from ef21_muon.exchange.layers import Batch, mark
-from ef21_muon.exchange.notice import Notice
-from ef21_muon.exchange.roll_call import RollCall
-from ef21_muon.exchange.shards import require_whole
-from ef21_muon.identity import described, options_of, shapes_of
-from ef21_muon.stateful import StatefulOptimizer
-from ef21_muon.timing import PhaseTimer
-
-# Parameters of constructors that are no options of the method.
-NO_OPTIONS = {"params", "defaults", "inner", "fleet", "lanes", "process_group", "buffers", "self"}
-
-log = logging.getLogger("ef21_muon")
+from ef21_muon.transport.buffers import Buffers
+from ef21_muon.transport.fixed import Traffic, Transport, place_in
+from ef21_muon.transport.load import Load, loads
+from ef21_muon.transport.mesh import WorkerMesh
+from ef21_muon.transport.roll_call import RollCall
+from ef21_muon.transport.schedule import Rounds
+from ef21_muon.transport.shards import require_whole
 
 
-class CommunicatingOptimizer(StatefulOptimizer):
-    """One `step()` after `loss.backward()` on every worker is one round of messages.
+class Communicating(torch.optim.Optimizer):
+    """An optimizer whose `step()` after `loss.backward()` sends messages, on all workers together.
 
     Gradients are local: do not wrap the model in DistributedDataParallel. With an initialised
     process group every rank is a worker; without one there is a single worker, and nothing is sent.
+    A rank that waits for others in a step says for whom.
 
-    A subclass forms `batches` of layers, gives them to `_begin`, and says in `_round` what a round
-    is. What is random in messages is drawn from `generators`, one for each of `purposes`, seeded by
-    `seed`, the rank and the purpose. A parameter without a gradient is refused, or with `missing`
-    "zero" has that on this worker, in steps that have others. Of the module `buffers` workers share
-    the mean of floating-point buffers too.
+    It holds `batches` of layers with their state and channels, a `transport` that sends and counts,
+    `guards` of its steps, `generators` of what is random in messages, one for each of `purposes`,
+    seeded by `seed`, the rank and the purpose, a `timer` of phases, and `inner` optimizers.
+    `rules` has of every parameter group its compressors. missing, buffers: as EF21Muon has them.
 
-    Raises ValueError for parameters and settings that differ between ranks, RuntimeError from
-    `step` for a parameter whose gradient is missing or does not fit. Gradients that are not finite
-    are noticed by `check_finite`, and by `check_agreement` on all ranks. A rank that waits for
-    others in a step says for whom.
+    Raises ValueError for parameters and settings that differ between ranks. Byte counts are of this
+    rank; those of a worker of several ranks are their sums (`mesh.total`).
     """
 
     # torch.amp.GradScaler leaves it to `step` to skip, by `found_inf` and `grad_scale`.
     _step_supports_amp_scaling = True
-    lanes: Lanes | None = None  # of a worker of several ranks
-    roll_call: RollCall | None = None  # from the first step on, where others step too
+    RULE: tuple[str, ...] = ()  # the entries of a parameter group that are objects, not numbers
     BROKEN = "the gradient of {} was not finite at step {}"
-    NOT_COPIED = (*StatefulOptimizer.NOT_COPIED, "notice")
+    # What a scheduler wraps, and a thread; and torch's hooks, as torch has it.
+    NOT_COPIED = ("step", "roll_call", *state.HOOKS)
+    inner: Sequence[torch.optim.Optimizer] = ()
+    wrapped = None  # of `ef21_muon.inner`, where there are inner optimizers
+    rules: Sequence[dict] = ()
+    batches: Sequence[Batch] | None = None
+    roll_call: RollCall | None = None  # from the first step on, where others step too
+    server: str | None = None  # the placement
+    under_way: Sequence[Batch] = ()  # whose messages have not come to the servers
+    rounds = Rounds(1)  # of a step each, but with local steps
+    correction = None  # of gradients, by a second one of the batch
+    _swapped = False  # whether parameters and W have changed places
 
     def __init__(
         self,
@@ -73,68 +75,145 @@ class CommunicatingOptimizer(StatefulOptimizer):
         defaults: dict,
         *,
         seed: int,
-        purposes: Sequence[str],
-        process_group: dist.ProcessGroup | None,
+        process_group: dist.ProcessGroup | str | None,
+        mesh: WorkerMesh | None = None,
+        transport: Transport | None = None,
         missing: str = "refuse",
         buffers: nn.Module | None = None,
+        purposes: Sequence[str] = ("w2s", "s2w"),
     ):
         super().__init__(params, defaults)
+        process_group = mesh.peers if mesh else process_group
+        transport = transport or Transport(process_group)
         self.missing = choice("missing", missing, ("refuse", "zero"))
-        if not any(group["params"] for group in self.param_groups):
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if not parameters:
             raise ValueError("the parameter groups hold no parameter: give those of the model")
-        require_whole([p for g in self.param_groups for p in g["params"]], type(self).__name__)
-        self.process_group = process_group
-        self.buffers = Buffers(buffers, self._everyone)
-        self.timer, self.notice = PhaseTimer(), Notice()
-        self.steps, self.traffic = 0, Traffic()
-        self.begun = False  # whether there was a step since the state was new
+        if transport.sends:
+            require_whole(parameters, type(self).__name__)
+        self.transport, self.mesh, self.process_group = transport, mesh, process_group
+        # The ranks of all workers, which are more than those that hold the same layers.
+        self.everyone = None if mesh else process_group
         rank, self.ranks = place_in(process_group)
+        rank = mesh.stream if mesh else rank
+        stream = rank if transport.stream is None else transport.stream
+        self.device = parameters[0].device
+        self.buffers = Buffers(buffers, self.everyone)
+        self.timer = PhaseTimer(self.device)
+        self.steps, self.begun = 0, False  # begun: whether there was a step since the state was new
+        self.placements: dict[str, Load] = {}
         self.generators = {
-            purpose: self._new_generator(seed, rank, purpose) for purpose in purposes
+            purpose: new_generator(self.device, seed, stream, purpose) for purpose in purposes
         }
 
-    def _begin(self, batches: Sequence[Batch]) -> None:
-        """The layers that rounds are of, which all ranks hold alike."""
+    def new_batches(
+        self, server: str, costs: list[int], own: Callable[[str], Results] = lambda server: iter(())
+    ) -> list[Batch]:
+        """Of the layers of `rules`, with servers placed where `server` says.
+
+        "auto" is the placement of the least load where ranks agree. costs: of serving each layer;
+        own: what every rank computes for itself with a placement, beside messages, of which all
+        have to get the same bits. Raises ValueError where they do not with any that is allowed.
+        """
+        allowed = [server]
+        if server == AUTO:
+            self.placements = loads(self.rules, costs, self.transport.ranks)
+            allowed = [*self.placements]
+        if allowed[0] == "replicated":
+            refuse_compressed_shifts(self.rules)
+
+        def computed(server: str) -> Results:
+            return chain(of_decoding(self.rules, server), own(server))
+
+        self.server = where_bits_agree(allowed, computed, self.device, self.process_group)
+        place = self.transport.rank, self.transport.ranks
+        return form_batches(self.rules, costs, self.server, *place)
+
+    def begin(self, batches: Sequence[Batch], layers: Sequence[Layer] | None = None) -> None:
+        """Step these batches, which all ranks hold alike; last in a constructor.
+
+        layers: whose gradients a step needs, those of the batches if they are not given.
+        """
         self.batches = batches
         for batch in batches:
             self.state.update(batch.parameter_state())
-        self._views = [(p, key, one) for p, own in self.state.items() for key, one in own.items()]
-        self._formed = self._as_given()
-        self._built_as = self._settings()
-        device = batches[0].broken_at.device
-        require_equal_settings(self._built_as, device, self.process_group)
-        require_equal_parameters(self._shared_by_all(), self.process_group, UNEQUAL)
-
-    def _round(self) -> Traffic:
-        """Take a round, from gradients to parameters; returns what it took."""
-        raise NotImplementedError
+        layers = layers_of(batches, self.missing) if layers is None else layers
+        if self.mesh:
+            self.mesh.name(layers)
+            layers = self.mesh.layers
+        self.guards = Guards(self, layers)
+        self._built_as = settings_of(self)
+        require_equal_settings(self._built_as, self.device, self.process_group)
+        require_equal_parameters(self._shared(), self.process_group, UNEQUAL)
 
     def add_param_group(self, param_group: dict) -> None:
         """Used by the constructor; later groups are refused, since batches are already formed."""
-        if hasattr(self, "batches"):
+        if self.batches is not None:
             raise RuntimeError(
                 f"{type(self).__name__} forms its batches once: pass all groups when it is built"
             )
         super().add_param_group(param_group)
 
+    def average_buffers(self) -> None:
+        """Have the mean of all workers' buffers, where that was asked for."""
+        self.transport.traffic += self.buffers.average()
+
+    def exchange_compressor(self, w2s: Compressor, group: str | None = None) -> None:
+        """Send with another compressor from the next round on; on all ranks, between rounds.
+
+        group: the name of the parameter groups that it is for, by default all. Raises ValueError
+        for what is no compressor or group, with a delay, and where ranks decode to other bits.
+        """
+        chosen = [i for i, rule in enumerate(self.rules) if group in (None, rule.get("name"))]
+        if not (self.mesh.total(len(chosen))[0] if self.mesh else chosen):
+            names = ", ".join(str(rule.get("name")) for rule in self.rules)
+            raise ValueError(f"group={group!r} is not a group of this optimizer: it has {names}")
+        if any("message" in batch.state for batch in self.batches):
+            raise ValueError("a compressor is not exchanged with a delay: build the optimizer anew")
+        rules = [r | {"w2s": w2s} if i in chosen else r for i, r in enumerate(self.rules)]
+        for rule in rules:
+            check_compressors(rule)
+        place = self.device, self.process_group
+        require_equal_settings({f"w2s of group {i}": described(w2s) for i in chosen}, *place)
+        where_bits_agree([self.server], partial(of_decoding, rules), *place)
+        for index in chosen:
+            self.rules[index]["w2s"] = w2s
+        for batch in self.batches:
+            if batch.group in chosen:
+                batch.up.use(w2s)
+        self.guards = Guards(self, self.guards.layers)
+        self._built_as = settings_of(self)
+
     @property
     def round(self) -> int:
-        """Rounds so far."""
-        return self.steps
+        """Whole rounds so far."""
+        return self.rounds.of(self.steps)[0]
+
+    def finish(self) -> None:
+        """Send what is left to send at the end of a training: with local steps there is some."""
+
+    def agreed(self) -> AbstractContextManager[None]:
+        """Within it the parameters are W, on which workers agree: but for local steps they are."""
+        return nullcontext()
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes that this rank has sent and received so far."""
+        return self.transport.traffic
 
     @property
     def w2s_bytes(self) -> int:
-        """Bytes that this worker has sent to the servers, or to collectives, so far."""
+        """Bytes that this rank has sent to the servers, or to collectives, so far."""
         return self.traffic.w2s_bytes
 
     @property
     def s2w_bytes(self) -> int:
-        """Bytes that this worker has received from the servers, or from collectives, so far."""
+        """Bytes that this rank has received from the servers, or from collectives, so far."""
         return self.traffic.s2w_bytes
 
     @property
     def received_bytes(self) -> int:
-        """Bytes that this worker has received so far: `s2w_bytes`, or the messages of the others.
+        """Bytes that this rank has received so far: `s2w_bytes`, or the messages of the others.
 
         The latter where every worker serves.
         """
@@ -145,132 +224,41 @@ class CommunicatingOptimizer(StatefulOptimizer):
         """Bytes that this rank has handed to the network so far: a message to itself is not."""
         return int(self.traffic.wire_tx_bytes)
 
+    @property
+    def watch(self) -> bool:
+        """Whether what messages lose is recorded; setting it forgets what was recorded before."""
+        return any(batch.up.recording for batch in self.batches)
+
+    @watch.setter
+    def watch(self, value: bool) -> None:
+        for batch in self.batches:
+            batch.up.recording, batch.up.contraction = value, None
+
+    @property
+    def watched(self) -> bool:
+        """Whether a message of every layer was recorded since `watch` was set."""
+        return all(batch.up.contraction is not None for batch in self.batches)
+
     @torch.no_grad()
-    def step(self, closure=None):
-        """One round, on all workers together."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with self._in_step():
-            self._require_as_built()
-            bring_gradients(self._brought, type(self).__name__)
-            self._look_back()
-            if self._overflowed(self._everyone):
-                return loss
-            with self._own_precision():
-                self.traffic += self._round()
-            self.steps += 1
-            self.begun = True
-        return loss
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        """What compression did to each layer in the last messages that were watched.
 
-    @contextmanager
-    def _in_step(self) -> Iterator[None]:
-        """Where others may wait for this rank, and this for others."""
-        if place_in(self._everyone)[1] == 1:
-            yield
-            return
-        self.roll_call = self.roll_call or RollCall(self._everyone)
-        step = self.steps
-        self.roll_call.enter(step)
-        try:
-            yield
-        except Exception as error:
-            self.roll_call.refuse(step, str(error))
-            raise
-        finally:
-            self.roll_call.leave()
-
-    def _as_given(self) -> list[tuple[list[Tensor], dict]]:
-        """What batches are made of: of every group its parameters and compressors."""
-        fixed = {"w2s", "s2w"}.intersection(self.RULE)
-        return [
-            (list(group["params"]), {entry: group[entry] for entry in fixed & group.keys()})
-            for group in self.param_groups
-        ]
-
-    def _require_as_built(self) -> None:
-        """Raise RuntimeError where groups, state or processes are others than when built."""
-        if self.inner:  # whose load_state_dict makes other groups, of the same parameters
-            self.param_groups = [group for one in self.inner for group in one.param_groups]
-        require_ranks(self.ranks, self.process_group)
-        require_same_state(self.state, self._views)
-        require_same_groups(self._as_given(), self._formed)
-        if self.steps == 0 and self.ranks > 1:
-            require_local_gradients(self.param_groups)
-        if self.steps == 0 and place_in(self._everyone)[1] > 1:
-            warn_of_statistics(self._brought, self.buffers.module)
-
-    @property
-    def _brought(self) -> list[Layer]:
-        """Whose gradients this worker brings to a step, of all its lanes."""
-        return self.lanes.layers if self.lanes else self._layers
-
-    @cached_property
-    def _layers(self) -> list[Layer]:
-        """The parameters of batches, which are formed once."""
-        return [
-            Layer(name, parameter, prod(batch.shape), self.missing)
-            for batch in self.batches
-            for name, parameter in zip(batch.names, batch.params, strict=True)
-        ]
-
-    @property
-    def _held(self) -> list[Tensor]:
-        """The parameters whose gradients this worker brings, of all its lanes."""
-        if self.lanes:
-            return [parameter for parameter, _ in self.lanes.holders]
-        return [parameter for group in self.param_groups for parameter in group["params"]]
-
-    @property
-    def _sharded(self) -> bool:
-        """Whether gradients are of shards, which lanes look at where they gather them."""
-        return self.lanes is not None and self.lanes.shards is not None
-
-    @property
-    def _everyone(self) -> dist.ProcessGroup | str | None:
-        """The ranks of all workers, which are more than those of a lane."""
-        return None if self.lanes else self.process_group
-
-    def _overflowed(self, group: dist.ProcessGroup | None) -> bool:
-        """Undo a GradScaler's scale; whether a scaled gradient of any rank of the group overflowed.
-
-        Then no rank may step, or rounds would slip against each other. Waits for the device.
+        `w2s_contraction`: 1 - ||C_j(x) - x||^2 / ||x||^2 of this worker's message, the alpha that
+        it achieved. `estimator_error`: ||M_j - G_j|| / ||M_j||. `model_shift_error`, of the layers
+        served here: ||X - W|| / ||X||. Waits for the device. RuntimeError if it was not watched.
         """
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is None:
-            return False
-        if self._sharded:
-            raise RuntimeError(
-                "GradScaler does not see the gradients of a sharded model: train in bfloat16, "
-                "which needs no scaling"
-            )
-        gradients = [p.grad for p in self._held if p.grad is not None]
-        scale = getattr(self, "grad_scale", None)
-        if scale is not None:
-            torch._foreach_mul_(gradients, 1 / scale)
-        if self.lanes:  # of which the scaler has seen this rank's alone
-            norms = torch.stack(torch._foreach_norm(gradients, float("inf")))
-            found_inf = (~norms.isfinite()).any().float()
-        if place_in(group)[1] > 1:
-            found_inf = found_inf.clone()
-            dist.all_reduce(found_inf, group=group)
-        if self.lanes and found_inf:  # as a step lets go of them
-            for parameter in self._held:
-                parameter.grad = None
-        return bool(found_inf)
-
-    def _own_precision(self):
-        """Where a step is taken within autocast, its products are not of that precision."""
-        device = self.batches[0].broken_at.device
-        return torch.autocast(device.type, enabled=False)
-
-    def _gradients(self, batch: Batch) -> list[Tensor]:
-        """Of this worker, float32 (m, n) each."""
-        gradients = batch.matrices(parameter.grad.float() for parameter in batch.params)
-        finite = torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite()
-        mark(batch.broken_at, ~finite, self.steps + 1)
-        return gradients
+        self.require_own_parameters("diagnostics()")
+        if not self.watched:
+            raise RuntimeError("nothing was recorded: set watch=True before the step")
+        result = {}
+        for batch in self.batches:
+            columns = batch.up.contraction.tolist(), batch.up.estimator_error.tolist()
+            for name, contraction, error in zip(batch.names, *columns, strict=True):
+                result[name] = {"w2s_contraction": contraction, "estimator_error": error}
+            errors = batch.shift_error()
+            for name, error in zip(batch.names[batch.owned], errors, strict=True):
+                result[name]["model_shift_error"] = error
+        return result
 
     def check_finite(self) -> None:
         """Raise FloatingPointError if a gradient or a message of this worker was NaN or infinite.
@@ -281,7 +269,7 @@ class CommunicatingOptimizer(StatefulOptimizer):
         broken = [
             (step, kind, name)
             for batch in self.batches
-            for kind, at in enumerate((batch.broken_at, batch.unsent_at))
+            for kind, at in enumerate(broken_at(batch))
             for step, name in zip(at.tolist(), batch.names, strict=True)
             if step
         ]
@@ -292,77 +280,121 @@ class CommunicatingOptimizer(StatefulOptimizer):
                 f"{what.format(name, step)}: lower the learning rate or look at that step's data"
             )
 
-    def _look_back(self) -> None:
-        """Say once what was not finite in the steps before, without waiting for the device."""
-        if not self.notice.look([at for b in self.batches for at in (b.broken_at, b.unsent_at)]):
-            return
-        try:
-            self.check_finite()
-        except FloatingPointError as error:
-            rank, _ = place_in(self._everyone)
-            log.warning("rank %d: %s (check_finite() raises this: end the run)", rank, error)
+    def check_agreement(self) -> None:
+        """Raise ValueError if workers hold different W, buffers or numbers of groups.
 
-    def _require_finite(self) -> None:
-        """Raise on all ranks what `check_finite` raises on one, which it names."""
+        Or if EF21's G is not the mean of G_j, which is told from random projections, so that a few
+        bytes a layer are sent; and FloatingPointError for what was not finite on any. To be called
+        on all ranks; names rank, and layer or group. Waits for the device.
+        """
+        self.require_own_parameters("check_agreement()")
         problem = None
         try:
             self.check_finite()
         except FloatingPointError as error:
             problem = str(error)
-        _, ranks = place_in(self._everyone)
-        failed = torch.tensor(int(problem is not None), device=self.batches[0].broken_at.device)
-        if ranks > 1:
-            dist.all_reduce(failed, group=self._everyone)
-        if not failed:
-            return
-        problems = [problem] * ranks
-        if ranks > 1:
-            dist.all_gather_object(problems, problem, group=self._everyone)
-        rank = next(rank for rank, its in enumerate(problems) if its is not None)
-        raise FloatingPointError(f"rank {rank}: {problems[rank]}" if ranks > 1 else problem)
-
-    def check_agreement(self) -> None:
-        """Raise ValueError if workers hold different parameters, buffers or numbers of groups.
-
-        And FloatingPointError for what was not finite on any (`check_finite`). To be called on all
-        ranks; names rank, and layer or group. Waits for the device.
-        """
-        self._require_finite()
-        if self.lanes:
-            self.lanes.gather_parameters()
+        require_finite(problem, self.everyone)
+        if self.mesh:
+            self.mesh.gather_parameters()
         require_equal_groups(self.param_groups, self.process_group)
-        require_equal_parameters(self._shared_by_all(), self.process_group, self._why_parted())
+        elsewhere = "give server=sharded or rank0, " if self.server == "replicated" else ""
+        advice = f"{elsewhere}give {SAFE}, or " if self.server else ""
+        require_equal_parameters(self._shared(), self.process_group, PARTED.format(advice))
+        late = {id(batch) for batch in self.under_way}
+        arrived = [one for one in self.batches if self.server and id(one) not in late]
+        if known := [one for one in arrived if one.up.feedback == "ef21"]:
+            require_mean_estimate(known, self.process_group)
 
-    def _why_parted(self) -> str:
-        """Why parameters may differ that were equal when this was built, and what to do."""
-        return PARTED.format("")
+    def require_own_parameters(self, call: str) -> None:
+        """Raise RuntimeError where a call would take W for the parameters of this worker."""
+        if self._swapped:
+            raise RuntimeError(
+                f"{call} within agreed(): the parameters are W there, leave it first"
+            )
+
+    def state_dict(self) -> dict:
+        """A copy of this rank's state, with that of inner optimizers: later steps do not change it.
+
+        Ranks differ in what they remember, and in what they serve: `full_state_dict` has the state
+        of all. What is an object in a group, as norms and compressors, is named in `of` alone;
+        build the optimizer with the same ones to load it. Takes as much memory as the state.
+        Raises RuntimeError where the parameters are W, as within `agreed()`.
+        """
+        return state.save(self)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continue exactly from a `state_dict` of the same rank, parameters and options.
+
+        Or from this rank's part of a `full_state_dict`. The model's own state has to be loaded
+        beside it. The state is copied, so it can be loaded again. Options of groups are then those
+        of the state, as with torch's optimizers; the learning rate, `missing` and `buckets` may
+        differ from those here. Raises ValueError when it does not fit, before anything changes,
+        and RuntimeError where the parameters are W, as within `agreed()`.
+        """
+        state.load(self, state_dict)
+
+    def full_state_dict(self) -> dict | None:
+        """The state of all ranks for one file, on rank 0, and None on the others.
+
+        To be called on all ranks; `load_state_dict` takes it on all of them.
+        """
+        mine = self.state_dict()
+        rank, ranks = place_in(self.everyone)
+        if ranks == 1:
+            return {"ranks": [mine]}
+        states = [None] * ranks if rank == 0 else None
+        dist.gather_object(mine, states, group=self.everyone, group_dst=0)
+        return {"ranks": states} if rank == 0 else None
 
     def go_on_after(self, steps: int) -> None:
-        super().go_on_after(steps)
-        self.notice = Notice()
+        """Count on from as many steps, with a state that was loaded or copied."""
+        self.steps, self.begun = steps, steps > 0
+        self.timer = PhaseTimer(self.timer.device)
+        self.guards.notice = type(self.guards.notice)()
+        if self.mesh:
+            self.mesh.forget()
         for batch in self.batches:  # what was not finite was before
-            batch.broken_at.zero_()
-            batch.unsent_at.zero_()
+            for at in broken_at(batch):
+                at.zero_()
+        for optimizer in self.inner:
+            if isinstance(optimizer, Communicating):
+                optimizer.go_on_after(steps)
 
-    def _settings(self) -> dict:
-        """All options as plain values, which all ranks have to be given alike."""
-        kinds = [kind for kind in type(self).__mro__ if issubclass(kind, CommunicatingOptimizer)]
-        named = {name for kind in kinds for name in signature(kind.__init__).parameters}
-        own = {name: described(vars(self)[name]) for name in sorted(named & vars(self).keys())}
-        method = {"method": type(self).__name__, "ranks": place_in(self._everyone)[1]}
-        entries = () if self.inner else ("name", *self.defaults)  # theirs are their own
-        of_groups = options_of(self.param_groups, entries)
-        own = {name: value for name, value in own.items() if name not in NO_OPTIONS}
-        own["buffers"] = str(self.buffers)
-        return method | own | of_groups | shapes_of(self.param_groups)
+    def __deepcopy__(self, memo: dict) -> "Communicating":
+        """Of these parameters, or of their copies where they are copied with it; sends as this."""
+        holders = self, self.transport, self.buffers
+        held = [value for holder in holders for value in vars(holder).values()]
+        memo |= {id(group): group for group in held if isinstance(group, dist.ProcessGroup)}
+        other = memo[id(self)] = object.__new__(type(self))
+        other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return other
 
-    def _new_generator(self, seed: int, rank: int, purpose: str) -> Generator:
-        device = next(p.device for group in self.param_groups for p in group["params"])
-        digest = hashlib.sha256(f"{seed}/{rank}/{purpose}".encode()).digest()
-        return Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+    def __getstate__(self) -> dict:
+        self.require_own_parameters("a copy")
+        return {name: value for name, value in vars(self).items() if name not in self.NOT_COPIED}
 
-    def _named(self) -> list[tuple[str, Tensor]]:
-        return [pair for b in self.batches for pair in zip(b.names, b.params, strict=True)]
+    def __setstate__(self, values: dict) -> None:
+        super().__setstate__(values)
+        for batch in self.batches:  # whose tables' views a pickle made tensors of their own
+            self.state.update(batch.parameter_state())
+        self.guards = Guards(self, self.guards.layers)
+        self.go_on_after(self.steps)
+        if self.wrapped:
+            self.wrapped.guard(self)
 
-    def _shared_by_all(self) -> list[tuple[str, Tensor]]:
-        return [*self._named(), *self.buffers.shared.items()]
+    def _shared(self) -> list[tuple[str, Tensor]]:
+        """What all workers hold alike, by name."""
+        return [*(one for b in self.batches for one in b.shared()), *self.buffers.shared.items()]
+
+
+def new_generator(device: torch.device, seed: int, stream: int, purpose: str) -> Generator:
+    """Of random numbers that no other stream and purpose has."""
+    digest = hashlib.sha256(f"{seed}/{stream}/{purpose}".encode()).digest()
+    device = torch.device("cpu") if device.type == "meta" else device
+    return Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def together(mesh: WorkerMesh | None) -> AbstractContextManager[None]:
+    """Within it an error of one rank of a worker is raised on all of them."""
+    return mesh.together() if mesh else nullcontext()

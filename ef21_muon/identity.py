@@ -8,10 +8,17 @@ from types import FunctionType
 from torch import Tensor, dtype
 from torch.optim import Optimizer
 
+from ef21_muon.transport.fixed import place_in
+
 # Entries of a parameter group that do not change a step, or that schedulers change.
 LEFT_OUT = {
     *("params", "param_names", "foreach", "fused", "capturable", "differentiable"),
     *("initial_lr", "max_lr", "min_lr"),
+}
+# Parameters of constructors that are no options of the method.
+NO_OPTIONS = {
+    *("params", "defaults", "inner", "transport", "mesh", "process_group", "buffers", "self"),
+    *("purposes", "stream", "args", "kwargs", "buckets"),
 }
 # What may differ between a state and the optimizer that loads it.
 MAY_CHANGE = ("lr", "missing")
@@ -78,6 +85,36 @@ def identity_of(inner: Optimizer) -> dict[str, object]:
         if isinstance(value := vars(inner).get(name), bool | int | float | str):
             identity[name] = value
     return dict(sorted(identity.items())) | options_of(inner.param_groups, entries)
+
+
+def settings_of(optimizer) -> dict[str, object]:
+    """All options of a Communicating as plain values, which all ranks have to be given alike.
+
+    Those that have the names of its constructor's parameters, and those of its groups, of the
+    compressors and of inner optimizers.
+    """
+    named = {
+        name for kind in type(optimizer).__mro__ for name in signature(kind.__init__).parameters
+    }
+    values = vars(optimizer)
+    own = {name: described(values[name]) for name in sorted((named - NO_OPTIONS) & values.keys())}
+    settings = {"method": type(optimizer).__name__, "ranks": place_in(optimizer.everyone)[1], **own}
+    entries = () if optimizer.inner else ("name", *optimizer.defaults)  # theirs are their own
+    settings |= options_of(optimizer.param_groups, entries) | shapes_of(optimizer.param_groups)
+    settings["buffers"] = str(optimizer.buffers)
+    if "rounds" in values:
+        settings["every"] = str(values["rounds"])
+    for index, rule in enumerate(optimizer.rules):
+        for direction in ("w2s", "s2w"):
+            settings[f"{direction} of group {index}"] = described(rule[direction])
+    for place, inner in enumerate(optimizer.inner):
+        its = settings_of(inner) if hasattr(inner, "_built_as") else identity_of(inner)
+        settings |= {f"{key} of inner {place}": value for key, value in its.items()}
+    if optimizer.inner:
+        settings["number of inner optimizers"] = len(optimizer.inner)
+    server = settings.pop("server", None)  # last, since "auto" follows from the others
+    # The steps of one worker are the same wherever its servers are.
+    return settings if server is None or optimizer.ranks == 1 else settings | {"server": server}
 
 
 def without_free(identity: Mapping[str, object]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What is asked of an optimizer that another one is around, and how it begins anew."""
+"""Optimizers that another one is around: what is asked of them, and how one begins anew."""
 
 import copy
 import weakref
@@ -8,88 +8,128 @@ from inspect import Parameter, signature
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ef21_muon.communicating import CommunicatingOptimizer
-from ef21_muon.exchange.collectives import place_in
+from ef21_muon.communicating import Communicating
+from ef21_muon.guards import PhaseTimer
+from ef21_muon.layers import Batch, Layer, layers_of
 from ef21_muon.optimizer import EF21Muon
-from ef21_muon.stateful import HOOKS
+from ef21_muon.settings import Compressors, rule_of
+from ef21_muon.state import HOOKS
+from ef21_muon.transport.fixed import place_in
 
 
-def require_inner(optimizers: Sequence[Optimizer]) -> None:
-    """Raise ValueError for what cannot step by itself."""
-    for optimizer in optimizers:
-        if not isinstance(optimizer, Optimizer) or getattr(optimizer, "inner", ()):
-            raise ValueError(
-                f"inner={type(optimizer).__name__} is not allowed: give a torch optimizer, which "
-                "takes the steps"
+class Wrapped:
+    """One or several optimizers of different parameters, that send nothing.
+
+    Raises ValueError for one that cannot step by itself.
+    """
+
+    def __init__(self, inner: Optimizer | Sequence[Optimizer]):
+        self.optimizers = [inner] if isinstance(inner, Optimizer) else [*inner]
+        for optimizer in self.optimizers:
+            _require_inner(optimizer)
+        self.ours = [one for one in self.optimizers if isinstance(one, Communicating)]
+        self._checked = False
+
+    @property
+    def param_groups(self) -> list[dict]:
+        """Of all of them, whose load_state_dict makes others of the same parameters."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def take(self, outer: Communicating, w2s: Compressors, s2w: Compressors) -> list[dict]:
+        """Give their groups to the optimizer around them; the compressors of every group."""
+        outer.param_groups = self.param_groups
+        outer.defaults = {**self.optimizers[0].defaults}  # as schedulers of a momentum look at
+        outer.RULE = tuple({entry for one in self.ours for entry in one.RULE})
+        for optimizer in self.ours:
+            own = optimizer.generators.items()
+            outer.generators |= {f"inner_{purpose}": one for purpose, one in own}
+            optimizer.timer = PhaseTimer(None)  # its time is a phase of the outer one's
+        self.guard(outer)
+        return [rule_of(group, w2s, s2w) for group in outer.param_groups]
+
+    def guard(self, outer: Communicating) -> None:
+        """Let them refuse steps while the parameters are W."""
+        reference = weakref.ref(outer)  # they may outlive it
+
+        def refuse(inner: Optimizer, args: tuple, kwargs: dict) -> None:
+            if (outer := reference()) is not None:
+                outer.require_own_parameters(f"{type(inner).__name__}.step()")
+
+        for optimizer in self.optimizers:
+            optimizer.register_step_pre_hook(refuse)
+
+    def step(self) -> None:
+        """A step of each. ValueError from the first for state that is not made of float tensors."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if not self._checked:
+            _require_float_state(self.optimizers)
+            self._checked = True
+
+    def layers(self, batches: Sequence[Batch], otherwise: str) -> list[Layer]:
+        """Whose gradients are needed: what a missing one is this library's optimizers know.
+
+        otherwise: of the others' parameters.
+        """
+        missing = {
+            parameter: optimizer.missing
+            for optimizer in self.ours
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        layers = layers_of(batches, otherwise)
+        return [one._replace(missing=missing.get(one.parameter, otherwise)) for one in layers]
+
+    def take_over(self, changed: bool = True) -> None:
+        """Let EF21Muon know that its parameters are others or, if not `changed`, are not."""
+        for optimizer in self.ours:
+            if isinstance(optimizer, EF21Muon):
+                optimizer.take_over(changed)
+
+    def require_a_gradient(self) -> None:
+        """Raise RuntimeError if no parameter has one: they may be of another model."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if parameters and all(parameter.grad is None for parameter in parameters):
+            raise RuntimeError(
+                "none of the inner optimizer's parameters has a gradient: build it from the "
+                "parameters of the model whose loss.backward() is called, and after moving it to "
+                "its device"
             )
-        sends = isinstance(optimizer, CommunicatingOptimizer)
-        if sends and place_in(optimizer.process_group)[1] > 1:
-            raise ValueError(
-                f"inner={type(optimizer).__name__} sends messages itself: build it with "
-                "process_group=ALONE (from ef21_muon import ALONE)"
-            )
-        correction = getattr(optimizer, "correction", None)
-        if correction is not None and correction.evaluates:
-            raise ValueError(
-                f"inner={type(optimizer).__name__} with momentum={optimizer.momentum!r} needs a "
-                "closure in every step: give momentum='polyak' or 'mvr1'"
-            )
-        closure = signature(optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is Parameter.empty:
-            raise ValueError(
-                f"inner={type(optimizer).__name__} needs a closure in every step: give an "
-                "optimizer that steps on gradients"
-            )
 
 
-def guard(outer: CommunicatingOptimizer) -> None:
-    """Let the inner optimizers refuse steps while the parameters are W."""
-    reference = weakref.ref(outer)  # they may outlive it
-
-    def refuse(inner: Optimizer, args: tuple, kwargs: dict) -> None:
-        if (outer := reference()) is not None:
-            outer.require_own_parameters(f"{type(inner).__name__}.step()")
-
-    for optimizer in outer.inner:
-        optimizer.register_step_pre_hook(refuse)
-
-
-def missing_of(optimizers: Sequence[Optimizer]) -> dict[Tensor, str]:
-    """Of the parameters of this library's optimizers what a missing gradient is."""
-    return {
-        parameter: optimizer.missing
-        for optimizer in optimizers
-        if isinstance(optimizer, CommunicatingOptimizer)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-
-
-def take_over(optimizers: Sequence[Optimizer], changed: bool = True) -> None:
-    """Let EF21Muon know that its parameters are others, or with changed=False that they are not."""
-    for optimizer in optimizers:
-        if isinstance(optimizer, EF21Muon):
-            optimizer.take_over(changed)
-
-
-def require_a_gradient(groups: list[dict]) -> None:
-    """Raise RuntimeError if no parameter has one: the optimizer may be of another model's."""
-    if all(parameter.grad is None for group in groups for parameter in group["params"]):
-        raise RuntimeError(
-            "none of the inner optimizer's parameters has a gradient: build it from the parameters "
-            "of the model whose loss.backward() is called, and after moving it to its device"
+def _require_inner(optimizer: Optimizer) -> None:
+    name = type(optimizer).__name__
+    ours = isinstance(optimizer, Communicating)
+    if not isinstance(optimizer, Optimizer) or (ours and optimizer.inner):
+        raise ValueError(
+            f"inner={name} is not allowed: give a torch optimizer, which takes the steps"
+        )
+    if ours and place_in(optimizer.process_group)[1] > 1:
+        raise ValueError(
+            f"inner={name} sends messages itself: build it with process_group=ALONE "
+            "(from ef21_muon import ALONE)"
+        )
+    if isinstance(optimizer, EF21Muon) and optimizer.correction:
+        raise ValueError(
+            f"inner={name} with momentum={optimizer.momentum!r} needs a closure in every step: "
+            "give momentum='polyak'"
+        )
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        raise ValueError(
+            f"inner={name} needs a closure in every step: give an optimizer that steps on gradients"
         )
 
 
-def require_float_state(optimizers: Sequence[Optimizer]) -> None:
+def _require_float_state(optimizers: Sequence[Optimizer]) -> None:
     """Raise ValueError for inner state that a checkpoint could not hold exactly as tensors."""
     for optimizer in optimizers:
         for state in optimizer.state.values():
             for key, value in state.items():
                 if not (isinstance(value, Tensor) and value.is_floating_point()):
-                    told = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                    kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
                     raise ValueError(
-                        f"the state {key!r} of inner={type(optimizer).__name__} is of type {told}: "
+                        f"the state {key!r} of inner={type(optimizer).__name__} is of type {kind}: "
                         "give an optimizer whose state is made of floating-point tensors"
                     )
 

@@ -1,6 +1,6 @@
 """EF21-Muon (Gruntkowska et al., arXiv:2510.00643), Algorithm 1, as a torch optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from math import sqrt
 
@@ -9,26 +9,32 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ef21_muon.arithmetic import Results, of_norms
-from ef21_muon.checks import (
+from ef21_muon.communicating import Communicating, together
+from ef21_muon.correction import PARTS, Correction
+from ef21_muon.guards import bring_gradients, gradients_of, guarded_step
+from ef21_muon.layers import (
+    FEEDBACK,
+    Batch,
+    in_buckets,
+    lmo_costs,
+    still_where_broken,
+)
+from ef21_muon.lmo.norms import AdaptiveRadius, Norm, Spectral, along
+from ef21_muon.messages.compressors import Compressor, Identity
+from ef21_muon.settings import (
     check_group,
     check_number,
     choice,
     refuse_unused_decays,
     whole_number,
 )
-from ef21_muon.correction import KINDS, corrected, no_closure
-from ef21_muon.exchange.collectives import Traffic, place_in
-from ef21_muon.exchange.gradients import bring_gradients
-from ef21_muon.exchange.layers import LayerBatch, batch_layers, lmo_costs, still_where_broken
-from ef21_muon.exchange.phases import new_phases
-from ef21_muon.lmo.norms import AdaptiveRadius, Norm, Spectral, along
-from ef21_muon.messages.compressors import Compressor, Identity
-from ef21_muon.messages.feedback import FEEDBACK
-from ef21_muon.messages.switch import Switch, starts
-from ef21_muon.served import ServedOptimizer
+from ef21_muon.transport.fixed import Transport, run
+from ef21_muon.transport.mesh import WorkerMesh
+
+GAMMA = {"gamma": ("of at least 0", lambda gamma: gamma >= 0)}
 
 
-class EF21Muon(ServedOptimizer):
+class EF21Muon(Communicating):
     """Muon, Scion and Gluon on workers that send each other compressed messages.
 
     Every worker calls `step()` after its own `loss.backward()`, and in it
@@ -48,9 +54,8 @@ class EF21Muon(ServedOptimizer):
 
         optimizer = EF21Muon(param_groups(model, "scion"), lr=0.02, w2s=RankK(0.15, "natural"))
 
-    Gradients are local: do not wrap the model in DistributedDataParallel. With an initialised
-    process group every rank is a worker; without one there is a single worker, nothing is sent and
-    the mathematics is the same.
+    Gradients are local: do not wrap the model in DistributedDataParallel. Every rank of an
+    initialised process group is a worker; without one there is a single one, and nothing is sent.
 
     params: parameters, (name, parameter) pairs, or groups, which may have entries of their own from
     the first list. A parameter of n entries in one dimension is an (n, 1) matrix, one of more than
@@ -62,7 +67,7 @@ class EF21Muon(ServedOptimizer):
         beta: weight of the new gradient in the momentum, in (0, 1]; 1 is no momentum.
         norm: gives the LMO, Spectral() by default.
         radius: a number, or an AdaptiveRadius, which follows each layer's dual norm (Gluon).
-        w2s, s2w: the compressors; for w2s also a Switch, which changes it from a round on.
+        w2s, s2w: the compressors.
         nesterov: workers send beta grad_j + (1 - beta) M_j in place of M_j.
         weight_decay: the step also subtracts lr weight_decay X (1 is Scion's constraint to a ball).
         error_decay: of what "ef14" did not send, in a round; server_momentum: the servers add up
@@ -75,17 +80,20 @@ class EF21Muon(ServedOptimizer):
             makes it Scion's (arXiv:2502.07529), sqrt(d_out / d_in) / k.
 
     Of all:
-        feedback: "ef21" as above, "ef14" or "none" (`ef21_muon.messages.feedback`).
-        momentum: "polyak" is line 9. Others correct the gradient for how far W has gone
-            (`ef21_muon.correction`): "mvr" and "hessian" take a second gradient of the batch, so
-            that `step` needs a closure, "mvr1" has the one before. `gamma` is the correction's
-            weight.
+        feedback: "ef21" as above, "ef14" or "none" (`ef21_muon.layers.Channel`).
+        lmo: with "workers" every worker sends LMO(M_j), in place of M_j, and the step is lr radius
+            G: SignMuon with feedback="none" and signs for w2s, and EF21-SignMuon with "ef21"
+            (arXiv:2607.29674).
+        momentum: "polyak" is line 9. "mvr" and "hessian" correct the gradient for how far W has
+            gone (`ef21_muon.correction`), by a second gradient of the batch, so that `step` needs
+            a closure. `gamma` is the correction's weight.
         momentum_start: the first M_j is the "gradient", or with "zero" beta times it (Muon, Scion).
         first_message: "compressed", so that no gradient is ever sent whole, or "exact", so that
             G_j is M_j at first, as the L-smooth theorem has it, in float32.
-        server: where the servers are (`ef21_muon.exchange.placement`); "auto" is where the busiest
-            rank sends or receives the least, but not "replicated" where ranks compute other bits
-            (`ef21_muon.arithmetic`). Numbers are the same for any choice.
+        server: where the servers are (`ef21_muon.layers`); "auto" is where messages
+            and LMOs of the busiest rank take the least time (`ef21_muon.transport.load`), but not
+            "replicated" where ranks compute other bits (`ef21_muon.arithmetic`). Numbers are the
+            same for any choice.
         buckets: messages, each way, that layers travel in: one is on its way while the next is
             encoded.
         missing: "refuse" a parameter without a gradient, or let it be "zero" on this worker, as
@@ -94,6 +102,10 @@ class EF21Muon(ServedOptimizer):
             become the mean of all workers' in every step; the bytes count. Without it they stay
             each worker's own.
         seed: of what is random in compressors.
+        mesh: of workers of several ranks; params are then those of the whole model, as (name,
+            parameter) pairs in groups that are alike on all ranks, whole or sharded over a worker's
+            ranks by torch's `fully_shard`. `param_groups` has the layers that this rank steps.
+        transport: what messages travel by; by default the process group.
 
     Raises ValueError for hyperparameters outside their range, for parameters or settings that
     differ between ranks, and where ranks get other bits of what each computes for itself;
@@ -111,11 +123,12 @@ class EF21Muon(ServedOptimizer):
         beta: float = 0.1,
         norm: Norm | None = None,
         radius: float | AdaptiveRadius = 1.0,
-        w2s: Compressor | Switch | None = None,
+        w2s: Compressor | None = None,
         s2w: Compressor | None = None,
         nesterov: bool = False,
         weight_decay: float = 0.0,
         lmo_feedback: bool = False,
+        lmo: str = "servers",
         feedback: str = "ef21",
         error_decay: float = 1.0,
         server_momentum: float = 0.0,
@@ -128,7 +141,9 @@ class EF21Muon(ServedOptimizer):
         missing: str = "refuse",
         buffers: nn.Module | None = None,
         seed: int = 0,
-        process_group: dist.ProcessGroup | None = None,
+        mesh: WorkerMesh | None = None,
+        transport: Transport | None = None,
+        process_group: dist.ProcessGroup | str | None = None,
     ):
         defaults = {
             "lr": lr,
@@ -145,155 +160,193 @@ class EF21Muon(ServedOptimizer):
             "transposed": False,
             "kernels": False,
         }
-        buckets = whole_number("buckets", buckets, least=1)
-        self.feedback = FEEDBACK[choice("feedback", feedback, FEEDBACK)]
-        self.momentum = choice("momentum", momentum, ("polyak", *KINDS))
-        self.gamma = check_number("gamma", gamma, {"gamma": ("of at least 0", lambda g: g >= 0)})
-        self.correction = None if momentum == "polyak" else KINDS[momentum](gamma)
-        momenta = ("gradient", "zero")
-        self.momentum_start = choice("momentum_start", momentum_start, momenta)
-        first_messages = ("compressed", "exact")
-        self.first_message = choice("first_message", first_message, first_messages)
-        place = {"process_group": process_group, "missing": missing, "buffers": buffers}
-        super().__init__(params, defaults, seed=seed, purposes=("w2s", "s2w"), **place)
-        refuse_unused_decays(self.param_groups, feedback)
-        self._place_servers(server, self.param_groups, lmo_costs(self.param_groups))
-        batches = batch_layers(self.param_groups, self.server, *place_in(process_group))
-        for batch in batches:
-            left_out = self.param_groups[batch.group]["lmo_feedback"]
-            batch.make_room(self.correction and self.correction.remembers, left_out)
-        self._begin(batches)
-        rules = [self.param_groups[batch.group]["w2s"] for batch in self.batches]
-        if first_message == "exact":
-            rules = [Switch(Identity(), rule, start=1) for rule in rules]
-        self.phases = new_phases(self.batches, rules, self._begins(rules), buckets, process_group)
-
-    def _recomputed(self, groups: list[dict], server: str) -> Results:
-        yield from super()._recomputed(groups, server)
-        if server == "replicated":
-            yield from of_norms(groups)
-
-    def _begins(self, rules: list[Compressor | Switch]) -> set[int]:
-        """The rounds from which on a message has another size."""
-        return set().union(*map(starts, rules))
+        whole_number("buckets", buckets, least=1)
+        self.feedback = choice("feedback", feedback, FEEDBACK)
+        self.lmo = choice("lmo", lmo, ("servers", "workers"))
+        self.momentum = choice("momentum", momentum, ("polyak", *PARTS))
+        self.gamma = check_number("gamma", gamma, GAMMA)
+        self.correction = _correction(momentum, self.gamma, mesh)
+        self.momentum_start = choice("momentum_start", momentum_start, ("gradient", "zero"))
+        self.first_message = choice("first_message", first_message, ("compressed", "exact"))
+        place = {"process_group": process_group, "mesh": mesh, "transport": transport}
+        with together(mesh):
+            params = mesh.share(params) if mesh else params
+            super().__init__(params, defaults, seed=seed, missing=missing, buffers=buffers, **place)
+            self.rules = self.param_groups
+            refuse_unused_decays(self.param_groups, feedback)
+            batches = self.new_batches(server, lmo_costs(self.param_groups), self._steps_of_all)
+            for batch in batches:
+                self._make_room(batch)
+            self.begin(batches)
+        self._choose_compressors()
+        self.buckets = in_buckets(batches, buckets)
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
-        check_group(self.param_groups[-1])
+        group = self.param_groups[-1]
+        check_group(group)
+        adaptive = isinstance(group["radius"], AdaptiveRadius)
+        if self.lmo == "workers" and (adaptive or group["lmo_feedback"]):
+            raise ValueError(
+                f"radius={group['radius']} with lmo_feedback={group['lmo_feedback']} is not "
+                "allowed with lmo='workers', whose servers take no LMO: give a number, and False"
+            )
 
-    def step(self, closure=None):
+    def _make_room(self, batch: Batch) -> None:
+        """For the state: M_j, G_j and, of the servers, G, X and what LMOs left out."""
+        group = self.param_groups[batch.group]
+        batch.keep("momentum")
+        batch.send_with(group["w2s"], self.feedback)
+        batch.keep("server_gradient")
+        if self.correction:
+            batch.keep("previous_model")
+        narrow = any(torch.finfo(p.dtype).bits < 32 for p in batch.params)  # small steps are lost
+        if batch.serves and (narrow or not batch.down.compressor.lossless):  # else X is W
+            batch.keep("server_model", batch.models(batch.owned).float())
+        if group["lmo_feedback"]:
+            batch.keep("server_lmo_error")
+        batch.note()
+
+    def _choose_compressors(self) -> None:
+        """For the next messages: the first may be sent exactly."""
+        for batch in self.batches if self.first_message == "exact" else ():
+            rule = Identity() if self.steps == 0 else self.param_groups[batch.group]["w2s"]
+            batch.up.use(rule)
+
+    def exchange_compressor(self, w2s: Compressor, group: str | None = None) -> None:
+        super().exchange_compressor(w2s, group)
+        self._choose_compressors()
+
+    def _steps_of_all(self, server: str) -> Results:
+        """What every rank computes for itself: where all serve, the steps of servers."""
+        if server == "replicated" and self.lmo == "servers":
+            yield from of_norms(self.param_groups)
+
+    def step(self, closure: Callable | None = None):
         """One round, on all workers together.
 
         closure: clears the gradients, evaluates a batch, calls backward and returns the loss; with
-        a `momentum` that evaluates the batch twice it is called twice.
+        a `momentum` other than "polyak" it is needed, and is called twice.
         """
         if self.correction:
             closure = self._corrected(closure)
-        return super().step(closure)
+        loss = guarded_step(self, closure, self._take_step)
+        if self.steps == 1:
+            self._choose_compressors()
+        return loss
 
-    def _corrected(self, closure: Callable | None) -> Callable:
-        """A closure that leaves corrected gradients. Raises RuntimeError where one is missing."""
-        if closure is None:
-            if self.correction.evaluates:
-                raise RuntimeError(
-                    f"momentum={self.momentum!r} evaluates every batch twice: call step(closure) "
-                    "with a function that clears the gradients, evaluates the batch, calls backward"
-                    " and returns the loss"
-                )
-            closure = no_closure
-        layers = [
-            (parameter, before, self.param_groups[batch.group]["beta"])
-            for batch in self.batches
-            for parameter, before in zip(
-                batch.params, batch.as_parameters(batch.previous), strict=True
-            )
-        ]
-        bring = partial(bring_gradients, self._brought, type(self).__name__)
-        return corrected(self.correction, layers, closure, bring, first=not self.begun)
-
-    def _round(self) -> Traffic:
+    def _take_step(self) -> None:
+        if self.mesh:
+            self.timer.phase("exchange")
+            self.mesh.reduce_gradients()
         for batch in self.batches:
             batch.take_over()
-        traffic = self._exchange()  # lines 9-12, 14, 3-6 and 8, as the methods below have them
+        run(map(self._round, self.buckets), self.timer)
         for batch in self.batches:
-            batch.note_versions()
-        return traffic
+            batch.note()
+        if self.buffers.shared:
+            self.timer.phase("exchange")
+            self.average_buffers()
+        if self.mesh:
+            self.timer.phase("exchange")
+            self.mesh.share_parameters()
 
-    def _worker_message(self, batch: LayerBatch) -> Tensor:
-        """Lines 9-11: the payload of R_j, one row a layer."""
-        gradients = self._gradients(batch)
-        group = self.param_groups[batch.group]
+    def _round(self, batches: Sequence[Batch]) -> Generator:
+        """Algorithm 1 for a bucket of batches of layers, line by line."""
+        self.timer.phase("encode")
+        payloads = map(self._worker_message, batches)  # lines 9 to 11
+        from_workers = yield self.transport.to_servers, batches, [*payloads]  # line 12
+        self.timer.phase("decode")
+        for batch, messages in zip(batches, from_workers, strict=True):
+            gradient = batch.state["server_gradient"]
+            if self.feedback != "ef21":
+                gradient.mul_(self.param_groups[batch.group]["server_momentum"])
+            for message in messages if batch.serves else ():  # line 14: G = G + mean of R_j
+                gradient += batch.up.decode(message) * (1 / len(messages))  # rounded twice
+        del from_workers  # or all messages would be kept until the round has ended
+        self.timer.phase("server")
+        payloads = map(self._server_message, batches)  # lines 3 to 5
+        shifts = yield self.transport.to_workers, batches, [*payloads]  # line 6
+        self.timer.phase("decode")
+        for batch, shift in zip(batches, shifts, strict=True):  # line 8: W = W + S
+            torch._foreach_add_(batch.params, batch.as_parameters(batch.down.decode(shift)))
+
+    def _worker_message(self, batch: Batch) -> Tensor:
+        """Lines 9 to 11: M_j, R_j = C_j(M_j - G_j) and G_j = G_j + R_j; R_j, one row a layer."""
+        group, momentum = self.param_groups[batch.group], batch.state["momentum"]
+        gradients = gradients_of(batch, self.steps + 1)
         first = not self.begun and self.momentum_start == "gradient"
         beta = 1.0 if first else group["beta"]  # M_j^0 = gradient
-        torch._foreach_lerp_(list(batch.momentum.unbind()), gradients, beta)
-        target = batch.momentum
+        torch._foreach_lerp_(list(momentum.unbind()), gradients, beta)
+        target = momentum
         if group["nesterov"]:
-            target = torch.stack(gradients).lerp_(batch.momentum, 1 - beta)
-        target = self._told(target, group)
-        return self._compress(batch, target, batch.gradient_estimate, group["error_decay"])
+            target = torch.stack(gradients).lerp_(momentum, 1 - beta)
+        if self.lmo == "workers":
+            target = group["norm"].lmo(target)
+        return batch.up.encode(target, self.generators["w2s"], group["error_decay"], self.steps + 1)
 
-    def _told(self, momentum: Tensor, group: dict) -> Tensor:
-        """What servers are to know of M_j (L, m, n): all of it."""
-        return momentum
+    def _server_message(self, batch: Batch) -> Tensor:
+        """Lines 3 to 5: X, S = C(X - W); S of the layers owned here, one row a layer."""
+        if not batch.serves:
+            return batch.nothing_owned()
+        shift, model = self._server_step(batch), batch.state.get("server_model")
+        if model is not None:
+            model += shift
+            shift = model - batch.models(batch.owned).float()
+        return batch.down.encode(shift, self.generators["s2w"])
 
-    def _receive(self, batch: LayerBatch, from_workers: tuple[Tensor, ...]) -> None:
-        """Line 14."""
-        if not self.feedback.accumulates:
-            batch.server_gradient.mul_(self.param_groups[batch.group]["server_momentum"])
-        self._add_mean(batch, batch.server_gradient, from_workers)
-
-    def _server_message(self, batch: LayerBatch) -> Tensor:
-        """Lines 3-5: the payload of S for the layers owned here."""
-        shift = self._lmo_step(batch)
-        if batch.server_model is not None:
-            batch.server_model += shift
-            shift = batch.server_model - batch.served_parameters()
-        return batch.s2w.encode(shift, self.generators["s2w"])
-
-    def _lmo_step(self, batch: LayerBatch) -> Tensor:
-        """Line 3: X^{k+1} - X^k for the layers owned here; none where G is not finite."""
-        group = self.param_groups[batch.group]
-        if batch.server_lmo_error is None:
-            step, source = self._step_of_a_length(batch, group), batch.server_gradient
+    def _server_step(self, batch: Batch) -> Tensor:
+        """Line 3: X^{k+1} - X^k of the layers owned here; none where G is not finite."""
+        group, source = self.param_groups[batch.group], batch.state["server_gradient"]
+        if group["lmo_feedback"]:
+            source = batch.state["server_lmo_error"]
+            step = self._step_with_feedback(batch, group)
         else:
-            step, source = self._step_with_feedback(batch, group), batch.server_lmo_error
+            step = self._step_of_a_length(batch, group)
         if group["weight_decay"]:
-            model = batch.server_model
-            model = batch.served_parameters() if model is None else model
+            model = batch.state.get("server_model")
+            model = batch.models(batch.owned).float() if model is None else model
             step -= _lr(batch, group) * group["weight_decay"] * model  # not fused, as some would
         return still_where_broken(step, source)
 
-    def _direction(self, batch: LayerBatch, group: dict) -> Tensor:
-        """LMO(G)."""
-        return group["norm"].lmo(batch.server_gradient)
-
-    def _step_of_a_length(self, batch: LayerBatch, group: dict) -> Tensor:
+    def _step_of_a_length(self, batch: Batch, group: dict) -> Tensor:
         """lr radius LMO(G)."""
-        step = self._direction(batch, group)
+        gradient = batch.state["server_gradient"]
+        step = gradient.clone() if self.lmo == "workers" else group["norm"].lmo(gradient)
         if group["kernels"]:
             step /= sqrt(batch.kernel)
         if not isinstance(group["radius"], AdaptiveRadius):
             return step.mul_(_lr(batch, group) * group["radius"])
-        dual = -along(batch.server_gradient, step)  # of an exact LMO, the dual norm
+        dual = -along(gradient, step)  # of an exact LMO, the dual norm
         return step.mul_(group["radius"](dual)[:, None, None]).mul_(_lr(batch, group))
 
     @staticmethod
-    def _step_with_feedback(batch: LayerBatch, group: dict) -> Tensor:
+    def _step_with_feedback(batch: Batch, group: dict) -> Tensor:
         """d = e + lr radius G; the step is the part of -d along LMO(d); e <- d + step."""
-        wanted = batch.server_lmo_error
-        wanted += _lr(batch, group) * group["radius"] * batch.server_gradient  # not fused
+        wanted = batch.state["server_lmo_error"]
+        gradient = batch.state["server_gradient"]
+        wanted += _lr(batch, group) * group["radius"] * gradient  # not fused
         step = group["norm"].projected(wanted)
         wanted += step
         return step
 
-    def _update(self, batch: LayerBatch, received: Tensor) -> None:
-        """Line 8: W <- W + S."""
-        torch._foreach_add_(batch.params, batch.as_parameters(received))
+    def _corrected(self, closure: Callable | None) -> Callable:
+        """A closure that leaves corrected gradients."""
+        layers = [
+            (parameter, before, self.param_groups[batch.group]["beta"])
+            for batch in self.batches
+            for parameter, before in zip(
+                batch.params, batch.as_parameters(batch.state["previous_model"]), strict=True
+            )
+        ]
+        bring = partial(bring_gradients, self.guards.layers, type(self).__name__)
+        return self.correction.corrected(closure, layers, bring, first=not self.begun)
 
     def go_on_after(self, steps: int) -> None:
         super().go_on_after(steps)
+        self._choose_compressors()
         for batch in self.batches:
-            batch.versions = None
+            batch.written = None  # any W is the one that X goes with
 
     @torch.no_grad()
     def take_over(self, changed: bool = True) -> None:
@@ -301,24 +354,33 @@ class EF21Muon(ServedOptimizer):
         for batch in self.batches:
             if changed:
                 batch.take_over()
-            batch.note_versions()
+            batch.note()
 
     @torch.no_grad()
     def begin_anew(self) -> None:
         """Forget all but the parameters, as if built from them now; steps count on."""
         self.begun = False
         for batch in self.batches:
-            for _, table, _ in batch.tables():
-                table.zero_()
-            if batch.server_model is not None:
-                batch.server_model.copy_(batch.served_parameters())
-            batch.note_versions()
+            torch._foreach_zero_([*batch.state.values()])
+            batch.take_over(always=True)
+            batch.note()
 
 
-def _lr(batch: LayerBatch, group: dict) -> float | Tensor:
+def _correction(momentum: str, gamma: float, mesh: WorkerMesh | None) -> Correction | None:
+    if momentum == "polyak":
+        return None
+    if mesh:
+        raise ValueError(
+            f"momentum={momentum!r} is not allowed with workers of several ranks, of which each has"
+            " a part of W: leave it at 'polyak', or give every worker one rank"
+        )
+    return Correction(momentum, gamma)
+
+
+def _lr(batch: Batch, group: dict) -> float | Tensor:
     """As a factor for which the host does not wait: a number, or a scalar on the layers' device."""
     lr = group["lr"]
     if not isinstance(lr, Tensor):
         return lr
-    device = batch.broken_at.device
-    return lr.reshape(()) if lr.device == device and device.type != "cpu" else lr.item()
+    on_device = lr.device == batch.device and batch.device.type != "cpu"
+    return lr.reshape(()) if on_device else lr.item()

@@ -36,8 +36,8 @@ from ef21_muon import (
     TopColumns,
     TopK,
 )
-from ef21_muon.exchange.placement import PLACEMENTS
-from ef21_muon.messages.formats import value_format
+from ef21_muon.layers import PLACEMENTS
+from ef21_muon.messages.compressors import value_format
 from scripts.verification import trials
 from scripts.verification.trials import Parameters, local, ours, train
 from training.report import table

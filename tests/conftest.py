@@ -22,6 +22,7 @@ settings.load_profile("patient")
 # Of the extra `fleet`, which not every machine has a wheel for.
 OF_FLEETS = (
     *("ef21_muon/test_fleet.py", "ef21_muon/test_fleet_refusals.py"),
+    *("ef21_muon/test_admission.py", "ef21_muon/test_lighthouse.py"),
     "ef21_muon/test_unlike_fleet.py",
     "scripts/chaos/test_run.py",
 )

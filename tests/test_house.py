@@ -21,7 +21,8 @@ DIRECTIONS = {
     "ef21_muon.messages": ("ef21_muon.lmo.newton_schulz",),
     "ef21_muon.lmo": (),
     "ef21_muon.lmo.presets": ("ef21_muon.messages.compressors",),
-    "ef21_muon.exchange": ("ef21_muon.messages", "ef21_muon.lmo", "ef21_muon.identity"),
+    "ef21_muon.transport": ("ef21_muon.layers", "ef21_muon.settings"),
+    "ef21_muon.fleet": ("ef21_muon",),
     "baselines": ("ef21_muon",),
     "data": (),
     "model": (),
@@ -138,7 +139,7 @@ def draws_by_agg(module: Module) -> Iterator[str]:
                 yield f"imports {name}"
 
 
-EXTRAS = {"ef21_muon.exchange.connections": {"torchft"}}
+EXTRAS = {"ef21_muon.fleet.connections": {"torchft"}}
 
 RULES = (
     *(is_short, has_short_functions, says_what_it_is, imports_downwards, needs_torch_alone),
@@ -174,9 +175,9 @@ FAULTS = [
     (imports_downwards, "other/a.py", "", "other.a has no place among the directions"),
     (
         imports_downwards,
-        "ef21_muon/exchange/up.py",
+        "ef21_muon/transport/up.py",
         "from ..optimizer import EF21Muon",
-        "ef21_muon.exchange.up imports ef21_muon.optimizer.EF21Muon",
+        "ef21_muon.transport.up imports ef21_muon.optimizer.EF21Muon",
     ),
     (
         imports_downwards,

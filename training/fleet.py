@@ -5,17 +5,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from ef21_muon import LocalSteps
-from ef21_muon.exchange.admission import FleetRefused
+from ef21_muon.transport.fixed import Transport
 from training.config import what_matters
 from training.log import NoLog, RunLog
 from training.membership import require_addresses, require_way_here
-from training.method import rounds_of
 from training.schedule import new_scheduler
 from training.workers import FinalError, RunError, Workers, one_line
 
@@ -55,81 +53,84 @@ class FixedMembers:
     FleetMembers has the same calls, and says what they are for. `run` is a train.Run.
     """
 
-    def among(self, make: partial) -> partial:
-        return make
+    def transport(self, method: type) -> Transport | None:
+        return None
 
     def ask_every(self, optimizer: torch.optim.Optimizer) -> int:
         """Steps, at most, between questions whether to stop: who seldom sends seldom asks."""
-        return min(*rounds_of(optimizer).lengths, SELDOM)
+        return min(*optimizer.rounds.lengths, SELDOM)
 
     def at_work(self, what: str) -> AbstractContextManager:
         return nullcontext()
 
-    def refusals(self, run, log: RunLog | NoLog) -> AbstractContextManager:
+    def refusals(self, log: RunLog | NoLog) -> AbstractContextManager:
         return nullcontext()
 
     def join(self, run) -> None: ...
 
+    def synced_steps(self, step: int) -> int:
+        return step
+
     def follow(self, run) -> None: ...
 
-    def tell(self, run, log: RunLog | NoLog) -> None: ...
+    def tell(self, log: RunLog | NoLog) -> None: ...
 
-    def see_off(self, run, log: RunLog | NoLog, late: float | None) -> None: ...
+    def wait_for_peers(self, run, log: RunLog | NoLog, late: float | None) -> None: ...
 
-    def facts(self, run) -> dict:
+    def facts(self) -> dict:
         return {}
 
-    def leave(self, run) -> None: ...
+    def leave(self) -> None: ...
 
 
 class FleetMembers:
-    """A worker among others that come and go."""
+    """A worker among others that come and go. RunError where it has other ranks than configured."""
 
     def __init__(self, config: DictConfig, workers: Workers):
-        self.config, self.workers = config, workers
-        # One that hangs ends itself, since the others can go on without it.
-        self.watch = Watch(workers.timeout.total_seconds())
-        self.meetings = Meetings()
-        self._asked: float | None = None  # when it was first seen that this worker shall stop
-
-    def among(self, make: partial) -> partial:
-        """A maker of the same local steps, whose rounds are of the workers of the moment.
-
-        Raises RunError where there is no torchft, and for what is not LocalSteps.
-        """
-        own, workers = self.config.membership, self.workers
-        if not issubclass(make.func, LocalSteps):
+        if workers.count != config.worker_size:
             raise RunError(
-                f"membership={own.name} needs local steps, {make.func.__name__} cannot go on "
-                "without a worker: give optimizer=local, diloco, muloco or sparseloco"
-            )
-        if workers.count != self.config.worker_size:
-            raise RunError(
-                f"membership={own.name} has a torchrun for each worker, of worker_size="
-                f"{self.config.worker_size} ranks, this one has {workers.count}: see "
+                f"membership={config.membership.name} has a torchrun for each worker, of "
+                f"worker_size={config.worker_size} ranks, this one has {workers.count}: see "
                 "scripts/fleet.py"
             )
+        self.config, self.workers = config, workers
+        # One that hangs ends itself, since the others can go on without it.
+        self.watchdog = Watchdog(workers.timeout.total_seconds())
+        self.quorums = QuorumRecords()
+        self._asked: float | None = None  # when it was first seen that this worker shall stop
+
+    def transport(self, method: type) -> Transport | None:
+        """Of messages among the workers of the moment, for local steps.
+
+        Raises RunError where there is no torchft, and for another method.
+        """
+        own, workers = self.config.membership, self.workers
+        if not issubclass(method, LocalSteps):
+            raise RunError(
+                f"membership={own.name} needs local steps, {method.__name__} cannot go on "
+                "without a worker: give optimizer=local, diloco, muloco or sparseloco"
+            )
         try:
-            from ef21_muon.exchange.fleet import Fleet
-            from ef21_muon.fleet import FleetSteps
+            from ef21_muon.fleet import Fleet
         except ImportError as error:
             raise RunError(f"membership={own.name}: {one_line(error)}") from error
 
         patience = workers.timeout.total_seconds()
         require_addresses(own, patience)
-        fleet = Fleet(
+        self.fleet = Fleet(
             own.worker,
             own.lighthouse,
             host=own.host,
             group=workers.control if workers.count > 1 else None,
             patience=patience,
             while_waiting=self._wait,
+            run=what_matters(OmegaConf.to_container(self.config, resolve=True)),
         )
+        members = self.fleet.members
         if own.host is None:
-            require_way_here(fleet.host, f"this machine's name {fleet.host}", patience)
-        self.watch.waited = lambda: fleet.waited
-        run = what_matters(OmegaConf.to_container(self.config, resolve=True))
-        return partial(FleetSteps, fleet=fleet, run=run, **make.keywords)
+            require_way_here(members.host, f"this machine's name {members.host}", patience)
+        self.watchdog.waited = lambda: members.waited
+        return self.fleet
 
     def _wait(self, seconds: float) -> None:
         if self.workers.asked_to_stop:  # the round may be about to come
@@ -137,7 +138,7 @@ class FleetMembers:
             self._asked = self._asked or now
             if now - self._asked > LAST_WAIT:
                 raise Stopped
-        self.watch.extend(seconds)
+        self.watchdog.extend(seconds)
 
     def ask_every(self, optimizer: torch.optim.Optimizer) -> int:
         """Steps between questions whether to stop, which are of this worker's ranks alone."""
@@ -145,22 +146,28 @@ class FleetMembers:
 
     def at_work(self, what: str) -> AbstractContextManager:
         """Within it this worker is at work on `what`, and ends itself if it hangs."""
-        return self.watch(what)
+        return self.watchdog(what)
 
     @contextmanager
-    def refusals(self, run, log: RunLog | NoLog) -> Iterator[None]:
+    def refusals(self, log: RunLog | NoLog) -> Iterator[None]:
         """Within it this worker ends for good where it cannot be among the others."""
+        from ef21_muon.fleet import FleetRefused  # needs torchft, as transport does
+
         try:
             yield
         except FleetRefused as error:
-            self.tell(run, log)
+            self.tell(log)
             worker = self.config.membership.worker
             raise FinalError(f"worker {worker} cannot go on: {one_line(error)}") from error
 
     def join(self, run) -> None:
         """Meet the others, before the first step, and go on from where they are."""
-        run.optimizer.join()
+        self.fleet.join()
         self.follow(run)
+
+    def synced_steps(self, step: int) -> int:
+        """Local steps in W of all workers, where this one has taken so many."""
+        return self.fleet.synced_steps
 
     def follow(self, run) -> None:
         """Go on from the step that the others are at, where that is another."""
@@ -169,32 +176,32 @@ class FleetMembers:
             run.scheduler = new_scheduler(run.optimizer, run.config, steps)
             run.feed.batches.restart(steps)
 
-    def tell(self, run, log: RunLog | NoLog) -> None:
+    def tell(self, log: RunLog | NoLog) -> None:
         """Records of the rounds since the last call."""
-        for record in self.meetings.records(run.optimizer):
+        for record in self.quorums.records(self.fleet):
             log.membership(record)
 
-    def see_off(self, run, log: RunLog | NoLog, late: float | None) -> None:
+    def wait_for_peers(self, run, log: RunLog | NoLog, late: float | None) -> None:
         """After the last step: wait for others that are late.
 
         late: the test loss of this worker if it was late itself, which the log has not yet.
         """
-        run.optimizer.see_off(self.config.membership.workers, LATE)
-        self.tell(run, log)
+        self.fleet.wait_for_peers(self.config.membership.workers, LATE)
+        self.tell(log)
         if late is not None:
             log.eval(run.position() | {"test_loss": late})
 
-    def facts(self, run) -> dict:
+    def facts(self) -> dict:
         """What the end record has beside the usual: a hash of the state, equal on all workers."""
-        return {"state": f"{run.optimizer.digest():016x}"}
+        return {"state": f"{self.fleet.digest():016x}"}
 
-    def leave(self, run) -> None:
+    def leave(self) -> None:
         """Let the others go on without this worker, which has nothing more to do."""
-        self.watch.stop()
-        run.optimizer.leave()
+        self.watchdog.stop()
+        self.fleet.leave()
 
 
-class Watch:
+class Watchdog:
     """Ends this process where it hangs, and tells where; then the others go on without it.
 
     What hangs is what takes far longer than ever before; `patience` seconds at first.
@@ -228,32 +235,32 @@ class Watch:
         faulthandler.dump_traceback_later(seconds, exit=True)
 
 
-class Meetings:
+class QuorumRecords:
     """The records of rounds: who met, why others than before, and how long it took."""
 
     def __init__(self):
         self.workers: tuple[int, ...] | None = None
 
-    def records(self, optimizer) -> Iterator[dict]:
-        """Of the rounds since the last call."""
-        while optimizer.meetings:
-            meeting = optimizer.meetings.popleft()
-            before, self.workers = self.workers, meeting.workers
+    def records(self, fleet) -> Iterator[dict]:
+        """Of the rounds of a Fleet since the last call."""
+        while fleet.quorums:
+            quorum = fleet.quorums.popleft()
+            before, self.workers = self.workers, quorum.workers
             why = []
             if before is not None:
                 why += [f"worker {one} came" for one in sorted({*self.workers} - {*before})]
                 why += [f"worker {one} is gone" for one in sorted({*before} - {*self.workers})]
-            if meeting.parted:
+            if quorum.diverged:
                 why.append("had another history")
-            if meeting.healed:
+            if quorum.healed:
                 why.append("took over the others' state")
-            why += meeting.notes
+            why += quorum.notes
             yield {
-                "step": meeting.step,
-                "workers": list(meeting.workers),
-                "messages": meeting.messages,
+                "step": quorum.step,
+                "workers": list(quorum.workers),
+                "messages": quorum.messages,
                 "why": why,
-                "tries": meeting.tries,
-                "seconds": round(meeting.seconds, 3),
-                "state": meeting.history,
+                "tries": quorum.tries,
+                "seconds": round(quorum.seconds, 3),
+                "state": quorum.history,
             }

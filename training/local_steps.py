@@ -8,9 +8,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
+from baselines import Muon
 from ef21_muon import ALONE, EF21Muon, LocalSteps
-from ef21_muon.communicating import CommunicatingOptimizer
-from ef21_muon.exchange.lanes import Lanes
+from ef21_muon.communicating import Communicating
+from ef21_muon.transport.fixed import Transport
 from training.causes import explained
 from training.config import build
 from training.workers import RunError, one_line
@@ -23,16 +24,11 @@ def build_local_steps(
 ) -> LocalSteps:
     """make: of LocalSteps, with `inner` a partial, or partials by role.
 
-    place: a process group, or what lanes are made of.
-
-    Raises RunError for an inner optimizer that cannot be built.
+    place: a process group, or a mesh of workers of several ranks, and a transport if it is no usual
+    one. Raises RunError for an inner optimizer that cannot be built.
     """
-    lanes, own = None, groups
-    if config.worker_size > 1:
-        parameters = [parameter for group in groups for _, parameter in group["params"]]
-        lanes = Lanes(parameters, **place)
-        place = {"lanes": lanes, "process_group": lanes.lane}
-        own = lanes.of_lane(groups)
+    mesh = place.get("mesh")
+    own = mesh.share(groups) if mesh else groups
     compressors = {
         direction: {
             group["name"]: group.get(direction, build(config[direction], direction))
@@ -42,8 +38,8 @@ def build_local_steps(
     }
     options = dict(make.keywords)
     shares = _shares(options.pop("inner", None), own)
-    with lanes.together() if lanes else nullcontext():
-        inner = [_build_inner(key, maker, chosen, config.seed) for key, maker, chosen in shares]
+    with mesh.together() if mesh else nullcontext():
+        inner = [_build_inner(*share, config.seed, place.get("transport")) for share in shares]
     return make.func(inner, seed=config.seed, **compressors, **place, **options)
 
 
@@ -67,9 +63,14 @@ def _shares(inner: object, groups: list[dict]) -> Iterator[tuple[str, partial, l
             yield f"optimizer.inner.{role}", maker, chosen
 
 
-def _build_inner(key: str, maker: partial, groups: list[dict], seed: int) -> Optimizer:
-    own = issubclass(maker.func, CommunicatingOptimizer)
-    options = {"process_group": ALONE, "seed": seed} if own else {}
+def _build_inner(
+    key: str, maker: partial, groups: list[dict], seed: int, transport: Transport | None
+) -> Optimizer:
+    options = {}
+    if issubclass(maker.func, Communicating):
+        options = {"process_group": ALONE, "seed": seed}
+        if transport and not transport.sends:  # of a plan, and so is this
+            options["transport"] = Transport(rank=0, ranks=1)
     try:
         with explained(key):
             return maker([stepped_by(maker.func, group) for group in groups], **options)
@@ -79,13 +80,13 @@ def _build_inner(key: str, maker: partial, groups: list[dict], seed: int) -> Opt
 
 def stepped_by(method: type, group: dict) -> dict:
     """Of a group what an optimizer that sends nothing by itself takes: no compressors."""
-    rule = ("norm", "radius", "lmo_feedback") if issubclass(method, EF21Muon) else ()
+    rule = ("norm", "radius", "lmo_feedback") if issubclass(method, EF21Muon | Muon) else ()
     return {entry: group[entry] for entry in ("name", "params", *rule) if entry in group}
 
 
 def inner_tensors(optimizer: Optimizer) -> Iterator[tuple[Tensor, str, Tensor]]:
     """Of every inner optimizer's state the parameter, the name and the tensor."""
-    for inner in getattr(optimizer, "inner", ()):
+    for inner in optimizer.inner:
         for parameter, state in inner.state.items():
             for key, tensor in state.items():
                 yield parameter, key, tensor

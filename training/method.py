@@ -1,7 +1,6 @@
 """The method of a run: the optimizer that its configuration describes."""
 
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from inspect import Parameter, signature
 
@@ -9,24 +8,24 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
-from baselines import AllReduced, SignMuon
-from ef21_muon import EF21Muon, HierarchicalEF21Muon, LocalSteps, param_groups
-from ef21_muon.communicating import CommunicatingOptimizer
-from ef21_muon.exchange.rounds import Rounds
-from ef21_muon.messages.compressors import Compressor
-from ef21_muon.messages.feedback import EF14, EF21
-from ef21_muon.messages.switch import Switch, starts
-from ef21_muon.served import ServedOptimizer
+from baselines import AllReduced
+from ef21_muon import EF21Muon, LocalSteps, WorkerMesh, param_groups
+from ef21_muon.communicating import Communicating
+from ef21_muon.transport.fixed import Transport
+from ef21_muon.transport.schedule import Rounds
 from training.causes import explained
 from training.config import build
 from training.local_steps import build_local_steps, stepped_by
 from training.workers import RunError
 
-METHODS = (CommunicatingOptimizer, AllReduced)  # what train.py can use
+METHODS = (Communicating, AllReduced)  # what train.py can use
+FEEDBACK = {"ef21": "EF21", "ef14": "EF14", "none": "no feedback"}  # as figures name it
 # What optimizers get from elsewhere than configs/optimizer.
 ELSEWHERE = {
-    *("params", "norm", "radius", "w2s", "s2w", "seed", "process_group", "lanes", "buffers"),
+    *("params", "norm", "radius", "w2s", "s2w", "seed"),
+    *("process_group", "mesh", "buffers", "transport"),
 }
 
 
@@ -50,52 +49,70 @@ def require_parts(config: DictConfig, model: nn.Module) -> None:
     parameter_groups(config, model)
     for key in ("w2s", "s2w"):
         build(config[key], key)
-    _require_arguments(build(config.optimizer, "optimizer", _partial_=True))
+    make = build(config.optimizer, "optimizer", _partial_=True)
+    _require_arguments(make)
+    if config.worker_size > 1:
+        _require_several_ranks(config, make.func)
 
 
 def build_optimizer(
     config: DictConfig,
     model: nn.Module,
-    timeout: timedelta | None = None,
     group: ProcessGroup | None = None,
-    with_members: Callable[[partial], partial] | None = None,
+    mesh: DeviceMesh | None = None,
+    transport: Callable[[type], Transport | None] = lambda method: None,
 ) -> torch.optim.Optimizer:
-    """The optimizer of all workers, which wait for each other as long as `timeout`.
+    """The optimizer of all workers; of workers of several ranks in the mesh.
 
-    Their messages go by the process group, or by what `with_members` makes of local steps. Raises
+    Their messages go by the process group, or by a `transport` of the method. Raises
     RunError for choices that contradict one another.
     """
-    place = {"process_group": group}
-    if config.worker_size > 1:
-        backend = group and "gloo"
-        place = {"worker_size": config.worker_size, "timeout": timeout, "backend": backend}
     make = build(config.optimizer, "optimizer", _partial_=True)
     _require_arguments(make)
-    if with_members:
-        make = with_members(make)
     groups = parameter_groups(config, model)
-    if issubclass(make.func, LocalSteps):
-        with explained("optimizer"):
-            optimizer = build_local_steps(config, make, groups, place)
-        _require_accord(config, optimizer)
-        return optimizer
-    options = dict(place)
-    if not issubclass(make.func, AllReduced):
-        options["seed"] = config.seed
-    if issubclass(make.func, EF21Muon) and not issubclass(make.func, AllReduced):
-        options |= {"w2s": build(config.w2s, "w2s"), "s2w": build(config.s2w, "s2w")}
+    place = {"transport": carrier} if (carrier := transport(make.func)) else {}
+    if config.worker_size == 1:
+        place["process_group"] = group
     else:
-        groups = [stepped_by(make.func, group) for group in groups]
-    if make.func is EF21Muon and config.worker_size > 1:
-        make = partial(HierarchicalEF21Muon, **make.keywords)
-    elif config.worker_size > 1:
+        place["mesh"] = _ranks_of_a_worker(config, groups, mesh)
+    with explained("optimizer"):
+        optimizer = assemble(config, make, groups, place)
+    _require_accord(config, optimizer)
+    return optimizer
+
+
+def assemble(
+    config: DictConfig, make: partial, groups: list[dict], place: dict
+) -> torch.optim.Optimizer:
+    """That of `make`, with all that it is given beside the options of configs/optimizer.
+
+    place: its process group or mesh, and a transport if it is no usual one.
+    """
+    if issubclass(make.func, LocalSteps):
+        return build_local_steps(config, make, groups, place)
+    if issubclass(make.func, EF21Muon):
+        compressors = {way: build(config[way], way) for way in ("w2s", "s2w")}
+        return make(groups, seed=config.seed, **compressors, **place)
+    seed = {} if issubclass(make.func, AllReduced) else {"seed": config.seed}
+    return make([stepped_by(make.func, group) for group in groups], **seed, **place)
+
+
+def _ranks_of_a_worker(config: DictConfig, groups: list[dict], mesh: DeviceMesh) -> WorkerMesh:
+    parameters = [parameter for group in groups for _, parameter in group["params"]]
+    if len(parameters) < config.worker_size:
+        raise RunError(
+            f"worker_size={config.worker_size} leaves ranks without a layer: the model has "
+            f"{len(parameters)}, give at most as many"
+        )
+    return WorkerMesh(parameters, mesh=mesh)
+
+
+def _require_several_ranks(config: DictConfig, method: type) -> None:
+    """Raise RunError for a method whose workers have one rank."""
+    if not issubclass(method, EF21Muon | LocalSteps):
         raise RunError(
             f"worker_size={config.worker_size} needs optimizer=ef21_muon or local: set it to 1"
         )
-    with explained("optimizer"):
-        optimizer = make(groups, **options)
-    _require_accord(config, optimizer)
-    return optimizer
 
 
 def _require_arguments(make: partial) -> None:
@@ -126,22 +143,14 @@ def _require_accord(config: DictConfig, optimizer: torch.optim.Optimizer) -> Non
             f"diagnostics_every={config.diagnostics_every} is longer than steps={config.steps}, "
             f"which leaves no record of them: give at most {config.steps}, or 0"
         )
-    if has_servers(optimizer):
-        last = max(start for rule in rules(optimizer) for start in starts(rule["w2s"]))
-        rounds, _, _ = rounds_of(optimizer).of(config.steps)
-        if last and last >= rounds:
-            of = "steps" if rounds == config.steps else f"{rounds} rounds of steps"
-            raise RunError(
-                f"w2s.start={last} is not below {of}={config.steps}: give a round of the run, or "
-                "the first compressor alone"
-            )
-    if config.checkpoint.every and getattr(optimizer, "hook", None) == "powersgd":
+    reduced = isinstance(optimizer, AllReduced)
+    if config.checkpoint.every and reduced and optimizer.hook == "powersgd":
         raise RunError(
             f"checkpoint.every={config.checkpoint.every} is not allowed with hook=powersgd: "
             "torch keeps its state to itself; set it to 0"
         )
-    local = isinstance(optimizer, LocalSteps) and not optimizer.timetable.delay
-    with_estimates = type(optimizer) is EF21Muon and optimizer.feedback is EF21
+    local = isinstance(optimizer, LocalSteps) and not optimizer.delay
+    with_estimates = type(optimizer) is EF21Muon and optimizer.feedback == "ef21"
     elastic = config.worker_size == 1 and (local or with_estimates)
     if config.resume == "elastic" and not elastic:
         raise RunError(
@@ -149,7 +158,7 @@ def _require_accord(config: DictConfig, optimizer: torch.optim.Optimizer) -> Non
             "optimizer=ef21_muon with feedback=ef21, or local without delay, and worker_size=1; "
             "start as many workers as before, with resume=auto"
         )
-    require_whole_rounds(rounds_of(optimizer), config.steps)
+    require_whole_rounds(optimizer.rounds, config.steps)
 
 
 def require_whole_rounds(rounds: Rounds, steps: int) -> None:
@@ -186,42 +195,39 @@ def longer_than(rounds: Rounds, steps: int) -> str | None:
 
 def has_servers(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it sends messages to servers: no baseline does, though one builds on a step here."""
-    return isinstance(optimizer, ServedOptimizer) and not isinstance(optimizer, AllReduced)
+    return optimizer.server is not None and not isinstance(optimizer, AllReduced)
 
 
-def rules(optimizer: torch.optim.Optimizer) -> list[dict]:
-    """What a worker sends of its groups of layers: dicts with name, w2s and s2w."""
-    return getattr(optimizer, "rules", optimizer.param_groups)
+def run_label(
+    optimizer: torch.optim.Optimizer, gather: Callable[[list], list[list]] = lambda own: [own]
+) -> str:
+    """The run's name in figures: the method, or what EF21-Muon sends.
 
-
-def rounds_of(optimizer: torch.optim.Optimizer) -> Rounds:
-    """Its rounds, of a step each but with local steps."""
-    return getattr(optimizer, "rounds", Rounds(1))
-
-
-def run_label(optimizer: torch.optim.Optimizer) -> str:
-    """The run's name in figures: the method, or what EF21-Muon sends."""
+    gather: the lists of all ranks of the worker, each of which sends some of its layers.
+    """
     if not has_servers(optimizer):
         return optimizer.title
     local = isinstance(optimizer, LocalSteps)
     w2s, s2w = (
-        rules(optimizer)[0][direction] if local else optimizer.defaults[direction]
+        optimizer.rules[0][direction] if local else optimizer.defaults[direction]
         for direction in ("w2s", "s2w")
     )
-    label = _sent(optimizer, "w2s", w2s)
+    sent = [one for of_rank in gather(_sent(optimizer)) for one in of_rank]
+    label = _name("w2s", str(w2s), sent)
     if not s2w.lossless:
-        label = f"{label}, back {_sent(optimizer, 's2w', s2w)}"
-    for group in getattr(optimizer, "worker_groups", rules(optimizer)):
-        if str(own := group.get("w2s", w2s)) != str(w2s):
-            label = f"{label}, {group['name']} {_sent(optimizer, 'w2s', own)}"
-        if str(own := group.get("s2w", s2w)) != str(s2w):
-            label = f"{label}, {group['name']} back {_sent(optimizer, 's2w', own)}"
+        label = f"{label}, back {_name('s2w', str(s2w), sent)}"
+    for group, direction, chosen in dict.fromkeys(one[:3] for one in sent):
+        if chosen != str(w2s if direction == "w2s" else s2w):
+            back = "back " if direction == "s2w" else ""
+            label = f"{label}, {group} {back}{_name(direction, chosen, sent)}"
     if local:
         return f"{label}, {_local_label(optimizer)}"
-    if isinstance(optimizer, SignMuon):
-        return f"{optimizer.title}, {label}"
-    told = [optimizer.feedback.title] if optimizer.feedback is not EF21 else []
-    if any(group["lmo_feedback"] for group in optimizer.param_groups):
+    if optimizer.lmo == "workers":
+        signs = "EF21-SignMuon" if optimizer.feedback == "ef21" else "SignMuon"
+        return f"{signs}, {label}"
+    told = [] if optimizer.feedback == "ef21" else [FEEDBACK[optimizer.feedback]]
+    with_feedback = [group["lmo_feedback"] for group in optimizer.param_groups]
+    if any(one for of_rank in gather(with_feedback) for one in of_rank):
         told.append("LMO feedback")
     if (decay := optimizer.defaults["error_decay"]) != 1:
         told.append(f"decay {decay:g}")
@@ -230,30 +236,35 @@ def run_label(optimizer: torch.optim.Optimizer) -> str:
     return ", ".join([label, " ".join(told)] if told else [label])
 
 
-def _sent(optimizer: ServedOptimizer, direction: str, chosen: Compressor | Switch) -> str:
+def _sent(optimizer: Communicating) -> list[tuple[str, str, str, str]]:
+    """Of this rank's layers: group, direction, the compressor that was chosen, what is sent."""
+    sent = []
+    for batch in optimizer.batches:
+        rule = optimizer.rules[batch.group]
+        for direction in ("w2s", "s2w"):
+            chosen = rule[direction]
+            sent.append((rule["name"], direction, str(chosen), str(chosen.fit(*batch.shape))))
+    return sent
+
+
+def _name(direction: str, chosen: str, sent: list[tuple[str, str, str, str]]) -> str:
     """The compressor by its name, or what all layers that have it send because it saves no byte."""
-    if isinstance(chosen, Switch):
-        return str(chosen)
-    used = {
-        str(getattr(batch, direction))
-        for batch in optimizer.batches
-        if str(rules(optimizer)[batch.group][direction]) == str(chosen)
-    }
-    return used.pop() if len(used) == 1 else str(chosen)
+    used = {used for _, *one, used in sent if one == [direction, chosen]}
+    return used.pop() if len(used) == 1 else chosen
 
 
 def _local_label(optimizer: LocalSteps) -> str:
     """What is not the default of local steps."""
     names = {type(inner).__name__ for inner in optimizer.inner} - {"EF21Muon"}
     told = [f"every {optimizer.rounds}", *sorted(names)]
-    if optimizer.feedback is not EF14:
-        told.append(optimizer.feedback.title)
+    if optimizer.feedback != "ef14":
+        told.append(FEEDBACK[optimizer.feedback])
     if optimizer.error_decay != 1:
         told.append(f"decay {optimizer.error_decay:g}")
     if optimizer.mean == "senders":
         told.append("mean over senders")
     if optimizer.outer_lr != 1 or optimizer.outer_momentum:
         told.append(f"outer {optimizer.outer_lr:g}/{optimizer.outer_momentum:g}")
-    if optimizer.timetable.delay:
-        told.append(f"delay {optimizer.timetable.delay}")
+    if optimizer.delay:
+        told.append(f"delay {optimizer.delay}")
     return " ".join(told)

@@ -19,7 +19,7 @@ from training.links import LINKS
 from training.method import longer_than
 from training.report import table
 from training.study import MAP, WORKERS, Setting
-from training.traffic import busiest_by_placement, groups_of, rounds_of_method
+from training.traffic import groups_of, loads_by_placement, rounds_of_method
 
 NOT_RUN = "not run"
 NOTE = """\
@@ -99,9 +99,9 @@ def _exchanges(config: DictConfig, model: GPT) -> Iterator[Exchange]:
         of_settings.append((setting, method, groups_of(own, model)))
     for workers in WORKERS:
         for setting, method, groups in of_settings:
-            server, size = next(iter(busiest_by_placement(method, groups, workers).items()))
+            server, load = next(iter(loads_by_placement(method, groups, workers).items()))
             steps = min(rounds_of_method(method).lengths)
-            yield Exchange(setting, workers, steps, size, 1 if server == "replicated" else 2)
+            yield Exchange(setting, workers, steps, load.bytes, 1 if server == "replicated" else 2)
 
 
 @cache

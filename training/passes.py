@@ -3,14 +3,16 @@
 import os
 import shutil
 import sys
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from baselines import AllReduced
-from ef21_muon.exchange.clipping import clip
+from ef21_muon.transport.mesh import clip
+from ef21_muon.transport.shards import is_sharded
 from model import GPT
 from training.workers import RunError
 
@@ -25,9 +27,10 @@ class Passes:
     all-reduced. precision: of PRECISIONS, "bfloat16" by autocast; compiled: of COMPILE, whether by
     torch.compile. "auto" is bfloat16 and compiled on a GPU, neither on CPUs. max_norm: of a
     worker's gradient, which is clipped to it (of all-reduced ones, the mean is), or None.
-    `without_sync()`: within it gradients are not all-reduced. `twice`: whether the optimizer
-    evaluates every batch by itself, at two W; both gradients are clipped. Raises RunError where
-    CPUs have no compiler.
+    `without_sync()`: within it gradients are neither all-reduced nor, of a sharded model, reduced
+    and scattered: a rank keeps them whole until they are. `twice`: whether the optimizer evaluates
+    every batch by itself, at two W; both gradients are clipped. Raises RunError where CPUs have no
+    compiler.
     """
 
     def __init__(
@@ -40,22 +43,28 @@ class Passes:
         max_norm: float | None = None,
     ):
         self.raw_model, self.optimizer, self.device = raw_model, optimizer, device
-        reduced, on_cuda = isinstance(optimizer, AllReduced), device.type == "cuda"
-        self.model = optimizer.wrap(raw_model) if reduced else raw_model
-        self.without_sync = self.model.no_sync if reduced else nullcontext
+        on_cuda, sharded = device.type == "cuda", any(map(is_sharded, raw_model.parameters()))
+        self.model, self.without_sync = raw_model, nullcontext
+        if isinstance(optimizer, AllReduced):
+            self.model = optimizer.wrap(raw_model)
+            self.without_sync = self.model.no_sync
+        elif sharded:
+            self.without_sync = partial(_without_scatter, raw_model)
         if on_cuda if compiled == "auto" else compiled:
             if not on_cuda:
                 _require_compiler()
-            self.model = torch.compile(self.model)
+            if sharded:
+                _compile_parts(raw_model)
+            else:
+                self.model = torch.compile(self.model, dynamic=False)
         in_half = on_cuda if precision == "auto" else precision == "bfloat16"
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_half)
         # W is evaluated, where a worker's own parameters are apart from it.
-        self.agreed = getattr(optimizer, "agreed", nullcontext)
-        correction = getattr(optimizer, "correction", None)
-        self.twice = correction is not None and correction.evaluates
+        self.agreed = optimizer.agreed
+        self.twice = optimizer.correction is not None
         self.max_norm = max_norm
-        if lanes := getattr(optimizer, "lanes", None):  # they average over a worker's ranks first
-            lanes.max_norm, self.max_norm = max_norm, None
+        if optimizer.mesh:  # which averages over a worker's ranks first
+            optimizer.mesh.max_norm, self.max_norm = max_norm, None
 
     def gradient(self, batch: list[list[Tensor]]) -> Tensor:
         """Leave the gradient of a batch, of passes of equal size, in `grad`; its mean loss, ()."""
@@ -87,6 +96,27 @@ class Passes:
                     total += self.model(inputs, targets).double() * counted
                 tokens += counted
         return total, tokens
+
+
+@contextmanager
+def _without_scatter(model: GPT) -> Iterator[None]:
+    """Within it a backward pass of a sharded model leaves its gradients for the next one."""
+    try:
+        model.set_requires_gradient_sync(False)
+        model.set_is_last_backward(False)
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+        model.set_is_last_backward(True)
+
+
+def _compile_parts(model: GPT) -> None:
+    """Compile a sharded model in place, but for what fully_shard does before and after a module.
+
+    Of that a graph would be cut in pieces. All blocks share one.
+    """
+    for module, name in (model, "embed"), (model, "head"), *((b, "forward") for b in model.blocks):
+        setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
 
 
 def _require_compiler() -> None:

@@ -15,12 +15,19 @@ BYTES = ("w2s_bytes", "s2w_bytes", "received_bytes", "wire_tx_bytes")
 class Progress:
     """Of this worker: `seconds` of training and of its `phases`; `loss_sum` since the last record.
 
-    The time runs from `start` on, and counts with every call of `clock`.
+    The time runs from `start` on, and counts with every call of `clock`. synced_steps: of a run
+    after so many steps those that W has of all workers.
     """
 
-    def __init__(self, workers: Workers, optimizer: torch.optim.Optimizer, tokens_per_step: int):
+    def __init__(
+        self,
+        workers: Workers,
+        optimizer: torch.optim.Optimizer,
+        tokens_per_step: int,
+        synced_steps: Callable[[int], int],
+    ):
         self.workers, self.optimizer = workers, optimizer
-        self.tokens_per_step = tokens_per_step
+        self.tokens_per_step, self.synced_steps = tokens_per_step, synced_steps
         self.bytes_before = dict.fromkeys(BYTES, 0)  # of what the optimizer does not count itself
         self.seconds = 0.0
         self.phases = dict.fromkeys(("data", "forward_backward", *OPTIMIZER_PHASES), 0.0)
@@ -73,14 +80,31 @@ class Progress:
         return read
 
     def position(self, step: int) -> dict:
-        """Where the run is after so many steps, for a record. Bytes are per worker."""
+        """Where the run is after so many steps, for a record. Bytes are per worker.
+
+        To be called on all ranks of a worker.
+        """
         return {
             "step": step,
-            "round": getattr(self.optimizer, "round", step),
-            "tokens": getattr(self.optimizer, "told", step) * self.tokens_per_step,
-            **{key: self.bytes_before[key] + getattr(self.optimizer, key) for key in BYTES},
+            "round": self.optimizer.round,
+            "tokens": self.synced_steps(step) * self.tokens_per_step,
+            **{key: self.bytes_before[key] + own for key, own in self.counted().items()},
             "seconds": round(self.seconds, 3),
         }
+
+    def counted(self) -> dict[str, int]:
+        """What the optimizer counts: bytes of this worker, and what this rank sends to others.
+
+        To be called on all ranks of a worker.
+        """
+        optimizer = self.optimizer
+        own = optimizer.w2s_bytes, optimizer.s2w_bytes, optimizer.received_bytes
+        own = optimizer.mesh.total(*own) if optimizer.mesh else own
+        return dict(zip(BYTES, (*own, optimizer.wire_tx_bytes), strict=True))
+
+    def count_on_from(self, position: dict) -> None:
+        """Let bytes be those of a record of where the run was, from here on."""
+        self.bytes_before = {key: position[key] - own for key, own in self.counted().items()}
 
     @property
     def rounded_phases(self) -> dict[str, float]:

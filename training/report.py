@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
-from ef21_muon import AdaptiveRadius, Compressor, LocalSteps, Switch
-from ef21_muon.exchange.layers import ServedBatch
-from ef21_muon.messages.switch import in_round
-from ef21_muon.served import ServedOptimizer
+from baselines import AllReduced
+from ef21_muon import AdaptiveRadius, Compressor, LocalSteps
+from ef21_muon.communicating import Communicating
+from ef21_muon.layers import Batch
 from training.fleet import comes_and_goes, place_among_all
-from training.method import has_servers, rounds_of, rules
+from training.method import has_servers
 from training.workers import Workers
 
 
@@ -30,7 +30,7 @@ def facts_of(run) -> dict:
         "world_size": place_among_all(run.config, run.workers)[1],
         "worker_size": run.config.worker_size,
         "device": run.workers.device.type,
-        "placement": getattr(run.optimizer, "server", None),
+        "placement": run.optimizer.server,
     }
 
 
@@ -55,7 +55,7 @@ def introduction(run) -> str:
 
 def whole_every(optimizer: torch.optim.Optimizer) -> int:
     """The steps between those whose gradients GreedyLore sends whole; 0 for other methods."""
-    return optimizer.every if getattr(optimizer, "hook", None) == "greedylore" else 0
+    return optimizer.whole_every if isinstance(optimizer, AllReduced) else 0
 
 
 def group_table(optimizer: torch.optim.Optimizer, workers: Workers) -> str:
@@ -65,25 +65,30 @@ def group_table(optimizer: torch.optim.Optimizer, workers: Workers) -> str:
     heading = ["group", "layers", "shape", "norm", "radius", "lr", "w2s", "bytes", "s2w", "bytes"]
     of_ranks = workers.gather(_layers(optimizer))[: ranks_of_a_worker(optimizer)]
     told = table([heading, *(row for of_rank in of_ranks for row in of_rank)])
-    rounds = rounds_of(optimizer)
+    rounds = optimizer.rounds
     told_rounds = "a round a step" if rounds.lengths == [1] else f"a round every {rounds} steps"
-    servers = workers.gather(optimizer.server)[: ranks_of_a_worker(optimizer)]  # of every lane
-    chosen = _chosen(optimizer.placements)
-    return f"{told}\n\n{told_rounds}, servers {' and '.join(dict.fromkeys(servers))}{chosen}"
+    servers = workers.gather(optimizer.server)[: ranks_of_a_worker(optimizer)]  # of every rank
+    told_servers = f"{' and '.join(dict.fromkeys(servers))}{_chosen(optimizer)}"
+    return f"{told}\n\n{told_rounds}, servers {told_servers}"
 
 
-def _chosen(placements: dict[str, int]) -> str:
-    """Why a placement was chosen."""
-    if not placements:
+def _chosen(optimizer: Communicating) -> str:
+    """What servers take where they are, and what they would elsewhere; of server=auto."""
+    loads = dict(optimizer.placements)
+    if not loads:
         return ""
-    least, *others = (f"{size:,}" for size in placements.values())
-    told = ", ".join(f"{name} {size}" for name, size in zip([*placements][1:], others, strict=True))
-    return f": the busiest rank moves {least} bytes a round ({told})"
+    own = loads.pop(optimizer.server)
+    told = ", ".join(
+        f"{name} {one.bytes:,} and {one.multiplications:.2g}" for name, one in loads.items()
+    )
+    return (
+        f": the busiest ranks move {own.bytes:,} bytes and take {own.multiplications:.2g} "
+        f"multiplications a round ({told})"
+    )
 
 
 def ranks_of_a_worker(optimizer: torch.optim.Optimizer) -> int:
-    lanes = getattr(optimizer, "lanes", None)
-    return lanes.worker_size if lanes else 1
+    return optimizer.mesh.ranks_per_worker if optimizer.mesh else 1
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[list[str]]:
@@ -95,11 +100,11 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[list[str]]:
     return rows
 
 
-def _layers(optimizer: ServedOptimizer) -> list[list[str]]:
+def _layers(optimizer: Communicating) -> list[list[str]]:
     rows = []
-    for place, batch in enumerate(optimizer.batches):
-        group, rule = optimizer.param_groups[batch.group], rules(optimizer)[batch.group]
-        layers = len(batch.params)
+    for batch in optimizer.batches:
+        group, rule = optimizer.param_groups[batch.group], optimizer.rules[batch.group]
+        layers, fitted = len(batch.params), rule["w2s"].fit(*batch.shape)
         rows.append(
             [
                 group["name"],
@@ -108,20 +113,20 @@ def _layers(optimizer: ServedOptimizer) -> list[list[str]]:
                 str(group["norm"]) if "norm" in group else _inner(optimizer, group),
                 _radius(group["radius"]) if "radius" in group else "",
                 f"{group['lr']:g}",
-                *_over_phases(optimizer, place, rule["w2s"]),
+                _fitted(fitted, rule["w2s"]),
+                f"{layers * fitted.payload_bytes(*batch.shape):,}",
                 *_back(optimizer, batch, rule["s2w"]),
             ]
         )
     return rows
 
 
-def _back(optimizer: ServedOptimizer, batch: ServedBatch, chosen: Compressor) -> tuple[str, str]:
+def _back(optimizer: Communicating, batch: Batch, chosen: Compressor) -> tuple[str, str]:
     """What servers send back of a batch of layers, and its bytes."""
-    others = optimizer.exchange.ranks > 1 or hasattr(optimizer, "fleet")
-    if optimizer.exchange.replicated and others:
+    others = optimizer.transport.ranks > 1 or optimizer.transport.heals
+    if batch.replicated and others:
         return "nothing", "0"
-    size = len(batch.params) * batch.s2w.payload_bytes(*batch.shape)
-    return _fitted(batch.s2w, chosen), f"{size:,}"
+    return _fitted(batch.down.compressor, chosen), f"{len(batch.params) * batch.down.size:,}"
 
 
 def _radius(radius: float | AdaptiveRadius) -> str:
@@ -135,21 +140,6 @@ def _inner(optimizer: LocalSteps, group: dict) -> str:
         for inner in optimizer.inner
         if any(own is group for own in inner.param_groups)
     )
-
-
-def _over_phases(
-    optimizer: ServedOptimizer, place: int, chosen: Compressor | Switch
-) -> tuple[str, str]:
-    """What workers send of a batch of layers, and its bytes; one after the other if it changes."""
-    layers, shape = len(optimizer.batches[place].params), optimizer.batches[place].shape
-    names, sizes, rounds = [], [], rounds_of(optimizer)
-    for phase in optimizer.phases:
-        used = phase.w2s[place]
-        name = _fitted(used, in_round(chosen, phase.start))
-        begin = f" from step {rounds.first_step(phase.start) + 1}" if phase.start else ""
-        names.append(name + begin)
-        sizes.append(f"{layers * used.payload_bytes(*shape):,}")
-    return ", ".join(names), ", ".join(sizes)
 
 
 def _fitted(used: Compressor, chosen: Compressor) -> str:

@@ -9,8 +9,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ef21_muon.communicating import CommunicatingOptimizer
-from ef21_muon.exchange.shards import local
+from ef21_muon import LocalSteps
+from ef21_muon.layers import SERVER
+from ef21_muon.transport.shards import local
 from training.checkpoint import (
     PARTIAL,
     Checkpoints,
@@ -23,12 +24,9 @@ from training.checkpoint import (
 from training.config import AS_BEFORE, what_matters
 from training.fleet import comes_and_goes
 from training.local_steps import inner_tensors
-from training.progress import BYTES
 from training.records import LOG_NAME
 from training.schedule import new_scheduler
 from training.workers import RunError
-
-SERVER = "server_"  # what the names of a server's state begin with
 
 
 def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
@@ -38,11 +36,11 @@ def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
         "config": config,
         "config_hash": _hash(config),
         "workers": run.workers.count,
-        "placement": getattr(run.optimizer, "server", None),
+        "placement": run.optimizer.server,
         "data": run.workers.gather(run.feed.batches.state_dict()),
-        "round": getattr(run.optimizer, "round", None),
+        "round": run.optimizer.round,
         "position": run.position(),
-        "fleet": run.optimizer.fleet_state() if comes_and_goes(run.config) else None,
+        "fleet": run.members.fleet.state() if comes_and_goes(run.config) else None,
         **run.progress.state(),
     }
     return _tensors(run) | _generator_states(run), facts
@@ -68,8 +66,7 @@ def resume(run, checkpoints: Checkpoints, directory: Path) -> dict | None:
         position = left["position"]
         run.progress.seconds = position["seconds"]
         if "w2s_bytes" in position:
-            counted = {key: position[key] - getattr(run.optimizer, key) for key in BYTES}
-            run.progress.bytes_before = counted
+            run.progress.count_on_from(position)
     return left and (facts or {}) | left
 
 
@@ -101,14 +98,14 @@ def go_on(run, path: Path) -> dict:
             "many, or give resume=elastic"
         )
     shards = facts["config"].get("shard", False)
-    if hasattr(run.optimizer, "agreed") and shards != run.config.shard:
+    if isinstance(run.optimizer, LocalSteps) and shards != run.config.shard:
         raise RunError(
             f"{path} has each rank's own model with shard={str(shards).lower()}: give the same"
         )
     _make_inner_state(run, path, run.workers.rank)
     states = _generator_states(run)
     load(path, _tensors(run) | states)
-    for state, generator in zip(states.values(), _generators(run).values(), strict=True):
+    for state, generator in zip(states.values(), run.optimizer.generators.values(), strict=True):
         generator.set_state(state)
     run.feed.batches.load_state_dict(facts["data"][run.workers.rank])
     _continue(run, facts)
@@ -158,7 +155,7 @@ def _tensors(run) -> dict[str, Tensor]:
     Where a worker's own parameters are apart from W, they are part of its state, and so is that of
     the optimizer which steps them.
     """
-    worker, apart = f"worker.{run.workers.rank}", hasattr(run.optimizer, "agreed")
+    worker, apart = f"worker.{run.workers.rank}", isinstance(run.optimizer, LocalSteps)
     tensors = {}
     for name, parameter in run.raw_model.named_parameters():
         if apart:
@@ -180,8 +177,7 @@ def _tensors(run) -> dict[str, Tensor]:
 
 def _stepped(run) -> dict[str, Tensor]:
     """What an optimizer of this rank steps of every layer, by name."""
-    lanes = getattr(run.optimizer, "lanes", None)
-    own = lanes.own if lanes else {}
+    own = run.optimizer.mesh.own if run.optimizer.mesh else {}
     return {name: own.get(one, one) for name, one in run.raw_model.named_parameters()}
 
 
@@ -190,7 +186,7 @@ def _make_inner_state(run, path: Path, worker: int) -> None:
     parameters = _stepped(run)
     for stored, metadata in stored_tensors(path).items():
         found = re.fullmatch(rf"worker\.{worker}\.(.+)\.inner\.(\w+)", stored)
-        for inner in getattr(run.optimizer, "inner", ()) if found else ():
+        for inner in run.optimizer.inner if found else ():
             parameter = parameters[found[1]]
             if any(parameter is one for group in inner.param_groups for one in group["params"]):
                 device = parameter.device if metadata.size else "cpu"
@@ -198,26 +194,21 @@ def _make_inner_state(run, path: Path, worker: int) -> None:
                 inner.state[parameter].setdefault(found[2], empty)
 
 
-def _generators(run) -> dict[str, torch.Generator]:
-    return getattr(run.optimizer, "generators", {})
-
-
 def _generator_states(run) -> dict[str, Tensor]:
     return {
         f"worker.{run.workers.rank}.generator.{purpose}": generator.get_state()
-        for purpose, generator in _generators(run).items()
+        for purpose, generator in run.optimizer.generators.items()
     }
 
 
 def _continue(run, facts: dict) -> None:
     """Counters, schedule and times of the checkpoint."""
     position = {"received_bytes": _received(facts)} | facts["position"]
-    if isinstance(run.optimizer, CommunicatingOptimizer):
-        run.optimizer.go_on_after(position["step"])
+    run.optimizer.go_on_after(position["step"])
     if comes_and_goes(run.config):
-        run.optimizer.load_fleet_state(facts["fleet"])
+        run.members.fleet.load_state(facts["fleet"])
     run.progress.go_on(facts)
-    run.progress.bytes_before = {key: position[key] - getattr(run.optimizer, key) for key in BYTES}
+    run.progress.count_on_from(position)
     run.scheduler = new_scheduler(run.optimizer, run.config, position["step"])
 
 

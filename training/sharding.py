@@ -1,32 +1,41 @@
-"""A model spread over the ranks of a worker, by torch's fully_shard."""
+"""Workers of several ranks: their mesh, and a model spread over the ranks of each."""
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from ef21_muon.transport.mesh import new_mesh
 from model import GPT
 from training.workers import RunError, Workers
 
 
-def require_shards(worker_size: int, ranks: int) -> None:
-    """Raise RunError for workers whose ranks have nothing to share."""
-    if worker_size == 1:
-        raise RunError("shard=true needs workers of several ranks: give worker_size=2 or more")
-    if worker_size < 1 or ranks % worker_size:
-        raise RunError(f"worker_size={worker_size} does not divide {ranks} ranks: give a divisor")
+def new_worker_mesh(worker_size: int, workers: Workers, from_host: bool = False) -> DeviceMesh:
+    """That of all ranks, `worker_size` of them a worker; one for all jobs of a launch.
+
+    For torch remembers the mesh of sharded tensors, and takes an equal one of a later job for it.
+    from_host: whether messages between workers go by gloo, through the host's memory, where those
+    inside of one do not. Raises RunError for workers whose ranks do not add up to all.
+    """
+    given = f"worker_size={worker_size}"
+    if not dist.is_initialized():
+        raise RunError(f"{given} needs a process group: use torchrun")
+    if dist.get_world_size() % worker_size:
+        raise RunError(f"{given} does not divide {dist.get_world_size()} ranks: give a divisor")
+    if (kind := (worker_size, from_host)) not in workers.meshes:
+        backend = "gloo" if from_host else None
+        mesh = new_mesh(worker_size, workers.device.type, workers.timeout, backend)
+        workers.meshes[kind] = mesh
+    return workers.meshes[kind]
 
 
-def shard(model: GPT, worker_size: int, workers: Workers) -> None:
+def shard(model: GPT, mesh: DeviceMesh) -> None:
     """Leave of every parameter some rows on each rank of a worker, in place.
 
-    A block is whole only while it computes. The root too is resharded after every forward pass, so
-    that what it computes with next are the rows as they are then.
+    The model may be on the meta device, so that no rank ever has all of it. A block is whole only
+    while it computes. The root too is resharded after every forward pass, so that what it computes
+    with next are the rows as they are then.
     """
     from torch.distributed.fsdp import fully_shard  # which takes long, where nothing is sharded
 
-    first = workers.rank // worker_size * worker_size
-    ranks = list(range(first, first + worker_size))
-    group = dist.new_group(ranks, workers.timeout, use_local_synchronization=True)
-    mesh = DeviceMesh.from_group(group, workers.device.type)
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh["rank"])
+    fully_shard(model, mesh=mesh["rank"], reshard_after_forward=True)

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.files import Claim, ClaimedError
 from training.config import Job, compose, flat, sweep
+from training.groups import groups_of_a_job
 from training.log import completed
 from training.nodes import require_same_code, require_shared
 from training.plan import plan
@@ -107,7 +108,8 @@ def _unfit(jobs: list[Job], workers: Workers, build_run: BuildRun) -> list[RunEr
     errors = []
     for job in list(jobs):
         try:
-            workers.together(lambda job=job: build_run(job.config, workers))
+            with groups_of_a_job(workers):
+                workers.together(lambda job=job: build_run(job.config, workers))
         except RunError as error:
             error = RunError(f"{error} (in {' '.join(job.overrides)})")
             if all(job.config.fail_fast for job in jobs):
@@ -133,7 +135,11 @@ def _train_jobs(
     for number, job in enumerate(jobs, 1):
         told = f"\njob {number} of {len(jobs)}: " if multirun else None
         try:
-            if not _train(job, told, workers, run_job):
+            # The last job's end with the process: to let go of them earlier could only fail.
+            more = number < len(jobs)
+            with groups_of_a_job(workers) if more else nullcontext():
+                goes_on = _train(job, told, workers, run_job)
+            if not goes_on:
                 break
         except RunError as error:
             if fail_fast:

@@ -2,11 +2,13 @@
 
 from functools import partial
 
+import torch
 from omegaconf import DictConfig
 
 from ef21_muon import EF21Muon
-from ef21_muon.exchange.layers import lmo_costs, named_layers, traffic_by_placement
-from ef21_muon.exchange.rounds import Rounds
+from ef21_muon.layers import entry_counts, lmo_costs
+from ef21_muon.transport.load import Load, loads
+from ef21_muon.transport.schedule import Rounds
 from model import GPT
 from training.config import build
 from training.method import parameter_groups
@@ -32,11 +34,10 @@ def rounds_of_method(method: partial) -> Rounds:
 
 def costs_of(method: partial, groups: list[dict]) -> list[int]:
     """What serving each layer costs, by which servers are spread."""
-    if method.func is EF21Muon:
-        return lmo_costs(groups)
-    return [parameter.numel() for _, _, parameter, _ in named_layers(groups)]
+    return lmo_costs(groups) if method.func is EF21Muon else entry_counts(groups)
 
 
-def busiest_by_placement(method: partial, groups: list[dict], workers: int) -> dict[str, int]:
-    """Bytes that the busiest rank sends or receives in a round; first the least, as auto takes."""
-    return traffic_by_placement(groups, costs_of(method, groups), workers)
+def loads_by_placement(method: partial, groups: list[dict], workers: int) -> dict[str, Load]:
+    """What the busiest rank has to do in a round; first the placement that auto takes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # that a run here would be on
+    return loads(groups, costs_of(method, groups), workers, device)

@@ -1,23 +1,33 @@
-"""Weights that all workers start from."""
+"""The weights that all workers start from."""
 
-import torch
+from functools import partial
+
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor
 
-from ef21_muon.fingerprint import fingerprint
+from ef21_muon.transport.agreement import fingerprint
+from ef21_muon.transport.shards import is_sharded, local
+from model import GPT
 from training.workers import Workers
 
 
-@torch.no_grad()
-def take_first(model: nn.Module, workers: Workers) -> None:
-    """Rank 0's weights for all, where another kind of processor drew others from the same seed.
+def draw_weights(model: GPT, seed: int, workers: Workers) -> None:
+    """Give a model of the meta device, whole or sharded, its values on this rank's device.
 
-    To be called on all ranks. Sends fingerprints, and those weights alone that differ.
+    To be called on all ranks. They are rank 0's where another kind of processor draws others from
+    the same seed. No more than one layer is whole on the CPU at a time.
     """
-    weights = [*model.parameters()]
-    every = workers.gather([fingerprint(weight).item() for weight in weights])
-    for weight, *prints in zip(weights, *every, strict=True):
-        if len({*prints}) > 1:
-            host = weight.cpu()
-            dist.broadcast(host, 0, group=workers.control)
-            weight.copy_(host)
+    model.to_empty(device=workers.device)
+    model.init_weights(seed, partial(_fill, workers))
+
+
+def _fill(workers: Workers, weight: Tensor, values: Tensor) -> None:
+    prints = workers.gather(fingerprint(values).item())
+    if len({*prints}) > 1:
+        dist.broadcast(values, 0, group=workers.control)
+    own = local(weight)
+    if is_sharded(weight):
+        mesh = weight.device_mesh
+        first = mesh.get_local_rank() * -(-len(values) // mesh.size())
+        values = values[first : first + len(own)]
+    own.copy_(values)

@@ -15,17 +15,18 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
-from ef21_muon.exchange.reach import INTERFACE, Place, cut_off
+from ef21_muon.transport.reach import INTERFACE, Place, cut_off
 from training.console import lenient_output
 
+MEMORY = "the memory does not suffice: give a smaller model or batch.per_forward"
 # What errors that torch raises mean, by a part of their message.
 MEANINGS = {
     "EADDRINUSE": "the port is taken: give a free --master-port, and start rank 0 once",
     "Unable to find address": "no such network interface: set GLOO_SOCKET_IFNAME to one that is up",
     "no socket interface": "no such network interface: set NCCL_SOCKET_IFNAME to one that is up",
-    "allocate memory": "the memory does not suffice: give a smaller model or batch.per_forward",
-    "out of memory": "the memory does not suffice: give a smaller model or batch.per_forward",
+    **dict.fromkeys(("allocate memory", "out of memory", "size calculation overflowed"), MEMORY),
 }
 EXCHANGES = ("device", "host")
 FINAL = os.EX_CONFIG  # the exit status after an error that no restart can mend
@@ -50,6 +51,10 @@ def by_host_alone(devices: set[bytes]) -> bool:
     So it is where ranks share a GPU, and where only some have one.
     """
     return b"shared" in devices or len(devices) > 1
+
+
+# Not let go of before the process ends, since threads of gloo may still use their groups.
+_ended: list["Workers"] = []
 
 
 def leave(status: int) -> NoReturn:
@@ -91,6 +96,7 @@ class Workers:
             self.device = torch.device("cuda", local_rank % gpus)
             self.shared = max(local_rank + 1, local_count) > gpus
         self.control = self._from_host = self._store = None
+        self.meshes: dict[tuple, DeviceMesh] = {}  # of workers of several ranks
         self.asked_to_stop = False
         self.training = False  # or has trained
         self.timeout = timedelta(seconds=timeout)
@@ -200,15 +206,22 @@ class Workers:
     def _request_stop(self, number: int, frame: object) -> None:
         self.asked_to_stop = True
 
-    def group(self, exchange: str) -> dist.ProcessGroup | None:
+    def group(self, exchange: str, delay: int = 0) -> dist.ProcessGroup | None:
         """The process group of messages that go from `exchange`, "device" or "host"; None is all.
 
-        Raises RunError for messages from the device where workers share one.
+        delay: steps that they travel. Raises RunError for messages from the device where workers
+        share one, and for NCCL with a delay, in which its kernels would hold up the computation.
         """
         if exchange == "device" and self.shared:
             raise RunError(
                 "exchange=device needs a GPU for each rank, and this machine, or another, has fewer"
                 f" (here {torch.cuda.device_count()}): start as many, or give exchange=host"
+            )
+        by_nccl = exchange == "device" and self._from_host is not None
+        if by_nccl and delay:
+            raise RunError(
+                f"optimizer.delay={delay} is not allowed with NCCL, whose receiving kernel would "
+                "spin on the GPU all the while: give exchange=host, or optimizer.delay=0"
             )
         return self._from_host if exchange == "host" else None
 
@@ -306,6 +319,7 @@ class Workers:
                 with suppress(RuntimeError):
                     self.gather(None)
             dist.destroy_process_group()
+            _ended.append(self)
         return status
 
     def _meaning(self, error: RuntimeError) -> str | None:

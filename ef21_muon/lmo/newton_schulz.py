@@ -12,8 +12,9 @@ Polynomial = tuple[float, float, float]  # (a, b, c) of a x + b x^3 + c x^5
 # five-fold composition takes singular values in [0.003, 1] to roughly [0.7, 1.2].
 JORDAN = (3.4445, -4.7750, 2.0315)
 
-# Amsel, Persson, Musco, Gower, "The Polar Express" (arXiv:2505.16932): each is the best quintic for
-# what the steps before it make of singular values in [0.001, 1].
+# Amsel et al., "The Polar Express" (arXiv:2505.16932): each is the best quintic for what the steps
+# before it make of singular values in [0.001, 1]. Against rounding all but the last are evaluated
+# at x / 1.01, and so is the input of the first.
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -24,51 +25,31 @@ POLAR_EXPRESS = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
-SAFETY = 1.01  # of the same paper, against rounding
-
-
-def _shrunk(polynomial: Polynomial, by: float) -> Polynomial:
-    """The coefficients of p(x / by)."""
-    a, b, c = polynomial
-    return a / by, b / by**3, c / by**5
-
-
-# One for each step; the last is repeated. All of the Polar Express but its last are evaluated at
-# x / SAFETY, and so is its input, which makes it the square for the first.
-POLYNOMIALS = {
+SHRUNK_BY = (1.01**2, *6 * (1.01,), 1)
+POLYNOMIALS = {  # one for each step; the last is repeated
     "jordan": (JORDAN,),
-    "polar_express": (
-        _shrunk(POLAR_EXPRESS[0], SAFETY**2),
-        *(_shrunk(polynomial, SAFETY) for polynomial in POLAR_EXPRESS[1:-1]),
-        POLAR_EXPRESS[-1],
+    "polar_express": tuple(
+        (a / s, b / s**3, c / s**5) for (a, b, c), s in zip(POLAR_EXPRESS, SHRUNK_BY, strict=True)
     ),
 }
 
-# Where n / m is at least GRAM_ASPECT, steps go GRAM_STEPS at a time through the Gram matrix. It
-# holds squares of singular values, so that this takes float32; more at a time would be faster yet
-# and lose digits (results/lmo).
-GRAM_ASPECT = 2
-GRAM_STEPS = 3
+# Where n / m is at least GRAM_ASPECT, steps go GRAM_STEPS at a time through the Gram matrix, in
+# float32, as it holds squares of singular values. More at a time would lose digits (results/lmo).
+GRAM_ASPECT, GRAM_STEPS = 2, 3
 
 
 def newton_schulz(
     matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = None, method: str = "jordan"
 ) -> Tensor:
-    """U V^T, approximately, for every matrix U S V^T of a batch.
+    """U V^T, approximately, for every matrix U S V^T of a batch (..., m, n), in its dtype.
 
-    matrices: (..., m, n); the result has the same shape and dtype. Singular values relative to the
-    Frobenius norm come out
+    Five steps of "jordan" bring singular values above 0.003 of the Frobenius norm to about
+    [0.7, 1.2]; five of "polar_express" those above 0.001 to [0.84, 1.13], six to within 0.007 of 1
+    and seven to within 2e-5. Smaller ones come out smaller, and zero stays zero.
 
-    - of five steps of "jordan" in about [0.7, 1.2] where they exceeded 0.003,
-    - of five steps of "polar_express" in [0.84, 1.13], of six within 0.007 of 1 and of seven within
-      2e-5, where they exceeded 0.001;
-
-    smaller ones come out smaller, and zero stays zero.
-
-    `dtype` is the dtype of the iteration: by default bfloat16 on CUDA and float32 elsewhere
-    (bfloat16 matrix products are ~50x slower on CPUs without bf16 units, and a few times faster on
-    those with them). In bfloat16 "jordan" rounds where torch.optim.Muon rounds, but for what
-    torch.compile, through which it goes on CUDA, fuses.
+    dtype: of the iteration, by default bfloat16 on CUDA and float32 elsewhere, since CPUs without
+    bf16 units take ~50 times longer in bfloat16. In bfloat16 "jordan" rounds where torch.optim.Muon
+    rounds, but for what torch.compile fuses on CUDA.
     """
     if dtype is None:
         dtype = torch.bfloat16 if matrices.is_cuda else torch.float32
@@ -76,65 +57,45 @@ def newton_schulz(
     polynomials = [published[min(step, len(published) - 1)] for step in range(steps)]
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = unit_length((matrices.mT if tall else matrices).to(dtype))
-    shape = x.shape
-    x = x.reshape(-1, *shape[-2:])
-    through_gram = dtype.itemsize >= 4 and shape[-1] >= GRAM_ASPECT * shape[-2]
+    m, n = x.shape[-2:]
+    through_gram = dtype.itemsize >= 4 and n >= GRAM_ASPECT * m
     run = compiled() if x.is_cuda else iterate
-    x = run(x, polynomials, GRAM_STEPS if through_gram else 0)
-    x = x.view(shape)
-    return (x.mT if tall else x).to(matrices.dtype)
+    result = run(x.reshape(-1, m, n), polynomials, GRAM_STEPS if through_gram else 0).view(x.shape)
+    return (result.mT if tall else result).to(matrices.dtype)
 
 
 def iterate(x: Tensor, polynomials: list[Polynomial], gram_steps: int) -> Tensor:
     """One polynomial after another of the singular values of x (L, m, n), m <= n.
 
-    `gram_steps` at a time through the Gram matrix, or, if that is 0, step by step.
+    A step is F x with F = a + b x x^T + c (x x^T)^2, and its Gram matrix is F (x x^T) F: they go
+    `gram_steps` at a time with only two products of n columns, or, if that is 0, one by one.
     """
     if gram_steps == 0:
-        for polynomial in polynomials:
-            x = _step(x, polynomial)
+        for a, b, c in polynomials:
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x
     for first in range(0, len(polynomials), gram_steps):
-        x = _gram_steps(x, polynomials[first : first + gram_steps])
+        gram = x @ x.mT
+        product = factor = _factor(gram, *polynomials[first])
+        for polynomial in polynomials[first + 1 : first + gram_steps]:
+            gram = factor @ gram @ factor
+            factor = _factor(gram, *polynomial)
+            product = factor @ product
+        x = product @ x
     return x
+
+
+def _factor(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    factor.diagonal(dim1=1, dim2=2).add_(a)
+    return factor
 
 
 @cache
 def compiled(backend: str = "inductor") -> Callable[[Tensor, list[Polynomial], int], Tensor]:
-    """`iterate`, compiled for every shape that it meets, when it meets it.
-
-    Beyond as many shapes as torch compiles a function for (torch._dynamo.config.recompile_limit, 8)
-    it runs as it is.
-    """
+    """`iterate`, compiled for as many shapes as torch._dynamo.config.recompile_limit, 8."""
     return torch.compile(iterate, dynamic=False, backend=backend)
-
-
-def _step(x: Tensor, polynomial: Polynomial) -> Tensor:
-    """a x + b (x x^T) x + c (x x^T)^2 x."""
-    a, b, c = polynomial
-    gram = x @ x.mT
-    return torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-
-
-def _gram_steps(x: Tensor, polynomials: list[Polynomial]) -> Tensor:
-    """The same, for one polynomial after another, with only two products of n columns.
-
-    A step is F x with F = a + b x x^T + c (x x^T)^2, and its Gram matrix is F (x x^T) F.
-    """
-    gram = x @ x.mT
-    product = factor = _factor(gram, polynomials[0])
-    for polynomial in polynomials[1:]:
-        gram = factor @ gram @ factor
-        factor = _factor(gram, polynomial)
-        product = factor @ product
-    return product @ x
-
-
-def _factor(gram: Tensor, polynomial: Polynomial) -> Tensor:
-    a, b, c = polynomial
-    factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-    factor.diagonal(dim1=1, dim2=2).add_(a)
-    return factor
 
 
 def unit_length(x: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
@@ -151,10 +112,7 @@ def length(x: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
 
 
 def unit_largest(x: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
-    """x times the power of two that makes its largest magnitude along `dim` at least 1, below 2.
-
-    So squares stay in range, and no digit is lost.
-    """
+    """x times the power of two that puts its largest magnitude along `dim` into [1, 2): exact."""
     return x / binade(x, dim)
 
 

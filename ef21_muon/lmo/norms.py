@@ -1,11 +1,9 @@
 """Norms: the geometry of the server's step.
 
 A norm gives `lmo(G)`, the minimiser of <G, Z> over its unit ball, and `dual(G)`, its dual norm, so
-that <G, lmo(G)> = -dual(G). All take batches of matrices (..., d_out, d_in), as torch.nn.Linear
-stores its weight; the optimizer passes a vector of n entries as an (n, 1) matrix.
-
-`scaling` names a scale s(d_out, d_in) by which a norm is divided, so that lmo and dual are s times
-as large. The formulas of the classes are those for s = 1.
+that <G, lmo(G)> = -dual(G), of batches of matrices (..., d_out, d_in), as torch.nn.Linear stores
+its weight; a vector of n entries comes as (n, 1). `scaling` names a scale s(d_out, d_in) by which
+a norm is divided, so that lmo and dual are s times as large; formulas are those for s = 1.
 """
 
 from inspect import signature
@@ -22,24 +20,22 @@ from ef21_muon.lmo.newton_schulz import POLYNOMIALS, length, newton_schulz, unit
 class Norm:
     """A norm on matrices of d_out rows and d_in columns.
 
-    `scalings` has its scales by name; ValueError for another name. A norm of your own gives
-    `aligned` and `dual_norm` (or `lmo` and `dual`), and `cost`.
+    scaling: a name in `scalings`, by default the first. For s = 1 a norm of your own has
+    `aligned(G)`, a new tensor with the maximiser of <G, Z> over the unit ball, and `dual_norm(G)`;
+    and `cost` if it is not `cost_per_entry` times the entries.
     """
 
     scalings: ClassVar = {"none": lambda d_out, d_in: 1.0}
+    cost_per_entry = 3
 
-    def __init__(self, scaling: str = "none"):
-        if scaling not in self.scalings:
-            raise ValueError(
-                f"{type(self).__name__} got scaling={scaling!r}: choose {', '.join(self.scalings)}"
-            )
-        self.scaling = scaling
+    def __init__(self, scaling: str | None = None):
+        self.scaling = next(iter(self.scalings)) if scaling is None else scaling
+        if self.scaling not in self.scalings:
+            known = ", ".join(self.scalings)
+            raise ValueError(f"{type(self).__name__} got scaling={scaling!r}: choose {known}")
 
     def lmo(self, gradient: Tensor) -> Tensor:
-        """argmin of <gradient, Z> over ||Z|| <= 1; zero where the gradient is.
-
-        (..., d_out, d_in) -> the same shape.
-        """
+        """argmin of <gradient, Z> over ||Z|| <= 1; zero where the gradient is."""
         return self.aligned(gradient).mul_(-self.scale(*gradient.shape[-2:]))
 
     def dual(self, gradient: Tensor) -> Tensor:
@@ -47,11 +43,7 @@ class Norm:
         return self.dual_norm(gradient) * self.scale(*gradient.shape[-2:])
 
     def projected(self, wanted: Tensor) -> Tensor:
-        """The part of -wanted along the LMO's direction Z, -(<wanted, Z> / ||Z||_2^2) Z.
-
-        With an exact LMO it is (||wanted||_* / ||Z||_2^2) Z; zero where `wanted` is.
-        (..., d_out, d_in) -> the same shape.
-        """
+        """The part of -wanted along the LMO's direction Z: -(<wanted, Z> / ||Z||_2^2) Z or zero."""
         direction = self.lmo(wanted)
         along = (wanted * direction).sum((-2, -1), keepdim=True)
         squared = direction.square().sum((-2, -1), keepdim=True)
@@ -61,14 +53,11 @@ class Norm:
     def init_(self, weight: Tensor, generator: Generator | None = None) -> Tensor:
         """Fill weight (..., d_out, d_in) with random extreme points of the unit ball; returns it.
 
-        They are minus the exact LMO of Gaussian matrices. With scaling="scion" this is what Scion
-        (arXiv:2502.07529) starts from, up to the factor of the layer's radius: uniform over
-        orthogonal matrices for Spectral, over signs, over spheres for columns and rows. Only where
-        Scion starts at zero, as with biases, use zeros.
+        They are minus the exact LMO of Gaussian matrices. With scaling="scion" Scion
+        (arXiv:2502.07529) starts from them, times the radius, but biases from zero.
         """
-        gaussian = torch.randn(
-            weight.shape, generator=generator, dtype=torch.float32, device=weight.device
-        )
+        like = {"dtype": torch.float32, "device": weight.device}
+        gaussian = torch.randn(weight.shape, generator=generator, **like)
         return weight.copy_(self.exact().lmo(gaussian).neg_())
 
     def exact(self) -> "Norm":
@@ -77,27 +66,18 @@ class Norm:
 
     def cost(self, d_out: int, d_in: int) -> int:
         """Multiplications that `lmo` takes for one matrix, for balancing servers."""
-        raise NotImplementedError
-
-    def aligned(self, gradient: Tensor) -> Tensor:
-        """argmax of <gradient, Z> over the unit ball for s = 1, as a new tensor."""
-        raise NotImplementedError
-
-    def dual_norm(self, gradient: Tensor) -> Tensor:
-        """The dual norm for s = 1."""
-        raise NotImplementedError
+        return self.cost_per_entry * d_out * d_in
 
     def scale(self, d_out: int, d_in: int) -> float:
-        """s(d_out, d_in)."""
         return self.scalings[self.scaling](d_out, d_in)
 
     def __repr__(self) -> str:
         """The call that builds it, defaults left out."""
-        given = [
-            f"{name}={getattr(self, name)!r}"
-            for name, parameter in signature(type(self)).parameters.items()
-            if getattr(self, name, parameter.default) != parameter.default
-        ]
+        given = []
+        for name, parameter in signature(type(self)).parameters.items():
+            default = next(iter(self.scalings)) if name == "scaling" else parameter.default
+            if (value := getattr(self, name, default)) != default:
+                given.append(f"{name}={value!r}")
         return f"{type(self).__name__}({', '.join(given)})"
 
 
@@ -105,20 +85,18 @@ class Spectral(Norm):
     """sigma_max(Z); lmo(U S V^T) = -U V^T; the dual is the nuclear norm, the sum of S.
 
     scaling: "scion" divides by sqrt(d_out/d_in), which makes it the RMS -> RMS operator norm
-    (arXiv:2502.07529); "muon" by sqrt(max(1, d_out/d_in)) and "moonlight" by
-    0.2 sqrt(max(d_out, d_in)), which gives steps an RMS of 0.2 (arXiv:2502.16982): "original" and
-    "match_rms_adamw" of torch.optim.Muon. With "scion" a vector as (n, 1) has its RMS norm.
-
-    method: `steps` of "jordan" or "polar_express" in `dtype` (see `newton_schulz`), whose singular
-    values, and with them the norm of the step, lie in a band around 1; or "svd", exact and slow,
-    for studies. The dual is always exact. ValueError for what is none of these.
+    (arXiv:2502.07529), and of vectors the RMS norm; "muon" by sqrt(max(1, d_out/d_in)) and
+    "moonlight" by 0.2 sqrt(max(d_out, d_in)), for steps with an RMS of 0.2 (arXiv:2502.16982):
+    "original" and "match_rms_adamw" of torch.optim.Muon. method: `steps` of "jordan" or
+    "polar_express" in `dtype` (see `newton_schulz`), which bring the norm of the step near 1, or
+    "svd", exact and slow. The dual is always exact.
     """
 
     scalings: ClassVar = {
         "scion": lambda d_out, d_in: sqrt(d_out / d_in),
         "muon": lambda d_out, d_in: sqrt(max(1, d_out / d_in)),
         "moonlight": lambda d_out, d_in: 0.2 * sqrt(max(d_out, d_in)),
-        "none": lambda d_out, d_in: 1.0,
+        **Norm.scalings,
     }
     methods = (*POLYNOMIALS, "svd")
     dtypes = (None, torch.bfloat16, torch.float32, torch.float64)
@@ -137,14 +115,15 @@ class Spectral(Norm):
             raise ValueError(f"Spectral got steps={steps}: give at least 1 Newton-Schulz step")
         if dtype not in self.dtypes:
             raise ValueError(f"Spectral got dtype={dtype!r}: choose one of {self.dtypes}")
-        self.method = method
-        self.steps = steps
-        self.dtype = dtype
+        self.method, self.steps, self.dtype = method, steps, dtype
 
     def aligned(self, gradient: Tensor) -> Tensor:
-        if self.method == "svd":
-            return _polar_factor(gradient)
-        return newton_schulz(gradient, self.steps, self.dtype, self.method)
+        if self.method != "svd":
+            return newton_schulz(gradient, self.steps, self.dtype, self.method)
+        left, values, right = torch.linalg.svd(gradient.nan_to_num(), full_matrices=False)
+        rounding = torch.finfo(values.dtype).eps * max(gradient.shape[-2:])
+        kept = values > rounding * values[..., :1]  # not zero up to rounding
+        return ((left * kept[..., None, :]) @ right).where(gradient.isfinite(), torch.nan)
 
     def dual_norm(self, gradient: Tensor) -> Tensor:
         return torch.linalg.svdvals(gradient).sum(-1)
@@ -153,7 +132,6 @@ class Spectral(Norm):
         return Spectral("svd", scaling=self.scaling)
 
     def cost(self, d_out: int, d_in: int) -> int:
-        """Of an SVD, or of Newton-Schulz steps taken one by one, as all are in bfloat16."""
         short, long = sorted((d_out, d_in))
         if self.method == "svd":
             return short * short * (3 * long + 10 * short)
@@ -166,13 +144,8 @@ class Sign(Norm):
     scaling: "scion" divides by 1/d_in, Scion's choice for the (tied) head (arXiv:2502.07529).
     """
 
-    scalings: ClassVar = {
-        "scion": lambda d_out, d_in: 1 / d_in,
-        "none": lambda d_out, d_in: 1.0,
-    }
-
-    def __init__(self, scaling: str = "scion"):
-        super().__init__(scaling)
+    scalings: ClassVar = {"scion": lambda d_out, d_in: 1 / d_in, **Norm.scalings}
+    cost_per_entry = 1
 
     def aligned(self, gradient: Tensor) -> Tensor:
         return gradient.sign()
@@ -180,25 +153,16 @@ class Sign(Norm):
     def dual_norm(self, gradient: Tensor) -> Tensor:
         return gradient.abs().sum((-2, -1))
 
-    def cost(self, d_out: int, d_in: int) -> int:
-        return d_out * d_in
-
 
 class ColumnNorm(Norm):
     """max_j ||Z_:j||; lmo(G)_:j = -G_:j / ||G_:j||; the dual is sum_j ||G_:j||.
 
-    scaling: "scion" divides by sqrt(d_out), which makes it the 1 -> RMS operator norm of Scion
-    (arXiv:2502.07529), for the input layer. Its columns are the rows of a torch.nn.Embedding: for
-    that take RowNorm("none") with the radius sqrt(d_in).
+    scaling: "scion" divides by sqrt(d_out): Scion's 1 -> RMS operator norm (arXiv:2502.07529), for
+    the input layer. For a torch.nn.Embedding, which holds these columns as rows, take
+    RowNorm("none") with the radius sqrt(d_in).
     """
 
-    scalings: ClassVar = {
-        "scion": lambda d_out, d_in: sqrt(d_out),
-        "none": lambda d_out, d_in: 1.0,
-    }
-
-    def __init__(self, scaling: str = "scion"):
-        super().__init__(scaling)
+    scalings: ClassVar = {"scion": lambda d_out, d_in: sqrt(d_out), **Norm.scalings}
 
     def aligned(self, gradient: Tensor) -> Tensor:
         return unit_length(gradient, -2)
@@ -206,33 +170,21 @@ class ColumnNorm(Norm):
     def dual_norm(self, gradient: Tensor) -> Tensor:
         return length(gradient, -2).sum(-1)
 
-    def cost(self, d_out: int, d_in: int) -> int:
-        return 3 * d_out * d_in
-
 
 class RowNorm(Norm):
     """max_i ||Z_i:||; lmo(G)_i: = -G_i: / ||G_i:||; the dual is sum_i ||G_i:||.
 
-    scaling: "scion" divides by 1/sqrt(d_in), which makes it the RMS -> infinity operator norm of
-    Scion (arXiv:2502.07529), for the output layer.
+    scaling: "scion" divides by 1/sqrt(d_in): Scion's RMS -> infinity operator norm
+    (arXiv:2502.07529), for the output layer.
     """
 
-    scalings: ClassVar = {
-        "scion": lambda d_out, d_in: 1 / sqrt(d_in),
-        "none": lambda d_out, d_in: 1.0,
-    }
-
-    def __init__(self, scaling: str = "scion"):
-        super().__init__(scaling)
+    scalings: ClassVar = {"scion": lambda d_out, d_in: 1 / sqrt(d_in), **Norm.scalings}
 
     def aligned(self, gradient: Tensor) -> Tensor:
         return unit_length(gradient, -1)
 
     def dual_norm(self, gradient: Tensor) -> Tensor:
         return length(gradient, -1).sum(-1)
-
-    def cost(self, d_out: int, d_in: int) -> int:
-        return 3 * d_out * d_in
 
 
 class Euclidean(Norm):
@@ -247,30 +199,22 @@ class Euclidean(Norm):
     def dual_norm(self, gradient: Tensor) -> Tensor:
         return length(gradient)
 
-    def cost(self, d_out: int, d_in: int) -> int:
-        return 3 * d_out * d_in
-
 
 class BiasRMS(Euclidean):
-    """The RMS norm of Scion (arXiv:2502.07529) for biases, which come as (n, 1).
+    """||z|| / sqrt(n) of n entries, Scion's RMS norm for biases (arXiv:2502.07529).
 
-    ||z|| / sqrt(n); lmo(g) = -sqrt(n) g / ||g||; the dual is sqrt(n) ||g||. Scion starts biases at
-    zero. Of a matrix it is the RMS of all entries.
+    lmo(g) = -sqrt(n) g / ||g||; the dual is sqrt(n) ||g||.
     """
 
     scalings: ClassVar = {"scion": lambda d_out, d_in: sqrt(d_out * d_in)}
-
-    def __init__(self, scaling: str = "scion"):
-        super().__init__(scaling)
 
 
 class Nuclear(Norm):
     """The sum of singular values; lmo(G) = -u v^T of the largest one; the dual is sigma_max(G).
 
-    u is found by squaring the Gram matrix of the short side `SQUARINGS` times, which is as good as
-    2^16 power iterations: relative to sigma_max(G), <G, lmo(G)> is within 1e-4 of the minimum
-    whatever the gap to the next singular value, and mostly within 1e-6. Unlike an eigensolver this
-    never waits for the device, and it passes NaN on instead of raising.
+    u is found by squaring the Gram matrix of the short side `SQUARINGS` times, as by 2^16 power
+    iterations: <G, lmo(G)> is within 1e-4 sigma_max(G) of the minimum. Unlike an eigensolver it
+    never waits for the device, nor raises for NaN.
     """
 
     SQUARINGS = 16
@@ -302,6 +246,8 @@ class L1(Norm):
     Greedy coordinate descent.
     """
 
+    cost_per_entry = 1
+
     def aligned(self, gradient: Tensor) -> Tensor:
         entries = gradient.flatten(-2)
         place = entries.abs().argmax(-1, keepdim=True)
@@ -311,19 +257,61 @@ class L1(Norm):
     def dual_norm(self, gradient: Tensor) -> Tensor:
         return gradient.abs().amax((-2, -1))
 
+
+class Blocks(Norm):
+    """max over the blocks Z_b of norm(Z_b); the LMO is that of every block, the dual is their sum.
+
+    The `count` blocks are parts of a linear map with inputs and outputs of their own, as of a
+    grouped convolution, stored below each other, or, with `columns`, side by side.
+    """
+
+    def __init__(self, norm: Norm, count: int, columns: bool = False):
+        super().__init__()
+        if not (type(count) is int and count >= 1):
+            raise ValueError(f"Blocks got count={count}: give at least 1 block")
+        self.norm, self.count, self.columns = norm, count, columns
+
+    def lmo(self, gradient: Tensor) -> Tensor:
+        return self._whole(self.norm.lmo(self._blocks(gradient)))
+
+    def dual(self, gradient: Tensor) -> Tensor:
+        return self.norm.dual(self._blocks(gradient)).sum(-1)
+
+    def projected(self, wanted: Tensor) -> Tensor:
+        return self._whole(self.norm.projected(self._blocks(wanted)))
+
+    def init_(self, weight: Tensor, generator: Generator | None = None) -> Tensor:
+        blocks = self.norm.init_(self._blocks(weight).contiguous(), generator)
+        return weight.copy_(self._whole(blocks))
+
+    def exact(self) -> Norm:
+        return Blocks(self.norm.exact(), self.count, self.columns)
+
     def cost(self, d_out: int, d_in: int) -> int:
-        return d_out * d_in
+        rows, columns = (1, self.count) if self.columns else (self.count, 1)
+        return self.count * self.norm.cost(d_out // rows, d_in // columns)
+
+    def _blocks(self, matrices: Tensor) -> Tensor:
+        """(..., m, n) -> (..., count, rows, columns)."""
+        if self.columns:
+            return matrices.unflatten(-1, (self.count, -1)).transpose(-3, -2)
+        return matrices.unflatten(-2, (self.count, -1))
+
+    def _whole(self, blocks: Tensor) -> Tensor:
+        if self.columns:
+            return blocks.transpose(-3, -2).flatten(-2)
+        return blocks.flatten(-3, -2)
 
 
 class AdaptiveRadius:
     """Gluon's layer-wise radius t_i = ||G_i||_* / (l0 + l1 ||G_i||_*) (arXiv:2505.13416).
 
-    l0, l1: at least 0, not both 0; ValueError otherwise. With l1 = 0 it is the step of the L-smooth
-    theorem of arXiv:2510.00643, gamma ||G||_* with gamma = 1 / l0.
+    l0, l1: at least 0, not both 0. With l1 = 0 it is gamma ||G||_*, the step of the L-smooth
+    theorem of arXiv:2510.00643, with gamma = 1 / l0.
     """
 
     def __init__(self, l0: float, l1: float):
-        for name, value in (("l0", l0), ("l1", l1)):
+        for name, value in {"l0": l0, "l1": l1}.items():
             if not (isinstance(value, Real) and isfinite(value) and value >= 0):
                 raise ValueError(f"AdaptiveRadius got {name}={value}: give a number of at least 0")
         if l0 == l1 == 0:
@@ -341,11 +329,3 @@ class AdaptiveRadius:
 def along(gradient: Tensor, direction: Tensor) -> Tensor:
     """The inner products (L,) of two batches of matrices (L, m, n)."""
     return torch.bmm(gradient.flatten(1)[:, None], direction.flatten(1)[..., None]).flatten()
-
-
-def _polar_factor(matrices: Tensor) -> Tensor:
-    """U V^T of U S V^T; directions whose singular value is zero up to rounding are left out."""
-    left, values, right = torch.linalg.svd(matrices.nan_to_num(), full_matrices=False)
-    rounding = torch.finfo(values.dtype).eps * max(matrices.shape[-2:])
-    kept = values > rounding * values[..., :1]
-    return ((left * kept[..., None, :]) @ right).where(matrices.isfinite(), torch.nan)

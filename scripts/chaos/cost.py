@@ -39,12 +39,12 @@ def build(kind: str, worker: int) -> tuple[nn.Module, LocalSteps]:
     if kind == "fixed":
         dist.init_process_group("gloo")
         return model, LocalSteps(inner, **options)
-    from ef21_muon.exchange.fleet import Fleet
-    from ef21_muon.fleet import FleetSteps
+    from ef21_muon.fleet import Fleet
 
-    optimizer = FleetSteps(inner, fleet=Fleet(worker, f"http://localhost:{PORT}"), **options)
-    optimizer.join()
-    while len(optimizer.meetings[-1].workers) < WORKERS:  # until all are there
+    fleet = Fleet(worker, f"http://localhost:{PORT}")
+    optimizer = LocalSteps(inner, transport=fleet, **options)
+    fleet.join()
+    while len(fleet.quorums[-1].workers) < WORKERS:  # until all are there
         model(torch.ones(4, 256)).square().mean().backward()
         optimizer.step()
     return model, optimizer

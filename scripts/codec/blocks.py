@@ -27,7 +27,7 @@ from torch import Tensor
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.compressors import value_format
 from ef21_muon.messages.values import Values
 from scripts.codec.run import momentum_difference
 from scripts.measuring import markdown

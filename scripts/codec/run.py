@@ -28,8 +28,9 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.loader import WorkerBatches
-from ef21_muon.messages.compressors import Compressor, Dense, Identity, RandK, RankK, TopK
-from ef21_muon.messages.fitted import FittedRank
+from ef21_muon.messages.compressors import Compressor, Dense, Identity
+from ef21_muon.messages.low_rank import FittedRank, RankK
+from ef21_muon.messages.sparse import RandK, TopK
 from model import GPT
 from scripts.measuring import processor
 from training.config import ROOT, build, compose
@@ -81,7 +82,7 @@ def momentum_difference(config: DictConfig) -> list[Tensor]:
     for batch in optimizer.batches:
         gradient = torch.stack(batch.matrices(parameter.grad for parameter in batch.params))
         beta = optimizer.param_groups[batch.group]["beta"]
-        differences.append(batch.momentum.lerp(gradient, beta) - batch.gradient_estimate)
+        differences.append(batch.state["momentum"].lerp(gradient, beta) - batch.up.memory)
     return differences
 
 

@@ -21,7 +21,7 @@ if not __package__:
 import torch
 from omegaconf import DictConfig
 
-from ef21_muon.timing import PhaseTimer
+from ef21_muon.guards import PhaseTimer
 from model import GPT
 from training.config import CONFIGS, build, compose
 from training.method import build_optimizer
@@ -33,7 +33,7 @@ COMPRESSORS = sorted(path.stem for path in (CONFIGS / "compressor").glob("*.yaml
 METHODS = {
     name: [f"compressor@w2s={name}"]
     for name in COMPRESSORS
-    if name not in ("damping", "dropout", "residual", "switch", "top_singular")
+    if name not in ("damping", "dropout", "top_singular")
 } | {"rank, both ways": ["compressor@w2s=rank", "compressor@s2w=rank"]}
 
 
@@ -106,7 +106,7 @@ def measure_method(
     """An optimizer's step with the gradients that are there, and the state that it keeps."""
     before = device.allocated()
     optimizer = new()
-    timer = getattr(optimizer, "timer", PhaseTimer())
+    timer = getattr(optimizer, "timer", PhaseTimer(device.device))
     gradients()
     numbers = measure(device, optimizer.step, timer, steps)
     del timer
@@ -121,7 +121,7 @@ def measure_all(config: DictConfig, overrides: list[str], steps: int, tell: Call
     compiled = torch.compile(model) if device.on_cuda else model
     shape = config.batch.per_forward, model.config.context
     tokens = torch.randint(model.config.vocab_size, (2, *shape), device=device.device)
-    timer = PhaseTimer()
+    timer = PhaseTimer(device.device)
 
     def forward_backward() -> None:
         model.zero_grad()

@@ -26,7 +26,6 @@ from scripts.shakespeare.results import NETWORK_LOG, RESULTS, UNLIMITED
 from scripts.shakespeare.settings import SETTINGS, Setting
 from train import Run
 from training.config import compose
-from training.method import rounds_of
 from training.workers import Workers, leave
 
 RATES, DELAY = ("10mbit", "100mbit", "1gbit", UNLIMITED), "50ms"
@@ -50,7 +49,7 @@ def job(options: argparse.Namespace, workers: Workers) -> int:
         run = Run(compose(overrides(setting)).config, workers)
         for _ in range(WARM_UP):
             run.step()
-        round_steps = max(rounds_of(run.optimizer).lengths)
+        round_steps = max(run.optimizer.rounds.lengths)
         seconds, sent = time_steps(run, round_steps * ceil(options.steps / round_steps))
         record = {"rate": options.rate, "name": setting.name, "seconds": seconds, "bytes": sent}
         workers.say(f"{options.rate:>8}  {setting.name:<24} {seconds:.3f} s a step")

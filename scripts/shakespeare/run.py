@@ -78,10 +78,13 @@ def is_done(run: StudyRun) -> bool:
 
 
 def as_sent(config: dict) -> dict:
-    """What matters of a log, with the signs of all entries where the largest 30 % were asked for.
+    """What matters of a log, in the words of today.
 
-    See ASKED_FOR: their places took more bytes than those.
+    SignMuon was a class of its own. The largest 30 % of entries in signs are the signs of all, see
+    ASKED_FOR: their places took more bytes than those.
     """
+    if config["optimizer._target_"] == "baselines.SignMuon":
+        config |= {"optimizer._target_": "ef21_muon.EF21Muon", "optimizer.lmo": "workers"}
     if any(config.get(f"w2s.{key}") != value for key, value in TOP_30.items()):
         return config
     kept = {key: value for key, value in config.items() if key.removeprefix("w2s.") not in TOP_30}

@@ -27,7 +27,6 @@ from torch import Tensor
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from baselines import SignMuon
 from ef21_muon import Dense, EF21Muon, Identity, Spectral
 from scripts.shakespeare.changes import cosine
 from scripts.shakespeare.replay import EVERY, ROUNDS, worker_gradients
@@ -37,12 +36,12 @@ from training.config import compose
 
 BETAS = (0.2, 0.05)  # the study's, and about that of the work whose claim it is
 SIGNS = Dense("sign@message")
-RULES = {
-    "muon": (EF21Muon, "none", Identity()),
-    "before-ef21": (EF21Muon, "ef21", SIGNS),
-    "before-none": (EF21Muon, "none", SIGNS),
-    "after-ef21": (SignMuon, "ef21", SIGNS),
-    "after-none": (SignMuon, "none", SIGNS),
+RULES = {  # who takes the LMO, the feedback, and what is sent
+    "muon": ("servers", "none", Identity()),
+    "before-ef21": ("servers", "ef21", SIGNS),
+    "before-none": ("servers", "none", SIGNS),
+    "after-ef21": ("workers", "ef21", SIGNS),
+    "after-none": ("workers", "none", SIGNS),
 }
 MEASURED = ("error", "turn", "alignment", "descent")
 NORM = Spectral("svd", scaling="none")
@@ -50,9 +49,9 @@ NORM = Spectral("svd", scaling="none")
 
 def replay(gradients: Sequence[Tensor], rule: str, beta: float) -> dict[str, float]:
     """Of one layer's gradients, each (m, n), what is measured, in the second half."""
-    method, feedback, w2s = RULES[rule]
+    lmo, feedback, w2s = RULES[rule]
     layer = torch.nn.Parameter(torch.zeros_like(gradients[0]))
-    optimizer = method([layer], lr=1.0, beta=beta, norm=NORM, w2s=w2s, feedback=feedback)
+    optimizer = EF21Muon([layer], lr=1.0, beta=beta, norm=NORM, w2s=w2s, lmo=lmo, feedback=feedback)
     found: dict[str, list[float]] = {key: [] for key in MEASURED}
     before = torch.zeros_like(layer)
     for done, gradient in enumerate(gradients, 1):
@@ -61,7 +60,7 @@ def replay(gradients: Sequence[Tensor], rule: str, beta: float) -> dict[str, flo
         optimizer.step()
         state = optimizer.state[layer]
         muon = NORM.lmo(state["momentum"])
-        told = muon if method is SignMuon else state["momentum"].clone()
+        told = muon if lmo == "workers" else state["momentum"].clone()
         if done > len(gradients) // 2 and done % EVERY == 0:
             known = state["server_gradient"]
             found["error"].append(float((known - told).norm() / told.norm()))

@@ -3,22 +3,28 @@
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ef21_muon.timing import PhaseTimer
+from ef21_muon.guards import PhaseTimer
 
 
 class Phases(PhaseTimer):
-    """A timer whose phases are also told to the profiler."""
+    """A timer on the CPU whose phases are also told to the profiler."""
 
-    @contextmanager
-    def __call__(self, phase: str):
-        with record_function(phase), super().__call__(phase):
-            yield
+    def __init__(self):
+        super().__init__(torch.device("cpu"))
+        self._told = ExitStack()
+
+    def phase(self, name: str | None) -> None:
+        self._told.close()
+        super().phase(name)
+        if name:
+            self._told.enter_context(record_function(name))
 
 
 @dataclass
@@ -33,12 +39,16 @@ class Memory:
 class Allocations:
     """What torch's CPU allocator hands out `with` it, by phase.
 
-    `phases`: Memory of each; `kept`: bytes that are still allocated at the end.
+    `phases`: Memory of each; `kept`: bytes that are still allocated at the end. With `shapes` the
+    profiler holds every tensor, and torch swaps none then, as to materialise a sharded model.
     """
+
+    def __init__(self, shapes: bool = True):
+        self.shapes = shapes
 
     def __enter__(self):
         self.profile = profile(
-            activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True
+            activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=self.shapes
         ).__enter__()
         return self
 

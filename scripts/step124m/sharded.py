@@ -25,7 +25,8 @@ from scripts.measuring import markdown
 from scripts.step124m.allocations import Allocations, Phases
 from training.config import ROOT, build, compose
 from training.method import build_optimizer
-from training.sharding import require_shards, shard
+from training.sharding import new_worker_mesh, shard
+from training.weights import draw_weights
 from training.workers import Workers, leave
 
 OUTPUT = ROOT / "results" / "step124m"
@@ -34,12 +35,14 @@ OUTPUT = ROOT / "results" / "step124m"
 def measure(overrides: list[str], workers: Workers) -> dict:
     """Bytes of this rank, and what they are bounded by."""
     config = compose((*overrides, "shard=true")).config
-    require_shards(config.worker_size, workers.count)
+    mesh = new_worker_mesh(config.worker_size, workers)
     tokens = torch.zeros(1, config.model.context, dtype=torch.int64)
-    with Allocations() as built:
-        model = GPT(build(config.model, "model"), config.seed)
-        shard(model, config.worker_size, workers)
-        optimizer = build_optimizer(config, model, workers.timeout)
+    with Allocations(shapes=False) as built:
+        with torch.device("meta"):
+            model = GPT(build(config.model, "model"))
+        shard(model, mesh)
+        draw_weights(model, config.seed, workers)
+        optimizer = build_optimizer(config, model, mesh=mesh)
         model(tokens, tokens).backward()
         optimizer.step()
     optimizer.timer = Phases()
@@ -49,7 +52,7 @@ def measure(overrides: list[str], workers: Workers) -> dict:
     parameters, ranks = model.config.parameter_count, config.worker_size
     largest = max(parameter.numel() for parameter in model.parameters())
     state = sum(x.nbytes for of in optimizer.state.values() for x in of.values())
-    (of_worker,) = optimizer.lanes.total(state)
+    (of_worker,) = optimizer.mesh.total(state)
     whole = 4 * parameters + of_worker
     return {
         "rank": workers.rank,

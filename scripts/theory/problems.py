@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ef21_muon.lmo.norms import Norm, Sign, Spectral
-from ef21_muon.theory import GeneralizedSmooth, LSmooth
+from scripts.theory.bounds import GeneralizedSmooth, LSmooth
 
 
 @dataclass(frozen=True)

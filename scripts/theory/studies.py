@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ef21_muon.lmo.norms import AdaptiveRadius, Euclidean, Spectral
-from ef21_muon.messages.compressors import Identity, RankK, TopK
-from ef21_muon.messages.noneuclidean import Damping
-from ef21_muon.theory import GeneralizedSmooth, LSmooth
+from ef21_muon.messages.compressors import Identity
+from ef21_muon.messages.extras import Damping
+from ef21_muon.messages.low_rank import RankK
+from ef21_muon.messages.sparse import TopK
 from scripts.theory.algorithm import (
     Setting,
     gradient_norms,
@@ -20,6 +21,7 @@ from scripts.theory.algorithm import (
     simulate,
     train,
 )
+from scripts.theory.bounds import GeneralizedSmooth, LSmooth
 from scripts.theory.problems import Pulling, Quadratic, Rippled, Valley, geometry
 
 WORKERS, SIDE = 4, 4

@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ef21_muon import ALONE, Compressor, EF21Muon, Identity, LocalSteps, Sign, Spectral
-from ef21_muon.exchange.host import sender
-from ef21_muon.fingerprint import fingerprint
 from ef21_muon.lmo.norms import BiasRMS
+from ef21_muon.transport.agreement import fingerprint
+from ef21_muon.transport.host import sender
 from training.workers import Workers
 
 Parameters = dict[str, Parameter]

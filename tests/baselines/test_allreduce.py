@@ -1,5 +1,7 @@
 """Baselines behind DDP on two workers; see tests/support/workers/allreduce.py."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ from run import torchrun
 from workers import allreduce
 from workers.allreduce import SHAPES, STEPS
 
-from baselines import AdamW, Muon
+import baselines
+from baselines import AdamW, AllReduced, Muon
 
 ENTRIES = sum(m * n for m, n in SHAPES)
 
@@ -110,3 +113,73 @@ def test_the_mean_gradient_is_what_is_clipped(ranks):
     for rank in ranks:
         norm, distance = rank["clipped"]
         assert norm == pytest.approx(0.1, rel=1e-4) and distance < 1e-5 * norm
+
+
+def test_baselines_are_at_most_two_classes_below_torchs():
+    for name in baselines.__all__:
+        assert getattr(baselines, name).__mro__.index(torch.optim.Optimizer) <= 2
+
+
+def descend(model, optimizer, steps):
+    forward = optimizer.wrap(model)
+    for step in steps:
+        inputs, targets = allreduce.batch(0, step)
+        (forward(inputs) - targets).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def start(baseline):
+    """A model, and the baseline, which sends whole gradients in the first and the fourth step."""
+    model = allreduce.new_model()
+    groups = [{"name": "hidden", "params": list(model.parameters())}]
+    return model, baseline(groups, lr=0.02, hook="greedylore", rank=3, every=3)
+
+
+@pytest.mark.parametrize("baseline", [AdamW, Muon])
+def test_a_state_goes_on_exactly(baseline, process_group):
+    first, second = start(baseline), start(baseline)
+    descend(*first, range(2))
+    second[0].load_state_dict(first[0].state_dict())
+    second[1].load_state_dict(copy.deepcopy(first[1].state_dict()))
+    assert second[1].round == first[1].round == 2
+    expected = descend(*first, range(2, 6))
+    assert all(map(torch.equal, descend(*second, range(2, 6)), expected))
+    assert second[1].round == 6
+
+
+@pytest.mark.parametrize("baseline", [AdamW, Muon])
+def test_schedulers_act_on_the_optimizer_that_steps(baseline, process_group):
+    for loaded in (False, True):
+        model, optimizer = start(baseline)
+        if loaded:
+            optimizer.load_state_dict(optimizer.state_dict())
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        assert all(map(torch.equal, descend(model, optimizer, range(2)), before))
+
+
+def test_any_optimizer_is_behind_ddp(process_group):
+    model, other = allreduce.new_model(), allreduce.new_model()
+    sgd = AllReduced(torch.optim.SGD(model.parameters(), lr=0.1))
+    found = descend(model, sgd, range(3))
+    reference = torch.optim.SGD(other.parameters(), lr=0.1)
+    for step in range(3):
+        inputs, targets = allreduce.batch(0, step)
+        (other(inputs) - targets).square().mean().backward()
+        reference.step()
+        reference.zero_grad()
+    torch.testing.assert_close(found, list(other.parameters()))
+    assert sgd.title == "AllReduced, all-reduce"
+
+
+@pytest.mark.parametrize(("baseline", "named"), [(AdamW, "a parameter"), (Muon, "the gradient")])
+def test_what_is_not_finite_is_told(baseline, named, process_group):
+    model, optimizer = start(baseline)
+    optimizer.check_finite()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    optimizer.step()
+    with pytest.raises(FloatingPointError, match=named):
+        optimizer.check_finite()

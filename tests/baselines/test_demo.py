@@ -14,8 +14,8 @@ from workers.baseline_steps import HIDDEN, LR, LR_DECAY, OPTIONS, SHAPES, STEPS,
 
 from baselines import DeMo
 from baselines.demo import Chunks, dct_basis
-from ef21_muon.messages.chunks import largest_divisor
-from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.compressors import value_format
+from ef21_muon.messages.sparse import largest_divisor
 
 WORKERS = (1, 2, 3)
 SIDES = st.integers(1, 40)
@@ -230,8 +230,8 @@ def test_what_is_sent_leaves_the_momentum(values):
     parameter = torch.nn.Parameter(torch.zeros(16, 24))
     optimizer = DeMo([parameter], lr=0.1, decay=0.9, k=4, chunk=8, values=values)
     momentum = optimizer.state[parameter]["momentum"]
-    gather, sent = optimizer.collectives.gather, []
-    optimizer.collectives.gather = lambda messages: sent.append(messages[0]) or gather(messages)
+    gather, sent = optimizer.transport.gather, []
+    optimizer.transport.gather = lambda messages: sent.append(messages[0]) or gather(messages)
     for _ in range(5):
         before = momentum.clone()
         parameter.grad = torch.randn(16, 24, generator=generator)

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from a_round import a_round
 from torch.nn import Parameter
 
-from baselines import SignMuon
-from ef21_muon import AdaptiveRadius, Sign, Spectral
+from ef21_muon import AdaptiveRadius, Dense, EF21Muon, Sign, Spectral
 from model import GPT
 from training.config import build, compose
 from training.method import build_optimizer, run_label
-from training.workers import RunError
 
 LR = 0.02
 IN_THE_STUDY = (
@@ -18,6 +17,12 @@ IN_THE_STUDY = (
     "w2s.values=sign@message",
     "+compressor@norm.embedding.w2s=identity",
 )
+
+
+def sign_muon(params, **options):
+    return EF21Muon(
+        params, lmo="workers", **{"feedback": "none", "w2s": Dense("sign@message")} | options
+    )
 
 
 def step(optimizer, parameter, seed=0):
@@ -29,19 +34,19 @@ def test_a_step_is_signs_of_one_size_against_the_orthogonal_factor():
     """Which is as long as 0.8 of it, for matrices of Gaussian entries."""
     parameter = Parameter(torch.zeros(64, 64))
     norm = Spectral("svd")
-    optimizer = SignMuon([parameter], lr=LR, norm=norm)
+    optimizer = sign_muon([parameter], lr=LR, norm=norm)
     step(optimizer, parameter)
     muon = LR * norm.lmo(parameter.grad)
     torch.testing.assert_close(parameter.detach(), muon.abs().mean() * muon.sign())
     length = float(parameter.detach().norm() / muon.norm())
     assert length == pytest.approx((2 / torch.pi) ** 0.5, abs=0.02)
-    assert optimizer.exchange.w2s_bytes == 64 * 64 // 8 + 4  # a bit an entry, and a scale
+    assert a_round(optimizer).w2s_bytes == 64 * 64 // 8 + 4  # a bit an entry, and a scale
 
 
 def test_with_feedback_steps_come_near_a_direction_that_stays():
     parameter = Parameter(torch.zeros(24, 16))
     norm = Spectral("svd")
-    optimizer = SignMuon([parameter], lr=LR, norm=norm, feedback="ef21")
+    optimizer = sign_muon([parameter], lr=LR, norm=norm, feedback="ef21")
     off = []
     for _ in range(40):
         before = parameter.detach().clone()
@@ -61,18 +66,12 @@ def test_in_the_study_the_embedding_is_sent_whole():
     hidden = [parameter for name, parameter in named.items() if name.startswith("blocks")]
     whole = sum(p.numel() for p in named.values()) - sum(p.numel() for p in hidden)
     signs = sum(p.numel() // 8 + 4 for p in hidden)
-    assert optimizer.exchange.w2s_bytes == 4 * whole + signs
+    assert a_round(optimizer).w2s_bytes == 4 * whole + signs
 
 
 @pytest.mark.parametrize(
     "group", [{"radius": AdaptiveRadius(1, 0)}, {"lmo_feedback": True}], ids=lambda g: next(iter(g))
 )
 def test_what_needs_an_lmo_at_the_servers_is_refused(group):
-    with pytest.raises(ValueError, match=r"for SignMuon, .*: give a number, and False$"):
-        SignMuon([{"params": [Parameter(torch.zeros(3, 4))], "norm": Sign(), **group}])
-
-
-def test_workers_of_several_ranks_are_refused():
-    config = compose((*IN_THE_STUDY, "worker_size=2")).config
-    with pytest.raises(RunError, match="worker_size=2 needs optimizer=ef21_muon or local"):
-        build_optimizer(config, GPT(build(config.model, "model")))
+    with pytest.raises(ValueError, match=r"with lmo='workers', .*: give a number, and False$"):
+        sign_muon([{"params": [Parameter(torch.zeros(3, 4))], "norm": Sign(), **group}])

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from ef21_muon.exchange.admission import Card, FleetRefused, differing_from, refusals
-from ef21_muon.exchange.reach import Place, cut_off
-from ef21_muon.exchange.verdict import REFUSALS, Verdicts, far_off
+from ef21_muon.fleet.admission import Card, FleetRefused, differing_from, refusals
+from ef21_muon.fleet.verdict import REFUSALS, Verdicts, far_off
+from ef21_muon.transport.reach import Place, cut_off
 
 RUN = {"optimizer.lr": "0.01", "steps": "600"}
 OTHER = RUN | {"optimizer.lr": "0.02"}

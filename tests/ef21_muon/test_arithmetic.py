@@ -4,9 +4,9 @@ import pytest
 import torch
 from workers.unlike import COMPRESSORS, FORMATS, LOW_RANK
 
-from ef21_muon import AdaptiveRadius, Identity, RankK, Spectral, Switch, TopK
+from ef21_muon import AdaptiveRadius, Identity, RankK, Spectral, TopK
 from ef21_muon.arithmetic import SIDE, digests, of_inner, of_messages, of_norms
-from ef21_muon.messages.samples import numbers
+from ef21_muon.messages.compressors import numbers
 
 
 def parameter(*shape):
@@ -37,17 +37,19 @@ def test_numbers_fill_a_mantissa_and_are_all_there():
 
 
 def test_every_compressor_and_shape_is_tried_once():
-    later = Switch(TopK(0.1), RankK(0.2), start=3)
+    params = [parameter(30, 20), parameter(30, 20), parameter(2 * SIDE, 8)]
     groups = [
-        {"params": [parameter(30, 20), parameter(30, 20), parameter(2 * SIDE, 8)], "w2s": later},
+        {"params": params, "w2s": TopK(0.1)},
+        {"params": [parameter(30, 20), parameter(8, 8)], "w2s": RankK(0.2)},
+        {"params": [parameter(30, 20)], "w2s": RankK(0.2)},
         {"params": [parameter(5)], "w2s": Identity()},
     ]
     names = [name for name, _ in of_messages("w2s", groups)]
     assert names == [
         "w2s=top 10%, 30 x 20",
-        "w2s=rank 20%, 30 x 20",
         f"w2s=top 10%, {2 * SIDE} x 8",
-        f"w2s=rank 20%, {2 * SIDE} x 8",
+        "w2s=rank 20%, 30 x 20",
+        "w2s=rank 20%, 8 x 8",
     ]
 
 

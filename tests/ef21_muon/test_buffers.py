@@ -9,12 +9,11 @@ from torch import nn
 from workers.running_statistics import EVERY, METHODS, STEPS, new_model
 
 from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
-from ef21_muon.exchange.buffers import Buffers, own_statistics
-from ef21_muon.exchange.gradients import Layer
+from ef21_muon.layers import Layer
+from ef21_muon.transport.buffers import Buffers, own_statistics
 
 FLOATS = 2 * 4 + 2 * 6 + 5  # the statistics of both layers, and a table of constants
 LOCAL = [name for name in METHODS if name.startswith("local")]
-OF_ONE_WORKER = ("hierarchical", "local, lanes")  # of both ranks
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +52,10 @@ def test_what_is_shared_is_the_mean_and_what_is_trained_stays(reports, name):
 def test_their_bytes_count(reports, name):
     rounds = STEPS // EVERY if name in LOCAL else STEPS
     size = 4 * FLOATS * rounds
-    of_worker = 2 * size if name in OF_ONE_WORKER else size
     for report in reports:
         found, without = report[f"{name} True"]["bytes"], report[f"{name} False"]["bytes"]
         more = [one - other for one, other in zip(found, without, strict=True)]
-        assert more == [of_worker, of_worker, size]
+        assert more == [size, size, size]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -137,7 +135,8 @@ def test_workers_that_come_and_go_do_not_average_them():
     with pytest.raises(
         ValueError, match=r"^buffers are not averaged over workers that come and go"
     ):
-        fleet.FleetSteps(torch.optim.SGD(model.parameters()), fleet=None, buffers=model)
+        transport = fleet.Fleet(0, "http://localhost:1")
+        LocalSteps(torch.optim.SGD(model.parameters()), transport=transport, buffers=model)
 
 
 def frozen(module):

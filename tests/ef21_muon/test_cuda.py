@@ -18,13 +18,12 @@ from ef21_muon import (
     LocalSteps,
     RandK,
     RankK,
-    Residual,
     Sign,
     TopColumns,
     TopK,
 )
-from ef21_muon.fingerprint import fingerprint
 from ef21_muon.lmo.newton_schulz import newton_schulz
+from ef21_muon.transport.agreement import fingerprint
 
 pytestmark = pytest.mark.cuda
 
@@ -43,7 +42,6 @@ COMPRESSORS = {
     "fitted": FittedRank(0.3),
     "randk": RandK(0.3, "natural4"),
     "rank": RankK(0.3, "int4"),
-    "residual": Residual(RankK(0.2), Dense("sign")),
     "columns": TopColumns(0.3),
     "topk": TopK(0.2),
     "topk signs": TopK(0.2, "sign"),
@@ -117,7 +115,7 @@ def test_no_step_makes_the_host_wait(name):
         torch.cuda.set_sync_debug_mode("default")
 
 
-EXACT = [name for name in COMPRESSORS if name not in ("fitted", "rank", "residual")]
+EXACT = [name for name in COMPRESSORS if name not in ("fitted", "rank")]
 
 
 @pytest.mark.parametrize("name", EXACT)

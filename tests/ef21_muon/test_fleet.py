@@ -21,11 +21,9 @@ from fleet import (
 )
 from run import PATIENCE
 
-from ef21_muon import Dense, Identity, LocalSteps, Switch, TopK
-from ef21_muon.exchange import fleet as exchange
-from ef21_muon.exchange import lighthouse as beacon
-from ef21_muon.exchange.fleet import HEAD, Fleet, FleetRefused
-from ef21_muon.fleet import FleetSteps
+from ef21_muon import Dense, LocalSteps, TopK
+from ef21_muon.fleet import Fleet, FleetRefused, connections, members
+from ef21_muon.fleet.verdict import HEAD
 
 EVERY = 3
 
@@ -78,7 +76,7 @@ def test_undisturbed_they_are_the_mean_of_their_steps(momentum):
             for step, model in expected.items():
                 torch.testing.assert_close(worker.agreed[step], model, rtol=0, atol=1e-5)
                 assert torch.equal(worker.agreed[step], workers[0].agreed[step])
-            assert worker.optimizer.told == 36
+            assert worker.fleet.synced_steps == 36
 
 
 def test_what_a_round_takes_is_counted():
@@ -88,8 +86,8 @@ def test_what_a_round_takes_is_counted():
         shapes = [(8, DATA), (8, 1), (2, 8), (2, 1)]
         size = sum(compressor.fit(*shape).payload_bytes(*shape) for shape in shapes)
         for worker in workers:
-            optimizer, met = worker.optimizer, len(worker.optimizer.meetings)
-            assert met == 3 and all(one.tries == 1 for one in optimizer.meetings)
+            optimizer, met = worker.optimizer, len(worker.fleet.quorums)
+            assert met == 3 and all(one.tries == 1 for one in worker.fleet.quorums)
             assert optimizer.w2s_bytes == met * size
             assert optimizer.received_bytes == met * 2 * size
             assert optimizer.wire_tx_bytes == met * 2 * (size + HEAD.size)
@@ -105,11 +103,11 @@ def test_they_go_on_without_one_and_one_joins_them():
     with lighthouse(2) as url, crew.workers(url, range(3), outer_momentum=0.6) as workers:
         threads = [one.start(18, before_step=wait_for_the_joiner) for one in workers[:2]]
         workers[2].train(until=6)
-        workers[2].optimizer.leave()
+        workers[2].fleet.leave()
         gone.set()
         with crew.workers(url, [2], outer_momentum=0.6) as (joiner,):
             thread = joiner.start(18)
-            while joiner.optimizer.fleet.manager is None:
+            while joiner.fleet.members.manager is None:
                 time.sleep(0.01)
             time.sleep(0.5)  # until the lighthouse has heard of it
             back.set()
@@ -124,32 +122,32 @@ def test_they_go_on_without_one_and_one_joins_them():
                 for step, model in worker.agreed.items():
                     torch.testing.assert_close(model, expected[step], rtol=0, atol=1e-5)
                 assert torch.equal(worker.agreed[18], joiner.agreed[18])
-                assert worker.optimizer.told == EVERY * sum(map(len, counted.values()))
-            assert joiner.optimizer.meetings[0].healed
-            assert joiner.optimizer.fleet.state() == workers[0].optimizer.fleet.state()
+                assert worker.fleet.synced_steps == EVERY * sum(map(len, counted.values()))
+            assert joiner.fleet.quorums[0].healed
+            assert joiner.fleet.state() == workers[0].fleet.state()
 
 
 @pytest.mark.parametrize("table", ["model_shift", "server_momentum"])
 def test_another_history_is_noticed_and_never_averaged(table):
     def part(worker):
         if worker.number == 1 and worker.optimizer.steps == 4:
-            getattr(worker.optimizer.batches[0], table).add_(1e-4)
+            worker.optimizer.batches[0].state[table].add_(1e-4)
 
     with lighthouse(3) as url, crew.workers(url, range(3), outer_momentum=0.6) as workers:
         train_all(workers, until=15, before_step=part)
-        met = workers[1].optimizer.meetings
-        parted = [place for place, one in enumerate(met) if one.parted]
-        assert len(parted) == 1 and met[parted[0]].healed
+        met = workers[1].fleet.quorums
+        diverged = [place for place, one in enumerate(met) if one.diverged]
+        assert len(diverged) == 1 and met[diverged[0]].healed
         for step in (9, 12, 15):
             models = [one.agreed[step] for one in workers if step in one.agreed]
             assert len(models) >= 2
             assert all(torch.equal(model, models[0]) for model in models)
-        assert not any(one.parted for one in workers[0].optimizer.meetings)
+        assert not any(one.diverged for one in workers[0].fleet.quorums)
 
 
 def test_a_lighthouse_that_starts_again_is_waited_for(monkeypatch, caplog):
-    monkeypatch.setattr(beacon, "SILENCE", 0.3)
-    monkeypatch.setattr(beacon, "LOOK", 0.2)
+    monkeypatch.setattr(connections, "SILENCE", 0.3)
+    monkeypatch.setattr(connections, "LOOK", 0.2)
     port = free_port()
     first = LighthouseProcess(2, port)
     url = f"http://localhost:{port}"
@@ -157,7 +155,7 @@ def test_a_lighthouse_that_starts_again_is_waited_for(monkeypatch, caplog):
         train_all(workers, until=6)
         first.end()
         threads = [worker.start(12, joins=False) for worker in workers]
-        while not all(worker.optimizer.steps == 8 for worker in workers):  # they wait for it
+        while not all(worker.optimizer.steps == 9 for worker in workers):  # they wait for it
             time.sleep(0.01)
         until = time.monotonic() + PATIENCE
         while caplog.text.count("no answer of the lighthouse") < 2 and time.monotonic() < until:
@@ -181,9 +179,9 @@ def test_what_waits_can_be_ended():
         raise InterruptedError
 
     with lighthouse(2) as url, crew.workers(url, [0]) as (worker,):
-        worker.optimizer.fleet.while_waiting = end
+        worker.fleet.members.while_waiting = end
         with pytest.raises(InterruptedError):
-            worker.optimizer.join()
+            worker.fleet.join()
 
 
 def test_a_worker_that_is_built_otherwise_is_refused():
@@ -204,7 +202,7 @@ def test_a_whole_fleet_goes_on_from_the_newest_round_of_any():
         for number, step in ((0, 7), (1, 4)):
             if worker.number == number and worker.optimizer.steps == step:
                 optimizer, model = worker.optimizer, worker.model
-                saved = model.state_dict(), optimizer.state_dict(), optimizer.fleet_state()
+                saved = model.state_dict(), optimizer.state_dict(), worker.fleet.state()
                 states[number] = copy.deepcopy(saved)
 
     with lighthouse(2) as url:
@@ -216,11 +214,11 @@ def test_a_whole_fleet_goes_on_from_the_newest_round_of_any():
                 of_model, of_optimizer, of_fleet = states[worker.number]
                 worker.model.load_state_dict(of_model)
                 worker.optimizer.load_state_dict(of_optimizer)
-                worker.optimizer.load_fleet_state(of_fleet)
+                worker.fleet.load_state(of_fleet)
             train_all(workers, until=12)
-            assert workers[1].optimizer.meetings[0].healed
+            assert workers[1].fleet.quorums[0].healed
             assert torch.equal(workers[0].agreed[12], workers[1].agreed[12])
-            assert workers[0].optimizer.told == 24
+            assert workers[0].fleet.synced_steps == 24
             # The one behind was at W after two rounds, and has made its third anew.
             assert not torch.equal(workers[0].agreed[12], expected[9])
 
@@ -229,30 +227,31 @@ def test_what_is_remembered_of_a_lost_message_is_forgotten():
     with lighthouse(2) as url, crew.workers(url, range(2), w2s=TopK(0.1)) as workers:
         train_all(workers, until=6)
         optimizer = workers[0].optimizer
-        assert any(batch.memory.any() for batch in optimizer.batches)
-        optimizer.take_shared_state(workers[1].optimizer.shared_state())
-        assert not any(batch.memory.any() for batch in optimizer.batches)
+        assert any(batch.state["error"].any() for batch in optimizer.batches)
+        workers[0].fleet.shared.take(workers[1].fleet.shared.state())
+        assert not any(batch.state["error"].any() for batch in optimizer.batches)
 
 
 def test_who_is_lost_in_the_last_round_comes_to_the_same_end():
     """With a last round that is cut short, and one that is whole."""
     for until in (12, 14):
+        finished = threading.Event()
         with lighthouse(2) as url, crew.workers(url, range(3), outer_momentum=0.6) as workers:
 
-            def end(worker, until=until):
+            def end(worker, until=until, finished=finished):
                 worker.train(until)
                 worker.optimizer.finish()
-                worker.optimizer.meetings.clear()  # as one does that has logged them
-                worker.optimizer.see_off(3, PATIENCE)
+                finished.set()
+                worker.fleet.quorums.clear()  # as one does that has logged them
+                worker.fleet.wait_for_peers(3, PATIENCE)
 
             crew.enter(workers)
             threads = [threading.Thread(target=end, args=(worker,)) for worker in workers[:2]]
             for thread in threads:
                 thread.start()
             workers[2].train(until=10)
-            workers[2].optimizer.leave()
-            while workers[0].optimizer.steps < until:
-                time.sleep(0.01)
+            workers[2].fleet.leave()
+            assert finished.wait(PATIENCE)
             time.sleep(0.5)
             with crew.workers(url, [2], outer_momentum=0.6) as (late,):
                 end(late)
@@ -267,38 +266,45 @@ def test_who_is_lost_in_the_last_round_comes_to_the_same_end():
                 rounds = [(0, 1, 2)] * 3 + [(0, 1)] * (-(-until // EVERY) - 3)
                 steps = [min(EVERY, until - EVERY * place) for place in range(len(rounds))]
                 told = sum(len(who) * length for who, length in zip(rounds, steps, strict=True))
-                assert {w.optimizer.told for w in (*workers[:2], late)} == {told}
+                assert {w.fleet.synced_steps for w in (*workers[:2], late)} == {told}
 
 
 def test_one_that_stands_still_in_a_message_is_not_waited_for_as_long_as_a_state_takes(monkeypatch):
-    monkeypatch.setattr(exchange, "PATIENCE", 1.0)
-    monkeypatch.setattr(exchange, "SLOWEST", 1.0)  # bytes a second: a state takes minutes
+    monkeypatch.setattr(members, "PATIENCE", 1.0)
+    monkeypatch.setattr(members, "SLOWEST", 1.0)  # bytes a second: a state takes minutes
     still = threading.Event()
 
     def stand_still(worker):
         if worker.number == 1 and worker.optimizer.steps == 8:
-            send = worker.optimizer.fleet._send
-            monkeypatch.setattr(
-                worker.optimizer.fleet, "_send", lambda *a: still.wait(3) or send(*a)
-            )
+            own = worker.fleet.members
+            send = own._send
+            monkeypatch.setattr(own, "_send", lambda *a: still.wait(3) or send(*a))
 
     with lighthouse(2) as url, crew.workers(url, range(2)) as workers:
         start = time.monotonic()
         threads = [worker.start(12, before_step=stand_still) for worker in workers]
-        while workers[0].optimizer.fleet.manager is None or workers[0].optimizer.steps < 8:
+        while workers[0].fleet.members.manager is None or workers[0].optimizer.steps < 8:
             time.sleep(0.01)
         for thread in threads:
             thread.join(PATIENCE)
         assert time.monotonic() - start < 60
         assert [worker.error for worker in workers] == [None, None]
-        assert max(one.tries for one in workers[0].optimizer.meetings) > 1
+        assert max(one.tries for one in workers[0].fleet.quorums) > 1
         assert torch.equal(workers[0].agreed[12], workers[1].agreed[12])
+
+
+def test_after_any_number_of_tries_a_message_is_waited_for_in_vain_no_longer_than_a_clock_has():
+    with lighthouse(1) as url, crew.workers(url, [0]) as (worker,):
+        worker.fleet.join()
+        own, packed = worker.fleet.members, torch.arange(40, dtype=torch.uint8)
+        own.longest = 0.0
+        assert torch.equal(own._send(packed, tries=5000), packed[None])
 
 
 def test_workers_draw_their_own_random_numbers():
     def generator(worker, seed=0):
         inner = torch.optim.SGD(new_model().parameters(), lr=0.1)
-        optimizer = FleetSteps(inner, seed=seed, fleet=Fleet(worker, "http://localhost:1"))
+        optimizer = LocalSteps(inner, seed=seed, transport=Fleet(worker, "http://localhost:1"))
         return torch.rand(4, generator=optimizer.generators["w2s"])
 
     assert torch.equal(generator(1), generator(1))
@@ -308,7 +314,9 @@ def test_workers_draw_their_own_random_numbers():
 def test_another_run_is_another_history():
     def digest(run):
         inner = torch.optim.SGD(new_model().parameters(), lr=0.1)
-        return FleetSteps(inner, run=run, fleet=Fleet(0, "http://localhost:1")).digest()
+        fleet = Fleet(0, "http://localhost:1", run=run)
+        LocalSteps(inner, transport=fleet)
+        return fleet.digest()
 
     assert digest({"a": 1}) == digest({"a": 1}) != digest({"a": 2})
 
@@ -320,7 +328,6 @@ REFUSED = {
     "both": ({"stagger": True, "delay": 1}, "^stagger=True with delay=1 is not allowed"),
     "feedback": ({"feedback": "ef21"}, "feedback='ef21' is not allowed"),
     "s2w": ({"s2w": TopK(0.5)}, "s2w"),
-    "w2s": ({"w2s": Switch(Identity(), TopK(0.5), start=2)}, "give one compressor"),
     "every": ({"every": 0}, "every=0 is not allowed"),
 }
 
@@ -329,13 +336,13 @@ REFUSED = {
 def test_what_cannot_go_on_without_a_member_is_refused(options, message):
     inner = torch.optim.SGD(new_model().parameters(), lr=0.1)
     with pytest.raises(ValueError, match=message):
-        FleetSteps(inner, **options, fleet=Fleet(0, "http://localhost:1"))
+        LocalSteps(inner, **options, transport=Fleet(0, "http://localhost:1"))
 
 
 def test_a_worker_is_not_copied():
     inner = torch.optim.SGD(new_model().parameters(), lr=0.1)
     with pytest.raises(TypeError, match="cannot be copied"):
-        copy.deepcopy(FleetSteps(inner, fleet=Fleet(0, "http://localhost:1")))
+        copy.deepcopy(LocalSteps(inner, transport=Fleet(0, "http://localhost:1")))
 
 
 def test_alone_it_is_local_steps():
@@ -354,15 +361,17 @@ def test_alone_it_is_local_steps():
 ENDS = """
 import sys
 import torch
-from ef21_muon.exchange.fleet import Fleet
-from ef21_muon.fleet import FleetSteps
+from ef21_muon import LocalSteps
+from ef21_muon.fleet import Fleet
 
 def tired(seconds):
     raise KeyboardInterrupt
 
 model = torch.nn.Linear(2, 2)
 inner = torch.optim.SGD(model.named_parameters(), lr=0.1)
-FleetSteps(inner, every=1, fleet=Fleet(0, sys.argv[1], while_waiting=tired)).join()
+fleet = Fleet(0, sys.argv[1], while_waiting=tired)
+LocalSteps(inner, every=1, transport=fleet)
+fleet.join()
 """
 
 

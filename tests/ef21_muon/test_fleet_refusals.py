@@ -14,13 +14,11 @@ from fleet import Worker, lighthouse, parameters_of
 from run import PATIENCE
 from torch import nn
 
-from ef21_muon import Dense, Identity, RankK, TopK
-from ef21_muon.exchange import connections
-from ef21_muon.exchange.admission import Card
-from ef21_muon.exchange.connections import Transport
-from ef21_muon.exchange.fleet import FleetRefused
-from ef21_muon.exchange.reach import Place, is_local
-from ef21_muon.fleet import FleetSteps
+from ef21_muon import Dense, Identity, LocalSteps, RankK, TopK
+from ef21_muon.fleet import FleetRefused, connections
+from ef21_muon.fleet.admission import Card
+from ef21_muon.fleet.connections import StateServer
+from ef21_muon.transport.reach import Place, is_local
 
 RUN = {"optimizer.lr": 0.01, "steps": 60}
 
@@ -51,11 +49,11 @@ def parameters_become(value):
 
 def a_liar(worker):
     parameters_become(torch.nan)(worker)
-    worker.optimizer._broken = list
+    worker.fleet.shared.broken = list
 
 
-def memory(worker):
-    worker.optimizer.batches[0].memory.fill_(torch.inf)
+def error(worker):
+    worker.optimizer.batches[0].state["error"].fill_(torch.inf)
 
 
 WAYS = {
@@ -66,7 +64,7 @@ WAYS = {
     "nan by signs of whole messages": (parameters_become(torch.nan), Dense("sign@message")),
     "nan in two bits": (parameters_become(torch.nan), Dense("normal2")),
     "inf by rank": (parameters_become(torch.inf), RankK(0.3)),
-    "what was left out": (memory, TopK(0.3)),
+    "what was left out": (error, TopK(0.3)),
     "without a word": (a_liar, Identity()),
 }
 
@@ -77,12 +75,12 @@ def test_what_is_not_finite_counts_for_nobody_and_its_sender_begins_anew(how, w2
     with lighthouse(3) as url, crew.workers(url, range(3), w2s=w2s, outer_momentum=0.6) as workers:
         assert everyone(workers, 12, breaks(1, (5,), how)) == [None] * 3
         for worker in workers:
-            counted = [one.messages for one in worker.optimizer.meetings]
-            refused = [one.refused for one in worker.optimizer.meetings]
+            counted = [one.messages for one in worker.fleet.quorums]
+            refused = [one.refused for one in worker.fleet.quorums]
             assert counted == [0, 3, 2, 3, 3] and refused == [(), (), (1,), (), ()]
             note = "worker 1's message is not finite: it does not count"
-            assert [note in one.notes for one in worker.optimizer.meetings][1:3] == [False, True]
-            assert worker.optimizer.told == 33
+            assert [note in one.notes for one in worker.fleet.quorums][1:3] == [False, True]
+            assert worker.fleet.synced_steps == 33
             for step in (3, 6, 9, 12):
                 assert worker.agreed[step].isfinite().all()
                 assert torch.equal(worker.agreed[step], workers[0].agreed[step])
@@ -97,7 +95,7 @@ def test_it_ends_after_the_third_time_in_a_row_and_the_others_do_not():
         assert isinstance(errors[1], FleetRefused) and errors[::2] == [None, None]
         assert "worker 1's messages were not finite 3 times" in str(errors[1])
         assert torch.equal(workers[0].agreed[15], workers[2].agreed[15])
-        assert workers[0].optimizer.told == 3 * 10
+        assert workers[0].fleet.synced_steps == 3 * 10
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -105,13 +103,13 @@ def test_of_two_histories_that_of_finite_numbers_goes_on(number):
     """Whatever their digests, which decide between two workers else."""
 
     def how(worker):
-        worker.optimizer.batches[0].model_shift.view(-1)[0] = torch.nan
+        worker.optimizer.batches[0].state["model_shift"].view(-1)[0] = torch.nan
 
     with lighthouse(2) as url, crew.workers(url, range(2)) as workers:
         assert everyone(workers, 12, breaks(number, (4,), how)) == [None, None]
         assert torch.equal(workers[0].agreed[12], workers[1].agreed[12])
         assert workers[0].agreed[12].isfinite().all()
-        assert sum(one.parted for one in workers[number].optimizer.meetings) == 1
+        assert sum(one.diverged for one in workers[number].fleet.quorums) == 1
 
 
 def test_where_no_message_is_finite_all_end_with_w_as_it_was():
@@ -139,7 +137,7 @@ def test_a_message_far_longer_than_the_others_is_named_and_counts(caplog):
     with lighthouse(3) as url, crew.workers(url, range(3)) as workers:
         assert everyone(workers, 6, breaks(2, (2,), how)) == [None] * 3
         for worker in workers:
-            _, first, _ = worker.optimizer.meetings
+            _, first, _ = worker.fleet.quorums
             assert first.messages == 3 and not first.refused
             (note,) = first.notes
             assert note.startswith("worker 2's message is ") and "times as long" in note
@@ -153,7 +151,7 @@ class Other(Worker):
         super().__init__(*arguments, **options)
         self.model = nn.Linear(7, 5)
         inner = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        self.optimizer = FleetSteps(inner, every=3, fleet=self.optimizer.fleet)
+        self.optimizer = LocalSteps(inner, every=3, transport=self.fleet)
 
 
 def another_run(url, number):
@@ -162,8 +160,8 @@ def another_run(url, number):
 
 def ahead_of_the_others(url, number):
     worker = another_run(url, number)
-    state = {"told": 999, "step": 999, "batches_committed": 999}
-    worker.optimizer.load_fleet_state(state)
+    state = {"synced_steps": 999, "step": 999, "batches_committed": 999}
+    worker.fleet.load_state(state)
     return worker
 
 
@@ -199,7 +197,7 @@ def test_who_does_not_belong_is_told_why_and_costs_the_others_one_quorum(newcome
         told.wait(PATIENCE)
         other = newcomer(url)
         thread = other.start(18)
-        while other.optimizer.fleet.manager is None:
+        while other.fleet.members.manager is None:
             time.sleep(0.01)
         time.sleep(0.5)  # until the lighthouse has heard of it
         come.set()
@@ -209,10 +207,10 @@ def test_who_does_not_belong_is_told_why_and_costs_the_others_one_quorum(newcome
         assert "\n" not in str(other.error) and other.optimizer.steps == 0
         assert [worker.error for worker in workers] == [None, None]
         for worker in workers:
-            tries = sorted(one.tries for one in worker.optimizer.meetings)
+            tries = sorted(one.tries for one in worker.fleet.quorums)
             assert tries[:-1] == [1] * (len(tries) - 1) and tries[-1] == 2
-            assert all(one.messages == 2 for one in list(worker.optimizer.meetings)[1:])
-            notes = [note for one in worker.optimizer.meetings for note in one.notes]
+            assert all(one.messages == 2 for one in list(worker.fleet.quorums)[1:])
+            notes = [note for one in worker.fleet.quorums for note in one.notes]
             assert len(notes) == 1 and "is refused" in notes[0]
             assert torch.equal(worker.agreed[18], workers[0].agreed[18])
 
@@ -225,8 +223,8 @@ def test_of_numbers_that_are_given_twice_from_the_start_each_counts_once(numbers
         assert sorted(let_in) == [0, 1]
         assert all(isinstance(error, FleetRefused) for error in errors if error)
         for worker in (one for one in workers if one.error is None):
-            assert {one.workers for one in worker.optimizer.meetings} <= {(0, 1), (0,), (1,)}
-            assert worker.optimizer.told <= 24
+            assert {one.workers for one in worker.fleet.quorums} <= {(0, 1), (0,), (1,)}
+            assert worker.fleet.synced_steps <= 24
 
 
 def test_a_worker_that_starts_again_at_once_is_not_taken_for_another():
@@ -234,7 +232,7 @@ def test_a_worker_that_starts_again_at_once_is_not_taken_for_another():
         crew.enter(workers)
         thread = workers[0].start(18)
         workers[1].train(until=6)
-        workers[1].optimizer.leave()  # the lighthouse has yet to notice
+        workers[1].fleet.leave()  # the lighthouse has yet to notice
         with crew.workers(url, [1]) as (again,):
             again.train(until=18)
             thread.join(PATIENCE)
@@ -247,7 +245,7 @@ def test_state_travels_in_silence_and_never_by_a_proxy(monkeypatch, capfd, name)
     for other in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, f"http://localhost:{free_port()}")
-    server, client = (Transport("localhost", timedelta(seconds=20)) for _ in range(2))
+    server, client = (StateServer("localhost", timedelta(seconds=20)) for _ in range(2))
     state = {"user": {"default": {"tensors": [torch.arange(4.0)]}}}
     server.send_checkpoint([1], 3, state, timedelta(seconds=20))
     found = client.recv_checkpoint(0, server.metadata(), 3, timedelta(seconds=20))
@@ -294,9 +292,9 @@ def test_which_addresses_every_machine_has_for_itself(host, local):
 
 
 def test_a_host_that_does_not_lead_here_is_refused(monkeypatch):
-    monkeypatch.setattr("ef21_muon.exchange.fleet.PATIENCE", 0.5)
+    monkeypatch.setattr("ef21_muon.fleet.members.PATIENCE", 0.5)
     for host in ("nope.invalid", "192.0.2.1"):
         with lighthouse(1) as url, crew.workers(url, [0]) as (worker,):
-            worker.optimizer.fleet.host = host
+            worker.fleet.members.host = host
             with pytest.raises(FleetRefused, match=f"host={host} does not lead to this machine"):
                 worker.train(until=3)

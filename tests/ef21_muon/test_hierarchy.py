@@ -14,9 +14,9 @@ ENTRIES = sum(m * n for m, n in SHAPES.values())
 def runs(tmp_path_factory):
     """Results by rank: of 4 ranks as 2 workers, and of 2 ranks."""
     results = []
-    for ranks, worker_size in ((4, 2), (2, 1)):
+    for ranks, size in ((4, 2), (2, 1)):
         directory = tmp_path_factory.mktemp(f"hierarchy{ranks}")
-        torchrun("hierarchy.py", directory, worker_size, ranks=ranks)
+        torchrun("hierarchy.py", directory, size, ranks=ranks)
         results.append([dict(np.load(directory / f"rank{rank}.npz")) for rank in range(ranks)])
     return results
 
@@ -25,10 +25,10 @@ def runs(tmp_path_factory):
 def sharded(tmp_path_factory):
     """Results by rank of 4 ranks with sharded parameters, as workers of 2 ranks and as one."""
     results = {}
-    for worker_size in (2, 4):
-        directory = tmp_path_factory.mktemp(f"sharded{worker_size}")
-        torchrun("hierarchy.py", directory, worker_size, "sharded", ranks=4)
-        results[worker_size] = [dict(np.load(directory / f"rank{r}.npz")) for r in range(4)]
+    for size in (2, 4):
+        directory = tmp_path_factory.mktemp(f"sharded{size}")
+        torchrun("hierarchy.py", directory, size, "sharded", ranks=4)
+        results[size] = [dict(np.load(directory / f"rank{r}.npz")) for r in range(4)]
     return results
 
 
@@ -62,9 +62,9 @@ def alone(tmp_path_factory):
 def test_what_cannot_be_stepped_in_shards_is_refused(sharded):
     shape = r"a parameter of shape \(12, 20\)"
     expected = [
-        rf"{shape} is sharded: EF21Muon steps whole matrices; give HierarchicalEF21Muon, .*=2$",
-        rf"{shape} is sharded: LocalSteps steps whole matrices; give HierarchicalEF21Muon, .*=2$",
-        rf"{shape} is sharded over ranks .*, and the ranks of this worker are .*: .*worker_size=4$",
+        rf"{shape} is sharded: EF21Muon steps whole matrices; give a WorkerMesh with .*=2 as mesh",
+        rf"{shape} is sharded: LocalSteps steps whole matrices; give a WorkerMesh with .*=2 as me",
+        rf"{shape} is sharded over ranks .*, and the ranks of this worker are .*: .*_per_worker=4$",
         rf"{shape} is placed as .*Replicate.* on a mesh of 2 dimensions: shard its rows alone, by",
         rf"{shape} is placed as .*dim=1.* on a mesh of 1 dimensions: shard its rows alone, by",
         r"a parameter of shape \(16, 12\) is whole where others are sharded: call fully_shard for",
@@ -82,7 +82,7 @@ def test_what_cannot_be_stepped_in_shards_is_refused(sharded):
 def test_two_ranks_a_worker_make_the_same_steps_as_one(runs, case):
     """But for the order of sums.
 
-    Random sketches are drawn by other ranks, so not for RankK; and each lane has turns of its own.
+    Random sketches are drawn by other ranks, so not for RankK; and each rank has turns of its own.
     """
     four, two = runs
     found, expected = four[0][f"{case} model"], two[0][f"{case} model"]
@@ -98,8 +98,9 @@ def test_all_ranks_hold_the_same_model(runs, case):
 @pytest.mark.parametrize("case", CASES)
 def test_what_crosses_between_workers_is_of_two_workers_and_not_of_four(runs, case):
     four, two = runs
-    for rank in four:
-        assert list(rank[f"{case} bytes"][:2]) == list(two[0][f"{case} bytes"][:2])
+    for first in (0, 2):
+        of_worker = four[first][f"{case} bytes"] + four[first + 1][f"{case} bytes"]
+        assert list(of_worker[:2]) == list(two[0][f"{case} bytes"][:2])
     of_ranks = [[int(rank[f"{case} bytes"][2]) for rank in run] for run in runs]
     assert sum(of_ranks[0]) == sum(of_ranks[1]) > 0
     sending = [sent > 0 for sent in of_ranks[0]]
@@ -114,17 +115,17 @@ def test_the_state_of_a_worker_is_spread_over_its_ranks(runs, case):
     assert max(of_four) < 0.75 * max(of_two)
 
 
-def test_lanes_clip_the_gradient_of_the_worker_and_not_of_a_rank(runs, sharded):
+def test_a_mesh_clips_the_gradient_of_the_worker_and_not_of_a_rank(runs, sharded):
     for rank in (*runs[0], *sharded[2], *sharded[4]):
         assert rank["clipped"].shape == (3,) and (rank["clipped"] < 1e-6).all()
 
 
-def test_what_a_lane_refuses_all_ranks_refuse(runs):
+def test_what_one_rank_of_a_worker_refuses_all_ranks_refuse(runs):
     for rank in runs[0]:
         assert list(rank["refusals"]) == [
-            "worker_size=3 does not divide 4 ranks: give a divisor",
-            "worker_size=0 does not divide 4 ranks: give a divisor",
-            "w2s='topk' is not allowed: give a Compressor or Switch of ef21_muon (group head)",
+            "ranks_per_worker=3 does not divide 4 ranks: give a divisor",
+            "ranks_per_worker=0 does not divide 4 ranks: give a divisor",
+            "w2s='topk' is not allowed: give a Compressor of ef21_muon (group head)",
             "w2s has compressors for hidden, and none for the group 'head': give one for the name "
             "of every group",
         ]
@@ -139,7 +140,7 @@ def test_workers_that_have_parted_are_told_by_a_check(runs, sharded):
 @pytest.mark.parametrize("shard", [False, True])
 def test_missing_gradients_are_named_or_zero_on_all_ranks(runs, sharded, shard, local):
     """Whichever rank holds the layer, whole or in shards, and whoever was asked to have zeros."""
-    method = "LocalSteps" if local else "HierarchicalEF21Muon"
+    method = "LocalSteps" if local else "EF21Muon"
     for rank in sharded[2] if shard else runs[0]:
         said = dict(zip(MISSING, rank[f"missing {local}"], strict=True))
         assert said["named"].startswith("key has no gradient: every parameter given to " + method)
@@ -151,7 +152,7 @@ def test_missing_gradients_are_named_or_zero_on_all_ranks(runs, sharded, shard, 
         assert said["goes on"] == " ".join(SHAPES)
 
 
-def test_an_overflow_in_a_layer_of_another_lane_is_skipped_by_all(runs, sharded):
+def test_an_overflow_in_a_layer_of_another_rank_is_skipped_by_all(runs, sharded):
     for rank in runs[0]:
         assert list(rank["overflow"]) == [0, 0]
     for rank in sharded[2]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ef21_muon import ALONE, EF21Muon, TopK
+from ef21_muon import ALONE, EF21Muon, LocalSteps, TopK
 from ef21_muon.inner import beginner
 
 
@@ -103,7 +103,6 @@ MAKE = {
     "keywords": lambda p: Keywords(p, lr=0.1, momentum=0.5),
     "ef21_muon": muon,
     "ef21_muon, lossy": lambda p: muon(p, w2s=TopK(0.3), s2w=TopK(0.5), beta=0.5),
-    "ef21_muon, corrected": lambda p: muon(p, momentum="mvr1", gamma=0.1, beta=0.5),
     "ef21_muon, lmo_feedback": lambda p: muon(p, lmo_feedback=True, radius=50),
 }
 
@@ -167,27 +166,28 @@ def test_one_that_cannot_be_built_again_is_refused(name):
 def test_a_worker_that_was_away_begins_anew_from_what_the_others_share(name):
     """It takes over W, and its inner optimizer steps from there as a fresh one."""
     pytest.importorskip("torchft")
-    from ef21_muon.exchange.fleet import Fleet
-    from ef21_muon.fleet import FleetSteps
+    from ef21_muon.fleet import Fleet
 
     def worker(number):
         torch.manual_seed(0)
         model = nn.Linear(6, 4)
-        fleet = Fleet(number, "http://localhost:1")
         inner = MAKE[name](list(model.parameters()))
-        return model, FleetSteps(inner, every=100, fleet=fleet, outer_momentum=0.5)
+        fleet = Fleet(number, "http://localhost:1")
+        return model, LocalSteps(inner, every=100, transport=fleet, outer_momentum=0.5)
 
     (_, there), (model, away) = worker(0), worker(1)
     with torch.no_grad():
-        for table in there._shared():
+        for table in there.transport.shared.tensors():
             table.add_(0.1)
     there.go_on_after(60)
     take(model, away, 3)
-    away.take_shared_state(there.shared_state())
+    away.transport.shared.take(there.transport.shared.state())
     assert away.steps == 60
     fresh_model = copy.deepcopy(model)
     fresh = MAKE[name](list(fresh_model.parameters()))
-    for table, parameter in zip(there._shared()[::2], model.parameters(), strict=True):
+    for table, parameter in zip(
+        there.transport.shared.tensors()[::2], model.parameters(), strict=True
+    ):
         assert torch.equal(table.flatten(), parameter.flatten())
     take(model, away, 4, first=10)
     take(fresh_model, fresh, 4, first=10)

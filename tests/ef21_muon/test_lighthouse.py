@@ -1,17 +1,17 @@
-"""The lighthouse that is waited for: what is said, and for how long."""
+"""The lighthouse: how it is asked, how long it is waited for, and what is said of it."""
 
+import threading
 import time
 
 import fleet as crew
 import pytest
+import torch
 from bad_inputs import free_port
-from fleet import LighthouseProcess
+from fleet import LighthouseProcess, lighthouse
 from run import PATIENCE
 
-from ef21_muon.exchange import fleet as exchange
-from ef21_muon.exchange import lighthouse as beacon
-from ef21_muon.exchange.admission import FleetError
-from ef21_muon.exchange.lighthouse import Lighthouse
+from ef21_muon.fleet import FleetError, connections, members
+from ef21_muon.fleet.connections import Lighthouse
 
 URL = "http://localhost:1"
 
@@ -23,7 +23,7 @@ def test_each_time_it_is_away_for_long_one_line_says_so_and_one_that_it_answers(
     lighthouse, times = Lighthouse(URL, quiet), [200.0, 205.0, 210.0, 215.0, 230.0]
     for _ in range(2):
         clock = iter(times)
-        monkeypatch.setattr(beacon.time, "monotonic", lambda clock=clock: next(clock))
+        monkeypatch.setattr(connections.time, "monotonic", lambda clock=clock: next(clock))
         assert [lighthouse.is_away() for _ in times] == [0, 5, 10, 15, 30]
         monkeypatch.undo()
         lighthouse.answers()
@@ -39,8 +39,8 @@ def test_a_short_absence_is_not_worth_a_line(caplog):
 
 
 def test_a_lighthouse_that_starts_later_is_waited_for_and_that_is_said(monkeypatch, caplog):
-    monkeypatch.setattr(exchange, "PATIENCE", 1.0)
-    monkeypatch.setattr(beacon, "SILENCE", 0.5)
+    monkeypatch.setattr(members, "PATIENCE", 1.0)
+    monkeypatch.setattr(connections, "SILENCE", 0.5)
     port = free_port()
     url = f"http://localhost:{port}"
     with crew.workers(url, [0]) as (worker,):
@@ -64,3 +64,25 @@ def test_without_a_lighthouse_it_says_so():
         pytest.raises(FleetError, match=f"no answer of the lighthouse {url}"),
     ):
         worker.train(until=3)
+
+
+def test_the_thread_that_asks_for_a_quorum_has_the_models_device(monkeypatch):
+    """Torchft waits for that thread's device before it serves W: a GPU's number may not be 0."""
+    set_in, asked = [], []
+
+    def set_device(device):
+        set_in.append((device, threading.current_thread()))
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    device = torch.device("cuda", 1)
+    thread = connections.ask(threading.current_thread, device).result(PATIENCE)
+    assert set_in == [(device, thread)] and thread is not threading.current_thread()
+
+    def ask(call, device):
+        asked.append(device)
+        return connections.ask(call, device)
+
+    monkeypatch.setattr(members, "ask", ask)
+    with lighthouse(1) as url, crew.workers(url, [0]) as (worker,):
+        worker.train(until=3)
+    assert set(asked) == {torch.device("cpu")} and len(set_in) == 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ef21_muon import ALONE, Dense, EF21Muon, Identity, LocalSteps, RankK, Switch, TopK
+from ef21_muon import ALONE, Dense, EF21Muon, LocalSteps, RankK, TopK
 
 INNER = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
@@ -198,19 +198,18 @@ def test_a_state_from_before_replaces_messages_under_way():
         assert torch.equal(found, its)
 
 
-def test_a_switch_changes_rounds_and_their_bytes():
-    first, later = TopK(0.5), TopK(0.1)
-    model, optimizer = build(every=3, w2s=Switch(first, later, start=2))
-    sizes = []
-    for _ in range(4):
-        before = optimizer.w2s_bytes
-        train(model, optimizer, 3)
-        sizes.append(optimizer.w2s_bytes - before)
-    expected = [
-        sum(len(b.params) * c.fit(*b.shape).payload_bytes(*b.shape) for b in optimizer.batches)
-        for c in (first, first, later, later)
-    ]
-    assert sizes == expected
+@pytest.mark.parametrize("stagger", [False, True])
+def test_agreement_is_checked_while_all_layers_are_under_way_and_at_the_end(stagger):
+    model, optimizer = build(every=4, w2s=TopK(0.3), feedback="ef21", delay=2, stagger=stagger)
+    late = set()
+    for step in range(10):
+        train(model, optimizer, 1, first=step)
+        optimizer.check_agreement()
+        late.add(len(optimizer.under_way))
+    assert 0 in late and (stagger or max(late) == len(optimizer.batches))
+    optimizer.finish()
+    optimizer.check_agreement()
+    assert optimizer.under_way == []
 
 
 def test_groups_may_have_compressors_of_their_own():
@@ -221,7 +220,7 @@ def test_groups_may_have_compressors_of_their_own():
     ]
     w2s = {"first": TopK(0.2), "last": Dense("normal2")}
     optimizer = LocalSteps(torch.optim.SGD(groups, lr=0.1), every=1, w2s=w2s)
-    used = {str(batch.w2s) for batch in optimizer.batches if batch.shape[1] > 1}
+    used = {str(batch.up.compressor) for batch in optimizer.batches if batch.shape[1] > 1}
     assert used == {"top 20%", "dense normal2"}
     with pytest.raises(ValueError, match="none for the group 'last'"):
         LocalSteps(torch.optim.SGD(groups, lr=0.1), w2s={"first": TopK(0.2)})
@@ -281,8 +280,7 @@ WRONG = (
     ({"mean": "senders", "feedback": "ef21"}, "mean='senders' is not allowed with feedback='ef21'"),
     ({"server": "cloud"}, "server='cloud' is not a placement"),
     ({"server": "replicated", "s2w": TopK(0.1)}, "sends nothing back to compress"),
-    ({"w2s": "topk"}, "w2s='topk' is not allowed: give a Compressor or Switch"),
-    ({"s2w": Switch(Identity(), TopK(0.1), 3)}, "s2w=.* is not allowed: give a Compressor"),
+    ({"w2s": "topk"}, "w2s='topk' is not allowed: give a Compressor"),
     ({"stagger": 1}, "stagger=1 is not allowed: give True or False"),
     ({"nesterov": "yes"}, "nesterov='yes' is not allowed"),
     ({"buckets": 0}, "buckets=0 is not allowed"),

@@ -167,3 +167,39 @@ def test_a_missing_gradient_is_refused_before_another_inner_optimizer_steps():
     with pytest.raises(RuntimeError, match="parameter 0 of group 1 has no gradient"):
         optimizer.step()
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
+def test_what_finish_has_brought_does_not_arrive_again():
+    """Where a training goes on after it, by steps that change nothing."""
+    parameter = nn.Parameter(torch.zeros(4, 4))
+    optimizer = LocalSteps(torch.optim.SGD([parameter], lr=1.0), 3, delay=1, outer_lr=0.5)
+    found = []
+    for gradient in (1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0):
+        parameter.grad = torch.full((4, 4), gradient)
+        optimizer.step()
+        if optimizer.steps == 3:
+            optimizer.finish()
+        with optimizer.agreed():
+            found.append(parameter[0, 0].item())
+    assert found == [0, 0, -1.5, -1.5, -1.5, -1.5, -1.5]
+
+
+def test_a_round_that_an_error_has_interrupted_is_taken_with_the_next_step():
+    model, optimizer = build("sgd", "plain")
+    take(model, optimizer, 2)
+    decode, error = optimizer.batches[0].down.decode, RuntimeError("the link is gone")
+
+    def fail(message):
+        raise error
+
+    optimizer.batches[0].down.decode = fail
+    with pytest.raises(RuntimeError, match="the link is gone"):
+        take(model, optimizer, 1, first=2)
+    assert (optimizer.steps, optimizer.round) == (2, 0)
+    optimizer.batches[0].down.decode = decode
+    take(model, optimizer, 1, first=2)
+    assert (optimizer.steps, optimizer.round) == (3, 1)
+    with optimizer.agreed():
+        w = [parameter.clone() for parameter in model.parameters()]
+    for parameter, agreed in zip(model.parameters(), w, strict=True):
+        assert torch.equal(parameter, agreed)

@@ -14,15 +14,15 @@ from ef21_muon import (
     Dense,
     EF21Muon,
     FittedRank,
-    HierarchicalEF21Muon,
     Identity,
     Natural,
     RankK,
     Sign,
     Spectral,
     TopK,
+    WorkerMesh,
 )
-from ef21_muon.messages import selection
+from ef21_muon.messages import sparse
 
 COMPRESSORS = {
     "identity": Identity(),
@@ -315,7 +315,7 @@ def test_no_option_makes_a_step_wait_for_the_device(options):
 
 
 def test_nor_does_the_selection_in_large_layers(monkeypatch):
-    monkeypatch.setattr(selection, "SORTED_BELOW", 0)
+    monkeypatch.setattr(sparse, "SORTED_BELOW", 0)
     steps_without_waiting(*build(w2s=TopK(0.2, "natural"), s2w=TopK(0.2)))
 
 
@@ -323,7 +323,8 @@ def test_nor_do_workers_of_several_ranks(process_group):
     parameters, _ = build()
     groups = [{"params": list(parameters.items())}]
     compressors = {"w2s": TopK(0.2, "natural"), "s2w": RankK(0.2)}
-    optimizer = HierarchicalEF21Muon(groups, worker_size=1, **compressors)
+    mesh = WorkerMesh(parameters.values(), ranks_per_worker=1)
+    optimizer = EF21Muon(groups, mesh=mesh, **compressors)
     steps_without_waiting(parameters, optimizer)
 
 

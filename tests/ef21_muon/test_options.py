@@ -236,13 +236,13 @@ def test_diagnostics_are_what_the_state_says(feedback):
     parameters, optimizer = build(w2s=TopK(FRACTION), s2w=RankK(0.1), beta=1.0, feedback=feedback)
     step(parameters, optimizer, 1)
     step(parameters, optimizer, 2)
-    memory = state(parameters, optimizer, "gradient_estimate")
+    memory = None if feedback == "none" else state(parameters, optimizer, "gradient_estimate")
     optimizer.watch = True
     gradients = step(parameters, optimizer, 3)
     for name, found in optimizer.diagnostics().items():
         gradient = gradients[name]
-        change = {"ef21": -memory[name], "ef14": memory[name], "none": 0}[feedback]
-        difference = gradient + change
+        sign = {"ef21": -1, "ef14": 1, "none": 0}[feedback]
+        difference = gradient + sign * memory[name] if memory else gradient
         message = TOP(difference, None)
         estimate = memory[name] + message if feedback == "ef21" else message
         lost = relative(message - difference, difference) ** 2

@@ -9,7 +9,7 @@ import torch
 from one_layer import everything, layer, take_steps
 from torch import nn
 
-from baselines import DeMo, Dion, SignMuon
+from baselines import DeMo, Dion
 from ef21_muon import (
     ALONE,
     AdaptiveRadius,
@@ -17,9 +17,7 @@ from ef21_muon import (
     Dense,
     EF21Muon,
     LocalSteps,
-    RankK,
     Sign,
-    Switch,
     TopK,
 )
 
@@ -27,12 +25,11 @@ MAKE = {
     "top 20%": lambda p: EF21Muon(p, w2s=TopK(0.2)),
     "top 30%": lambda p: EF21Muon(p, w2s=TopK(0.3)),
     "back": lambda p: EF21Muon(p, w2s=TopK(0.2), s2w=TopK(0.2)),
-    "switch": lambda p: EF21Muon(p, w2s=Switch(TopK(0.2), RankK(0.3), start=5)),
     "ef14": lambda p: EF21Muon(p, w2s=TopK(0.2), feedback="ef14"),
     "local": lambda p: LocalSteps(EF21Muon(p, process_group=ALONE), every=3, w2s=TopK(0.2)),
     "dion": lambda p: Dion([{"name": "hidden", "params": p}]),
     "demo": lambda p: DeMo([{"name": "hidden", "params": p}]),
-    "sign_muon": lambda p: SignMuon(p, feedback="ef21"),
+    "sign_muon": lambda p: EF21Muon(p, lmo="workers", w2s=Dense("sign@message")),
 }
 
 
@@ -68,7 +65,7 @@ def test_the_state_of_anything_else_is_refused_before_anything_changes(name, of)
         return
     optimizer = trained(name, steps=1)
     before = tensors(optimizer)
-    with pytest.raises(ValueError, match=r"^the state is of (method|feedback|w2s|s2w) "):
+    with pytest.raises(ValueError, match=r"^the state is of (method|feedback|lmo|w2s|s2w) "):
         optimizer.load_state_dict(trained(of).state_dict())
     assert optimizer.steps == 1 and all(map(torch.equal, before, tensors(optimizer)))
 
@@ -232,13 +229,13 @@ UNLIKE = {
         "weight_decay of group 0 0.1 (here 0.0)",
     ),
     "momentum kind": (
-        lambda p: EF21Muon(p, momentum="mvr1"),
         lambda p: EF21Muon(p, momentum="polyak"),
-        "momentum 'mvr1' (here 'polyak')",
+        lambda p: EF21Muon(p, momentum="mvr"),
+        "momentum 'polyak' (here 'mvr')",
     ),
     "gamma": (
-        lambda p: EF21Muon(p, momentum="mvr1", gamma=0.1),
-        lambda p: EF21Muon(p, momentum="mvr1", gamma=0.2),
+        lambda p: EF21Muon(p, gamma=0.1),
+        lambda p: EF21Muon(p, gamma=0.2),
         "gamma 0.1 (here 0.2)",
     ),
     "values of dion": (
@@ -338,7 +335,7 @@ CLEARED = {
 
 
 @pytest.mark.parametrize("how", CLEARED)
-@pytest.mark.parametrize("name", [name for name in ROLLED_BACK if name not in ("switch", "back")])
+@pytest.mark.parametrize("name", [name for name in ROLLED_BACK if name != "back"])
 def test_a_state_that_was_cleared_or_replaced_is_refused_at_the_next_step(name, how):
     model = layer()
     optimizer = ROLLED_BACK[name](list(model.parameters()))

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from baselines import DeMo, Dion, SignMuon
+from baselines import DeMo, Dion
 from ef21_muon import (
     ALONE,
     AdaptiveRadius,
     AveragedGradients,
+    Dense,
     EF21Muon,
     LocalSteps,
     RankK,
@@ -52,8 +53,10 @@ METHODS = {
     "decay": lambda p, lr: EF21Muon(p, lr=lr, weight_decay=0.25, w2s=TopK(0.5)),
     "feedback": lambda p, lr: EF21Muon(p, lr=lr, lmo_feedback=True),
     "adaptive": lambda p, lr: EF21Muon(p, lr=lr, norm=Sign(), radius=AdaptiveRadius(0.5, 1)),
-    "corrected": lambda p, lr: EF21Muon(p, lr=lr, momentum="mvr1", gamma=0.05),
-    "sign": lambda p, lr: SignMuon(p, lr=lr),
+    "corrected": lambda p, lr: EF21Muon(p, lr=lr, momentum="mvr"),
+    "sign": lambda p, lr: EF21Muon(
+        p, lr=lr, lmo="workers", feedback="none", w2s=Dense("sign@message")
+    ),
     "local": local,
     "averaged": lambda p, lr: AveragedGradients(torch.optim.AdamW(p, lr=lr)),
     "dion": lambda p, lr: Dion(p, lr=lr),
@@ -64,9 +67,14 @@ METHODS = {
 def train(model, optimizer, steps=4, scheduler=None):
     for step in range(steps):
         inputs = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        model(inputs).square().mean().backward()
-        optimizer.step()
+
+        def closure(inputs=inputs):
+            optimizer.zero_grad()
+            loss = model(inputs).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
         if scheduler:
             scheduler.step()
     return parameters_of(model)
@@ -141,7 +149,7 @@ ENTRIES = {
 @pytest.mark.parametrize("wrap", [torch.tensor, np.array, lambda x: np.array([x])[0]])
 @pytest.mark.parametrize("name", ENTRIES)
 def test_other_numbers_become_pythons(name, wrap):
-    options = {"feedback": "ef14"} | ({"momentum": "mvr1"} if name == "gamma" else {})
+    options = {"feedback": "ef14"} | ({"momentum": "mvr"} if name == "gamma" else {})
     results = []
     for value in (ENTRIES[name], wrap(ENTRIES[name])):
         model = new_model()

@@ -31,9 +31,9 @@ def reports(tmp_path_factory):
 def test_with_exact_messages_all_count_and_nobody_heals(reports, name):
     first, second = (report[name] for report in reports)
     rounds = [[WORKERS, False, 0]] * unlike_fleet.ROUNDS
-    assert first["meetings"][1:] == second["meetings"][1:] == rounds  # after they joined
+    assert first["quorums"][1:] == second["quorums"][1:] == rounds  # after they joined
     assert first["state"] == second["state"]
-    assert first["told"] == WORKERS * unlike_fleet.ROUNDS * unlike_fleet.NESTEROV["every"]
+    assert first["synced_steps"] == WORKERS * unlike_fleet.ROUNDS * unlike_fleet.NESTEROV["every"]
 
 
 @pytest.mark.parametrize("name", ["rank", "fitted rank"])
@@ -42,21 +42,19 @@ def test_with_low_rank_one_is_refused_and_the_other_trains(reports, name):
     assert error.startswith("this worker gets other bits of w2s=") and "\n" not in error
     assert error.endswith("top_columns), or leave this one out")
     (other,) = [report[name] for report in reports if "error" not in report[name]]
-    assert len(other["meetings"]) > unlike_fleet.ROUNDS
+    assert len(other["quorums"]) > unlike_fleet.ROUNDS
 
 
 def test_one_that_has_another_w_again_and_again_ends():
     """As with a compressor of one's own, of which other bits were not seen at the start."""
     with lighthouse(2) as url, crew.workers(url, range(3)) as workers:
         other = workers[1].optimizer
-        receive = other._receive
+        mean = other._mean
 
         def with_other_bits(batch, messages):
-            receive(batch, messages)
-            if batch.outer_gradient is not None:
-                batch.outer_gradient *= 1 + 1e-6
+            return mean(batch, messages) * (1 + 1e-6) if messages else None
 
-        other._receive = with_other_bits
+        other._mean = with_other_bits
         crew.enter(workers)
         threads = [worker.start(30) for worker in workers]
         for thread in threads:
@@ -64,6 +62,6 @@ def test_one_that_has_another_w_again_and_again_ends():
         assert str(workers[1].error).startswith(
             "this worker had another W than the others 3 times in a row, of the same messages: "
         )
-        assert sum(one.healed for one in other.meetings) == 2  # and then no more
+        assert sum(one.healed for one in workers[1].fleet.quorums) == 2  # and then no more
         assert workers[0].error is workers[2].error is None
         assert torch.equal(workers[0].agreed[30], workers[2].agreed[30])

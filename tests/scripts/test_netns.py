@@ -11,7 +11,7 @@ import pytest
 from nodes import in_node, namespaces, processes, seconds_to_send
 from run import PATIENCE, ROOT
 
-from ef21_muon.exchange.placement import PLACEMENTS
+from ef21_muon.layers import PLACEMENTS
 from scripts.count_bytes import HEADERS
 from scripts.netns import ETHERNET_HEADER, MTU, JobError, Network, requirements_missing
 

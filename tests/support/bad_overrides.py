@@ -138,7 +138,6 @@ RANGES = {
     "optimizer=diloco optimizer.inner._target_=torch.optim.LBFGS": "optimizer.inner: LBFGS",
     "optimizer=local optimizer.server=replicated compressor@s2w=topk": "sends nothing back to",
     "optimizer=local resume=elastic directory=x optimizer.delay=1": "resume=elastic is not allowed",
-    "optimizer=local compressor@w2s=switch w2s.start=9": "w2s.start=9 is not below 0 rounds of",
     f"{FLEET} membership.worker=2": "membership.worker=2 is not allowed: give one of 0 to 1, each",
     f"{FLEET} membership.workers=0": "membership.workers=0 is not allowed: give a whole number of",
     f"{FLEET} resume=none": "resume=none is not allowed with membership=torchft: a worker that",
@@ -207,10 +206,6 @@ CONTRADICTIONS = {
     "resume=elastic directory=SCENE/new optimizer.feedback=ef14": (
         "resume=elastic is not allowed for fitted rank 30% ... EF14: it needs optimizer=ef21_muon"
     ),
-    "compressor@w2s=switch": "w2s.start=240 is not below steps=4: give a round of the run, or the",
-    "compressor@w2s=switch w2s.start=4": "w2s.start=4 is not below steps=4: give a round of the",
-    "compressor@w2s=switch w2s.start=0": "w2s: Switch got start=0: give a round, a whole number",
-    "compressor@s2w=switch": "is not allowed: give a Compressor of ef21_muon (group ",
     "diagnostics_every=5": "diagnostics_every=5 is longer than steps=4, which leaves no record of",
     "optimizer=diloco": "optimizer.every=500 is longer than steps=4: give optimizer.every=4",
     "optimizer=local": "optimizer.every=30 is longer than steps=4: give optimizer.every=4",

@@ -1,8 +1,9 @@
 """EF21-Muon on two workers with a setting that has everything in it, to be run and simulated."""
 
 from ef21_muon.lmo.norms import AdaptiveRadius
-from ef21_muon.messages.compressors import Identity, TopK
-from ef21_muon.messages.noneuclidean import Damping
+from ef21_muon.messages.compressors import Identity
+from ef21_muon.messages.extras import Damping
+from ef21_muon.messages.sparse import TopK
 from scripts.theory.algorithm import Setting, train
 from scripts.theory.problems import geometry
 from scripts.theory.studies import GEOMETRIES, feedback, two_workers

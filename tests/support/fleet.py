@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torchft.coordination import LighthouseServer
 
-from ef21_muon.exchange.fleet import Fleet
-from ef21_muon.fleet import FleetSteps
+from ef21_muon import LocalSteps
+from ef21_muon.fleet import Fleet
 
 HEARTBEAT_MS = 2500
 DATA = 4  # inputs, of which a function is learnt
@@ -83,20 +83,22 @@ def parameters_of(model: nn.Module) -> torch.Tensor:
 
 
 class Worker:
-    """A worker's model and optimizer; `train` in a thread of its own."""
+    """A worker's model, fleet and optimizer; `train` in a thread of its own."""
 
     def __init__(self, number: int, url: str, lr: float = 0.1, **options):
         self.number, self.model = number, new_model()
         inner = torch.optim.SGD(self.model.named_parameters(), lr=lr)
-        fleet = Fleet(number, url, patience=options.pop("patience", 60))
-        self.optimizer = FleetSteps(inner, **{"every": 3, "seed": number, **options}, fleet=fleet)
+        given = {"patience": options.pop("patience", 60), "run": options.pop("run", None)}
+        self.fleet = Fleet(number, url, **given)
+        options = {"every": 3, "seed": number, **options}
+        self.optimizer = LocalSteps(inner, **options, transport=self.fleet)
         self.agreed: dict[int, torch.Tensor] = {}  # W after every round, by its step
         self.error: Exception | None = None
 
     def train(self, until: int, joins: bool = True, before_step=lambda worker: None) -> None:
         optimizer = self.optimizer
         if joins:
-            optimizer.join()
+            self.fleet.join()
         while optimizer.steps < until:
             before_step(self)
             gradient(self.model, self.number, optimizer.steps)
@@ -121,7 +123,7 @@ def who_counted(workers) -> dict[int, tuple[int, ...]]:
     """Of every round the workers whose messages did, as they say themselves."""
     counted: dict[int, list[int]] = {}
     for worker in workers:
-        for one in worker.optimizer.meetings:
+        for one in worker.fleet.quorums:
             if one.step is not None and not one.healed:
                 round, _, _ = worker.optimizer.rounds.of(one.step - 1)
                 counted.setdefault(round, []).append(worker.number)
@@ -131,7 +133,7 @@ def who_counted(workers) -> dict[int, tuple[int, ...]]:
 def enter(workers) -> None:
     """So that the lighthouse has heard of all before one of them asks for the others."""
     for worker in workers:
-        worker.optimizer.fleet._enter()
+        worker.fleet.members._enter()
     time.sleep(0.5)
 
 
@@ -143,4 +145,4 @@ def workers(url: str, numbers, **options):
     finally:
         for worker in made:
             with suppress(Exception):
-                worker.optimizer.leave()
+                worker.fleet.leave()

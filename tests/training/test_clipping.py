@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from host_sync import NoHostSync
+from silent import Silent
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from baselines import AdamW, DeMo, Dion, Muon, SignMuon
-from ef21_muon import ALONE, EF21Muon, LocalSteps, TopK
+from baselines import AdamW, DeMo, Dion, Muon
+from ef21_muon import ALONE, Dense, EF21Muon, LocalSteps, TopK
 from model import GPT, GPTConfig
 from training.passes import Passes
 
@@ -18,12 +19,14 @@ METHODS = {
     "ef21": lambda named: EF21Muon(named, w2s=TopK(0.2)),
     **{
         kind: lambda named, kind=kind: EF21Muon(named, w2s=TopK(0.2), momentum=kind, gamma=0.5)
-        for kind in ("mvr", "mvr1", "hessian")
+        for kind in ("mvr", "hessian")
     },
     "local adamw": lambda named: LocalSteps(torch.optim.AdamW(named), every=2, w2s=TopK(0.2)),
     "local sgd": lambda named: LocalSteps(torch.optim.SGD(named, lr=0.1), every=2),
     "local muon": lambda named: LocalSteps(EF21Muon(named, process_group=ALONE), every=2),
-    "signs": SignMuon,
+    "signs": lambda named: EF21Muon(
+        named, lmo="workers", feedback="none", w2s=Dense("sign@message")
+    ),
     "demo": DeMo,
     "dion": Dion,
     "muon": Muon,
@@ -94,17 +97,13 @@ def flat(model):
 @pytest.mark.parametrize("passes", [1, 3])
 def test_the_gradient_of_all_passes_is_clipped_once(max_norm, passes):
     model, reference = new_model(), new_model()
-    passes_of(no_lanes(), model, max_norm).gradient(batch_of(0, passes))
-    passes_of(no_lanes(), reference).gradient(batch_of(0, passes))
+    passes_of(Silent(), model, max_norm).gradient(batch_of(0, passes))
+    passes_of(Silent(), reference).gradient(batch_of(0, passes))
     if max_norm == 1e9:
         assert all(map(torch.equal, gradients_of(model), gradients_of(reference)))
     clip_grad_norm_(reference.parameters(), max_norm)
     for found, expected in zip(gradients_of(model), gradients_of(reference), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
-
-
-def no_lanes():
-    return SimpleNamespace(timer=torch.autograd.profiler.record_function)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -114,7 +113,7 @@ def test_a_gradient_that_is_not_finite_is_left_to_be_named(value):
     handle = model.get_parameter(name).register_hook(lambda grad: torch.full_like(grad, value))
     optimizer = EF21Muon(model.named_parameters())
     passes_of(optimizer, model, MAX_NORM).gradient(batch_of(0, 1))
-    passes_of(no_lanes(), reference).gradient(batch_of(0, 1))
+    passes_of(Silent(), reference).gradient(batch_of(0, 1))
     handle.remove()
     for (own, parameter), its in zip(
         model.named_parameters(), gradients_of(reference), strict=True
@@ -127,17 +126,17 @@ def test_a_gradient_that_is_not_finite_is_left_to_be_named(value):
         optimizer.check_finite()
 
 
-def test_with_lanes_a_rank_does_not_clip_its_own_part():
-    """They do, once they have averaged over the worker's ranks: tests/ef21_muon/test_hierarchy."""
-    optimizer, model, reference = no_lanes(), new_model(), new_model()
-    optimizer.lanes = SimpleNamespace(max_norm=None)
+def test_a_rank_of_several_does_not_clip_its_own_part():
+    """Their mesh does, once it has averaged over them: tests/ef21_muon/test_hierarchy."""
+    optimizer = Silent(mesh=SimpleNamespace(max_norm=None))
+    model, reference = new_model(), new_model()
     passes_of(optimizer, model, MAX_NORM).gradient(batch_of(0))
-    passes_of(no_lanes(), reference).gradient(batch_of(0))
-    assert optimizer.lanes.max_norm == MAX_NORM
+    passes_of(Silent(), reference).gradient(batch_of(0))
+    assert optimizer.mesh.max_norm == MAX_NORM
     assert all(map(torch.equal, gradients_of(model), gradients_of(reference)))
 
 
 def test_it_does_not_wait_for_the_device():
-    passes, batch = passes_of(no_lanes(), new_model(), MAX_NORM), batch_of(0)
+    passes, batch = passes_of(Silent(), new_model(), MAX_NORM), batch_of(0)
     with NoHostSync():
         passes.gradient(batch)

@@ -60,7 +60,7 @@ def test_names_tell_overrides_and_tell_configurations_apart(small):
     assert len(name(*(f"data.name={'x' * 300}",))) < 120
 
 
-COMPRESSORS = {path.stem for path in CONFIGS.glob("compressor/*.yaml")} - {"switch"}  # of others
+COMPRESSORS = {path.stem for path in CONFIGS.glob("compressor/*.yaml")}
 PROMISE_NOTHING = {"fitted_rank", "statistical", "chunk_topk"}
 
 

@@ -14,13 +14,18 @@ from bad_inputs import free_port
 from omegaconf import OmegaConf
 from run import PATIENCE, ROOT, launch
 
-from ef21_muon.exchange.admission import FleetRefused
-from ef21_muon.exchange.collectives import Traffic
+from ef21_muon.transport.fixed import Traffic
 from scripts.chaos.crew import Crew
 from scripts.fleet import worker_overrides
 from training.checkpoint import Checkpoints
 from training.config import compose
-from training.fleet import FixedMembers, FleetMembers, Meetings, members_of, place_among_all
+from training.fleet import (
+    FixedMembers,
+    FleetMembers,
+    QuorumRecords,
+    members_of,
+    place_among_all,
+)
 from training.log import NoLog, RunLog
 from training.resume import as_it_was_left, resume
 from training.workers import FINAL, FinalError, RunError, Workers
@@ -29,7 +34,7 @@ HANGS = """
 import sys, time
 from training import fleet
 fleet.MARGIN = 0.5
-watch = fleet.Watch(0.5)
+watch = fleet.Watchdog(0.5)
 with watch("step"):
     time.sleep(0.01)
 for _ in range(3):  # it is in time, and waits for good reason
@@ -61,25 +66,25 @@ def test_what_hangs_ends_and_says_where(place):
     assert "Timeout" in result.stderr and 'File "<string>"' in result.stderr
 
 
-def meeting(workers, **changes):
-    fleet = pytest.importorskip("ef21_muon.exchange.fleet", exc_type=ImportError)
-    usual = {"messages": len(workers), "step": 30, "healed": False, "parted": 0, "history": "00"}
-    usual |= {"apart": False, "tries": 1, "seconds": 0.01234, "traffic": Traffic()}
-    return fleet.Meeting(**usual | {"workers": workers} | changes)
+def quorum(workers, **changes):
+    verdict = pytest.importorskip("ef21_muon.fleet.verdict", exc_type=ImportError)
+    usual = {"messages": len(workers), "step": 30, "healed": False, "diverged": 0, "history": "00"}
+    usual |= {"tries": 1, "seconds": 0.01234, "traffic": Traffic()}
+    return verdict.Quorum(**usual | {"workers": workers} | changes)
 
 
 def test_the_log_says_who_met_and_why_others_than_before():
-    optimizer, told, seen = SimpleNamespace(meetings=deque()), Meetings(), []
+    fleet, told, seen = SimpleNamespace(quorums=deque()), QuorumRecords(), []
     for one in (
-        meeting((0, 1, 2)),
-        meeting((0, 1, 2)),
-        meeting((0, 2), tries=2),
-        meeting((0, 1, 2), messages=2, healed=True, parted=1),
-        meeting((0, 1), step=None, messages=0),
-        meeting((0, 1), messages=1, refused=(1,), notes=("worker 1's message is not finite",)),
+        quorum((0, 1, 2)),
+        quorum((0, 1, 2)),
+        quorum((0, 2), tries=2),
+        quorum((0, 1, 2), messages=2, healed=True, diverged=1),
+        quorum((0, 1), step=None, messages=0),
+        quorum((0, 1), messages=1, refused=(1,), notes=("worker 1's message is not finite",)),
     ):
-        optimizer.meetings.append(one)
-        seen += told.records(optimizer)
+        fleet.quorums.append(one)
+        seen += told.records(fleet)
     assert [one["why"] for one in seen] == [
         [],
         [],
@@ -98,7 +103,7 @@ def test_the_log_says_who_met_and_why_others_than_before():
         "seconds": 0.012,
         "state": "00",
     }
-    assert list(told.records(optimizer)) == []
+    assert list(told.records(fleet)) == []
 
 
 def fleet_config(worker: int, *overrides: str):
@@ -137,13 +142,14 @@ def test_membership_decides_who_the_members_are():
 
 def test_who_is_refused_ends_for_good_and_has_logged_the_rounds_before():
     members, logged = FleetMembers(fleet_config(1), Workers()), []
-    run = SimpleNamespace(optimizer=SimpleNamespace(meetings=deque([meeting((0, 1))])))
+    refused = pytest.importorskip("ef21_muon.fleet", exc_type=ImportError).FleetRefused
+    members.fleet = SimpleNamespace(quorums=deque([quorum((0, 1))]))
     log = SimpleNamespace(membership=logged.append)
     with (
         pytest.raises(FinalError, match="worker 1 cannot go on: its number is taken"),
-        members.refusals(run, log),
+        members.refusals(log),
     ):
-        raise FleetRefused("its number\nis taken")
+        raise refused("its number\nis taken")
     assert [one["workers"] for one in logged] == [[0, 1]]
 
 

@@ -2,11 +2,16 @@
 
 import re
 import shlex
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import torch
+from a_round import a_round
 from omegaconf import OmegaConf
 
-from ef21_muon.exchange.timetable import Timetable
+from ef21_muon.transport.load import MULTIPLICATIONS_PER_BYTE
+from ef21_muon.transport.schedule import Turns
 from model import GPT
 from training.config import build, compose, what_matters
 from training.links import LINKS
@@ -14,6 +19,7 @@ from training.method import build_optimizer
 from training.overlap import Exchange
 from training.plan import plan
 from training.study import MAP, WORKERS
+from training.traffic import groups_of, loads_by_placement
 
 TINY = ("model=tiny", "steps=600", "dry_run=true")
 STEP, RATE, LATENCY = 0.25, 5e6, 0.05
@@ -28,9 +34,10 @@ EVERY = {
 BACK = [setting for setting in MAP if "-back" in setting.name]
 
 
-def planned(*overrides):
-    """What it prints, by paragraphs."""
-    return plan(compose((*TINY, *overrides)).config).split("\n\n")
+def planned(*overrides, gpu=True):
+    """What it prints where there is a GPU, by paragraphs."""
+    with mock.patch("torch.cuda.is_available", return_value=gpu):
+        return plan(compose((*TINY, *overrides)).config).split("\n\n")
 
 
 def rows_of(paragraph):
@@ -59,22 +66,22 @@ def at_this_link():
 
 @pytest.mark.parametrize("length", ["steps=59", "steps=600 schedule.cooldown=0"])
 def test_settings_with_rounds_that_a_run_is_too_short_for_are_left_out(length):
-    found = by_setting(planned(*length.split(), *LINK)[4])
+    found = by_setting(planned(*length.split(), *LINK)[5])
     names = {name for name, _ in found}
     assert "local30-signs" in names and "local120-60-signs" not in names
     assert ("local60-signs" in names) == (length != "steps=59")
 
 
 def test_without_a_link_there_is_the_map_alone(at_this_link):
-    assert planned() == at_this_link[:5] and len(at_this_link) == 11
+    assert planned() == at_this_link[:6] and len(at_this_link) == 12
 
 
 def test_the_shortest_step_is_what_the_messages_of_all_others_take(at_this_link):
-    found = by_setting(at_this_link[4])
+    found = by_setting(at_this_link[5])
     assert found.keys() == {(name, workers) for name in EVERY for workers in WORKERS}
     replicated = [setting for setting in MAP[1:] if setting not in BACK]  # nothing comes back
     for setting in replicated:
-        sent = new_optimizer(setting).exchange.w2s_bytes
+        sent = a_round(new_optimizer(setting)).w2s_bytes
         for workers in WORKERS:
             row = found[setting.name, workers]
             size = (workers - 1) * sent
@@ -87,33 +94,49 @@ def test_the_shortest_step_is_what_the_messages_of_all_others_take(at_this_link)
 
 
 def test_placements_are_those_that_auto_takes(at_this_link):
-    found = by_setting(at_this_link[4])
+    found = by_setting(at_this_link[5])
     for setting in (*MAP[:3], *BACK):
-        *_, placements, _, _ = planned(*setting.overrides(compose(TINY).config))
+        *_, placements, _, _, _ = planned(*setting.overrides(compose(TINY).config))
         for column, workers in enumerate(WORKERS):
-            sizes = [re.split("  +", line)[2 * column + 1] for line in placements.splitlines()[2:]]
-            least = min(sizes, key=lambda size: int(size.replace(",", "")))
-            assert found[setting.name, workers]["bytes a round"] == least
+            rows = [re.split("  +", line)[3 * column + 1 :] for line in placements.splitlines()[2:]]
+            size, *_ = min(rows, key=lambda row: weight(*row[:2]))
+            assert found[setting.name, workers]["bytes a round"] == size
+
+
+def weight(size, multiplications):
+    """As of a run on a GPU."""
+    return int(size.replace(",", "")) + float(multiplications) / MULTIPLICATIONS_PER_BYTE["cuda"]
+
+
+@pytest.mark.parametrize(("gpu", "server"), [(True, "replicated"), (False, "sharded")])
+def test_servers_are_those_of_a_run_on_such_a_machine(gpu, server):
+    """The LMO steps of a wide model take a CPU longer than what servers would send back."""
+    wide = ("model=gpt2-124m", "model.width=3072", "compressor@w2s=topk", "w2s.fraction=0.01")
+    config = compose(wide).config
+    with torch.device("meta"):
+        groups = groups_of(config, GPT(build(config.model, "model")))
+    method = build(config.optimizer, "optimizer", _partial_=True)
+    with mock.patch("torch.cuda.is_available", return_value=gpu):
+        assert next(iter(loads_by_placement(method, groups, 8))) == server
 
 
 @pytest.mark.parametrize("ways", [1, 2])
 def test_the_longest_delay_is_that_of_the_library(ways):
     for setting in (one for one in MAP if one.name in ("local4-signs", "local120-60-signs")):
-        optimizer = new_optimizer(setting)
-        for phase in optimizer.phases:
-            phase.exchange.replicated = ways == 1
+        rounds = new_optimizer(setting).rounds
         longest = Exchange(setting, 2, EVERY[setting.name], 1, ways).longest_delay
-        Timetable(optimizer.phases, optimizer.rounds, longest, stagger=False)
+        batch = SimpleNamespace(replicated=ways == 1, params=[None], up=SimpleNamespace(size=1))
+        Turns([[batch]], rounds, longest, streaming=False)
         with pytest.raises(ValueError, match=f"give at most {longest}$"):
-            Timetable(optimizer.phases, optimizer.rounds, longest + 1, stagger=False)
+            Turns([[batch]], rounds, longest + 1, streaming=False)
 
 
 def test_a_message_arrives_before_its_delay_ends(at_this_link):
-    sizes = by_setting(at_this_link[4])
+    sizes = by_setting(at_this_link[5])
     seen = set()
-    for (name, workers), row in by_setting(at_this_link[6]).items():
+    for (name, workers), row in by_setting(at_this_link[7]).items():
         one_way = 8 * int(sizes[name, workers]["bytes a round"].replace(",", "")) / RATE + LATENCY
-        ways = 2 if "-back" in name or (name == "identity" and workers > 2) else 1
+        ways = 2 if "-back" in name or name == "identity" else 1
         seconds = one_way + (ways - 1) * LATENCY
         assert float(row["s a round"]) == pytest.approx(seconds, rel=0.01)
         share = 100 * seconds / (seconds + EVERY[name] * STEP)
@@ -137,9 +160,9 @@ def test_both_ways_have_half_of_a_round_each():
 
 
 def test_the_answer_is_hidden_and_of_the_lowest_loss(at_this_link):
-    hidden = by_setting(at_this_link[6])
+    hidden = by_setting(at_this_link[7])
     over = {setting.name: setting.over for setting in MAP}
-    for answer, workers in zip(at_this_link[8:], WORKERS[:2], strict=False):
+    for answer, workers in zip(at_this_link[9:], WORKERS[:2], strict=False):
         assert answer.startswith(f"{workers} workers: ")
         told, line = answer.splitlines()
         named = [setting for setting in MAP if f" {setting.words} (" in told]
@@ -151,7 +174,7 @@ def test_the_answer_is_hidden_and_of_the_lowest_loss(at_this_link):
                 assert over[setting.name][workers] <= over[name][workers]
         assert f"({over[setting.name][workers]:+.1f} %)" in told
         assert shlex.split(line) == [*setting.overrides(compose(TINY).config), delay]
-        assert new_optimizer(setting, delay).timetable.delay == int(delay.partition("=")[2])
+        assert new_optimizer(setting, delay).delay == int(delay.partition("=")[2])
 
 
 def test_of_workers_that_have_not_run_the_next_fewer_are_told(monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
+from silent import Silent
 
 from model import GPT, GPTConfig
 from training.config import compose, what_matters
@@ -10,13 +11,6 @@ from training.passes import Passes
 from training.workers import RunError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
-
-
-class Silent:
-    """The part of an optimizer that passes need."""
-
-    def timer(self, phase):
-        return torch.autograd.profiler.record_function(phase)
 
 
 def passes_of(precision="auto", compiled=False, device="cpu"):
@@ -76,13 +70,13 @@ def test_passes_are_compiled_where_asked_for(device, asked, compiled, monkeypatc
     """Traced, but with the operations that are there: to the same numbers."""
     own, calls = torch.compile, []
 
-    def traced(model):
-        calls.append(model)
-        return own(model, backend="aot_eager")
+    def traced(model, dynamic):
+        calls.append((model, dynamic))
+        return own(model, dynamic=dynamic, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", traced)
     plain, other = passes_of("float32", device=device), passes_of("float32", asked, device)
-    assert calls == [other.raw_model] * compiled
+    assert calls == [(other.raw_model, False)] * compiled
     assert plain.gradient(batch_on(device)) == pytest.approx(other.gradient(batch_on(device)))
 
 

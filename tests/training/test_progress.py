@@ -26,7 +26,8 @@ class Crew:
 
 def progress(rank, count, states=None):
     optimizer = SimpleNamespace(check_finite=lambda: None)
-    return Progress(Crew(rank, count, states), optimizer, tokens_per_step=1)
+    crew = Crew(rank, count, states)
+    return Progress(crew, optimizer, tokens_per_step=1, synced_steps=lambda step: step)
 
 
 def told(one):

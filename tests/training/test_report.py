@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ef21_muon import EF21Muon, TopK
+from ef21_muon.transport.load import Load
 from model import GPT
 from training.config import build, compose
 from training.method import build_optimizer, run_label
@@ -32,15 +34,6 @@ def test_bytes_are_those_of_all_layers_of_a_row(told):
     assert f"dense natural  {8 * 128 * 128 * 9 // 8:,}" in line
 
 
-def test_what_changes_is_told_with_its_first_step(told):
-    switch = ("compressor@w2s=switch", "compressor@w2s.first=sign", "w2s.start=2", "steps=12")
-    for method, step in (((), 3), (("optimizer=local", "optimizer.every=4"), 9)):
-        (line,) = (one for one in told(*switch, *method).splitlines() if "128x128" in one)
-        assert f"dense sign, dense natural from step {step} " in line
-        row = 128 * (128 // 8 + 4)
-        assert f"{8 * row:,}, {8 * 128 * 128 * 9 // 8:,}" in line
-
-
 @pytest.mark.parametrize(
     "overrides, expected",
     [
@@ -55,6 +48,18 @@ def test_what_changes_is_told_with_its_first_step(told):
 )
 def test_rounds_are_told(told, overrides, expected):
     assert expected in told(*overrides)
+
+
+def test_where_servers_are_is_told_with_what_they_would_take_elsewhere():
+    """Also where they are not at the first choice, on which machines have not agreed."""
+    config = compose(("model=tiny", "model.layers=1")).config
+    optimizer = build_optimizer(config, GPT(build(config.model, "model")))
+    optimizer.placements = {"replicated": Load(5_000, 10), "sharded": Load(7_000, 4)}
+    optimizer.server = "sharded"
+    assert group_table(optimizer, ALONE).endswith(
+        "servers sharded: the busiest ranks move 7,000 bytes and take 4 multiplications a round "
+        "(replicated 5,000 and 10)"
+    )
 
 
 def test_each_role_is_stepped_by_the_inner_optimizer_that_is_given_for_it(told):
@@ -97,3 +102,19 @@ TOP = ("compressor@w2s=topk", "w2s.values=sign")
 def test_a_label_tells_what_of_local_steps_is_not_the_default(overrides, label):
     config = compose(("model=tiny", "model.layers=1", "optimizer=local", *overrides)).config
     assert run_label(build_optimizer(config, GPT(build(config.model, "model")))) == label
+
+
+def test_a_label_tells_what_all_ranks_of_a_worker_send():
+    """Large layers send all signs, which are less than places; another rank has other layers."""
+    top, own = TopK(0.3, "sign"), {"w2s": TopK(0.2)}
+    first, second, third = (
+        EF21Muon([{"name": name, "params": [torch.zeros(size, size)], **entries}], w2s=top)
+        for name, size, entries in (("hidden", 128, {}), ("hidden", 8, {}), ("embedding", 8, own))
+    )
+    of_others = [], []  # what each has brought, call by call
+    for one, brought in zip((second, third), of_others, strict=True):
+        run_label(one, lambda own, brought=brought: brought.append(own) or [own])
+    assert run_label(first) == "dense sign"
+    calls = zip(*of_others, strict=True)
+    label = run_label(first, lambda own: [own, *next(calls)])
+    assert label == "top 30% sign, embedding top 20%"

@@ -1,18 +1,24 @@
 """Runs whose model is spread over the ranks of a worker."""
 
+import json
+
+import pytest
 import torch
 from logs import repeatable
-from run import launch
+from run import launch, torchrun
 
 import sample
 
-OVERRIDES = ["worker_size=2", "checkpoint.every=4", "compressor@w2s=topk", "compressor@s2w=natural"]
+OVERRIDES = [
+    *("worker_size=2", "checkpoint.every=4", "compressor@w2s=topk", "compressor@s2w=natural"),
+    *("diagnostics_every=3", "batch.sequences=8"),
+]
 
 
 def test_a_sharded_model_has_the_same_losses_bytes_and_checkpoint(small, tmp_path):
     """Of two workers of two ranks, which read unlike numbers of the ten test windows.
 
-    Also where blocks are computed again.
+    Of two forward passes a step, also where blocks are computed again.
     """
     runs = {}
     for shard in ("false", "true"):
@@ -27,6 +33,52 @@ def test_a_sharded_model_has_the_same_losses_bytes_and_checkpoint(small, tmp_pat
         for records in runs.values()
     )
     assert sharded == whole
+    (watched,) = (one for one in whole if one["record"] == "diagnostics")
+    assert watched["step"] == 3
     models = [sample.load_model(tmp_path / shard).state_dict() for shard in runs]
     for name, tensor in models[0].items():
         assert torch.equal(models[1][name], tensor)
+    assert watched["layers"].keys() == models[0].keys()  # of both ranks of a worker
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory):
+    """What each of four ranks of a worker tells of models that they share."""
+    directory = tmp_path_factory.mktemp("ranks")
+    torchrun("sharding.py", directory, ranks=4)
+    return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(4)]
+
+
+def test_a_model_is_sharded_before_it_has_values(four_ranks):
+    """No rank ever has more than its rows, a layer, and the numbers of a layer's fingerprint."""
+    for rank in four_ranks:
+        assert rank["small is as whole"] and rank["large is as whole"] and rank["is of rank 0"]
+        assert rank["kept"] == pytest.approx(0.25, abs=0.01)
+        assert rank["kept"] < rank["peak"] < 0.6
+
+
+def test_gradients_of_several_passes_are_reduced_once(four_ranks):
+    for rank in four_ranks:
+        assert rank["scatters"] == 1 + rank["layers"]  # the root and every block
+        assert rank["of every pass"] == 3 * rank["scatters"]
+        assert rank["to every pass"] < 1e-6 and rank["to whole"] < 1e-6
+
+
+def test_a_sharded_model_is_compiled_in_parts(four_ranks):
+    """In what comes before the blocks, in a block and in the head: all but the tables' two cuts.
+
+    Whole or sharded, tests add graphs without gradients, of a whole batch and of the last one.
+    """
+    for rank in four_ranks:
+        (whole,), parts = rank["whole"], rank["sharded"]
+        before, block, head = parts
+        assert before + rank["layers"] * block + head == whole - 2
+        for kind, graphs in (("whole", 1), ("sharded", 3)):
+            assert rank[f"{kind}, second step"] == 0
+            assert rank[f"{kind}, tests"] == 2 * graphs
+            assert rank[f"{kind}, distance"] < 1e-6
+
+
+def test_sharded_models_leave_no_groups_but_those_of_their_mesh(four_ranks):
+    for rank in four_ranks:
+        assert len(rank["groups"]) == 6 and len({*rank["groups"]}) == 1

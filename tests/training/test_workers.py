@@ -8,7 +8,7 @@ import torch.distributed as dist
 from run import PATIENCE
 from waiting import SleptTime
 
-from ef21_muon.exchange.reach import Place
+from ef21_muon.transport.reach import Place
 from training.workers import FinalError, RunError, Workers, by_host_alone
 
 
@@ -90,6 +90,17 @@ def test_workers_share_gpus_where_a_machine_has_fewer(
         with pytest.raises(RunError, match=r"exchange=device needs a GPU for each rank"):
             workers.group("device")
     assert workers.group("host") is None  # the default group, or none yet
+
+
+def test_a_delay_is_refused_where_nccl_would_wait_on_the_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    workers = Workers()
+    assert workers.group("device", delay=2) is None  # a worker alone waits for nobody
+    workers._from_host = from_host = object()  # as where each rank has a GPU, and NCCL is used
+    with pytest.raises(RunError, match=r"delay=2 is not allowed with NCCL, .* exchange=host, or"):
+        workers.group("device", delay=2)
+    assert workers.group("device") is None and workers.group("host", delay=2) is from_host
 
 
 def unlike(address: str | None, network: str) -> Place:

@@ -5,8 +5,8 @@ import torch
 
 from ef21_muon import FittedRank
 from ef21_muon.lmo.newton_schulz import unit_largest
-from ef21_muon.messages import basis
-from ef21_muon.messages.basis import by_gram, orthonormal
+from ef21_muon.messages import low_rank
+from ef21_muon.messages.low_rank import by_gram, orthonormal
 
 
 def matrices(m, r, smallest, seed=0):
@@ -79,7 +79,7 @@ def test_rounding_of_long_columns_leaves_a_basis(monkeypatch):
     lowest = torch.linalg.eigvalsh(summed.double()).min()
     assert lowest < -1.5e-5 * summed.diagonal(dim1=1, dim2=2).max()
 
-    monkeypatch.setattr(basis, "gram", row_after_row)
+    monkeypatch.setattr(low_rank, "gram", row_after_row)
     found = by_gram(sketch)
     assert found.isfinite().all()
     assert torch.linalg.matrix_norm(found, 2).max() < 1 + 1e-4

@@ -9,16 +9,8 @@ from compression import ALWAYS_THE_SAME
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ef21_muon.messages import bits
-from ef21_muon.messages.bits import (
-    index_bytes,
-    low_width,
-    pack,
-    pack_indices,
-    packed_bytes,
-    unpack,
-    unpack_indices,
-)
+from ef21_muon.messages.sparse import index_bytes, pack_indices, shortest, unpack_indices
+from ef21_muon.messages.values import AT_A_TIME, pack, packed_bytes, unpack
 
 
 def random_codes(rows, count, width, seed):
@@ -46,12 +38,14 @@ def test_integers_of_any_count_come_back(width, rows, count, seed):
 
 @ALWAYS_THE_SAME
 @given(st.integers(1, 7), st.integers(1, 3), st.integers(0, 70), st.integers(0, 99))
-def test_a_gpu_packs_eight_at_once_into_the_same_bits(width, rows, count, seed):
+def test_codes_are_neighbours_in_their_bytes_whatever_is_packed_at_a_time(width, rows, count, seed):
     codes = random_codes(rows, count, width, seed).to(torch.uint8)
-    words = bits.words_by_place(codes, width)
-    assert torch.equal(bits.words_at_once(codes, width), words)
-    with mock.patch("ef21_muon.messages.pieces.CHUNK", 32):
-        assert torch.equal(bits.codes_at_once(words, width), bits.codes_by_place(words, width))
+    with mock.patch.dict(AT_A_TIME, cpu=32):
+        packed = pack(codes, width)
+        assert torch.equal(unpack(packed, count, width), codes)
+    for row, message in zip(codes.tolist(), packed.tolist(), strict=True):
+        bits = [code >> place & 1 for code in row for place in range(width)]
+        assert message == reference_bytes(bits)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +131,7 @@ def test_indices_are_elias_fano_coded(index_set):
     assert torch.equal(unpack_indices(packed, universe, count), indices)
     for row, message in zip(indices.tolist(), packed, strict=True):
         if count:
-            width = low_width(universe, count)
+            width = shortest(universe, count)[1]
             lows, bits = reference_pieces(row, universe, width)
             low_bytes = packed_bytes(count, width)
             assert unpack(message[None, :low_bytes], count, width).tolist() == [lows]

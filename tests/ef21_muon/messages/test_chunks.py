@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from local_reference import chunk_top_k, statistical
 
 from ef21_muon import ChunkTopK, Dense
-from ef21_muon.messages.chunks import ChunkPlaces
+from ef21_muon.messages.sparse import ChunkPlaces
 
 SIDES = st.integers(1, 40)
 

@@ -7,7 +7,7 @@ import torch
 from compression import seeded
 
 from ef21_muon import Integer, SmoothnessAware
-from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.compressors import value_format
 
 SHAPE = (12, 40)
 DRAWS = 4096

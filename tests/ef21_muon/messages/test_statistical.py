@@ -9,8 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ef21_muon import Statistical
-from ef21_muon.messages import statistical
-from ef21_muon.messages.formats import value_format
+from ef21_muon.messages import levels
+from ef21_muon.messages.compressors import value_format
+from ef21_muon.messages.values import AT_A_TIME
 
 
 def through(values, x):
@@ -29,7 +30,7 @@ def test_it_agrees_with_a_loop(bits, x, by_row, span, piece):
     """Where no entry is on the edge of a bin, to the rounding of float32; piece after piece."""
     values = Statistical(bits, "row" if by_row else "message", span)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ef21_muon.messages.pieces.CHUNK", piece)
+        patch.setitem(AT_A_TIME, "cpu", piece)
         decoded = through(values, x).double().numpy()
     exact = x.double().numpy()
     blocks = exact.reshape(-1, exact.shape[2]) if by_row else exact.reshape(len(exact), -1)
@@ -49,8 +50,8 @@ def test_a_gpu_adds_up_the_same_sums(bits, rows, n, seed):
     values = torch.randint(-(2**40), 2**40, (rows, 2, n), generator=generator)
     codes = torch.randint(256, (rows, 2, n), generator=generator).to(torch.uint8)
     found, expected = (torch.zeros(2, rows, 2, 2**bits, dtype=torch.int64) for _ in range(2))
-    statistical.add_by_bins(*found, values, codes)
-    statistical.add_by_places(*expected, values, codes)
+    levels.add_by_bins(*found, values, codes)
+    levels.add_by_places(*expected, values, codes)
     assert torch.equal(found, expected) and expected[1].sum() == values.numel()
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from ef21_muon import BFloat16, Float32, Integer, Natural, NaturalWindow, Normal, SignScale
-from ef21_muon.messages.formats import value_format
+from ef21_muon.messages.compressors import value_format
+from ef21_muon.messages.values import AT_A_TIME
 
 DRAWS = 4096
 
@@ -195,5 +196,5 @@ def test_pieces_do_not_show(monkeypatch, name):
         x = torch.randn(2, rows, columns, generator=seeded())
         whole = formats.encode(x)
         with monkeypatch.context() as patch:
-            patch.setattr("ef21_muon.messages.pieces.CHUNK", 16)
+            patch.setitem(AT_A_TIME, "cpu", 16)
             assert torch.equal(formats.encode(x), whole)

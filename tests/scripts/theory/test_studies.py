@@ -7,7 +7,9 @@ import pytest
 from functions import problem
 
 from ef21_muon.lmo.norms import AdaptiveRadius
-from ef21_muon.messages.compressors import Identity, RankK, TopK
+from ef21_muon.messages.compressors import Identity
+from ef21_muon.messages.low_rank import RankK
+from ef21_muon.messages.sparse import TopK
 from scripts.theory.algorithm import Setting, gradient_norms, simulate
 from scripts.theory.figures import slope
 from scripts.theory.problems import Quadratic, geometry

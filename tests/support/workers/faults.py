@@ -26,8 +26,8 @@ from waiting import SleptTime, wait_until
 import train
 import training.workers
 from ef21_muon import EF21Muon
-from ef21_muon.exchange import collectives
-from ef21_muon.exchange.collectives import Exchange
+from ef21_muon.transport import fixed
+from ef21_muon.transport.fixed import Transport
 from training.checkpoint import Checkpoints
 from training.passes import Passes
 from training.workers import Workers, leave
@@ -35,7 +35,7 @@ from training.workers import Workers, leave
 PLACES = {
     "forward": (Passes, "gradient"),
     "encode": (EF21Muon, "_worker_message"),  # of one batch of layers; others are to come
-    "exchange": (Exchange, "to_servers"),  # one message is on its way; others are to come
+    "exchange": (Transport, "to_servers"),  # one message is on its way; others are to come
     "write": (FileSystemWriter, "write_data"),  # this rank's file of the checkpoint
     "hash": (Checkpoints, "_my_files"),  # all files of the checkpoint are there but the facts
     "publish": (Checkpoints, "_rename"),
@@ -84,8 +84,8 @@ class Patience:
         Workers._meet = meet_patiently
 
     def lose(self) -> None:
-        wait = collectives.wait
-        collectives.wait = lambda works: wait(
+        wait = fixed.wait
+        fixed.wait = lambda works: wait(
             [SimpleNamespace(wait=partial(work.wait, self.asked_for)) for work in works]
         )
 

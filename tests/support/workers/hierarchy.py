@@ -1,6 +1,6 @@
-"""Least squares on every rank, by HierarchicalEF21Muon or EF21Muon; see test_hierarchy.py.
+"""Least squares on every rank, by workers of one rank or of several; see test_hierarchy.py.
 
-    hierarchy.py DIRECTORY WORKER_SIZE [sharded]
+    hierarchy.py DIRECTORY RANKS_PER_WORKER [sharded]
 
 Data are of 4 parts. With 4 ranks every rank has one, with 2 ranks each has two. Writes
 DIRECTORY/rank{r}.npz: parameters and bytes for every case, and the errors of wrong choices.
@@ -20,17 +20,16 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ef21_muon import (
     ALONE,
+    AveragedGradients,
     EF21Muon,
-    HierarchicalEF21Muon,
     Identity,
     LocalSteps,
     RankK,
     Sign,
     Spectral,
-    Switch,
     TopK,
+    WorkerMesh,
 )
-from ef21_muon.exchange.lanes import Lanes
 
 SHAPES = {"query": (12, 20), "key": (12, 20), "value": (12, 20), "fc": (30, 12), "head": (16, 12)}
 CASES = {
@@ -40,10 +39,11 @@ CASES = {
     "rank0": {"w2s": TopK(0.2), "server": "rank0"},
     "replicated": {"w2s": TopK(0.2), "server": "replicated"},
     "rank": {"w2s": RankK(0.2)},
-    "of the head": {"w2s": TopK(0.2), "head": {"w2s": Switch(TopK(0.1), TopK(0.4), start=3)}},
+    "of the head": {"w2s": TopK(0.2), "head": {"w2s": TopK(0.4)}},
+    "averaged": {"w2s": {"hidden": TopK(0.2), "head": TopK(0.4)}},
     "local": {
         "every": 2,
-        "w2s": {"hidden": TopK(0.2), "head": Switch(TopK(0.1), TopK(0.4), start=2)},
+        "w2s": {"hidden": TopK(0.2), "head": TopK(0.4)},
         "outer_momentum": 0.5,
         "server": "sharded",
     },
@@ -66,8 +66,8 @@ class Layers(nn.Module):
         return sum(loss(model, part) for part in parts) / len(parts)
 
 
-def sharded(model: nn.Module, worker_size: int) -> nn.Module:
-    shape = dist.get_world_size() // worker_size, worker_size
+def sharded(model: nn.Module, size: int) -> nn.Module:
+    shape = dist.get_world_size() // size, size
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("worker", "rank"))["rank"]
     return fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
@@ -111,38 +111,49 @@ def groups(model: dict[str, torch.nn.Parameter], **of_head) -> list[dict]:
     ]
 
 
-def local_steps(
-    layers: list[dict], worker_size: int, missing: str = "refuse", **options
-) -> LocalSteps:
-    place = {}
-    if worker_size > 1:
-        lanes = Lanes([p for group in layers for _, p in group["params"]], worker_size, None)
-        place = {"lanes": lanes, "process_group": lanes.lane}
-        layers = lanes.of_lane(layers)
-    inner = EF21Muon(layers, lr=0.05, process_group=ALONE, missing=missing)
-    return LocalSteps(inner, **place, **options)
+def mesh_of(layers: list[dict], size: int) -> WorkerMesh | None:
+    if size == 1:
+        return None
+    return WorkerMesh([p for group in layers for _, p in group["params"]], size)
 
 
-def train(case: str, worker_size: int, shard: bool) -> dict[str, np.ndarray]:
-    module = sharded(Layers(), worker_size) if shard else Layers()
+def muon(layers: list[dict], size: int, **options) -> EF21Muon:
+    return EF21Muon(layers, mesh=mesh_of(layers, size), **options)
+
+
+def local_steps(layers: list[dict], size: int, missing: str = "refuse", **options) -> LocalSteps:
+    mesh = mesh_of(layers, size)
+    own = mesh.share(layers) if mesh else layers
+    inner = EF21Muon(own, lr=0.05, process_group=ALONE, missing=missing)
+    return LocalSteps(inner, mesh=mesh, **options)
+
+
+def averaged(layers: list[dict], size: int, **options) -> AveragedGradients:
+    mesh = mesh_of(layers, size)
+    inner = torch.optim.SGD(mesh.share(layers) if mesh else layers, lr=0.05, momentum=0.5)
+    return AveragedGradients(inner, mesh=mesh, **options)
+
+
+def train(case: str, size: int, shard: bool) -> dict[str, np.ndarray]:
+    module = sharded(Layers(), size) if shard else Layers()
     model = dict(module.named_parameters())
     options = dict(CASES[case])
     layers = groups(model, **options.pop("head", {}))
     if "local" in case:
-        optimizer = local_steps(layers, worker_size, **options)
-    elif worker_size == 1:
-        optimizer = EF21Muon(layers, lr=0.05, **options)
+        optimizer = local_steps(layers, size, **options)
+    elif case == "averaged":
+        optimizer = averaged(layers, size, **options)
     else:
-        optimizer = HierarchicalEF21Muon(layers, lr=0.05, worker_size=worker_size, **options)
+        optimizer = muon(layers, size, lr=0.05, **options)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     parts = range(4)[rank * 4 // ranks : (rank + 1) * 4 // ranks]
     for step in range(STEPS):
-        if step == STEPS // 2:  # as a user's own code or load_state_dict does
+        if step in (0, STEPS // 2):  # as a user's own code or load_state_dict does
             with torch.no_grad():
                 for parameter in model.values():
                     parameter.mul_(0.5)
         optimizer.zero_grad()
-        module.zero_grad()  # of all lanes
+        module.zero_grad()  # of all ranks of the worker
         module(parts).backward()
         optimizer.step()
     with getattr(optimizer, "agreed", nullcontext)():
@@ -155,21 +166,21 @@ def train(case: str, worker_size: int, shard: bool) -> dict[str, np.ndarray]:
     }
 
 
-def clipped(worker_size: int, shard: bool) -> list[float]:
-    """How far lanes are from torch's clipping of the worker's mean gradient, relative to it.
+def clipped(size: int, shard: bool) -> list[float]:
+    """How far a mesh is from torch's clipping of the worker's mean gradient, relative to it.
 
     For a norm that is never reached, one that is, and one that is with a NaN in a layer, which
     leaves the gradients of the other layers as they are.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    first = rank // worker_size * worker_size
-    parts = range(first * 4 // ranks, (first + worker_size) * 4 // ranks)
+    first = rank // size * size
+    parts = range(first * 4 // ranks, (first + size) * 4 // ranks)
     found = []
     for max_norm, broken in ((1e6, ""), (0.5, ""), (0.5, "head")):
-        module = sharded(Layers(), worker_size) if shard else Layers()
+        module = sharded(Layers(), size) if shard else Layers()
         model = dict(module.named_parameters())
-        lanes = Lanes(list(model.values()), worker_size, None)
-        lanes.max_norm = max_norm
+        mesh = WorkerMesh(model.values(), size)
+        mesh.max_norm = max_norm
         module(range(rank * 4 // ranks, (rank + 1) * 4 // ranks)).backward()
         expected = parameters()
         (sum(loss(expected, part) for part in parts) / len(parts)).backward()
@@ -178,11 +189,11 @@ def clipped(worker_size: int, shard: bool) -> list[float]:
             (model[broken].grad.to_local() if shard else model[broken].grad).fill_(torch.nan)
         else:
             torch.nn.utils.clip_grad_norm_(expected.values(), max_norm)
-        lanes.reduce_gradients()
+        mesh.reduce_gradients()
         errors = [
-            (lanes.own[p].grad - expected[name].grad).norm() / expected[name].grad.norm()
+            (mesh.own[p].grad - expected[name].grad).norm() / expected[name].grad.norm()
             for name, p in model.items()
-            if p in lanes.own and name != broken
+            if p in mesh.own and name != broken
         ]
         found.append(max(map(float, errors), default=0.0))
     return found
@@ -192,7 +203,7 @@ def refusals() -> list[str]:
     messages = []
     for size, of_head in ((3, {}), (0, {}), (2, {"w2s": "topk"})):
         try:
-            HierarchicalEF21Muon(groups(parameters(), **of_head), worker_size=size)
+            muon(groups(parameters(), **of_head), size)
         except ValueError as error:
             messages.append(str(error))
     try:
@@ -202,14 +213,14 @@ def refusals() -> list[str]:
     return messages
 
 
-def overflow(worker_size: int) -> list[int]:
+def overflow(size: int) -> list[int]:
     """Rounds, and gradients that are left, after an overflow on rank 0 in every layer of others."""
     model = parameters()
-    optimizer = HierarchicalEF21Muon(groups(model), worker_size=worker_size)
+    optimizer = muon(groups(model), size)
     loss(model, 0).backward()
     if dist.get_rank() == 0:
         for parameter in model.values():
-            if parameter not in optimizer.lanes.own:
+            if parameter not in optimizer.mesh.own:
                 parameter.grad.fill_(torch.inf)
     optimizer.found_inf = torch.zeros(())  # of this rank's own layers, as GradScaler says it
     optimizer.step()
@@ -225,8 +236,8 @@ def missing(shard: bool, local: bool) -> list[str]:
     def build(policy: str):
         module = sharded(Layers(), 2) if shard else Layers()
         layers = groups(dict(module.named_parameters()))
-        make = local_steps if local else HierarchicalEF21Muon
-        return module, make(layers, worker_size=2, missing=policy)
+        make = local_steps if local else muon
+        return module, make(layers, 2, missing=policy)
 
     def step() -> str:
         try:
@@ -264,7 +275,7 @@ def parted(shard: bool) -> str:
     """What a check says of two workers, each of whose ranks have changed their model alike."""
     module = sharded(Layers(), 2) if shard else Layers()
     model = dict(module.named_parameters())
-    optimizer = HierarchicalEF21Muon(groups(model), worker_size=2)
+    optimizer = muon(groups(model), 2)
     with torch.no_grad():
         for parameter in model.values():
             parameter.mul_(1 + dist.get_rank() // 2)
@@ -277,7 +288,7 @@ def parted(shard: bool) -> str:
 
 def scaled_shards() -> str:
     module = sharded(Layers(), 2)
-    optimizer = HierarchicalEF21Muon(groups(dict(module.named_parameters())), worker_size=2)
+    optimizer = muon(groups(dict(module.named_parameters())), 2)
     module(range(2)).backward()
     optimizer.found_inf = 0  # what GradScaler makes of no gradients
     try:
@@ -306,7 +317,7 @@ def refusals_of_shards() -> list[str]:
             and LocalSteps(torch.optim.AdamW(of_two.parameters()))
         ),
         *(
-            lambda model=model: HierarchicalEF21Muon(groups(model), worker_size=2)
+            lambda model=model: muon(groups(model), 2)
             for model in (
                 dict(of_all.named_parameters()),
                 dict(of_both.named_parameters()),
@@ -329,18 +340,18 @@ def refusals_of_shards() -> list[str]:
 
 def main() -> None:
     dist.init_process_group("gloo")
-    worker_size, shard = int(sys.argv[2]), "sharded" in sys.argv
+    size, shard = int(sys.argv[2]), "sharded" in sys.argv
     told = refusals() if dist.get_world_size() > 1 else []
     results = {"refusals": [*told, *(refusals_of_shards() if shard else [])]}
-    if worker_size > 1:
-        results["clipped"] = clipped(worker_size, shard)
-    if worker_size == 2:
+    if size > 1:
+        results["clipped"] = clipped(size, shard)
+    if size == 2:
         results["parted"] = parted(shard)
         for local in (False, True):
             results[f"missing {local}"] = missing(shard, local)
-        results["overflow"] = scaled_shards() if shard else overflow(worker_size)
+        results["overflow"] = scaled_shards() if shard else overflow(size)
     for case in CASES:
-        results |= train(case, worker_size, shard)
+        results |= train(case, size, shard)
     np.savez(Path(sys.argv[1]) / f"rank{dist.get_rank()}.npz", **results)
     dist.destroy_process_group()
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.nn import Parameter
 
 from ef21_muon import ALONE, AveragedGradients, Dense, EF21Muon, LocalSteps, Sign, Spectral, TopK
-from ef21_muon.exchange import collectives
+from ef21_muon.transport import fixed as collectives
 
 SHAPES = {"query": (12, 20), "key": (12, 20), "fc": (30, 12), "head": (16, 12)}
 STEPS = 6

@@ -137,7 +137,10 @@ def record(case, rank, ranks, steps=STEPS, resumed=False):
         with spy:
             optimizer.finish()
         note(recorded, parameters, optimizer, spy)
-    layout = [(batch.names, batch.w2s.payload_bytes(*batch.shape)) for batch in optimizer.batches]
+    layout = [
+        (batch.names, batch.up.compressor.payload_bytes(*batch.shape))
+        for batch in optimizer.batches
+    ]
     return {kind: np.stack(rows) for kind, rows in recorded.items()}, layout
 
 

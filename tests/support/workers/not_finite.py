@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from baselines import DeMo, Dion, SignMuon
+from baselines import DeMo, Dion
 from ef21_muon import (
     ALONE,
     L1,
@@ -60,7 +60,7 @@ CASES = {
     "ef14": (ef21(feedback="ef14", server_momentum=0.5, w2s=TopK(0.3)), nan),
     "feedback of steps": (ef21(lmo_feedback=True, feedback="none", beta=1.0), nan),
     "overflowing": (ef21(w2s=Overflowing(), beta=1.0), LARGE),
-    "sign muon": (lambda p: SignMuon(p, lr=0.1), nan),
+    "sign muon": (ef21(lmo="workers", feedback="none", w2s=Dense("sign@message")), nan),
     "dion": (lambda p: Dion([{"name": "hidden", "params": p}], 0.1, weight_decay=0.0), nan),
     "demo": (lambda p: DeMo(p, lr=0.1, k=4, chunk=4, weight_decay=0.0), -inf),
     "averaged": (lambda p: AveragedGradients(torch.optim.AdamW(p, lr=0.1)), nan),

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from baselines import SignMuon
 from ef21_muon import (
     AdaptiveRadius,
     BiasRMS,
+    Dense,
     EF21Muon,
     Euclidean,
     RowNorm,
@@ -90,7 +90,8 @@ SIGN_MUON = {"sign_muon none": "none", "sign_muon ef21": "ef21"}
 
 def sign_muon_case(feedback):
     groups = [{"params": MATRICES, "norm": Spectral()}]
-    return groups, {"lr": SCION_LR, "beta": SCION_WEIGHT, "feedback": feedback}
+    options = {"lmo": "workers", "w2s": Dense("sign@message"), "feedback": feedback}
+    return groups, {"lr": SCION_LR, "beta": SCION_WEIGHT, **options}
 
 
 CASES = {  # groups with the names of layers for parameters, and the other options
@@ -121,7 +122,7 @@ def record(case, worker):
         group | {"params": [(name, parameters[name]) for name in group["params"]]}
         for group in groups
     ]
-    optimizer = (SignMuon if case in SIGN_MUON else EF21Muon)(groups, **options)
+    optimizer = EF21Muon(groups, **options)
     recorded = {"W": [], "X": []}
     for step in range(STEPS):
         model = {name: parameter.detach().numpy() for name, parameter in parameters.items()}

@@ -21,8 +21,7 @@ import training.resume
 from training.config import CONFIGS, Job, compose
 from training.workers import RunError, Workers, leave
 
-NAMES = {path.stem for path in (CONFIGS / "compressor").glob("*.yaml")}
-COMPRESSORS = sorted(NAMES - {"switch"})  # which has cases of its own
+COMPRESSORS = sorted(path.stem for path in (CONFIGS / "compressor").glob("*.yaml"))
 PLACEMENTS = ("sharded", "rank0", "replicated")
 TOP = "compressor@w2s=topk"
 LOCAL = (TOP, "optimizer=local", "optimizer.every=3")  # step 2 is in the middle of a round
@@ -31,12 +30,8 @@ CASES = {
     "no feedback": (TOP, "optimizer.feedback=none"),
     "other start": (TOP, "optimizer.momentum_start=zero", "optimizer.first_message=exact"),
     "mvr": (TOP, "compressor@s2w=natural", "optimizer.momentum=mvr"),
-    "mvr1": (TOP, "optimizer.momentum=mvr1", "optimizer.gamma=0.05"),
     "hessian": (TOP, "optimizer.momentum=hessian", "batch.per_forward=2"),
     "two ranks a worker": (TOP, "worker_size=2"),
-    "switch before": ("compressor@w2s=switch", "w2s.start=1"),
-    "switch as it goes on": ("compressor@w2s=switch", "w2s.start=2"),
-    "switch after": ("compressor@w2s=switch", "w2s.start=3", "optimizer.server=replicated"),
     **{name: (f"optimizer={name}",) for name in ("adamw", "muon", "muon_fp16", "dion", "demo")},
     "muon_greedylore": ("optimizer=muon_greedylore", "optimizer.every=3"),
     "adamw greedylore": ("optimizer=adamw", "optimizer.hook=greedylore", "+optimizer.every=3"),

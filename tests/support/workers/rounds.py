@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from ef21_muon import Dense, EF21Muon, FittedRank, Identity, Natural, RankK, Sign, TopK
-from ef21_muon.exchange.placement import PLACEMENTS
+from ef21_muon.layers import PLACEMENTS
 from training.workers import leave
 
 ROUNDS = 10

@@ -13,21 +13,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ef21_muon import ALONE, AveragedGradients, EF21Muon, HierarchicalEF21Muon, LocalSteps, TopK
-from ef21_muon.exchange.lanes import Lanes
+from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps, TopK, WorkerMesh
 
 STEPS, EVERY = 7, 3
 
 
-def hierarchical(model, **options):
-    return HierarchicalEF21Muon([{"params": [*model.named_parameters()]}], worker_size=2, **options)
+def of_two_ranks(model, **options):
+    mesh = WorkerMesh(model.parameters(), ranks_per_worker=2)
+    return EF21Muon(model.parameters(), mesh=mesh, **options)
 
 
-def of_lanes(model, **options):
-    lanes = Lanes([*model.parameters()], 2, None)
-    own = lanes.of_lane([{"params": [*model.named_parameters()]}])
-    place = {"lanes": lanes, "process_group": lanes.lane}
-    return LocalSteps(EF21Muon(own, process_group=ALONE), every=EVERY, **place, **options)
+def local_of_two_ranks(model, **options):
+    mesh = WorkerMesh(model.parameters(), ranks_per_worker=2)
+    inner = EF21Muon(mesh.share(model.parameters()), process_group=ALONE)
+    return LocalSteps(inner, every=EVERY, mesh=mesh, **options)
 
 
 def local(model, **options):
@@ -39,8 +38,8 @@ METHODS = {
     "averaged": lambda m, **o: AveragedGradients(torch.optim.AdamW(m.parameters()), **o),
     "local": local,
     "local, delayed": lambda m, **o: local(m, delay=1, stagger=True, **o),
-    "hierarchical": hierarchical,
-    "local, lanes": of_lanes,
+    "two ranks a worker": of_two_ranks,
+    "local, two ranks a worker": local_of_two_ranks,
 }
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps, Sign, Spectral, TopK
-from ef21_muon.exchange import roll_call
+from ef21_muon.transport import roll_call
 
 STEPS = 6
 LR = 0.01

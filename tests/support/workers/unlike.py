@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from baselines import SignMuon
 from ef21_muon import (
     AdaptiveRadius,
     AveragedGradients,
@@ -26,14 +25,13 @@ from ef21_muon import (
     LocalSteps,
     RandK,
     RankK,
-    Residual,
     Sign,
     TopColumns,
     TopK,
     TopSingular,
 )
-from ef21_muon.fingerprint import fingerprint
-from ef21_muon.messages.samples import numbers
+from ef21_muon.messages.compressors import numbers
+from ef21_muon.transport.agreement import fingerprint
 
 FORMATS = (
     *("float32", "bfloat16", "natural", "natural4@message", "int2", "int8@128", "normal1"),
@@ -47,13 +45,11 @@ COMPRESSORS = {
     "top_columns": lambda values: TopColumns(0.3, values),
     "damping": lambda values: Damping(TopK(0.3, values), 0.7),
     "dropout": lambda values: Dropout(Dense(values), 0.9),
-    "residual": lambda values: Residual(TopK(0.1, values), Dense("sign")),
 }
 LOW_RANK = {
     "rank": lambda values: RankK(0.5, values),
     "fitted_rank": lambda values: FittedRank(0.5, values),
     "top_singular": lambda values: TopSingular(0.5, values),
-    "residual of rank": lambda values: Residual(RankK(0.3, values), Dense("sign")),
     "damped rank": lambda values: Damping(RankK(0.5, values), 0.7),
 }
 SHAPES = [(96, 80), (200, 1)]
@@ -72,7 +68,7 @@ def averaged(parameters, **options):
 class Unseen(EF21Muon):
     """Other bits are not seen before the first step, as those of a user's own compressor."""
 
-    def _recomputed(self, groups, server):
+    def _steps_of_all(self, server):
         return iter(())
 
 
@@ -91,7 +87,9 @@ OPTIMIZERS = {
     "signs adaptive": lambda p: EF21Muon(
         p, w2s=TOP, norm=Sign(), radius=AdaptiveRadius(1, 1), server="replicated"
     ),
-    "sign muon": lambda p: SignMuon(p, w2s=Dense("sign"), server="replicated"),
+    "sign muon": lambda p: EF21Muon(
+        p, lmo="workers", feedback="none", w2s=Dense("sign"), server="replicated"
+    ),
     "local normal2": lambda p: local(p, w2s=Dense("normal2"), server="replicated"),
     "local sign": lambda p: local(p, w2s=Dense("sign"), server="replicated"),
     "local rank": lambda p: local(p, w2s=RANK, server="replicated"),

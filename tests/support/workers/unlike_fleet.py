@@ -11,10 +11,9 @@ import torch
 from waiting import wait_until
 from workers.unlike import NESTEROV, RANK, new_model
 
-from ef21_muon import Dense, FittedRank
-from ef21_muon.exchange.fleet import Fleet, FleetRefused
-from ef21_muon.fingerprint import fingerprint
-from ef21_muon.fleet import FleetSteps
+from ef21_muon import Dense, FittedRank, LocalSteps
+from ef21_muon.fleet import Fleet, FleetRefused
+from ef21_muon.transport.agreement import fingerprint
 
 FLEETS = {  # all but the last train with both workers
     "normal2": Dense("normal2"),
@@ -27,12 +26,13 @@ ROUNDS = 6
 
 
 def train(number: int, url: str, name: str, folder: Path) -> dict:
-    """How it went: the meetings, W at the end, or the error."""
+    """How it went: the quorums, W at the end, or the error."""
     model, refused = new_model(), folder / f"{name} refused"
     inner = torch.optim.SGD(model.named_parameters(), lr=0.1)
-    optimizer = FleetSteps(inner, w2s=FLEETS[name], fleet=Fleet(number, url), **NESTEROV)
+    fleet = Fleet(number, url)
+    optimizer = LocalSteps(inner, w2s=FLEETS[name], transport=fleet, **NESTEROV)
     try:
-        optimizer.join()
+        fleet.join()
         while optimizer.round < ROUNDS or not (name in TOGETHER or refused.exists()):
             model.zero_grad()
             inputs = torch.rand(8, 48, generator=torch.Generator().manual_seed(number))
@@ -42,10 +42,10 @@ def train(number: int, url: str, name: str, folder: Path) -> dict:
         refused.touch()
         return {"error": str(error)}
     wait_until(lambda: all(one.exists() for one in ends(folder, name, number)))
-    optimizer.leave()
-    meetings = [[one.messages, one.healed, one.parted] for one in optimizer.meetings]
-    state = [fingerprint(batch.model_shift).item() for batch in optimizer.batches]
-    return {"meetings": meetings, "state": state, "told": optimizer.told}
+    fleet.leave()
+    quorums = [[one.messages, one.healed, one.diverged] for one in fleet.quorums]
+    state = [fingerprint(batch.state["model_shift"]).item() for batch in optimizer.batches]
+    return {"quorums": quorums, "state": state, "synced_steps": fleet.synced_steps}
 
 
 def ends(folder: Path, name: str, number: int) -> list[Path]:

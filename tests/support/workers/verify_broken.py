@@ -8,23 +8,29 @@ import torch
 import torch.distributed as dist
 
 from ef21_muon import EF21Muon
-from ef21_muon.exchange.collectives import Exchange
-from ef21_muon.messages.feedback import FEEDBACK
+from ef21_muon.communicating import Communicating
+from ef21_muon.layers import Channel
 from ef21_muon.messages.values import BFloat16
-from ef21_muon.served import ServedOptimizer
+from ef21_muon.transport.fixed import Transport
 from scripts.verify import verify
 from training.workers import Workers, leave
 
 
 def break_rounds(patch: pytest.MonkeyPatch) -> None:
     """Error feedback is dropped, and servers use rank 0's message alone."""
-    patch.setitem(FEEDBACK, "ef21", FEEDBACK["none"])
-    add_mean = ServedOptimizer._add_mean
-    patch.setattr(
-        ServedOptimizer,
-        "_add_mean",
-        staticmethod(lambda batch, total, messages: add_mean(batch, total, messages[:1])),
-    )
+    encode, to_servers = Channel.encode, Transport.to_servers
+
+    def forgetful_encode(self, *arguments, **options):
+        if self.feedback == "ef21":
+            self.memory.zero_()
+        return encode(self, *arguments, **options)
+
+    def of_rank0(self, batches, payloads):
+        arrive = to_servers(self, batches, payloads)
+        return lambda: [messages[:1] for messages in arrive()]
+
+    patch.setattr(Channel, "encode", forgetful_encode)
+    patch.setattr(Transport, "to_servers", of_rank0)
 
 
 def break_agreement(patch: pytest.MonkeyPatch) -> None:
@@ -33,12 +39,12 @@ def break_agreement(patch: pytest.MonkeyPatch) -> None:
     Where every rank serves every layer the parameter changes on all of them.
     """
     step, decode = EF21Muon.step, BFloat16.decode
-    w2s_bytes, wire_tx_bytes = EF21Muon.w2s_bytes.fget, Exchange.wire_tx_bytes
+    w2s_bytes, wire_tx_bytes = EF21Muon.w2s_bytes.fget, Communicating.wire_tx_bytes.fget
     infinity = torch.tensor(torch.inf)
 
     def perturbed_step(self):
         step(self)
-        if dist.get_rank() == 1 or self.exchange.replicated:
+        if dist.get_rank() == 1 or self.server == "replicated":
             entry = self.param_groups[0]["params"][0].detach().view(-1)[:1]
             entry.copy_(entry.nextafter(infinity))
 
@@ -49,7 +55,8 @@ def break_agreement(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(EF21Muon, "step", perturbed_step)
     patch.setattr(BFloat16, "decode", perturbed_decode)
     patch.setattr(EF21Muon, "w2s_bytes", property(lambda self: w2s_bytes(self) + dist.get_rank()))
-    patch.setattr(Exchange, "wire_tx_bytes", lambda self, rank: wire_tx_bytes(self, rank) + rank)
+    more = property(lambda self: wire_tx_bytes(self) + dist.get_rank())
+    patch.setattr(Communicating, "wire_tx_bytes", more)
 
 
 def verify_broken(workers: Workers) -> int:

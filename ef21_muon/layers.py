@@ -1,0 +1,392 @@
+"""Layers as optimizers see them: batches of matrices of one shape, their state and their messages.
+
+Layers of one group and shape are a batch, (L, m, n): a vector of n entries is (n, 1), a parameter
+of more than two dimensions (d_0, rest), or (d_1, d_0 and the rest) where the group's weights are
+stored `transposed`.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from ef21_muon.messages.compressors import Compressor
+
+FEEDBACK = ("ef21", "ef14", "none")
+PLACEMENTS = ("rank0", "sharded", "replicated")
+AUTO = "auto"  # the placement that takes the least time
+SERVER = "server_"  # what the names of a server's state begin with
+
+
+class Channel:
+    """One direction of a batch's messages: a compressor, and feedback of what it has lost.
+
+    What is compressed of a `target` (layers, m, n) is, with the feedback
+
+        "ef21"  d = target - G_j,        then  G_j <- G_j + C(d)   lines 10 and 11 of Algorithm 1
+        "ef14"  d = target + decay e_j,  then  e_j <- d - C(d)     Seide et al. (2014)
+        "none"  d = target
+
+    EF21 is from Richtarik et al., arXiv:2106.05203. The receiver of "ef21" adds messages up, that
+    of the others has in each all that there is to know. In EF14 the step size does not enter the
+    error, since an LMO does not see the scale of G (an AdaptiveRadius does). The decay of its error
+    is from Wu et al., arXiv:1806.08054: where ||C(d) - d||^2 <= (1 - alpha) ||d||^2, ||e_j||^2 is
+    at most (1 - alpha) / ((1 - decay) (1 - (1 - alpha) decay)) of the largest ||target||^2.
+
+    memory: G_j or e_j, float32 like the target, at first zero; None without feedback. `size` is the
+    bytes of a layer's message. `broken_at` (layers,) is the first step whose message was not
+    finite, counted from 1, or 0. While `recording`, `contraction` and `estimator_error` (layers,)
+    are those of the last message.
+    """
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        shape: tuple[int, int],
+        feedback: str = "none",
+        memory: Tensor | None = None,
+        broken_at: Tensor | None = None,
+    ):
+        self.shape = shape
+        self.use(compressor)
+        self.feedback, self.memory, self.broken_at = feedback, memory, broken_at
+        self.recording = False
+        self.contraction: Tensor | None = None
+        self.estimator_error: Tensor | None = None
+
+    def use(self, compressor: Compressor) -> None:
+        """Send with this one from here on, fitted to the shape."""
+        self.compressor = compressor.fit(*self.shape)
+        self.size = self.compressor.payload_bytes(*self.shape)
+
+    def encode(
+        self,
+        target: Tensor,
+        generator: Generator | None = None,
+        decay: float = 1.0,
+        step: int = 0,
+        source: Tensor | None = None,
+    ) -> Tensor:
+        """The messages, uint8 (layers, size), and what is remembered of them.
+
+        step: for `broken_at`; source: of layers where it is not finite nothing is sent, and
+        `target`, which was made of it, may be changed.
+        """
+        difference = target
+        if self.memory is not None:
+            if self.feedback == "ef21":
+                difference = target - self.memory
+            elif source is None:
+                difference = torch.add(target, self.memory, alpha=decay)
+            else:
+                difference = target.add_(self.memory, alpha=decay)
+        if source is not None:
+            still_where_broken(difference, source)
+        message = self.compressor.encode(difference, generator)
+        if self.memory is None and self.broken_at is None:
+            return message
+        sent = self.decode(message)
+        if self.broken_at is not None:
+            mark(self.broken_at, ~finite(sent), step)
+        if self.memory is not None:
+            if self.feedback == "ef21":
+                self.memory += sent
+            else:
+                self.memory.copy_(difference).sub_(sent)
+        if self.recording:
+            known = self.memory if self.feedback == "ef21" else sent
+            self.contraction = 1 - relative_error(sent, difference).square_()
+            self.estimator_error = relative_error(known, target)
+        return message
+
+    def decode(self, message: Tensor) -> Tensor:
+        """uint8 (layers, size) -> float32 (layers, m, n)."""
+        return self.compressor.decode(message, *self.shape)
+
+
+class Batch:
+    """Layers of one group and shape, in the order of their owners.
+
+    `owned_by` has the layers that each rank is the server of, `owned` those of this rank. `state`
+    has float32 tables by name, a matrix per layer; those whose name begins with "server_" have the
+    layers owned here alone. `up` and `down` are the channels to the servers and back. `broken_at`
+    (L,) is the first step, counted from 1, whose gradient was not finite, or, of local steps, after
+    which the parameter was not; 0 if there was none.
+    """
+
+    up: Channel
+    down: Channel
+    written: list[tuple[int, int]] | None = None
+
+    def __init__(
+        self,
+        group: int,
+        names: list[str],
+        params: list[Tensor],
+        shape: tuple[int, int],
+        transposed: bool,
+        owned_by: Sequence[slice] = (slice(None),),
+        rank: int = 0,
+    ):
+        self.group, self.names, self.params, self.shape = group, names, params, shape
+        self.transposed = transposed
+        self.owned_by, self.owned = owned_by, owned_by[rank]
+        self.serves = len(params[self.owned]) > 0  # whether this rank owns a layer
+        everything = slice(0, len(params))
+        self.replicated = all(part == everything for part in owned_by)
+        self.device = params[0].device
+        self.state: dict[str, Tensor] = {}
+        self.broken_at = torch.zeros(len(params), dtype=torch.int64, device=self.device)
+
+    @property
+    def kernel(self) -> int:
+        """The entries of a convolution's kernel; 1 for other layers."""
+        return prod(self.params[0].shape[2:])
+
+    def matrices(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Tensors of these layers' parameters as m x n matrices."""
+        if self.transposed:
+            tensors = map(_turned, tensors)
+        return list(map(torch.reshape, tensors, [self.shape] * len(self.params)))
+
+    def as_parameters(self, matrices: Tensor) -> list[Tensor]:
+        """(L, m, n) as tensors of the parameters' shapes."""
+        shaped = []
+        for matrix, parameter in zip(matrices, self.params, strict=True):
+            if self.transposed:
+                shaped.append(_turned(matrix.view(_turned(parameter).shape)))
+            else:
+                shaped.append(matrix.view(parameter.shape))
+        return shaped
+
+    def models(self, layers: slice = slice(None)) -> Tensor:
+        """The parameters of some of the layers, (layers, m, n) in their own dtype."""
+        return torch.stack([*self.matrices(self.params)][layers]).detach()
+
+    def zeros(self, layers: slice = slice(None)) -> Tensor:
+        """A float32 zero for some of the layers, (layers, m, n)."""
+        count = len(self.params[layers])
+        return torch.zeros(count, *self.shape, dtype=torch.float32, device=self.device)
+
+    def keep(self, name: str, table: Tensor | None = None) -> Tensor:
+        """Have a table in the state from here on, zero if it is not given."""
+        if table is None:
+            table = self.zeros(self.layers_of(name))
+        self.state[name] = table
+        return table
+
+    def send_with(
+        self, compressor: Compressor, feedback: str, memory: str = "gradient_estimate"
+    ) -> None:
+        """Open the channel to the servers; memory: the name of the table that feedback needs."""
+        table = None if feedback == "none" else self.keep(memory)
+        lost = torch.zeros_like(self.broken_at)
+        self.up = Channel(compressor, self.shape, feedback, table, lost)
+
+    def layers_of(self, name: str) -> slice:
+        """The layers that a table of this name has."""
+        return self.owned if name.startswith(SERVER) else slice(None)
+
+    def parameter_state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Views of each parameter's part of the state."""
+        state = {parameter: {} for parameter in self.params}
+        for name, table in self.state.items():
+            for row, parameter in enumerate(self.params[self.layers_of(name)]):
+                state[parameter][name] = table[row]
+        return state
+
+    def note(self) -> None:
+        """Note how often parameters were written, and where they are."""
+        self.written = self._now()
+
+    def take_over(self, always: bool = False) -> None:
+        """X = W where somebody has changed W since `note`, as a model's load_state_dict does.
+
+        What is written into a parameter's `.data` goes unnoticed.
+        """
+        model = self.state.get("server_model")
+        if model is not None and (always or self.written not in (None, self._now())):
+            model.copy_(self.models(self.owned))
+
+    def _now(self) -> list[tuple[int, int]]:
+        found = []
+        for parameter in self.params:
+            found.append((parameter._version, parameter.data_ptr()))
+        return found
+
+    def swap(self) -> None:
+        """Have the parameters and W, apart from them, change places."""
+        shifts = self.as_parameters(self.state["model_shift"])  # views
+        for parameter, shift in zip(self.params, shifts, strict=True):
+            local_model = parameter.clone()
+            parameter.copy_(shift)
+            shift.copy_(local_model)
+
+    def shift_error(self) -> list[float]:
+        """||X - W|| / ||X|| of the layers owned here; 0 where nothing is lost on the way."""
+        if (model := self.state.get("server_model")) is not None:
+            return relative_error(self.models(self.owned).float(), model).tolist()
+        if (error := self.state.get("server_error")) is None:
+            return [0.0] * len(self.names[self.owned])
+        of_error = torch.linalg.matrix_norm(error)
+        model = torch.linalg.matrix_norm(self.state["model_shift"][self.owned] - error)
+        return torch.where(of_error == 0, 0.0, of_error / model).tolist()
+
+    def shared(self) -> Iterator[tuple[str, Tensor]]:
+        """Of every layer its name and what all workers hold alike: W."""
+        return zip(self.names, self.state.get("model_shift", self.params), strict=True)
+
+    def nothing_owned(self) -> Tensor:
+        """The message back of a rank that serves none of the layers, uint8 (0, size)."""
+        return torch.empty(0, self.down.size, dtype=torch.uint8, device=self.device)
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    """From a parameter's first two dimensions to (d_out, d_in), or back."""
+    return tensor.transpose(0, 1) if tensor.ndim > 1 else tensor
+
+
+def named_layers(groups: Sequence[dict]) -> Iterator[tuple[int, str, Tensor, tuple[int, int]]]:
+    """Of every layer its group's index, its name, the parameter and its shape (d_out, d_in).
+
+    Raises ValueError for a parameter without entries.
+    """
+    for index, group in enumerate(groups):
+        unnamed = [f"parameter {place} of group {index}" for place in range(len(group["params"]))]
+        names = group.get("param_names", unnamed)
+        for name, parameter in zip(names, group["params"], strict=True):
+            if parameter.numel() == 0:
+                raise ValueError("a parameter has no entries: leave it out of the groups")
+            transposed = group.get("transposed", False) and parameter.ndim > 1
+            rows = parameter.shape[int(transposed)] if parameter.ndim else 1
+            yield index, name, parameter, (rows, parameter.numel() // rows)
+
+
+def lmo_costs(groups: Sequence[dict]) -> list[int]:
+    """Multiplications of the LMO of every layer of parameter groups with a norm."""
+    return [groups[index]["norm"].cost(*shape) for index, _, _, shape in named_layers(groups)]
+
+
+def entry_counts(groups: Sequence[dict]) -> list[int]:
+    """Of every layer; what serving it costs where there is no LMO."""
+    return [parameter.numel() for _, _, parameter, _ in named_layers(groups)]
+
+
+def assign(costs: list[int], ranks: int) -> list[int]:
+    """A rank for each layer: by decreasing cost, each to the rank with the least so far (LPT).
+
+    costs: what the LMO of each layer takes, in multiplications.
+    """
+    load, owners = [0] * ranks, [0] * len(costs)
+    for layer in sorted(range(len(costs)), key=lambda layer: -costs[layer]):
+        owner = min(range(ranks), key=load.__getitem__)
+        owners[layer] = owner
+        load[owner] += costs[layer]
+    return owners
+
+
+def owned_layers(assigned: list[int], server: str, ranks: int) -> list[slice]:
+    """The layers of a batch that each rank owns, by placement.
+
+    assigned: the rank that `assign` chose for each layer, in increasing order. `rank0`: rank 0 owns
+    all; `sharded`: as assigned; `replicated`: every rank owns all. Raises ValueError for another
+    name.
+    """
+    if server not in PLACEMENTS:
+        names = ", ".join((AUTO, *PLACEMENTS))
+        raise ValueError(f"server={server!r} is not a placement: choose {names}")
+    layers = len(assigned)
+    if server == "replicated":
+        return [slice(0, layers)] * ranks
+    if server == "rank0":
+        return [slice(0, layers)] + [slice(layers, layers)] * (ranks - 1)
+    bounds = [sum(owner < rank for owner in assigned) for rank in range(ranks + 1)]
+    return [slice(*bounds[rank : rank + 2]) for rank in range(ranks)]
+
+
+def cut(sizes: list[int], parts: int) -> list[range]:
+    """Cut a sequence into at most `parts` runs, each with about the same sum of sizes."""
+    ends, total, done = [], sum(sizes), 0
+    for place, size in enumerate(sizes, 1):
+        done += size
+        if done * parts >= total * (len(ends) + 1):
+            ends.append(place)
+    return [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def form_batches(
+    groups: Sequence[dict], costs: list[int], server: str, rank: int, ranks: int
+) -> list[Batch]:
+    """Batches by group, shape and kernels, with their servers and channels without feedback.
+
+    groups: with the entries params, w2s and s2w; costs: of what the server of each layer does;
+    server: a placement. The order within a batch does not depend on it, so that a worker's random
+    numbers meet the same layers wherever the servers are.
+    """
+    layers, assigned = list(named_layers(groups)), assign(costs, ranks)
+    batched = defaultdict(list)
+    for layer in sorted(range(len(layers)), key=assigned.__getitem__):
+        index, name, parameter, shape = layers[layer]
+        key = index, shape, parameter.shape[2:].numel()
+        batched[key].append((name, parameter, assigned[layer]))
+    batches = []
+    for (index, shape, _), members in batched.items():
+        names, params, of_layers = (list(column) for column in zip(*members, strict=True))
+        owned_by = owned_layers(of_layers, server, ranks)
+        transposed = groups[index].get("transposed", False)
+        batch = Batch(index, names, params, shape, transposed, owned_by, rank)
+        batch.up = Channel(groups[index]["w2s"], shape)
+        batch.down = Channel(groups[index]["s2w"], shape)
+        batches.append(batch)
+    return batches
+
+
+class Layer(NamedTuple):
+    """A parameter of `entries` entries, and whether a missing gradient of it is "zero".
+
+    Or "refuse", or "skip": then what there is of it is somebody else's business.
+    """
+
+    name: str
+    parameter: Tensor
+    entries: int
+    missing: str
+
+
+def layers_of(batches: Sequence[Batch], missing: str) -> list[Layer]:
+    """Whose gradients an optimizer of these batches needs."""
+    return [
+        Layer(name, parameter, prod(batch.shape), missing)
+        for batch in batches
+        for name, parameter in zip(batch.names, batch.params, strict=True)
+    ]
+
+
+def in_buckets(batches: Sequence[Batch], most: int) -> list[list[Batch]]:
+    """At most so many runs of batches, with about the same bytes to send; each is one message."""
+    sizes = [len(batch.params) * batch.up.size for batch in batches]
+    return [[batches[b] for b in part] for part in cut(sizes, most)]
+
+
+def finite(matrices: Tensor) -> Tensor:
+    """Whether all entries of a matrix are, for every one of a batch (L, m, n)."""
+    return matrices.amax((1, 2)).isfinite() & matrices.amin((1, 2)).isfinite()
+
+
+def still_where_broken(change: Tensor, source: Tensor) -> Tensor:
+    """`change` (L, m, n), in place, but none of layers of whose `source` not all is finite."""
+    return change.masked_fill_(~finite(source)[:, None, None], 0)
+
+
+def mark(at: Tensor, broken: Tensor, step: int) -> None:
+    """Note in `at` (L,) the step of layers that are `broken`, but where it has an earlier one."""
+    at.masked_fill_(broken & (at == 0), step)
+
+
+def relative_error(estimate: Tensor, of: Tensor) -> Tensor:
+    """||estimate - of|| / ||of|| for every matrix of a batch (L, m, n); 0 where both are zero."""
+    error = torch.linalg.matrix_norm(estimate - of)
+    return torch.where(error == 0, 0.0, error / torch.linalg.matrix_norm(of))

@@ -1,0 +1,165 @@
+"""Options of optimizers: their ranges, and the compressors of parameter groups."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from math import isfinite
+from typing import TypeAlias
+
+from torch import Tensor
+
+from ef21_muon.lmo.norms import AdaptiveRadius, Norm
+from ef21_muon.messages.compressors import Compressor
+
+# One for all parameter groups, or one for each by its name.
+Compressors: TypeAlias = Compressor | Mapping[str, Compressor]
+
+NUMBERS = {
+    "lr": ("of at least 0", lambda lr: lr >= 0),
+    "radius": ("above 0, or an AdaptiveRadius", lambda radius: radius > 0),
+    "beta": ("above 0, at most 1", lambda beta: 0 < beta <= 1),
+    "error_decay": ("of at least 0, at most 1", lambda decay: 0 <= decay <= 1),
+    "server_momentum": ("of at least 0, below 1", lambda momentum: 0 <= momentum < 1),
+    "weight_decay": ("of at least 0", lambda weight_decay: weight_decay >= 0),
+}
+OUTER_NUMBERS = {
+    "outer_lr": ("above 0", lambda outer_lr: outer_lr > 0),
+    "outer_momentum": ("of at least 0, below 1", lambda momentum: 0 <= momentum < 1),
+    "error_decay": NUMBERS["error_decay"],
+}
+
+
+def plain(value: object) -> object:
+    """The number of Python's that a tensor with one entry, or a number of NumPy's, holds.
+
+    Anything else as it is. Waits for the device of a tensor.
+    """
+    if hasattr(value, "item"):
+        with suppress(RuntimeError, TypeError, ValueError):  # of many entries, or without values
+            return value.item()
+    return value
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number; True and False are none."""
+    return isinstance(value, float | int) and not isinstance(value, bool) and isfinite(value)
+
+
+def choice(name: str, value: str, allowed) -> str:
+    """The value, or ValueError if it is not among those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not allowed: choose {', '.join(allowed)}")
+    return value
+
+
+def check_number(name: str, value: float, ranges: dict, where: str = "") -> float:
+    """The value as `plain` has it, or ValueError unless it is a finite number in its range."""
+    range_, holds = ranges[name]
+    value = plain(value)
+    if not (is_number(value) and holds(value)):
+        given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
+        raise ValueError(f"{name}={given} is not allowed: give a number {range_}{where}")
+    return value
+
+
+def whole_number(name: str, value: int, least: int) -> int:
+    """The value as `plain` has it, or ValueError unless it is a whole number from `least` on."""
+    value = plain(value)
+    if not (type(value) is int and value >= least):
+        range_ = "above 0" if least == 1 else f"of at least {least}"
+        raise ValueError(f"{name}={value} is not allowed: give a whole number {range_}")
+    return value
+
+
+def flag(name: str, value: bool) -> bool:
+    """The value, or ValueError unless it is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is not allowed: give True or False")
+    return value
+
+
+def check_group(group: dict) -> None:
+    """Raise ValueError for an entry of a parameter group that is out of range.
+
+    Its numbers are plain from here on, but for an lr that is a tensor, which others may write into.
+    """
+    for name in NUMBERS:
+        if not (name == "radius" and isinstance(group[name], AdaptiveRadius)):
+            number = check_number(name, group[name], NUMBERS, _where(group))
+            if not (name == "lr" and isinstance(group[name], Tensor)):
+                group[name] = number
+    for name in ("nesterov", "transposed", "kernels", "lmo_feedback"):
+        flag(name, group[name])
+    if group["lmo_feedback"] and isinstance(group["radius"], AdaptiveRadius):
+        raise ValueError(
+            f"radius={group['radius']} is not allowed with lmo_feedback=True, whose steps are as "
+            f"long as gradients are: give a number{_where(group)}"
+        )
+    _require_kind("norm", group, Norm)
+    check_compressors(group)
+
+
+def check_compressors(group: dict) -> None:
+    """Raise ValueError where a group's w2s or s2w is no compressor."""
+    _require_kind("w2s", group, Compressor)
+    _require_kind("s2w", group, Compressor)
+
+
+def _require_kind(name: str, group: dict, *kinds: type) -> None:
+    if not isinstance(group[name], kinds):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(
+            f"{name}={group[name]!r} is not allowed: give a {names} of ef21_muon{_where(group)}"
+        )
+
+
+def _where(group: dict) -> str:
+    return f" (group {group['name']})" if "name" in group else ""
+
+
+def check_mean(mean: str, feedback: str) -> str:
+    """The value, or ValueError for one that is unknown or does not go with the feedback."""
+    if choice("mean", mean, ("all", "senders")) == "senders" and feedback == "ef21":
+        raise ValueError(
+            f"mean={mean!r} is not allowed with feedback={feedback!r}, whose servers add up means "
+            "over all workers: give feedback='ef14' or 'none', or mean='all'"
+        )
+    return mean
+
+
+def refuse_compressed_shifts(groups: list[dict]) -> None:
+    """Raise ValueError for an s2w compressor where the servers send nothing back."""
+    for group in groups:
+        if not group["s2w"].lossless:
+            raise ValueError(
+                f"server='replicated' sends nothing back to compress with s2w={group['s2w']}: "
+                "use s2w=identity, or server=sharded or rank0"
+            )
+
+
+def refuse_unused_decays(groups: list[dict], feedback: str) -> None:
+    """Raise ValueError for a decay of what this kind of feedback does not have."""
+    unused = {"ef21": {"error_decay": 1, "server_momentum": 0}, "none": {"error_decay": 1}}
+    for name, neutral in unused.get(feedback, {}).items():
+        for group in groups:
+            if group[name] != neutral:
+                raise ValueError(
+                    f"{name}={group[name]} is not allowed with feedback={feedback!r}: leave it at "
+                    f"{neutral}, or use feedback='ef14'"
+                )
+
+
+def rule_of(group: dict, w2s: Compressors, s2w: Compressors) -> dict:
+    """The compressors of a parameter group, beside its parameters."""
+    entries = ("params", "param_names", "name", "transposed")
+    rule = {key: group[key] for key in entries if key in group}
+    for direction, given in (("w2s", w2s), ("s2w", s2w)):
+        if isinstance(given, Mapping):
+            if group.get("name") not in given:
+                raise ValueError(
+                    f"{direction} has compressors for {', '.join(given)}, and none for the group "
+                    f"{group.get('name')!r}: give one for the name of every group"
+                )
+            given = given[group["name"]]
+        rule[direction] = given
+    check_compressors(rule)
+    return rule

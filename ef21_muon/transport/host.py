@@ -1,0 +1,107 @@
+"""Messages of a GPU that a network of hosts carries: through pinned memory, while the GPU goes on.
+
+Over slow links messages are small and travel by TCP, which sends from the host's memory. A copy
+goes there on a stream of its own as soon as the message is encoded; a thread waits for it and hands
+it to the process group, so that meanwhile the next message is encoded.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Starts to send the first tensors and to receive the others.
+Send = Callable[[Sequence[Tensor], Sequence[Tensor]], list[dist.Work]]
+
+
+def sends_from_host(group: dist.ProcessGroup | None, device: torch.device) -> bool:
+    """Whether tensors of the device cannot be sent as they are: they are CUDA's, the group gloo's.
+
+    torch lets gloo reduce and gather CUDA tensors, but not send them from rank to rank, and makes
+    the step wait for the copy.
+    """
+    return device.type == "cuda" and "cuda:gloo" in dist.get_backend_config(group)
+
+
+def sends_by_nccl(group: dist.ProcessGroup | None, device: torch.device) -> bool:
+    """Whether NCCL sends tensors of the device: by kernels of its own, which wait on the device."""
+    return device.type == "cuda" and "cuda:nccl" in dist.get_backend_config(group)
+
+
+def require_host(group: dist.ProcessGroup | None, device: torch.device, given: str) -> None:
+    """Raise ValueError for messages that travel while the device computes, and by NCCL."""
+    if sends_by_nccl(group, device):
+        raise ValueError(
+            f"{given} is not allowed with NCCL, whose kernels would hold the GPU until messages "
+            "come: give a process group of gloo, which sends from the host"
+        )
+
+
+def wait(works: Iterable[dist.Work]) -> None:
+    """Wait for all; what torch raises where another rank is gone says so too."""
+    try:
+        for work in works:
+            work.wait()
+    except RuntimeError as error:
+        error.add_note(
+            "another rank has ended, or failed first, while this one waited for its message: look "
+            "at its error, or give every rank as many steps (batches)"
+        )
+        raise
+
+
+def start_from_host(
+    send: Send, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]
+) -> Callable[[], None]:
+    """Start to send `outgoing` from the host, in the order of calls; a tensor is copied once.
+
+    Returns a function that waits, and starts the copies of what has arrived to `incoming`.
+    """
+    copies, wait_for_copies = _copied({id(tensor): tensor for tensor in outgoing})
+    arriving = [*map(_on_host, incoming)]
+
+    def hand_over() -> list[dist.Work]:
+        wait_for_copies()
+        return send([copies[id(tensor)] for tensor in outgoing], arriving)
+
+    works = sender().submit(hand_over)
+
+    def arrive() -> None:
+        wait(works.result())
+        for buffer, arrived in zip(incoming, arriving, strict=True):
+            buffer.copy_(arrived, non_blocking=True)
+
+    return arrive
+
+
+@cache
+def sender() -> ThreadPoolExecutor:
+    """One thread of the process, so that all ranks hand over in the same order."""
+    return ThreadPoolExecutor(1, "ef21_muon messages")
+
+
+_stream = cache(torch.cuda.Stream)  # of a device
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Room for a copy, which torch's allocator of pinned memory keeps for the next one."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
+def _copied(tensors: dict[int, Tensor]) -> tuple[dict[int, Tensor], Callable[[], None]]:
+    """Copies on the host, and what waits until they are there."""
+    device = next(iter(tensors.values())).device
+    if device.type == "cpu":
+        return {key: tensor.clone() for key, tensor in tensors.items()}, lambda: None
+    copies = {key: _on_host(tensor) for key, tensor in tensors.items()}
+    stream, done = _stream(device), torch.cuda.Event()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for key, tensor in tensors.items():
+            copies[key].copy_(tensor, non_blocking=True)
+            tensor.record_stream(stream)
+        done.record()
+    return copies, done.synchronize
