@@ -143,9 +143,8 @@ class AveragedGradients(Communicating):
             mean = batch.state["server_gradient"]
             if self.feedback != "ef21":
                 mean.zero_()
-            for message in messages if batch.serves else ():
-                mean += batch.up.decode(message) * (1 / len(messages))  # rounded twice
             if batch.serves:
+                batch.up.add_mean(mean, messages)
                 payloads.append(batch.down.encode(still_where_broken(mean.clone(), mean)))
             else:
                 payloads.append(batch.nothing_owned())

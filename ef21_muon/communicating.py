@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from ef21_muon import state
 from ef21_muon.arithmetic import SAFE, Results, of_decoding, where_bits_agree
-from ef21_muon.guards import Guards, PhaseTimer, broken_at
+from ef21_muon.guards import Guards, Notice, PhaseTimer, broken_at
 from ef21_muon.identity import described, settings_of
 from ef21_muon.layers import AUTO, Batch, Layer, form_batches, layers_of
 from ef21_muon.messages.compressors import Compressor
@@ -283,7 +283,7 @@ class Communicating(torch.optim.Optimizer):
     def check_agreement(self) -> None:
         """Raise ValueError if workers hold different W, buffers or numbers of groups.
 
-        Or if EF21's G is not the mean of G_j, which is told from random projections, so that a few
+        Or if EF21's G is not the mean of G_j, as random projections show, so that a few
         bytes a layer are sent; and FloatingPointError for what was not finite on any. To be called
         on all ranks; names rank, and layer or group. Waits for the device.
         """
@@ -351,15 +351,14 @@ class Communicating(torch.optim.Optimizer):
         """Count on from as many steps, with a state that was loaded or copied."""
         self.steps, self.begun = steps, steps > 0
         self.timer = PhaseTimer(self.timer.device)
-        self.guards.notice = type(self.guards.notice)()
+        self.guards.notice = Notice()
         if self.mesh:
             self.mesh.forget()
         for batch in self.batches:  # what was not finite was before
             for at in broken_at(batch):
                 at.zero_()
-        for optimizer in self.inner:
-            if isinstance(optimizer, Communicating):
-                optimizer.go_on_after(steps)
+        for optimizer in self.wrapped.ours if self.wrapped else ():
+            optimizer.go_on_after(steps)
 
     def __deepcopy__(self, memo: dict) -> "Communicating":
         """Of these parameters, or of their copies where they are copied with it; sends as this."""

@@ -16,6 +16,7 @@ from ef21_muon.layers import Batch, Layer, mark
 from ef21_muon.transport.buffers import instances, warn_of_statistics
 from ef21_muon.transport.fixed import place_in
 from ef21_muon.transport.roll_call import RollCall
+from ef21_muon.transport.shards import is_sharded
 
 FIXED = ("w2s", "s2w")  # entries of a parameter group that batches are formed by
 log = logging.getLogger("ef21_muon")
@@ -76,8 +77,8 @@ class Guards:
 
         Missing gradients are zero where that was asked for. What was not finite is said once.
         """
-        if optimizer.inner:  # whose load_state_dict makes other groups, of the same parameters
-            optimizer.param_groups = [g for one in optimizer.inner for g in one.param_groups]
+        if optimizer.wrapped:
+            optimizer.param_groups = optimizer.wrapped.param_groups
         _, now = place_in(optimizer.process_group)
         if now != self.ranks:
             raise RuntimeError(
@@ -193,7 +194,7 @@ def _refuse_unfit(layer: Layer, optimizer: str) -> None:
 
 
 def _how_to_bring(layer: Layer) -> str:
-    if hasattr(layer.parameter, "device_mesh"):
+    if is_sharded(layer.parameter):
         return "call set_requires_gradient_sync(True) before the last loss.backward() of a step"
     return "call loss.backward() before step()"
 

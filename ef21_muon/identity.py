@@ -108,7 +108,7 @@ def settings_of(optimizer) -> dict[str, object]:
         for direction in ("w2s", "s2w"):
             settings[f"{direction} of group {index}"] = described(rule[direction])
     for place, inner in enumerate(optimizer.inner):
-        its = settings_of(inner) if hasattr(inner, "_built_as") else identity_of(inner)
+        its = settings_of(inner) if inner in optimizer.wrapped.ours else identity_of(inner)
         settings |= {f"{key} of inner {place}": value for key, value in its.items()}
     if optimizer.inner:
         settings["number of inner optimizers"] = len(optimizer.inner)

@@ -106,6 +106,11 @@ class Channel:
         """uint8 (layers, size) -> float32 (layers, m, n)."""
         return self.compressor.decode(message, *self.shape)
 
+    def add_mean(self, total: Tensor, messages: Sequence[Tensor]) -> None:
+        """Add the mean of all workers' messages to `total` (layers, m, n)."""
+        for message in messages:
+            total += self.decode(message) * (1 / len(messages))  # rounded twice
+
 
 class Batch:
     """Layers of one group and shape, in the order of their owners.

@@ -74,7 +74,7 @@ class LocalSteps(Communicating):
 
     mesh: of workers of several ranks: gradients are averaged inside of a worker in every step, and
     inner optimizers hold the parameters of `mesh.share(groups)`. A root of `fully_shard` needs
-    reshard_after_forward=True, or it goes on with W after `agreed()`. There a parameter without a
+    reshard_after_forward=True, or it computes with W after `agreed()`. There a parameter without a
     gradient is refused, or zero where its inner optimizer has missing="zero". transport: a fleet
     (`ef21_muon.fleet`), for workers that come and go.
 
@@ -276,8 +276,8 @@ class LocalSteps(Communicating):
         mean = batch.zeros(batch.owned) if mean is None else mean
         if self.mean == "senders" and add_mean_over_senders(batch.up.compressor, mean, messages):
             return mean
-        for message in messages if batch.serves else ():
-            mean += batch.up.decode(message) * (1 / len(messages))  # rounded twice
+        if batch.serves:
+            batch.up.add_mean(mean, messages)
         return mean
 
     def _server_message(self, batch: Batch, mean: Tensor | None) -> Tensor:

@@ -80,8 +80,8 @@ def load(optimizer, state_dict: dict | None) -> None:
     optimizer.buffers.load(state_dict.get("buffers", {}))
     for inner, saved in zip(optimizer.inner, state_dict.get("inner", ()), strict=True):
         inner.load_state_dict(copy.deepcopy(saved))
-    if optimizer.inner:
-        optimizer.param_groups = [g for one in optimizer.inner for g in one.param_groups]
+    if optimizer.wrapped:
+        optimizer.param_groups = optimizer.wrapped.param_groups
     for tensor, saved in pairs:
         tensor.copy_(saved)
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
@@ -183,7 +183,7 @@ def _require_inner(optimizer, saved_inner) -> None:
             f"{len(optimizer.inner)}: load what state_dict() gave"
         )
     for inner, saved in zip(optimizer.inner, saved_inner, strict=True):
-        if hasattr(inner, "_built_as"):  # of this library
+        if inner in optimizer.wrapped.ours:
             _fitting(inner, _part_of(inner, saved))
         else:
             require_layout(inner, saved)

@@ -42,8 +42,8 @@ class Shared:
         self.built = {key: str(value) for key, value in settings.items()}
         messages = chain(*(of_messages(way, optimizer.rules) for way in ("s2w", "w2s")))
         self.bits = {f"bits of {name}": str(bits) for name, bits in digests(messages).items()}
-        told = repr(sorted((self.built | self.bits).items())).encode()
-        self._digest_of_built = int.from_bytes(hashlib.sha256(told).digest()[:7], "big")
+        text = repr(sorted((self.built | self.bits).items())).encode()
+        self._digest_of_built = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
         self._begin_inner = [beginner(inner) for inner in optimizer.inner]
 
     def tensors(self) -> list[Tensor]:

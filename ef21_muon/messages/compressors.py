@@ -47,8 +47,8 @@ def value_format(values: Values | str | Mapping) -> Values:
     try:
         return format_(*map(int, bits), **options)
     except TypeError:
-        told = ", ".join(f"{key}={value}" for key, value in options.items())
-        raise ValueError(f"values={name} does not take {told}: choose from {NAMES}") from None
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise ValueError(f"values={name} does not take {given}: choose from {NAMES}") from None
 
 
 class Compressor(Codec):

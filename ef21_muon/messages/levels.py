@@ -104,8 +104,8 @@ class Statistical(Blockwise):
         scale.masked_fill_(scale == 0, 1)
         steps = (unit / scale).add_(self.bins // 2).round_()
         codes = steps.clamp_(0, self.bins - 1).to(torch.uint8)
-        told = torch.cat([mean, self._means(unit, codes) * power], 2).flatten(1)
-        return torch.cat([told.view(torch.uint8), pack(codes.flatten(1), self.width)], 1)
+        means = torch.cat([mean, self._means(unit, codes) * power], 2).flatten(1)
+        return torch.cat([means.view(torch.uint8), pack(codes.flatten(1), self.width)], 1)
 
     def _means(self, unit: Tensor, codes: Tensor) -> Tensor:
         """Of what has a code, 0 where nothing has: (L, blocks, bins).
