@@ -21,7 +21,7 @@ train: setup data
 
 fleet: setup data
 	.venv/bin/pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[fleet]'
-	.venv/bin/python scripts/fleet.py start --workers $(NPROC) optimizer=local batch.sequences=$$((6 * $(NPROC))) $(ARGS)
+	.venv/bin/python scripts/fleet.py start --workers $(NPROC) optimizer=local batch.global_size=$$((6 * $(NPROC))) $(ARGS)
 
 verify: setup
 	.venv/bin/torchrun --standalone --nproc_per_node=$(NPROC) scripts/verify.py

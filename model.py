@@ -25,7 +25,7 @@ class GPTConfig:
     """Sizes of a GPT.
 
     layers: blocks; width: channels C; heads: attention heads H; context: most tokens the model can
-    look back on, itself included; vocab_size: number of token ids V. checkpoint_blocks: whether a
+    look back on, itself included; vocab_size: number of token ids V. activation_checkpointing: whether a
     backward pass computes every block's activations again, so that only its input is kept.
 
     Raises ValueError for a size that is not a positive integer, and for a width that `heads` does
@@ -37,12 +37,12 @@ class GPTConfig:
     heads: int
     context: int
     vocab_size: int
-    checkpoint_blocks: bool = False
+    activation_checkpointing: bool = False
 
     def __post_init__(self):
-        if type(self.checkpoint_blocks) is not bool:
+        if type(self.activation_checkpointing) is not bool:
             raise ValueError(
-                f"model.checkpoint_blocks is {self.checkpoint_blocks!r}: give true or false"
+                f"model.activation_checkpointing is {self.activation_checkpointing!r}: give true or false"
             )
         sizes = (field for field in fields(self) if field.type is int)
         for field in sizes:
@@ -200,7 +200,7 @@ class GPT(nn.Module):
         cosine, sine = self.cosine[:length], self.sine[:length]
         x = self.embed(tokens)
         for block in self.blocks:
-            if self.config.checkpoint_blocks and torch.is_grad_enabled():
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cosine, sine, use_reentrant=False)
             else:
                 x = block(x, cosine, sine)

@@ -43,13 +43,13 @@ class Run:
         on_cuda = workers.device.type == "cuda"
         if on_cuda:  # of what the library compiles
             torch.compiler.set_stance("default" if config.compile else "force_eager")
-        group = workers.group(config.exchange, config.optimizer.get("delay", 0))
+        group = workers.group(config.transport, config.optimizer.get("sync_delay", 0))
         workers.together(self._prepare)  # before workers wait for each other
         self.members = members_of(config, workers)
         mesh = None
-        if config.worker_size > 1:
-            mesh = new_worker_mesh(config.worker_size, workers, from_host=group is not None)
-        if config.shard:
+        if config.ranks_per_worker > 1:
+            mesh = new_worker_mesh(config.ranks_per_worker, workers, from_host=group is not None)
+        if config.fsdp:
             shard(self.raw_model, mesh)
         draw_weights(self.raw_model, config.seed, workers)
         self.optimizer = build_optimizer(
@@ -67,14 +67,16 @@ class Run:
         # While workers train on, answers whether to stop are on their way, and sums of losses.
         seldom = self.members.ask_every(self.optimizer)
         self.stops, self.later = Stops(workers, seldom), Later(seldom // 2)
-        self.tokens_per_step = config.batch.sequences * self.raw_model.config.context
+        self.tokens_per_step = config.batch.global_size * self.raw_model.config.context
         told = self.tokens_per_step // (config.membership.workers or 1)
         self.progress = Progress(workers, self.optimizer, told, self.members.synced_steps)
 
     def _prepare(self) -> None:
         """What a worker needs of its own node: data, the model, and the classes of the others."""
-        if self.config.shard and self.config.worker_size == 1:
-            raise RunError("shard=true needs workers of several ranks: give worker_size=2 or more")
+        if self.config.fsdp and self.config.ranks_per_worker == 1:
+            raise RunError(
+                "fsdp=true needs workers of several ranks: give ranks_per_worker=2 or more"
+            )
         model_config = build(self.config.model, "model")
         self.feed = Feed(self.config, model_config.context, self.workers)
         with torch.device("meta"):
@@ -128,7 +130,7 @@ class Run:
             step = self.scheduler.last_epoch  # in a fleet that of the others
             last = step >= config.steps
             if last:
-                self.optimizer.finish()
+                self.optimizer.final_sync()
 
             evaluate = last or due(step, config.eval.every)
             save = last or due(step, config.checkpoint.every)
@@ -171,7 +173,7 @@ class Run:
 
     def of_a_worker(self, value) -> list:
         """The values of all ranks of the first worker; with workers of one rank this rank's own."""
-        size = self.config.worker_size
+        size = self.config.ranks_per_worker
         return self.workers.gather(value)[:size] if size > 1 else [value]
 
     def label(self) -> str:

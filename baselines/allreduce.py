@@ -24,7 +24,7 @@ from ef21_muon.guards import PhaseTimer
 from ef21_muon.layers import named_layers
 from ef21_muon.optimizer import EF21Muon
 from ef21_muon.settings import choice, whole_number
-from ef21_muon.transport.agreement import PARTED, require_equal_parameters
+from ef21_muon.transport.agreement import DIVERGED, require_equal_parameters
 from ef21_muon.transport.fixed import ALONE
 from ef21_muon.transport.schedule import Rounds
 
@@ -43,7 +43,7 @@ class AllReduced(Optimizer):
     process_group=ALONE; `param_groups` and `state` are its own. hook: "float32" is the plain
     all-reduce, "float16" and "bfloat16" (NCCL alone) halve it, and "powersgd" (Vogels et al.,
     arXiv:1905.13727) sends factors of rank `rank`, in float32, from the third step on. "greedylore"
-    (baselines.greedylore) sends gradients whole every `every` steps, the first included, and at
+    (baselines.greedylore) sends gradients whole every `refresh_every` steps, the first included, and at
     rank `rank` in the steps between. Raises ValueError for a hook that there is not, and without a
     process group.
     """
@@ -60,11 +60,11 @@ class AllReduced(Optimizer):
         *,
         hook: str = "float32",
         rank: int = 4,
-        every: int = 200,
+        refresh_every: int = 200,
         process_group: ProcessGroup | None = None,
     ):
         self.hook, self.rank = choice("hook", hook, HOOKS), whole_number("rank", rank, least=1)
-        self.every = whole_number("every", every, least=1)
+        self.refresh_every = whole_number("refresh_every", refresh_every, least=1)
         if not dist.is_initialized():
             raise ValueError("an all-reduce needs a process group: launch with torchrun")
         if hook == "bfloat16" and dist.get_backend(process_group) == "gloo":
@@ -80,7 +80,7 @@ class AllReduced(Optimizer):
         self._take_over()
         if hook == "greedylore":
             self.collectives = Collectives(process_group)
-            self.lore = GreedyLore(self, rank, every, self.collectives.mean)
+            self.lore = GreedyLore(self, rank, refresh_every, self.collectives.mean)
 
     @property
     def round(self) -> int:
@@ -94,10 +94,10 @@ class AllReduced(Optimizer):
         self.steps += 1
         return loss
 
-    def finish(self) -> None:
+    def final_sync(self) -> None:
         """Nothing is left to send."""
 
-    def agreed(self) -> AbstractContextManager[None]:
+    def global_params(self) -> AbstractContextManager[None]:
         """Within it the parameters are what workers agree on, as always."""
         return nullcontext()
 
@@ -137,12 +137,12 @@ class AllReduced(Optimizer):
         Names rank and layer. Waits for the device.
         """
         named = [(name, parameter) for _, name, parameter, _ in named_layers(self.param_groups)]
-        require_equal_parameters(named, self.reduced_over, PARTED.format(""))
+        require_equal_parameters(named, self.reduced_over, DIVERGED.format(""))
 
     @property
     def whole_every(self) -> int:
         """The steps between those whose gradients are sent whole; 0 where all are, or none."""
-        return self.every if self.hook == "greedylore" else 0
+        return self.refresh_every if self.hook == "greedylore" else 0
 
     @property
     def title(self) -> str:
@@ -150,7 +150,7 @@ class AllReduced(Optimizer):
         how = {
             "float32": "all-reduce",
             "powersgd": f"PowerSGD rank {self.rank}",
-            "greedylore": f"GreedyLore rank {self.rank}, whole every {self.every}",
+            "greedylore": f"GreedyLore rank {self.rank}, whole every {self.refresh_every}",
         }
         return f"{type(self).__name__}, {how.get(self.hook, f'all-reduce {self.hook}')}"
 
@@ -245,7 +245,7 @@ class AdamW(AllReduced):
         weight_decay: float = 0.1,
         hook: str = "float32",
         rank: int = 4,
-        every: int = 200,
+        refresh_every: int = 200,
         process_group: ProcessGroup | None = None,
     ):
         if not (isinstance(betas, Sequence) and len(betas) == 2):
@@ -259,7 +259,9 @@ class AdamW(AllReduced):
             for p in group["params"]:  # now, and not in the first step: a checkpoint needs places
                 moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                 adamw.state[p] = {"step": torch.tensor(0.0, dtype=torch.float32), **moments}
-        super().__init__(adamw, hook=hook, rank=rank, every=every, process_group=process_group)
+        super().__init__(
+            adamw, hook=hook, rank=rank, refresh_every=refresh_every, process_group=process_group
+        )
 
 
 class Muon(AllReduced):
@@ -274,11 +276,13 @@ class Muon(AllReduced):
         params,
         lr: float = 0.02,
         *,
-        beta: float = 0.1,
+        momentum: float = 0.9,
         hook: str = "float32",
         rank: int = 4,
-        every: int = 200,
+        refresh_every: int = 200,
         process_group: ProcessGroup | None = None,
     ):
-        muon = EF21Muon(params, lr, beta=beta, process_group=ALONE)
-        super().__init__(muon, hook=hook, rank=rank, every=every, process_group=process_group)
+        muon = EF21Muon(params, lr, momentum=momentum, process_group=ALONE)
+        super().__init__(
+            muon, hook=hook, rank=rank, refresh_every=refresh_every, process_group=process_group
+        )

@@ -9,11 +9,11 @@ from torch import Generator, Tensor
 
 from baselines.collectives import Collectives, check_numbers, move, new_batches
 from ef21_muon.communicating import Communicating
+from ef21_muon.compressors.base import value_format
+from ef21_muon.compressors.sparse import ChunkPlaces
 from ef21_muon.guards import gradients_of, guarded_step
-from ef21_muon.messages.compressors import value_format
-from ef21_muon.messages.sparse import ChunkPlaces
-from ef21_muon.messages.values import Float32, Values
 from ef21_muon.settings import whole_number
+from ef21_muon.values.base import Float32, ValueFormat
 
 
 class DeMo(Communicating):
@@ -46,7 +46,7 @@ class DeMo(Communicating):
         k: int = 32,
         chunk: int = 64,
         weight_decay: float = 0.0,
-        values: Values | str = "float32",
+        values: ValueFormat | str = "float32",
         seed: int = 0,
         process_group: dist.ProcessGroup | None = None,
     ):
@@ -112,7 +112,9 @@ class Chunks(ChunkPlaces):
     one-dimensional. A message holds the places of coefficients and then the values.
     """
 
-    def __init__(self, m: int, n: int, chunk: int, k: int, values: Values, device: torch.device):
+    def __init__(
+        self, m: int, n: int, chunk: int, k: int, values: ValueFormat, device: torch.device
+    ):
         super().__init__(m, n, chunk, k)
         self.values = values
         self.bases = [dct_basis(side).to(device) for side in self.sides]

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
-from ef21_muon.lmo.newton_schulz import unit_largest
+from ef21_muon.norms.newton_schulz import unit_largest
 
 ERROR, BASIS = "lore_error", "lore_basis"  # their names in an optimizer's state
 
@@ -48,7 +48,7 @@ class GreedyLore:
         every: int,
         mean: Callable[[list[Tensor]], list[Tensor]],
     ):
-        self.optimizer, self.rank, self.every, self.mean = optimizer, rank, every, mean
+        self.optimizer, self.rank, self.refresh_every, self.mean = optimizer, rank, every, mean
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.places = {parameter: place for place, parameter in enumerate(parameters)}
         for parameter in parameters:
@@ -67,7 +67,7 @@ class GreedyLore:
             for parameter, gradient in zip(parameters, gradients, strict=True)
             if ERROR in state[parameter]
         }
-        chosen = self._choose(wanted, step) if step % self.every else {}
+        chosen = self._choose(wanted, step) if step % self.refresh_every else {}
         sent = [
             chosen[p].mT @ wanted[p] if p in chosen else wanted.get(p, gradient.float())
             for p, gradient in zip(parameters, gradients, strict=True)

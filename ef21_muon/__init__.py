@@ -1,75 +1,44 @@
 """EF21-Muon: a communication-efficient, LMO-based optimizer with error feedback.
 
-The optimizer of "Error Feedback for Muon and Friends" (arXiv:2510.00643) as a library that depends
-on torch alone.
+The optimizer of "Error Feedback for Muon and Friends" (arXiv:2510.00643), local steps around any
+torch optimizer, and averaged gradients, as a library that depends on torch alone.
+
+    EF21Muon            Muon, Scion or Gluon with compressed messages, one round per step
+    LocalSteps          DiLoCo and its relatives: one round per `sync_every` steps
+    AveragedGradients   any torch optimizer on the mean of the workers' gradients
+    param_groups        a model's parameters by role, with the norm of each
+    WorkerMesh          workers of several ranks, whole or sharded by torch's fully_shard
+    norms, compressors, values      what these optimizers are built from
 """
 
+from ef21_muon import compressors, norms, values
 from ef21_muon.averaged import AveragedGradients
-from ef21_muon.lmo.norms import (
-    L1,
-    AdaptiveRadius,
-    BiasRMS,
-    Blocks,
-    ColumnNorm,
-    Euclidean,
-    Norm,
-    Nuclear,
-    RowNorm,
-    Sign,
-    Spectral,
-)
-from ef21_muon.lmo.presets import param_groups
 from ef21_muon.local_steps import LocalSteps
-from ef21_muon.messages.compressors import Compressor, Dense, Identity
-from ef21_muon.messages.extras import Damping, Dropout, TopColumns, TopSingular
-from ef21_muon.messages.levels import Normal, Statistical
-from ef21_muon.messages.low_rank import FittedRank, RankK
-from ef21_muon.messages.scaled import Integer, NaturalWindow, SignScale, SmoothnessAware
-from ef21_muon.messages.sparse import ChunkTopK, RandK, TopK
-from ef21_muon.messages.values import BFloat16, Float32, Natural, Values
+from ef21_muon.norms.presets import param_groups
 from ef21_muon.optimizer import EF21Muon
+from ef21_muon.renamed import CLASSES
 from ef21_muon.transport.fixed import ALONE
-from ef21_muon.transport.mesh import WorkerMesh
+from ef21_muon.transport.mesh import WorkerMesh, new_mesh
 
 __version__ = "0.1.0"
 __all__ = [
     "ALONE",
-    "L1",
-    "AdaptiveRadius",
     "AveragedGradients",
-    "BFloat16",
-    "BiasRMS",
-    "Blocks",
-    "ChunkTopK",
-    "ColumnNorm",
-    "Compressor",
-    "Damping",
-    "Dense",
-    "Dropout",
     "EF21Muon",
-    "Euclidean",
-    "FittedRank",
-    "Float32",
-    "Identity",
-    "Integer",
     "LocalSteps",
-    "Natural",
-    "NaturalWindow",
-    "Norm",
-    "Normal",
-    "Nuclear",
-    "RandK",
-    "RankK",
-    "RowNorm",
-    "Sign",
-    "SignScale",
-    "SmoothnessAware",
-    "Spectral",
-    "Statistical",
-    "TopColumns",
-    "TopK",
-    "TopSingular",
-    "Values",
     "WorkerMesh",
+    "compressors",
+    "new_mesh",
+    "norms",
     "param_groups",
+    "values",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Refuse names of earlier versions, by an ImportError, and unknown ones."""
+    new = {one: f"{m.__name__}.{one}" for m in (compressors, norms, values) for one in m.__all__}
+    new |= {old: f"ef21_muon.{one}" for old, one in CLASSES.items()}
+    if name in new:
+        raise ImportError(f"ef21_muon.{name} has been renamed, give {new[name]}")
+    raise AttributeError(f"module 'ef21_muon' has no attribute {name!r}")

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ef21_muon.compressors.base import numbers
 from ef21_muon.layers import named_layers
-from ef21_muon.lmo.norms import AdaptiveRadius, along
-from ef21_muon.messages.compressors import numbers
+from ef21_muon.norms.lmo import AdaptiveRadius, along
 from ef21_muon.transport.agreement import fingerprint, first_difference
 from ef21_muon.transport.fixed import place_in
 

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from ef21_muon.arithmetic import of_inner
 from ef21_muon.communicating import Communicating, together
+from ef21_muon.compressors import Compressor, from_spec
 from ef21_muon.guards import gradients_of, guarded_step
 from ef21_muon.inner import Wrapped
 from ef21_muon.layers import (
@@ -18,7 +19,7 @@ from ef21_muon.layers import (
     in_buckets,
     still_where_broken,
 )
-from ef21_muon.messages.compressors import Compressor, Identity
+from ef21_muon.renamed import refuses_renamed
 from ef21_muon.settings import (
     OUTER_NUMBERS,
     Compressors,
@@ -47,7 +48,7 @@ class AveragedGradients(Communicating):
     inner: an optimizer, or several of different parameters, that sends nothing, as torch's own.
     `param_groups` are theirs, so schedulers act on their lr. After a step a parameter's gradient
     is G. w2s: as in EF21Muon, or a mapping from the names of groups; by default gradients are sent
-    whole. `feedback`, `error_decay`, `server`, `buckets`, `missing`, `buffers` and `seed` are as in
+    whole. `feedback`, `error_decay`, `server`, `buckets`, `missing_grad`, `buffers` and `seed` are as in
     EF21Muon, and `mesh`, with inner optimizers of `mesh.share(groups)`; where all that is sent is
     lossless there is no feedback, and G is the mean gradient.
 
@@ -59,16 +60,17 @@ class AveragedGradients(Communicating):
     not fit.
     """
 
+    @refuses_renamed
     def __init__(
         self,
         inner: Optimizer | Sequence[Optimizer],
         *,
-        w2s: Compressors | None = None,
+        w2s: Compressors = "identity",
         feedback: str = "ef21",
         error_decay: float = 1.0,
         server: str = "auto",
         buckets: int = 4,
-        missing: str = "refuse",
+        missing_grad: str = "error",
         buffers: nn.Module | None = None,
         seed: int = 0,
         mesh: WorkerMesh | None = None,
@@ -87,10 +89,10 @@ class AveragedGradients(Communicating):
                 seed=seed,
                 process_group=process_group,
                 mesh=mesh,
-                missing=missing,
+                missing_grad=missing_grad,
                 buffers=buffers,
             )
-            self.rules = self.wrapped.take(self, w2s or Identity(), Identity())
+            self.rules = self.wrapped.take(self, w2s, "identity")
             costs = entry_counts(self.rules)
             batches = self.new_batches(server, costs, lambda server: of_inner(self.inner))
             lossless = all(batch.up.compressor.lossless for batch in batches)
@@ -102,8 +104,9 @@ class AveragedGradients(Communicating):
             self.begin(batches)
         self.buckets = in_buckets(batches, buckets)
 
-    def exchange_compressor(self, w2s: Compressor, group: str | None = None) -> None:
-        if self.forgetful and isinstance(w2s, Compressor) and not w2s.lossless:
+    def exchange_compressor(self, w2s: Compressor | str, group: str | None = None) -> None:
+        w2s = from_spec(w2s)
+        if self.forgetful and not w2s.lossless:
             raise ValueError(
                 f"w2s={w2s} is not allowed after messages that lost nothing, of which nothing is "
                 "remembered: build the optimizer with a w2s that loses, or feedback='none'"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -13,13 +14,14 @@ from torch import Generator, Tensor, nn
 
 from ef21_muon import state
 from ef21_muon.arithmetic import SAFE, Results, of_decoding, where_bits_agree
+from ef21_muon.compressors import Compressor, from_spec
 from ef21_muon.guards import Guards, Notice, PhaseTimer, broken_at
 from ef21_muon.identity import described, settings_of
 from ef21_muon.layers import AUTO, Batch, Layer, form_batches, layers_of
-from ef21_muon.messages.compressors import Compressor
+from ef21_muon.renamed import ATTRIBUTES
 from ef21_muon.settings import check_compressors, choice, refuse_compressed_shifts
 from ef21_muon.transport.agreement import (
-    PARTED,
+    DIVERGED,
     UNEQUAL,
     require_equal_groups,
     require_equal_parameters,
@@ -31,9 +33,9 @@ from ef21_muon.transport.buffers import Buffers
 from ef21_muon.transport.fixed import Traffic, Transport, place_in
 from ef21_muon.transport.load import Load, loads
 from ef21_muon.transport.mesh import WorkerMesh
-from ef21_muon.transport.roll_call import RollCall
 from ef21_muon.transport.schedule import Rounds
 from ef21_muon.transport.shards import require_whole
+from ef21_muon.transport.stragglers import StragglerMonitor
 
 
 class Communicating(torch.optim.Optimizer):
@@ -46,7 +48,7 @@ class Communicating(torch.optim.Optimizer):
     It holds `batches` of layers with their state and channels, a `transport` that sends and counts,
     `guards` of its steps, `generators` of what is random in messages, one for each of `purposes`,
     seeded by `seed`, the rank and the purpose, a `timer` of phases, and `inner` optimizers.
-    `rules` has of every parameter group its compressors. missing, buffers: as EF21Muon has them.
+    `rules` has of every parameter group its compressors. missing_grad, buffers: as EF21Muon has them.
 
     Raises ValueError for parameters and settings that differ between ranks. Byte counts are of this
     rank; those of a worker of several ranks are their sums (`mesh.total`).
@@ -57,12 +59,12 @@ class Communicating(torch.optim.Optimizer):
     RULE: tuple[str, ...] = ()  # the entries of a parameter group that are objects, not numbers
     BROKEN = "the gradient of {} was not finite at step {}"
     # What a scheduler wraps, and a thread; and torch's hooks, as torch has it.
-    NOT_COPIED = ("step", "roll_call", *state.HOOKS)
+    NOT_COPIED = ("step", "stragglers", *state.HOOKS)
     inner: Sequence[torch.optim.Optimizer] = ()
     wrapped = None  # of `ef21_muon.inner`, where there are inner optimizers
     rules: Sequence[dict] = ()
     batches: Sequence[Batch] | None = None
-    roll_call: RollCall | None = None  # from the first step on, where others step too
+    stragglers: StragglerMonitor | None = None  # from the first step on, where others step too
     server: str | None = None  # the placement
     under_way: Sequence[Batch] = ()  # whose messages have not come to the servers
     rounds = Rounds(1)  # of a step each, but with local steps
@@ -78,14 +80,14 @@ class Communicating(torch.optim.Optimizer):
         process_group: dist.ProcessGroup | str | None,
         mesh: WorkerMesh | None = None,
         transport: Transport | None = None,
-        missing: str = "refuse",
+        missing_grad: str = "error",
         buffers: nn.Module | None = None,
         purposes: Sequence[str] = ("w2s", "s2w"),
     ):
         super().__init__(params, defaults)
         process_group = mesh.peers if mesh else process_group
         transport = transport or Transport(process_group)
-        self.missing = choice("missing", missing, ("refuse", "zero"))
+        self.missing_grad = choice("missing_grad", missing_grad, ("error", "zero"))
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         if not parameters:
             raise ValueError("the parameter groups hold no parameter: give those of the model")
@@ -137,7 +139,7 @@ class Communicating(torch.optim.Optimizer):
         self.batches = batches
         for batch in batches:
             self.state.update(batch.parameter_state())
-        layers = layers_of(batches, self.missing) if layers is None else layers
+        layers = layers_of(batches, self.missing_grad) if layers is None else layers
         if self.mesh:
             self.mesh.name(layers)
             layers = self.mesh.layers
@@ -158,18 +160,21 @@ class Communicating(torch.optim.Optimizer):
         """Have the mean of all workers' buffers, where that was asked for."""
         self.transport.traffic += self.buffers.average()
 
-    def exchange_compressor(self, w2s: Compressor, group: str | None = None) -> None:
+    def exchange_compressor(self, w2s: Compressor | str, group: str | None = None) -> None:
         """Send with another compressor from the next round on; on all ranks, between rounds.
 
         group: the name of the parameter groups that it is for, by default all. Raises ValueError
-        for what is no compressor or group, with a delay, and where ranks decode to other bits.
+        for what is no compressor or group, with a `sync_delay`, and where ranks decode to other bits.
         """
+        w2s = from_spec(w2s)
         chosen = [i for i, rule in enumerate(self.rules) if group in (None, rule.get("name"))]
         if not (self.mesh.total(len(chosen))[0] if self.mesh else chosen):
             names = ", ".join(str(rule.get("name")) for rule in self.rules)
             raise ValueError(f"group={group!r} is not a group of this optimizer: it has {names}")
         if any("message" in batch.state for batch in self.batches):
-            raise ValueError("a compressor is not exchanged with a delay: build the optimizer anew")
+            raise ValueError(
+                "a compressor is not exchanged with a sync_delay: build the optimizer anew"
+            )
         rules = [r | {"w2s": w2s} if i in chosen else r for i, r in enumerate(self.rules)]
         for rule in rules:
             check_compressors(rule)
@@ -184,15 +189,20 @@ class Communicating(torch.optim.Optimizer):
         self.guards = Guards(self, self.guards.layers)
         self._built_as = settings_of(self)
 
+    def __getattr__(self, name: str) -> NoReturn:
+        """Refuse names of earlier versions, and unknown ones."""
+        new = f": it has been renamed, give {ATTRIBUTES[name]}" if name in ATTRIBUTES else ""
+        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}{new}")
+
     @property
     def round(self) -> int:
         """Whole rounds so far."""
         return self.rounds.of(self.steps)[0]
 
-    def finish(self) -> None:
+    def final_sync(self) -> None:
         """Send what is left to send at the end of a training: with local steps there is some."""
 
-    def agreed(self) -> AbstractContextManager[None]:
+    def global_params(self) -> AbstractContextManager[None]:
         """Within it the parameters are W, on which workers agree: but for local steps they are."""
         return nullcontext()
 
@@ -299,7 +309,7 @@ class Communicating(torch.optim.Optimizer):
         require_equal_groups(self.param_groups, self.process_group)
         elsewhere = "give server=sharded or rank0, " if self.server == "replicated" else ""
         advice = f"{elsewhere}give {SAFE}, or " if self.server else ""
-        require_equal_parameters(self._shared(), self.process_group, PARTED.format(advice))
+        require_equal_parameters(self._shared(), self.process_group, DIVERGED.format(advice))
         late = {id(batch) for batch in self.under_way}
         arrived = [one for one in self.batches if self.server and id(one) not in late]
         if known := [one for one in arrived if one.up.feedback == "ef21"]:
@@ -309,7 +319,7 @@ class Communicating(torch.optim.Optimizer):
         """Raise RuntimeError where a call would take W for the parameters of this worker."""
         if self._swapped:
             raise RuntimeError(
-                f"{call} within agreed(): the parameters are W there, leave it first"
+                f"{call} within global_params(): the parameters are W there, leave it first"
             )
 
     def state_dict(self) -> dict:
@@ -318,7 +328,7 @@ class Communicating(torch.optim.Optimizer):
         Ranks differ in what they remember, and in what they serve: `full_state_dict` has the state
         of all. What is an object in a group, as norms and compressors, is named in `of` alone;
         build the optimizer with the same ones to load it. Takes as much memory as the state.
-        Raises RuntimeError where the parameters are W, as within `agreed()`.
+        Raises RuntimeError where the parameters are W, as within `global_params()`.
         """
         return state.save(self)
 
@@ -328,9 +338,9 @@ class Communicating(torch.optim.Optimizer):
 
         Or from this rank's part of a `full_state_dict`. The model's own state has to be loaded
         beside it. The state is copied, so it can be loaded again. Options of groups are then those
-        of the state, as with torch's optimizers; the learning rate, `missing` and `buckets` may
+        of the state, as with torch's optimizers; the learning rate, `missing_grad` and `buckets` may
         differ from those here. Raises ValueError when it does not fit, before anything changes,
-        and RuntimeError where the parameters are W, as within `agreed()`.
+        and RuntimeError where the parameters are W, as within `global_params()`.
         """
         state.load(self, state_dict)
 

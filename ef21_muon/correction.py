@@ -44,13 +44,13 @@ class Correction:
     ) -> Callable:
         """A closure that leaves corrected gradients, and remembers W for the next step.
 
-        layers: every parameter, its W^{k-1} in float32, and beta; bring: raises GradientError for
+        layers: every parameter, its W^{k-1} in float32, and momentum; bring: raises GradientError for
         gradients with which there is no step. In the `first` step nothing is corrected. Raises
         RuntimeError without a closure.
         """
         if closure is None:
             raise RuntimeError(
-                f"momentum={self.kind!r} evaluates every batch twice: call step(closure) with a "
+                f"momentum_kind={self.kind!r} evaluates every batch twice: call step(closure) with a "
                 "function that clears the gradients, evaluates the batch, calls backward and "
                 "returns the loss"
             )
@@ -84,7 +84,7 @@ class Correction:
         finally:
             for (parameter, _, _), model in zip(layers, models, strict=True):
                 parameter.data.copy_(model)
-        for (parameter, _, beta), gradient in zip(layers, gradients, strict=True):
+        for (parameter, _, momentum), gradient in zip(layers, gradients, strict=True):
             d = (gradient - parameter.grad.to(gradient.dtype)) / part
-            weight = self.gamma * (1 - beta) / beta
+            weight = self.gamma * momentum / (1 - momentum)
             parameter.grad = torch.add(gradient, d, alpha=weight)

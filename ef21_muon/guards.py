@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ef21_muon.layers import Batch, Layer, mark
 from ef21_muon.transport.buffers import instances, warn_of_statistics
 from ef21_muon.transport.fixed import place_in
-from ef21_muon.transport.roll_call import RollCall
 from ef21_muon.transport.shards import is_sharded
+from ef21_muon.transport.stragglers import StragglerMonitor
 
 FIXED = ("w2s", "s2w")  # entries of a parameter group that batches are formed by
 log = logging.getLogger("ef21_muon")
@@ -52,8 +52,8 @@ def in_step(optimizer) -> AbstractContextManager[None]:
     """Where others may wait for this rank, and this for others, which is then said."""
     if place_in(optimizer.everyone)[1] == 1:
         return nullcontext()
-    optimizer.roll_call = optimizer.roll_call or RollCall(optimizer.everyone)
-    return optimizer.roll_call.step(optimizer.steps)
+    optimizer.stragglers = optimizer.stragglers or StragglerMonitor(optimizer.everyone)
+    return optimizer.stragglers.step(optimizer.steps)
 
 
 class Guards:
@@ -153,18 +153,18 @@ def bring_gradients(layers: Sequence[Layer], optimizer: str) -> None:
         gradient, parameter = layer.parameter.grad, layer.parameter
         if gradient is None:
             missing += 1
-            if layer.missing == "zero":
+            if layer.missing_grad == "zero":
                 zero.append(parameter)
-            elif layer.missing == "refuse":
+            elif layer.missing_grad == "error":
                 _refuse_missing(layer, optimizer)
-        elif layer.missing != "skip":
+        elif layer.missing_grad != "skip":
             fits = gradient.shape == parameter.shape and gradient.numel() == layer.entries
             if not (fits and gradient.is_floating_point() and gradient.layout == torch.strided):
                 _refuse_unfit(layer, optimizer)
     if zero and missing == len(layers):
         raise GradientError(
             f"none of the parameters of {optimizer} has a gradient, {layers[0].name} the first: "
-            f"missing='zero' is for some of them; {_how_to_bring(layers[0])}, or give zeros for a "
+            f"missing_grad='zero' is for some of them; {_how_to_bring(layers[0])}, or give zeros for a "
             "batch that reaches none"
         )
     for parameter in zero:
@@ -175,7 +175,7 @@ def _refuse_missing(layer: Layer, optimizer: str) -> None:
     raise GradientError(
         f"{layer.name} has no gradient: every parameter given to {optimizer} takes part in every "
         f"step; {_how_to_bring(layer)}, leave out those that the loss does not reach (EF21Muon "
-        "and AveragedGradients take missing='zero' for those that it reaches at times)"
+        "and AveragedGradients take missing_grad='zero' for those that it reaches at times)"
     )
 
 

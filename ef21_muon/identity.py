@@ -21,7 +21,7 @@ NO_OPTIONS = {
     *("purposes", "stream", "args", "kwargs", "buckets"),
 }
 # What may differ between a state and the optimizer that loads it.
-MAY_CHANGE = ("lr", "missing")
+MAY_CHANGE = ("lr", "missing_grad")
 NAMED = 3  # differences that a message names
 DEEPEST = 4  # of objects within objects
 
@@ -103,7 +103,7 @@ def settings_of(optimizer) -> dict[str, object]:
     settings |= options_of(optimizer.param_groups, entries) | shapes_of(optimizer.param_groups)
     settings["buffers"] = str(optimizer.buffers)
     if "rounds" in values:
-        settings["every"] = str(values["rounds"])
+        settings["sync_every"] = str(values["rounds"])
     for index, rule in enumerate(optimizer.rules):
         for direction in ("w2s", "s2w"):
             settings[f"{direction} of group {index}"] = described(rule[direction])

@@ -72,13 +72,13 @@ class Wrapped:
         otherwise: of the others' parameters.
         """
         missing = {
-            parameter: optimizer.missing
+            parameter: optimizer.missing_grad
             for optimizer in self.ours
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
         layers = layers_of(batches, otherwise)
-        return [one._replace(missing=missing.get(one.parameter, otherwise)) for one in layers]
+        return [one._replace(missing_grad=missing.get(one.parameter, otherwise)) for one in layers]
 
     def take_over(self, changed: bool = True) -> None:
         """Let EF21Muon know that its parameters are others or, if not `changed`, are not."""
@@ -111,8 +111,8 @@ def _require_inner(optimizer: Optimizer) -> None:
         )
     if isinstance(optimizer, EF21Muon) and optimizer.correction:
         raise ValueError(
-            f"inner={name} with momentum={optimizer.momentum!r} needs a closure in every step: "
-            "give momentum='polyak'"
+            f"inner={name} with momentum_kind={optimizer.momentum_kind!r} needs a closure in every step: "
+            "give momentum_kind='polyak'"
         )
     closure = signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is Parameter.empty:

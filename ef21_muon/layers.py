@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from ef21_muon.messages.compressors import Compressor
+from ef21_muon.compressors.base import Compressor
 
 FEEDBACK = ("ef21", "ef14", "none")
 PLACEMENTS = ("rank0", "sharded", "replicated")
@@ -36,7 +36,7 @@ class Channel:
     is from Wu et al., arXiv:1806.08054: where ||C(d) - d||^2 <= (1 - alpha) ||d||^2, ||e_j||^2 is
     at most (1 - alpha) / ((1 - decay) (1 - (1 - alpha) decay)) of the largest ||target||^2.
 
-    memory: G_j or e_j, float32 like the target, at first zero; None without feedback. `size` is the
+    buffer: G_j or e_j, float32 like the target, at first zero; None without feedback. `size` is the
     bytes of a layer's message. `broken_at` (layers,) is the first step whose message was not
     finite, counted from 1, or 0. While `recording`, `contraction` and `estimator_error` (layers,)
     are those of the last message.
@@ -47,12 +47,12 @@ class Channel:
         compressor: Compressor,
         shape: tuple[int, int],
         feedback: str = "none",
-        memory: Tensor | None = None,
+        buffer: Tensor | None = None,
         broken_at: Tensor | None = None,
     ):
         self.shape = shape
         self.use(compressor)
-        self.feedback, self.memory, self.broken_at = feedback, memory, broken_at
+        self.feedback, self.buffer, self.broken_at = feedback, buffer, broken_at
         self.recording = False
         self.contraction: Tensor | None = None
         self.estimator_error: Tensor | None = None
@@ -76,28 +76,28 @@ class Channel:
         `target`, which was made of it, may be changed.
         """
         difference = target
-        if self.memory is not None:
+        if self.buffer is not None:
             if self.feedback == "ef21":
-                difference = target - self.memory
+                difference = target - self.buffer
             elif source is None:
-                difference = torch.add(target, self.memory, alpha=decay)
+                difference = torch.add(target, self.buffer, alpha=decay)
             else:
-                difference = target.add_(self.memory, alpha=decay)
+                difference = target.add_(self.buffer, alpha=decay)
         if source is not None:
             still_where_broken(difference, source)
         message = self.compressor.encode(difference, generator)
-        if self.memory is None and self.broken_at is None:
+        if self.buffer is None and self.broken_at is None:
             return message
         sent = self.decode(message)
         if self.broken_at is not None:
             mark(self.broken_at, ~finite(sent), step)
-        if self.memory is not None:
+        if self.buffer is not None:
             if self.feedback == "ef21":
-                self.memory += sent
+                self.buffer += sent
             else:
-                self.memory.copy_(difference).sub_(sent)
+                self.buffer.copy_(difference).sub_(sent)
         if self.recording:
-            known = self.memory if self.feedback == "ef21" else sent
+            known = self.buffer if self.feedback == "ef21" else sent
             self.contraction = 1 - relative_error(sent, difference).square_()
             self.estimator_error = relative_error(known, target)
         return message
@@ -184,10 +184,10 @@ class Batch:
         return table
 
     def send_with(
-        self, compressor: Compressor, feedback: str, memory: str = "gradient_estimate"
+        self, compressor: Compressor, feedback: str, buffer: str = "gradient_estimate"
     ) -> None:
-        """Open the channel to the servers; memory: the name of the table that feedback needs."""
-        table = None if feedback == "none" else self.keep(memory)
+        """Open the channel to the servers; buffer: the name of the table that feedback needs."""
+        table = None if feedback == "none" else self.keep(buffer)
         lost = torch.zeros_like(self.broken_at)
         self.up = Channel(compressor, self.shape, feedback, table, lost)
 
@@ -224,7 +224,7 @@ class Batch:
 
     def swap(self) -> None:
         """Have the parameters and W, apart from them, change places."""
-        shifts = self.as_parameters(self.state["model_shift"])  # views
+        shifts = self.as_parameters(self.state["global_params"])  # views
         for parameter, shift in zip(self.params, shifts, strict=True):
             local_model = parameter.clone()
             parameter.copy_(shift)
@@ -237,12 +237,12 @@ class Batch:
         if (error := self.state.get("server_error")) is None:
             return [0.0] * len(self.names[self.owned])
         of_error = torch.linalg.matrix_norm(error)
-        model = torch.linalg.matrix_norm(self.state["model_shift"][self.owned] - error)
+        model = torch.linalg.matrix_norm(self.state["global_params"][self.owned] - error)
         return torch.where(of_error == 0, 0.0, of_error / model).tolist()
 
     def shared(self) -> Iterator[tuple[str, Tensor]]:
         """Of every layer its name and what all workers hold alike: W."""
-        return zip(self.names, self.state.get("model_shift", self.params), strict=True)
+        return zip(self.names, self.state.get("global_params", self.params), strict=True)
 
     def nothing_owned(self) -> Tensor:
         """The message back of a rank that serves none of the layers, uint8 (0, size)."""
@@ -352,19 +352,19 @@ def form_batches(
 class Layer(NamedTuple):
     """A parameter of `entries` entries, and whether a missing gradient of it is "zero".
 
-    Or "refuse", or "skip": then what there is of it is somebody else's business.
+    Or "error", or "skip": then what there is of it is somebody else's business.
     """
 
     name: str
     parameter: Tensor
     entries: int
-    missing: str
+    missing_grad: str
 
 
-def layers_of(batches: Sequence[Batch], missing: str) -> list[Layer]:
+def layers_of(batches: Sequence[Batch], missing_grad: str) -> list[Layer]:
     """Whose gradients an optimizer of these batches needs."""
     return [
-        Layer(name, parameter, prod(batch.shape), missing)
+        Layer(name, parameter, prod(batch.shape), missing_grad)
         for batch in batches
         for name, parameter in zip(batch.names, batch.params, strict=True)
     ]

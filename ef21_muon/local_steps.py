@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ef21_muon.communicating import Communicating, together
+from ef21_muon.compressors import Compressor, from_spec
+from ef21_muon.compressors.base import add_mean_over_senders, require_marks
 from ef21_muon.guards import evaluate, in_step, overflowed
 from ef21_muon.inner import Wrapped
 from ef21_muon.layers import (
@@ -21,12 +23,7 @@ from ef21_muon.layers import (
     in_buckets,
     mark,
 )
-from ef21_muon.messages.compressors import (
-    Compressor,
-    Identity,
-    add_mean_over_senders,
-    require_marks,
-)
+from ef21_muon.renamed import refuses_renamed
 from ef21_muon.settings import (
     OUTER_NUMBERS,
     Compressors,
@@ -44,11 +41,11 @@ from ef21_muon.transport.schedule import Rounds, Turns
 
 
 class LocalSteps(Communicating):
-    """Workers take `every` steps of an inner optimizer, and then average what these have changed.
+    """Workers take `sync_every` steps of an inner optimizer, and then average what these have changed.
 
     DiLoCo (Douillard et al., arXiv:2311.08105) around any torch optimizer, with compressed messages
     (MuLoCo, arXiv:2505.23725; SparseLoCo, arXiv:2508.15706) and the servers of EF21Muon. After
-    `every` calls of `step()` comes a round:
+    `sync_every` calls of `step()` comes a round:
 
         worker:   D_j = W - x_j + error_decay e_j;  R_j = C_j(D_j);  e_j = D_j - R_j
         server:   g = mean of R_j;  V = outer_momentum V + g
@@ -56,26 +53,26 @@ class LocalSteps(Communicating):
         worker:   W = W - S;  x_j = W
 
     with outer_lr V in place of the sum without `nesterov`. The parameters are this worker's x_j;
-    `agreed()` puts W in their place, bit-identical on all workers, to be evaluated and saved.
+    `global_params()` puts W in their place, bit-identical on all workers, to be evaluated and saved.
 
-    every: a number of steps, or {first step: number} where rounds change, as {0: 120, 360: 60}.
+    sync_every: a number of steps, or {first step: number} where rounds change, as {0: 120, 360: 60}.
     inner: an optimizer, or several of different parameters, that sends nothing, as torch's own, or
     EF21Muon with process_group=ALONE. `param_groups` are theirs, so schedulers act on their lr.
     w2s, s2w: as in EF21Muon, or a mapping from the names of groups. `feedback`: "ef14" as above;
     "ef21", R_j = C_j(W - x_j - G_j), G_j = G_j + R_j, g = g + mean of R_j; or "none". `server` and
     `buckets` are as in EF21Muon. mean: "all" as above, or with sparse messages "senders", where g
     has of every entry the mean over the workers that have sent it (SparseLoCo), 0 where none has.
-    buffers: as in EF21Muon, in every round; within `agreed()` they are those of the last one.
+    buffers: as in EF21Muon, in every round; within `global_params()` they are those of the last one.
 
-    With `stagger` every batch of layers has a turn of its own in the round, so that a link is used
-    evenly, and with `delay` a message travels for as many steps each way while the training goes on
+    With `streaming` every batch of layers has a turn of its own in the round, so that a link is used
+    evenly, and with `sync_delay` a message travels for as many steps each way while the training goes on
     (Streaming DiLoCo, arXiv:2501.18512): x_j then moves by W less the x_j of the turn, which keeps
     the steps since. A delay is for gloo, or messages through the host: NCCL would hold the device.
 
     mesh: of workers of several ranks: gradients are averaged inside of a worker in every step, and
     inner optimizers hold the parameters of `mesh.share(groups)`. A root of `fully_shard` needs
-    reshard_after_forward=True, or it computes with W after `agreed()`. There a parameter without a
-    gradient is refused, or zero where its inner optimizer has missing="zero". transport: a fleet
+    reshard_after_forward=True, or it computes with W after `global_params()`. There a parameter without a
+    gradient is refused, or zero where its inner optimizer has missing_grad="zero". transport: a fleet
     (`ef21_muon.fleet`), for workers that come and go.
 
     Memory: W and e_j, 8 bytes for each float32 parameter; on the rank that serves it 4 for V, and 4
@@ -89,13 +86,14 @@ class LocalSteps(Communicating):
 
     BROKEN = "{} is not finite after step {}"
 
+    @refuses_renamed
     def __init__(
         self,
         inner: Optimizer | Sequence[Optimizer],
-        every: int | Mapping[int, int] = 30,
+        sync_every: int | Mapping[int, int] = 30,
         *,
-        w2s: Compressors | None = None,
-        s2w: Compressors | None = None,
+        w2s: Compressors = "identity",
+        s2w: Compressors = "identity",
         outer_lr: float = 1.0,
         outer_momentum: float = 0.0,
         nesterov: bool = True,
@@ -104,57 +102,61 @@ class LocalSteps(Communicating):
         mean: str = "all",
         server: str = "auto",
         buckets: int = 4,
-        stagger: bool = False,
-        delay: int = 0,
+        streaming: bool = False,
+        sync_delay: int = 0,
         seed: int = 0,
         buffers: nn.Module | None = None,
         mesh: WorkerMesh | None = None,
         transport: Transport | None = None,
         process_group: dist.ProcessGroup | str | None = None,
     ):
-        self.rounds = Rounds(every)
-        self.delay = whole_number("delay", delay, least=0)
+        self.rounds = Rounds(sync_every)
+        self.sync_delay = whole_number("sync_delay", sync_delay, least=0)
         self.outer_lr = check_number("outer_lr", outer_lr, OUTER_NUMBERS)
         self.outer_momentum = check_number("outer_momentum", outer_momentum, OUTER_NUMBERS)
         self.error_decay = check_number("error_decay", error_decay, OUTER_NUMBERS)
-        self.nesterov, self.stagger = flag("nesterov", nesterov), flag("stagger", stagger)
+        self.nesterov, self.streaming = flag("nesterov", nesterov), flag("streaming", streaming)
         whole_number("buckets", buckets, least=1)
         self.feedback = choice("feedback", feedback, FEEDBACK)
         refuse_unused_decays([{"error_decay": self.error_decay, "server_momentum": 0}], feedback)
         self.mean = check_mean(mean, feedback)
         if transport:
             server = transport.require_options(
-                server=server, stagger=stagger, delay=delay, feedback=feedback, buffers=buffers
+                server=server,
+                streaming=streaming,
+                sync_delay=sync_delay,
+                feedback=feedback,
+                buffers=buffers,
             )
         place = {"process_group": process_group, "mesh": mesh, "transport": transport}
         with together(mesh):
             self.wrapped = Wrapped(inner)
             self.inner = self.wrapped.optimizers
             super().__init__(self.wrapped.param_groups, {}, seed=seed, buffers=buffers, **place)
-            if delay and self.ranks > 1:
-                require_host(self.process_group, self.device, f"delay={delay}")
-            self.rules = self.wrapped.take(self, w2s or Identity(), s2w or Identity())
+            if sync_delay and self.ranks > 1:
+                require_host(self.process_group, self.device, f"sync_delay={sync_delay}")
+            self.rules = self.wrapped.take(self, w2s, s2w)
             batches = self.new_batches(server, entry_counts(self.rules))
             for batch in batches:
                 self._make_room(batch)
             most = 1 if self.transport.heals else buckets
-            self.buckets = [[b] for b in batches] if stagger else in_buckets(batches, most)
-            self.turns = Turns(self.buckets, self.rounds, delay, stagger)
-            for batch in batches if delay else ():
+            self.buckets = [[b] for b in batches] if streaming else in_buckets(batches, most)
+            self.turns = Turns(self.buckets, self.rounds, sync_delay, streaming)
+            for batch in batches if sync_delay else ():
                 self._keep_messages(batch)
             # Where an inner optimizer skips what has no gradient, several ranks cannot.
-            self.begin(batches, self.wrapped.layers(batches, "refuse" if mesh else "skip"))
+            self.begin(batches, self.wrapped.layers(batches, "error" if mesh else "skip"))
         self.last_sync = 0  # local steps until the last round
         self.transport.attach(self)
 
     def _make_room(self, batch: Batch) -> None:
         """For the state: W, e_j or G_j and, of the servers, V, EF21's G and e_s."""
-        batch.keep("model_shift", batch.models())
-        rule, memory = self.rules[batch.group], "error"
+        batch.keep("global_params", batch.models())
+        rule, buffer = self.rules[batch.group], "error"
         if self.feedback == "ef21":
-            memory = "gradient_estimate"
+            buffer = "gradient_estimate"
             batch.keep("server_gradient")
-        batch.send_with(rule["w2s"], self.feedback, memory)
+        batch.send_with(rule["w2s"], self.feedback, buffer)
         if self.mean == "senders":
             require_marks(batch.up.compressor, *batch.shape)
         if self.outer_momentum:
@@ -164,26 +166,27 @@ class LocalSteps(Communicating):
 
     def _keep_messages(self, batch: Batch) -> None:
         """Room for messages under way between steps, and the x_j that the first was made of."""
-        batch.keep("departure", batch.state["model_shift"].clone())
+        batch.keep("departure", batch.state["global_params"].clone())
         layers, served = len(batch.params), len(batch.params[batch.owned])
         message = torch.zeros(layers, batch.up.size, dtype=torch.uint8, device=batch.device)
         batch.keep("message", message)
         if self.turns.ways == 2:
             batch.keep("server_message", message.new_zeros(served, batch.down.size))
 
-    def exchange_compressor(self, w2s: Compressor, group: str | None = None) -> None:
+    def exchange_compressor(self, w2s: Compressor | str, group: str | None = None) -> None:
         if self.transport.heals:
             raise ValueError("a compressor is not exchanged in a fleet: begin another run with it")
-        if self.stagger and self.rounds.of(self.steps)[1]:
+        if self.streaming and self.rounds.of(self.steps)[1]:
             raise ValueError(
                 f"a compressor is not exchanged after step {self.steps}, in a round in which some "
                 "layers were sent: do so after its last step"
             )
-        if self.mean == "senders" and isinstance(w2s, Compressor):
+        w2s = from_spec(w2s)
+        if self.mean == "senders":
             for batch in self.batches:
                 require_marks(w2s.fit(*batch.shape), *batch.shape)
         super().exchange_compressor(w2s, group)
-        self.turns = Turns(self.buckets, self.rounds, self.delay, self.stagger)
+        self.turns = Turns(self.buckets, self.rounds, self.sync_delay, self.streaming)
 
     @property
     def under_way(self) -> list[Batch]:
@@ -260,10 +263,10 @@ class LocalSteps(Communicating):
         local_models = batch.models()
         mark(batch.broken_at, ~finite(local_models), self.steps)
         wide = torch.promote_types(local_models.dtype, torch.float32)
-        difference = (batch.state["model_shift"].to(wide) - local_models).float()
+        difference = (batch.state["global_params"].to(wide) - local_models).float()
         generator = self.generators["w2s"]
         message = batch.up.encode(difference, generator, self.error_decay, self.steps)
-        if self.delay:
+        if self.sync_delay:
             batch.state["departure"].copy_(local_models)
             batch.state["message"].copy_(message)
         return message
@@ -300,7 +303,7 @@ class LocalSteps(Communicating):
 
     def _update(self, batch: Batch, received: Tensor) -> None:
         """W = W - S;  x_j = W, but for the steps since the message was made."""
-        model, departure = batch.state["model_shift"], batch.state.get("departure")
+        model, departure = batch.state["global_params"], batch.state.get("departure")
         if self._is_its_inner(batch):
             sent = batch.models() if departure is None else departure
             model.copy_(torch.where(~finite(sent)[:, None, None], model, sent))
@@ -318,12 +321,12 @@ class LocalSteps(Communicating):
         return self.transport.ranks == 1 and not self.transport.heals and lossless and average
 
     @torch.no_grad()
-    def finish(self) -> None:
+    def final_sync(self) -> None:
         """Send the steps since the last round too: W then has all that the workers did.
 
         For the end of a training, on all workers together. What is under way arrives first.
         """
-        self.require_own_parameters("finish()")
+        self.require_own_parameters("final_sync()")
         if self.steps == 0 or (self.transport.heals and self.last_sync == self.steps):
             return
         self.turns.finish(self.steps - 1, self._round, self.timer)
@@ -342,15 +345,15 @@ class LocalSteps(Communicating):
     def _take_over(self) -> None:
         """W = x_j before the first step: a model may have been loaded since this was built."""
         for batch in self.batches if self.steps == 0 else ():
-            batch.state["model_shift"].copy_(batch.models())
+            batch.state["global_params"].copy_(batch.models())
 
     @contextmanager
-    def agreed(self):
+    def global_params(self):
         """Within it the parameters are W; after it x_j again. On all ranks of a worker together.
 
-        Within it `step`, `finish`, states, copies and checks are refused: they are of x_j.
+        Within it `step`, `final_sync`, states, copies and checks are refused: they are of x_j.
         """
-        self.require_own_parameters("agreed()")
+        self.require_own_parameters("global_params()")
         self._swap()
         try:
             yield

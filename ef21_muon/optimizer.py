@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ef21_muon.arithmetic import Results, of_norms
 from ef21_muon.communicating import Communicating, together
+from ef21_muon.compressors import Compressor, Identity
 from ef21_muon.correction import PARTS, Correction
 from ef21_muon.guards import bring_gradients, gradients_of, guarded_step
 from ef21_muon.layers import (
@@ -19,8 +20,8 @@ from ef21_muon.layers import (
     lmo_costs,
     still_where_broken,
 )
-from ef21_muon.lmo.norms import AdaptiveRadius, Norm, Spectral, along
-from ef21_muon.messages.compressors import Compressor, Identity
+from ef21_muon.norms.lmo import AdaptiveRadius, Norm, Spectral, along
+from ef21_muon.renamed import refuses_renamed
 from ef21_muon.settings import (
     check_group,
     check_number,
@@ -87,7 +88,7 @@ class EF21Muon(Communicating):
         momentum: "polyak" is line 9. "mvr" and "hessian" correct the gradient for how far W has
             gone (`ef21_muon.correction`), by a second gradient of the batch, so that `step` needs
             a closure. `gamma` is the correction's weight.
-        momentum_start: the first M_j is the "gradient", or with "zero" beta times it (Muon, Scion).
+        momentum_init: the first M_j is the "gradient", or with "zero" beta times it (Muon, Scion).
         first_message: "compressed", so that no gradient is ever sent whole, or "exact", so that
             G_j is M_j at first, as the L-smooth theorem has it, in float32.
         server: where the servers are (`ef21_muon.layers`); "auto" is where messages
@@ -96,7 +97,7 @@ class EF21Muon(Communicating):
             same for any choice.
         buckets: messages, each way, that layers travel in: one is on its way while the next is
             encoded.
-        missing: "refuse" a parameter without a gradient, or let it be "zero" on this worker, as
+        missing_grad: "error" refuses a parameter without a gradient, or let it be "zero" on this worker, as
             where a branch or an expert was not taken. A step without any gradient is refused.
         buffers: the model, whose floating-point buffers, as the running statistics of BatchNorm,
             become the mean of all workers' in every step; the bytes count. Without it they stay
@@ -115,16 +116,17 @@ class EF21Muon(Communicating):
 
     RULE = ("norm", "radius", "w2s", "s2w")
 
+    @refuses_renamed
     def __init__(
         self,
         params,
         lr: float = 0.02,
         *,
-        beta: float = 0.1,
+        momentum: float = 0.9,
         norm: Norm | None = None,
         radius: float | AdaptiveRadius = 1.0,
-        w2s: Compressor | None = None,
-        s2w: Compressor | None = None,
+        w2s: Compressor | str = "identity",
+        s2w: Compressor | str = "identity",
         nesterov: bool = False,
         weight_decay: float = 0.0,
         lmo_feedback: bool = False,
@@ -132,13 +134,13 @@ class EF21Muon(Communicating):
         feedback: str = "ef21",
         error_decay: float = 1.0,
         server_momentum: float = 0.0,
-        momentum: str = "polyak",
+        momentum_kind: str = "polyak",
         gamma: float = 1.0,
-        momentum_start: str = "gradient",
+        momentum_init: str = "gradient",
         first_message: str = "compressed",
         server: str = "auto",
         buckets: int = 4,
-        missing: str = "refuse",
+        missing_grad: str = "error",
         buffers: nn.Module | None = None,
         seed: int = 0,
         mesh: WorkerMesh | None = None,
@@ -147,31 +149,33 @@ class EF21Muon(Communicating):
     ):
         defaults = {
             "lr": lr,
-            "beta": beta,
+            "momentum": momentum,
             "error_decay": error_decay,
             "server_momentum": server_momentum,
             "norm": norm or Spectral(),
             "radius": radius,
-            "w2s": w2s or Identity(),
-            "s2w": s2w or Identity(),
+            "w2s": w2s,
+            "s2w": s2w,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
             "lmo_feedback": lmo_feedback,
             "transposed": False,
-            "kernels": False,
+            "conv_scaling": False,
         }
         whole_number("buckets", buckets, least=1)
         self.feedback = choice("feedback", feedback, FEEDBACK)
         self.lmo = choice("lmo", lmo, ("servers", "workers"))
-        self.momentum = choice("momentum", momentum, ("polyak", *PARTS))
+        self.momentum_kind = choice("momentum_kind", momentum_kind, ("polyak", *PARTS))
         self.gamma = check_number("gamma", gamma, GAMMA)
-        self.correction = _correction(momentum, self.gamma, mesh)
-        self.momentum_start = choice("momentum_start", momentum_start, ("gradient", "zero"))
-        self.first_message = choice("first_message", first_message, ("compressed", "exact"))
+        self.correction = _correction(momentum_kind, self.gamma, mesh)
+        self.momentum_init = choice("momentum_init", momentum_init, ("gradient", "zero"))
+        self.first_message = choice("first_message", first_message, ("compressed", "full"))
         place = {"process_group": process_group, "mesh": mesh, "transport": transport}
         with together(mesh):
             params = mesh.share(params) if mesh else params
-            super().__init__(params, defaults, seed=seed, missing=missing, buffers=buffers, **place)
+            super().__init__(
+                params, defaults, seed=seed, missing_grad=missing_grad, buffers=buffers, **place
+            )
             self.rules = self.param_groups
             refuse_unused_decays(self.param_groups, feedback)
             batches = self.new_batches(server, lmo_costs(self.param_groups), self._steps_of_all)
@@ -209,11 +213,11 @@ class EF21Muon(Communicating):
 
     def _choose_compressors(self) -> None:
         """For the next messages: the first may be sent exactly."""
-        for batch in self.batches if self.first_message == "exact" else ():
+        for batch in self.batches if self.first_message == "full" else ():
             rule = Identity() if self.steps == 0 else self.param_groups[batch.group]["w2s"]
             batch.up.use(rule)
 
-    def exchange_compressor(self, w2s: Compressor, group: str | None = None) -> None:
+    def exchange_compressor(self, w2s: Compressor | str, group: str | None = None) -> None:
         super().exchange_compressor(w2s, group)
         self._choose_compressors()
 
@@ -275,8 +279,8 @@ class EF21Muon(Communicating):
         """Lines 9 to 11: M_j, R_j = C_j(M_j - G_j) and G_j = G_j + R_j; R_j, one row a layer."""
         group, momentum = self.param_groups[batch.group], batch.state["momentum"]
         gradients = gradients_of(batch, self.steps + 1)
-        first = not self.begun and self.momentum_start == "gradient"
-        beta = 1.0 if first else group["beta"]  # M_j^0 = gradient
+        first = not self.begun and self.momentum_init == "gradient"
+        beta = 1.0 if first else 1 - group["momentum"]  # M_j^0 = gradient
         torch._foreach_lerp_(list(momentum.unbind()), gradients, beta)
         target = momentum
         if group["nesterov"]:
@@ -313,7 +317,7 @@ class EF21Muon(Communicating):
         """lr radius LMO(G)."""
         gradient = batch.state["server_gradient"]
         step = gradient.clone() if self.lmo == "workers" else group["norm"].lmo(gradient)
-        if group["kernels"]:
+        if group["conv_scaling"]:
             step /= sqrt(batch.kernel)
         if not isinstance(group["radius"], AdaptiveRadius):
             return step.mul_(_lr(batch, group) * group["radius"])
@@ -333,7 +337,7 @@ class EF21Muon(Communicating):
     def _corrected(self, closure: Callable | None) -> Callable:
         """A closure that leaves corrected gradients."""
         layers = [
-            (parameter, before, self.param_groups[batch.group]["beta"])
+            (parameter, before, self.param_groups[batch.group]["momentum"])
             for batch in self.batches
             for parameter, before in zip(
                 batch.params, batch.as_parameters(batch.state["previous_model"]), strict=True
@@ -366,15 +370,15 @@ class EF21Muon(Communicating):
             batch.note()
 
 
-def _correction(momentum: str, gamma: float, mesh: WorkerMesh | None) -> Correction | None:
-    if momentum == "polyak":
+def _correction(kind: str, gamma: float, mesh: WorkerMesh | None) -> Correction | None:
+    if kind == "polyak":
         return None
     if mesh:
         raise ValueError(
-            f"momentum={momentum!r} is not allowed with workers of several ranks, of which each has"
+            f"momentum_kind={kind!r} is not allowed with workers of several ranks, of which each has"
             " a part of W: leave it at 'polyak', or give every worker one rank"
         )
-    return Correction(momentum, gamma)
+    return Correction(kind, gamma)
 
 
 def _lr(batch: Batch, group: dict) -> float | Tensor:

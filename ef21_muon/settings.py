@@ -7,16 +7,17 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from ef21_muon.lmo.norms import AdaptiveRadius, Norm
-from ef21_muon.messages.compressors import Compressor
+from ef21_muon.compressors import Compressor, from_spec
+from ef21_muon.norms.lmo import AdaptiveRadius, Norm
+from ef21_muon.renamed import refuse_renamed, renamed_value
 
 # One for all parameter groups, or one for each by its name.
-Compressors: TypeAlias = Compressor | Mapping[str, Compressor]
+Compressors: TypeAlias = Compressor | str | Mapping[str, Compressor | str]
 
 NUMBERS = {
     "lr": ("of at least 0", lambda lr: lr >= 0),
     "radius": ("above 0, or an AdaptiveRadius", lambda radius: radius > 0),
-    "beta": ("above 0, at most 1", lambda beta: 0 < beta <= 1),
+    "momentum": ("of at least 0, below 1", lambda momentum: 0 <= momentum < 1),
     "error_decay": ("of at least 0, at most 1", lambda decay: 0 <= decay <= 1),
     "server_momentum": ("of at least 0, below 1", lambda momentum: 0 <= momentum < 1),
     "weight_decay": ("of at least 0", lambda weight_decay: weight_decay >= 0),
@@ -47,7 +48,8 @@ def is_number(value: object) -> bool:
 def choice(name: str, value: str, allowed) -> str:
     """The value, or ValueError if it is not among those allowed."""
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not allowed: choose {', '.join(allowed)}")
+        hint = renamed_value(name, value) or f"choose {', '.join(allowed)}"
+        raise ValueError(f"{name}={value!r} is not allowed: {hint}")
     return value
 
 
@@ -57,7 +59,8 @@ def check_number(name: str, value: float, ranges: dict, where: str = "") -> floa
     value = plain(value)
     if not (is_number(value) and holds(value)):
         given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
-        raise ValueError(f"{name}={given} is not allowed: give a number {range_}{where}")
+        hint = renamed_value(name, value) or f"give a number {range_}{where}"
+        raise ValueError(f"{name}={given} is not allowed: {hint}")
     return value
 
 
@@ -82,12 +85,13 @@ def check_group(group: dict) -> None:
 
     Its numbers are plain from here on, but for an lr that is a tensor, which others may write into.
     """
+    refuse_renamed(f"a parameter group{_where(group)}", group)
     for name in NUMBERS:
         if not (name == "radius" and isinstance(group[name], AdaptiveRadius)):
             number = check_number(name, group[name], NUMBERS, _where(group))
             if not (name == "lr" and isinstance(group[name], Tensor)):
                 group[name] = number
-    for name in ("nesterov", "transposed", "kernels", "lmo_feedback"):
+    for name in ("nesterov", "transposed", "conv_scaling", "lmo_feedback"):
         flag(name, group[name])
     if group["lmo_feedback"] and isinstance(group["radius"], AdaptiveRadius):
         raise ValueError(
@@ -99,16 +103,23 @@ def check_group(group: dict) -> None:
 
 
 def check_compressors(group: dict) -> None:
-    """Raise ValueError where a group's w2s or s2w is no compressor."""
-    _require_kind("w2s", group, Compressor)
-    _require_kind("s2w", group, Compressor)
+    """Have compressors in place of specs. Raises ValueError where a w2s or s2w is neither."""
+    for way in ("w2s", "s2w"):
+        if isinstance(group[way], str):
+            try:
+                group[way] = from_spec(group[way])
+            except ValueError as error:
+                raise ValueError(f"{way}={error}{_where(group)}") from None
+        _require_kind(way, group, Compressor)
 
 
 def _require_kind(name: str, group: dict, *kinds: type) -> None:
     if not isinstance(group[name], kinds):
         names = " or ".join(kind.__name__ for kind in kinds)
+        module = "norms" if Norm in kinds else "compressors"
         raise ValueError(
-            f"{name}={group[name]!r} is not allowed: give a {names} of ef21_muon{_where(group)}"
+            f"{name}={group[name]!r} is not allowed: give a {names} of ef21_muon.{module}"
+            f"{_where(group)}"
         )
 
 

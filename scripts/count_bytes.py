@@ -2,7 +2,7 @@
 
     python scripts/netns.py --nodes 2 scripts/count_bytes.py [--servers rank0,sharded] [KEY=VALUE]
 
-Takes the overrides of train.py. Every node is a worker, of one rank or, with worker_size, of
+Takes the overrides of train.py. Every node is a worker, of one rank or, with ranks_per_worker, of
 several, and has one interface for nothing but the job.
 The kernel counts whole frames: payload, headers, retransmissions, and the acknowledgements of what
 the rank received. Its counters are read while the links are quiet; what they see besides the steps
@@ -122,9 +122,9 @@ def count_all(options: argparse.Namespace, workers: Workers) -> int:
     for choice in choices:
         job = compose((*options.overrides, *choice, f"steps={options.steps + 1}"))
         ranks_per_node = int(os.environ["LOCAL_WORLD_SIZE"])
-        if job.config.worker_size != ranks_per_node:
+        if job.config.ranks_per_worker != ranks_per_node:
             raise RunError(
-                f"worker_size={job.config.worker_size} is not the number of ranks of a node: set "
+                f"ranks_per_worker={job.config.ranks_per_worker} is not the number of ranks of a node: set "
                 f"it to {ranks_per_node}, so that the log is of what leaves a node"
             )
         run = workers.together(lambda job=job: Run(job.config, workers))

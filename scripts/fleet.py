@@ -90,7 +90,7 @@ def worker_overrides(options: argparse.Namespace, number: int) -> list[str]:
     """Of train.py, for a worker."""
     told = ["membership=torchft", f"membership.workers={options.workers}"]
     told += [f"membership.worker={number}", f"membership.lighthouse={options.lighthouse}"]
-    told += [f"worker_size={options.ranks}"] if options.ranks > 1 else []
+    told += [f"ranks_per_worker={options.ranks}"] if options.ranks > 1 else []
     return [*told, *options.overrides]
 
 
@@ -251,7 +251,7 @@ def _require_accord(options: argparse.Namespace) -> None:
         "membership.workers": (options.workers, "--workers"),
         "membership.worker": (number, None if start else "--number"),
         "membership.lighthouse": (options.lighthouse, None if start else "--lighthouse"),
-        "worker_size": (options.ranks, "--ranks"),
+        "ranks_per_worker": (options.ranks, "--ranks"),
     }
     try:
         parsed = OverridesParser.create().parse_overrides(options.overrides)

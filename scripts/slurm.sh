@@ -2,7 +2,7 @@
 # Train on several nodes under SLURM, one process a GPU (or NPROC processes a node without GPUs):
 #
 #   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-task=64 scripts/slurm.sh experiment=paper \
-#       worker_size=8
+#       ranks_per_worker=8
 #
 # All processes of a node are one task of SLURM's: --cpus-per-task is the number of cores of a node.
 # Arguments are Hydra overrides. The run directory lies in the folder that sbatch was called from,

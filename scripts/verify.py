@@ -21,41 +21,44 @@ from torch.nn import Parameter
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ef21_muon import (
-    ALONE,
+from ef21_muon import ALONE, EF21Muon
+from ef21_muon.compressors import (
+    Bernoulli,
     Compressor,
-    Damping,
-    Dense,
-    Dropout,
-    EF21Muon,
-    FittedRank,
     Identity,
+    Quantize,
+    QuantizedRank,
     RandK,
     RankK,
-    Spectral,
+    Scaled,
     TopColumns,
     TopK,
 )
+from ef21_muon.compressors.base import value_format
 from ef21_muon.layers import PLACEMENTS
-from ef21_muon.messages.compressors import value_format
+from ef21_muon.norms import Spectral
 from scripts.verification import trials
 from scripts.verification.trials import Parameters, local, ours, train
 from training.report import table
 from training.workers import Workers, leave
 
-MIXED = {"hidden": RankK(0.2, "natural"), "heads": TopK(0.2, "natural4"), "biases": Dense("int4")}
+MIXED = {
+    "hidden": RankK(0.2, "natural"),
+    "heads": TopK(0.2, "natural4"),
+    "biases": Quantize("int4"),
+}
 TOP = TopK(0.2)
 COMPRESSORS = (
     Identity(),
-    Dense("natural"),
-    Dense("sign"),
+    Quantize("natural"),
+    Quantize("sign"),
     TopK(0.1, "natural4"),
     RandK(0.1, "int4@32"),
     RankK(0.2, "bfloat16"),
-    FittedRank(0.2),
+    QuantizedRank(0.2),
     TopColumns(0.2, "natural"),
-    Damping(Dense("int4")),
-    Dropout(TOP),
+    Scaled(Quantize("int4")),
+    Bernoulli(TOP),
 )
 UNBIASED = ("natural", "natural3", "natural4", "int2", "int4", "int8")
 # Every placement, compressed both ways where something is sent back; and local steps.
@@ -105,11 +108,11 @@ def equals_muon(workers: Workers) -> Measurement:
         return EF21Muon(
             matrices(parameters),
             lr=trials.LR,
-            beta=1 - defaults["momentum"],
+            momentum=0 - defaults["momentum"],
             norm=Spectral(scaling="muon", dtype=torch.bfloat16),
             nesterov=defaults["nesterov"],
             weight_decay=defaults["weight_decay"],
-            momentum_start="zero",
+            momentum_init="zero",
         )
 
     expected, _ = train(workers, muon, average=True)
@@ -120,7 +123,7 @@ def equals_muon(workers: Workers) -> Measurement:
 @claim("identity equals Scion", "update, from the published one")
 def equals_scion(workers: Workers) -> Measurement:
     expected, _ = train(workers, trials.Scion, average=True)
-    found, _ = train(workers, ours(weight_decay=1.0, momentum_start="zero"))
+    found, _ = train(workers, ours(weight_decay=1.0, momentum_init="zero"))
     return trials.update_distance(found, expected), 1e-4
 
 
@@ -135,7 +138,7 @@ def workers_equal_one(workers: Workers) -> Measurement:
 @claim("local steps alone are the inner ones", "entries that differ")
 def local_steps_are_inner_ones(workers: Workers) -> Measurement:
     expected, _ = train(workers, ours(process_group=ALONE))
-    found, _ = train(workers, local(every=1, process_group=ALONE))
+    found, _ = train(workers, local(sync_every=1, process_group=ALONE))
     return trials.differing(found, expected), 0
 
 

@@ -18,9 +18,9 @@ LEFT_OUT = ("runs", "build", "wandb")  # and what is hidden
 LIBRARIES = ("ef21_muon", "baselines", "data", "model")
 DIRECTIONS = {
     "ef21_muon": (),
-    "ef21_muon.messages": ("ef21_muon.lmo.newton_schulz",),
-    "ef21_muon.lmo": (),
-    "ef21_muon.lmo.presets": ("ef21_muon.messages.compressors",),
+    "ef21_muon.compressors": ("ef21_muon.norms.newton_schulz",),
+    "ef21_muon.norms": (),
+    "ef21_muon.norms.presets": ("ef21_muon.compressors.base",),
     "ef21_muon.transport": ("ef21_muon.layers", "ef21_muon.settings"),
     "ef21_muon.fleet": ("ef21_muon",),
     "baselines": ("ef21_muon",),
@@ -158,7 +158,7 @@ def test_the_house_is_in_order(rule):
 
 def test_every_module_was_seen():
     names = {module.name for module in modules(ROOT)}
-    assert names >= {"train", "ef21_muon.lmo.norms", "ef21_muon.__init__", "tests.test_house"}
+    assert names >= {"train", "ef21_muon.norms.lmo", "ef21_muon.__init__", "tests.test_house"}
     assert len(names) > 100 and not any("site-packages" in name for name in names)
 
 
@@ -170,7 +170,12 @@ FAULTS = [
     (imports_downwards, "training/up.py", "import train", "training.up imports train"),
     (imports_downwards, "model.py", "def f():\n    import tests", "model imports tests"),
     (imports_downwards, "scripts/a.py", "from run import ROOT", "scripts.a imports run.ROOT"),
-    (imports_downwards, "data/up.py", "from ef21_muon import L1", "data.up imports ef21_muon.L1"),
+    (
+        imports_downwards,
+        "data/up.py",
+        "from ef21_muon import L1",
+        "data.up imports ef21_muon.norms.L1",
+    ),
     (imports_downwards, "scripts/a/b.py", "import scripts.c.d", "scripts.a.b imports scripts.c.d"),
     (imports_downwards, "other/a.py", "", "other.a has no place among the directions"),
     (
@@ -182,8 +187,8 @@ FAULTS = [
     (
         imports_downwards,
         "ef21_muon/messages/beside.py",
-        "from ef21_muon.lmo import norms, newton_schulz",
-        "ef21_muon.messages.beside imports ef21_muon.lmo.norms",
+        "from ef21_muon.norms import norms, newton_schulz",
+        "ef21_muon.compressors.beside imports ef21_muon.norms.lmo",
     ),
     (checks_without_assert, "data/a.py", "def f():\n    assert 1", "data.a asserts in line 2"),
     (needs_torch_alone, "ef21_muon/a.py", "import os, numpy.fft", "ef21_muon.a imports numpy.fft"),
@@ -200,7 +205,7 @@ IN_ORDER = {
     "training/within.py": '"""Fits."""\n' + 399 * "pass\n",
     "baselines/within.py": '"""Fits."""\ndef long():\n' + 69 * "    pass\n",
     "train.py": '"""Trains."""\nimport numpy\nfrom training import within\nimport data.long',
-    "ef21_muon/lmo/presets.py": '"""Sets."""\nfrom ef21_muon.messages.compressors import A',
+    "ef21_muon/norms/presets.py": '"""Sets."""\nfrom ef21_muon.compressors.base import A',
     "scripts/b/c.py": '"""Runs."""\nfrom scripts.netns import A\nfrom . import d\nimport train',
     "tests/test_a.py": '"""Tests."""\nimport train, scripts.a\nfrom run import ROOT\nassert 1',
     ".hidden/a.py": "import train\n" + 400 * "pass\n",

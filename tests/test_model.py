@@ -219,7 +219,7 @@ def test_a_sequence_longer_than_the_context_is_refused():
 def test_blocks_that_are_computed_again_have_the_same_gradients_in_less_memory():
     tokens, gradients, kept = random_tokens(), [], []
     for again in (False, True):
-        model = trained(replace(SMALL, checkpoint_blocks=again))
+        model = trained(replace(SMALL, activation_checkpointing=again))
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda tensor, saved=saved: saved.append(tensor.nbytes) or tensor, lambda tensor: tensor
@@ -231,5 +231,7 @@ def test_blocks_that_are_computed_again_have_the_same_gradients_in_less_memory()
         kept.append(before)
     assert all(map(torch.equal, *gradients))
     assert kept[1] < kept[0] / 3
-    with pytest.raises(ValueError, match=r"model.checkpoint_blocks is 1: give true or false"):
-        replace(SMALL, checkpoint_blocks=1)
+    with pytest.raises(
+        ValueError, match=r"model.activation_checkpointing is 1: give true or false"
+    ):
+        replace(SMALL, activation_checkpointing=1)

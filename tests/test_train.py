@@ -106,7 +106,7 @@ def test_the_same_seed_gives_the_same_log(two_workers, small, tmp_path):
 def test_a_sweep_is_one_launch_that_can_be_continued(small, tmp_path):
     arguments = [
         *("-m", *small, "steps=2", f"runs={tmp_path}", "fail_fast=false"),
-        *("compressor@w2s=identity,topk,rank", "optimizer.beta=0.5,7"),
+        *("compressor@w2s=identity,topk,rank", "optimizer.momentum=0.5,7"),
     ]
     result = launch(2, *arguments, expect=1)
     finished = sorted(path.parent for path in tmp_path.glob("*/test_loss.png"))
@@ -141,7 +141,7 @@ def test_a_failing_job_stops_the_sweep(small, tmp_path):
 
 def test_on_many_workers_a_mistake_is_told_once(small, tmp_path):
     result = launch(2, *small, "w2s.fraction=2", f"runs={tmp_path}", expect=1)
-    assert result.stderr.count("error: w2s: FittedRank got fraction=2") == 1
+    assert result.stderr.count("error: w2s: QuantizedRank got fraction=2") == 1
     assert "Traceback" not in before_torchrun(result.stderr)
     assert list(tmp_path.iterdir()) == []
 

@@ -18,21 +18,23 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
+from ef21_muon.compressors import from_spec
 from training.causes import cause_of
 from training.links import Plan, check_plan
 from training.membership import Membership, check_membership
 from training.passes import COMPILE, PRECISIONS
+from training.renamed import refuse_renamed
 from training.schedule import SHAPES, Schedule, check_schedule
-from training.workers import EXCHANGES, RunError, one_line
+from training.workers import TRANSPORTS, RunError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 # What does not change a run's numbers, but for their rounding, and so not its name.
 INCIDENTAL = {
     *("runs", "directory", "log_every", "diagnostics_every", "check_every", "fail_fast"),
-    *("wandb", "label", "checkpoint", "resume", "dry_run", "plan", "exchange", "shard"),
+    *("wandb", "label", "checkpoint", "resume", "dry_run", "plan", "transport", "fsdp"),
     "membership",
-    "model.checkpoint_blocks",
+    "model.activation_checkpointing",
 }
 # The nodes that describe an object, and the override that chooses a file for each.
 CHOICES = {
@@ -41,16 +43,17 @@ CHOICES = {
     "w2s": "compressor@w2s",
     "s2w": "compressor@s2w",
 }
+WAYS = ("w2s", "s2w")  # nodes that may be the spec of a compressor
 # What a role may have in the norm group, and what of it describes an object.
 RULE = ("norm", "radius", "lmo_feedback", "w2s", "s2w")
 DESCRIBED = {
     "norm": "give norm.ROLE.norm._target_=CLASS, as in configs/norm",
-    "w2s": "give +compressor@norm.ROLE.w2s=NAME",
-    "s2w": "give +compressor@norm.ROLE.s2w=NAME",
+    "w2s": "give +norm.ROLE.w2s=SPEC, as rank:0.15:natural",
+    "s2w": "give +norm.ROLE.s2w=SPEC, as rank:0.15:natural",
 }
 ALLOWED = {  # values of what is chosen by name
     "resume": ("none", "auto", "elastic"),
-    "exchange": EXCHANGES,
+    "transport": TRANSPORTS,
     "precision": PRECISIONS,
     "compile": COMPILE,
     "schedule.shape": SHAPES,
@@ -67,8 +70,8 @@ KINDS = {
 
 @dataclass
 class Batch:
-    sequences: int
-    per_forward: int
+    global_size: int
+    micro_size: int
 
 
 @dataclass
@@ -109,9 +112,9 @@ class Config:
     norm: Any
     w2s: Any
     s2w: Any
-    worker_size: int
-    shard: bool
-    exchange: str
+    ranks_per_worker: int
+    fsdp: bool
+    transport: str
     dry_run: bool
     plan: Plan
     seed: int
@@ -149,14 +152,14 @@ class Job:
         digest = hashlib.sha256(
             json.dumps([_essential(resolved), workers], sort_keys=True).encode()
         ).hexdigest()
-        told = [
+        overridden = [
             override.removeprefix("compressor@")
             for override in self.overrides
             if not INCIDENTAL.intersection(
                 re.match("(([^.=]*)[^=]*)", override.lstrip("+~")).groups()
             )
         ]
-        readable = re.sub(r"[^\w.=,@+~-]+", "-", ",".join(told) or "default")[:100]
+        readable = re.sub(r"[^\w.=,@+~-]+", "-", ",".join(overridden) or "default")[:100]
         return f"{readable}-{digest[:8]}"
 
 
@@ -180,9 +183,9 @@ def flat(config: dict) -> dict:
     return values
 
 
-# What was done before there was a choice; it is not told.
+# What was done before there was a choice, which names of runs leave out.
 AS_BEFORE = {
-    **{"momentum": "polyak", "gamma": 1.0, "mean": "all"},  # of an optimizer
+    **{"momentum_kind": "polyak", "gamma": 1.0, "mean": "all"},  # of an optimizer
     **{"shape": "trapezoid", "floor": 0.0},  # of the schedule
     **{"precision": "auto", "clip_grad_norm": None},
 }
@@ -229,6 +232,7 @@ def compose(overrides: tuple[str, ...]) -> Job:
     for override in overrides:
         if override.lstrip("+~").startswith("hydra."):
             raise RunError(f"{override} has no effect here: give runs= or directory=")
+    refuse_renamed(overrides)
     try:
         config = OmegaConf.merge(OmegaConf.structured(Config), _composed(overrides))
         OmegaConf.resolve(config)
@@ -247,11 +251,16 @@ def _composed(overrides: Iterable[str]) -> DictConfig:
         return hydra.compose("config", list(overrides))
 
 
-def build(node: DictConfig, key: str, **options):
-    """The object that a configuration node describes.
+def build(node: DictConfig | str, key: str, **options):
+    """The object that a configuration node describes, or the compressor of a spec.
 
     Raises RunError that names the key where the class cannot be imported or refuses its values.
     """
+    if isinstance(node, str):
+        try:
+            return from_spec(node)
+        except ValueError as error:
+            raise RunError(f"{key}={error}") from error
     try:
         return hydra.utils.instantiate(node, **options)
     except InstantiationException as error:
@@ -267,7 +276,7 @@ def _describes_class(node: object) -> bool:
 def _check_nodes(config: DictConfig) -> None:
     for key, choice in CHOICES.items():
         node = config[key]
-        if not _describes_class(node):
+        if not (_describes_class(node) or (key in WAYS and isinstance(node, str))):
             group = choice.split("@")[0]
             names = ", ".join(sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")))
             raise RunError(f"{key} describes no class: give {choice}=NAME, one of {names}")
@@ -280,14 +289,15 @@ def _check_nodes(config: DictConfig) -> None:
         for entry in rule:
             if entry not in RULE:
                 raise RunError(f"norm.{role}.{entry} is not allowed: a role has {', '.join(RULE)}")
-            if entry in DESCRIBED and not _describes_class(rule[entry]):
+            spec = entry in WAYS and isinstance(rule[entry], str)
+            if entry in DESCRIBED and not (spec or _describes_class(rule[entry])):
                 hint = DESCRIBED[entry].replace("ROLE", role)
                 raise RunError(f"norm.{role}.{entry} describes no class: {hint}")
 
 
 def _check_ranges(config: DictConfig, overrides: Iterable[str]) -> None:
-    for key in ("steps", "log_every", "batch.sequences", "batch.per_forward", "eval.every",
-                "checkpoint.keep", "worker_size", "data.vocab_size",
+    for key in ("steps", "log_every", "batch.global_size", "batch.micro_size", "eval.every",
+                "checkpoint.keep", "ranks_per_worker", "data.vocab_size",
                 "data.train_shards"):  # fmt: skip
         value = OmegaConf.select(config, key)
         if value < 1:

@@ -19,10 +19,10 @@ class Feed:
     """
 
     def __init__(self, config: DictConfig, context: int, workers: Workers):
-        self.workers, self.together = workers, config.shard
+        self.workers, self.together = workers, config.fsdp
         rank, count = place_among_all(config, workers)
         self.sequences = share_of_batch(config, count)  # of a forward pass
-        self.passes = config.batch.sequences // count // self.sequences
+        self.passes = config.batch.global_size // count // self.sequences
         train_tokens, test_tokens = open_data(config)
         self.streams = {"training": train_tokens, "test": test_tokens}
         batches = WorkerBatches(train_tokens, context, rank, count, config.seed)
@@ -54,10 +54,10 @@ def open_data(config: DictConfig) -> tuple[TokenStream, TokenStream]:
 
 def share_of_batch(config: DictConfig, workers: int) -> int:
     """Sequences in one forward pass of a worker. Raises RunError if the workers do not divide."""
-    if config.batch.sequences % workers:
+    if config.batch.global_size % workers:
         raise RunError(
-            f"batch.sequences={config.batch.sequences} cannot be split over {workers} workers: "
+            f"batch.global_size={config.batch.global_size} cannot be split over {workers} workers: "
             f"give a multiple of {workers}"
         )
-    own = config.batch.sequences // workers
-    return max(n for n in range(1, min(own, config.batch.per_forward) + 1) if own % n == 0)
+    own = config.batch.global_size // workers
+    return max(n for n in range(1, min(own, config.batch.micro_size) + 1) if own % n == 0)

@@ -87,10 +87,10 @@ class FleetMembers:
     """A worker among others that come and go. RunError where it has other ranks than configured."""
 
     def __init__(self, config: DictConfig, workers: Workers):
-        if workers.count != config.worker_size:
+        if workers.count != config.ranks_per_worker:
             raise RunError(
                 f"membership={config.membership.name} has a torchrun for each worker, of "
-                f"worker_size={config.worker_size} ranks, this one has {workers.count}: see "
+                f"ranks_per_worker={config.ranks_per_worker} ranks, this one has {workers.count}: see "
                 "scripts/fleet.py"
             )
         self.config, self.workers = config, workers

@@ -16,7 +16,7 @@ from ef21_muon.communicating import Communicating
 from ef21_muon.transport.fixed import Transport
 from ef21_muon.transport.schedule import Rounds
 from training.causes import explained
-from training.config import build
+from training.config import WAYS, build
 from training.local_steps import build_local_steps, stepped_by
 from training.workers import RunError
 
@@ -36,7 +36,9 @@ def parameter_groups(config: DictConfig, model: nn.Module) -> list[dict]:
     """
     rules = {
         role: {
-            entry: build(value, f"norm.{role}.{entry}") if isinstance(value, DictConfig) else value
+            entry: build(value, f"norm.{role}.{entry}")
+            if isinstance(value, DictConfig) or entry in WAYS
+            else value
             for entry, value in rule.items()
         }
         for role, rule in config.norm.items()
@@ -47,11 +49,11 @@ def parameter_groups(config: DictConfig, model: nn.Module) -> list[dict]:
 def require_parts(config: DictConfig, model: nn.Module) -> None:
     """Raise RunError for a class of the optimizer's that cannot be built on this node."""
     parameter_groups(config, model)
-    for key in ("w2s", "s2w"):
+    for key in WAYS:
         build(config[key], key)
     make = build(config.optimizer, "optimizer", _partial_=True)
     _require_arguments(make)
-    if config.worker_size > 1:
+    if config.ranks_per_worker > 1:
         _require_several_ranks(config, make.func)
 
 
@@ -71,7 +73,7 @@ def build_optimizer(
     _require_arguments(make)
     groups = parameter_groups(config, model)
     place = {"transport": carrier} if (carrier := transport(make.func)) else {}
-    if config.worker_size == 1:
+    if config.ranks_per_worker == 1:
         place["process_group"] = group
     else:
         place["mesh"] = _ranks_of_a_worker(config, groups, mesh)
@@ -91,7 +93,7 @@ def assemble(
     if issubclass(make.func, LocalSteps):
         return build_local_steps(config, make, groups, place)
     if issubclass(make.func, EF21Muon):
-        compressors = {way: build(config[way], way) for way in ("w2s", "s2w")}
+        compressors = {way: build(config[way], way) for way in WAYS}
         return make(groups, seed=config.seed, **compressors, **place)
     seed = {} if issubclass(make.func, AllReduced) else {"seed": config.seed}
     return make([stepped_by(make.func, group) for group in groups], **seed, **place)
@@ -99,9 +101,9 @@ def assemble(
 
 def _ranks_of_a_worker(config: DictConfig, groups: list[dict], mesh: DeviceMesh) -> WorkerMesh:
     parameters = [parameter for group in groups for _, parameter in group["params"]]
-    if len(parameters) < config.worker_size:
+    if len(parameters) < config.ranks_per_worker:
         raise RunError(
-            f"worker_size={config.worker_size} leaves ranks without a layer: the model has "
+            f"ranks_per_worker={config.ranks_per_worker} leaves ranks without a layer: the model has "
             f"{len(parameters)}, give at most as many"
         )
     return WorkerMesh(parameters, mesh=mesh)
@@ -111,7 +113,7 @@ def _require_several_ranks(config: DictConfig, method: type) -> None:
     """Raise RunError for a method whose workers have one rank."""
     if not issubclass(method, EF21Muon | LocalSteps):
         raise RunError(
-            f"worker_size={config.worker_size} needs optimizer=ef21_muon or local: set it to 1"
+            f"ranks_per_worker={config.ranks_per_worker} needs optimizer=ef21_muon or local: set it to 1"
         )
 
 
@@ -149,13 +151,13 @@ def _require_accord(config: DictConfig, optimizer: torch.optim.Optimizer) -> Non
             f"checkpoint.every={config.checkpoint.every} is not allowed with hook=powersgd: "
             "torch keeps its state to itself; set it to 0"
         )
-    local = isinstance(optimizer, LocalSteps) and not optimizer.delay
+    local = isinstance(optimizer, LocalSteps) and not optimizer.sync_delay
     with_estimates = type(optimizer) is EF21Muon and optimizer.feedback == "ef21"
-    elastic = config.worker_size == 1 and (local or with_estimates)
+    elastic = config.ranks_per_worker == 1 and (local or with_estimates)
     if config.resume == "elastic" and not elastic:
         raise RunError(
             f"resume=elastic is not allowed for {run_label(optimizer)}: it needs "
-            "optimizer=ef21_muon with feedback=ef21, or local without delay, and worker_size=1; "
+            "optimizer=ef21_muon with feedback=ef21, or local without sync_delay, and ranks_per_worker=1; "
             "start as many workers as before, with resume=auto"
         )
     require_whole_rounds(optimizer.rounds, config.steps)
@@ -178,10 +180,10 @@ def longer_than(rounds: Rounds, steps: int) -> str | None:
             continue
         if first == 0:
             return (
-                f"optimizer.every={length} is longer than steps={steps}: give "
-                f"optimizer.every={left} or less, or steps={length} or more"
+                f"optimizer.sync_every={length} is longer than steps={steps}: give "
+                f"optimizer.sync_every={left} or less, or steps={length} or more"
             )
-        stretch = f"optimizer.every has rounds of {length} steps from step {first + 1} on"
+        stretch = f"optimizer.sync_every has rounds of {length} steps from step {first + 1} on"
         if left <= 0:
             return (
                 f"{stretch}, which steps={steps} does not reach: leave them out, or give more steps"
@@ -225,15 +227,15 @@ def run_label(
     if optimizer.lmo == "workers":
         signs = "EF21-SignMuon" if optimizer.feedback == "ef21" else "SignMuon"
         return f"{signs}, {label}"
-    told = [] if optimizer.feedback == "ef21" else [FEEDBACK[optimizer.feedback]]
+    options = [] if optimizer.feedback == "ef21" else [FEEDBACK[optimizer.feedback]]
     with_feedback = [group["lmo_feedback"] for group in optimizer.param_groups]
     if any(one for of_rank in gather(with_feedback) for one in of_rank):
-        told.append("LMO feedback")
+        options.append("LMO feedback")
     if (decay := optimizer.defaults["error_decay"]) != 1:
-        told.append(f"decay {decay:g}")
+        options.append(f"error decay {decay:g}")
     if momentum := optimizer.defaults["server_momentum"]:
-        told.append(f"server momentum {momentum:g}")
-    return ", ".join([label, " ".join(told)] if told else [label])
+        options.append(f"server momentum {momentum:g}")
+    return ", ".join([label, *options])
 
 
 def _sent(optimizer: Communicating) -> list[tuple[str, str, str, str]]:
@@ -256,15 +258,15 @@ def _name(direction: str, chosen: str, sent: list[tuple[str, str, str, str]]) ->
 def _local_label(optimizer: LocalSteps) -> str:
     """What is not the default of local steps."""
     names = {type(inner).__name__ for inner in optimizer.inner} - {"EF21Muon"}
-    told = [f"every {optimizer.rounds}", *sorted(names)]
+    options = [f"sync every {optimizer.rounds}", *sorted(names)]
     if optimizer.feedback != "ef14":
-        told.append(FEEDBACK[optimizer.feedback])
+        options.append(FEEDBACK[optimizer.feedback])
     if optimizer.error_decay != 1:
-        told.append(f"decay {optimizer.error_decay:g}")
+        options.append(f"error decay {optimizer.error_decay:g}")
     if optimizer.mean == "senders":
-        told.append("mean over senders")
+        options.append("mean over senders")
     if optimizer.outer_lr != 1 or optimizer.outer_momentum:
-        told.append(f"outer {optimizer.outer_lr:g}/{optimizer.outer_momentum:g}")
-    if optimizer.delay:
-        told.append(f"delay {optimizer.delay}")
-    return " ".join(told)
+        options.append(f"outer lr {optimizer.outer_lr:g} momentum {optimizer.outer_momentum:g}")
+    if optimizer.sync_delay:
+        options.append(f"sync delay {optimizer.sync_delay}")
+    return ", ".join(options)

@@ -1,6 +1,6 @@
 """Which settings of the study hide their messages behind the computation, for a model and a link.
 
-With local steps and `optimizer.delay=D` a message travels for D steps, each way, while the training
+With local steps and `optimizer.sync_delay=D` a message travels for D steps, each way, while the training
 goes on. It is hidden where it takes no longer than those, and D is less than the steps of a round,
 or than half of them where servers send back. Anything else is waited for.
 """
@@ -24,7 +24,7 @@ from training.traffic import groups_of, loads_by_placement, rounds_of_method
 NOT_RUN = "not run"
 NOTE = """\
 The settings of the study, for this model. Messages are hidden where they travel while the training
-goes on: with local steps and optimizer.delay=D they have D steps, each way. Here are the seconds
+goes on: with local steps and optimizer.sync_delay=D they have D steps, each way. Here are the seconds
 that a step has to compute for that, at the longest delay that a round allows. Without a delay a
 round is waited for, as a message a step always is: "waits" has the seconds of it in every step, of
 which some pass while other messages are encoded. Losses are over those of as many workers without
@@ -138,7 +138,7 @@ def _at_this_link(config: DictConfig, exchanges: list[Exchange]) -> list[str]:
                 *_first_cells(one),
                 f"{seconds:.3g}",
                 f"{seconds / (seconds + one.steps * step):.1%}",
-                "nothing" if delay is None else f"optimizer.delay={delay}",
+                "nothing" if delay is None else f"optimizer.sync_delay={delay}",
             ]
         )
     return [
@@ -161,5 +161,5 @@ def _answer(config: DictConfig, workers: int, delays: list[tuple[Exchange, int |
     seen = one.seen
     told = f"{one.setting.over[seen]:+.1f} %"
     told += "" if seen == workers else f" with {seen} workers, {NOT_RUN} with {workers}"
-    overrides = shlex.join([*one.setting.overrides(config), f"optimizer.delay={delay}"])
+    overrides = shlex.join([*one.setting.overrides(config), f"optimizer.sync_delay={delay}"])
     return f"{workers} workers: {one.setting.words} ({told}):\n{overrides}"

@@ -60,7 +60,7 @@ class Passes:
         in_half = on_cuda if precision == "auto" else precision == "bfloat16"
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_half)
         # W is evaluated, where a worker's own parameters are apart from it.
-        self.agreed = optimizer.agreed
+        self.global_params = optimizer.global_params
         self.twice = optimizer.correction is not None
         self.max_norm = max_norm
         if optimizer.mesh:  # which averages over a worker's ranks first
@@ -90,7 +90,7 @@ class Passes:
         batches: inputs, targets, and how many tokens count.
         """
         total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        with self.agreed():
+        with self.global_params():
             for inputs, targets, counted in batches:
                 with self.autocast:
                     total += self.model(inputs, targets).double() * counted

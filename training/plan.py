@@ -44,7 +44,7 @@ def plan(config: DictConfig) -> str:
     model_config = build(config.model, "model")
     with torch.device("meta"):
         model = GPT(model_config)
-    tokens = config.batch.sequences * model_config.context
+    tokens = config.batch.global_size * model_config.context
     facts = [
         ["plan", ""],
         ["parameters", f"{model_config.parameter_count:,}"],

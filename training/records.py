@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from training.renamed import modern_run
+
 LOG_NAME = "metrics.jsonl"
 SCHEMA = 1
 NEEDED_FIELDS = {
@@ -55,7 +57,7 @@ def read_log(path: Path) -> Log:
     if not records["eval"]:
         raise ValueError(f"{path} has no eval record; draw it after the run's first evaluation")
     return Log(
-        run=records["run"][0],
+        run=modern_run(records["run"][0]),
         train=records["train"],
         evals=records["eval"],
         end=records["end"][-1] if records["end"] else None,

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import torch
 
 from baselines import AllReduced
-from ef21_muon import AdaptiveRadius, Compressor, LocalSteps
+from ef21_muon import LocalSteps
 from ef21_muon.communicating import Communicating
+from ef21_muon.compressors import Compressor
 from ef21_muon.layers import Batch
+from ef21_muon.norms import AdaptiveRadius
 from training.fleet import comes_and_goes, place_among_all
 from training.method import has_servers
 from training.workers import Workers
@@ -28,7 +30,7 @@ def facts_of(run) -> dict:
     return {
         "parameters": run.raw_model.config.parameter_count,
         "world_size": place_among_all(run.config, run.workers)[1],
-        "worker_size": run.config.worker_size,
+        "worker_size": run.config.ranks_per_worker,
         "device": run.workers.device.type,
         "placement": run.optimizer.server,
     }
@@ -36,18 +38,18 @@ def facts_of(run) -> dict:
 
 def introduction(run) -> str:
     """What a train.Run is of. To be asked for by all workers."""
-    ranks, worker_size = run.workers.count, run.config.worker_size
-    workers = f"{ranks // worker_size} workers"
+    ranks, ranks_per_worker = run.workers.count, run.config.ranks_per_worker
+    workers = f"{ranks // ranks_per_worker} workers"
     if comes_and_goes(run.config):
         own = run.config.membership
         workers = f"worker {own.worker} of up to {own.workers}"
-    workers += f" of {worker_size} ranks" if worker_size > 1 else ""
+    workers += f" of {ranks_per_worker} ranks" if ranks_per_worker > 1 else ""
     parameters = f"{run.raw_model.config.parameter_count:,} parameters"
     groups = group_table(run.optimizer, run.workers)
     text = f"{workers} on {run.workers.device.type}, {parameters}\n\n{groups}\n"
     if (every := whole_every(run.optimizer)) > run.config.steps:
         text += (
-            f"\nonly the first step sends whole gradients: optimizer.every={every} is longer than "
+            f"\nonly the first step sends whole gradients: optimizer.refresh_every={every} is longer than "
             f"steps={run.config.steps}\n"
         )
     return text

@@ -98,7 +98,7 @@ def go_on(run, path: Path) -> dict:
             "many, or give resume=elastic"
         )
     shards = facts["config"].get("shard", False)
-    if isinstance(run.optimizer, LocalSteps) and shards != run.config.shard:
+    if isinstance(run.optimizer, LocalSteps) and shards != run.config.fsdp:
         raise RunError(
             f"{path} has each rank's own model with shard={str(shards).lower()}: give the same"
         )
@@ -215,7 +215,7 @@ def _continue(run, facts: dict) -> None:
 def _received(facts: dict) -> int:
     """Bytes that a worker received up to a checkpoint of a version that did not count them."""
     position = facts["position"]
-    others = facts["workers"] // facts["config"]["worker_size"] - 1
+    others = facts["workers"] // facts["config"]["ranks_per_worker"] - 1
     return position["s2w_bytes"] or others * position["w2s_bytes"]
 
 

@@ -8,21 +8,21 @@ from model import GPT
 from training.workers import RunError, Workers
 
 
-def new_worker_mesh(worker_size: int, workers: Workers, from_host: bool = False) -> DeviceMesh:
-    """That of all ranks, `worker_size` of them a worker; one for all jobs of a launch.
+def new_worker_mesh(ranks_per_worker: int, workers: Workers, from_host: bool = False) -> DeviceMesh:
+    """That of all ranks, `ranks_per_worker` of them a worker; one for all jobs of a launch.
 
     For torch remembers the mesh of sharded tensors, and takes an equal one of a later job for it.
     from_host: whether messages between workers go by gloo, through the host's memory, where those
     inside of one do not. Raises RunError for workers whose ranks do not add up to all.
     """
-    given = f"worker_size={worker_size}"
+    given = f"ranks_per_worker={ranks_per_worker}"
     if not dist.is_initialized():
         raise RunError(f"{given} needs a process group: use torchrun")
-    if dist.get_world_size() % worker_size:
+    if dist.get_world_size() % ranks_per_worker:
         raise RunError(f"{given} does not divide {dist.get_world_size()} ranks: give a divisor")
-    if (kind := (worker_size, from_host)) not in workers.meshes:
+    if (kind := (ranks_per_worker, from_host)) not in workers.meshes:
         backend = "gloo" if from_host else None
-        mesh = new_mesh(worker_size, workers.device.type, workers.timeout, backend)
+        mesh = new_mesh(ranks_per_worker, workers.device.type, workers.timeout, backend)
         workers.meshes[kind] = mesh
     return workers.meshes[kind]
 

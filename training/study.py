@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from training.schedule import steps_of_fall
 
 WORKERS = (2, 4, 8)
-DENSE = "compressor@w2s=dense w2s.values=normal2"
+DENSE = "compressor@w2s=quantize w2s.values=normal2"
 BACK = "compressor@s2w=sign s2w.values=normal2"
 LOCAL = "optimizer=local norm.hidden.radius=2"
 SIGNS = "optimizer=local_signs norm.hidden.radius=2"
@@ -67,33 +67,33 @@ MAP = (
     Setting(
         "identity",
         "uncompressed, every step",
-        f"compressor@w2s=identity {RADII} optimizer.beta=0.2",
+        f"compressor@w2s=identity {RADII} optimizer.momentum=0.8",
     ),
     Setting(
         "served6",
         "fitted rank 6 %, momentum at servers, every step",
-        "compressor@w2s=fitted_rank w2s.fraction=0.06 +compressor@norm.embedding.w2s=fitted_rank "
-        "norm.embedding.w2s.fraction=0.2 optimizer.feedback=ef14 optimizer.beta=1 "
+        "compressor@w2s=quantized_rank w2s.fraction=0.06 +compressor@norm.embedding.w2s=quantized_rank "
+        "norm.embedding.w2s.fraction=0.2 optimizer.feedback=ef14 optimizer.momentum=0 "
         f"optimizer.server_momentum=0.7 optimizer.error_decay=0.92 {RADII}",
     ),
     *(
         Setting(
             f"local{every}-signs",
             f"signs of all entries, every {every} steps",
-            f"{SIGNS} optimizer.every={every}",
+            f"{SIGNS} optimizer.sync_every={every}",
         )
         for every in (4, 10, 30, 60)
     ),
     Setting(
         f"local{LONG}-{SHORT}-signs",
         f"signs of all entries, every {LONG}, then {SHORT} steps",
-        f"{SIGNS} optimizer.every=SHORTER",
+        f"{SIGNS} optimizer.sync_every=SHORTER",
     ),
     *(
         Setting(
             f"local{every}-dense2",
             f"2 bits an entry, every {every} steps",
-            f"{LOCAL} optimizer.every={every} {DENSE}",
+            f"{LOCAL} optimizer.sync_every={every} {DENSE}",
         )
         for every in (10, 30, 60)
     ),
@@ -101,20 +101,20 @@ MAP = (
         Setting(
             f"local{every}-back",
             f"signs of all entries, back in 2 bits, every {every} steps",
-            f"{SIGNS} optimizer.every={every} {BACK}",
+            f"{SIGNS} optimizer.sync_every={every} {BACK}",
         )
         for every in (2, 4)
     ),
     Setting(
         "local10-back6",
         "signs of all entries, back in 2 bits, outer momentum 0.6, every 10 steps",
-        f"{SIGNS} optimizer.every=10 optimizer.outer_momentum=0.6 {BACK}",
+        f"{SIGNS} optimizer.sync_every=10 optimizer.outer_momentum=0.6 {BACK}",
     ),
     *(
         Setting(
             f"local{every}-outer6",
             f"signs of all entries, outer momentum 0.6, every {every} steps",
-            f"{SIGNS} optimizer.every={every} optimizer.outer_momentum=0.6",
+            f"{SIGNS} optimizer.sync_every={every} optimizer.outer_momentum=0.6",
         )
         for every in (10, 30)
     ),

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ef21_muon.transport.reach import INTERFACE, Place, cut_off
 from training.console import lenient_output
 
-MEMORY = "the memory does not suffice: give a smaller model or batch.per_forward"
+MEMORY = "the memory does not suffice: give a smaller model or batch.micro_size"
 # What errors that torch raises mean, by a part of their message.
 MEANINGS = {
     "EADDRINUSE": "the port is taken: give a free --master-port, and start rank 0 once",
@@ -28,7 +28,7 @@ MEANINGS = {
     "no socket interface": "no such network interface: set NCCL_SOCKET_IFNAME to one that is up",
     **dict.fromkeys(("allocate memory", "out of memory", "size calculation overflowed"), MEMORY),
 }
-EXCHANGES = ("device", "host")
+TRANSPORTS = ("device", "host")
 FINAL = os.EX_CONFIG  # the exit status after an error that no restart can mend
 
 
@@ -214,14 +214,14 @@ class Workers:
         """
         if exchange == "device" and self.shared:
             raise RunError(
-                "exchange=device needs a GPU for each rank, and this machine, or another, has fewer"
-                f" (here {torch.cuda.device_count()}): start as many, or give exchange=host"
+                "transport=device needs a GPU for each rank, and this machine, or another, has fewer"
+                f" (here {torch.cuda.device_count()}): start as many, or give transport=host"
             )
         by_nccl = exchange == "device" and self._from_host is not None
         if by_nccl and delay:
             raise RunError(
-                f"optimizer.delay={delay} is not allowed with NCCL, whose receiving kernel would "
-                "spin on the GPU all the while: give exchange=host, or optimizer.delay=0"
+                f"optimizer.sync_delay={delay} is not allowed with NCCL, whose receiving kernel would "
+                "spin on the GPU all the while: give transport=host, or optimizer.sync_delay=0"
             )
         return self._from_host if exchange == "host" else None
 

@@ -23,7 +23,7 @@ from ef21_muon.transport.fixed import ALONE, Transport, packed
 
 PAUSE = 2.0  # seconds between rounds for those that are late
 FEW = 3  # layers, at most, that a warning names
-TABLES = ("model_shift", "server_momentum")  # of a batch's state, that all workers hold alike
+TABLES = ("global_params", "server_momentum")  # of a batch's state, that all workers hold alike
 QUORUMS = 1000  # at most, that are remembered for who asks for them
 
 log = logging.getLogger("ef21_muon")
@@ -85,9 +85,9 @@ class Shared:
         for table, new in zip(self.tensors(), state["tensors"], strict=True):
             table.copy_(new)
         for batch in self.optimizer.batches:
-            if batch.up.memory is not None:
-                batch.up.memory.zero_()
-            torch._foreach_copy_(batch.params, batch.as_parameters(batch.state["model_shift"]))
+            if batch.up.buffer is not None:
+                batch.up.buffer.zero_()
+            torch._foreach_copy_(batch.params, batch.as_parameters(batch.state["global_params"]))
         self.optimizer.go_on_after(state["steps"])
         for begin_anew in self._begin_inner:
             begin_anew()
@@ -160,7 +160,13 @@ class Fleet(Transport):
         self.stream = worker * self.members.ranks + self.members.rank
 
     def require_options(
-        self, *, server: str, stagger: bool, delay: int, feedback: str, buffers: nn.Module | None
+        self,
+        *,
+        server: str,
+        streaming: bool,
+        sync_delay: int,
+        feedback: str,
+        buffers: nn.Module | None,
     ) -> str:
         """The placement. Raises ValueError for what cannot go on without a member."""
         refused = "is not allowed for workers that come and go"
@@ -168,7 +174,7 @@ class Fleet(Transport):
             raise ValueError(
                 f"server={server!r} {refused}: a server would go with its worker, give replicated"
             )
-        given = {"stagger": stagger, "delay": delay}
+        given = {"streaming": streaming, "sync_delay": sync_delay}
         if given := " with ".join(f"{key}={value}" for key, value in given.items() if value):
             raise ValueError(f"{given} {refused}: they meet in whole rounds, leave it out")
         if buffers is not None:

@@ -15,7 +15,7 @@ UNEQUAL = (
     "build the model from one seed, or broadcast rank 0's first, since another kind of processor "
     "may draw other numbers from one seed"
 )
-PARTED = (
+DIVERGED = (
     "they were the same at first; if the ranks' processors, BLAS libraries or numbers of threads "
     "differ, they compute other bits: {}start all ranks on one kind of processor; else one was "
     "changed or damaged: go on from a checkpoint"
@@ -95,13 +95,13 @@ def require_mean_estimate(batches, group: Group) -> None:
     Compares a random projection of either, to a thousandth of the norms: rounding is far below,
     a lost or a foreign G_j far above.
     """
-    mine = torch.cat([projection(batch.up.memory) for batch in batches])
+    mine = torch.cat([projection(batch.up.buffer) for batch in batches])
     means = gathered(mine, group).mean(0).split([len(batch.names) for batch in batches])
     for batch, mean in zip(batches, means, strict=True):
         estimate, served = batch.state["server_gradient"], batch.owned
         error = (projection(estimate) - mean[served]).abs()
         norms = torch.linalg.matrix_norm(estimate)
-        norms += torch.linalg.matrix_norm(batch.up.memory[served])
+        norms += torch.linalg.matrix_norm(batch.up.buffer[served])
         for name, wrong in zip(batch.names[served], (error > 1e-3 * norms).tolist(), strict=True):
             if wrong:
                 raise ValueError(

@@ -107,7 +107,7 @@ class WorkerMesh:
         self.stream, self._place = dist.get_rank(), dist.get_rank(self.worker)
         self.max_norm: float | None = None
         self.sharded = any(map(is_sharded, self.parameters))
-        self.layers = [Layer(named(p), p, p.numel(), "refuse") for p in self.parameters]
+        self.layers = [Layer(named(p), p, p.numel(), "error") for p in self.parameters]
         self._named: list[tuple[int, str, str]] = []  # of the layers that this rank owns
         try:
             with self.together():
@@ -160,7 +160,9 @@ class WorkerMesh:
         Other ranks of the worker learn it at the end of `together`.
         """
         stepped = [id(self.own.get(p)) for p in self.parameters]
-        self._named = [(stepped.index(id(one.parameter)), one.name, one.missing) for one in own]
+        self._named = [
+            (stepped.index(id(one.parameter)), one.name, one.missing_grad) for one in own
+        ]
 
     def share(self, groups: Iterable) -> list[dict]:
         """Of parameter groups the part that this rank steps, with what it steps of each parameter.
@@ -198,7 +200,7 @@ class WorkerMesh:
             if message is not None:
                 raise ValueError(message)
             for place, name, missing in its:
-                self.layers[place] = self.layers[place]._replace(name=name, missing=missing)
+                self.layers[place] = self.layers[place]._replace(name=name, missing_grad=missing)
 
     def total(self, *numbers: int) -> list[int]:
         """The sums of the numbers over the ranks of the worker, in one collective."""

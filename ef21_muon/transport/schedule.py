@@ -22,14 +22,16 @@ class Rounds:
     def __init__(self, every: int | Mapping[int, int]):
         stretches = dict(every) if isinstance(every, Mapping) else {0: every}
         if not stretches or min(stretches) != 0:
-            raise ValueError(f"every={every} is not allowed: give the steps of a round from step 0")
+            raise ValueError(
+                f"sync_every={every} is not allowed: give the steps of a round from step 0"
+            )
         self.stretches = sorted(stretches.items())
-        self.lengths = [whole_number("every", length, least=1) for _, length in self.stretches]
+        self.lengths = [whole_number("sync_every", length, least=1) for _, length in self.stretches]
         self._rounds = [0]  # before each stretch
         for (first, length), (then, _) in pairwise(self.stretches):
             if (then - first) % length:
                 raise ValueError(
-                    f"every={every} is not allowed: {then - first} steps from step {first} on are "
+                    f"sync_every={every} is not allowed: {then - first} steps from step {first} on are "
                     f"no whole rounds of {length}, give a multiple"
                 )
             self._rounds.append(self._rounds[-1] + (then - first) // length)
@@ -55,7 +57,7 @@ class Turns:
 
     Steps count from 0. Without `streaming` all buckets have their turn in the last step of a round;
     with it every bucket has its own, so that the bytes that were sent grow evenly. A message takes
-    `delay` steps from the turn of its bucket to the servers, and as many back, but where nothing is
+    `sync_delay` steps from the turn of its bucket to the servers, and as many back, but where nothing is
     sent back.
 
     `round_of`, where it is asked for, makes of a bucket its round, a generator for `Underway`: from
@@ -63,13 +65,15 @@ class Turns:
     Raises ValueError for a delay that is no shorter than a round.
     """
 
-    def __init__(self, buckets: Sequence[Sequence], rounds: Rounds, delay: int, streaming: bool):
-        self.buckets, self.rounds, self.delay = buckets, rounds, delay
+    def __init__(
+        self, buckets: Sequence[Sequence], rounds: Rounds, sync_delay: int, streaming: bool
+    ):
+        self.buckets, self.rounds, self.sync_delay = buckets, rounds, sync_delay
         self.ways = 1 if all(batch.replicated for bucket in buckets for batch in bucket) else 2
         shortest = min(rounds.lengths)
-        if self.ways * delay >= shortest:
+        if self.ways * sync_delay >= shortest:
             raise ValueError(
-                f"delay={delay} is not allowed with every={rounds}: what is under way has to arrive"
+                f"sync_delay={sync_delay} is not allowed with sync_every={rounds}: what is under way has to arrive"
                 f" before the next message, give at most {(shortest - 1) // self.ways}"
             )
         sizes = [sum(len(b.params) * b.up.size for b in bucket) for bucket in buckets]
@@ -89,7 +93,7 @@ class Turns:
 
     def finish(self, step: int, round_of: RoundOf, timer) -> None:
         """After the last step: what is under way arrives, and the other buckets take a round."""
-        for later in range(step + 1, step + 1 + self.ways * self.delay):
+        for later in range(step + 1, step + 1 + self.ways * self.sync_delay):
             self._arrive(later, step, round_of, timer)
         just_sent = self.departing(step)
         left = [bucket for number, bucket in enumerate(self.buckets) if number not in just_sent]
@@ -98,7 +102,7 @@ class Turns:
 
     def _arrive(self, step: int, last: int, round_of: RoundOf, timer) -> None:
         """What arrives with a step, of what has departed up to the last one."""
-        for leg, sent in ((1, step - self.delay), (2, step - self.ways * self.delay)):
+        for leg, sent in ((1, step - self.sync_delay), (2, step - self.ways * self.sync_delay)):
             for bucket in self.departing(sent) if self._settled < sent <= last else ():
                 one = self._under_way.pop(bucket, None)
                 if one is None:  # after an interruption it is sent again
@@ -115,7 +119,7 @@ class Turns:
 
     def late(self, steps: int) -> list:
         """The batches whose messages have not come to the servers after as many steps."""
-        departed = range(max(steps - self.delay, self._settled + 1), steps)
+        departed = range(max(steps - self.sync_delay, self._settled + 1), steps)
         buckets = {bucket for step in departed for bucket in self.departing(step)}
         return [batch for bucket in buckets for batch in self.buckets[bucket]]
 

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ef21_muon import Dense, LocalSteps
+from ef21_muon import LocalSteps
+from ef21_muon.compressors import Quantize
 from scripts.fleet import new_lighthouse
 from training.config import ROOT
 
@@ -35,7 +36,7 @@ def build(kind: str, worker: int) -> tuple[nn.Module, LocalSteps]:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(12)))
     inner = torch.optim.SGD(model.parameters(), lr=0.01)
-    options = {"every": 1, "w2s": Dense("normal2"), "server": "replicated", "seed": 0}
+    options = {"every": 1, "w2s": Quantize("normal2"), "server": "replicated", "seed": 0}
     if kind == "fixed":
         dist.init_process_group("gloo")
         return model, LocalSteps(inner, **options)

@@ -27,8 +27,8 @@ RATE, DELAY = "10mbit", "50ms"
 EVERY = 20
 MODEL = [
     *("model.layers=1", "model.width=128", "model.heads=2", "model.context=32"),
-    *("batch.sequences=6", "batch.per_forward=2", "eval.tokens=4096"),
-    *("optimizer=local", f"optimizer.every={EVERY}", "steps=900"),
+    *("batch.global_size=6", "batch.micro_size=2", "eval.tokens=4096"),
+    *("optimizer=local", f"optimizer.sync_every={EVERY}", "steps=900"),
     *("eval.every=300", "log_every=100", "checkpoint.every=300", "check_every=0"),
 ]
 CUT_OFF, SECONDS = 1, 20  # which worker, twice for how long

@@ -34,8 +34,8 @@ LOG = "chaos.jsonl"
 EVERY = 20  # steps
 TINY = [
     *("model.layers=1", "model.width=32", "model.heads=2", "model.context=32"),
-    *("batch.sequences=12", "batch.per_forward=2", "eval.tokens=32768"),
-    *("optimizer=local", f"optimizer.every={EVERY}"),
+    *("batch.global_size=12", "batch.micro_size=2", "eval.tokens=32768"),
+    *("optimizer=local", f"optimizer.sync_every={EVERY}"),
     *("eval.every=1000", "log_every=100", "checkpoint.every=500", "check_every=0"),
 ]
 
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace, write) -> None:
     last_start = time.monotonic() + 60 * options.minutes
     rounds: list[dict] = []
     config = compose((*TINY, *options.overrides)).config
-    tokens_a_step = config.batch.sequences * config.model.context
+    tokens_a_step = config.batch.global_size * config.model.context
     with tempfile.TemporaryDirectory(prefix="ef21-chaos-") as folder:
 
         def train(name: str, steps: int, seed: int, pace: float) -> Crew:

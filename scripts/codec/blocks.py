@@ -3,7 +3,7 @@
     python scripts/codec/blocks.py [--out DIR] [--redraw] [KEY=VALUE ...]
 
 The relative variance E ||Q(x) - x||^2 / ||x||^2 of integers with B scales a message, and of
-`SmoothnessAware`: predicted for these very numbers by a formula,
+`RowColumn`: predicted for these very numbers by a formula,
 
     x in steps of its block's scale has the variance share (1 - share) step^2, share what is over a
     whole number of steps,
@@ -27,8 +27,8 @@ from torch import Tensor
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ef21_muon.messages.compressors import value_format
-from ef21_muon.messages.values import Values
+from ef21_muon.compressors.base import value_format
+from ef21_muon.values.base import ValueFormat
 from scripts.codec.run import momentum_difference
 from scripts.measuring import markdown
 from training.config import ROOT, compose
@@ -36,7 +36,7 @@ from training.drawing import Figure, matplotlib
 from training.picture import COLOURS, STYLE, line_look, save
 from training.workers import RunError
 
-DEFAULTS = ("experiment=shakespeare", "steps=12", "batch.sequences=8")
+DEFAULTS = ("experiment=shakespeare", "steps=12", "batch.global_size=8")
 BLOCKS = tuple(2**power for power in range(0, 11, 2))
 BITS = (2, 3, 4, 8)
 DRAWN_BITS = 4  # in the first panel
@@ -77,7 +77,7 @@ def squares(x: Tensor) -> float:
     return float(x.double().square().sum())
 
 
-def drawn(x: Tensor, values: Values) -> float:
+def drawn(x: Tensor, values: ValueFormat) -> float:
     """The mean of ||Q(x) - x||^2 over draws of the format."""
     generator = torch.Generator().manual_seed(0)
     draws = (values.decode(values.encode(x, generator), *x.shape[1:]) - x for _ in range(DRAWS))

@@ -28,9 +28,9 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.loader import WorkerBatches
-from ef21_muon.messages.compressors import Compressor, Dense, Identity
-from ef21_muon.messages.low_rank import FittedRank, RankK
-from ef21_muon.messages.sparse import RandK, TopK
+from ef21_muon.compressors.base import Compressor, Identity, Quantize
+from ef21_muon.compressors.low_rank import QuantizedRank, RankK
+from ef21_muon.compressors.sparse import RandK, TopK
 from model import GPT
 from scripts.measuring import processor
 from training.config import ROOT, build, compose
@@ -41,7 +41,7 @@ from training.picture import COLOURS, STYLE, save
 from training.workers import RunError
 
 COMMAND = ("python", "scripts/codec/run.py")
-DEFAULTS = ("model=gpt2-124m", "model.context=256", "batch.sequences=2", "steps=5")
+DEFAULTS = ("model=gpt2-124m", "model.context=256", "batch.global_size=2", "steps=5")
 REPEATS = 2
 INPUTS = {"momentum": "momentum difference", "noise": "Gaussian noise"}
 DENSE = ("bfloat16", "natural", "natural4", "natural3", "int8", "int4", "int2")
@@ -50,13 +50,13 @@ SPARSE = ("natural", "natural4", "int4@128")
 LOW_RANK = ("natural", "natural4", "int4")
 COMPRESSORS = (
     Identity(),
-    *(Dense(values) for values in DENSE),
+    *(Quantize(values) for values in DENSE),
     *(TopK(fraction, values) for fraction in (0.15, 0.05) for values in SPARSE),
     RandK(0.15, "natural"),
     RankK(0.15, "float32"),
     *(RankK(fraction, values) for fraction in (0.15, 0.1, 0.05) for values in LOW_RANK),
     RankK(0.15, "int3"),
-    *(FittedRank(fraction) for fraction in (0.15, 0.1, 0.05)),
+    *(QuantizedRank(fraction) for fraction in (0.15, 0.1, 0.05)),
 )
 FAMILIES = {"dense": "#000000", "top": COLOURS[1], "random": COLOURS[2], "rank": COLOURS[0]}
 FAMILIES["fitted"] = COLOURS[3]
@@ -74,15 +74,15 @@ def momentum_difference(config: DictConfig) -> list[Tensor]:
     tokens, _ = open_data(config)
     windows = WorkerBatches(tokens, config.model.context, 0, 1, config.seed)
     for _ in range(config.steps):
-        model(*windows.next(config.batch.sequences)).backward()
+        model(*windows.next(config.batch.global_size)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    model(*windows.next(config.batch.sequences)).backward()
+    model(*windows.next(config.batch.global_size)).backward()
     differences = []
     for batch in optimizer.batches:
         gradient = torch.stack(batch.matrices(parameter.grad for parameter in batch.params))
         beta = optimizer.param_groups[batch.group]["beta"]
-        differences.append(batch.state["momentum"].lerp(gradient, beta) - batch.up.memory)
+        differences.append(batch.state["momentum"].lerp(gradient, beta) - batch.up.buffer)
     return differences
 
 
@@ -180,7 +180,7 @@ def run_records(config: DictConfig, command: str, repeats: int) -> Iterator[dict
         "torch": torch.__version__,
         "repeats": repeats,
         "rounds": config.steps,
-        "sequences": config.batch.sequences,
+        "sequences": config.batch.global_size,
         "context": config.model.context,
         "data": config.data.name,
         "w2s": str(build(config.w2s, "w2s")),

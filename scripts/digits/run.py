@@ -22,7 +22,8 @@ from torch.nn import functional
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ef21_muon import AdaptiveRadius, EF21Muon, Euclidean, param_groups
+from ef21_muon import EF21Muon, param_groups
+from ef21_muon.norms import AdaptiveRadius, Euclidean
 from scripts.digits.report import draw, select, validation
 from training.config import ROOT
 
@@ -73,10 +74,10 @@ def build(model: nn.Sequential, method: str, radius: float, beta: float) -> EF21
                 "gradient descent": {
                     "norm": Euclidean(),
                     "radius": AdaptiveRadius(l0=1 / radius, l1=0),
-                    "kernels": False,
+                    "conv_scaling": False,
                 },
             }[method]
-    return EF21Muon(groups, lr=LR, beta=beta)
+    return EF21Muon(groups, lr=LR, momentum=1 - beta)
 
 
 def train(

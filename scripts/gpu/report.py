@@ -39,7 +39,7 @@ idle to idle. State is what stays allocated of the optimizer, peak what a step a
 
 ## Two workers on one GPU
 
-Messages go through pinned host memory (`exchange=host`), 300 steps of 124M on Shakespeare in
+Messages go through pinned host memory (`transport=host`), 300 steps of 124M on Shakespeare in
 GPT-2's tokens, and nothing is compiled. Milliseconds are of a step in the second half, evaluations
 left out; phases are rank 0's, by events on the device, so that its waiting for a message is in the
 whole step alone.

@@ -34,7 +34,7 @@ LOG = "gpu.jsonl"
 # Of the runs of `training` the overrides, by name.
 RUNS = {
     "uncompressed": ["compressor@w2s=identity"],
-    "fitted rank 30 %": ["compressor@w2s=fitted_rank"],
+    "fitted rank 30 %": ["compressor@w2s=quantized_rank"],
     "AdamW, all-reduce": ["optimizer=adamw"],
     "local, every 30, 2 bits": ["optimizer=local"],
 }
@@ -47,8 +47,8 @@ SMALL = [
     "eval.every=15",
     "eval.tokens=1024",
     "log_every=5",
-    "batch.per_forward=2",
-    "batch.sequences=4",
+    "batch.micro_size=2",
+    "batch.global_size=4",
 ]
 KEPT = ("run", "train", "eval", "end")  # of a run's log
 MARK = "mark.cuda"  # in what a file of tests says
@@ -120,13 +120,13 @@ def verify(session: Session) -> None:
 
 
 def steps(session: Session) -> None:
-    model = ["model=gpt2-124m", "batch.per_forward=16"] if session.on_gpu else ["model=tiny"]
+    model = ["model=gpt2-124m", "batch.micro_size=16"] if session.on_gpu else ["model=tiny"]
     repeats = ["--steps=10"] if session.on_gpu else ["--steps=1"]
     session.run("steps", "scripts/gpu/steps.py", "--out", session.log, *repeats, *model)
 
 
 def training(session: Session) -> None:
-    common = [*(LARGE if session.on_gpu else SMALL), "exchange=host", "checkpoint.every=0"]
+    common = [*(LARGE if session.on_gpu else SMALL), "transport=host", "checkpoint.every=0"]
     common += session.overrides
     for name, own in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -119,7 +119,7 @@ def measure_all(config: DictConfig, overrides: list[str], steps: int, tell: Call
     device = Device()
     model = GPT(build(config.model, "model"), config.seed).to(device.device)
     compiled = torch.compile(model) if device.on_cuda else model
-    shape = config.batch.per_forward, model.config.context
+    shape = config.batch.micro_size, model.config.context
     tokens = torch.randint(model.config.vocab_size, (2, *shape), device=device.device)
     timer = PhaseTimer(device.device)
 

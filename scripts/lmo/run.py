@@ -21,8 +21,8 @@ from torch import Tensor
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ef21_muon import L1, BiasRMS, ColumnNorm, Euclidean, Nuclear, RowNorm, Sign, Spectral
-from ef21_muon.lmo.newton_schulz import GRAM_ASPECT, GRAM_STEPS, POLYNOMIALS, iterate, unit_length
+from ef21_muon.norms import L1, BiasRMS, ColumnNorm, Euclidean, Nuclear, RowNorm, Sign, Spectral
+from ef21_muon.norms.newton_schulz import GRAM_ASPECT, GRAM_STEPS, POLYNOMIALS, iterate, unit_length
 from scripts.measuring import processor
 from training.config import ROOT
 

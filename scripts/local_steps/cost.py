@@ -14,7 +14,8 @@ if not __package__:
 
 import torch
 
-from ef21_muon import ALONE, Dense, EF21Muon, LocalSteps, param_groups
+from ef21_muon import ALONE, EF21Muon, LocalSteps, param_groups
+from ef21_muon.compressors import Quantize
 from model import GPT
 from scripts.measuring import processor
 from training.config import build, compose
@@ -53,7 +54,7 @@ def main() -> None:
     for size, overrides in SIZES.items():
         for name, make in INNER.items():
             alone, inner = (make(parameters(overrides)) for _ in range(2))
-            local = LocalSteps(inner, STEPS + 1, w2s=Dense("normal2"))
+            local = LocalSteps(inner, STEPS + 1, w2s=Quantize("normal2"))
             one, other = seconds_of_steps([alone, local])
             cells = [f"{1e3 * one:.2f}", f"{1e3 * other:.2f}", f"{other / one:.3f}"]
             rows.append([size, name, *cells])

@@ -29,17 +29,17 @@ LINKS = ROOT / "results" / "local_steps" / "links.jsonl"
 NODES = 2
 UNLIMITED = "unlimited"
 EVERY = 30
-MODEL = "model.width=448 model.heads=4 batch.per_forward=1 batch.sequences=2 schedule.cooldown=0"
+MODEL = "model.width=448 model.heads=4 batch.micro_size=1 batch.global_size=2 schedule.cooldown=0"
 UNDISTURBED = "checkpoint.every=0 check_every=0 eval.every=1000 eval.tokens=256 log_every=5"
-LOCAL = f"optimizer=local optimizer.every={EVERY}"
+LOCAL = f"optimizer=local optimizer.sync_every={EVERY}"
 WARM_UP = 5
 METHODS = {  # overrides, and how many steps are timed
     "a message a step": ("optimizer=ef21_muon", 10),
     f"every {EVERY}": (LOCAL, EVERY),
-    f"every {EVERY}, stagger": (f"{LOCAL} optimizer.stagger=true", EVERY),
-    f"every {EVERY}, delay 2": (f"{LOCAL} optimizer.delay=2", EVERY),
+    f"every {EVERY}, stagger": (f"{LOCAL} optimizer.streaming=true", EVERY),
+    f"every {EVERY}, delay 2": (f"{LOCAL} optimizer.sync_delay=2", EVERY),
     f"every {EVERY}, stagger, delay 2":
-        (f"{LOCAL} optimizer.stagger=true optimizer.delay=2", EVERY),
+        (f"{LOCAL} optimizer.streaming=true optimizer.sync_delay=2", EVERY),
 }  # fmt: skip
 
 

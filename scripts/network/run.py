@@ -30,7 +30,7 @@ from training.workers import Workers, leave
 
 OUTPUT = ROOT / "results" / "network"
 WIDTH = 448
-MODEL = [f"model.width={WIDTH}", "model.heads=4", "batch.per_forward=1", "schedule.cooldown=0"]
+MODEL = [f"model.width={WIDTH}", "model.heads=4", "batch.micro_size=1", "schedule.cooldown=0"]
 RANK = 0.15
 DDP = {
     "DDP + Muon": ["optimizer=muon"],
@@ -58,7 +58,7 @@ METHODS = {
 def overrides(options: argparse.Namespace, *method: str) -> tuple[str, ...]:
     """One sequence a worker, and no fewer steps than are taken: DDP warms up and is timed twice."""
     steps = WARM_UP + 2 * options.steps
-    return (*MODEL, f"batch.sequences={options.nodes}", f"steps={steps}",
+    return (*MODEL, f"batch.global_size={options.nodes}", f"steps={steps}",
             *options.overrides, *method)  # fmt: skip
 
 

@@ -46,7 +46,7 @@ def records(steps: tuple[int, ...]) -> list[dict]:
     names = [name for name, _ in model.named_parameters()]
     found = []
     for step in range(1, max(steps) + 1):
-        batches = [windows.next(config.batch.sequences) for _ in range(1 + (step in steps))]
+        batches = [windows.next(config.batch.global_size) for _ in range(1 + (step in steps))]
         before = [gradients(model, batch) for batch in reversed(batches)][::-1]
         optimizer.step()
         if step not in steps:

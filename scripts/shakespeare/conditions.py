@@ -20,8 +20,8 @@ from scripts.shakespeare.settings import (
     setting,
 )
 
-SHARED_GPU = "exchange=host compile=false checkpoint.every=0"
-IN_HALF = "precision=bfloat16 compile=true exchange=host"
+SHARED_GPU = "transport=host compile=false checkpoint.every=0"
+IN_HALF = "precision=bfloat16 compile=true transport=host"
 OF_CONDITIONS = (
     *("identity", "served6", "local4-signs", "local10-signs", "local30-signs", "local60-signs"),
     "muloco",
@@ -34,8 +34,8 @@ OF_WORKERS = ("identity", "served6", "local4-signs", "local10-signs", "local30-s
 # What may help the most of them, whose batches are small, by what it changes.
 REMEDIES = {
     "dense2": dense(2),
-    "beta1": f"{SIGNS} optimizer.{OUTER} optimizer.{HALF} optimizer.inner.beta=0.1",
-    "beta4": f"{SIGNS} optimizer.outer_momentum=0.6 optimizer.{HALF} optimizer.inner.beta=0.4",
+    "beta1": f"{SIGNS} optimizer.{OUTER} optimizer.{HALF} optimizer.inner.momentum=0.9",
+    "beta4": f"{SIGNS} optimizer.outer_momentum=0.6 optimizer.{HALF} optimizer.inner.momentum=0.6",
     "outer6": f"{SIGNS} optimizer.outer_momentum=0.6 optimizer.{HALF}",
     "outer8": f"{SIGNS} optimizer.outer_momentum=0.8 optimizer.{HALF}",
     "radius1": f"{SIGNS} optimizer.{OUTER} optimizer.{HALF} norm.hidden.radius=1",

@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, optimizer, workers = training_of(config)
     for _ in train(config, model, optimizer, workers, STEPS):
         pass
-    share = config.batch.sequences // WORKERS
+    share = config.batch.global_size // WORKERS
     lines = []
     for every in EVERY:
         trainings = [copy.deepcopy((model, optimizer)) for _ in workers]

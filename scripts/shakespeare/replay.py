@@ -26,7 +26,7 @@ if not __package__:
 
 from data.loader import WorkerBatches
 from ef21_muon import EF21Muon
-from ef21_muon.messages.compressors import Compressor
+from ef21_muon.compressors.base import Compressor
 from model import GPT
 from scripts.shakespeare.results import REPLAY_LOG, RESULTS
 from scripts.shakespeare.settings import SETTINGS
@@ -66,7 +66,7 @@ def train(
     count = len(workers)
     for _ in range(steps):
         for rank, windows in enumerate(workers):
-            loss = model(*windows.next(config.batch.sequences // count))
+            loss = model(*windows.next(config.batch.global_size // count))
             (loss / count).backward()
             if rank == 0:
                 yield
@@ -94,7 +94,7 @@ def replay(gradients: Sequence[Tensor], w2s: Compressor, beta: float) -> tuple[f
     norm are the same; over rounds of the second half.
     """
     layer = torch.nn.Parameter(torch.zeros_like(gradients[0]))
-    optimizer = EF21Muon([layer], lr=0.0, w2s=w2s, beta=beta, seed=0)
+    optimizer = EF21Muon([layer], lr=0.0, w2s=w2s, momentum=1 - beta, seed=0)
     errors, alignments = [], []
     for done, gradient in enumerate(gradients, 1):
         layer.grad = gradient

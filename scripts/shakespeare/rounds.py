@@ -57,7 +57,7 @@ def headline(results: dict[str, Result], target: float) -> str:
 
 def in_words(result: Result) -> str:
     """Its label, but for signs in words that a reader knows."""
-    by_layer, by_row = "dense sign, hidden dense sign@message", "dense sign"
+    by_layer, by_row = "dense sign, hidden dense sign@tensor", "dense sign"
     told = result.label.replace(by_layer, "a message of signs with a scale a layer")
     return told.replace(by_row, "a message of signs with a scale a row")
 

@@ -35,7 +35,7 @@ from training.records import LOG_NAME
 
 PRINTED = "printed.txt"  # in a run's directory
 POLL = 0.2  # seconds
-TOP_30 = {"_target_": "ef21_muon.TopK", "fraction": 0.3, "values": "sign"}
+TOP_30 = {"_target_": "ef21_muon.compressors.TopK", "fraction": 0.3, "values": "sign"}
 KEPT = ("run", "eval", "diagnostics", "end")  # of the records of a log
 
 
@@ -88,7 +88,7 @@ def as_sent(config: dict) -> dict:
     if any(config.get(f"w2s.{key}") != value for key, value in TOP_30.items()):
         return config
     kept = {key: value for key, value in config.items() if key.removeprefix("w2s.") not in TOP_30}
-    return kept | {"w2s._target_": "ef21_muon.Dense", "w2s.values": "sign"}
+    return kept | {"w2s._target_": "ef21_muon.compressors.Quantize", "w2s.values": "sign"}
 
 
 def directory_of(run: StudyRun) -> Path:

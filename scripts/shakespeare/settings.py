@@ -46,7 +46,7 @@ def top(percent: float, values: str) -> str:
 
 
 def fitted(percent: float) -> str:
-    return f"compressor@w2s=fitted_rank w2s.fraction={percent / 100:g}"
+    return f"compressor@w2s=quantized_rank w2s.fraction={percent / 100:g}"
 
 
 def powersgd(rank: int) -> str:
@@ -54,7 +54,9 @@ def powersgd(rank: int) -> str:
 
 
 def greedylore(rank: int, every: int) -> str:
-    return f"optimizer=muon_greedylore optimizer.rank={rank} optimizer.every={every} {TUNED}"
+    return (
+        f"optimizer=muon_greedylore optimizer.rank={rank} optimizer.refresh_every={every} {TUNED}"
+    )
 
 
 def dion(percent: float, values: str) -> str:
@@ -69,13 +71,13 @@ def served(percent: float, of_embedding: float, decay: float = 0.92) -> str:
 
 
 def dense(bits: int) -> str:
-    return f"compressor@w2s=dense w2s.values=normal{bits}"
+    return f"compressor@w2s=quantize w2s.values=normal{bits}"
 
 
 def local(every: int | str, message: str, *options: str) -> str:
     """Scion's steps on every worker, with the uncompressed run's radii and beta."""
     told = " ".join(f"optimizer.{option}" for option in options)
-    return f"{LOCAL} optimizer.every={every} {message} {told}"
+    return f"{LOCAL} optimizer.sync_every={every} {message} {told}"
 
 
 def back(compressor: str) -> str:
@@ -96,26 +98,26 @@ def grid(method: str, overrides: str, **values: tuple[float, ...]) -> list[Setti
     return [setting(f"grid/{name}", "grid", given) for name, given in points]
 
 
-EMBEDDING_FITTED = "+compressor@norm.embedding.w2s=fitted_rank norm.embedding.w2s.fraction"
-EMBEDDING_DENSE = "+compressor@norm.embedding.w2s=dense norm.embedding.w2s.values"
-INT5 = "{format:int5,stochastic:false}"  # rounded to nearest, a scale a row
+EMBEDDING_FITTED = "+compressor@norm.embedding.w2s=quantized_rank norm.embedding.w2s.fraction"
+EMBEDDING_DENSE = "+compressor@norm.embedding.w2s=quantize norm.embedding.w2s.values"
+INT5 = "{format:int5,rounding:nearest}"  # rounded to nearest, a scale a row
 IDENTITY = "compressor@w2s=identity"
 HIDDEN, EMBEDDING = "norm.hidden.radius=1", "norm.embedding.radius=60"
-BETA = "optimizer.beta=0.1"
+BETA = "optimizer.momentum=0.9"
 LOW_RATE = f"{fitted(4)} {EMBEDDING}"
 LOCAL = "optimizer=local norm.hidden.radius=2"
 # Rounds that get shorter as the lr falls, which it does from 60 % of the steps on.
 SHORTER, SIGNS = "{0:120,360:60}", "compressor@w2s=sign"
 # A scale a layer, but of the embedding a scale a row: bytes differ in how often they come.
-SIGN_A_LAYER = f"{SIGNS} w2s.values=sign@message"
+SIGN_A_LAYER = f"{SIGNS} w2s.values=sign@tensor"
 SIGNS_BY_MESSAGE = f"{SIGN_A_LAYER} +compressor@norm.embedding.w2s=sign"
-OF_HIDDEN = {"message": SIGN_A_LAYER, "normal1": f"{dense(1)}@message"}  # rotated or not
+OF_HIDDEN = {"message": SIGN_A_LAYER, "normal1": f"{dense(1)}@tensor"}  # rotated or not
 CHUNKS = "compressor@w2s=chunk_topk"  # as SparseLoCo has them
 OUTER, HALF, EF21 = "outer_momentum=0.3", "error_decay=0.5", "feedback=ef21"
 MULOCO = (
     "optimizer=muloco norm.hidden.radius=2 w2s.values=statistical2 optimizer.inner.others.lr=0.004"
 )
-DILOCO = "optimizer=diloco optimizer.every=30 optimizer.inner.lr=0.004"
+DILOCO = "optimizer=diloco optimizer.sync_every=30 optimizer.inner.lr=0.004"
 SPARSELOCO = "optimizer=sparseloco optimizer.mean=all"  # made before there was another mean
 BEST_OF_PEERS = {  # of the grids below
     "DiLoCo": f"{DILOCO} optimizer.outer_momentum=0.3",
@@ -131,11 +133,11 @@ DEMO = "optimizer=demo optimizer.values=int8"
 # The best of the grids below, for everything that takes EF21-Muon's step; with momentum at the
 # server the radii alone.
 RADII = "norm.hidden.radius=2 norm.embedding.radius=60"
-TUNED = f"{RADII} optimizer.beta=0.2"
+TUNED = f"{RADII} optimizer.momentum=0.8"
 ONE_SIGN = (  # an entry, and a scale a layer
-    "compressor@w2s=sign w2s.values=sign@message +compressor@norm.embedding.w2s=identity"
+    "compressor@w2s=sign w2s.values=sign@tensor +compressor@norm.embedding.w2s=identity"
 )
-SERVED = "optimizer.feedback=ef14 optimizer.beta=1 optimizer.server_momentum=0.7"
+SERVED = "optimizer.feedback=ef14 optimizer.momentum=0 optimizer.server_momentum=0.7"
 
 
 # Four in bytes to the target, one below a quarter of a bit, one in loss at a tenth of the bytes.
@@ -195,11 +197,11 @@ SETTINGS = [
     ours("natural", "natural", "compressor@w2s=natural"),
     ours("sign", "sign", "compressor@w2s=sign"),
     *(
-        ours(name, "int4", f"compressor@w2s=dense w2s.values={values}", level=level)
+        ours(name, "int4", f"compressor@w2s=quantize w2s.values={values}", level=level)
         for name, values, level in (
-            ("int4-message", "int4@message", "one block"),
+            ("int4-message", "int4@tensor", "one block"),
             ("int4-112", "int4@112", "blocks of 112"),
-            ("smooth4", "smooth4", "rows and columns"),
+            ("rowcol4", "rowcol4", "rows and columns"),
         )
     ),
     *(
@@ -303,7 +305,10 @@ SETTINGS += [
     ),
     *(
         setting(
-            f"{method.lower()}{ending}", method, f"{best} optimizer.every={h}", level=f"every {h}"
+            f"{method.lower()}{ending}",
+            method,
+            f"{best} optimizer.sync_every={h}",
+            level=f"every {h}",
         )
         for method, best in BEST_OF_PEERS.items()
         for h, ending in ((30, ""), (10, "-every10"))
@@ -311,7 +316,7 @@ SETTINGS += [
     setting(  # of the three it ends lowest
         "muloco-every4",
         "MuLoCo",
-        f"{BEST_OF_PEERS['MuLoCo']} optimizer.every=4",
+        f"{BEST_OF_PEERS['MuLoCo']} optimizer.sync_every=4",
         level="every 4",
     ),
     setting(
@@ -341,7 +346,7 @@ MOMENTUM_SETTINGS.append(
     setting(
         "momentum/mvr0.1-identity",
         "momentum",
-        f"{IDENTITY} optimizer.momentum=mvr optimizer.gamma=0.1 {TUNED} {GRID_STEPS}",
+        f"{IDENTITY} optimizer.momentum_kind=mvr optimizer.gamma=0.1 {TUNED} {GRID_STEPS}",
     )
 )
 # One worker, half the steps: what follows is of steps, and of signs of one momentum.

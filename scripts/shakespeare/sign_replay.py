@@ -27,7 +27,9 @@ from torch import Tensor
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ef21_muon import Dense, EF21Muon, Identity, Spectral
+from ef21_muon import EF21Muon
+from ef21_muon.compressors import Identity, Quantize
+from ef21_muon.norms import Spectral
 from scripts.shakespeare.changes import cosine
 from scripts.shakespeare.replay import EVERY, ROUNDS, worker_gradients
 from scripts.shakespeare.results import RESULTS, SIGN_REPLAY_LOG
@@ -35,7 +37,7 @@ from scripts.shakespeare.settings import FEEDBACK_SETTINGS
 from training.config import compose
 
 BETAS = (0.2, 0.05)  # the study's, and about that of the work whose claim it is
-SIGNS = Dense("sign@message")
+SIGNS = Quantize("sign@tensor")
 RULES = {  # who takes the LMO, the feedback, and what is sent
     "muon": ("servers", "none", Identity()),
     "before-ef21": ("servers", "ef21", SIGNS),
@@ -51,7 +53,9 @@ def replay(gradients: Sequence[Tensor], rule: str, beta: float) -> dict[str, flo
     """Of one layer's gradients, each (m, n), what is measured, in the second half."""
     lmo, feedback, w2s = RULES[rule]
     layer = torch.nn.Parameter(torch.zeros_like(gradients[0]))
-    optimizer = EF21Muon([layer], lr=1.0, beta=beta, norm=NORM, w2s=w2s, lmo=lmo, feedback=feedback)
+    optimizer = EF21Muon(
+        [layer], lr=1.0, momentum=1 - beta, norm=NORM, w2s=w2s, lmo=lmo, feedback=feedback
+    )
     found: dict[str, list[float]] = {key: [] for key in MEASURED}
     before = torch.zeros_like(layer)
     for done, gradient in enumerate(gradients, 1):

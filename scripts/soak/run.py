@@ -33,7 +33,7 @@ from training.config import ROOT
 OUTPUT = ROOT / "results" / "soak"
 TINY = [
     *("model.layers=1", "model.width=32", "model.heads=2", "model.context=32"),
-    *("batch.sequences=4", "batch.per_forward=1", "eval.tokens=320"),
+    *("batch.global_size=4", "batch.micro_size=1", "eval.tokens=320"),
     *("compressor@w2s=topk", "compressor@s2w=topk"),
 ]
 ROUND = [

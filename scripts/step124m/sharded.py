@@ -1,8 +1,8 @@
 """What the ranks of a worker hold of a sharded model and its optimizer, after a step.
 
-    torchrun --standalone --nproc_per_node=4 scripts/step124m/sharded.py worker_size=4
+    torchrun --standalone --nproc_per_node=4 scripts/step124m/sharded.py ranks_per_worker=4
 
-KEY=VALUE are Hydra overrides, as of train.py; `shard=true` is given. Every rank takes the gradient
+KEY=VALUE are Hydra overrides, as of train.py; `fsdp=true` is given. Every rank takes the gradient
 of one sequence and steps with it twice. Memory is what torch's CPU allocator still has handed out
 after the second step (parameters, whole copies, gradients, state), and the most in that step beyond
 it, as torch.profiler records it. The records go to sharded.jsonl in the folder `--out`, and from
@@ -34,8 +34,8 @@ OUTPUT = ROOT / "results" / "step124m"
 
 def measure(overrides: list[str], workers: Workers) -> dict:
     """Bytes of this rank, and what they are bounded by."""
-    config = compose((*overrides, "shard=true")).config
-    mesh = new_worker_mesh(config.worker_size, workers)
+    config = compose((*overrides, "fsdp=true")).config
+    mesh = new_worker_mesh(config.ranks_per_worker, workers)
     tokens = torch.zeros(1, config.model.context, dtype=torch.int64)
     with Allocations(shapes=False) as built:
         with torch.device("meta"):
@@ -49,7 +49,7 @@ def measure(overrides: list[str], workers: Workers) -> dict:
     model(tokens, tokens).backward()
     with Allocations() as again:
         optimizer.step()
-    parameters, ranks = model.config.parameter_count, config.worker_size
+    parameters, ranks = model.config.parameter_count, config.ranks_per_worker
     largest = max(parameter.numel() for parameter in model.parameters())
     state = sum(x.nbytes for of in optimizer.state.values() for x in of.values())
     (of_worker,) = optimizer.mesh.total(state)

@@ -16,8 +16,8 @@ import torch.multiprocessing as processes
 from torch import Generator, Tensor
 
 from ef21_muon import EF21Muon
-from ef21_muon.lmo.norms import AdaptiveRadius, Norm
-from ef21_muon.messages.compressors import Compressor
+from ef21_muon.compressors.base import Compressor
+from ef21_muon.norms.lmo import AdaptiveRadius, Norm
 from scripts.theory.problems import Valley
 from training.workers import leave
 
@@ -159,7 +159,7 @@ def muon(
 ) -> Tensor:
     """X^0, ..., X^K of Muon, which is EF21Muon with one worker; `radius` is a function of k."""
     model = torch.nn.Parameter(valley.start.clone())
-    optimizer = EF21Muon([model], beta=beta, norm=norm, lmo_feedback=lmo_feedback)
+    optimizer = EF21Muon([model], momentum=1 - beta, norm=norm, lmo_feedback=lmo_feedback)
     models = [model.detach().clone()]
     for k in range(rounds):
         optimizer.param_groups[0]["lr"] = radius(k)

@@ -56,7 +56,7 @@ class LSmooth(_Theorem):
     """Convergence under L-smoothness, for rounds K (A1, A3, A5).
 
     f is `L`-smooth, ||grad f(X) - grad f(Y)||_* <= L ||X - Y||, the f_j are L_j-smooth and `L_bar`
-    = sqrt(mean_j L_j^2). X^0 = W^0 and G_j^0 = M_j^0 = grad f_j(X^0; xi_j^0): first_message="exact"
+    = sqrt(mean_j L_j^2). X^0 = W^0 and G_j^0 = M_j^0 = grad f_j(X^0; xi_j^0): first_message="full"
     of `EF21Muon`. The step, t^k = gamma ||G^k||_*, is AdaptiveRadius(l0=1 / gamma, l1=0) with lr=1.
 
     From the poster: `beta`, `zeta`, `gamma` and the orders of `bound`. Derived, since the poster

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ef21_muon.lmo.norms import Norm, Sign, Spectral
+from ef21_muon.norms.lmo import Norm, Sign, Spectral
 from scripts.theory.bounds import GeneralizedSmooth, LSmooth
 
 

@@ -8,11 +8,11 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from ef21_muon.lmo.norms import AdaptiveRadius, Euclidean, Spectral
-from ef21_muon.messages.compressors import Identity
-from ef21_muon.messages.extras import Damping
-from ef21_muon.messages.low_rank import RankK
-from ef21_muon.messages.sparse import TopK
+from ef21_muon.compressors.base import Identity
+from ef21_muon.compressors.low_rank import RankK
+from ef21_muon.compressors.rare import Scaled
+from ef21_muon.compressors.sparse import TopK
+from ef21_muon.norms.lmo import AdaptiveRadius, Euclidean, Spectral
 from scripts.theory.algorithm import (
     Setting,
     gradient_norms,
@@ -30,7 +30,7 @@ LONGEST = 16384  # added where one run gives all horizons
 REPLICAS = 8  # where noise or a compressor is random
 CHECKED = 64  # the horizon that is run by EF21Muon too
 COMPRESSORS = {"top": TopK(0.25), "rank": RankK(0.25)}  # alpha_D = 1/4 on 4 x 4 matrices
-DAMPING = Damping(Identity(), 0.5)  # C(x) = x / 2, so alpha_P = 3/4 in every norm
+DAMPING = Scaled(Identity(), 0.5)  # C(x) = x / 2, so alpha_P = 3/4 in every norm
 ALPHA_D, ALPHA_P = 0.25, 0.75
 THEOREMS = ("L-smooth", "(L0, L1)-smooth")
 GEOMETRIES = ("spectral", "max")
@@ -109,7 +109,7 @@ class Case:
             beta=numbers.beta(rounds),
             radius=radius,
             s2w=DAMPING if first else Identity(),
-            first_message="exact" if first else "compressed",
+            first_message="full" if first else "compressed",
             sigma=self.sigma,
         )
 
@@ -187,7 +187,7 @@ def feedback(problem, kept: int, step_size: float, rounds: int) -> dict[str, lis
         setting = Setting(
             norm=Euclidean(),
             w2s=TopK(kept / problem.start.numel()),
-            beta=1.0,
+            momentum=0,
             radius=AdaptiveRadius(1 / step_size, 0.0),
             s2w=Identity(),
             first_message="compressed",

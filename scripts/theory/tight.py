@@ -32,7 +32,9 @@ from torch import Tensor
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ef21_muon import AdaptiveRadius, EF21Muon, Euclidean, Identity
+from ef21_muon import EF21Muon
+from ef21_muon.compressors import Identity
+from ef21_muon.norms import AdaptiveRadius, Euclidean
 from scripts.measuring import markdown
 from scripts.theory.run import read
 from training.config import ROOT
@@ -90,7 +92,7 @@ def measured(method: str, kappa: float, epsilon: float, step: float) -> float:
     optimizer = EF21Muon(
         groups,
         lr=1.0,
-        beta=1.0,
+        momentum=0,
         norm=Euclidean(),
         radius=AdaptiveRadius(1 / step, 0.0),
         feedback=METHODS[method],

@@ -12,8 +12,10 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ef21_muon import ALONE, Compressor, EF21Muon, Identity, LocalSteps, Sign, Spectral
-from ef21_muon.lmo.norms import BiasRMS
+from ef21_muon import ALONE, EF21Muon, LocalSteps
+from ef21_muon.compressors import Compressor, Identity
+from ef21_muon.norms import Sign, Spectral
+from ef21_muon.norms.lmo import BiasRMS
 from ef21_muon.transport.agreement import fingerprint
 from ef21_muon.transport.host import sender
 from training.workers import Workers
@@ -95,7 +97,7 @@ def ours(
             }
             for role, layers in ROLES.items()
         ]
-        return EF21Muon(groups, **{"lr": LR, "beta": BETA} | options)
+        return EF21Muon(groups, **{"lr": LR, "momentum": 1 - BETA} | options)
 
     return build
 
@@ -171,7 +173,7 @@ def constant_gradients(
     workers: Workers, feedback: str, w2s: Compressor, steps: int
 ) -> Iterator[tuple[Parameters, EF21Muon]]:
     """Steps that all have the same gradients, without momentum and without moving."""
-    build = ours(dict.fromkeys(ROLES, w2s), feedback=feedback, beta=1.0, lr=0.0)
+    build = ours(dict.fromkeys(ROLES, w2s), feedback=feedback, momentum=0, lr=0.0)
     parameters, optimizer = new(workers, build)
     loss(parameters, [workers.rank], 0).backward()
     for _ in range(steps):

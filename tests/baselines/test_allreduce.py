@@ -134,7 +134,7 @@ def start(baseline):
     """A model, and the baseline, which sends whole gradients in the first and the fourth step."""
     model = allreduce.new_model()
     groups = [{"name": "hidden", "params": list(model.parameters())}]
-    return model, baseline(groups, lr=0.02, hook="greedylore", rank=3, every=3)
+    return model, baseline(groups, lr=0.02, hook="greedylore", rank=3, refresh_every=3)
 
 
 @pytest.mark.parametrize("baseline", [AdamW, Muon])

@@ -14,8 +14,8 @@ from workers.baseline_steps import HIDDEN, LR, LR_DECAY, OPTIONS, SHAPES, STEPS,
 
 from baselines import DeMo
 from baselines.demo import Chunks, dct_basis
-from ef21_muon.messages.compressors import value_format
-from ef21_muon.messages.sparse import largest_divisor
+from ef21_muon.compressors.base import value_format
+from ef21_muon.compressors.sparse import largest_divisor
 
 WORKERS = (1, 2, 3)
 SIDES = st.integers(1, 40)

@@ -5,7 +5,9 @@ import torch
 from a_round import a_round
 from torch.nn import Parameter
 
-from ef21_muon import AdaptiveRadius, Dense, EF21Muon, Sign, Spectral
+from ef21_muon import EF21Muon
+from ef21_muon.compressors import Quantize
+from ef21_muon.norms import AdaptiveRadius, Sign, Spectral
 from model import GPT
 from training.config import build, compose
 from training.method import build_optimizer, run_label
@@ -14,14 +16,14 @@ LR = 0.02
 IN_THE_STUDY = (
     "optimizer=sign_muon",
     "compressor@w2s=sign",
-    "w2s.values=sign@message",
+    "w2s.values=sign@tensor",
     "+compressor@norm.embedding.w2s=identity",
 )
 
 
 def sign_muon(params, **options):
     return EF21Muon(
-        params, lmo="workers", **{"feedback": "none", "w2s": Dense("sign@message")} | options
+        params, lmo="workers", **{"feedback": "none", "w2s": Quantize("sign@tensor")} | options
     )
 
 
@@ -61,7 +63,7 @@ def test_in_the_study_the_embedding_is_sent_whole():
     config = compose((*IN_THE_STUDY, "optimizer.feedback=ef21")).config
     model = GPT(build(config.model, "model"))
     optimizer = build_optimizer(config, model)
-    assert run_label(optimizer) == "EF21-SignMuon, dense sign@message, embedding identity"
+    assert run_label(optimizer) == "EF21-SignMuon, dense sign@tensor, embedding identity"
     named = dict(model.named_parameters())
     hidden = [parameter for name, parameter in named.items() if name.startswith("blocks")]
     whole = sum(p.numel() for p in named.values()) - sum(p.numel() for p in hidden)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from workers.unlike import COMPRESSORS, FORMATS, LOW_RANK
 
-from ef21_muon import AdaptiveRadius, Identity, RankK, Spectral, TopK
 from ef21_muon.arithmetic import SIDE, digests, of_inner, of_messages, of_norms
-from ef21_muon.messages.compressors import numbers
+from ef21_muon.compressors import Identity, RankK, TopK
+from ef21_muon.compressors.base import numbers
+from ef21_muon.norms import AdaptiveRadius, Spectral
 
 
 def parameter(*shape):

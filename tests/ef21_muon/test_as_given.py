@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ef21_muon import ALONE, Dense, EF21Muon, LocalSteps, Sign, Spectral, TopK
+from ef21_muon import ALONE, EF21Muon, LocalSteps
+from ef21_muon.compressors import Quantize, TopK
+from ef21_muon.norms import Sign, Spectral
 
 MAKE = {
     "ef21_muon": lambda model, **options: EF21Muon(
@@ -17,7 +19,7 @@ MAKE = {
         **{"lr": 0.02, "w2s": TopK(0.5)} | options,
     ),
     "local": lambda model, **options: LocalSteps(
-        EF21Muon(model.parameters(), lr=0.02, process_group=ALONE), every=2, w2s=TopK(0.5)
+        EF21Muon(model.parameters(), lr=0.02, process_group=ALONE), sync_every=2, w2s=TopK(0.5)
     ),
 }
 
@@ -55,7 +57,7 @@ def copy_in_place(model, other):
 
 @pytest.mark.parametrize("change", [load, assign, copy_in_place])
 @pytest.mark.parametrize("steps", [0, 3])
-@pytest.mark.parametrize("s2w", [None, TopK(0.2), Dense("int4")])
+@pytest.mark.parametrize("s2w", [None, TopK(0.2), Quantize("int4")])
 def test_a_model_that_was_loaded_stays_where_it_is(change, steps, s2w):
     model, other = new_model(), new_model(seed=1)
     optimizer = MAKE["ef21_muon"](model, s2w=s2w)
@@ -117,7 +119,7 @@ def test_a_compressor_that_was_replaced_is_told(name):
 
 
 @pytest.mark.parametrize(
-    "entry", [{"lr": 0.5}, {"radius": 3.0}, {"beta": 1.0}, {"norm": Sign()}, {"nesterov": True}]
+    "entry", [{"lr": 0.5}, {"radius": 3.0}, {"momentum": 0}, {"norm": Sign()}, {"nesterov": True}]
 )
 def test_other_entries_of_a_group_take_effect(entry):
     models = [new_model(), new_model()]

@@ -101,7 +101,7 @@ def test_a_state_of_other_buffers_is_refused_before_anything_changes():
     for part in (lambda m: m[:2], lambda m: m, lambda m: nn.Sequential(*m[1:])):
         model = new_model()
         inner = torch.optim.SGD(model.parameters())
-        optimizer = LocalSteps(inner, every=1, buffers=nn.Sequential(part(model)))
+        optimizer = LocalSteps(inner, sync_every=1, buffers=nn.Sequential(part(model)))
         states.append(optimizer.state_dict())
         optimizers.append((model, optimizer))
     model, optimizer = optimizers[1]
@@ -115,7 +115,7 @@ def test_a_state_of_other_buffers_is_refused_before_anything_changes():
         optimizer.load_state_dict(states[2])
     assert optimizer.steps == 1
     optimizer.load_state_dict(states[1])
-    with optimizer.agreed():
+    with optimizer.global_params():
         assert torch.equal(model[1].running_mean, torch.zeros(4))
     assert not torch.equal(model[1].running_mean, torch.zeros(4))
 

@@ -8,16 +8,17 @@ import torch
 from torch import nn
 
 from baselines import DeMo, Dion
-from ef21_muon import ALONE, EF21Muon, LocalSteps, RandK, RankK, TopK
+from ef21_muon import ALONE, EF21Muon, LocalSteps
+from ef21_muon.compressors import RandK, RankK, TopK
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),  # what ours are to be like
     "ef21_muon": lambda p: EF21Muon(p, lr=0.02, w2s=RandK(0.3), s2w=TopK(0.2)),
     "local": lambda p: LocalSteps(
-        torch.optim.AdamW(p), every=3, w2s=RankK(0.3), outer_momentum=0.5
+        torch.optim.AdamW(p), sync_every=3, w2s=RankK(0.3), outer_momentum=0.5
     ),
     "local, under way": lambda p: LocalSteps(
-        EF21Muon(p, process_group=ALONE), every=3, w2s=TopK(0.3), delay=2
+        EF21Muon(p, process_group=ALONE), sync_every=3, w2s=TopK(0.3), sync_delay=2
     ),
     "dion": lambda p: Dion([{"name": "hidden", "params": p}]),
     "demo": lambda p: DeMo([{"name": "hidden", "params": p}]),

@@ -6,8 +6,10 @@ import reference
 import torch
 from torch.nn import Parameter
 
-from ef21_muon import ALONE, EF21Muon, Euclidean, LocalSteps, TopK, WorkerMesh
+from ef21_muon import ALONE, EF21Muon, LocalSteps, WorkerMesh
+from ef21_muon.compressors import TopK
 from ef21_muon.correction import PARTS
+from ef21_muon.norms import Euclidean
 
 ROUNDS, SHAPE, LR, BETA = 20, (6, 9), 0.1, 0.3
 KINDS = ("mvr", "hessian")
@@ -62,7 +64,7 @@ def ours(kind, gamma, back, **options):
     parameter = Parameter(torch.zeros(SHAPE))
     s2w = TopK(0.3) if back else None
     optimizer = EF21Muon(
-        [parameter], lr=LR, beta=BETA, norm=Euclidean(), w2s=TopK(0.3), s2w=s2w, momentum=kind,
+        [parameter], lr=LR, momentum=1 - BETA, norm=Euclidean(), w2s=TopK(0.3), s2w=s2w, momentum_kind=kind,
         gamma=gamma, **options,
     )  # fmt: skip
     models, calls = [], 0
@@ -140,19 +142,22 @@ def test_the_model_before_is_kept(kind):
 @pytest.mark.parametrize(
     "build, told",
     [
-        (lambda p: EF21Muon([p], momentum="nag"), "momentum='nag' is not allowed: choose polyak, "),
         (
-            lambda p: EF21Muon([p], momentum="mvr1"),
+            lambda p: EF21Muon([p], momentum_kind="nag"),
+            "momentum='nag' is not allowed: choose polyak, ",
+        ),
+        (
+            lambda p: EF21Muon([p], momentum_kind="mvr1"),
             "momentum='mvr1' is not allowed: choose polyak, ",
         ),
         (lambda p: EF21Muon([p], gamma=-1.0), "gamma=-1.0 is not allowed: give a number of at le"),
         (
-            lambda p: LocalSteps(EF21Muon([p], momentum="mvr", process_group=ALONE)),
-            "inner=EF21Muon with momentum='mvr' needs a closure in every step: give momentum='po",
+            lambda p: LocalSteps(EF21Muon([p], momentum_kind="mvr", process_group=ALONE)),
+            "inner=EF21Muon with momentum_kind='mvr' needs a closure in every step: give momentum='po",
         ),
         (
-            lambda p: EF21Muon([p], momentum="hessian", mesh=WorkerMesh([p], 1)),
-            "momentum='hessian' is not allowed with workers of several ranks, of which each has a",
+            lambda p: EF21Muon([p], momentum_kind="hessian", mesh=WorkerMesh([p], 1)),
+            "momentum_kind='hessian' is not allowed with workers of several ranks, of which each has a",
         ),
     ],
 )

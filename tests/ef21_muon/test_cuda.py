@@ -5,24 +5,21 @@ import torch
 from torch.nn import Parameter
 
 from baselines import DeMo, Dion
-from ef21_muon import (
-    ALONE,
-    AveragedGradients,
+from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
+from ef21_muon.compressors import (
+    Bernoulli,
     ChunkTopK,
-    Damping,
-    Dense,
-    Dropout,
-    EF21Muon,
-    FittedRank,
     Identity,
-    LocalSteps,
+    Quantize,
+    QuantizedRank,
     RandK,
     RankK,
-    Sign,
+    Scaled,
     TopColumns,
     TopK,
 )
-from ef21_muon.lmo.newton_schulz import newton_schulz
+from ef21_muon.norms import Sign
+from ef21_muon.norms.newton_schulz import newton_schulz
 from ef21_muon.transport.agreement import fingerprint
 
 pytestmark = pytest.mark.cuda
@@ -30,16 +27,16 @@ pytestmark = pytest.mark.cuda
 COMPRESSORS = {
     "identity": Identity(),
     "chunks": ChunkTopK(8, 8, "statistical2"),
-    "damping": Damping(Dense("int4")),
-    "natural": Dense("natural"),
-    "natural4": Dense("natural4"),
-    "normal2": Dense("normal2"),
-    "sign": Dense("sign"),
-    "smooth": Dense("smooth4"),
-    "bfloat16": Dense("bfloat16"),
-    "statistical": Dense("statistical4"),
-    "dropout": Dropout(TopK(0.3), 0.5),
-    "fitted": FittedRank(0.3),
+    "damping": Scaled(Quantize("int4")),
+    "natural": Quantize("natural"),
+    "natural4": Quantize("natural4"),
+    "normal2": Quantize("normal2"),
+    "sign": Quantize("sign"),
+    "smooth": Quantize("rowcol4"),
+    "bfloat16": Quantize("bfloat16"),
+    "statistical": Quantize("statistical4"),
+    "dropout": Bernoulli(TopK(0.3), 0.5),
+    "fitted": QuantizedRank(0.3),
     "randk": RandK(0.3, "natural4"),
     "rank": RankK(0.3, "int4"),
     "columns": TopColumns(0.3),
@@ -56,7 +53,7 @@ OPTIMIZERS = {
     },
     "nesterov": lambda parameters: EF21Muon(parameters, nesterov=True, norm=Sign()),
     "local": lambda parameters: LocalSteps(
-        EF21Muon(parameters, process_group=ALONE), every=1, w2s=TopK(0.3), outer_momentum=0.3
+        EF21Muon(parameters, process_group=ALONE), sync_every=1, w2s=TopK(0.3), outer_momentum=0.3
     ),
     "averaged": lambda parameters: AveragedGradients(torch.optim.AdamW(parameters), w2s=TopK(0.1)),
     "dion": lambda parameters: Dion(parameters, rank_fraction=0.25),

@@ -4,7 +4,8 @@ import pytest
 import torch
 from one_layer import everything, layer, take_steps
 
-from ef21_muon import LocalSteps, TopK
+from ef21_muon import LocalSteps
+from ef21_muon.compressors import TopK
 
 
 def without(state, *path):
@@ -35,7 +36,7 @@ DAMAGE = {
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_state_is_refused_before_anything_changes(what):
     model = layer()
-    optimizer = LocalSteps(torch.optim.AdamW(model.parameters()), every=3, w2s=TopK(0.3))
+    optimizer = LocalSteps(torch.optim.AdamW(model.parameters()), sync_every=3, w2s=TopK(0.3))
     take_steps(model, optimizer, 4)
     state = optimizer.state_dict()
     take_steps(model, optimizer, 2, first=4)

@@ -5,33 +5,30 @@ import torch
 from torch import nn
 
 from baselines import DeMo, Dion
-from ef21_muon import (
-    ALONE,
+from ef21_muon import ALONE, EF21Muon, LocalSteps
+from ef21_muon.compressors import (
+    Bernoulli,
     ChunkTopK,
-    Damping,
-    Dense,
-    Dropout,
-    EF21Muon,
-    FittedRank,
-    LocalSteps,
+    Quantize,
+    QuantizedRank,
     RandK,
     RankK,
-    Sign,
-    Spectral,
+    Scaled,
     TopColumns,
     TopK,
     TopSingular,
 )
+from ef21_muon.norms import Sign, Spectral
 
 COMPRESSORS = {
     "chunks": ChunkTopK(8, 8, "statistical2"),
-    "damping": Damping(Dense("int4")),
-    "dense": Dense("normal2"),
-    "dropout": Dropout(TopK(0.3), 0.5),
-    "fitted": FittedRank(0.3),
+    "damping": Scaled(Quantize("int4")),
+    "dense": Quantize("normal2"),
+    "dropout": Bernoulli(TopK(0.3), 0.5),
+    "fitted": QuantizedRank(0.3),
     "randk": RandK(0.3, "natural4"),
     "rank": RankK(0.3, "int4"),
-    "statistical": Dense("statistical4"),
+    "statistical": Quantize("statistical4"),
     "columns": TopColumns(0.3),
     "singular": TopSingular(0.3),
     "topk": TopK(0.2),
@@ -46,16 +43,16 @@ METHODS = {
     "uncompressed": lambda groups: EF21Muon(groups, lr=0.02, weight_decay=0.1),
     "local": lambda groups: LocalSteps(
         EF21Muon(groups, lr=0.02, process_group=ALONE),
-        every=2,
-        w2s=Dense("int8"),  # of steps of one size TopK would choose any
-        s2w=Dense("natural"),
+        sync_every=2,
+        w2s=Quantize("int8"),  # of steps of one size TopK would choose any
+        s2w=Quantize("natural"),
         outer_momentum=0.5,
     ),
     "local, under way": lambda groups: LocalSteps(
         torch.optim.SGD(nn.ParameterList([p for g in groups for p in g["params"]]), lr=0.02),
-        every=3,
-        w2s=Dense("int4"),
-        delay=1,
+        sync_every=3,
+        w2s=Quantize("int4"),
+        sync_delay=1,
     ),
     "dion": lambda groups: Dion(groups, lr=0.02),
     "demo": lambda groups: DeMo(groups, lr=0.002),

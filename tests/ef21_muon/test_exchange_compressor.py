@@ -7,17 +7,9 @@ import torch
 from a_round import a_round
 from one_layer import layer, take_steps
 
-from ef21_muon import (
-    ALONE,
-    AveragedGradients,
-    Dense,
-    EF21Muon,
-    Identity,
-    LocalSteps,
-    RankK,
-    TopK,
-)
-from ef21_muon.messages.compressors import Compressor
+from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
+from ef21_muon.compressors import Identity, Quantize, RankK, TopK
+from ef21_muon.compressors.base import Compressor
 
 
 def sgd(p):
@@ -29,15 +21,15 @@ METHODS = {
     "ef14": lambda p, w2s: EF21Muon(p, w2s=w2s, feedback="ef14", server_momentum=0.5),
     "none": lambda p, w2s: EF21Muon(p, w2s=w2s, feedback="none"),
     "local": lambda p, w2s: LocalSteps(
-        EF21Muon(p, process_group=ALONE), every=2, w2s=w2s, outer_momentum=0.5
+        EF21Muon(p, process_group=ALONE), sync_every=2, w2s=w2s, outer_momentum=0.5
     ),
-    "local, ef21": lambda p, w2s: LocalSteps(sgd(p), every=2, w2s=w2s, feedback="ef21"),
-    "local, stagger": lambda p, w2s: LocalSteps(sgd(p), every=8, w2s=w2s, stagger=True),
+    "local, ef21": lambda p, w2s: LocalSteps(sgd(p), sync_every=2, w2s=w2s, feedback="ef21"),
+    "local, stagger": lambda p, w2s: LocalSteps(sgd(p), sync_every=8, w2s=w2s, streaming=True),
     "averaged": lambda p, w2s: AveragedGradients(sgd(p), w2s=w2s),
 }
 EVERY = {"local": 2, "local, ef21": 2, "local, stagger": 8}
 FIRST = TopK(0.2)
-LATER = {"rank": RankK(0.4, "natural"), "dense": Dense("int4"), "identity": Identity()}
+LATER = {"rank": RankK(0.4, "natural"), "dense": Quantize("int4"), "identity": Identity()}
 
 
 def trained(method, steps, w2s=FIRST):
@@ -109,7 +101,7 @@ def test_of_groups_that_have_a_name_one_may_be_meant():
 def test_the_first_message_stays_exact():
     def first_estimate(exchanges):
         model = layer()
-        optimizer = EF21Muon(model.parameters(), w2s=FIRST, first_message="exact")
+        optimizer = EF21Muon(model.parameters(), w2s=FIRST, first_message="full")
         if exchanges:
             optimizer.exchange_compressor(TopK(0.1))
         take_steps(model, optimizer, 1)
@@ -144,11 +136,11 @@ REFUSED = {  # how it is built, the steps before, what is given, and what is sai
         r"^group='head' is not a group of this optimizer: it has all$",
     ),
     "with a delay": (
-        *(lambda p: LocalSteps(sgd(p), every=3, w2s=FIRST, delay=1), 3, (TopK(0.1),)),
+        *(lambda p: LocalSteps(sgd(p), sync_every=3, w2s=FIRST, sync_delay=1), 3, (TopK(0.1),)),
         r"^a compressor is not exchanged with a delay: build the optimizer anew$",
     ),
     "within a round": (
-        *(lambda p: LocalSteps(sgd(p), every=3, w2s=FIRST, stagger=True), 4, (TopK(0.1),)),
+        *(lambda p: LocalSteps(sgd(p), sync_every=3, w2s=FIRST, streaming=True), 4, (TopK(0.1),)),
         r"^a compressor is not exchanged after step 4, in a round in which some layers were sent: ",
     ),
     "without feedback": (
@@ -157,7 +149,7 @@ REFUSED = {  # how it is built, the steps before, what is given, and what is sai
     ),
     "no compressor, without feedback": (*ALL_LOSSLESS, (None,), r"^w2s=None is not allowed: give"),
     "mute": (
-        *(lambda p: LocalSteps(sgd(p), every=2, w2s=FIRST, mean="senders"), 2, (Mute(),)),
+        *(lambda p: LocalSteps(sgd(p), sync_every=2, w2s=FIRST, mean="senders"), 2, (Mute(),)),
         r"^mean='senders' is not allowed with w2s=mute, which does not say which entries ",
     ),
 }

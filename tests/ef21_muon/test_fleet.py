@@ -21,7 +21,8 @@ from fleet import (
 )
 from run import PATIENCE
 
-from ef21_muon import Dense, LocalSteps, TopK
+from ef21_muon import LocalSteps
+from ef21_muon.compressors import Quantize, TopK
 from ef21_muon.fleet import Fleet, FleetRefused, connections, members
 from ef21_muon.fleet.verdict import HEAD
 
@@ -80,7 +81,7 @@ def test_undisturbed_they_are_the_mean_of_their_steps(momentum):
 
 
 def test_what_a_round_takes_is_counted():
-    compressor = Dense("normal2")
+    compressor = Quantize("normal2")
     with lighthouse(3) as url, crew.workers(url, range(3), w2s=compressor) as workers:
         train_all(workers, until=6)
         shapes = [(8, DATA), (8, 1), (2, 8), (2, 1)]
@@ -127,7 +128,7 @@ def test_they_go_on_without_one_and_one_joins_them():
             assert joiner.fleet.state() == workers[0].fleet.state()
 
 
-@pytest.mark.parametrize("table", ["model_shift", "server_momentum"])
+@pytest.mark.parametrize("table", ["global_params", "server_momentum"])
 def test_another_history_is_noticed_and_never_averaged(table):
     def part(worker):
         if worker.number == 1 and worker.optimizer.steps == 4:
@@ -240,7 +241,7 @@ def test_who_is_lost_in_the_last_round_comes_to_the_same_end():
 
             def end(worker, until=until, finished=finished):
                 worker.train(until)
-                worker.optimizer.finish()
+                worker.optimizer.final_sync()
                 finished.set()
                 worker.fleet.quorums.clear()  # as one does that has logged them
                 worker.fleet.wait_for_peers(3, PATIENCE)
@@ -260,7 +261,7 @@ def test_who_is_lost_in_the_last_round_comes_to_the_same_end():
                 found = []
                 for worker in (*workers[:2], late):
                     assert worker.optimizer.steps == until
-                    with worker.optimizer.agreed():
+                    with worker.optimizer.global_params():
                         found.append(parameters_of(worker.model))
                 assert all(torch.equal(model, found[0]) for model in found)
                 rounds = [(0, 1, 2)] * 3 + [(0, 1)] * (-(-until // EVERY) - 3)
@@ -323,12 +324,15 @@ def test_another_run_is_another_history():
 
 REFUSED = {
     "server": ({"server": "sharded"}, "server='sharded' is not allowed"),
-    "stagger": ({"stagger": True}, "^stagger=True is not allowed"),
-    "delay": ({"delay": 1}, "^delay=1 is not allowed"),
-    "both": ({"stagger": True, "delay": 1}, "^stagger=True with delay=1 is not allowed"),
+    "streaming": ({"streaming": True}, "^streaming=True is not allowed"),
+    "delay": ({"sync_delay": 1}, "^delay=1 is not allowed"),
+    "both": (
+        {"streaming": True, "sync_delay": 1},
+        "^streaming=True with sync_delay=1 is not allowed",
+    ),
     "feedback": ({"feedback": "ef21"}, "feedback='ef21' is not allowed"),
     "s2w": ({"s2w": TopK(0.5)}, "s2w"),
-    "every": ({"every": 0}, "every=0 is not allowed"),
+    "every": ({"sync_every": 0}, "every=0 is not allowed"),
 }
 
 
@@ -350,11 +354,11 @@ def test_alone_it_is_local_steps():
         worker.train(until=12)
         model = new_model()
         inner = torch.optim.SGD(model.named_parameters(), lr=0.1)
-        optimizer = LocalSteps(inner, every=3, w2s=TopK(0.3))
+        optimizer = LocalSteps(inner, sync_every=3, w2s=TopK(0.3))
         for step in range(12):
             gradient(model, 0, step)
             optimizer.step()
-        with optimizer.agreed():
+        with optimizer.global_params():
             assert torch.equal(parameters_of(model), worker.agreed[12])
 
 
@@ -370,7 +374,7 @@ def tired(seconds):
 model = torch.nn.Linear(2, 2)
 inner = torch.optim.SGD(model.named_parameters(), lr=0.1)
 fleet = Fleet(0, sys.argv[1], while_waiting=tired)
-LocalSteps(inner, every=1, transport=fleet)
+LocalSteps(inner, sync_every=1, transport=fleet)
 fleet.join()
 """
 

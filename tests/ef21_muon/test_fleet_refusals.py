@@ -14,7 +14,8 @@ from fleet import Worker, lighthouse, parameters_of
 from run import PATIENCE
 from torch import nn
 
-from ef21_muon import Dense, Identity, LocalSteps, RankK, TopK
+from ef21_muon import LocalSteps
+from ef21_muon.compressors import Identity, Quantize, RankK, TopK
 from ef21_muon.fleet import FleetRefused, connections
 from ef21_muon.fleet.admission import Card
 from ef21_muon.fleet.connections import StateServer
@@ -60,9 +61,9 @@ WAYS = {
     "nan": (parameters_become(torch.nan), Identity()),
     "inf": (parameters_become(torch.inf), Identity()),
     "too large to square": (parameters_become(1e30), Identity()),
-    "nan by signs": (parameters_become(torch.nan), Dense("sign")),
-    "nan by signs of whole messages": (parameters_become(torch.nan), Dense("sign@message")),
-    "nan in two bits": (parameters_become(torch.nan), Dense("normal2")),
+    "nan by signs": (parameters_become(torch.nan), Quantize("sign")),
+    "nan by signs of whole messages": (parameters_become(torch.nan), Quantize("sign@tensor")),
+    "nan in two bits": (parameters_become(torch.nan), Quantize("normal2")),
     "inf by rank": (parameters_become(torch.inf), RankK(0.3)),
     "what was left out": (error, TopK(0.3)),
     "without a word": (a_liar, Identity()),
@@ -103,7 +104,7 @@ def test_of_two_histories_that_of_finite_numbers_goes_on(number):
     """Whatever their digests, which decide between two workers else."""
 
     def how(worker):
-        worker.optimizer.batches[0].state["model_shift"].view(-1)[0] = torch.nan
+        worker.optimizer.batches[0].state["global_params"].view(-1)[0] = torch.nan
 
     with lighthouse(2) as url, crew.workers(url, range(2)) as workers:
         assert everyone(workers, 12, breaks(number, (4,), how)) == [None, None]
@@ -123,7 +124,7 @@ def test_where_no_message_is_finite_all_end_with_w_as_it_was():
         errors = everyone(workers, 12, before_step)
         assert all("no worker's message is finite after step 6" in str(error) for error in errors)
         for worker in workers:
-            with worker.optimizer.agreed():
+            with worker.optimizer.global_params():
                 assert torch.equal(parameters_of(worker.model), workers[0].agreed[3])
 
 
@@ -151,7 +152,7 @@ class Other(Worker):
         super().__init__(*arguments, **options)
         self.model = nn.Linear(7, 5)
         inner = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        self.optimizer = LocalSteps(inner, every=3, transport=self.fleet)
+        self.optimizer = LocalSteps(inner, sync_every=3, transport=self.fleet)
 
 
 def another_run(url, number):

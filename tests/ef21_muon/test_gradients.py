@@ -5,17 +5,18 @@ import torch
 from torch import nn
 
 from baselines import DeMo, Dion
-from ef21_muon import ALONE, AveragedGradients, Dense, EF21Muon, LocalSteps, TopK
+from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
+from ef21_muon.compressors import Quantize, TopK
 
 METHODS = {
     "ef21_muon": lambda p, **options: EF21Muon(p, lr=0.1, w2s=TopK(0.5), **options),
-    "corrected": lambda p, **options: EF21Muon(p, lr=0.1, momentum="mvr", **options),
+    "corrected": lambda p, **options: EF21Muon(p, lr=0.1, momentum_kind="mvr", **options),
     "sign": lambda p, **options: EF21Muon(
-        p, lr=0.1, lmo="workers", feedback="none", w2s=Dense("sign@message"), **options
+        p, lr=0.1, lmo="workers", feedback="none", w2s=Quantize("sign@tensor"), **options
     ),
     "averaged": lambda p, **options: AveragedGradients(torch.optim.SGD(p, lr=0.1), **options),
     "local": lambda p, **options: LocalSteps(
-        EF21Muon(p, lr=0.1, process_group=ALONE, **options), every=2
+        EF21Muon(p, lr=0.1, process_group=ALONE, **options), sync_every=2
     ),
 }
 BASELINES = {
@@ -68,7 +69,7 @@ def test_a_missing_gradient_is_zero_where_that_was_asked_for(method):
     results = []
     for given in (True, False):
         model = new_model()
-        optimizer = METHODS[method](model.named_parameters(), missing="zero")
+        optimizer = METHODS[method](model.named_parameters(), missing_grad="zero")
         for branch in ("one", "other", "one"):
             backward(model, branch)
             for parameter in model.parameters() if given else ():
@@ -83,7 +84,7 @@ def test_a_missing_gradient_is_zero_where_that_was_asked_for(method):
 @pytest.mark.parametrize("momentum", EVALUATING)
 def test_both_gradients_of_a_batch_may_lack_a_parameters(momentum):
     model = new_model()
-    optimizer = EF21Muon(model.named_parameters(), momentum=momentum, missing="zero")
+    optimizer = EF21Muon(model.named_parameters(), momentum=momentum, missing_grad="zero")
     before = values(model)
     for branch in ("one", "one", "other"):
         optimizer.step(lambda branch=branch: backward(model, branch))
@@ -97,10 +98,10 @@ def test_a_step_on_nothing_is_refused(method):
     model = new_model()
     closure = CLOSURES.get(method)
     if method in EVALUATING:
-        optimizer = EF21Muon(model.named_parameters(), momentum=method, missing="zero")
+        optimizer = EF21Muon(model.named_parameters(), momentum=method, missing_grad="zero")
         closure = model.zero_grad
     else:
-        optimizer = METHODS[method](model.named_parameters(), missing="zero")
+        optimizer = METHODS[method](model.named_parameters(), missing_grad="zero")
     before = values(model)
     told = r"^none of the (parameters of \w+|inner optimizer's parameters) has a gradient"
     for _ in range(2):
@@ -115,8 +116,8 @@ def test_an_inner_optimizer_may_have_none_of_its_gradients():
     """As one of a branch that was not taken, beside others."""
     model = new_model()
     parts = [without(model, "other"), without(model, "table", "one")]
-    inner = [EF21Muon(part, missing="zero", process_group=ALONE) for part in parts]
-    optimizer = LocalSteps(inner, every=2)
+    inner = [EF21Muon(part, missing_grad="zero", process_group=ALONE) for part in parts]
+    optimizer = LocalSteps(inner, sync_every=2)
     for _ in range(3):
         backward(model)
         optimizer.step()
@@ -145,7 +146,7 @@ def test_an_inner_optimizer_that_takes_sparse_gradients_gets_them(kind, scaled):
     results = []
     for sparse in (False, True):
         model = new_model(sparse)
-        optimizer = LocalSteps(kind(without(model, "other"), lr=0.1), every=2, w2s=TopK(0.5))
+        optimizer = LocalSteps(kind(without(model, "other"), lr=0.1), sync_every=2, w2s=TopK(0.5))
         scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=4.0)
         for _ in range(4):
             backward(model, scale=scaler.scale)

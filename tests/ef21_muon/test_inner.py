@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ef21_muon import ALONE, EF21Muon, LocalSteps, TopK
+from ef21_muon import ALONE, EF21Muon, LocalSteps
+from ef21_muon.compressors import TopK
 from ef21_muon.inner import beginner
 
 
@@ -102,7 +103,7 @@ MAKE = {
     "an option beside the defaults": lambda p: Apart(p, pace=0.3),
     "keywords": lambda p: Keywords(p, lr=0.1, momentum=0.5),
     "ef21_muon": muon,
-    "ef21_muon, lossy": lambda p: muon(p, w2s=TopK(0.3), s2w=TopK(0.5), beta=0.5),
+    "ef21_muon, lossy": lambda p: muon(p, w2s=TopK(0.3), s2w=TopK(0.5), momentum=0.5),
     "ef21_muon, lmo_feedback": lambda p: muon(p, lmo_feedback=True, radius=50),
 }
 
@@ -173,7 +174,7 @@ def test_a_worker_that_was_away_begins_anew_from_what_the_others_share(name):
         model = nn.Linear(6, 4)
         inner = MAKE[name](list(model.parameters()))
         fleet = Fleet(number, "http://localhost:1")
-        return model, LocalSteps(inner, every=100, transport=fleet, outer_momentum=0.5)
+        return model, LocalSteps(inner, sync_every=100, transport=fleet, outer_momentum=0.5)
 
     (_, there), (model, away) = worker(0), worker(1)
     with torch.no_grad():

@@ -6,7 +6,9 @@ import reference
 import torch
 from torch.nn import Parameter
 
-from ef21_muon import AdaptiveRadius, EF21Muon, Euclidean, Sign, Spectral, TopK
+from ef21_muon import EF21Muon
+from ef21_muon.compressors import TopK
+from ef21_muon.norms import AdaptiveRadius, Euclidean, Sign, Spectral
 
 ROUNDS, SHAPE, LR, RADIUS, BETA, DECAY = 15, (6, 9), 0.05, 3.0, 0.3, 0.2
 LMOS = {
@@ -42,7 +44,7 @@ def transcription(lmo, compress, decay):
 
 def build(**options):
     parameter = Parameter(torch.zeros(SHAPE))
-    given = {"lr": LR, "radius": RADIUS, "beta": BETA, "lmo_feedback": True} | options
+    given = {"lr": LR, "radius": RADIUS, "momentum": 1 - BETA, "lmo_feedback": True} | options
     return parameter, EF21Muon([parameter], **given)
 
 

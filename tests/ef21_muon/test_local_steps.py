@@ -77,7 +77,7 @@ def simulate(case, layout, workers, steps=STEPS):
     )
     local, agreed = [], []
     for step in range(steps + (steps % EVERY > 0)):
-        simulation.step() if step < steps else simulation.finish()
+        simulation.step() if step < steps else simulation.final_sync()
         local.append([flat(model) for model in simulation.models])
         agreed.append(flat(simulation.shared))
     return np.array(local), np.array(agreed)

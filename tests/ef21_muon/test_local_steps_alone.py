@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from ef21_muon import ALONE, Dense, EF21Muon, LocalSteps, RankK, TopK
+from ef21_muon import ALONE, EF21Muon, LocalSteps
+from ef21_muon.compressors import Quantize, RankK, TopK
 
 INNER = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
@@ -47,7 +48,7 @@ def build(inner="sgd", **options):
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("inner", INNER)
 def test_a_worker_alone_is_its_inner_optimizer_bit_for_bit(inner, every):
-    model, optimizer = build(inner, every=every)
+    model, optimizer = build(inner, sync_every=every)
     expected = new_model()
     for found, its in zip(
         train(model, optimizer, 30),
@@ -55,7 +56,7 @@ def test_a_worker_alone_is_its_inner_optimizer_bit_for_bit(inner, every):
         strict=True,
     ):
         assert torch.equal(found, its)
-    with optimizer.agreed():
+    with optimizer.global_params():
         assert torch.equal(parameters_of(model), parameters_of(expected))
 
 
@@ -64,7 +65,7 @@ def test_a_worker_alone_is_its_inner_optimizer_bit_for_bit(inner, every):
 )
 def test_lookahead_of_a_worker_alone(every, lengths):
     """Momentum outside, K = 1 of MuLoCo: torch.optim.SGD with Nesterov on W - x."""
-    model, optimizer = build("adamw", every=every, outer_lr=0.7, outer_momentum=0.6)
+    model, optimizer = build("adamw", sync_every=every, outer_lr=0.7, outer_momentum=0.6)
     expected, its_inner = new_model(), None
     its_inner = INNER["adamw"](expected.named_parameters())
     outer_model = copy.deepcopy(expected)
@@ -81,7 +82,7 @@ def test_lookahead_of_a_worker_alone(every, lengths):
 
 
 def test_schedulers_act_on_the_inner_lr():
-    model, optimizer = build("sgd", every=2)
+    model, optimizer = build("sgd", sync_every=2)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     for _ in range(3):
         train(model, optimizer, 1)
@@ -93,7 +94,7 @@ def test_several_inner_optimizers_share_the_work():
     model = new_model()
     weights = [(n, p) for n, p in model.named_parameters() if p.ndim == 2]
     biases = [(n, p) for n, p in model.named_parameters() if p.ndim == 1]
-    optimizer = LocalSteps([INNER["ef21_muon"](weights), INNER["adamw"](biases)], every=2)
+    optimizer = LocalSteps([INNER["ef21_muon"](weights), INNER["adamw"](biases)], sync_every=2)
     before = parameters_of(model)
     train(model, optimizer, 2)
     assert (parameters_of(model) != before).all()
@@ -101,25 +102,25 @@ def test_several_inner_optimizers_share_the_work():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"w2s": TopK(0.2), "s2w": RankK(0.5), "stagger": True}])
+@pytest.mark.parametrize("options", [{}, {"w2s": TopK(0.2), "s2w": RankK(0.5), "streaming": True}])
 def test_agreed_swaps_w_in_and_x_back(options, dtype):
     model = new_model().to(dtype)
-    optimizer = LocalSteps(torch.optim.SGD(model.parameters(), lr=0.1), every=4, **options)
+    optimizer = LocalSteps(torch.optim.SGD(model.parameters(), lr=0.1), sync_every=4, **options)
     start = parameters_of(model)
     for _ in range(3):
         optimizer.zero_grad()
         model(torch.ones(3, 6, dtype=dtype)).square().sum().backward()
         optimizer.step()
         local = parameters_of(model)
-        with optimizer.agreed():
+        with optimizer.global_params():
             if not options:
                 assert torch.equal(parameters_of(model), start)
             with pytest.raises(RuntimeError, match=r"step\(\) within agreed"):
                 optimizer.step()
-            with pytest.raises(RuntimeError, match="within agreed"), optimizer.agreed():
+            with pytest.raises(RuntimeError, match="within agreed"), optimizer.global_params():
                 pass
         assert torch.equal(parameters_of(model), local)
-        with pytest.raises(ZeroDivisionError), optimizer.agreed():
+        with pytest.raises(ZeroDivisionError), optimizer.global_params():
             raise ZeroDivisionError
         assert torch.equal(parameters_of(model), local)
 
@@ -127,8 +128,13 @@ def test_agreed_swaps_w_in_and_x_back(options, dtype):
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("steps", [0, 3, 4, 6])
 def test_a_saved_state_goes_on_bit_for_bit(inner, steps):
-    options = {"every": 4, "w2s": TopK(0.3, "natural"), "s2w": Dense("normal3"), "delay": 2}
-    options |= {"outer_momentum": 0.5, "stagger": True, "feedback": "ef21"}
+    options = {
+        "sync_every": 4,
+        "w2s": TopK(0.3, "natural"),
+        "s2w": Quantize("normal3"),
+        "sync_delay": 2,
+    }
+    options |= {"outer_momentum": 0.5, "streaming": True, "feedback": "ef21"}
     model, optimizer = build(inner, **options)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
     for step in range(steps):
@@ -156,7 +162,7 @@ def test_a_saved_state_goes_on_bit_for_bit(inner, steps):
 
 
 ONE = {"outer_momentum": 0.5}
-OTHER = {"s2w": Dense("int8")}
+OTHER = {"s2w": Quantize("int8")}
 
 
 @pytest.mark.parametrize(
@@ -167,11 +173,11 @@ OTHER = {"s2w": Dense("int8")}
         (OTHER, 12),  # or e_s
         (ONE | OTHER, 16),
         ({"feedback": "ef21"}, 12),  # W, G_j and G
-        ({"delay": 1}, 16),  # W, e_j, x_j and the message
+        ({"sync_delay": 1}, 16),  # W, e_j, x_j and the message
     ],
 )
 def test_memory_is_as_documented(options, bytes_an_entry):
-    model, optimizer = build(every=3, **options)
+    model, optimizer = build(sync_every=3, **options)
     train(model, optimizer, 7)
     tensors = [t.untyped_storage() for state in optimizer.state.values() for t in state.values()]
     held = {storage.data_ptr(): storage.nbytes() for storage in tensors}
@@ -181,12 +187,12 @@ def test_memory_is_as_documented(options, bytes_an_entry):
 def test_before_the_first_step_there_is_nothing_to_finish():
     model, optimizer = build(w2s=TopK(0.2))
     start = parameters_of(model)
-    optimizer.finish()
+    optimizer.final_sync()
     assert torch.equal(parameters_of(model), start) and optimizer.w2s_bytes == 0
 
 
 def test_a_state_from_before_replaces_messages_under_way():
-    options = {"every": 4, "w2s": TopK(0.3), "delay": 2, "outer_momentum": 0.5}
+    options = {"sync_every": 4, "w2s": TopK(0.3), "sync_delay": 2, "outer_momentum": 0.5}
     model, optimizer = build(**options)
     train(model, optimizer, 2)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -200,14 +206,16 @@ def test_a_state_from_before_replaces_messages_under_way():
 
 @pytest.mark.parametrize("stagger", [False, True])
 def test_agreement_is_checked_while_all_layers_are_under_way_and_at_the_end(stagger):
-    model, optimizer = build(every=4, w2s=TopK(0.3), feedback="ef21", delay=2, stagger=stagger)
+    model, optimizer = build(
+        sync_every=4, w2s=TopK(0.3), feedback="ef21", sync_delay=2, stagger=stagger
+    )
     late = set()
     for step in range(10):
         train(model, optimizer, 1, first=step)
         optimizer.check_agreement()
         late.add(len(optimizer.under_way))
     assert 0 in late and (stagger or max(late) == len(optimizer.batches))
-    optimizer.finish()
+    optimizer.final_sync()
     optimizer.check_agreement()
     assert optimizer.under_way == []
 
@@ -218,8 +226,8 @@ def test_groups_may_have_compressors_of_their_own():
         {"params": model[0].parameters(), "name": "first"},
         {"params": model[2].parameters(), "name": "last"},
     ]
-    w2s = {"first": TopK(0.2), "last": Dense("normal2")}
-    optimizer = LocalSteps(torch.optim.SGD(groups, lr=0.1), every=1, w2s=w2s)
+    w2s = {"first": TopK(0.2), "last": Quantize("normal2")}
+    optimizer = LocalSteps(torch.optim.SGD(groups, lr=0.1), sync_every=1, w2s=w2s)
     used = {str(batch.up.compressor) for batch in optimizer.batches if batch.shape[1] > 1}
     assert used == {"top 20%", "dense normal2"}
     with pytest.raises(ValueError, match="none for the group 'last'"):
@@ -227,7 +235,7 @@ def test_groups_may_have_compressors_of_their_own():
 
 
 def test_watched_messages_are_told_when_all_have_gone():
-    model, optimizer = build(every=4, w2s=TopK(0.3), s2w=Dense("normal2"), stagger=True)
+    model, optimizer = build(sync_every=4, w2s=TopK(0.3), s2w=Quantize("normal2"), streaming=True)
     optimizer.watch = True
     told = []
     for step in range(4):
@@ -244,7 +252,7 @@ def test_watched_messages_are_told_when_all_have_gone():
 
 
 def test_a_parameter_that_is_not_finite_is_named():
-    model, optimizer = build("adamw", every=4)
+    model, optimizer = build("adamw", sync_every=4)
     train(model, optimizer, 3)
     optimizer.check_finite()
     model[0].weight.grad[0, 0] = float("nan")
@@ -264,11 +272,14 @@ class Counting(torch.optim.SGD):
 
 
 WRONG = (
-    ({"every": 0}, "every=0 is not allowed: give a whole number above 0"),
-    ({"every": 2.5}, "every=2.5 is not allowed"),
+    ({"sync_every": 0}, "every=0 is not allowed: give a whole number above 0"),
+    ({"sync_every": 2.5}, "every=2.5 is not allowed"),
     ({"every": True}, "every=True is not allowed"),
-    ({"every": 3, "delay": 3}, "delay=3 is not allowed with every=3: .* give at most 2"),
-    ({"every": 3, "delay": -1}, "delay=-1 is not allowed: give a whole number of at least 0"),
+    (
+        {"sync_every": 3, "sync_delay": 3},
+        "delay=3 is not allowed with sync_every=3: .* give at most 2",
+    ),
+    ({"sync_every": 3, "delay": -1}, "delay=-1 is not allowed: give a whole number of at least 0"),
     ({"outer_lr": 0}, "outer_lr=0 is not allowed: give a number above 0"),
     ({"outer_lr": float("nan")}, "outer_lr=nan is not allowed"),
     ({"outer_momentum": 1}, "outer_momentum=1 is not allowed: give a number of at least 0, be"),
@@ -281,7 +292,7 @@ WRONG = (
     ({"server": "cloud"}, "server='cloud' is not a placement"),
     ({"server": "replicated", "s2w": TopK(0.1)}, "sends nothing back to compress"),
     ({"w2s": "topk"}, "w2s='topk' is not allowed: give a Compressor"),
-    ({"stagger": 1}, "stagger=1 is not allowed: give True or False"),
+    ({"streaming": 1}, "stagger=1 is not allowed: give True or False"),
     ({"nesterov": "yes"}, "nesterov='yes' is not allowed"),
     ({"buckets": 0}, "buckets=0 is not allowed"),
 )
@@ -331,8 +342,8 @@ def test_a_state_of_other_layers_is_refused():
 
 WITHIN = {
     "step()": lambda model, optimizer: optimizer.step(),
-    "agreed()": lambda model, optimizer: optimizer.agreed().__enter__(),
-    "finish()": lambda model, optimizer: optimizer.finish(),
+    "agreed()": lambda model, optimizer: optimizer.global_params().__enter__(),
+    "finish()": lambda model, optimizer: optimizer.final_sync(),
     "state_dict()": lambda model, optimizer: optimizer.state_dict(),
     "a state of all": lambda model, optimizer: optimizer.full_state_dict(),
     "load_state_dict()": lambda model, optimizer: optimizer.load_state_dict({}),
@@ -354,14 +365,14 @@ WITHIN = {
 @pytest.mark.parametrize("call", WITHIN)
 def test_what_is_of_local_models_is_refused_while_the_parameters_are_w(call, inner, copied):
     """And nothing has changed after it."""
-    options = {"every": 4, "w2s": TopK(0.3), "s2w": Dense("normal3"), "outer_momentum": 0.5}
+    options = {"sync_every": 4, "w2s": TopK(0.3), "s2w": Quantize("normal3"), "outer_momentum": 0.5}
     model, optimizer = build(inner, **options)
     train(model, optimizer, 6)
     if copied:
         model, optimizer = copy.deepcopy((model, optimizer))
     expected = copy.deepcopy((model, optimizer))
     line = r"within agreed\(\): the parameters are W there, leave it first"
-    with optimizer.agreed(), pytest.raises(RuntimeError, match=line):
+    with optimizer.global_params(), pytest.raises(RuntimeError, match=line):
         WITHIN[call](model, optimizer)
     for found, its in zip(
         train(model, optimizer, 4, first=6), train(*expected, 4, first=6), strict=True
@@ -371,12 +382,12 @@ def test_what_is_of_local_models_is_refused_while_the_parameters_are_w(call, inn
 
 def test_two_lines_make_a_checkpoint_that_resumes(tmp_path):
     """README's, also in the middle of a round and with W saved for users before."""
-    model, optimizer = build("adamw", every=4, w2s=TopK(0.3), outer_momentum=0.5)
+    model, optimizer = build("adamw", sync_every=4, w2s=TopK(0.3), outer_momentum=0.5)
     train(model, optimizer, 6)
-    with optimizer.agreed():
+    with optimizer.global_params():
         torch.save(model.state_dict(), tmp_path / "model.pt")
     torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "worker0.pt")
-    others, other = build("adamw", every=4, w2s=TopK(0.3), outer_momentum=0.5)
+    others, other = build("adamw", sync_every=4, w2s=TopK(0.3), outer_momentum=0.5)
     weights, state = torch.load(tmp_path / "worker0.pt")
     others.load_state_dict(weights)
     other.load_state_dict(state)

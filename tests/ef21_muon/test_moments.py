@@ -11,7 +11,8 @@ from run import torchrun
 from torch import nn
 from workers.moments import SERVERS
 
-from ef21_muon import ALONE, AveragedGradients, Dense, EF21Muon, LocalSteps, TopK
+from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
+from ef21_muon.compressors import Quantize, TopK
 
 INNER = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
@@ -19,9 +20,9 @@ INNER = {
     "lossless": lambda p: EF21Muon(p, process_group=ALONE),
 }
 OPTIONS = {
-    "plain": {"every": 3},
-    "compressed": {"every": 3, "w2s": TopK(0.3), "outer_momentum": 0.5},
-    "delay": {"every": 4, "w2s": TopK(0.3), "delay": 1, "s2w": Dense("normal3")},
+    "plain": {"sync_every": 3},
+    "compressed": {"sync_every": 3, "w2s": TopK(0.3), "outer_momentum": 0.5},
+    "delay": {"sync_every": 4, "w2s": TopK(0.3), "sync_delay": 1, "s2w": Quantize("normal3")},
 }
 
 
@@ -70,7 +71,7 @@ def resumed(model, optimizer, inner, options):
 
 def evaluated(model, optimizer, inner, options):
     for _ in range(2):
-        with optimizer.agreed():
+        with optimizer.global_params():
             model(torch.ones(1, 6))
     return model, optimizer
 
@@ -103,7 +104,7 @@ def test_a_model_that_is_loaded_before_the_first_step_is_w(inner, options):
     model, optimizer = build(inner, options)
     loaded = {name: torch.randn_like(one) for name, one in model.state_dict().items()}
     model.load_state_dict(loaded)
-    with optimizer.agreed():
+    with optimizer.global_params():
         assert all(torch.equal(one, loaded[name]) for name, one in model.state_dict().items())
     expected, its_optimizer = build(inner, options)
     expected.load_state_dict(loaded)
@@ -114,7 +115,7 @@ def test_a_model_that_is_loaded_before_the_first_step_is_w(inner, options):
 
 
 WRAPPED = {
-    "local": lambda inner: LocalSteps(inner, every=2, w2s=TopK(0.5)),
+    "local": lambda inner: LocalSteps(inner, sync_every=2, w2s=TopK(0.5)),
     "averaged": lambda inner: AveragedGradients(inner, w2s=TopK(0.5)),
 }
 
@@ -160,7 +161,7 @@ def test_a_missing_gradient_is_refused_before_another_inner_optimizer_steps():
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
     first = torch.optim.AdamW(model[0].parameters(), lr=0.1)
     second = EF21Muon(model[1].parameters(), process_group=ALONE)
-    optimizer = LocalSteps([first, second], every=2)
+    optimizer = LocalSteps([first, second], sync_every=2)
     before = copy.deepcopy(model.state_dict())
     model(torch.ones(2, 6)).sum().backward()
     model[1].weight.grad = None
@@ -172,14 +173,14 @@ def test_a_missing_gradient_is_refused_before_another_inner_optimizer_steps():
 def test_what_finish_has_brought_does_not_arrive_again():
     """Where a training goes on after it, by steps that change nothing."""
     parameter = nn.Parameter(torch.zeros(4, 4))
-    optimizer = LocalSteps(torch.optim.SGD([parameter], lr=1.0), 3, delay=1, outer_lr=0.5)
+    optimizer = LocalSteps(torch.optim.SGD([parameter], lr=1.0), 3, sync_delay=1, outer_lr=0.5)
     found = []
     for gradient in (1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0):
         parameter.grad = torch.full((4, 4), gradient)
         optimizer.step()
         if optimizer.steps == 3:
-            optimizer.finish()
-        with optimizer.agreed():
+            optimizer.final_sync()
+        with optimizer.global_params():
             found.append(parameter[0, 0].item())
     assert found == [0, 0, -1.5, -1.5, -1.5, -1.5, -1.5]
 
@@ -199,7 +200,7 @@ def test_a_round_that_an_error_has_interrupted_is_taken_with_the_next_step():
     optimizer.batches[0].down.decode = decode
     take(model, optimizer, 1, first=2)
     assert (optimizer.steps, optimizer.round) == (3, 1)
-    with optimizer.agreed():
+    with optimizer.global_params():
         w = [parameter.clone() for parameter in model.parameters()]
     for parameter, agreed in zip(model.parameters(), w, strict=True):
         assert torch.equal(parameter, agreed)

@@ -13,7 +13,8 @@ from run import torchrun
 from torch import nn
 from workers.not_finite import BROKEN, CASES, LAYER, SHAPES, STEPS
 
-from ef21_muon import EF21Muon, LocalSteps, TopK
+from ef21_muon import EF21Muon, LocalSteps
+from ef21_muon.compressors import TopK
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,8 @@ def test_the_one_who_sent_it_is_named(reports, name):
 def test_w_of_a_worker_alone_stays_finite_too(value):
     for make in (
         lambda p: EF21Muon(p, lr=0.1),
-        lambda p: LocalSteps(torch.optim.SGD(p, lr=0.1), every=1),
-        lambda p: LocalSteps(torch.optim.SGD(p, lr=0.1), every=2, delay=1),
+        lambda p: LocalSteps(torch.optim.SGD(p, lr=0.1), sync_every=1),
+        lambda p: LocalSteps(torch.optim.SGD(p, lr=0.1), sync_every=2, sync_delay=1),
     ):
         model = nn.Linear(3, 3)
         optimizer = make(model.parameters())
@@ -82,7 +83,7 @@ def test_w_of_a_worker_alone_stays_finite_too(value):
             ):
                 check()
         if isinstance(optimizer, LocalSteps):
-            with optimizer.agreed():
+            with optimizer.global_params():
                 assert model.weight.isfinite().all()
         else:
             assert model.weight.isfinite().all()
@@ -94,7 +95,7 @@ def test_a_training_goes_on_from_a_state_before(local):
         torch.manual_seed(0)
         model = nn.Linear(3, 3)
         if local:
-            return model, LocalSteps(torch.optim.AdamW(model.parameters()), every=2)
+            return model, LocalSteps(torch.optim.AdamW(model.parameters()), sync_every=2)
         return model, EF21Muon(model.parameters(), w2s=TopK(0.5))
 
     def take(model, optimizer, value):
@@ -124,7 +125,7 @@ def test_a_training_goes_on_from_a_state_before(local):
 def test_who_does_not_ask_is_told_once_some_steps_later(local, caplog):
     model = nn.Linear(3, 3)
     if local:
-        optimizer = LocalSteps(torch.optim.SGD(model.parameters(), 0.1), every=1)
+        optimizer = LocalSteps(torch.optim.SGD(model.parameters(), 0.1), sync_every=1)
     else:
         optimizer = EF21Muon(model.parameters())
     said = []

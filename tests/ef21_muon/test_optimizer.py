@@ -7,33 +7,21 @@ import torch
 from one_worker import SHAPES, build, copies, set_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ef21_muon import (
-    L1,
-    AdaptiveRadius,
-    ColumnNorm,
-    Dense,
-    EF21Muon,
-    FittedRank,
-    Identity,
-    Natural,
-    RankK,
-    Sign,
-    Spectral,
-    TopK,
-    WorkerMesh,
-)
-from ef21_muon.messages import sparse
+from ef21_muon import EF21Muon, WorkerMesh
+from ef21_muon.compressors import Identity, Quantize, QuantizedRank, RankK, TopK, sparse
+from ef21_muon.norms import L1, AdaptiveRadius, ColumnNorm, Sign, Spectral
+from ef21_muon.values import Natural
 
 COMPRESSORS = {
     "identity": Identity(),
-    "bfloat16": Dense("bfloat16"),
-    "natural": Dense("natural"),
-    "nearest": Dense(Natural(stochastic=False)),
+    "bfloat16": Quantize("bfloat16"),
+    "natural": Quantize("natural"),
+    "nearest": Quantize(Natural(rounding="nearest")),
     "topk": TopK(0.2),
     "topk natural": TopK(0.2, "natural"),
     "rank": RankK(0.2),
     "rank natural": RankK(0.2, "natural"),
-    "fitted": FittedRank(0.2),
+    "fitted": QuantizedRank(0.2),
 }
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS.values(), ids=COMPRESSORS)
 
@@ -44,7 +32,7 @@ def states(parameters, optimizer, key):
 
 @every_compressor
 def test_the_first_momentum_is_the_gradient(compressor):
-    parameters, optimizer = build(beta=0.1, w2s=compressor)
+    parameters, optimizer = build(momentum=0.9, w2s=compressor)
     set_gradients(parameters, seed=1)
     optimizer.step()
     for parameter, momentum in zip(
@@ -107,7 +95,7 @@ def test_s2w_keeps_the_servers_model_apart_but_near():
 
 @pytest.mark.parametrize("norm", [Spectral(), Sign()])
 def test_schedulers_set_the_radius(norm):
-    parameters, optimizer = build(lr=0.5, radius=3.0, beta=1.0, norm=norm)
+    parameters, optimizer = build(lr=0.5, radius=3.0, momentum=0, norm=norm)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [1.0, 0.1, 0.0][step])
     set_gradients(parameters, seed=1)
     for factor in (1.0, 0.1):
@@ -186,9 +174,9 @@ def test_a_missing_gradient_is_named():
 
 
 RULES = {
-    "natural": {"w2s": Dense("natural"), "s2w": Identity()},
+    "natural": {"w2s": Quantize("natural"), "s2w": Identity()},
     "rank": {"w2s": RankK(0.2, "natural"), "s2w": TopK(0.2, "natural")},
-    "both rank": {"w2s": RankK(0.2), "s2w": RankK(0.2), "norm": Sign(), "beta": 0.5},
+    "both rank": {"w2s": RankK(0.2), "s2w": RankK(0.2), "norm": Sign(), "momentum": 0.5},
 }
 
 
@@ -254,7 +242,7 @@ def test_impossible_options_are_refused(option, value):
 
 @pytest.mark.parametrize("option", ["lr", "radius", "beta"])
 def test_options_of_a_group_are_checked(option):
-    build(lr=0.0, radius=1e-9, beta=1.0)  # the edges are allowed
+    build(lr=0.0, radius=1e-9, momentum=0)  # the edges are allowed
     for wrong in (-1.0, "0.1"):
         with pytest.raises(ValueError, match=f"{option}={wrong}"):
             EF21Muon([{"params": [torch.nn.Parameter(torch.ones(3))], option: wrong}])
@@ -291,7 +279,7 @@ OPTIONS = {
     "adaptive radius": {"radius": AdaptiveRadius(0.5, 1.0)},
     **{name: {"feedback": name} for name in ("ef14", "none")},
     "decays": {"feedback": "ef14", "error_decay": 0.9, "server_momentum": 0.7},
-    "other start": {"momentum_start": "zero", "first_message": "exact"},
+    "other start": {"momentum_init": "zero", "first_message": "full"},
     **{repr(norm): {"norm": norm} for norm in (Spectral("polar_express"), ColumnNorm(), L1())},
 }
 

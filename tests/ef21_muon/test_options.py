@@ -5,7 +5,9 @@ import pytest
 import reference
 import torch
 
-from ef21_muon import AdaptiveRadius, EF21Muon, Identity, RankK, Sign, Spectral, TopK
+from ef21_muon import EF21Muon
+from ef21_muon.compressors import Identity, RankK, TopK
+from ef21_muon.norms import AdaptiveRadius, Sign, Spectral
 
 SHAPES = {"query": (12, 20), "key": (12, 20), "head": (9, 14)}
 FRACTION = 0.2
@@ -59,7 +61,7 @@ def assert_close(found, expected, tolerance=1e-5):
 def test_feedback_follows_its_recursion(feedback, gradient_of):
     """The server's gradient after every round, against each method's own recursion."""
     beta = 0.3
-    parameters, optimizer = build(beta=beta, w2s=TopK(FRACTION), feedback=feedback)
+    parameters, optimizer = build(momentum=1 - beta, w2s=TopK(FRACTION), feedback=feedback)
     memory = {name: np.zeros(shape) for name, shape in SHAPES.items()}
     momentum = None
     for seed in range(1, 8):
@@ -86,7 +88,7 @@ def test_feedback_follows_its_recursion(feedback, gradient_of):
 def test_errors_decay_and_the_server_averages(feedback, decay, server_momentum):
     """e' = (decay e + M) - R and G' = server_momentum G + R, M_j and W from the state."""
     parameters, optimizer = build(
-        beta=0.3,
+        momentum=0.7,
         w2s=TopK(FRACTION),
         feedback=feedback,
         error_decay=decay,
@@ -107,7 +109,7 @@ def test_errors_decay_and_the_server_averages(feedback, decay, server_momentum):
 
 def errors_of_one_gradient(decay, compressor, rounds=60):
     """||e||^2 / ||grad||^2 by layer, the same gradient in all rounds."""
-    parameters, optimizer = build(beta=1.0, w2s=compressor, feedback="ef14", error_decay=decay)
+    parameters, optimizer = build(momentum=0, w2s=compressor, feedback="ef14", error_decay=decay)
     for _ in range(rounds):
         gradients = step(parameters, optimizer, seed=1)
     errors = state(parameters, optimizer, "gradient_estimate")
@@ -141,7 +143,7 @@ def test_feedback_variants_part_after_the_first_round():
 
 @pytest.mark.parametrize("start", ["gradient", "zero"])
 def test_momentum_starts_as_asked(start):
-    parameters, optimizer = build(beta=0.25, momentum_start=start)
+    parameters, optimizer = build(momentum=0.75, momentum_init=start)
     first = step(parameters, optimizer, 1)
     second = step(parameters, optimizer, 2)
     weight = {"gradient": 1.0, "zero": 0.25}[start]
@@ -150,7 +152,7 @@ def test_momentum_starts_as_asked(start):
 
 
 def test_nesterov_sends_the_gradient_with_the_momentum():
-    parameters, optimizer = build(beta=0.25, nesterov=True)
+    parameters, optimizer = build(momentum=0.75, nesterov=True)
     first = step(parameters, optimizer, 1)
     second = step(parameters, optimizer, 2)
     momentum = {n: 0.75 * first[n] + 0.25 * second[n] for n in SHAPES}
@@ -161,7 +163,7 @@ def test_nesterov_sends_the_gradient_with_the_momentum():
 
 def test_an_exact_first_message_is_the_gradient_and_is_counted():
     options = {"w2s": TopK(FRACTION), "s2w": RankK(0.1)}
-    parameters, optimizer = build(first_message="exact", **options)
+    parameters, optimizer = build(first_message="full", **options)
     compressed_parameters, compressed = build(**options)
     assert (optimizer.w2s_bytes, optimizer.s2w_bytes, optimizer.wire_tx_bytes) == (0, 0, 0)
     gradients = step(parameters, optimizer, 1)
@@ -212,7 +214,7 @@ def test_an_adaptive_radius_follows_each_layers_dual_norm():
     ("options", "message"),
     [
         ({"feedback": "ef22"}, "feedback='ef22' is not allowed: choose ef21, ef14, none"),
-        ({"momentum_start": "one"}, "choose gradient, zero"),
+        ({"momentum_init": "one"}, "choose gradient, zero"),
         ({"first_message": "whole"}, "choose compressed, exact"),
         ({"nesterov": 1}, "nesterov=1 is not allowed: give True or False"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 is not allowed"),
@@ -233,7 +235,7 @@ def relative(error, of):
 
 @pytest.mark.parametrize("feedback", ["ef21", "ef14", "none"])
 def test_diagnostics_are_what_the_state_says(feedback):
-    parameters, optimizer = build(w2s=TopK(FRACTION), s2w=RankK(0.1), beta=1.0, feedback=feedback)
+    parameters, optimizer = build(w2s=TopK(FRACTION), s2w=RankK(0.1), momentum=0, feedback=feedback)
     step(parameters, optimizer, 1)
     step(parameters, optimizer, 2)
     memory = None if feedback == "none" else state(parameters, optimizer, "gradient_estimate")

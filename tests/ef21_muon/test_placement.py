@@ -8,8 +8,10 @@ from a_round import a_round
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ef21_muon import EF21Muon, Euclidean, Identity, Spectral, TopK, param_groups
+from ef21_muon import EF21Muon, param_groups
+from ef21_muon.compressors import Identity, TopK
 from ef21_muon.layers import PLACEMENTS, assign, cut, lmo_costs, owned_layers
+from ef21_muon.norms import Euclidean, Spectral
 from ef21_muon.transport.load import MULTIPLICATIONS_PER_BYTE, Load, dry_round, loads
 from model import GPT
 from training.config import build, compose

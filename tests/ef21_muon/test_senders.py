@@ -9,27 +9,27 @@ from hypothesis import strategies as st
 from run import PATIENCE
 from torch import nn
 
-from ef21_muon import (
+from ef21_muon import LocalSteps
+from ef21_muon.compressors import (
+    Bernoulli,
     ChunkTopK,
-    Damping,
-    Dense,
-    Dropout,
-    FittedRank,
     Identity,
-    LocalSteps,
+    Quantize,
+    QuantizedRank,
     RandK,
     RankK,
+    Scaled,
     TopColumns,
     TopK,
     TopSingular,
 )
-from ef21_muon.messages.compressors import Compressor
-from ef21_muon.messages.sparse import Fraction
+from ef21_muon.compressors.base import Compressor
+from ef21_muon.compressors.sparse import Fraction
 
 FORMATS = ("float32", "natural", "int4", "sign", "statistical2")
 WHOLE = (
-    *(Identity(), Dense("normal2"), RankK(0.3), TopSingular(0.3), FittedRank(0.3)),
-    Damping(Dense("int4")),
+    *(Identity(), Quantize("normal2"), RankK(0.3), TopSingular(0.3), QuantizedRank(0.3)),
+    Scaled(Quantize("int4")),
 )
 SPARSE = [
     (kind, made(values))
@@ -43,9 +43,9 @@ SPARSE = [
     )
 ]
 SPARSE += [
-    ("damped", Damping(TopK(0.2), 0.5)),
-    ("dropped", Dropout(TopK(0.2), 0.5)),
-    ("dropped", Dropout(Dense("natural"), 0.5)),
+    ("damped", Scaled(TopK(0.2), 0.5)),
+    ("dropped", Bernoulli(TopK(0.2), 0.5)),
+    ("dropped", Bernoulli(Quantize("natural"), 0.5)),
 ]
 
 
@@ -122,7 +122,7 @@ def test_it_does_not_wait_for_the_device(kind, compressor):
 @pytest.mark.parametrize("fraction", [1.0, None])
 def test_where_all_sent_all_it_is_the_plain_mean(fraction, workers):
     """Of messages that cannot leave anything out bit for bit."""
-    compressor = TopK(fraction) if fraction else Dense("int4")
+    compressor = TopK(fraction) if fraction else Quantize("int4")
     messages = [
         compressor.encode(torch.randn(1, 16, 24, generator=seeded(j)), seeded(j))
         for j in range(workers)
@@ -144,7 +144,7 @@ class TopRows(Fraction):
         return "top rows"
 
 
-MUTE = (TopRows(0.25), Damping(TopRows(0.25), 0.5))
+MUTE = (TopRows(0.25), Scaled(TopRows(0.25), 0.5))
 
 
 @pytest.mark.parametrize("compressor", MUTE, ids=str)

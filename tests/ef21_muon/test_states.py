@@ -10,26 +10,19 @@ from one_layer import everything, layer, take_steps
 from torch import nn
 
 from baselines import DeMo, Dion
-from ef21_muon import (
-    ALONE,
-    AdaptiveRadius,
-    AveragedGradients,
-    Dense,
-    EF21Muon,
-    LocalSteps,
-    Sign,
-    TopK,
-)
+from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
+from ef21_muon.compressors import Quantize, TopK
+from ef21_muon.norms import AdaptiveRadius, Sign
 
 MAKE = {
     "top 20%": lambda p: EF21Muon(p, w2s=TopK(0.2)),
     "top 30%": lambda p: EF21Muon(p, w2s=TopK(0.3)),
     "back": lambda p: EF21Muon(p, w2s=TopK(0.2), s2w=TopK(0.2)),
     "ef14": lambda p: EF21Muon(p, w2s=TopK(0.2), feedback="ef14"),
-    "local": lambda p: LocalSteps(EF21Muon(p, process_group=ALONE), every=3, w2s=TopK(0.2)),
+    "local": lambda p: LocalSteps(EF21Muon(p, process_group=ALONE), sync_every=3, w2s=TopK(0.2)),
     "dion": lambda p: Dion([{"name": "hidden", "params": p}]),
     "demo": lambda p: DeMo([{"name": "hidden", "params": p}]),
-    "sign_muon": lambda p: EF21Muon(p, lmo="workers", w2s=Dense("sign@message")),
+    "sign_muon": lambda p: EF21Muon(p, lmo="workers", w2s=Quantize("sign@tensor")),
 }
 
 
@@ -152,7 +145,7 @@ UNLIKE = {
         "amsgrad of group 0 of inner 0 True (here False)",
     ),
     "beta of an inner EF21Muon": (
-        lambda p: LocalSteps(muon(p, beta=0.2)),
+        lambda p: LocalSteps(muon(p, momentum=0.8)),
         lambda p: LocalSteps(muon(p)),
         "beta of group 0 of inner 0 0.2 (here 0.1)",
     ),
@@ -162,7 +155,7 @@ UNLIKE = {
         "norm of group 0 of inner 0 'Sign(",
     ),
     "every": (
-        lambda p: LocalSteps(sgd(p), every=3),
+        lambda p: LocalSteps(sgd(p), sync_every=3),
         lambda p: LocalSteps(sgd(p), every={0: 3, 6: 2}),
         "every '3' (here '3, 2 from step 7')",
     ),
@@ -187,19 +180,19 @@ UNLIKE = {
         "error_decay 0.5 (here 1.0)",
     ),
     "delay": (
-        lambda p: LocalSteps(sgd(p), every=6, delay=1),
-        lambda p: LocalSteps(sgd(p), every=6, delay=2),
+        lambda p: LocalSteps(sgd(p), sync_every=6, sync_delay=1),
+        lambda p: LocalSteps(sgd(p), sync_every=6, sync_delay=2),
         "delay 1 (here 2)",
     ),
-    "stagger": (
-        lambda p: LocalSteps(sgd(p), every=6, stagger=True),
-        lambda p: LocalSteps(sgd(p), every=6),
+    "streaming": (
+        lambda p: LocalSteps(sgd(p), sync_every=6, streaming=True),
+        lambda p: LocalSteps(sgd(p), sync_every=6),
         "stagger True (here False)",
     ),
     "value format": (
-        lambda p: LocalSteps(sgd(p), w2s=Dense("normal2")),
-        lambda p: LocalSteps(sgd(p), w2s=Dense("normal3")),
-        "w2s of group 0 'Dense(values=Normal(count=1, block=row, width=2))' (here",
+        lambda p: LocalSteps(sgd(p), w2s=Quantize("normal2")),
+        lambda p: LocalSteps(sgd(p), w2s=Quantize("normal3")),
+        "w2s of group 0 'Quantize(values=Normal(count=1, block=row, width=2))' (here",
     ),
     "level of a compressor": (
         lambda p: LocalSteps(sgd(p), w2s=TopK(0.3)),
@@ -207,16 +200,16 @@ UNLIKE = {
         "w2s of group 0 'TopK(fraction=0.3, values=Float32()",
     ),
     "rounding": (
-        lambda p: EF21Muon(p, w2s=Dense({"format": "natural", "stochastic": False})),
-        lambda p: EF21Muon(p, w2s=Dense("natural")),
-        "w2s of group 0 'Dense(values=Natural(",
+        lambda p: EF21Muon(p, w2s=Quantize({"format": "natural", "rounding": "nearest"})),
+        lambda p: EF21Muon(p, w2s=Quantize("natural")),
+        "w2s of group 0 'Quantize(values=Natural(",
     ),
     "dtype": (
         lambda p: LocalSteps(sgd(p)),
         lambda p: LocalSteps(sgd([nn.Parameter(one.detach().bfloat16()) for one in p])),
         "shape of parameter 0 of group 0 '(8, 6) float32' (here '(8, 6) bfloat16'",
     ),
-    "beta": (lambda p: EF21Muon(p, beta=0.5), lambda p: EF21Muon(p), "beta of group 0 0.5"),
+    "beta": (lambda p: EF21Muon(p, momentum=0.5), lambda p: EF21Muon(p), "beta of group 0 0.5"),
     "norm": (lambda p: EF21Muon(p, norm=Sign()), lambda p: EF21Muon(p), "norm of group 0 'Sign("),
     "radius": (
         lambda p: EF21Muon(p, radius=AdaptiveRadius(1, 2)),
@@ -229,8 +222,8 @@ UNLIKE = {
         "weight_decay of group 0 0.1 (here 0.0)",
     ),
     "momentum kind": (
-        lambda p: EF21Muon(p, momentum="polyak"),
-        lambda p: EF21Muon(p, momentum="mvr"),
+        lambda p: EF21Muon(p, momentum_kind="polyak"),
+        lambda p: EF21Muon(p, momentum_kind="mvr"),
         "momentum 'polyak' (here 'mvr')",
     ),
     "gamma": (
@@ -273,7 +266,7 @@ MAY_CHANGE = {
     "lr": (lambda p, old: LocalSteps(sgd(p, lr=0.1 if old else 0.2)), 0.1),
     "lr of EF21Muon": (lambda p, old: EF21Muon(p, lr=0.1 if old else 0.2), 0.1),
     "buckets": (lambda p, old: EF21Muon(p, lr=0.1, buckets=1 if old else 4), 0.1),
-    "missing": (lambda p, old: EF21Muon(p, lr=0.1, missing="refuse" if old else "zero"), 0.1),
+    "missing": (lambda p, old: EF21Muon(p, lr=0.1, missing_grad="error" if old else "zero"), 0.1),
     "server": (lambda p, old: EF21Muon(p, lr=0.1, server="rank0" if old else "sharded"), 0.1),
     "foreach": (lambda p, old: LocalSteps(sgd(p, foreach=bool(old))), 0.1),
     "seed": (lambda p, old: EF21Muon(p, lr=0.1, seed=int(old)), 0.1),
@@ -293,8 +286,8 @@ def test_what_may_change_does(name):
 
 ROLLED_BACK = {
     **MAKE,
-    "local, adamw": lambda p: LocalSteps(torch.optim.AdamW(p), every=3, outer_momentum=0.5),
-    "local, delay": lambda p: LocalSteps(sgd(p), every=6, delay=2, w2s=TopK(0.3)),
+    "local, adamw": lambda p: LocalSteps(torch.optim.AdamW(p), sync_every=3, outer_momentum=0.5),
+    "local, delay": lambda p: LocalSteps(sgd(p), sync_every=6, sync_delay=2, w2s=TopK(0.3)),
     "averaged": lambda p: AveragedGradients(torch.optim.AdamW(p), w2s=TopK(0.3)),
 }
 

@@ -8,7 +8,9 @@ from run import torchrun
 from torch import nn
 from workers import strangers
 
-from ef21_muon import ALONE, EF21Muon, Spectral, TopK
+from ef21_muon import ALONE, EF21Muon
+from ef21_muon.compressors import TopK
+from ef21_muon.norms import Spectral
 
 FLOAT = 4  # bytes
 
@@ -127,5 +129,5 @@ def test_other_policies_are_named(missing):
 
 def test_a_refused_gradient_tells_of_the_policy():
     optimizer = EF21Muon(nn.Linear(2, 2).parameters())
-    with pytest.raises(RuntimeError, match=r"has no gradient: .*missing='zero'"):
+    with pytest.raises(RuntimeError, match=r"has no gradient: .*missing_grad='zero'"):
         optimizer.step()

@@ -10,7 +10,8 @@ import torch
 from one_layer import layer, take_steps
 
 import ef21_muon
-from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps, TopK
+from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
+from ef21_muon.compressors import TopK
 
 LIBRARY = str(Path(ef21_muon.__file__).parent)
 
@@ -61,7 +62,7 @@ def test_the_time_of_an_inner_optimizer_is_the_outer_ones():
     """Also in copies, and after a state was loaded."""
     model = layer()
     inner = EF21Muon(list(model.parameters()), process_group=ALONE)
-    optimizer = LocalSteps(inner, every=2)
+    optimizer = LocalSteps(inner, sync_every=2)
     copied = copy.deepcopy((model, optimizer))
     loaded = copy.deepcopy((model, optimizer))
     loaded[1].load_state_dict(optimizer.state_dict())

@@ -9,18 +9,10 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from baselines import DeMo, Dion
-from ef21_muon import (
-    ALONE,
-    AdaptiveRadius,
-    AveragedGradients,
-    Dense,
-    EF21Muon,
-    LocalSteps,
-    RankK,
-    Sign,
-    TopK,
-)
+from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
 from ef21_muon import optimizer as module
+from ef21_muon.compressors import Quantize, RankK, TopK
+from ef21_muon.norms import AdaptiveRadius, Sign
 
 RATE = 0.0625  # exact in every format
 NUMBERS = {
@@ -46,16 +38,16 @@ def parameters_of(model):
 
 def local(parameters, lr, **options):
     inner = EF21Muon(parameters, lr=lr, process_group=ALONE)
-    return LocalSteps(inner, every=2, w2s=TopK(0.5), **options)
+    return LocalSteps(inner, sync_every=2, w2s=TopK(0.5), **options)
 
 
 METHODS = {
     "decay": lambda p, lr: EF21Muon(p, lr=lr, weight_decay=0.25, w2s=TopK(0.5)),
     "feedback": lambda p, lr: EF21Muon(p, lr=lr, lmo_feedback=True),
     "adaptive": lambda p, lr: EF21Muon(p, lr=lr, norm=Sign(), radius=AdaptiveRadius(0.5, 1)),
-    "corrected": lambda p, lr: EF21Muon(p, lr=lr, momentum="mvr"),
+    "corrected": lambda p, lr: EF21Muon(p, lr=lr, momentum_kind="mvr"),
     "sign": lambda p, lr: EF21Muon(
-        p, lr=lr, lmo="workers", feedback="none", w2s=Dense("sign@message")
+        p, lr=lr, lmo="workers", feedback="none", w2s=Quantize("sign@tensor")
     ),
     "local": local,
     "averaged": lambda p, lr: AveragedGradients(torch.optim.AdamW(p, lr=lr)),
@@ -141,7 +133,7 @@ def test_a_state_goes_on_with_the_rate_and_apart():
 
 
 ENTRIES = {
-    "radius": 2.0, "beta": 0.5, "weight_decay": 0.25, "error_decay": 0.5, "server_momentum": 0.5,
+    "radius": 2.0, "momentum": 0.5, "weight_decay": 0.25, "error_decay": 0.5, "server_momentum": 0.5,
     "gamma": 0.5, "buckets": 2,
 }  # fmt: skip
 
@@ -167,7 +159,7 @@ def test_numbers_of_local_steps_and_of_what_they_send(wrap):
         model = new_model()
         optimizer = LocalSteps(
             torch.optim.SGD(model.parameters(), lr=0.1),
-            every=np.int64(4),
+            sync_every=np.int64(4),
             outer_lr=number(0.5),
             outer_momentum=number(0.25),
             error_decay=number(0.5),

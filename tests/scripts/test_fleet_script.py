@@ -16,7 +16,7 @@ from scripts.supervise import GRACE
 from training.records import read_log
 from training.workers import FINAL
 
-LOCAL = ["optimizer=local", "batch.sequences=6"]
+LOCAL = ["optimizer=local", "batch.global_size=6"]
 WORKER = ["worker", "--number=0", "--workers=3", *LOCAL, "--lighthouse"]
 
 
@@ -45,7 +45,7 @@ def test_what_workers_are_called_with():
     assert command[4].endswith("train.py") and float(command[5].removeprefix("--timeout=")) == 1e6
     assert command[6:] == [
         *("membership=torchft", "membership.workers=2", "membership.worker=1"),
-        *("membership.lighthouse=http://localhost:7", "worker_size=2", "seed=1"),
+        *("membership.lighthouse=http://localhost:7", "ranks_per_worker=2", "seed=1"),
     ]
     without = fleet.worker_command(fleet.parse(["start", "--workers=2"]), 0, "script.py", "0.1")
     assert without[4:6] == ["script.py", "0.1"] and "--timeout" not in " ".join(without)
@@ -79,7 +79,10 @@ def test_what_workers_are_called_with():
         (["start", "--workers=3", "--timeout=soon"], "--timeout: invalid seconds value: 'soon'"),
         (["start", "--workers=3", "--shutdown-timeout=-1"], "-1 s is not allowed: give a number"),
         (["start", "--workers=3", "steeps=1"], "steeps is not a key of this configuration"),
-        (["start", "--workers=3", "batch.sequences=7"], "batch.sequences=7 cannot be split over 3"),
+        (
+            ["start", "--workers=3", "batch.global_size=7"],
+            "batch.global_size=7 cannot be split over 3",
+        ),
         (["start", "--workers=3", *LOCAL, "membership.host=nope.invalid"], "=nope.invalid has no"),
         (["start", "--workers=3", *LOCAL, "membership.host=a..b"], "membership.host=a..b has no"),
         (
@@ -136,9 +139,9 @@ ONE = [*WORKER, "http://localhost:1"]
         (ONE, "membership='fixed'", "leave it out"),
         (ONE, "membership.name=fixed", "leave it out"),
         (START, "~membership", "leave it out"),
-        (START, "worker_size=2", "give --ranks 2"),
-        ([*START, "--ranks=2"], "++worker_size=3", "give --ranks 3"),
-        ([*ONE, "--ranks=2"], "~worker_size", "leave it out"),
+        (START, "ranks_per_worker=2", "give --ranks 2"),
+        ([*START, "--ranks=2"], "++ranks_per_worker=3", "give --ranks 3"),
+        ([*ONE, "--ranks=2"], "~ranks_per_worker", "leave it out"),
     ],
 )
 def test_an_override_of_what_an_option_says_is_refused(given, override, told, capsys):
@@ -153,8 +156,8 @@ def test_an_override_of_what_an_option_says_is_refused(given, override, told, ca
         (START, "++membership={host:localhost}"),
         (START, "membership.workers=3"),
         (START, "membership=torchft"),
-        (START, "worker_size=1"),
-        ([*START, "--ranks=2"], "worker_size=2"),
+        (START, "ranks_per_worker=1"),
+        ([*START, "--ranks=2"], "ranks_per_worker=2"),
         (ONE, "membership.worker='0'"),
         (ONE, "membership.lighthouse=http://localhost:1"),
     ],
@@ -265,7 +268,7 @@ def test_a_fleet_on_this_machine(small, tmp_path):
     pytest.importorskip("torchft")
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-    own = [*LOCAL, "optimizer.every=2", f"directory={tmp_path}/run"]
+    own = [*LOCAL, "optimizer.sync_every=2", f"directory={tmp_path}/run"]
     command = [sys.executable, fleet.__file__, "start", "--workers=2", f"--port={port}"]
     result = subprocess.run(
         [*command, *small, "--timeout=600", *own],

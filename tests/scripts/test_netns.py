@@ -32,7 +32,7 @@ SHOW_LINK = "import os; os.execlp('ip', 'ip', 'link', 'show', 'eth0')"
     [
         pytest.param(2, 1, [], id="2"),
         pytest.param(3, 1, [], id="3"),
-        pytest.param(2, 2, ["optimizer=local", "optimizer.every=2"], id="local"),
+        pytest.param(2, 2, ["optimizer=local", "optimizer.sync_every=2"], id="local"),
     ],
 )
 def test_kernel_confirms_the_log(nodes, every, method, small, tmp_path, nothing_left):
@@ -42,7 +42,7 @@ def test_kernel_confirms_the_log(nodes, every, method, small, tmp_path, nothing_
     sends would miss the bar by them; here the worst is `rank0`, where a worker receives 3.6 times.
     """
     out = tmp_path / "count.json"
-    overrides = [*small, *WIDENED, f"batch.sequences={nodes}", *method]
+    overrides = [*small, *WIDENED, f"batch.global_size={nodes}", *method]
     servers = f"--servers={','.join(PLACEMENTS)}"
     options = [servers, f"--steps={every * (4 - every)}", f"--json={out}"]
     with Network(nodes) as network:
@@ -66,7 +66,7 @@ def test_a_node_of_two_ranks_sends_what_one_would(small, tmp_path, nothing_left)
     rows = {}
     for ranks in (1, 2):
         out = tmp_path / f"count{ranks}.json"
-        overrides = [*small, *WIDENED, "batch.sequences=4", f"worker_size={ranks}"]
+        overrides = [*small, *WIDENED, "batch.global_size=4", f"ranks_per_worker={ranks}"]
         with Network(2) as network:
             network.torchrun(
                 SCRIPTS / "count_bytes.py",

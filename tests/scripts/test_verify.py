@@ -6,10 +6,11 @@ import pytest
 import torch
 from run import ROOT, torchrun
 
-from ef21_muon import EF21Muon, LocalSteps, Spectral, TopK, layers
+from ef21_muon import EF21Muon, LocalSteps, layers
+from ef21_muon.compressors import TopK, values
 from ef21_muon.layers import Channel
-from ef21_muon.lmo.norms import BiasRMS
-from ef21_muon.messages import values
+from ef21_muon.norms import Spectral
+from ef21_muon.norms.lmo import BiasRMS
 from ef21_muon.transport.fixed import Transport
 from scripts import verify
 from training.workers import Workers
@@ -47,7 +48,7 @@ def always_to_nearest(patch):
 
 def forget_the_steps(self, batch, received):
     """A round that starts from the old W again."""
-    torch._foreach_copy_(batch.params, batch.as_parameters(batch.state["model_shift"]))
+    torch._foreach_copy_(batch.params, batch.as_parameters(batch.state["global_params"]))
 
 
 def lose_all(self, batches, payloads):

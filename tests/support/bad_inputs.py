@@ -139,7 +139,7 @@ CHECKPOINTS = {  # what is done to the only one of SCENE/killed, and other overr
     "of another compressor": (
         lambda path: None,
         "compressor@w2s=identity",
-        "w2s._target_='ef21_muon.Identity' (it has 'ef21_muon.FittedRank') ... give the same",
+        "w2s._target_='ef21_muon.compressors.Identity' (it has 'ef21_muon.compressors.QuantizedRank') ... give the same",
     ),
     "with other tensors": (
         other_tensors,
@@ -175,7 +175,9 @@ FILES = {  # what is done to SCENE, and overrides
         "compressor/mine.yaml ... line 1, column 11 ... correct that file",
     ),
     "a key twice": (
-        config_file(b"_target_: ef21_muon.Identity\n_target_: ef21_muon.Dense"),
+        config_file(
+            b"_target_: ef21_muon.compressors.Identity\n_target_: ef21_muon.compressors.Quantize"
+        ),
         "compressor@w2s=mine",
         "mine.yaml ... found duplicate key _target_ ... line 2, column 1: correct that file",
     ),
@@ -192,7 +194,7 @@ FILES = {  # what is done to SCENE, and overrides
         "w2s: Error loading 'nowhere.Compressor': give the dotted name of a class that can be",
     ),
     "an unheard default": (
-        config_file(b"defaults:\n  - nothing\n_target_: ef21_muon.Identity"),
+        config_file(b"defaults:\n  - nothing\n_target_: ef21_muon.compressors.Identity"),
         "compressor@w2s=mine",
         "In 'compressor/mine': Could not load 'compressor/nothing'. ... w2s=mine",
     ),

@@ -1,9 +1,9 @@
 """EF21-Muon on two workers with a setting that has everything in it, to be run and simulated."""
 
-from ef21_muon.lmo.norms import AdaptiveRadius
-from ef21_muon.messages.compressors import Identity
-from ef21_muon.messages.extras import Damping
-from ef21_muon.messages.sparse import TopK
+from ef21_muon.compressors.base import Identity
+from ef21_muon.compressors.rare import Scaled
+from ef21_muon.compressors.sparse import TopK
+from ef21_muon.norms.lmo import AdaptiveRadius
 from scripts.theory.algorithm import Setting, train
 from scripts.theory.problems import geometry
 from scripts.theory.studies import GEOMETRIES, feedback, two_workers
@@ -14,10 +14,10 @@ def compared(place):
     setting = Setting(
         norm=geometry(place, 4, 4).norm,
         w2s=TopK(0.25),
-        beta=0.5,
+        momentum=0.5,
         radius=AdaptiveRadius(20.0, 0.0) if place == "spectral" else 0.01,
-        s2w=Damping(Identity(), 0.5) if place == "spectral" else Identity(),
-        first_message="exact" if place == "spectral" else "compressed",
+        s2w=Scaled(Identity(), 0.5) if place == "spectral" else Identity(),
+        first_message="full" if place == "spectral" else "compressed",
         sigma=0.5,
     )
     return two_workers(), setting, 30, 3

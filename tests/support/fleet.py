@@ -104,7 +104,7 @@ class Worker:
             gradient(self.model, self.number, optimizer.steps)
             optimizer.step()
             if optimizer.rounds.of(optimizer.steps)[1] == 0:
-                with optimizer.agreed():
+                with optimizer.global_params():
                     self.agreed[optimizer.steps] = parameters_of(self.model)
 
     def start(self, *arguments, **options) -> threading.Thread:

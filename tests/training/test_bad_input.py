@@ -226,7 +226,7 @@ def test_more_workers_than_gpus(refuse, pristine, in_a_process_group, monkeypatc
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
-    told = "exchange=device needs a GPU for each rank, and this machine, or another, has fewer ("
+    told = "transport=device needs a GPU for each rank, and this machine, or another, has fewer ("
     refuse(pristine, "", told)
 
 

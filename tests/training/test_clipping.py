@@ -10,7 +10,8 @@ from silent import Silent
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from baselines import AdamW, DeMo, Dion, Muon
-from ef21_muon import ALONE, Dense, EF21Muon, LocalSteps, TopK
+from ef21_muon import ALONE, EF21Muon, LocalSteps
+from ef21_muon.compressors import Quantize, TopK
 from model import GPT, GPTConfig
 from training.passes import Passes
 
@@ -21,17 +22,17 @@ METHODS = {
         kind: lambda named, kind=kind: EF21Muon(named, w2s=TopK(0.2), momentum=kind, gamma=0.5)
         for kind in ("mvr", "hessian")
     },
-    "local adamw": lambda named: LocalSteps(torch.optim.AdamW(named), every=2, w2s=TopK(0.2)),
-    "local sgd": lambda named: LocalSteps(torch.optim.SGD(named, lr=0.1), every=2),
-    "local muon": lambda named: LocalSteps(EF21Muon(named, process_group=ALONE), every=2),
+    "local adamw": lambda named: LocalSteps(torch.optim.AdamW(named), sync_every=2, w2s=TopK(0.2)),
+    "local sgd": lambda named: LocalSteps(torch.optim.SGD(named, lr=0.1), sync_every=2),
+    "local muon": lambda named: LocalSteps(EF21Muon(named, process_group=ALONE), sync_every=2),
     "signs": lambda named: EF21Muon(
-        named, lmo="workers", feedback="none", w2s=Dense("sign@message")
+        named, lmo="workers", feedback="none", w2s=Quantize("sign@tensor")
     ),
     "demo": DeMo,
     "dion": Dion,
     "muon": Muon,
     "adamw": AdamW,
-    "greedylore": partial(Muon, hook="greedylore", rank=2, every=2),
+    "greedylore": partial(Muon, hook="greedylore", rank=2, sync_every=2),
 }
 
 

@@ -19,7 +19,7 @@ def test_more_workers_than_windows():
 
 
 def test_workers_must_divide_the_batch(small):
-    config = compose((*small, "batch.sequences=3")).config
+    config = compose((*small, "batch.global_size=3")).config
     with pytest.raises(RunError, match=r"batch\.sequences=3 cannot be split over 2 workers"):
         share_of_batch(config, 2)
 
@@ -31,7 +31,7 @@ def test_workers_must_divide_the_batch(small):
 def test_forward_passes_are_equal_and_as_large_as_allowed(
     small, sequences, per_forward, workers, expected
 ):
-    overrides = (f"batch.sequences={sequences}", f"batch.per_forward={per_forward}")
+    overrides = (f"batch.global_size={sequences}", f"batch.micro_size={per_forward}")
     assert share_of_batch(compose((*small, *overrides)).config, workers) == expected
 
 
@@ -61,7 +61,7 @@ def test_names_tell_overrides_and_tell_configurations_apart(small):
 
 
 COMPRESSORS = {path.stem for path in CONFIGS.glob("compressor/*.yaml")}
-PROMISE_NOTHING = {"fitted_rank", "statistical", "chunk_topk"}
+PROMISE_NOTHING = {"quantized_rank", "statistical", "chunk_topk"}
 
 
 @pytest.mark.parametrize("compressor", sorted(COMPRESSORS))
@@ -74,7 +74,7 @@ def test_every_compressor_composes(compressor, direction):
 
 def test_the_papers_setting_composes():
     config = compose(("experiment=paper", "w2s.fraction=0.1", "w2s.values=float32")).config
-    assert (config.batch.sequences, config.model.context) == (256, 1024)
+    assert (config.batch.global_size, config.model.context) == (256, 1024)
     assert (config.eval.every, config.eval.tokens) == (125, 10_485_760)
     assert config.data.rebuild == "python data/fineweb.py download --shards 103"
     with torch.device("meta"):

@@ -208,8 +208,8 @@ def test_after_a_step_another_configuration_is_refused(record, tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_of_two_ranks_is_gone_as_a_whole_and_comes_back(small, tmp_path):
-    own = [one for one in small if not one.startswith(("steps", "batch.sequences"))]
-    told = ["optimizer=local", "optimizer.every=5", "steps=800", "batch.sequences=6"]
+    own = [one for one in small if not one.startswith(("steps", "batch.global_size"))]
+    told = ["optimizer=local", "optimizer.sync_every=5", "steps=800", "batch.global_size=6"]
     overrides = [*own, *told, "eval.every=800", "checkpoint.every=200"]
     crew = Crew(3, free_port(), tmp_path / "run", overrides, 0.05, ranks=2)
     try:
@@ -229,8 +229,8 @@ def test_a_worker_of_two_ranks_is_gone_as_a_whole_and_comes_back(small, tmp_path
 
 @pytest.mark.slow
 def test_who_does_not_belong_to_a_run_ends_at_its_start_and_the_run_goes_on(small, tmp_path):
-    own = [one for one in small if not one.startswith(("steps", "batch.sequences"))]
-    told = ["optimizer=local", "optimizer.every=5", "steps=800", "batch.sequences=6"]
+    own = [one for one in small if not one.startswith(("steps", "batch.global_size"))]
+    told = ["optimizer=local", "optimizer.sync_every=5", "steps=800", "batch.global_size=6"]
     overrides = [*own, *told, "eval.every=800", "checkpoint.every=0"]
     crew = Crew(2, free_port(), tmp_path / "run", overrides, 0.05)
     try:

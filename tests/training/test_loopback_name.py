@@ -80,7 +80,7 @@ def test_membership_host_suffices(start, small, tmp_path):
         for number, address in enumerate(start.addresses):
             options = type("Options", (), {"workers": 2, "ranks": 1})
             options.lighthouse = f"http://{start.addresses[0]}:{port}"
-            options.overrides = [*small, "optimizer=local", "optimizer.every=2"]
+            options.overrides = [*small, "optimizer=local", "optimizer.sync_every=2"]
             options.overrides += [f"directory={tmp_path}/{status}"]
             options.overrides += [f"membership.host={address}"] if by_address else []
             workers.append(start(number, "train.py", *worker_overrides(options, number)))
@@ -103,7 +103,7 @@ def test_a_lighthouse_by_the_name_localhost_is_named_where_a_worker_is_elsewhere
         options = type(
             "Options", (), {"workers": 2, "ranks": 1, "lighthouse": f"http://{host}:{port}"}
         )
-        options.overrides = [*small, "optimizer=local", "optimizer.every=2"]
+        options.overrides = [*small, "optimizer=local", "optimizer.sync_every=2"]
         options.overrides += [f"directory={tmp_path}/local"]
         options.overrides += [f"membership.host={start.addresses[1]}"] if number else []
         workers.append(start(number, "train.py", *worker_overrides(options, number)))

@@ -145,7 +145,7 @@ def test_a_message_arrives_before_its_delay_ends(at_this_link):
         if row["hidden with"] == "nothing":
             assert one_way > longest * STEP
         else:
-            delay = int(row["hidden with"].removeprefix("optimizer.delay="))
+            delay = int(row["hidden with"].removeprefix("optimizer.sync_delay="))
             assert (delay - 1) * STEP < one_way <= delay * STEP and delay <= longest
         seen.add(row["hidden with"] != "nothing")
     assert seen == {True, False}

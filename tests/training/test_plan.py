@@ -58,7 +58,7 @@ def test_facts_and_shares_are_those_of_the_run():
 
 @pytest.mark.parametrize("method", ["ef21_muon", "local"])
 def test_a_placements_time_is_shared_by_the_steps_of_a_round(method):
-    given = () if method == "ef21_muon" else ("optimizer.every={0:6,12:3}",)
+    given = () if method == "ef21_muon" else ("optimizer.sync_every={0:6,12:3}",)
     overrides = ("model=tiny", "model.layers=3", f"optimizer={method}", "steps=24", *given)
     text = plan(compose(overrides).config).split("\n\n")[2]
     rows = {cells[0]: cells[1:] for cells in (re.split("  +", one) for one in text.splitlines())}

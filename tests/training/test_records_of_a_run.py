@@ -21,7 +21,7 @@ def steps_of(directory) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("every", [1, 11])
 def test_records_come_in_the_order_of_steps(small, tmp_path, every):
     """Also where workers train on before a record's sum has come; and each test has its loss."""
-    run_alone(tmp_path, *small, "optimizer=local", f"optimizer.every={every}", *SELDOM)
+    run_alone(tmp_path, *small, "optimizer=local", f"optimizer.sync_every={every}", *SELDOM)
     expected = []
     for step in (3, 4, 6, 8, 9, 11):
         expected += [("train", step)] + [("eval", step)] * (step in (3, 6, 9, 11))

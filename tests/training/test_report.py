@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ef21_muon import EF21Muon, TopK
+from ef21_muon import EF21Muon
+from ef21_muon.compressors import TopK
 from ef21_muon.transport.load import Load
 from model import GPT
 from training.config import build, compose
@@ -38,10 +39,10 @@ def test_bytes_are_those_of_all_layers_of_a_row(told):
     "overrides, expected",
     [
         ((), "a round a step, "),
-        (("optimizer=local", "optimizer.every=1"), "a round a step, "),
+        (("optimizer=local", "optimizer.sync_every=1"), "a round a step, "),
         (("optimizer=local",), "a round every 30 steps, "),
         (
-            ("optimizer=local", "optimizer.every={0:6,12:3}"),
+            ("optimizer=local", "optimizer.sync_every={0:6,12:3}"),
             "a round every 6, 3 from step 13 steps",
         ),
     ],
@@ -76,7 +77,7 @@ def test_whole_gradients_that_come_once_are_told(process_group, steps, said):
     workers = SimpleNamespace(count=1, device=torch.device("cpu"), **vars(ALONE))
     run = SimpleNamespace(config=config, raw_model=model, workers=workers)
     run.optimizer = build_optimizer(config, model)
-    told = "only the first step sends whole gradients: optimizer.every=200 is longer than steps="
+    told = "only the first step sends whole gradients: optimizer.refresh_every=200 is longer than steps="
     assert introduction(run).count(f"{told}{steps}\n") == said
 
 
@@ -89,7 +90,7 @@ TOP = ("compressor@w2s=topk", "w2s.values=sign")
         ((), "dense normal2, every 30"),
         (("optimizer.error_decay=0.5",), "dense normal2, every 30 decay 0.5"),
         (("optimizer.outer_momentum=0.3",), "dense normal2, every 30 outer 1/0.3"),
-        (("optimizer.delay=1",), "dense normal2, every 30 delay 1"),
+        (("optimizer.sync_delay=1",), "dense normal2, every 30 delay 1"),
         (("optimizer.feedback=ef21",), "dense normal2, every 30 EF21"),
         ((*TOP, "w2s.fraction=0.1"), "top 10% sign, every 30"),
         (

@@ -239,12 +239,12 @@ def test_local_steps_go_on_with_other_workers_from_the_middle_of_a_round(
     records = run(directory, *common, *CASES[case], *place)
     assert seen.keys() == set(LAYERS) and [r["record"] for r in records].count("elastic") == 1
     for layer, state in seen.items():
-        own = {"model_shift", "server_momentum", "local_model"}
+        own = {"global_params", "server_momentum", "local_model"}
         own |= set() if case == "diloco" else {"error"}  # that sends without feedback
         assert own <= state.keys()
         assert sum(key.startswith("inner.") for key in state) == 3  # M, G_j, G; or AdamW's
         for key, tensor in state.items():
-            whole = {"model_shift": "parameter.{}"}.get(key, f"server.{{}}.{key}")
+            whole = {"global_params": "parameter.{}"}.get(key, f"server.{{}}.{key}")
             if whole.format(layer) in saved:
                 expected = saved[whole.format(layer)]
             else:

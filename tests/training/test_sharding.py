@@ -10,8 +10,8 @@ from run import launch, torchrun
 import sample
 
 OVERRIDES = [
-    *("worker_size=2", "checkpoint.every=4", "compressor@w2s=topk", "compressor@s2w=natural"),
-    *("diagnostics_every=3", "batch.sequences=8"),
+    *("ranks_per_worker=2", "checkpoint.every=4", "compressor@w2s=topk", "compressor@s2w=natural"),
+    *("diagnostics_every=3", "batch.global_size=8"),
 ]
 
 
@@ -22,7 +22,7 @@ def test_a_sharded_model_has_the_same_losses_bytes_and_checkpoint(small, tmp_pat
     """
     runs = {}
     for shard in ("false", "true"):
-        directory, again = tmp_path / shard, f"model.checkpoint_blocks={shard}"
+        directory, again = tmp_path / shard, f"model.activation_checkpointing={shard}"
         place = f"shard={shard}", f"directory={directory}"
         result = launch(4, *small, *OVERRIDES, *place, again)
         assert "2 workers of 2 ranks on cpu, " in result.stdout

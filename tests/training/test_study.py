@@ -81,4 +81,4 @@ def test_overrides_are_those_of_the_study(setting):
 def test_rounds_get_shorter_before_the_lr_falls(steps, schedule, every):
     config = compose((f"steps={steps}", f"schedule.{schedule}")).config
     (setting,) = (one for one in MAP if one.name == "local120-60-signs")
-    assert f"optimizer.every={every}" in setting.overrides(config)
+    assert f"optimizer.sync_every={every}" in setting.overrides(config)

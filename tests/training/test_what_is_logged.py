@@ -20,7 +20,7 @@ SETTINGS = [
     *("model.layers=2", "norm=gluon", "compressor@w2s=identity", "+norm.hidden.norm.method=svd"),
     *(f"norm.{role}.radius.l0={L0}" for role in ("hidden", "embedding")),
     *("norm.embedding.radius.l1=1", f"optimizer.lr={LR}", f"optimizer.beta={BETA}"),
-    *(f"steps={STEPS}", f"batch.sequences={SEQUENCES}", "batch.per_forward=2"),
+    *(f"steps={STEPS}", f"batch.global_size={SEQUENCES}", "batch.micro_size=2"),
     *(f"eval.tokens={TEST_TOKENS}", "eval.every=2", "log_every=2", "checkpoint.every=0"),
 ]
 

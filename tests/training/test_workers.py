@@ -87,7 +87,7 @@ def test_workers_share_gpus_where_a_machine_has_fewer(
     workers = Workers()
     assert (workers.shared, workers.device.index) == (shared, device)
     if shared:
-        with pytest.raises(RunError, match=r"exchange=device needs a GPU for each rank"):
+        with pytest.raises(RunError, match=r"transport=device needs a GPU for each rank"):
             workers.group("device")
     assert workers.group("host") is None  # the default group, or none yet
 
@@ -96,11 +96,11 @@ def test_a_delay_is_refused_where_nccl_would_wait_on_the_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     workers = Workers()
-    assert workers.group("device", delay=2) is None  # a worker alone waits for nobody
+    assert workers.group("device", sync_delay=2) is None  # a worker alone waits for nobody
     workers._from_host = from_host = object()  # as where each rank has a GPU, and NCCL is used
-    with pytest.raises(RunError, match=r"delay=2 is not allowed with NCCL, .* exchange=host, or"):
-        workers.group("device", delay=2)
-    assert workers.group("device") is None and workers.group("host", delay=2) is from_host
+    with pytest.raises(RunError, match=r"delay=2 is not allowed with NCCL, .* transport=host, or"):
+        workers.group("device", sync_delay=2)
+    assert workers.group("device") is None and workers.group("host", sync_delay=2) is from_host
 
 
 def unlike(address: str | None, network: str) -> Place:

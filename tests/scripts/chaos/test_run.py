@@ -27,7 +27,7 @@ def chaos(tmp_path, small, *options) -> list[dict]:
 
 def test_the_run_goes_on_with_one_w(tmp_path, small):
     options = ["--faults=2", "--kinds=kill,part", "--workers=3", "--calm=10"]
-    records = chaos(tmp_path, small, *options, "--steps=900", "--pace=0.03", "batch.sequences=3")
+    records = chaos(tmp_path, small, *options, "--steps=900", "--pace=0.03", "batch.global_size=3")
     faults, rounds = ([r for r in records if r["record"] == kind] for kind in ("fault", "round"))
     assert {one["kind"] for one in faults} == {"kill", "part"}
     assert all(one["longest_wait"] <= one["promised"] for one in faults)

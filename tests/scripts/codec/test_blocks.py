@@ -58,8 +58,8 @@ def test_the_headline_is_in_the_records():
     ratios = [
         LOST["noise", "int4@1blocks"] / LOST["noise", "int4@1024blocks"],
         LOST["momentum", "int4@1blocks"] / LOST["momentum", "int4@1024blocks"],
-        LOST["momentum", "int4"] / LOST["momentum", "smooth4"],
-        LOST["momentum", "int4@112"] / LOST["momentum", "smooth4"],
+        LOST["momentum", "int4"] / LOST["momentum", "rowcol4"],
+        LOST["momentum", "int4@112"] / LOST["momentum", "rowcol4"],
     ]
     words = " ".join(told().split())
     for ratio, after in zip(
@@ -67,7 +67,7 @@ def test_the_headline_is_in_the_records():
     ):
         assert f" {ratio:.1f}{after}" in words
     bits = {one["format"]: one["bits_a_value"] for one in RECORDS if one["record"] == "format"}
-    assert abs(bits["smooth4"] - bits["int4@112"]) < 0.01
+    assert abs(bits["rowcol4"] - bits["int4@112"]) < 0.01
 
 
 def test_the_formula_is_the_sum_over_neighbours():

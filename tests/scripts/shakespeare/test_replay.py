@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data.loader import WorkerBatches
-from ef21_muon import FittedRank, Identity, TopK
+from ef21_muon.compressors import Identity, QuantizedRank, TopK
 from model import GPT
 from scripts.shakespeare.replay import LAYERS, orthogonalised, replay, worker_gradients
 from training.config import build, compose
@@ -24,7 +24,7 @@ def test_what_is_sent_whole_is_not_off(gradients):
     assert alignment == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", [TopK, FittedRank])
+@pytest.mark.parametrize("kind", [TopK, QuantizedRank])
 def test_the_less_is_sent_the_further_it_is_off(gradients, kind):
     measured = [replay(gradients, kind(fraction), 0.2) for fraction in (0.7, 0.4, 0.15)]
     errors, alignments = zip(*measured, strict=True)
@@ -39,7 +39,7 @@ def test_orthogonalised_has_singular_values_of_one():
 
 def test_the_first_workers_gradients_are_kept(small):
     """The first round's by hand: the model's first weights, and one worker's half of a batch."""
-    overrides = ("compressor@w2s=identity", "model.layers=3", "batch.sequences=4")
+    overrides = ("compressor@w2s=identity", "model.layers=3", "batch.global_size=4")
     config = compose((*small, *overrides)).config
     gradients = worker_gradients(config, 2)
     assert sorted(gradients) == sorted(LAYERS)

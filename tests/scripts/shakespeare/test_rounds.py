@@ -32,7 +32,7 @@ def runs():
         for one in (one for one in records if one["record"] == "eval"):
             if "received_bytes" in one:
                 back = one["received_bytes"]
-            elif config["s2w"]["_target_"] == "ef21_muon.Identity":
+            elif config["s2w"]["_target_"] == "ef21_muon.compressors.Identity":
                 back = one["w2s_bytes"]  # of the other worker
             else:
                 back = one["s2w_bytes"]

@@ -26,7 +26,7 @@ def test_every_run_composes_and_every_log_is_of_what_the_study_asks_for(monkeypa
         if not run.name.startswith("sizes/") and run.name.endswith("-seed0"):
             config = composed(study.overrides(run)).config
             assert config.steps == (300 if run.name.startswith(OF_HALF_THE_STEPS) else 600)
-            assert config.model.context * config.batch.sequences == 4096
+            assert config.model.context * config.batch.global_size == 4096
     logs = {path.relative_to(study.RESULTS).as_posix() for path in study.RESULTS.rglob("*.jsonl")}
     measured = {
         getattr(study_results, f"{log}_LOG")

@@ -13,7 +13,7 @@ def records(directory):
 
 
 def test_two_ranks_hold_a_small_model_between_them(small, tmp_path):
-    overrides = (*small, "worker_size=2", "model.layers=4")
+    overrides = (*small, "ranks_per_worker=2", "model.layers=4")
     torchrun(str(Path(sharded.__file__)), f"--out={tmp_path}", *overrides, ranks=2)
     found = records(tmp_path)
     parameters = 256 * 32 + 4 * 12 * 32**2

@@ -9,7 +9,7 @@ from functions import matrices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ef21_muon.lmo.norms import Spectral
+from ef21_muon.norms.lmo import Spectral
 from scripts.theory import studies as theory_studies
 from scripts.theory.algorithm import (
     muon,

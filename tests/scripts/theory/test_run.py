@@ -6,7 +6,7 @@ from math import sqrt
 import pytest
 import torch
 
-from ef21_muon.messages.sparse import TopK
+from ef21_muon.compressors.sparse import TopK
 from scripts.theory import run as theory
 from scripts.theory.problems import Pulling
 from scripts.theory.studies import CASES

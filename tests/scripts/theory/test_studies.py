@@ -6,10 +6,10 @@ from math import sqrt
 import pytest
 from functions import problem
 
-from ef21_muon.lmo.norms import AdaptiveRadius
-from ef21_muon.messages.compressors import Identity
-from ef21_muon.messages.low_rank import RankK
-from ef21_muon.messages.sparse import TopK
+from ef21_muon.compressors.base import Identity
+from ef21_muon.compressors.low_rank import RankK
+from ef21_muon.compressors.sparse import TopK
+from ef21_muon.norms.lmo import AdaptiveRadius
 from scripts.theory.algorithm import Setting, gradient_norms, simulate
 from scripts.theory.figures import slope
 from scripts.theory.problems import Quadratic, geometry

@@ -43,7 +43,7 @@ CASES = {  # overrides, and what is patched on rank 1
     "inner class on rank 1 alone": (
         [
             "optimizer=local",
-            "optimizer.every=1",
+            "optimizer.sync_every=1",
             "optimizer.inner._target_=only1.Mine",
             "runs=FOLDER/runs",
         ],

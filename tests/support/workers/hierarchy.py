@@ -18,18 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from ef21_muon import (
-    ALONE,
-    AveragedGradients,
-    EF21Muon,
-    Identity,
-    LocalSteps,
-    RankK,
-    Sign,
-    Spectral,
-    TopK,
-    WorkerMesh,
-)
+from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps, WorkerMesh
+from ef21_muon.compressors import Identity, RankK, TopK
+from ef21_muon.norms import Sign, Spectral
 
 SHAPES = {"query": (12, 20), "key": (12, 20), "value": (12, 20), "fc": (30, 12), "head": (16, 12)}
 CASES = {
@@ -42,14 +33,14 @@ CASES = {
     "of the head": {"w2s": TopK(0.2), "head": {"w2s": TopK(0.4)}},
     "averaged": {"w2s": {"hidden": TopK(0.2), "head": TopK(0.4)}},
     "local": {
-        "every": 2,
+        "sync_every": 2,
         "w2s": {"hidden": TopK(0.2), "head": TopK(0.4)},
         "outer_momentum": 0.5,
         "server": "sharded",
     },
 }
 CASES["local, senders"] = CASES["local"] | {"mean": "senders"}
-CASES["local, stagger"] = CASES["local"] | {"every": 4, "stagger": True}
+CASES["local, stagger"] = CASES["local"] | {"sync_every": 4, "streaming": True}
 STEPS = 8
 
 

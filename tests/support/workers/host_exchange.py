@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
-from ef21_muon import ALONE, AveragedGradients, Dense, EF21Muon, LocalSteps, Sign, Spectral, TopK
+from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
+from ef21_muon.compressors import Quantize, TopK
+from ef21_muon.norms import Sign, Spectral
 from ef21_muon.transport import fixed as collectives
 
 SHAPES = {"query": (12, 20), "key": (12, 20), "fc": (30, 12), "head": (16, 12)}
@@ -33,13 +35,24 @@ CASES = {
     "both ways": lambda parameters: muon(parameters, w2s=TopK(0.2), s2w=TopK(0.3)),
     "no layer of a rank": lambda parameters: EF21Muon(parameters[:1], norm=Sign(), server="rank0"),
     "local": lambda parameters: LocalSteps(
-        muon(parameters, process_group=ALONE), every=2, w2s=Dense("normal2"), outer_momentum=0.3
+        muon(parameters, process_group=ALONE),
+        sync_every=2,
+        w2s=Quantize("normal2"),
+        outer_momentum=0.3,
     ),
     "local, delay": lambda parameters: LocalSteps(
-        muon(parameters, process_group=ALONE), every=4, delay=1, stagger=True, server="sharded"
+        muon(parameters, process_group=ALONE),
+        sync_every=4,
+        sync_delay=1,
+        streaming=True,
+        server="sharded",
     ),
     "local, delay, replicated": lambda parameters: LocalSteps(
-        muon(parameters, process_group=ALONE), every=3, delay=1, w2s=TopK(0.3), server="replicated"
+        muon(parameters, process_group=ALONE),
+        sync_every=3,
+        sync_delay=1,
+        w2s=TopK(0.3),
+        server="replicated",
     ),
     "averaged": lambda parameters: AveragedGradients(
         torch.optim.AdamW(parameters, lr=0.01), w2s=TopK(0.3)

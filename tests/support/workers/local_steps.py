@@ -15,17 +15,10 @@ import torch
 import torch.distributed as dist
 from workers.rounds import SHAPES, loss, start
 
-from ef21_muon import (
-    ALONE,
-    ChunkTopK,
-    Dense,
-    EF21Muon,
-    Identity,
-    LocalSteps,
-    Natural,
-    Spectral,
-    TopK,
-)
+from ef21_muon import ALONE, EF21Muon, LocalSteps
+from ef21_muon.compressors import ChunkTopK, Identity, Quantize, TopK
+from ef21_muon.norms import Spectral
+from ef21_muon.values import Natural
 from scripts.verification.trials import Sent
 from training.workers import leave
 
@@ -33,7 +26,7 @@ EVERY, ROUNDS, SEED = 4, 3, 5
 LR, MOMENTUM = 0.05, 0.5  # of torch.optim.SGD inside
 STEPS = ROUNDS * EVERY
 ADAMW = {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-8}
-MUON = {"lr": 0.05, "beta": 0.1, "weight_decay": 0.01}
+MUON = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
 
 
 def muon(named):
@@ -41,7 +34,7 @@ def muon(named):
     matrices = [pair for pair in named if pair[1].ndim == 2]
     others = [pair for pair in named if pair[1].ndim != 2]
     norm = Spectral(dtype=torch.float64)
-    inner = EF21Muon(matrices, **MUON, norm=norm, momentum_start="zero", process_group=ALONE)
+    inner = EF21Muon(matrices, **MUON, norm=norm, momentum_init="zero", process_group=ALONE)
     return [inner, torch.optim.AdamW(others, **ADAMW)]
 
 
@@ -56,15 +49,15 @@ K, CHUNK = 8, 8  # 8 of 8 x 8
 COMPRESSORS = {
     "identity": Identity(),
     "topk": TopK(FRACTION),
-    "nearest": Dense(Natural(stochastic=False)),
-    "statistical": Dense("statistical4"),
+    "nearest": Quantize(Natural(rounding="nearest")),
+    "statistical": Quantize("statistical4"),
     "chunks": ChunkTopK(K, CHUNK, "statistical2"),
 }
 NESTEROV = {"outer_lr": 0.7, "outer_momentum": 0.6}
 BOTH = {"w2s": "topk", "s2w": "nearest"}
 CASES = {
     "average": {},
-    "every 1": {"every": 1},
+    "every 1": {"sync_every": 1},
     "topk": {"w2s": "topk"},
     "both": BOTH,
     "decay": BOTH | {"error_decay": 0.8, "server": "rank0"},
@@ -74,10 +67,15 @@ CASES = {
     "none": BOTH | NESTEROV | {"feedback": "none"},
     "replicated": {"w2s": "topk", "server": "replicated"} | NESTEROV,
     "replicated ef21": {"w2s": "topk", "server": "replicated", "feedback": "ef21"},
-    "stagger": BOTH | NESTEROV | {"stagger": True},
-    "delay": BOTH | NESTEROV | {"delay": 1},
-    "stagger delay": BOTH | NESTEROV | {"stagger": True, "delay": 1},
-    "replicated stagger delay": {"w2s": "topk", "server": "replicated", "stagger": True, "delay": 3}
+    "streaming": BOTH | NESTEROV | {"streaming": True},
+    "delay": BOTH | NESTEROV | {"sync_delay": 1},
+    "stagger delay": BOTH | NESTEROV | {"streaming": True, "sync_delay": 1},
+    "replicated stagger delay": {
+        "w2s": "topk",
+        "server": "replicated",
+        "streaming": True,
+        "sync_delay": 3,
+    }
     | NESTEROV,
     "diloco": {"inner": "adamw", "outer_lr": 0.7, "outer_momentum": 0.9, "feedback": "none"},
     "muloco": {"inner": "muon", "w2s": "statistical", "error_decay": 0.9}
@@ -87,8 +85,8 @@ CASES = {
         f"senders {server}": {"w2s": "topk", "server": server, "mean": "senders"} | NESTEROV
         for server in ("sharded", "rank0", "replicated")
     },
-    "senders stagger delay": BOTH | {"mean": "senders", "stagger": True, "delay": 1},
-    "ef21 delay": BOTH | {"feedback": "ef21", "stagger": True, "delay": 1},
+    "senders stagger delay": BOTH | {"mean": "senders", "streaming": True, "sync_delay": 1},
+    "ef21 delay": BOTH | {"feedback": "ef21", "streaming": True, "sync_delay": 1},
 }
 UNFINISHED = ("both", "stagger", "stagger delay", "replicated stagger delay", "sparseloco")
 RESUMED = ("diloco", "nesterov", "ef21 delay", "stagger delay", "replicated stagger delay")
@@ -135,7 +133,7 @@ def record(case, rank, ranks, steps=STEPS, resumed=False):
     optimizer.check_agreement()
     if steps % EVERY:
         with spy:
-            optimizer.finish()
+            optimizer.final_sync()
         note(recorded, parameters, optimizer, spy)
     layout = [
         (batch.names, batch.up.compressor.payload_bytes(*batch.shape))
@@ -146,7 +144,7 @@ def record(case, rank, ranks, steps=STEPS, resumed=False):
 
 def note(recorded, parameters, optimizer, spy):
     recorded["local"].append(flat(parameters))
-    with optimizer.agreed():
+    with optimizer.global_params():
         recorded["agreed"].append(flat(parameters))
     assert np.array_equal(flat(parameters), recorded["local"][-1]), "x_j has come back"
     counts = ("w2s_bytes", "s2w_bytes", "received_bytes", "wire_tx_bytes")

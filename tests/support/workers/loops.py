@@ -23,7 +23,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from ef21_muon import AveragedGradients, EF21Muon, RankK, TopK, param_groups
+from ef21_muon import AveragedGradients, EF21Muon, param_groups
+from ef21_muon.compressors import RankK, TopK
 
 VOCABULARY, CONTEXT, STEPS = 32, 16, 8
 TEXT = torch.arange(4096) ** 2 % 23  # next tokens follow from the ones before

@@ -337,7 +337,7 @@ def named() -> dict:
     then = said(lambda: bring_gradients(case.mesh.layers, "it"))
     zero = [one for one in case.mesh.layers if one.parameter in case.mesh.own]
     with case.mesh.together():
-        case.mesh.name([one._replace(missing="zero") for one in zero])
+        case.mesh.name([one._replace(missing_grad="zero") for one in zero])
     return {
         "names": [one.name for one in case.mesh.layers],
         "before": before,

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ef21_muon import ALONE, EF21Muon, LocalSteps, TopK
+from ef21_muon import ALONE, EF21Muon, LocalSteps
+from ef21_muon.compressors import TopK
 
 SERVERS = ("rank0", "sharded", "replicated")
-DELAYED = {"every": 3, "delay": 1, "w2s": TopK(0.3), "outer_momentum": 0.5}
+DELAYED = {"sync_every": 3, "sync_delay": 1, "w2s": TopK(0.3), "outer_momentum": 0.5}
 
 
 def new_model():

@@ -13,18 +13,9 @@ import torch
 import torch.distributed as dist
 
 from baselines import DeMo, Dion
-from ef21_muon import (
-    ALONE,
-    L1,
-    AveragedGradients,
-    Dense,
-    EF21Muon,
-    Identity,
-    LocalSteps,
-    RankK,
-    Sign,
-    TopK,
-)
+from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
+from ef21_muon.compressors import Identity, Quantize, RankK, TopK
+from ef21_muon.norms import L1, Sign
 
 SHAPES = {"query": (6, 10), "key": (6, 10), "value": (6, 10), "head": (9, 4), "bias": (7,)}
 LAYER, BROKEN, STEPS = "key", 3, 4
@@ -43,7 +34,9 @@ def ef21(**options):
 
 
 def local(inner=torch.optim.SGD, **options):
-    return lambda p: LocalSteps(inner(p, lr=0.1), **{"every": 1, "w2s": Dense("int8")} | options)
+    return lambda p: LocalSteps(
+        inner(p, lr=0.1), **{"sync_every": 1, "w2s": Quantize("int8")} | options
+    )
 
 
 def muon(parameters, lr):
@@ -54,22 +47,22 @@ CASES = {
     "identity": (ef21(), nan),
     "rank0": (ef21(server="rank0", w2s=TopK(0.3), s2w=TopK(0.3)), nan),
     "sharded": (ef21(server="sharded", w2s=RankK(0.5), weight_decay=0.1), inf),
-    "replicated": (ef21(server="replicated", w2s=Dense("natural")), -inf),
-    "signs": (ef21(norm=Sign(), w2s=Dense("sign"), beta=1.0), inf),
-    "one entry": (ef21(norm=L1(), feedback="none", beta=1.0), -inf),
+    "replicated": (ef21(server="replicated", w2s=Quantize("natural")), -inf),
+    "signs": (ef21(norm=Sign(), w2s=Quantize("sign"), momentum=0), inf),
+    "one entry": (ef21(norm=L1(), feedback="none", momentum=0), -inf),
     "ef14": (ef21(feedback="ef14", server_momentum=0.5, w2s=TopK(0.3)), nan),
-    "feedback of steps": (ef21(lmo_feedback=True, feedback="none", beta=1.0), nan),
-    "overflowing": (ef21(w2s=Overflowing(), beta=1.0), LARGE),
-    "sign muon": (ef21(lmo="workers", feedback="none", w2s=Dense("sign@message")), nan),
+    "feedback of steps": (ef21(lmo_feedback=True, feedback="none", momentum=0), nan),
+    "overflowing": (ef21(w2s=Overflowing(), momentum=0), LARGE),
+    "sign muon": (ef21(lmo="workers", feedback="none", w2s=Quantize("sign@tensor")), nan),
     "dion": (lambda p: Dion([{"name": "hidden", "params": p}], 0.1, weight_decay=0.0), nan),
     "demo": (lambda p: DeMo(p, lr=0.1, k=4, chunk=4, weight_decay=0.0), -inf),
     "averaged": (lambda p: AveragedGradients(torch.optim.AdamW(p, lr=0.1)), nan),
     "averaged, top": (lambda p: AveragedGradients(torch.optim.SGD(p, 0.1), w2s=TopK(0.3)), inf),
     "local": (local(), nan),
     "local, outer": (local(outer_momentum=0.5, server="rank0", s2w=TopK(0.3)), inf),
-    "local, muon": (local(muon, every=3, feedback="ef21"), nan),
-    "local, plain": (local(w2s=Identity(), feedback="none", every=3), -inf),
-    "local, delayed": (local(every=3, delay=1), nan),
+    "local, muon": (local(muon, sync_every=3, feedback="ef21"), nan),
+    "local, plain": (local(w2s=Identity(), feedback="none", sync_every=3), -inf),
+    "local, delayed": (local(sync_every=3, sync_delay=1), nan),
 }
 
 

@@ -11,17 +11,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ef21_muon import (
-    AdaptiveRadius,
-    BiasRMS,
-    Dense,
-    EF21Muon,
-    Euclidean,
-    RowNorm,
-    Sign,
-    Spectral,
-    TopK,
-)
+from ef21_muon import EF21Muon
+from ef21_muon.compressors import Quantize, TopK
+from ef21_muon.norms import AdaptiveRadius, BiasRMS, Euclidean, RowNorm, Sign, Spectral
 from training.workers import leave
 
 STEPS = 20
@@ -56,7 +48,7 @@ def muon_cases():
         for nesterov in (False, True):
             for decay in (0.0, DECAY):
                 norm = Spectral(scaling=scaling, dtype=torch.bfloat16)
-                options = {"lr": LR, "beta": 1 - MOMENTUM, "momentum_start": "zero"}
+                options = {"lr": LR, "momentum": 0 - MOMENTUM, "momentum_init": "zero"}
                 rule = {"norm": norm, "nesterov": nesterov, "weight_decay": decay}
                 groups = [{"params": MATRICES} | rule]
                 yield f"muon {scaling} {nesterov} {decay}", (groups, options)
@@ -68,7 +60,7 @@ def scion_case(decay):
         {"params": ("head",), "norm": Sign(), "radius": RADII["head"]},
         {"params": ("bias",), "norm": BiasRMS(), "radius": RADII["bias"]},
     ]
-    options = {"lr": SCION_LR, "beta": SCION_WEIGHT, "momentum_start": "zero"}
+    options = {"lr": SCION_LR, "beta": SCION_WEIGHT, "momentum_init": "zero"}
     return groups, options | {"weight_decay": decay}
 
 
@@ -90,7 +82,7 @@ SIGN_MUON = {"sign_muon none": "none", "sign_muon ef21": "ef21"}
 
 def sign_muon_case(feedback):
     groups = [{"params": MATRICES, "norm": Spectral()}]
-    options = {"lmo": "workers", "w2s": Dense("sign@message"), "feedback": feedback}
+    options = {"lmo": "workers", "w2s": Quantize("sign@tensor"), "feedback": feedback}
     return groups, {"lr": SCION_LR, "beta": SCION_WEIGHT, **options}
 
 
@@ -102,9 +94,9 @@ CASES = {  # groups with the names of layers for parameters, and the other optio
         [{"params": (name,), "norm": norm} for name, norm in GLUON_NORMS.items()],
         {"lr": 1.0, "beta": ETA, "radius": AdaptiveRadius(L0, L1)},
     ),
-    "ef21": euclidean_case(beta=1.0, w2s=TopK(FRACTION)),
-    "ef21-sgdm": euclidean_case(beta=ETA, w2s=TopK(FRACTION), first_message="exact"),
-    "ef21-p": euclidean_case(beta=1.0, s2w=TopK(FRACTION), server="rank0"),
+    "ef21": euclidean_case(momentum=0, w2s=TopK(FRACTION)),
+    "ef21-sgdm": euclidean_case(beta=ETA, w2s=TopK(FRACTION), first_message="full"),
+    "ef21-p": euclidean_case(momentum=0, s2w=TopK(FRACTION), server="rank0"),
     **{case: sign_muon_case(feedback) for case, feedback in SIGN_MUON.items()},
 }
 

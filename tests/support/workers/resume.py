@@ -24,26 +24,30 @@ from training.workers import RunError, Workers, leave
 COMPRESSORS = sorted(path.stem for path in (CONFIGS / "compressor").glob("*.yaml"))
 PLACEMENTS = ("sharded", "rank0", "replicated")
 TOP = "compressor@w2s=topk"
-LOCAL = (TOP, "optimizer=local", "optimizer.every=3")  # step 2 is in the middle of a round
+LOCAL = (TOP, "optimizer=local", "optimizer.sync_every=3")  # step 2 is in the middle of a round
 CASES = {
     "ef14": (TOP, "optimizer.feedback=ef14"),
     "no feedback": (TOP, "optimizer.feedback=none"),
-    "other start": (TOP, "optimizer.momentum_start=zero", "optimizer.first_message=exact"),
-    "mvr": (TOP, "compressor@s2w=natural", "optimizer.momentum=mvr"),
-    "hessian": (TOP, "optimizer.momentum=hessian", "batch.per_forward=2"),
-    "two ranks a worker": (TOP, "worker_size=2"),
+    "other start": (TOP, "optimizer.momentum_init=zero", "optimizer.first_message=full"),
+    "mvr": (TOP, "compressor@s2w=natural", "optimizer.momentum_kind=mvr"),
+    "hessian": (TOP, "optimizer.momentum_kind=hessian", "batch.micro_size=2"),
+    "two ranks a worker": (TOP, "ranks_per_worker=2"),
     **{name: (f"optimizer={name}",) for name in ("adamw", "muon", "muon_fp16", "dion", "demo")},
-    "muon_greedylore": ("optimizer=muon_greedylore", "optimizer.every=3"),
-    "adamw greedylore": ("optimizer=adamw", "optimizer.hook=greedylore", "+optimizer.every=3"),
+    "muon_greedylore": ("optimizer=muon_greedylore", "optimizer.refresh_every=3"),
+    "adamw greedylore": (
+        "optimizer=adamw",
+        "optimizer.hook=greedylore",
+        "+optimizer.refresh_every=3",
+    ),
     "dion natural": ("optimizer=dion", "optimizer.values=natural"),
     "demo natural": ("optimizer=demo", "optimizer.values=natural"),
     "local": (*LOCAL, "compressor@s2w=natural", "optimizer.outer_momentum=0.5"),
-    "local, messages under way": (*LOCAL, "optimizer.stagger=true", "optimizer.delay=1"),
-    "local ef21, two ranks a worker": (*LOCAL, "optimizer.feedback=ef21", "worker_size=2"),
-    "sharded model": (TOP, "compressor@s2w=natural", "worker_size=2", "shard=true"),
-    "local, sharded model": (*LOCAL, "optimizer.outer_lr=0.9", "worker_size=2", "shard=true"),
-    **{name: (f"optimizer={name}", "optimizer.every=3") for name in ("diloco", "muloco")},
-    "sparseloco": ("optimizer=sparseloco", "optimizer.every={0:3,3:1}"),
+    "local, messages under way": (*LOCAL, "optimizer.streaming=true", "optimizer.sync_delay=1"),
+    "local ef21, two ranks a worker": (*LOCAL, "optimizer.feedback=ef21", "ranks_per_worker=2"),
+    "sharded model": (TOP, "compressor@s2w=natural", "ranks_per_worker=2", "fsdp=true"),
+    "local, sharded model": (*LOCAL, "optimizer.outer_lr=0.9", "ranks_per_worker=2", "fsdp=true"),
+    **{name: (f"optimizer={name}", "optimizer.sync_every=3") for name in ("diloco", "muloco")},
+    "sparseloco": ("optimizer=sparseloco", "optimizer.sync_every={0:3,3:1}"),
     "asynchronous": (TOP, "compressor@s2w=natural"),
     "asynchronous adamw": ("optimizer=adamw",),
 }

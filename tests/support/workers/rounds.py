@@ -14,8 +14,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from ef21_muon import Dense, EF21Muon, FittedRank, Identity, Natural, RankK, Sign, TopK
+from ef21_muon import EF21Muon
+from ef21_muon.compressors import Identity, Quantize, QuantizedRank, RankK, TopK
 from ef21_muon.layers import PLACEMENTS
+from ef21_muon.norms import Sign
+from ef21_muon.values import Natural
 from training.workers import leave
 
 ROUNDS = 10
@@ -34,17 +37,17 @@ SHAPES = {
 }
 FEW_LAYERS = ("head", "wide")
 
-NEAREST = Natural(stochastic=False)
+NEAREST = Natural(rounding="nearest")
 COMPRESSORS = {
     "identity": Identity(),
-    "nearest": Dense(NEAREST),
+    "nearest": Quantize(NEAREST),
     "topk": TopK(FRACTION),
     "topk nearest": TopK(FRACTION, NEAREST),
     "rank": RankK(FRACTION),
     "rank nearest": RankK(FRACTION, NEAREST),
-    "natural": Dense("natural"),
+    "natural": Quantize("natural"),
     "rank natural": RankK(FRACTION, "natural"),
-    "fitted": FittedRank(FRACTION),
+    "fitted": QuantizedRank(FRACTION),
 }
 PAIRS = [  # w2s, s2w
     ("identity", "identity"),
@@ -134,7 +137,7 @@ def build(names, pair=PAIRS[0], setup="rank0", differing=lambda matrix: matrix):
     optimizer = EF21Muon(
         [{"params": body}, head],
         lr=LR,
-        beta=BETA,
+        momentum=1 - BETA,
         w2s=COMPRESSORS[pair[0]],
         s2w=COMPRESSORS[pair[1]],
         seed=SEED,

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps, TopK, WorkerMesh
+from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps, WorkerMesh
+from ef21_muon.compressors import TopK
 
 STEPS, EVERY = 7, 3
 
@@ -26,18 +27,18 @@ def of_two_ranks(model, **options):
 def local_of_two_ranks(model, **options):
     mesh = WorkerMesh(model.parameters(), ranks_per_worker=2)
     inner = EF21Muon(mesh.share(model.parameters()), process_group=ALONE)
-    return LocalSteps(inner, every=EVERY, mesh=mesh, **options)
+    return LocalSteps(inner, sync_every=EVERY, mesh=mesh, **options)
 
 
 def local(model, **options):
-    return LocalSteps(torch.optim.SGD(model.parameters(), lr=0.1), every=EVERY, **options)
+    return LocalSteps(torch.optim.SGD(model.parameters(), lr=0.1), sync_every=EVERY, **options)
 
 
 METHODS = {
     "ef21_muon": lambda m, **o: EF21Muon(m.parameters(), w2s=TopK(0.5), **o),
     "averaged": lambda m, **o: AveragedGradients(torch.optim.AdamW(m.parameters()), **o),
     "local": local,
-    "local, delayed": lambda m, **o: local(m, delay=1, stagger=True, **o),
+    "local, delayed": lambda m, **o: local(m, sync_delay=1, streaming=True, **o),
     "two ranks a worker": of_two_ranks,
     "local, two ranks a worker": local_of_two_ranks,
 }
@@ -127,7 +128,7 @@ def main(directory):
     loss = model(batch(0, dist.get_rank())).square().mean()
     loss.backward()
     optimizer.step()
-    optimizer.finish()
+    optimizer.final_sync()
     report["finished"] = statistics_of(model)
     if dist.get_rank() == 1:
         model[1].running_mean.add_(1)

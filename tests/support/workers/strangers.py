@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps, Sign, Spectral, TopK
-from ef21_muon.transport import roll_call
+from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
+from ef21_muon.compressors import TopK
+from ef21_muon.norms import Sign, Spectral
+from ef21_muon.transport import stragglers
 
 STEPS = 6
 LR = 0.01
@@ -52,14 +54,14 @@ DIFFERENT = {
         lambda m: EF21Muon(m.parameters(), server="sharded"),
     ),
     "missing": (
-        lambda m: EF21Muon(m.parameters(), missing="zero"),
+        lambda m: EF21Muon(m.parameters(), missing_grad="zero"),
         lambda m: EF21Muon(m.parameters()),
     ),
-    "momentum_start": (
-        lambda m: EF21Muon(m.parameters(), momentum_start="zero"),
+    "momentum_init": (
+        lambda m: EF21Muon(m.parameters(), momentum_init="zero"),
         lambda m: EF21Muon(m.parameters()),
     ),
-    "every": (lambda m: local(m, every=3), lambda m: local(m, every=4)),
+    "every": (lambda m: local(m, sync_every=3), lambda m: local(m, sync_every=4)),
     "outer_lr": (lambda m: local(m, outer_lr=0.7), lambda m: local(m)),
     "method": (lambda m: EF21Muon(m.parameters()), averaged),
 }
@@ -160,9 +162,9 @@ def alone_in_a_step(how):
     """What rank 0 is told while rank 1 does not come to a step, until it comes after all."""
     word = f"told {how}"
     messages = Messages(word)
-    roll_call.log.addHandler(messages)
+    stragglers.log.addHandler(messages)
     model = new_model()
-    optimizer = local(model, every=2) if how == "local" else EF21Muon(model.parameters())
+    optimizer = local(model, sync_every=2) if how == "local" else EF21Muon(model.parameters())
     for step in range(2):
         optimizer.zero_grad()
         loss_of(model, step, dist.get_rank()).backward()
@@ -174,7 +176,7 @@ def alone_in_a_step(how):
             messages.store.wait([word])
         optimizer.step()
     optimizer.check_agreement()
-    roll_call.log.removeHandler(messages)
+    stragglers.log.removeHandler(messages)
     return messages.lines
 
 
@@ -196,7 +198,7 @@ def left_alone():
 def main(directory):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    roll_call.NOTICE, roll_call.LOOK = 0.5, 0.2
+    stragglers.NOTICE, stragglers.LOOK = 0.5, 0.2
     report = {f"different {name}": different(name) for name in DIFFERENT}
     report["mixed"] = mixed({})
     for server in ("rank0", "sharded", "replicated"):

@@ -16,16 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ef21_muon import (
-    ALONE,
-    AveragedGradients,
-    Dense,
-    EF21Muon,
-    LocalSteps,
-    RankK,
-    Sign,
-    TopK,
-)
+from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
+from ef21_muon.compressors import Quantize, RankK, TopK
+from ef21_muon.norms import Sign
 from ef21_muon.transport import fixed
 from training.workers import leave
 
@@ -69,7 +62,7 @@ def sgd(p):
 EXCHANGING = {
     "ef21": lambda p, w2s, server: EF21Muon(p, w2s=w2s, server=server),
     "local": lambda p, w2s, server: LocalSteps(
-        sgd(p), every=2, w2s=w2s, server=server, outer_momentum=0.5
+        sgd(p), sync_every=2, w2s=w2s, server=server, outer_momentum=0.5
     ),
     "averaged": lambda p, w2s, server: AveragedGradients(sgd(p), w2s=w2s, server=server),
 }
@@ -133,7 +126,7 @@ def copies_alone() -> dict:
     """Of local steps around an optimizer that is alone, and what pickle and deepcopy make of it."""
     model = new_model()
     inner = EF21Muon(model.parameters(), w2s=TopK(0.3), process_group=ALONE)
-    optimizer = LocalSteps(inner, every=100, process_group=ALONE)
+    optimizer = LocalSteps(inner, sync_every=100, process_group=ALONE)
     train(model, optimizer, 2)
     result = {}
     for name, (copied, other) in {
@@ -155,9 +148,9 @@ def copies_alone() -> dict:
 def back_to_workers(backend: str, method: str) -> dict:
     """What steps give where this backend is said to send, and how often it broadcasts."""
     make = {
-        "ef21": lambda p: EF21Muon(p, w2s=FIRST, s2w=Dense("int4"), server="sharded"),
+        "ef21": lambda p: EF21Muon(p, w2s=FIRST, s2w=Quantize("int4"), server="sharded"),
         "rank0": lambda p: EF21Muon(p, w2s=FIRST, server="rank0"),
-        "local": lambda p: LocalSteps(sgd(p), every=2, s2w=TopK(0.5), server="sharded"),
+        "local": lambda p: LocalSteps(sgd(p), sync_every=2, s2w=TopK(0.5), server="sharded"),
     }[method]
     calls, broadcast = [], dist.broadcast
 
@@ -182,8 +175,8 @@ def back_to_workers(backend: str, method: str) -> dict:
 def under_way(server: str, stagger: bool) -> str:
     """What check_agreement says of EF21 with a delay, after every step and at the end."""
     model = new_model()
-    options = {"w2s": FIRST, "feedback": "ef21", "server": server, "stagger": stagger}
-    optimizer = LocalSteps(sgd(model.parameters()), every=5, delay=2, **options)
+    options = {"w2s": FIRST, "feedback": "ef21", "server": server, "streaming": stagger}
+    optimizer = LocalSteps(sgd(model.parameters()), sync_every=5, sync_delay=2, **options)
     late = []
     try:
         optimizer.check_agreement()
@@ -191,7 +184,7 @@ def under_way(server: str, stagger: bool) -> str:
             train(model, optimizer, 1, first=step)
             optimizer.check_agreement()
             late.append(len(optimizer.under_way))
-        optimizer.finish()
+        optimizer.final_sync()
         optimizer.check_agreement()
     except (ValueError, RuntimeError) as error:
         return repr(error)

@@ -13,47 +13,44 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ef21_muon import (
-    AdaptiveRadius,
-    AveragedGradients,
+from ef21_muon import AveragedGradients, EF21Muon, LocalSteps
+from ef21_muon.compressors import (
+    Bernoulli,
     ChunkTopK,
-    Damping,
-    Dense,
-    Dropout,
-    EF21Muon,
-    FittedRank,
-    LocalSteps,
+    Quantize,
+    QuantizedRank,
     RandK,
     RankK,
-    Sign,
+    Scaled,
     TopColumns,
     TopK,
     TopSingular,
 )
-from ef21_muon.messages.compressors import numbers
+from ef21_muon.compressors.base import numbers
+from ef21_muon.norms import AdaptiveRadius, Sign
 from ef21_muon.transport.agreement import fingerprint
 
 FORMATS = (
-    *("float32", "bfloat16", "natural", "natural4@message", "int2", "int8@128", "normal1"),
-    *("normal2", "normal4@message", "normal6", "sign", "sign@8blocks", "smooth4", "statistical4"),
+    *("float32", "bfloat16", "natural", "natural4@tensor", "int2", "int8@128", "normal1"),
+    *("normal2", "normal4@tensor", "normal6", "sign", "sign@8blocks", "rowcol4", "statistical4"),
 )
 COMPRESSORS = {
-    "dense": Dense,
+    "dense": Quantize,
     "topk": lambda values: TopK(0.1, values),
     "randk": lambda values: RandK(0.1, values),
     "chunk_topk": lambda values: ChunkTopK(32, 32, values),
     "top_columns": lambda values: TopColumns(0.3, values),
-    "damping": lambda values: Damping(TopK(0.3, values), 0.7),
-    "dropout": lambda values: Dropout(Dense(values), 0.9),
+    "damping": lambda values: Scaled(TopK(0.3, values), 0.7),
+    "dropout": lambda values: Bernoulli(Quantize(values), 0.9),
 }
 LOW_RANK = {
     "rank": lambda values: RankK(0.5, values),
-    "fitted_rank": lambda values: FittedRank(0.5, values),
+    "quantized_rank": lambda values: QuantizedRank(0.5, values),
     "top_singular": lambda values: TopSingular(0.5, values),
-    "damped rank": lambda values: Damping(RankK(0.5, values), 0.7),
+    "damped rank": lambda values: Scaled(RankK(0.5, values), 0.7),
 }
 SHAPES = [(96, 80), (200, 1)]
-NESTEROV = {"every": 2, "outer_lr": 0.7, "outer_momentum": 0.6}
+NESTEROV = {"sync_every": 2, "outer_lr": 0.7, "outer_momentum": 0.6}
 TOP, RANK = TopK(0.3), RankK(0.4)
 
 
@@ -79,19 +76,19 @@ OPTIMIZERS = {
     "muon sharded": lambda p: EF21Muon(p, w2s=RANK, server="sharded"),
     "muon rank0": lambda p: EF21Muon(p, w2s=RANK, server="rank0"),
     "muon s2w": lambda p: EF21Muon(p, w2s=TOP, s2w=RANK, server="sharded"),
-    "muon s2w dense": lambda p: EF21Muon(p, w2s=RANK, s2w=Dense("normal4"), server="sharded"),
+    "muon s2w dense": lambda p: EF21Muon(p, w2s=RANK, s2w=Quantize("normal4"), server="sharded"),
     "signs": lambda p: EF21Muon(
-        p, w2s=TOP, norm=Sign(), weight_decay=0.3, server="replicated", beta=0.3
+        p, w2s=TOP, norm=Sign(), weight_decay=0.3, server="replicated", momentum=0.7
     ),
     "signs rank": lambda p: EF21Muon(p, w2s=RANK, norm=Sign(), server="replicated"),
     "signs adaptive": lambda p: EF21Muon(
         p, w2s=TOP, norm=Sign(), radius=AdaptiveRadius(1, 1), server="replicated"
     ),
     "sign muon": lambda p: EF21Muon(
-        p, lmo="workers", feedback="none", w2s=Dense("sign"), server="replicated"
+        p, lmo="workers", feedback="none", w2s=Quantize("sign"), server="replicated"
     ),
-    "local normal2": lambda p: local(p, w2s=Dense("normal2"), server="replicated"),
-    "local sign": lambda p: local(p, w2s=Dense("sign"), server="replicated"),
+    "local normal2": lambda p: local(p, w2s=Quantize("normal2"), server="replicated"),
+    "local sign": lambda p: local(p, w2s=Quantize("sign"), server="replicated"),
     "local rank": lambda p: local(p, w2s=RANK, server="replicated"),
     "local rank sharded": lambda p: local(p, w2s=RANK, server="sharded"),
     "local rank auto": lambda p: local(p, w2s=RankK(0.05)),

@@ -11,15 +11,16 @@ import torch
 from waiting import wait_until
 from workers.unlike import NESTEROV, RANK, new_model
 
-from ef21_muon import Dense, FittedRank, LocalSteps
+from ef21_muon import LocalSteps
+from ef21_muon.compressors import Quantize, QuantizedRank
 from ef21_muon.fleet import Fleet, FleetRefused
 from ef21_muon.transport.agreement import fingerprint
 
 FLEETS = {  # all but the last train with both workers
-    "normal2": Dense("normal2"),
-    "sign": Dense("sign"),
+    "normal2": Quantize("normal2"),
+    "sign": Quantize("sign"),
     "rank": RANK,
-    "fitted rank": FittedRank(0.4),
+    "fitted rank": QuantizedRank(0.4),
 }
 TOGETHER = ("normal2", "sign")
 ROUNDS = 6
@@ -44,7 +45,7 @@ def train(number: int, url: str, name: str, folder: Path) -> dict:
     wait_until(lambda: all(one.exists() for one in ends(folder, name, number)))
     fleet.leave()
     quorums = [[one.messages, one.healed, one.diverged] for one in fleet.quorums]
-    state = [fingerprint(batch.state["model_shift"]).item() for batch in optimizer.batches]
+    state = [fingerprint(batch.state["global_params"]).item() for batch in optimizer.batches]
     return {"quorums": quorums, "state": state, "synced_steps": fleet.synced_steps}
 
 

@@ -1,0 +1,226 @@
+"""Parameter groups for EF21Muon: roles of parameters, and a norm and a radius for each.
+
+Roles are "hidden" (weights of linear and convolutional layers), "embedding" (tables and output
+heads, tied or not) and "vector" (biases, gains). configs/norm has the same presets for Hydra.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from ef21_muon.compressors.base import Identity
+from ef21_muon.norms.lmo import AdaptiveRadius, BiasRMS, Blocks, Sign, Spectral
+
+
+def _rules(hidden: tuple, embedding: tuple, vector: tuple) -> dict[str, dict]:
+    """Of a norm and a radius for each role."""
+    pairs = {"hidden": hidden, "embedding": embedding, "vector": vector}
+    return {role: {"norm": norm, "radius": radius} for role, (norm, radius) in pairs.items()}
+
+
+# Nothing but scion's radii was tuned: on 768 x 768 matrices the steps of all presets have the RMS
+# of scion's, 1 / sqrt(768) = 0.036 for hidden, 60 / 768 = 0.078 for embedding layers.
+PRESETS = {
+    # arXiv:2502.07529: the head's radius is 60 times that of hidden layers in its NanoGPT runs
+    # (3000 / 50), that of biases the same in its DeiT and CIFAR runs (LIONS-EPFL/scion).
+    "scion": _rules((Spectral(), 1.0), (Sign(), 60.0), (BiasRMS(), 1.0)),
+    # Muon has AdamW for all but hidden matrices, which is no LMO; the sign step is the nearest one.
+    "muon": _rules((Spectral(scaling="muon"), 1.0), (Sign(), 60.0), (BiasRMS(), 1.0)),
+    # Gluon (arXiv:2505.13416) fits L0 = 0 and L1 = 70 to hidden layers of a NanoGPT with scion's
+    # norms, L1 = 1.3 to its tied head, and to biases of a CNN the L1 of its hidden layers; here in
+    # units of 70, so that lr is scion's. Give an l0 above 0 for steps that shrink with gradients.
+    "gluon": _rules(
+        (Spectral(), AdaptiveRadius(l0=0.0, l1=1.0)),
+        (Sign(), AdaptiveRadius(l0=0.0, l1=0.0186)),
+        (BiasRMS(), AdaptiveRadius(l0=0.0, l1=1.0)),
+    ),
+    # The Euclidean norm over sqrt(entries), so that a radius is the RMS of the step.
+    "euclidean": _rules((BiasRMS(), 0.036), (BiasRMS(), 0.078), (BiasRMS(), 1.0)),
+}
+TABLES = (nn.Embedding, nn.EmbeddingBag)
+DECONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # (d_in, d_out, ...)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *DECONVOLUTIONS)
+NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm)  # of which gains may have several dimensions
+# By type, and the roles that a pattern with wildcards does not make of it.
+NOT_BY_WILDCARD = {
+    "vector": ("hidden", "embedding"),
+    "embedding": ("hidden", "vector"),
+    "hidden": ("vector",),
+}
+
+
+def param_groups(
+    model: nn.Module,
+    preset: str | Mapping[str, Mapping] = "scion",
+    *,
+    roles: Mapping[str, str] | None = None,
+    transposed: Sequence[str] = (),
+) -> list[dict]:
+    """Groups {"name": role, "params": [(name, parameter), ...], "norm", "radius", ...} of a model.
+
+    Every parameter that requires a gradient is in one group, under the first of its names. A role
+    has a group each for weights that are stored as (d_in, d_out), and for grouped convolutions.
+    Raises ValueError for an unclear role, one without a rule, an unknown preset, a pattern that
+    never counts, and one with wildcards that takes what has another role or orientation by type.
+
+    preset: "scion", "muon", "gluon", "euclidean", or rules of your own for the roles: {"hidden":
+    {"norm": Spectral(), "radius": 1.0}, ...}, with w2s, s2w and whatever else EF21Muon takes for a
+    group. What a rule leaves out is the optimizer's default, but w2s and s2w of vectors are the
+    identity.
+
+    Roles follow from module types. Up to one dimension, and gains of normalisations: vector. The
+    weight of an embedding: embedding; of a convolution or linear layer: hidden, but embedding for a
+    linear output head, which is tied to a table, or is the last linear layer and has the shape of
+    one. With the preset "scion" steps of convolutions are Scion's (`kernels`). Where the norm is
+    Spectral, a grouped convolution takes the steps of convolutions side by side (`Blocks`).
+
+    roles: name patterns (fnmatch) to roles; they go first, and the first that matches counts. They
+    are needed for other parameters of two or more dimensions, for linear layers that might be a
+    head (with as many outputs as a table has entries, where no head was found, or the shape of the
+    head that was), and for the last linear layer of a model without tables.
+
+    transposed: name patterns of weights that are stored as (d_in, d_out), beside those of
+    transposed convolutions and of transformers' Conv1D: a norm sees (d_out, d_in).
+    """
+    rules = preset if isinstance(preset, Mapping) else PRESETS.get(preset)
+    if rules is None:
+        known = f"{', '.join(PRESETS)}, or give a rule for each role"
+        raise ValueError(f"preset={preset!r} is not known: choose {known}")
+    layers = _Layers(model)
+    found = layers.roles(roles or {})
+    turned = layers.turned(transposed)
+    convolutions = {m.weight: m for m in model.modules() if isinstance(m, CONVOLUTIONS)}
+    groups = {}
+    for parameter, role in found.items():
+        name = layers.names[parameter][0]
+        if role not in rules:
+            given = f"the role {role!r} of {name} has no rule in the preset"
+            raise ValueError(f"{given}: it has {', '.join(rules)}")
+        exact = {"w2s": Identity(), "s2w": Identity()} if role == "vector" else {}
+        new = {"name": role, "params": [], **exact, **rules[role]}
+        if parameter in turned:
+            new["transposed"] = True
+        convolution = convolutions.get(parameter)
+        norm, blocks = new.get("norm", Spectral()), None
+        if convolution and convolution.groups > 1 and isinstance(norm, Spectral):
+            # The groups of a matrix (d_out, d_in) are in d_in where the convolution is transposed.
+            blocks = (convolution.groups, isinstance(convolution, DECONVOLUTIONS))
+            new["norm"] = Blocks(norm, *blocks)
+        group = groups.setdefault((role, parameter in turned, blocks), new)
+        group["params"].append((name, parameter))
+        if convolution and role == "hidden" and preset == "scion":
+            group["conv_scaling"] = True
+    return list(groups.values())
+
+
+class _Layers:
+    """The trained parameters of a model, by all of their names, and what their types tell."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.names = model, defaultdict(list)  # tied parameters have several
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad:
+                self.names[parameter].append(name)
+
+    def weights(self, *kinds: type) -> dict[Tensor, None]:
+        """Of the modules of these kinds, in order."""
+        return dict.fromkeys(m.weight for m in self.model.modules() if isinstance(m, kinds))
+
+    def stored_transposed(self) -> set[Tensor]:
+        """Weights of transposed convolutions, and of transformers' Conv1D or others so named."""
+        modules = self.model.modules()
+        named = [m for m in modules if "Conv1D" in {kind.__name__ for kind in type(m).__mro__}]
+        weights = {getattr(module, "weight", None) for module in named} - {None}
+        return {*self.weights(*DECONVOLUTIONS), *(w for w in weights if w.ndim == 2)}
+
+    def turned(self, patterns: Sequence[str]) -> set[Tensor]:
+        """Weights that are stored as (d_in, d_out), by type or by `patterns`."""
+        turned = self.stored_transposed()
+        known = self.weights(nn.Linear, *CONVOLUTIONS, *TABLES).keys() - turned
+        for pattern in patterns:
+            matching = self.matching(pattern, "transposed")
+            if wrong := [p for p in matching if p in known and pattern not in self.names[p]]:
+                raise ValueError(
+                    f"transposed has {pattern!r}, which takes {self.described(wrong)} too, "
+                    "stored as (d_out, d_in): give a pattern that leaves it out, or its exact name "
+                    "if it is meant"
+                )
+            turned.update(matching)
+        return turned
+
+    def roles(self, patterns: Mapping[str, str]) -> dict[Tensor, str]:
+        """The role of every parameter, by `patterns` for its names first, then by type."""
+        by_type, given = self.roles_by_type(), {}
+        for pattern, role in patterns.items():
+            matching = self.matching(pattern, "roles")
+            new = [p for p in matching if p not in given]
+            if not new and any(given[p] != role for p in matching):
+                raise ValueError(
+                    f"roles has {pattern!r} after patterns that take all that it matches: the "
+                    "first that matches counts, put it before them"
+                )
+            by_wildcard = [p for p in new if pattern not in self.names[p]]
+            if wrong := [p for p in by_wildcard if role in NOT_BY_WILDCARD.get(by_type[p], ())]:
+                its_role, its_name = by_type[wrong[0]], self.names[wrong[0]][0]
+                raise ValueError(
+                    f"roles has {pattern!r}: {role!r}, which takes {self.described(wrong)} too, by "
+                    f"type {its_role!r}: put {its_name!r}: {its_role!r}, or a pattern for all of "
+                    f"these, before it, or its exact name with {role!r} if that is meant"
+                )
+            given |= dict.fromkeys(new, role)
+        found = by_type | given
+        if unclear := [parameter for parameter, role in found.items() if role is None]:
+            name, shape = self.names[unclear[0]][0], tuple(unclear[0].shape)
+            more = f" (and of {len(unclear) - 1} more)" if len(unclear) > 1 else ""
+            raise ValueError(
+                f"the role of {name} {shape} is unclear{more}: pass roles={{{name!r}: 'hidden'}}, "
+                "or 'embedding' for a table or an output head, and if its dimensions are not "
+                f"(d_out, d_in) as torch.nn.Linear has them, transposed=[{name!r}] too"
+            )
+        return found
+
+    def roles_by_type(self) -> dict[Tensor, str | None]:
+        """None where types do not tell."""
+        linears, tables = self.weights(nn.Linear), self.weights(*TABLES)
+        heads, perhaps_heads = _heads(list(linears), list(tables))
+        hidden = {*linears, *self.weights(*CONVOLUTIONS), *self.stored_transposed()} - perhaps_heads
+        norms = [module for module in self.model.modules() if isinstance(module, NORMALISATIONS)]
+        gains = {gain for norm in norms for gain in norm.parameters(recurse=False)}
+        vectors = gains | {parameter for parameter in self.names if parameter.ndim < 2}
+        found = dict.fromkeys(self.names)  # to the last role of these
+        kinds = {"hidden": hidden, "embedding": {*tables, *heads}, "vector": vectors}
+        for role, kind in kinds.items():
+            found |= {parameter: role for parameter in self.names if parameter in kind}
+        return found
+
+    def matching(self, pattern: str, option: str) -> list[Tensor]:
+        """Parameters of which any name matches. Raises ValueError where none does."""
+        found = [p for p, own in self.names.items() if any(fnmatchcase(n, pattern) for n in own)]
+        if not found:
+            raise ValueError(
+                f"{option} has {pattern!r}, which matches no trained parameter: give patterns of "
+                f"names like {next(iter(self.names.values()), ['none'])[0]}"
+            )
+        return found
+
+    def described(self, parameters: Sequence[Tensor]) -> str:
+        """The first by name, shape and module, and how many more."""
+        name, shape = self.names[parameters[0]][0], tuple(parameters[0].shape)
+        kind = type(self.model.get_submodule(name.rpartition(".")[0])).__name__
+        more = f" (and {len(parameters) - 1} more)" if len(parameters) > 1 else ""
+        return f"{name} {shape} of {kind}{more}"
+
+
+def _heads(linears: list[Tensor], tables: list[Tensor]) -> tuple[set[Tensor], set[Tensor]]:
+    """Of the weights of linear layers, those of output heads, and those that might be one."""
+    if not tables:
+        return set(), set(linears[-1:])
+    if tied := set(linears) & set(tables):
+        return tied, set()
+    if linears and linears[-1].shape in {table.shape for table in tables}:
+        *others, head = linears
+        return {head}, {weight for weight in others if weight.shape == head.shape}
+    entries = {len(table) for table in tables}
+    return set(), {weight for weight in linears if len(weight) in entries}

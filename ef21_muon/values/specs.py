@@ -1,0 +1,73 @@
+"""Value formats by name, as configurations and compressors' specs write them."""
+
+import re
+from collections.abc import Mapping
+
+from ef21_muon.renamed import refuse_renamed, renamed_format
+from ef21_muon.values.base import BFloat16, Float32, Natural, ValueFormat
+from ef21_muon.values.levels import Normal, Statistical
+from ef21_muon.values.scaled import Integer, NaturalWindow, RowColumn, SignScale
+
+NAMES = (
+    "float32, bfloat16, natural, natural3 to natural7, int2 to int8, normal1 to normal6, sign, "
+    "rowcol2 to rowcol8, statistical2 to statistical8"
+)
+FORMATS = {"float32": Float32, "bfloat16": BFloat16, "natural": Natural, "sign": SignScale}
+OF_BITS = {
+    **{"natural": NaturalWindow, "int": Integer, "normal": Normal},
+    **{"rowcol": RowColumn, "statistical": Statistical},
+}
+NAME = re.compile(rf"({'|'.join(FORMATS | OF_BITS)})(\d?)(?:@(\w+))?")
+
+
+def value_format(values: ValueFormat | str | Mapping) -> ValueFormat:
+    """A value format from its spec.
+
+    Args:
+        values: a name with its bits, a block after @, and options after colons: "natural4",
+            "int4@128", "int4@8blocks", "sign@tensor", "int5:nearest", "statistical4:span=5". Or a
+            mapping with `format` and options, {"format": "int5", "rounding": "nearest"}; or a
+            format, which is returned.
+
+    Raises:
+        ValueError: for any other name, and for an option that the format does not have.
+
+    Example:
+        >>> value_format("int4@128:nearest")
+        int4@128:nearest
+    """
+    if isinstance(values, ValueFormat):
+        return values
+    given = dict(values) if isinstance(values, Mapping) else {"format": values}
+    name, *words = str(given.pop("format", None)).split(":")
+    options = dict(map(_option, words)) | given
+    refuse_renamed("values", options)
+    match = NAME.fullmatch(name)
+    kind, bits, block = match.groups() if match else (None, "", None)
+    format_ = (OF_BITS if bits else FORMATS).get(kind)
+    if format_ is None or block == "message":
+        hint = renamed_format(name) or f"choose from {NAMES}"
+        raise ValueError(f"values={name} is not a value format: {hint}")
+    if block:
+        options["block"] = int(block) if block.isdigit() else block
+    try:
+        return format_(*map(int, bits), **options)
+    except TypeError:
+        text = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise ValueError(f"values={name} does not take {text}: choose from {NAMES}") from None
+
+
+def is_option(word: str) -> bool:
+    """Whether a word of a spec belongs to the value format before it."""
+    return word in ("nearest", "stochastic") or "=" in word
+
+
+def _option(word: str) -> tuple[str, object]:
+    """("rounding", "nearest") of "nearest", ("span", 5.0) of "span=5"."""
+    key, separator, value = word.partition("=")
+    if not separator:
+        return "rounding", key
+    try:
+        return key, float(value)
+    except ValueError:
+        return key, value
