@@ -123,7 +123,7 @@ def test_a_compressor_that_was_replaced_is_told(name):
 )
 def test_other_entries_of_a_group_take_effect(entry):
     models = [new_model(), new_model()]
-    optimizers = [MAKE["ef21_muon"](model, w2s=None) for model in models]
+    optimizers = [MAKE["ef21_muon"](model) for model in models]
     for model, optimizer in zip(models, optimizers, strict=True):
         take(model, optimizer)
     optimizers[0].param_groups[0].update(entry)

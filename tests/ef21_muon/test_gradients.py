@@ -124,13 +124,13 @@ def test_an_inner_optimizer_may_have_none_of_its_gradients():
     assert optimizer.round == 1
 
 
-@pytest.mark.parametrize("missing", ["refuse", "zero"])
+@pytest.mark.parametrize("missing", ["error", "zero"])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in CLOSURES])
 def test_a_sparse_gradient_is_named(method, scaled, missing):
     model = new_model(sparse=True)
     named = without(model, "other")
-    optimizer = METHODS[method](named, missing=missing)
+    optimizer = METHODS[method](named, missing_grad=missing)
     before = values(model)
     scaler = torch.amp.GradScaler("cpu", enabled=scaled)
     backward(model, scale=scaler.scale)

@@ -154,9 +154,9 @@ UNLIKE = {
         lambda p: LocalSteps(muon(p)),
         "norm of group 0 of inner 0 'Sign(",
     ),
-    "every": (
+    "sync_every": (
         lambda p: LocalSteps(sgd(p), sync_every=3),
-        lambda p: LocalSteps(sgd(p), every={0: 3, 6: 2}),
+        lambda p: LocalSteps(sgd(p), sync_every={0: 3, 6: 2}),
         "every '3' (here '3, 2 from step 7')",
     ),
     "outer_lr": (
@@ -179,7 +179,7 @@ UNLIKE = {
         lambda p: LocalSteps(sgd(p), w2s=TopK(0.2)),
         "error_decay 0.5 (here 1.0)",
     ),
-    "delay": (
+    "sync_delay": (
         lambda p: LocalSteps(sgd(p), sync_every=6, sync_delay=1),
         lambda p: LocalSteps(sgd(p), sync_every=6, sync_delay=2),
         "delay 1 (here 2)",
@@ -187,7 +187,7 @@ UNLIKE = {
     "streaming": (
         lambda p: LocalSteps(sgd(p), sync_every=6, streaming=True),
         lambda p: LocalSteps(sgd(p), sync_every=6),
-        "stagger True (here False)",
+        "streaming True (here False)",
     ),
     "value format": (
         lambda p: LocalSteps(sgd(p), w2s=Quantize("normal2")),
@@ -209,7 +209,7 @@ UNLIKE = {
         lambda p: LocalSteps(sgd([nn.Parameter(one.detach().bfloat16()) for one in p])),
         "shape of parameter 0 of group 0 '(8, 6) float32' (here '(8, 6) bfloat16'",
     ),
-    "beta": (lambda p: EF21Muon(p, momentum=0.5), lambda p: EF21Muon(p), "beta of group 0 0.5"),
+    "momentum": (lambda p: EF21Muon(p, momentum=0.5), lambda p: EF21Muon(p), "beta of group 0 0.5"),
     "norm": (lambda p: EF21Muon(p, norm=Sign()), lambda p: EF21Muon(p), "norm of group 0 'Sign("),
     "radius": (
         lambda p: EF21Muon(p, radius=AdaptiveRadius(1, 2)),

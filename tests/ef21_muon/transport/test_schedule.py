@@ -31,14 +31,14 @@ def test_they_are_told_in_words():
 @pytest.mark.parametrize(
     ("every", "told"),
     [
-        (0, "every=0 is not allowed: give a whole number above 0"),
-        (True, "every=True is not allowed: give a whole number above 0"),
-        ({}, "every={} is not allowed: give the steps of a round from step 0"),
-        ({3: 5}, "every={3: 5} is not allowed: give the steps of a round from step 0"),
-        ({0: 5, 10: 0}, "every=0 is not allowed: give a whole number above 0"),
+        (0, "sync_every=0 is not allowed: give a whole number above 0"),
+        (True, "sync_every=True is not allowed: give a whole number above 0"),
+        ({}, "sync_every={} is not allowed: give the steps of a round from step 0"),
+        ({3: 5}, "sync_every={3: 5} is not allowed: give the steps of a round from step 0"),
+        ({0: 5, 10: 0}, "sync_every=0 is not allowed: give a whole number above 0"),
         (
             {0: 5, 12: 2},
-            "every={0: 5, 12: 2} is not allowed: 12 steps from step 0 on are no whole rounds of 5, "
+            "sync_every={0: 5, 12: 2} is not allowed: 12 steps from step 0 on are no whole rounds of 5, "
             "give a multiple",
         ),
     ],
