@@ -57,7 +57,7 @@ def copy_in_place(model, other):
 
 @pytest.mark.parametrize("change", [load, assign, copy_in_place])
 @pytest.mark.parametrize("steps", [0, 3])
-@pytest.mark.parametrize("s2w", [None, TopK(0.2), Quantize("int4")])
+@pytest.mark.parametrize("s2w", ["identity", TopK(0.2), Quantize("int4")])
 def test_a_model_that_was_loaded_stays_where_it_is(change, steps, s2w):
     model, other = new_model(), new_model(seed=1)
     optimizer = MAKE["ef21_muon"](model, s2w=s2w)

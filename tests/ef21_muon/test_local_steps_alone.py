@@ -297,7 +297,7 @@ WRONG = (
     ({"mean": "senders", "feedback": "ef21"}, "mean='senders' is not allowed with feedback='ef21'"),
     ({"server": "cloud"}, "server='cloud' is not a placement"),
     ({"server": "replicated", "s2w": TopK(0.1)}, "sends nothing back to compress"),
-    ({"w2s": "topk"}, "w2s='topk' is not allowed: give a Compressor"),
+    ({"w2s": "topk"}, "w2s='topk' lacks its fraction: write topk:FRACTION"),
     ({"streaming": 1}, "streaming=1 is not allowed: give True or False"),
     ({"nesterov": "yes"}, "nesterov='yes' is not allowed"),
     ({"buckets": 0}, "buckets=0 is not allowed"),

@@ -144,10 +144,10 @@ UNLIKE = {
         lambda p: LocalSteps(torch.optim.AdamW(p)),
         "amsgrad of group 0 of inner 0 True (here False)",
     ),
-    "beta of an inner EF21Muon": (
+    "momentum of an inner EF21Muon": (
         lambda p: LocalSteps(muon(p, momentum=0.8)),
         lambda p: LocalSteps(muon(p)),
-        "beta of group 0 of inner 0 0.2 (here 0.1)",
+        "momentum of group 0 of inner 0 0.8 (here 0.9)",
     ),
     "norm of an inner EF21Muon": (
         lambda p: LocalSteps(muon(p, norm=Sign())),
@@ -182,7 +182,7 @@ UNLIKE = {
     "sync_delay": (
         lambda p: LocalSteps(sgd(p), sync_every=6, sync_delay=1),
         lambda p: LocalSteps(sgd(p), sync_every=6, sync_delay=2),
-        "delay 1 (here 2)",
+        "sync_delay 1 (here 2)",
     ),
     "streaming": (
         lambda p: LocalSteps(sgd(p), sync_every=6, streaming=True),
@@ -209,7 +209,11 @@ UNLIKE = {
         lambda p: LocalSteps(sgd([nn.Parameter(one.detach().bfloat16()) for one in p])),
         "shape of parameter 0 of group 0 '(8, 6) float32' (here '(8, 6) bfloat16'",
     ),
-    "momentum": (lambda p: EF21Muon(p, momentum=0.5), lambda p: EF21Muon(p), "beta of group 0 0.5"),
+    "momentum of EF21Muon": (
+        lambda p: EF21Muon(p, momentum=0.5),
+        lambda p: EF21Muon(p),
+        "momentum of group 0 0.5",
+    ),
     "norm": (lambda p: EF21Muon(p, norm=Sign()), lambda p: EF21Muon(p), "norm of group 0 'Sign("),
     "radius": (
         lambda p: EF21Muon(p, radius=AdaptiveRadius(1, 2)),
@@ -224,7 +228,7 @@ UNLIKE = {
     "momentum kind": (
         lambda p: EF21Muon(p, momentum_kind="polyak"),
         lambda p: EF21Muon(p, momentum_kind="mvr"),
-        "momentum 'polyak' (here 'mvr')",
+        "momentum_kind 'polyak' (here 'mvr')",
     ),
     "gamma": (
         lambda p: EF21Muon(p, gamma=0.1),
