@@ -185,17 +185,17 @@ NEWCOMERS = {
 
 @pytest.mark.parametrize(("newcomer", "reason"), NEWCOMERS.values(), ids=NEWCOMERS)
 def test_who_does_not_belong_is_told_why_and_costs_the_others_one_quorum(newcomer, reason):
-    come, told = threading.Event(), threading.Event()
+    come, reported = threading.Event(), threading.Event()
 
     def wait(worker):
         if worker.optimizer.steps == 7 and not come.is_set():
-            told.set()
+            reported.set()
             come.wait(PATIENCE)
 
     with lighthouse(2) as url, crew.workers(url, range(2), run=RUN) as workers:
         crew.enter(workers)
         threads = [worker.start(18, before_step=wait) for worker in workers]
-        told.wait(PATIENCE)
+        reported.wait(PATIENCE)
         other = newcomer(url)
         thread = other.start(18)
         while other.fleet.members.manager is None:

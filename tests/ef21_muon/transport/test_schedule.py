@@ -10,10 +10,10 @@ STRETCHES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 7)), min_size=1
 
 
 @given(stretches=STRETCHES)
-def test_steps_are_told_their_rounds_as_by_counting(stretches):
-    counted, every, firsts = [], {}, []
+def test_steps_know_their_rounds_as_by_counting(stretches):
+    counted, sync_every, firsts = [], {}, []
     for rounds, length in stretches:
-        every[len(counted)] = length
+        sync_every[len(counted)] = length
         for _ in range(rounds):
             firsts.append(len(counted))
             counted += [(len(firsts) - 1, place, length) for place in range(length)]
