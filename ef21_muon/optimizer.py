@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from ef21_muon.arithmetic import Results, of_norms
-from ef21_muon.communicating import Communicating, together
+from ef21_muon.communicating import Communicating
 from ef21_muon.compressors import Compressor, Identity
 from ef21_muon.correction import PARTS, correction_of
 from ef21_muon.guards import bring_gradients, gradients_of, guarded_step
@@ -32,7 +32,7 @@ from ef21_muon.settings import (
     whole_number,
 )
 from ef21_muon.transport.fixed import Transport, place_in, run
-from ef21_muon.transport.mesh import WorkerMesh
+from ef21_muon.transport.mesh import WorkerMesh, together
 
 GAMMA = {"gamma": ("of at least 0", lambda gamma: gamma >= 0)}
 

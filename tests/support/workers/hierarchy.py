@@ -147,7 +147,7 @@ def train(case: str, size: int, shard: bool) -> dict[str, np.ndarray]:
         module.zero_grad()  # of all ranks of the worker
         module(parts).backward()
         optimizer.step()
-    with getattr(optimizer, "agreed", nullcontext)():
+    with getattr(optimizer, "global_params", nullcontext)():
         flat = torch.cat([whole(p.detach()).flatten() for p in model.values()])
     state = sum(t.numel() for s in optimizer.state.values() for t in s.values())
     return {
