@@ -135,7 +135,7 @@ def main(directory):
     try:
         EF21Muon(model.parameters(), buffers=model)
     except ValueError as error:
-        report["parted"] = str(error)
+        report["diverged"] = str(error)
     (directory / f"rank{dist.get_rank()}.json").write_text(json.dumps(report))
 
 

@@ -172,10 +172,10 @@ def back_to_workers(backend: str, method: str) -> dict:
     return {"found": found, "counts": counts, "received": received, "broadcasts": in_steps}
 
 
-def under_way(server: str, stagger: bool) -> str:
+def under_way(server: str, streaming: bool) -> str:
     """What check_agreement says of EF21 with a delay, after every step and at the end."""
     model = new_model()
-    options = {"w2s": FIRST, "feedback": "ef21", "server": server, "streaming": stagger}
+    options = {"w2s": FIRST, "feedback": "ef21", "server": server, "streaming": streaming}
     optimizer = LocalSteps(sgd(model.parameters()), sync_every=5, sync_delay=2, **options)
     late = []
     try:
@@ -206,9 +206,9 @@ CASES = {
         for backend in ("gloo", "nccl")
     },
     **{
-        f"under way {server} {stagger}": lambda s=server, t=stagger: under_way(s, t)
+        f"under way {server} {streaming}": lambda s=server, t=streaming: under_way(s, t)
         for server in PLACEMENTS
-        for stagger in (False, True)
+        for streaming in (False, True)
     },
 }
 
