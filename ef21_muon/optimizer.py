@@ -20,9 +20,15 @@ from ef21_muon.layers import (
     lmo_costs,
     still_where_broken,
 )
-from ef21_muon.norms.lmo import AdaptiveRadius, Norm, Spectral
+from ef21_muon.norms.lmo import (
+    AdaptiveRadius,
+    Norm,
+    Spectral,
+    lr_of,
+    scale_step,
+    step_with_feedback,
+)
 from ef21_muon.norms.presets import groups_of
-from ef21_muon.norms.steps import lr_of, scale_step, step_with_feedback
 from ef21_muon.renamed import refuses_renamed
 from ef21_muon.settings import (
     check_group,
