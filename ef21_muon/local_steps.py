@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ef21_muon.channel import Channel, finite, mark
 from ef21_muon.communicating import Communicating, together
 from ef21_muon.compressors import Compressor, from_spec
 from ef21_muon.compressors.base import add_mean_over_senders, require_marks
@@ -17,11 +18,8 @@ from ef21_muon.inner import Wrapped
 from ef21_muon.layers import (
     FEEDBACK,
     Batch,
-    Channel,
     entry_counts,
-    finite,
     in_buckets,
-    mark,
 )
 from ef21_muon.renamed import refuses_renamed
 from ef21_muon.settings import (

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ef21_muon.arithmetic import Results, of_norms
+from ef21_muon.channel import still_where_broken
 from ef21_muon.communicating import Communicating, together
 from ef21_muon.compressors import Compressor, Identity
 from ef21_muon.correction import PARTS, Correction
@@ -18,7 +19,6 @@ from ef21_muon.layers import (
     Batch,
     in_buckets,
     lmo_costs,
-    still_where_broken,
 )
 from ef21_muon.norms.lmo import AdaptiveRadius, Norm, Spectral, along
 from ef21_muon.renamed import refuses_renamed

@@ -12,15 +12,10 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.compressors.base import Compressor
+from ef21_muon.compressors.indices import index_bytes, pack_indices, unpack_indices
 from ef21_muon.compressors.low_rank import QuantizedRank, RankK
-from ef21_muon.compressors.sparse import (
-    Entries,
-    Fraction,
-    index_bytes,
-    largest,
-    pack_indices,
-    unpack_indices,
-)
+from ef21_muon.compressors.selection import largest
+from ef21_muon.compressors.sparse import Entries, Fraction
 from ef21_muon.norms.newton_schulz import unit_largest
 from ef21_muon.values.base import Float32, check, check_length, check_share
 

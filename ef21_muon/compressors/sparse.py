@@ -1,6 +1,5 @@
-"""Compressors that keep some entries, the choice of the largest, and indices as bytes."""
+"""Compressors that keep some of the entries of a matrix."""
 
-from collections.abc import Sequence
 from functools import cache
 from itertools import count
 from math import gcd
@@ -9,8 +8,9 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.compressors.base import Compressor
+from ef21_muon.compressors.indices import index_bytes, pack_indices, unpack_indices
+from ef21_muon.compressors.selection import largest
 from ef21_muon.values.base import (
-    AT_A_TIME,
     ValueFormat,
     check,
     check_length,
@@ -19,12 +19,7 @@ from ef21_muon.values.base import (
     packed_bytes,
     reinterpret,
     unpack,
-    wrong_length,
 )
-
-LOW_BITS = 16  # of the 31 bits of a float32's magnitude
-MAGNITUDE = 0x7FFFFFFF
-SORTED_BELOW = 1 << LOW_BITS
 
 
 class Fraction(Compressor):
@@ -238,105 +233,3 @@ def _coprimes(total: int, device: torch.device) -> Tensor:
     starts = (max(1, total * place // 256) for place in range(256))
     found = [next(n for n in count(start) if gcd(n, total) == 1) for start in starts]
     return torch.tensor(found, device=device)
-
-
-def largest(x: Tensor, k: int) -> Tensor:
-    """Of float32 (L, n) the positions of the k entries of largest magnitude per row: int64 (L, k).
-
-    They rise; of equal magnitudes the first are taken. Floats of one sign are ordered as their
-    bits. Takes about a byte per entry (on a GPU four) and 12 for each of the k; does not wait.
-    """
-    if x.shape[1] < SORTED_BELOW:
-        order = x.abs().sort(dim=1, descending=True, stable=True).indices
-        return order[:, :k].sort(1).values
-    bits = x.contiguous().view(torch.int32)
-    pieces = bits.split(max(1, AT_A_TIME[x.device.type] // max(1, len(bits))), 1)
-    kth, missing = kth_by_topk(bits, k) if x.is_cuda else kth_by_histograms(pieces, k)
-    chosen = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-    for piece, chosen_piece in zip(pieces, chosen.split(pieces[0].shape[1], 1), strict=True):
-        magnitude = piece & MAGNITUDE
-        equal = magnitude == kth
-        # Of its row; a GPU adds up one long row much faster than rows of a matrix.
-        place = equal.flatten().cumsum(0, dtype=torch.int32).view(equal.shape)
-        place = place - (place[:, :1] - equal[:, :1].to(torch.int32))
-        chosen_piece.copy_((magnitude > kth).logical_or_(equal.logical_and_(place <= missing)))
-        missing = missing - place[:, -1:]
-    rows = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    return chosen.flatten().nonzero_static(size=len(x) * k).view(-1, k).sub_(rows)
-
-
-# A CPU's topk takes up to three times as long as histograms, a GPU's is of one pass.
-
-
-def kth_by_topk(bits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of int32 (L, n) the k-th largest magnitudes, and how many like it are among the k: (L, 1)."""
-    magnitudes = bits & MAGNITUDE
-    kth = magnitudes.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    return kth, k - (magnitudes > kth).sum(1, keepdim=True)
-
-
-def kth_by_histograms(pieces: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The same of parts (L, any of n): of high bits, and then of low ones where they are its."""
-    rows, device = len(pieces[0]), pieces[0].device
-    missing, kth = torch.full((rows, 1), k, device=device), None
-    for _ in range(2):
-        counts = torch.zeros(rows, 1 << LOW_BITS, dtype=torch.int32, device=device)
-        for piece in pieces:
-            high = (piece & MAGNITUDE) >> LOW_BITS
-            numbers = high if kth is None else piece & (1 << LOW_BITS) - 1
-            counted = torch.ones_like(high) if kth is None else (high == kth).to(torch.int32)
-            counts.scatter_add_(1, numbers.to(torch.int64), counted)
-        at_least = counts.flip(1).cumsum(1).flip(1)
-        found = (at_least >= missing).sum(1, keepdim=True) - 1
-        missing = missing - at_least.gather(1, found) + counts.gather(1, found)
-        found = found.to(torch.int32)
-        kth = found if kth is None else kth << LOW_BITS | found
-    return kth, missing
-
-
-# Elias-Fano: a sorted index is split into low bits, packed, and a high part, written in unary as a
-# bitmap in which index i of high part h sets bit h + i (Elias 1974, Fano 1971).
-
-
-@cache
-def shortest(universe: int, count: int) -> tuple[int, int]:
-    """The bytes of `count` indices below `universe`, and the number of low bits for so few."""
-    return min(
-        (packed_bytes(count, width) + packed_bytes(count + (universe - 1 >> width), 1), width)
-        for width in range(33)
-    )
-
-
-@cache
-def index_bytes(universe: int, count: int) -> int:
-    """Bytes that `count` sorted indices below `universe` take."""
-    return shortest(universe, count)[0]
-
-
-def pack_indices(indices: Tensor, universe: int) -> Tensor:
-    """Strictly increasing int64 (L, k) below `universe` -> uint8 (L, index_bytes(universe, k))."""
-    rows, kept = indices.shape
-    width = shortest(universe, kept)[1]
-    bitmap = indices.new_zeros(rows, kept + (universe - 1 >> width), dtype=torch.uint8)
-    low = torch.empty_like(indices, dtype=torch.int32)
-    size = AT_A_TIME[indices.device.type] // 4  # since places have 8 bytes
-    for first in range(0, kept, size):
-        piece = indices[:, first : first + size]
-        places = torch.arange(first, first + piece.shape[1], device=indices.device)
-        bitmap.scatter_(1, places + (piece >> width), 1)
-        low[:, first : first + size] = piece & (1 << width) - 1
-    return torch.cat([pack(low, width), pack(bitmap, 1)], 1)
-
-
-def unpack_indices(packed: Tensor, universe: int, count: int) -> Tensor:
-    """Undo `pack_indices`: int64 (L, count); ValueError for rows of another length."""
-    size, width = shortest(universe, count)
-    if packed.shape[1] != size:
-        raise wrong_length(packed, size, f"{count} indices below {universe}")
-    rows, low_bytes = len(packed), packed_bytes(count, width)
-    length = count + (universe - 1 >> width)
-    bitmap = unpack(packed[:, low_bytes:], length, 1)
-    place = bitmap.flatten().nonzero_static(size=rows * count).view(rows, count)
-    row_start = torch.arange(rows, device=packed.device)[:, None] * length
-    high = place - row_start - torch.arange(count, device=packed.device)
-    return (high << width) | unpack(packed[:, :low_bytes], count, width)

@@ -1,5 +1,6 @@
 """Norms: their linear minimisation oracles (LMOs) are the steps, and presets of who has which."""
 
+from ef21_muon.norms.base import Norm
 from ef21_muon.norms.lmo import (
     L1,
     AdaptiveRadius,
@@ -7,7 +8,6 @@ from ef21_muon.norms.lmo import (
     Blocks,
     ColumnNorm,
     Euclidean,
-    Norm,
     Nuclear,
     RowNorm,
     Sign,
