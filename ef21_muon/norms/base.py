@@ -1,4 +1,9 @@
-"""The base class of norms: the geometry of the server's step."""
+"""The base class of norms, which give the server's step its geometry.
+
+A norm has a linear minimisation oracle (LMO), `lmo(G)`, the minimiser of <G, Z> over the unit ball,
+and a dual norm, `dual(G)`, so that <G, lmo(G)> = -dual(G). Both take batches of matrices
+(..., d_out, d_in), stored as torch.nn.Linear stores its weight; a vector of n entries is (n, 1).
+"""
 
 from inspect import signature
 from typing import ClassVar
@@ -8,11 +13,29 @@ from torch import Generator, Tensor
 
 
 class Norm:
-    """A norm on matrices of d_out rows and d_in columns.
+    """The base class of norms on matrices of d_out rows and d_in columns.
 
-    scaling: a name in `scalings`, by default the first. For s = 1 a norm of your own has
-    `aligned(G)`, a new tensor with the maximiser of <G, Z> over the unit ball, and `dual_norm(G)`;
-    and `cost` if it is not `cost_per_entry` times the entries.
+    Subclasses implement `aligned(gradient)`, a new tensor (..., d_out, d_in) that maximises
+    <gradient, Z> over the unit ball, and `dual_norm(gradient)`, which returns (...). They set
+    `cost_per_entry`, or override `cost`, where the LMO takes another number of multiplications.
+    Both methods are those of the unscaled norm, s = 1.
+
+    Args:
+        scaling: a key of the class attribute `scalings`, a dictionary of functions s(d_out, d_in).
+            The norm is divided by s, so `lmo` and `dual` are s times as large. The default is the
+            first key; "none" is s = 1.
+
+    Raises:
+        ValueError: if `scaling` is not a key of `scalings`.
+
+    Example:
+        >>> class Largest(Norm):  # max |Z_ij|, as Sign("none")
+        ...     def aligned(self, gradient):
+        ...         return gradient.sign()
+        ...     def dual_norm(self, gradient):
+        ...         return gradient.abs().sum((-2, -1))
+        >>> Largest().lmo(torch.tensor([[3.0, -4.0]]))
+        tensor([[-1.,  1.]])
     """
 
     scalings: ClassVar = {"none": lambda d_out, d_in: 1.0}
@@ -25,15 +48,41 @@ class Norm:
             raise ValueError(f"{type(self).__name__} got scaling={scaling!r}: choose {known}")
 
     def lmo(self, gradient: Tensor) -> Tensor:
-        """argmin of <gradient, Z> over ||Z|| <= 1; zero where the gradient is."""
+        """Return the linear minimisation oracle, argmin of <gradient, Z> over ||Z|| <= 1.
+
+        Args:
+            gradient: matrices (..., d_out, d_in), floating point.
+
+        Returns:
+            A new tensor of the shape of `gradient`; zero where the whole matrix is zero.
+        """
         return self.aligned(gradient).mul_(-self.scale(*gradient.shape[-2:]))
 
     def dual(self, gradient: Tensor) -> Tensor:
-        """The dual norm. (..., d_out, d_in) -> (...)."""
+        """Return the dual norm, the maximum of <gradient, Z> over ||Z|| <= 1.
+
+        Args:
+            gradient: matrices (..., d_out, d_in), floating point.
+
+        Returns:
+            A tensor (...), one number per matrix.
+        """
         return self.dual_norm(gradient) * self.scale(*gradient.shape[-2:])
 
     def projected(self, wanted: Tensor) -> Tensor:
-        """The part of -wanted along the LMO's direction Z: -(<wanted, Z> / ||Z||_2^2) Z or zero."""
+        """Return the projection of -wanted on the direction of the LMO.
+
+        With Z = lmo(wanted) it is -(<wanted, Z> / ||Z||_F^2) Z, or zero where Z is zero.
+
+        Args:
+            wanted: matrices (..., d_out, d_in), floating point.
+
+        Returns:
+            A new tensor of the shape of `wanted`.
+
+        References:
+            EF-Muon (arXiv:2605.08980).
+        """
         direction = self.lmo(wanted)
         along = (wanted * direction).sum((-2, -1), keepdim=True)
         squared = direction.square().sum((-2, -1), keepdim=True)
@@ -41,28 +90,43 @@ class Norm:
 
     @torch.no_grad()
     def init_(self, weight: Tensor, generator: Generator | None = None) -> Tensor:
-        """Fill weight (..., d_out, d_in) with random extreme points of the unit ball; returns it.
+        """Fill a weight with random extreme points of the unit ball, in place.
 
-        They are minus the exact LMO of Gaussian matrices. With scaling="scion" Scion
-        (arXiv:2502.07529) starts from them, times the radius, but biases from zero.
+        They are minus the exact LMO of Gaussian matrices. Scion starts from these points times the
+        radius, with scaling="scion", but starts biases from zero.
+
+        Args:
+            weight: the tensor (..., d_out, d_in) to fill.
+            generator: the source of the Gaussian numbers, on the weight's device; default None,
+                which is torch's global generator.
+
+        Returns:
+            `weight`.
+
+        References:
+            Pethick et al., Scion (arXiv:2502.07529).
         """
         like = {"dtype": torch.float32, "device": weight.device}
         gaussian = torch.randn(weight.shape, generator=generator, **like)
         return weight.copy_(self.exact().lmo(gaussian).neg_())
 
     def exact(self) -> "Norm":
-        """This norm with an LMO that is exact up to rounding."""
+        """Return this norm with an LMO that is exact up to rounding."""
         return self
 
     def cost(self, d_out: int, d_in: int) -> int:
-        """Multiplications that `lmo` takes for one matrix, for balancing servers."""
+        """Return the number of multiplications that `lmo` takes for one d_out x d_in matrix.
+
+        The assignment of layers to owner ranks balances these costs.
+        """
         return self.cost_per_entry * d_out * d_in
 
     def scale(self, d_out: int, d_in: int) -> float:
+        """Return s(d_out, d_in), the factor by which `lmo` and `dual` are scaled."""
         return self.scalings[self.scaling](d_out, d_in)
 
     def __repr__(self) -> str:
-        """The call that builds it, defaults left out."""
+        """Return the constructor call, without arguments that have their defaults."""
         given = []
         for name, parameter in signature(type(self)).parameters.items():
             default = next(iter(self.scalings)) if name == "scaling" else parameter.default
