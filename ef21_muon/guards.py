@@ -206,7 +206,7 @@ def overflowed(optimizer, group: dist.ProcessGroup | str | None) -> bool:
     Then no rank may step, or rounds would slip against each other. Waits for the device, with a
     GradScaler alone.
     """
-    found_inf = getattr(optimizer, "found_inf", None)
+    found_inf = vars(optimizer).get("found_inf")
     if found_inf is None:
         return False
     mesh = optimizer.mesh
@@ -217,7 +217,7 @@ def overflowed(optimizer, group: dist.ProcessGroup | str | None) -> bool:
         )
     held = [layer.parameter for layer in optimizer.guards.layers]
     gradients = [p.grad for p in held if p.grad is not None]
-    scale = getattr(optimizer, "grad_scale", None)
+    scale = vars(optimizer).get("grad_scale")
     if scale is not None:
         torch._foreach_mul_(gradients, 1 / scale)
     if mesh:  # of which the scaler has seen this rank's alone

@@ -4,14 +4,17 @@ Roles are "hidden" (weights of linear and convolutional layers), "embedding" (ta
 heads, tied or not) and "vector" (biases, gains). configs/norm has the same presets for Hydra.
 """
 
+import re
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from ef21_muon.compressors.base import Identity
-from ef21_muon.norms.lmo import AdaptiveRadius, BiasRMS, Blocks, Sign, Spectral
+from ef21_muon.norms.lmo import AdaptiveRadius, BiasRMS, Blocks, Norm, Sign, Spectral
 
 
 def _rules(hidden: tuple, embedding: tuple, vector: tuple) -> dict[str, dict]:
@@ -42,6 +45,10 @@ PRESETS = {
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 DECONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # (d_in, d_out, ...)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *DECONVOLUTIONS)
+# By which a table or an output head is recognised where there is no module: parts of its name, and
+# sides whose ratio no hidden matrix of a transformer has (a fused gate and up projection has 5.4).
+TABLE_WORDS = {"emb", "embd", "embed", "embedding", "embeddings", "wte", "wpe", "head", "vocab"}
+TABLE_RATIO = 8
 NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm)  # of which gains may have several dimensions
 # By type, and the roles that a pattern with wildcards does not make of it.
 NOT_BY_WILDCARD = {
@@ -73,7 +80,7 @@ def param_groups(
     Roles follow from module types. Up to one dimension, and gains of normalisations: vector. The
     weight of an embedding: embedding; of a convolution or linear layer: hidden, but embedding for a
     linear output head, which is tied to a table, or is the last linear layer and has the shape of
-    one. With the preset "scion" steps of convolutions are Scion's (`kernels`). Where the norm is
+    one. With the preset "scion" steps of convolutions are Scion's (`conv_scaling`). Where the norm is
     Spectral, a grouped convolution takes the steps of convolutions side by side (`Blocks`).
 
     roles: name patterns (fnmatch) to roles; they go first, and the first that matches counts. They
@@ -113,6 +120,70 @@ def param_groups(
         if convolution and role == "hidden" and preset == "scion":
             group["conv_scaling"] = True
     return list(groups.values())
+
+
+def groups_of(
+    params: nn.Module | ParamsT,
+    norm: Norm | None,
+    radius: float | AdaptiveRadius | None,
+    rank: int = 0,
+) -> ParamsT:
+    """What EF21Muon is given, as torch's optimizers take it: a model gives groups by role.
+
+    Warns on rank 0 where parameters without a norm look like embeddings, output heads or biases:
+    they would take the spectral steps of hidden matrices.
+
+    Args:
+        params: model, or parameters or groups, which are returned as a list.
+        norm: norm that is given beside it; None if none is.
+        radius: likewise.
+        rank: of this process.
+
+    Raises:
+        ValueError: for a norm or a radius beside a model.
+    """
+    if isinstance(params, nn.Module):
+        if norm is not None or radius is not None:
+            raise ValueError(
+                f"norm={norm} and radius={radius} are not allowed with a model, whose roles have "
+                "their own: give EF21Muon(param_groups(model, {role: {'norm': ..., 'radius': ...}}))"
+            )
+        return param_groups(params)
+    params = list(params)
+    if norm is None and rank == 0 and (odd := _not_hidden(params)):
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        warnings.warn(
+            f"no norm is given, and {', '.join(odd[:3])}{more} would take Spectral() steps, which "
+            "are for hidden matrices: give EF21Muon(model), groups of param_groups(model), or "
+            "norm=Spectral() if it is meant",
+            stacklevel=4,
+        )
+    return params
+
+
+def _not_hidden(params: Sequence) -> list[str]:
+    """The parameters without a norm that look like embeddings, output heads or biases, by name."""
+    found, number = [], 0
+    for group in params:
+        members = group["params"] if isinstance(group, dict) else [group]
+        members = [members] if isinstance(members, Tensor) else list(members)
+        for one in members:
+            name, parameter = one if isinstance(one, tuple) else (f"parameter {number}", one)
+            number += 1
+            if isinstance(group, dict) and "norm" in group:
+                continue
+            if kind := _looks_like(name, parameter.shape):
+                found.append(f"{name} {tuple(parameter.shape)} ({kind})")
+    return found
+
+
+def _looks_like(name: str, shape: Sequence[int]) -> str:
+    """What a parameter is by its name and shape, if it is no hidden matrix; else nothing."""
+    if len(shape) < 2:
+        return "a bias or gain"
+    words = set(re.split(r"[._\d]+", name.lower()))
+    long = len(shape) == 2 and max(shape) >= TABLE_RATIO * min(shape)
+    return "an embedding or head" if long or words & TABLE_WORDS else ""
 
 
 class _Layers:
