@@ -1,4 +1,4 @@
-"""The entries of largest magnitude of every row of a matrix."""
+"""The entries of largest magnitude in every row of a matrix."""
 
 from collections.abc import Sequence
 
@@ -7,16 +7,24 @@ from torch import Tensor
 
 from ef21_muon.values.base import AT_A_TIME
 
-LOW_BITS = 16  # of the 31 bits of a float32's magnitude
+LOW_BITS = 16  # a float32's magnitude has 31 bits
 MAGNITUDE = 0x7FFFFFFF
 SORTED_BELOW = 1 << LOW_BITS
 
 
 def largest(x: Tensor, k: int) -> Tensor:
-    """Of float32 (L, n) the positions of the k entries of largest magnitude per row: int64 (L, k).
+    """Return the rising positions of the k entries of largest magnitude in every row.
 
-    They rise; of equal magnitudes the first are taken. Floats of one sign are ordered as their
-    bits. Takes about a byte per entry (on a GPU four) and 12 for each of the k; does not wait.
+    Of equal magnitudes the first are taken. It never waits for the device, and takes about one byte
+    of memory per entry (four on a GPU) and 12 for each of the k. Magnitudes are compared as the
+    bits of floats without their signs, which have the same order.
+
+    Args:
+        x: float32 (L, n).
+        k: the number of entries per row, 1 to n.
+
+    Returns:
+        int64 (L, k).
     """
     if x.shape[1] < SORTED_BELOW:
         order = x.abs().sort(dim=1, descending=True, stable=True).indices
@@ -28,7 +36,7 @@ def largest(x: Tensor, k: int) -> Tensor:
     for piece, chosen_piece in zip(pieces, chosen.split(pieces[0].shape[1], 1), strict=True):
         magnitude = piece & MAGNITUDE
         equal = magnitude == kth
-        # Of its row; a GPU adds up one long row much faster than rows of a matrix.
+        # The place within its row. A GPU sums one long row much faster than the rows of a matrix.
         place = equal.flatten().cumsum(0, dtype=torch.int32).view(equal.shape)
         place = place - (place[:, :1] - equal[:, :1].to(torch.int32))
         chosen_piece.copy_((magnitude > kth).logical_or_(equal.logical_and_(place <= missing)))
@@ -37,18 +45,29 @@ def largest(x: Tensor, k: int) -> Tensor:
     return chosen.flatten().nonzero_static(size=len(x) * k).view(-1, k).sub_(rows)
 
 
-# A CPU's topk takes up to three times as long as histograms, a GPU's is of one pass.
-
-
 def kth_by_topk(bits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of int32 (L, n) the k-th largest magnitudes, and how many like it are among the k: (L, 1)."""
+    """Return the k-th largest magnitude of every row, and how many such entries are among the k.
+
+    A GPU's topk takes a single pass; a CPU's takes up to three times as long as histograms.
+
+    Args:
+        bits: the bits of float32 numbers, int32 (L, n).
+        k: the number of entries per row.
+
+    Returns:
+        Two tensors (L, 1).
+    """
     magnitudes = bits & MAGNITUDE
     kth = magnitudes.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
     return kth, k - (magnitudes > kth).sum(1, keepdim=True)
 
 
 def kth_by_histograms(pieces: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The same of parts (L, any of n): of high bits, and then of low ones where they are its."""
+    """Return the same as `kth_by_topk` for rows in parts (L, any number of entries).
+
+    One histogram counts the high bits of magnitudes, and a second one the low bits of those
+    magnitudes that have the high bits of the k-th largest.
+    """
     rows, device = len(pieces[0]), pieces[0].device
     missing, kth = torch.full((rows, 1), k, device=device), None
     for _ in range(2):

@@ -23,7 +23,16 @@ from ef21_muon.values.base import (
 
 
 class Fraction(Compressor):
-    """A compressor that keeps a fraction, in (0, 1], of what there is."""
+    """The base class of compressors that keep a fraction of a matrix.
+
+    Args:
+        fraction: the part that is kept, in (0, 1].
+        values: the value format of what is sent, an object of `ef21_muon.values` or its spec;
+            default "float32".
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
 
     kind: str
 
@@ -33,11 +42,11 @@ class Fraction(Compressor):
         self.fraction = float(fraction)
 
     def kept(self, total: int) -> int:
-        """How many of `total` are kept: the nearest whole number, at least one."""
+        """Return how many of `total` are kept: fraction total, rounded, and at least 1."""
         return max(1, round(self.fraction * total))
 
     def percent(self) -> str:
-        """The fraction, for the title."""
+        """Return the fraction in percent, as the title has it."""
         return f"{100 * self.fraction:.4g}%"
 
     def title(self) -> str:
@@ -45,10 +54,11 @@ class Fraction(Compressor):
 
 
 class Entries(Compressor):
-    """A compressor that keeps entries; a message holds their places and then their values.
+    """The base class of compressors whose messages hold positions of entries and then their values.
 
-    `_layout` has the bytes of the places, and the rows and columns of the values; `_positions`, of
-    places uint8 (L, bytes), where in the flat matrix values are, all different: int64 (L, k).
+    Subclasses implement `_layout(m, n)`, the bytes of the positions, and the rows and columns in
+    which the values are written; and `_positions(places, m, n)`, which returns the positions in the
+    flat matrix, int64 (L, k) and all different, for uint8 (L, bytes).
     """
 
     def payload_bytes(self, m: int, n: int) -> int:
@@ -74,7 +84,31 @@ class Entries(Compressor):
 
 
 class TopK(Fraction, Entries):
-    """The k = fraction m n entries of largest magnitude; alpha = (1 - omega) k / (m n)."""
+    """The entries of largest magnitude, k = fraction m n of an m x n matrix.
+
+        C(x)_ij = x_ij for the k largest |x_ij| and 0 elsewhere,    alpha = (1 - omega) k / (m n)
+
+    where omega is that of the value format. Equal magnitudes are taken in the order of their
+    positions. Positions are Elias-Fano coded, with about 2 + log2(1 / fraction) bits per entry.
+
+    Args:
+        fraction: the part of the entries that is sent, in (0, 1].
+        values: the value format of these entries, an object of `ef21_muon.values` or its spec, such
+            as "natural" or "int4@128"; default "float32".
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> compressor = TopK(0.5)
+        >>> compressor.decode(compressor.encode(torch.tensor([[[3.0, -1.0], [0.0, -2.0]]])), 2, 2)
+        tensor([[[ 3.,  0.],
+                 [ 0., -2.]]])
+
+    References:
+        Gruntkowska et al. (arXiv:2510.00643), Algorithm 1, C in line 4 and C_j in line 10. Elias
+        (1974) and Fano (1971), for the code of positions.
+    """
 
     kind = "top"
     spec = ("topk", "fraction", "values")
@@ -94,10 +128,25 @@ class TopK(Fraction, Entries):
 
 
 class RandK(Fraction, Entries):
-    """k = fraction m n entries at random positions, from a seed of 9 bytes.
+    """Entries at random positions, k = fraction m n of an m x n matrix.
 
-    They are start + i stride modulo m n for i < k: a uniform start, and a stride, coprime to m n,
-    out of 256. So every entry is kept with probability k / (m n): alpha = (1 - omega) k / (m n).
+        C(x)_ij = x_ij at k random positions and 0 elsewhere,    alpha = (1 - omega) k / (m n)
+
+    where omega is that of the value format. A message holds a seed of 9 bytes in place of the
+    positions, which are start + i stride modulo m n for i < k. The start is uniform, and the stride
+    is one of 256 numbers coprime to m n, so every entry is kept with probability k / (m n).
+
+    Args:
+        fraction: the part of the entries that is sent, in (0, 1].
+        values: the value format of these entries, an object of `ef21_muon.values` or its spec;
+            default "float32".
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> RandK(0.1).payload_bytes(768, 768)  # the seed, and 58982 numbers of 4 bytes
+        235937
     """
 
     kind = "random"
@@ -120,16 +169,23 @@ class RandK(Fraction, Entries):
         return torch.cat([*seed, self.values.encode(values, generator)], 1)
 
     def _walk(self, start: Tensor, stride: Tensor, total: int) -> Tensor:
+        """Return the positions start + i stride modulo `total`, int64 (L, k)."""
         steps = torch.arange(self.kept(total), device=start.device)
         return (start + _coprimes(total, start.device)[stride] * steps) % total
 
 
 class ChunkPlaces:
-    """m x n matrices as chunks, and places of k entries (or all) of each of them as bytes.
+    """The division of m x n matrices into chunks, and the code of k positions within every chunk.
 
-    Sides are the largest divisors of m and n up to `chunk`, as in the code of DeMo and SparseLoCo.
-    Places are indices of fixed width in their chunk or Elias-Fano coded, chunk after chunk,
-    whichever is shorter for this shape.
+    The sides of a chunk are the largest divisors of m and n up to `chunk`, as in the code of DeMo
+    and SparseLoCo. Positions are written chunk by chunk, either as indices of fixed width within
+    their chunk or Elias-Fano coded, whichever takes fewer bytes for this shape.
+
+    Args:
+        m: the number of rows.
+        n: the number of columns.
+        chunk: the largest side of a chunk, above 0.
+        k: the number of entries per chunk, above 0; all entries of smaller chunks.
     """
 
     def __init__(self, m: int, n: int, chunk: int, k: int):
@@ -146,17 +202,21 @@ class ChunkPlaces:
         self.index_bytes = min(fixed, coded)
 
     def largest(self, chunks: Tensor) -> Tensor:
-        """The k of largest magnitude of each: (L, count, size) -> places (L, count, k), rising."""
+        """Return the rising positions (L, count, k) of the k largest magnitudes per chunk.
+
+        Args:
+            chunks: the entries of the chunks, (L, count, size).
+        """
         return chunks.abs().topk(self.k, dim=2, sorted=False).indices.sort(2).values
 
     def pack_places(self, places: Tensor) -> Tensor:
-        """(L, count, k) -> uint8 (L, index_bytes)."""
+        """Return positions within chunks, (L, count, k), as uint8 (L, index_bytes)."""
         if self.fixed_width:
             return pack(places.flatten(1), self.width)
         return pack_indices(self._chunk_after_chunk(places), self.m * self.n)
 
     def unpack_positions(self, indices: Tensor) -> Tensor:
-        """uint8 (L, index_bytes) -> positions, counted chunk after chunk: (L, count k)."""
+        """Undo `pack_places`, but count positions chunk by chunk: int64 (L, count k)."""
         kept = self.count * self.k
         if not self.fixed_width:
             return unpack_indices(indices, self.m * self.n, kept)
@@ -164,23 +224,42 @@ class ChunkPlaces:
         return self._chunk_after_chunk(places.view(-1, self.count, self.k))
 
     def in_matrix(self, positions: Tensor) -> Tensor:
-        """Positions chunk after chunk as those row after row."""
+        """Return positions that are counted chunk by chunk as positions in the flat matrix."""
         chunk, place = positions // self.size, positions % self.size
         tall, wide = self.sides
         rows = chunk // self.grid[1] * tall + place // wide
         return rows * self.n + chunk % self.grid[1] * wide + place % wide
 
     def _chunk_after_chunk(self, places: Tensor) -> Tensor:
-        """Places in chunks, (L, count, k), as positions (L, count k)."""
+        """Return positions within chunks, (L, count, k), counted chunk by chunk: (L, count k)."""
         starts = torch.arange(0, self.m * self.n, self.size, device=places.device)
         return (places + starts[:, None]).flatten(1)
 
 
 class ChunkTopK(Entries):
-    """The k entries of largest magnitude of every chunk of `chunk` x `chunk` (arXiv:2508.15706).
+    """The k entries of largest magnitude in every chunk of `chunk` x `chunk` entries.
 
-    Of smaller chunks it is max(1, round(k size / chunk^2)). The values are one row, so they have
-    one scale. alpha = (1 - omega) k / size.
+        alpha = (1 - omega) k / size for chunks of `size` entries
+
+    where omega is that of the value format. The sides of a chunk are the largest divisors of m and
+    n up to `chunk`; of a chunk with fewer than chunk^2 entries max(1, round(k size / chunk^2)) are
+    kept. All values of a message are one row, so block="row" gives them one scale.
+
+    Args:
+        k: the number of entries per chunk, from 1 to chunk^2; default 64.
+        chunk: the side of a chunk, above 0; default 64.
+        values: the value format of these entries, an object of `ef21_muon.values` or its spec;
+            default "float32".
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> ChunkTopK(32, 64, "statistical2").payload_bytes(768, 768)
+        6356
+
+    References:
+        SparseLoCo (arXiv:2508.15706).
     """
 
     spec = ("chunk_topk", "k", "chunk", "values")
@@ -223,13 +302,13 @@ class ChunkTopK(Entries):
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` that is at most `limit`."""
+    """Return the largest divisor of `number` that is at most `limit`."""
     return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
 
 
 @cache
 def _coprimes(total: int, device: torch.device) -> Tensor:
-    """256 numbers coprime to `total`, spread over its range; repeated where it has fewer."""
+    """Return 256 numbers coprime to `total` over its whole range; some repeat if it has fewer."""
     starts = (max(1, total * place // 256) for place in range(256))
     found = [next(n for n in count(start) if gcd(n, total) == 1) for start in starts]
     return torch.tensor(found, device=device)

@@ -19,8 +19,8 @@ class Normal(Blockwise):
 
     A fixed pseudo-random rotation turns each block, after which most blocks look normal. Each value
     becomes the nearest of the 2^bits levels of Lloyd and Max, times a least-squares scale of the
-    block, a bfloat16. Deterministic and biased. Normal values lose 0.36, 0.12, 0.035, 0.0095, 0.0025 and
-    0.0006 of their squares for 1 to 6 bits; the worst block of N values loses
+    block, a bfloat16. Deterministic and biased. Normal values lose 0.36, 0.12, 0.035, 0.0095,
+    0.0025 and 0.0006 of their squares for 1 to 6 bits; the worst block of N values loses
 
         omega = 1 - (lowest level / highest level)^2 (1 - 2^-16) / N
 
@@ -87,9 +87,9 @@ class Statistical(Blockwise):
         q = clamp(round(c / scale + B / 2), 0, B - 1),  scale = span sd / B
 
     (scale 1 if sd = 0, halves to even). Beside its codes a block takes 4 (B + 1) bytes: its mean
-    and the means of the bins, as float32. Deterministic and biased. The worst block loses all of its
-    squares within bins, omega = 1; normal values lose 0.18, 0.012 and 0.0003 of their squares for
-    2, 4 and 8 bits.
+    and the means of the bins, as float32. Deterministic and biased. The worst block loses all of
+    its squares within bins, omega = 1; normal values lose 0.18, 0.012 and 0.0003 of their
+    squares for 2, 4 and 8 bits.
 
     Args:
         bits: the bits per value, 2 to 8; default 4.
@@ -109,9 +109,8 @@ class Statistical(Blockwise):
 
     name = "statistical{.width}"
     default_block = "tensor"
-    scales = property(
-        lambda self: 1 + self.bins
-    )  # the mean of a block, and the bins' means minus it
+    # The mean of a block, and the means of its bins minus that mean.
+    scales = property(lambda self: 1 + self.bins)
     error = 1.0
 
     def __init__(self, bits: int = 4, block: str = "tensor", span: float = 6.0):
@@ -164,9 +163,7 @@ class Statistical(Blockwise):
 
 def add_by_places(sums: Tensor, counts: Tensor, values: Tensor, codes: Tensor) -> None:
     """Add int64 (L, blocks, n) to the sums (L, blocks, bins) of their bins, and count them."""
-    places = (
-        codes.to(torch.int64) & sums.shape[2] - 1
-    )  # values that are not finite may have any code
+    places = codes.to(torch.int64) & sums.shape[2] - 1  # of NaN and infinity any
     sums.scatter_add_(2, places, values)
     counts.scatter_add_(2, places, torch.ones_like(places))
 

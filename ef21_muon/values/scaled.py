@@ -163,7 +163,7 @@ class NaturalWindow(Blockwise):
         return bits.view(torch.float32)
 
     def _smallest(self, largest: Tensor) -> Tensor:
-        """Return the exponent of level 1; level 2^b - 1 is the largest exponent, level 0 is zero."""
+        """Return the exponent of level 1; level 2^b - 1 is the largest, and level 0 is zero."""
         return (largest - (2**self.exponent_bits - 2)).clamp_min(1)
 
 
