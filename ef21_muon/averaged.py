@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ef21_muon.arithmetic import of_inner
+from ef21_muon.channel import still_where_broken
 from ef21_muon.communicating import Communicating
 from ef21_muon.compressors import Compressor, from_spec
 from ef21_muon.guards import gradients_of, guarded_step
@@ -17,7 +18,6 @@ from ef21_muon.layers import (
     Batch,
     entry_counts,
     in_buckets,
-    still_where_broken,
 )
 from ef21_muon.renamed import refuses_renamed
 from ef21_muon.settings import (

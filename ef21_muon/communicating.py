@@ -393,7 +393,7 @@ class Communicating(torch.optim.Optimizer):
         dist.gather_object(mine, states, group=self.everyone, group_dst=0)
         return {"ranks": states} if rank == 0 else None
 
-    def go_on_after(self, steps: int) -> None:
+    def resume_after(self, steps: int) -> None:
         """Count on from as many steps, with a state that was loaded or copied."""
         self.steps, self.begun = steps, steps > 0
         self.timer = PhaseTimer(self.timer.device)
@@ -404,7 +404,7 @@ class Communicating(torch.optim.Optimizer):
             for at in broken_at(batch):
                 at.zero_()
         for optimizer in self.wrapped.ours if self.wrapped else ():
-            optimizer.go_on_after(steps)
+            optimizer.resume_after(steps)
 
     def __deepcopy__(self, memo: dict) -> "Communicating":
         """Of these parameters, or of their copies where they are copied with it; sends as this."""
@@ -424,7 +424,7 @@ class Communicating(torch.optim.Optimizer):
         for batch in self.batches:  # whose tables' views a pickle made tensors of their own
             self.state.update(batch.parameter_state())
         self.guards = Guards(self, self.guards.layers)
-        self.go_on_after(self.steps)
+        self.resume_after(self.steps)
         if self.wrapped:
             self.wrapped.guard(self)
 

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ef21_muon.layers import Batch, Layer, mark
+from ef21_muon.channel import mark
+from ef21_muon.layers import Batch, Layer
 from ef21_muon.transport.buffers import instances, warn_of_statistics
 from ef21_muon.transport.fixed import place_in
 from ef21_muon.transport.shards import is_sharded

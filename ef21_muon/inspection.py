@@ -1,4 +1,4 @@
-"""What a running optimizer is asked: what its messages lost, what was not finite, whether all agree."""
+"""Checks of a running optimizer: the loss of its messages, finite steps, agreement of workers."""
 
 from collections.abc import Sequence
 

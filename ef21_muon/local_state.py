@@ -6,9 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ef21_muon.channel import Channel, finite
 from ef21_muon.compressors.base import require_marks
 from ef21_muon.inner import Wrapped
-from ef21_muon.layers import Batch, Channel, finite
+from ef21_muon.layers import Batch
 from ef21_muon.transport.buffers import Buffers
 from ef21_muon.transport.mesh import WorkerMesh
 

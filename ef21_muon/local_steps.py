@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ef21_muon.channel import finite, mark
 from ef21_muon.communicating import Communicating
 from ef21_muon.compressors import Compressor, from_spec
 from ef21_muon.compressors.base import add_mean_over_senders, require_marks
@@ -18,9 +19,7 @@ from ef21_muon.layers import (
     FEEDBACK,
     Batch,
     entry_counts,
-    finite,
     in_buckets,
-    mark,
 )
 from ef21_muon.local_state import GlobalParams, adopt, keep_messages, make_room, move
 from ef21_muon.renamed import refuses_renamed
@@ -402,8 +401,8 @@ class LocalSteps(Communicating):
         run([self._at_servers(self.batches, from_workers)], self.timer)
         self._share()
 
-    def go_on_after(self, steps: int) -> None:
-        super().go_on_after(steps)
+    def resume_after(self, steps: int) -> None:
+        super().resume_after(steps)
         self.last_sync = steps
         self.unsent = self.unsent or UnsentSteps(self, self.transport.rank)
         self.unsent.steps = 0

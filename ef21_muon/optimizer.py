@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from ef21_muon.arithmetic import Results, of_norms
+from ef21_muon.channel import still_where_broken
 from ef21_muon.communicating import Communicating
 from ef21_muon.compressors import Compressor, Identity
 from ef21_muon.correction import PARTS, correction_of
@@ -18,7 +19,6 @@ from ef21_muon.layers import (
     Batch,
     in_buckets,
     lmo_costs,
-    still_where_broken,
 )
 from ef21_muon.norms.lmo import (
     AdaptiveRadius,
@@ -364,8 +364,8 @@ class EF21Muon(Communicating):
         bring = partial(bring_gradients, self.guards.layers, type(self).__name__)
         return self.correction.corrected(closure, layers, bring, first=not self.begun)
 
-    def go_on_after(self, steps: int) -> None:
-        super().go_on_after(steps)
+    def resume_after(self, steps: int) -> None:
+        super().resume_after(steps)
         self._choose_compressors()
         for batch in self.batches:
             batch.written = None  # X belongs to whatever W is there now

@@ -204,7 +204,7 @@ def _generator_states(run) -> dict[str, Tensor]:
 def _continue(run, facts: dict) -> None:
     """Counters, schedule and times of the checkpoint."""
     position = {"received_bytes": _received(facts)} | facts["position"]
-    run.optimizer.go_on_after(position["step"])
+    run.optimizer.resume_after(position["step"])
     if comes_and_goes(run.config):
         run.members.fleet.load_state(facts["fleet"])
     run.progress.go_on(facts)

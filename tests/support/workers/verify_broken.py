@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from ef21_muon import EF21Muon
+from ef21_muon.channel import Channel
 from ef21_muon.communicating import Communicating
-from ef21_muon.layers import Channel
 from ef21_muon.transport.fixed import Transport
 from ef21_muon.values.base import BFloat16
 from scripts.verify import verify
