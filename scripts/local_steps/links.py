@@ -23,7 +23,7 @@ from train import Run
 from training.checkpoint import Checkpoints
 from training.config import ROOT, compose
 from training.log import NoLog
-from training.workers import Workers, leave
+from training.workers import Workers, exit_process
 
 LINKS = ROOT / "results" / "local_steps" / "links.jsonl"
 NODES = 2
@@ -128,7 +128,7 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     if "RANK" in os.environ:
         workers = Workers()
-        return workers.finish(lambda: job(options, workers))
+        return workers.run(lambda: job(options, workers))
     if options.redraw:
         return write_report()
     if missing := requirements_missing():
@@ -149,4 +149,4 @@ def write_report() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())
