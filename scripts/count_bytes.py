@@ -124,8 +124,8 @@ def count_all(options: argparse.Namespace, workers: Workers) -> int:
         ranks_per_node = int(os.environ["LOCAL_WORLD_SIZE"])
         if job.config.ranks_per_worker != ranks_per_node:
             raise RunError(
-                f"ranks_per_worker={job.config.ranks_per_worker} is not the number of ranks of a node: set "
-                f"it to {ranks_per_node}, so that the log is of what leaves a node"
+                f"ranks_per_worker={job.config.ranks_per_worker} is not the number of ranks "
+                f"per node: set it to {ranks_per_node}, so that the log is of what leaves a node"
             )
         run = workers.together(lambda job=job: Run(job.config, workers))
         server = getattr(run.optimizer, "server", "all-reduce")

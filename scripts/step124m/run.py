@@ -195,7 +195,7 @@ def main() -> int:
         records = [json.loads(line) for line in lines]
         (options.out / "README.md").write_text(report(records, options))
         return 0
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts and stops
     workers = Workers()
     return workers.run(lambda: job(options, workers))
 
