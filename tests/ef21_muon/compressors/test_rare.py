@@ -21,7 +21,7 @@ from ef21_muon.compressors import (
     TopK,
     TopSingular,
 )
-from ef21_muon.compressors.sparse import index_bytes
+from ef21_muon.compressors.indices import index_bytes
 from ef21_muon.norms import Euclidean
 
 SCALED = {

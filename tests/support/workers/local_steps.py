@@ -20,7 +20,7 @@ from ef21_muon.compressors import ChunkTopK, Identity, Quantize, TopK
 from ef21_muon.norms import Spectral
 from ef21_muon.values import Natural
 from scripts.verification.trials import Sent
-from training.workers import leave
+from training.workers import exit_process
 
 EVERY, ROUNDS, SEED = 4, 3, 5
 LR, MOMENTUM = 0.05, 0.5  # of torch.optim.SGD inside
@@ -184,4 +184,4 @@ def main(directory):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    leave(0)
+    exit_process(0)

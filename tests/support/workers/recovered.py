@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ef21_muon import EF21Muon
 from ef21_muon.compressors import Quantize, TopK
 from ef21_muon.norms import AdaptiveRadius, BiasRMS, Euclidean, RowNorm, Sign, Spectral
-from training.workers import leave
+from training.workers import exit_process
 
 STEPS = 20
 LR, MOMENTUM, DECAY = 0.1, 0.8, 0.5
@@ -140,4 +140,4 @@ def main(directory):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    leave(0)
+    exit_process(0)

@@ -20,7 +20,7 @@ from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
 from ef21_muon.compressors import Quantize, RankK, TopK
 from ef21_muon.norms import Sign
 from ef21_muon.transport import fixed
-from training.workers import leave
+from training.workers import exit_process
 
 COUNTS = ("w2s_bytes", "s2w_bytes", "received_bytes", "wire_tx_bytes")
 PLACEMENTS = ("sharded", "rank0", "replicated")
@@ -222,4 +222,4 @@ def main(directory):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    leave(0)
+    exit_process(0)
