@@ -127,7 +127,7 @@ class Channel:
     def add_mean(self, total: Tensor, messages: Sequence[Tensor]) -> None:
         """Add the mean of all workers' messages to `total` (layers, m, n), in place."""
         for message in messages:
-            total += self.decode(message) * (1 / len(messages))  # fixed order and roundings
+            total += self.decode(message) * (1 / len(messages))  # not fused
 
 
 def finite(matrices: Tensor) -> Tensor:

@@ -65,13 +65,9 @@ class Batch:
         everything = slice(0, len(params))
         self.replicated = all(part == everything for part in owned_by)
         self.device = params[0].device
+        self.kernel = prod(params[0].shape[2:])  # entries of a convolution's kernel, or 1
         self.state: dict[str, Tensor] = {}
         self.broken_at = torch.zeros(len(params), dtype=torch.int64, device=self.device)
-
-    @property
-    def kernel(self) -> int:
-        """The number of entries of a convolution's kernel; 1 for other layers."""
-        return prod(self.params[0].shape[2:])
 
     def matrices(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Return tensors with the shapes of these parameters as m x n matrices."""

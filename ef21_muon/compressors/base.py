@@ -7,6 +7,7 @@ E ||C(x) - x||^2 <= (1 - alpha) ||x||^2, with the `alpha` that they document; om
 value format (`ef21_muon.values`).
 """
 
+import hashlib
 from collections.abc import Sequence
 from inspect import signature
 
@@ -213,6 +214,20 @@ def add_mean_over_senders(
         received += compressor.decode(message, *shape)
     total += received.div_(senders.clamp_(min=1))
     return True
+
+
+def new_generator(device: torch.device, seed: int, stream: int, purpose: str) -> Generator:
+    """A generator of random numbers that no other stream and purpose has.
+
+    Args:
+        device: of the numbers; the meta device has none, and gets the CPU's.
+        seed: of the run.
+        stream: number of the rank.
+        purpose: what the numbers are for.
+    """
+    digest = hashlib.sha256(f"{seed}/{stream}/{purpose}".encode()).digest()
+    device = torch.device("cpu") if device.type == "meta" else device
+    return Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def fixed_generator() -> Generator:

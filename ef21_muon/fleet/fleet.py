@@ -88,7 +88,7 @@ class Shared:
             if batch.up.buffer is not None:
                 batch.up.buffer.zero_()
             torch._foreach_copy_(batch.params, batch.as_parameters(batch.state["global_params"]))
-        self.optimizer.go_on_after(state["steps"])
+        self.optimizer.resume_after(state["steps"])
         for begin_anew in self._begin_inner:
             begin_anew()
 
