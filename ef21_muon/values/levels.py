@@ -122,7 +122,10 @@ class Statistical(Blockwise):
         super().__init__(block)
 
     def __str__(self) -> str:
-        return super().__str__() + ("" if self.span == 6 else f":span={self.span:g}")
+        span = f"{self.span:g}"
+        if float(span) != self.span:
+            span = repr(float(self.span))
+        return super().__str__() + ("" if self.span == 6 else f":span={span}")
 
     __repr__ = __str__
 
