@@ -37,7 +37,13 @@ from ef21_muon.settings import (
 from ef21_muon.transport.fixed import ALONE, Transport, run
 from ef21_muon.transport.host import require_host
 from ef21_muon.transport.mesh import WorkerMesh
-from ef21_muon.transport.schedule import Rounds, Turns
+from ef21_muon.transport.schedule import (
+    RESEND_TO_SERVERS,
+    RESEND_TO_WORKERS,
+    WHOLE,
+    Rounds,
+    SyncSchedule,
+)
 
 
 class LocalSteps(Communicating):
@@ -141,7 +147,7 @@ class LocalSteps(Communicating):
                 self._make_room(batch)
             most = 1 if self.transport.heals else buckets
             self.buckets = [[b] for b in batches] if streaming else in_buckets(batches, most)
-            self.turns = Turns(self.buckets, self.rounds, sync_delay, streaming)
+            self.schedule = SyncSchedule(self.buckets, self.rounds, sync_delay, streaming)
             for batch in batches if sync_delay else ():
                 self._keep_messages(batch)
             # Where an inner optimizer skips what has no gradient, several ranks cannot.
@@ -170,7 +176,7 @@ class LocalSteps(Communicating):
         layers, served = len(batch.params), len(batch.params[batch.owned])
         message = torch.zeros(layers, batch.up.size, dtype=torch.uint8, device=batch.device)
         batch.keep("message", message)
-        if self.turns.ways == 2:
+        if self.schedule.directions == 2:
             batch.keep("server_message", message.new_zeros(served, batch.down.size))
 
     def exchange_compressor(self, w2s: Compressor | str, group: str | None = None) -> None:
@@ -186,12 +192,12 @@ class LocalSteps(Communicating):
             for batch in self.batches:
                 require_marks(w2s.fit(*batch.shape), *batch.shape)
         super().exchange_compressor(w2s, group)
-        self.turns = Turns(self.buckets, self.rounds, self.sync_delay, self.streaming)
+        self.schedule = SyncSchedule(self.buckets, self.rounds, self.sync_delay, self.streaming)
 
     @property
     def under_way(self) -> list[Batch]:
         """The batches whose messages have not come to the servers."""
-        return self.turns.late(self.steps)
+        return self.schedule.undelivered(self.steps)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -214,7 +220,7 @@ class LocalSteps(Communicating):
             self.steps += 1
             try:
                 with torch.autocast(self.device.type, enabled=False):
-                    self.turns.take(self.steps - 1, self._round, self.timer)
+                    self.schedule.after_step(self.steps - 1, self._round, self.timer)
             except BaseException:
                 self.steps -= 1  # the next step takes this round
                 raise
@@ -223,19 +229,20 @@ class LocalSteps(Communicating):
             self._share()
         return loss
 
-    def _round(self, batches: Sequence[Batch], leg: int = 0) -> Generator:
+    def _round(self, batches: Sequence[Batch], start: int = WHOLE) -> Generator:
         """A round of a bucket of batches: worker, server, worker.
 
-        leg: 1, to the servers, or 2, back, where it begins with what a checkpoint has under way.
+        start: WHOLE, or the message which it begins with resending, after a restart from a
+            checkpoint that holds it.
         """
-        again, to_servers = self.transport.again, self.transport.to_servers
-        if leg == 2:
+        resend, to_servers = self.transport.resend, self.transport.to_servers
+        if start == RESEND_TO_WORKERS:
             payloads = [batch.state["server_message"] for batch in batches]
-            to_workers = partial(again, self.transport.to_workers)
+            to_workers = partial(resend, self.transport.to_workers)
             return self._at_workers(batches, (yield to_workers, batches, payloads))
-        if leg == 1:
+        if start == RESEND_TO_SERVERS:
             payloads = (batch.state["message"][:, : batch.up.size] for batch in batches)
-            to_servers = partial(again, to_servers)
+            to_servers = partial(resend, to_servers)
         else:
             self.timer.phase("encode")
             payloads = map(self._worker_message, batches)
@@ -329,7 +336,7 @@ class LocalSteps(Communicating):
         self.require_own_parameters("final_sync()")
         if self.steps == 0 or (self.transport.heals and self.last_sync == self.steps):
             return
-        self.turns.finish(self.steps - 1, self._round, self.timer)
+        self.schedule.flush(self.steps - 1, self._round, self.timer)
         if self.buffers.shared:
             self.average_buffers()
         self._share()
@@ -392,12 +399,12 @@ class LocalSteps(Communicating):
         super().check_finite()
 
     @torch.no_grad()
-    def meet(self, from_workers: list[list[Tensor]]) -> None:
-        """Take a round's messages, per batch, which has none of this worker's."""
+    def apply_messages(self, from_workers: list[list[Tensor]]) -> None:
+        """Apply a round of the other workers: their messages, per batch, without one of this worker."""
         run([self._at_servers(self.batches, from_workers)], self.timer)
         self._share()
 
     def go_on_after(self, steps: int) -> None:
         super().go_on_after(steps)
         self.last_sync = steps
-        self.turns.drop()
+        self.schedule.discard()

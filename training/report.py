@@ -81,10 +81,11 @@ def _chosen(optimizer: Communicating) -> str:
         return ""
     own = loads.pop(optimizer.server)
     told = ", ".join(
-        f"{name} {one.bytes:,} and {one.multiplications:.2g}" for name, one in loads.items()
+        f"{name} {one.max_traffic:,} and {one.max_multiplications:.2g}"
+        for name, one in loads.items()
     )
     return (
-        f": the busiest ranks move {own.bytes:,} bytes and take {own.multiplications:.2g} "
+        f": the busiest ranks move {own.max_traffic:,} bytes and take {own.max_multiplications:.2g} "
         f"multiplications a round ({told})"
     )
 
