@@ -24,7 +24,7 @@ if not __package__:
 from train import Run
 from training.config import compose
 from training.report import table
-from training.workers import RunError, Workers, leave
+from training.workers import RunError, Workers, exit_process
 
 INTERFACES = Path("/sys/class/net")
 COUNTERS = ("tx_bytes", "tx_packets", "rx_bytes")
@@ -147,8 +147,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     options = parser.parse_intermixed_args()
     workers = Workers()
-    return workers.finish(lambda: count_all(options, workers))
+    return workers.run(lambda: count_all(options, workers))
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

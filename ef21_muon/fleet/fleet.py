@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ef21_muon.arithmetic import WHY, digests, of_messages
+from ef21_muon.channel import finite
 from ef21_muon.fleet.admission import FleetRefused, differing_from
 from ef21_muon.fleet.members import Members
 from ef21_muon.fleet.verdict import INSTEAD, Quorum
 from ef21_muon.inner import beginner
-from ef21_muon.layers import finite
 from ef21_muon.local_steps import LocalSteps
 from ef21_muon.transport.agreement import fingerprint
 from ef21_muon.transport.fixed import ALONE, Transport, packed
@@ -88,7 +88,7 @@ class Shared:
             if batch.up.buffer is not None:
                 batch.up.buffer.zero_()
             torch._foreach_copy_(batch.params, batch.as_parameters(batch.state["global_params"]))
-        self.optimizer.go_on_after(state["steps"])
+        self.optimizer.resume_after(state["steps"])
         for begin_anew in self._begin_inner:
             begin_anew()
 

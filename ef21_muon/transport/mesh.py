@@ -8,7 +8,7 @@ traffic are spread over the ranks of a worker, and nothing crosses twice.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from datetime import timedelta
 from itertools import chain
@@ -339,3 +339,8 @@ def clip(gradients: Sequence[Tensor], max_norm: float, group: Group = ALONE) -> 
     norm = square.sqrt()
     scale = torch.where(norm.isfinite(), max_norm / (norm + 1e-6), 1.0).clamp_(max=1.0)
     torch._foreach_mul_(gradients, scale.float())
+
+
+def together(mesh: WorkerMesh | None) -> AbstractContextManager[None]:
+    """Within it an error of one rank of a worker is raised on all its ranks."""
+    return mesh.together() if mesh else nullcontext()

@@ -123,6 +123,12 @@ class Turns:
         buckets = {bucket for step in departed for bucket in self.departing(step)}
         return [batch for bucket in buckets for batch in self.buckets[bucket]]
 
+    def unsent(self, steps: int) -> int:
+        """How many of the last steps W is without, after as many steps."""
+        if self._settled == steps - 1:
+            return 0
+        return self.rounds.of(steps)[1] or len(self._under_way)
+
     def drop(self) -> None:
         """Wait for what is under way, or what is sent next would be taken for it, and forget it."""
         for one in self._under_way.values():

@@ -9,7 +9,8 @@ Records go to the folder `--out`, and from them comes README.md; it says what di
 in time, and leaves it out. It needs no package index: torch, numpy, matplotlib, tqdm, pytest and
 hypothesis have to be there, and the pure-Python wheels hydra-core, omegaconf and
 antlr4-python3-runtime are taken from the folder `--wheels`; the tokens are made elsewhere (`python
-data/shakespeare.py --gpt2`). On a machine without a GPU the same parts run on a tiny model, which proves nothing about GPUs.
+data/shakespeare.py --gpt2`). On a machine without a GPU the same parts run on a tiny model, which
+proves nothing about GPUs.
 """
 
 import argparse

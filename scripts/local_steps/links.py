@@ -24,7 +24,7 @@ from training.checkpoint import Checkpoints
 from training.config import ROOT, compose
 from training.log import NoLog
 from training.renamed import modern_label
-from training.workers import Workers, leave
+from training.workers import Workers, exit_process
 
 LINKS = ROOT / "results" / "local_steps" / "links.jsonl"
 NODES = 2
@@ -140,7 +140,7 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     if "RANK" in os.environ:
         workers = Workers()
-        return workers.finish(lambda: job(options, workers))
+        return workers.run(lambda: job(options, workers))
     if options.redraw:
         return write_report()
     if missing := requirements_missing():
@@ -161,4 +161,4 @@ def write_report() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())
