@@ -274,9 +274,7 @@ def test_where_workers_are_to_meet_is_named_if_only_one_machine_has_it(
     port = free_port() if rank else store.port
     with pytest.raises(dist.DistError) as caught:
         group.configure(f"{address}:{port}/torchft/1/0", "worker", rank, 2, 1, 0, 1, [0, 1])
-    found = (
-        f"they are to meet at {address}:{port}, which other machines do not reach: where workers"
-    )
+    found = f"the workers' store is at {address}:{port}, which other machines do not reach: if "
     assert (found in str(caught.value)) == named
     assert ("give each its address there, membership.host=ADDRESS (" in str(caught.value)) == named
 

@@ -125,7 +125,7 @@ def test_what_is_no_mesh_is_refused_by_all(ranks):
     flat = f"DeviceMesh((rank={count}), 'cpu', stride=(1,))"
     expected = {
         "no divisor": f"ranks_per_worker={count + 1} does not divide {count} ranks: give a divisor",
-        "no number": f"ranks_per_worker=None does not divide {count} ranks: give a divisor",
+        "no number": "ranks_per_worker is missing: give it, or mesh",
         "none": f"ranks_per_worker=0 does not divide {count} ranks: give a divisor",
         "few layers": f"ranks_per_worker={size} leaves ranks without a layer: the model has 1, "
         "give at most as many",

@@ -198,7 +198,7 @@ def left_alone():
 def main(directory):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    stragglers.NOTICE, stragglers.LOOK = 0.5, 0.2
+    stragglers.REPORT_AFTER, stragglers.CHECK_EVERY = 0.5, 0.2
     report = {f"different {name}": different(name) for name in DIFFERENT}
     report["mixed"] = mixed({})
     for server in ("rank0", "sharded", "replicated"):
