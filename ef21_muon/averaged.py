@@ -1,4 +1,4 @@
-"""Any torch optimizer on the mean of the workers' gradients, as for what an LMO is not used for."""
+"""Any torch optimizer on the mean of the workers' gradients, for parameters that take no LMO."""
 
 from collections.abc import Callable, Generator, Sequence
 
@@ -8,7 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ef21_muon.arithmetic import of_inner
-from ef21_muon.communicating import Communicating, together
+from ef21_muon.channel import still_where_broken
+from ef21_muon.communicating import Communicating
 from ef21_muon.compressors import Compressor, from_spec
 from ef21_muon.guards import gradients_of, guarded_step
 from ef21_muon.inner import Wrapped
@@ -17,7 +18,6 @@ from ef21_muon.layers import (
     Batch,
     entry_counts,
     in_buckets,
-    still_where_broken,
 )
 from ef21_muon.renamed import refuses_renamed
 from ef21_muon.settings import (
@@ -29,35 +29,57 @@ from ef21_muon.settings import (
     whole_number,
 )
 from ef21_muon.transport.fixed import run
-from ef21_muon.transport.mesh import WorkerMesh
+from ef21_muon.transport.mesh import WorkerMesh, together
 
 
 class AveragedGradients(Communicating):
-    """All workers take the same steps of `inner`, on the mean of their gradients.
+    """Any torch optimizer on the mean of the workers' gradients, sent in compressed messages.
 
-    Muon is for hidden matrices, and often AdamW for the rest: this is that AdamW on many workers.
-
-        optimizers = [EF21Muon(hidden), AveragedGradients(torch.optim.AdamW(rest, lr=3e-4))]
-
-    A step is a round of EF21 (Richtarik et al., arXiv:2106.05203), without a momentum of its own:
+    Muon is for hidden matrices, and often AdamW is for the rest: this is that AdamW on many
+    workers. All workers take the same steps of `inner`. A step is one round of EF21, without a
+    momentum of its own:
 
         worker:   R_j = C_j(grad_j - G_j);  G_j = G_j + R_j
-        server:   G = G + mean of R_j, sent back whole
+        server:   G = G + mean of R_j, sent back in float32
         worker:   a step of `inner` with G in place of the gradient
 
-    inner: an optimizer, or several of different parameters, that sends nothing, as torch's own.
-    `param_groups` are theirs, so schedulers act on their lr. After a step a parameter's gradient
-    is G. w2s: as in EF21Muon, or a mapping from the names of groups; by default gradients are sent
-    whole. `feedback`, `error_decay`, `server`, `buckets`, `missing_grad`, `buffers` and `seed` are as in
-    EF21Muon, and `mesh`, with inner optimizers of `mesh.share(groups)`; where all that is sent is
-    lossless there is no feedback, and G is the mean gradient.
+    After a step a parameter's gradient is G. Where all messages are lossless there is no feedback,
+    and G is the mean gradient. Memory: 4 bytes per parameter for G_j, and 4 more for G on the rank
+    that serves it.
 
-    Memory: 4 bytes for each float32 parameter for G_j, and 4 for G on the rank that serves it.
+    Args:
+        inner: optimizer, or several of different parameters, that send nothing, as torch's own.
+            `param_groups` are theirs, so schedulers act on their lr.
+        w2s: compressor of messages to the servers, or its spec, as in `EF21Muon`; or a mapping from
+            the names of parameter groups to compressors. By default gradients are sent in float32.
+        feedback: error feedback: "ef21" as above; "ef14", which sends C_j(grad_j + error_decay e_j)
+            with e_j for what was lost; or "none".
+        error_decay: share of "ef14"'s error that is kept per round, in [0, 1].
+        server: which ranks serve the layers: "sharded", "rank0", "replicated", or "auto", as in
+            `EF21Muon`.
+        buckets: parts that layers are sent in, at least 1: one part travels while the next is
+            encoded.
+        missing_grad: what a parameter without a gradient is: an "error", or "zero" on this worker.
+        buffers: the model, whose floating-point buffers become the mean of all workers' in every
+            step; by default each worker keeps its own.
+        seed: of random numbers in compressors; the same on all ranks.
+        mesh: `WorkerMesh` of workers with several ranks; `inner` then holds `mesh.share(groups)`.
+        process_group: of all workers, one rank each; by default torch's default group.
 
-    Raises ValueError for options out of range, for an inner optimizer that sends or needs a
-    closure, for parameters or settings that differ between ranks, and where ranks get other bits
-    of a step of `inner`; RuntimeError from `step` for a parameter whose gradient is missing or does
-    not fit.
+    Raises:
+        ValueError: for options out of range, an inner optimizer that sends or needs a closure,
+            parameters or settings that differ between ranks, and ranks that compute other bits of a
+            step of `inner`.
+        RuntimeError: from `step`, for a gradient that is missing or does not fit.
+
+    Example:
+        >>> layer = torch.nn.Linear(8, 8)
+        >>> optimizer = AveragedGradients(torch.optim.AdamW(layer.parameters()), w2s="topk:0.1")
+        >>> layer(torch.ones(8)).sum().backward()
+        >>> optimizer.step()
+
+    References:
+        EF21: Richtarik et al., arXiv:2106.05203.
     """
 
     @refuses_renamed
@@ -108,13 +130,23 @@ class AveragedGradients(Communicating):
         w2s = from_spec(w2s)
         if self.forgetful and not w2s.lossless:
             raise ValueError(
-                f"w2s={w2s} is not allowed after messages that lost nothing, of which nothing is "
-                "remembered: build the optimizer with a w2s that loses, or feedback='none'"
+                f"w2s={w2s} is not allowed after lossless messages, which leave no feedback state: "
+                "build the optimizer with a lossy w2s, or with feedback='none'"
             )
         super().exchange_compressor(w2s, group)
 
     def step(self, closure: Callable | None = None):
-        """A round, and a step of the inner optimizer, on all workers together."""
+        """Take one round and one step of the inner optimizer, on all workers together.
+
+        Args:
+            closure: function that evaluates a batch, calls backward and returns the loss.
+
+        Returns:
+            The closure's loss, None without a closure.
+
+        Raises:
+            RuntimeError: for a gradient that is missing or does not fit, on all workers.
+        """
         return guarded_step(self, closure, self._take_step)
 
     def _take_step(self) -> None:
@@ -132,7 +164,7 @@ class AveragedGradients(Communicating):
             self.mesh.share_parameters()
 
     def _round(self, batches: Sequence[Batch]) -> Generator:
-        """EF21 for a bucket of batches of layers, and the mean in place of gradients."""
+        """EF21 for one bucket of layers, whose mean gradients replace the gradients."""
         self.timer.phase("encode")
         payloads = []
         for batch in batches:

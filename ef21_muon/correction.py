@@ -20,6 +20,22 @@ from ef21_muon.guards import GradientError
 PARTS = {"mvr": 1.0, "hessian": 0.1}
 
 
+def correction_of(kind: str, gamma: float, mesh: object | None) -> "Correction | None":
+    """The correction of a kind of momentum; None for "polyak".
+
+    Raises:
+        ValueError: for workers of several ranks, each of which has a part of W.
+    """
+    if kind == "polyak":
+        return None
+    if mesh:
+        raise ValueError(
+            f"momentum_kind={kind!r} is not allowed with workers of several ranks, of which each "
+            "has a part of W: leave it at 'polyak', or give every worker one rank"
+        )
+    return Correction(kind, gamma)
+
+
 class Correction:
     """d by gradients of one batch at W^k and on the way back to W^{k-1}.
 

@@ -1,7 +1,10 @@
 """Guards of a step: what is refused before anything changes, and what is said of it later."""
 
 import logging
+import sys
 import time
+import warnings
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ef21_muon.layers import Batch, Layer, mark
+from ef21_muon.channel import mark
+from ef21_muon.layers import Batch, Layer
 from ef21_muon.transport.buffers import instances, warn_of_statistics
 from ef21_muon.transport.fixed import place_in
 from ef21_muon.transport.shards import is_sharded
@@ -205,7 +209,7 @@ def overflowed(optimizer, group: dist.ProcessGroup | str | None) -> bool:
     Then no rank may step, or rounds would slip against each other. Waits for the device, with a
     GradScaler alone.
     """
-    found_inf = getattr(optimizer, "found_inf", None)
+    found_inf = vars(optimizer).get("found_inf")
     if found_inf is None:
         return False
     mesh = optimizer.mesh
@@ -216,7 +220,7 @@ def overflowed(optimizer, group: dist.ProcessGroup | str | None) -> bool:
         )
     held = [layer.parameter for layer in optimizer.guards.layers]
     gradients = [p.grad for p in held if p.grad is not None]
-    scale = getattr(optimizer, "grad_scale", None)
+    scale = vars(optimizer).get("grad_scale")
     if scale is not None:
         torch._foreach_mul_(gradients, 1 / scale)
     if mesh:  # of which the scaler has seen this rank's alone
@@ -270,6 +274,32 @@ class Notice:
         else:
             self._copy = now
         return self._said
+
+
+class UnsentSteps:
+    """Warns where an optimizer is dropped, or the process ends, with steps that were never sent.
+
+    `steps` counts them; a state that is saved holds them as well, and sets it to 0. There is no
+    warning after an error, nor on other ranks than 0.
+
+    Args:
+        optimizer: what takes the steps; it is not kept alive.
+        rank: of this process.
+    """
+
+    def __init__(self, optimizer: object, rank: int):
+        self.steps = 0
+        if rank == 0:
+            weakref.finalize(optimizer, self._warn)
+
+    def _warn(self) -> None:
+        failed = sys.exc_info()[0] is not None or getattr(sys, "last_value", None) is not None
+        if self.steps and not failed:
+            warnings.warn(
+                f"the last {self.steps} local steps were never sent, and W is without them: call "
+                "final_sync() after the last step, on all workers",
+                stacklevel=2,
+            )
 
 
 class PhaseTimer:

@@ -2,25 +2,33 @@
 
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from math import sqrt
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from ef21_muon.arithmetic import Results, of_norms
-from ef21_muon.communicating import Communicating, together
+from ef21_muon.channel import still_where_broken
+from ef21_muon.communicating import Communicating
 from ef21_muon.compressors import Compressor, Identity
-from ef21_muon.correction import PARTS, Correction
+from ef21_muon.correction import PARTS, correction_of
 from ef21_muon.guards import bring_gradients, gradients_of, guarded_step
 from ef21_muon.layers import (
     FEEDBACK,
     Batch,
     in_buckets,
     lmo_costs,
-    still_where_broken,
 )
-from ef21_muon.norms.lmo import AdaptiveRadius, Norm, Spectral, along
+from ef21_muon.norms.lmo import (
+    AdaptiveRadius,
+    Norm,
+    Spectral,
+    lr_of,
+    scale_step,
+    step_with_feedback,
+)
+from ef21_muon.norms.presets import groups_of
 from ef21_muon.renamed import refuses_renamed
 from ef21_muon.settings import (
     check_group,
@@ -29,8 +37,8 @@ from ef21_muon.settings import (
     refuse_unused_decays,
     whole_number,
 )
-from ef21_muon.transport.fixed import Transport, run
-from ef21_muon.transport.mesh import WorkerMesh
+from ef21_muon.transport.fixed import Transport, place_in, run
+from ef21_muon.transport.mesh import WorkerMesh, together
 
 GAMMA = {"gamma": ("of at least 0", lambda gamma: gamma >= 0)}
 
@@ -38,80 +46,100 @@ GAMMA = {"gamma": ("of at least 0", lambda gamma: gamma >= 0)}
 class EF21Muon(Communicating):
     """Muon, Scion and Gluon on workers that send each other compressed messages.
 
-    Every worker calls `step()` after its own `loss.backward()`, and in it
+    Every worker calls `step()` after its own `loss.backward()`. One step is one round of
+    Algorithm 1, with C_j and C for the compressors `w2s` and `s2w`:
 
-        averages its gradients over time           M_j = (1 - beta) M_j + beta grad_j   line 9
-        sends what the servers do not know yet     R_j = C_j(M_j - G_j)                 10, 12
-        remembers what they know by now            G_j = G_j + R_j                      11
-        as a server adds up what workers sent      G = G + mean of R_j                  14
-        takes a step of a fixed length against it  X = X + lr radius LMO(G)             3
-        sends what the workers do not know yet     S = C(X - W)                         4, 6
-        moves the model by it                      W = W + S                            5, 8
+        the worker averages its gradients       M_j = momentum M_j + (1 - momentum) grad_j   line 9
+        and sends what the servers lack         R_j = C_j(M_j - G_j)                         10, 12
+        and remembers what they know            G_j = G_j + R_j                              11
+        the server adds up the messages         G = G + mean of R_j                          14
+        and steps by a fixed length             X = X + lr radius LMO(G)                     3
+        and sends what the workers lack         S = C(X - W)                                 4, 6
+        all move the model                      W = W + S                                    5, 8
 
-    with the lines of Algorithm 1. C_j and C are the compressors `w2s` and `s2w`; what they lose is
-    sent later, since differences are sent (error feedback). LMO(G) is the matrix in the unit ball
-    of a norm that points most against G: with Spectral, minus the orthogonal factor of G, as in
-    Muon. W are the model's parameters, bit-identical on all workers; G estimates the mean of M_j.
-
-        optimizer = EF21Muon(param_groups(model, "scion"), lr=0.02, w2s=RankK(0.15, "natural"))
+    What a compressor loses is sent in later rounds, since differences are sent (error feedback).
+    LMO(G) is the matrix in the unit ball of a norm that points most against G: for `Spectral` it is
+    minus the orthogonal factor of G, as in Muon. W are the model's parameters, bit-identical on all
+    workers; G estimates the mean of M_j. Servers are roles of the same ranks, not other processes.
 
     Gradients are local: do not wrap the model in DistributedDataParallel. Every rank of an
-    initialised process group is a worker; without one there is a single one, and nothing is sent.
+    initialised process group is a worker; without a process group there is one worker, and nothing
+    is sent. A parameter with one dimension is an (n, 1) matrix; one with more than two is flattened
+    to (d_0, rest).
 
-    params: parameters, (name, parameter) pairs, or groups, which may have entries of their own from
-    the first list. A parameter of n entries in one dimension is an (n, 1) matrix, one of more than
-    two dimensions is flattened to (d_0, rest).
-
-    Of every group:
-        lr: times the radius is the length t^k of the step in its norm; schedulers act on it. A
-            tensor with one entry stays one, as in torch's optimizers, and is read in every step.
-        beta: weight of the new gradient in the momentum, in (0, 1]; 1 is no momentum.
-        norm: gives the LMO, Spectral() by default.
-        radius: a number, or an AdaptiveRadius, which follows each layer's dual norm (Gluon).
-        w2s, s2w: the compressors.
-        nesterov: workers send beta grad_j + (1 - beta) M_j in place of M_j.
-        weight_decay: the step also subtracts lr weight_decay X (1 is Scion's constraint to a ball).
-        error_decay: of what "ef14" did not send, in a round; server_momentum: the servers add up
-            messages of "ef14" and "none" with it.
-        transposed: True where weights are stored as (d_in, d_out), unlike torch.nn.Linear's.
-        lmo_feedback: True takes, of lr radius G and what earlier steps left of it, the part along
-            the LMO's direction: EF-Muon (arXiv:2605.08980). Steps are as long as gradients are, and
-            lr radius is the step size of gradient descent; radius is a number.
-        kernels: True divides the step of convolutions with kernels of k entries by sqrt(k), which
-            makes it Scion's (arXiv:2502.07529), sqrt(d_out / d_in) / k.
-
-    Of all:
-        feedback: "ef21" as above, "ef14" or "none" (`ef21_muon.layers.Channel`).
-        lmo: with "workers" every worker sends LMO(M_j), in place of M_j, and the step is lr radius
-            G: SignMuon with feedback="none" and signs for w2s, and EF21-SignMuon with "ef21"
-            (arXiv:2607.29674).
-        momentum: "polyak" is line 9. "mvr" and "hessian" correct the gradient for how far W has
-            gone (`ef21_muon.correction`), by a second gradient of the batch, so that `step` needs
-            a closure. `gamma` is the correction's weight.
-        momentum_init: the first M_j is the "gradient", or with "zero" beta times it (Muon, Scion).
-        first_message: "compressed", so that no gradient is ever sent whole, or "exact", so that
-            G_j is M_j at first, as the L-smooth theorem has it, in float32.
-        server: where the servers are (`ef21_muon.layers`); "auto" is where messages
-            and LMOs of the busiest rank take the least time (`ef21_muon.transport.load`), but not
-            "replicated" where ranks compute other bits (`ef21_muon.arithmetic`). Numbers are the
-            same for any choice.
-        buckets: messages, each way, that layers travel in: one is on its way while the next is
+    Args:
+        params: the model, whose layers take the norms of their roles (`param_groups`, preset
+            "scion"); or groups of `param_groups`; or parameters, (name, parameter) pairs or groups
+            as torch's optimizers take them. A group may have its own lr, momentum, norm, radius,
+            w2s, s2w, nesterov, weight_decay, error_decay, server_momentum and lmo_feedback, and
+            transposed=True (weights are stored as (d_in, d_out), unlike torch.nn.Linear's) and
+            conv_scaling=True (steps of convolutions with kernels of k entries are divided by
+            sqrt(k), which makes them Scion's).
+        lr: step length t^k in the layer's norm, divided by `radius`; at least 0. Schedulers act on
+            it. A tensor with one entry stays a tensor and is read in every step.
+        momentum: weight of the old momentum, in [0, 1), as in torch.optim; 0 is no momentum. The
+            paper's beta is 1 - momentum.
+        norm: gives the LMO; `Spectral()` by default. Not with a model, whose roles have norms.
+        radius: of the norm's ball, above 0, or an `AdaptiveRadius` that follows each layer's dual
+            norm (Gluon); 1 by default. Not with a model.
+        w2s: compressor of messages from workers to servers: an object of `ef21_muon.compressors`,
+            or its spec, as "rank:0.15:natural", "topk:0.05" or "sign". By default nothing is
+            compressed.
+        s2w: compressor of messages from servers to workers, likewise.
+        nesterov: workers send (1 - momentum) grad_j + momentum M_j in place of M_j.
+        weight_decay: the step also subtracts lr weight_decay X; at least 0. With 1, X stays in the
+            ball of the radius, as constrained Scion has it.
+        lmo_feedback: EF-Muon: of lr radius G, and what earlier steps left of it, the step is the
+            part along the LMO's direction. Steps then grow with gradients, and lr radius is the
+            step size of gradient descent; `radius` has to be a number.
+        lmo: "servers" as above, or "workers": workers send LMO(M_j) in place of M_j, and the step
+            is lr radius G. With feedback="none" and w2s="sign" this is SignMuon, with "ef21"
+            EF21-SignMuon.
+        feedback: error feedback: "ef21" as above; "ef14", which sends C_j(M_j + error_decay e_j)
+            with e_j for what was lost; or "none".
+        error_decay: share of "ef14"'s error that is kept per round, in [0, 1].
+        server_momentum: weight with which servers keep the sum of earlier messages, in [0, 1); for
+            "ef14" and "none".
+        momentum_kind: "polyak" is line 9. "mvr" and "hessian" correct gradients for the way that W
+            has gone (`ef21_muon.correction`) by a second gradient per batch; `step` then needs a
+            closure.
+        gamma: weight of that correction, at least 0.
+        momentum_init: "gradient": the first M_j is the gradient; "zero": M_j starts from zero, as
+            in the code of Muon and Scion.
+        first_message: "compressed", so that no gradient is ever sent whole; or "full": the first
+            messages are sent in float32, as the theorem for L-smooth functions assumes.
+        server: which ranks serve the layers: "sharded" (LPT assignment of layers to ranks),
+            "rank0", "replicated" (every rank serves all layers), or "auto": where messages and LMOs
+            take the least time. Results do not depend on it.
+        buckets: parts that layers are sent in, at least 1: one part travels while the next is
             encoded.
-        missing_grad: "error" refuses a parameter without a gradient, or let it be "zero" on this worker, as
-            where a branch or an expert was not taken. A step without any gradient is refused.
-        buffers: the model, whose floating-point buffers, as the running statistics of BatchNorm,
-            become the mean of all workers' in every step; the bytes count. Without it they stay
-            each worker's own.
-        seed: of what is random in compressors.
-        mesh: of workers of several ranks; params are then those of the whole model, as (name,
-            parameter) pairs in groups that are alike on all ranks, whole or sharded over a worker's
-            ranks by torch's `fully_shard`. `param_groups` has the layers that this rank steps.
-        transport: what messages travel by; by default the process group.
+        missing_grad: what a parameter without a gradient is: an "error", or "zero" on this worker,
+            as for an expert that got no token. A step without any gradient is an error.
+        buffers: the model, whose floating-point buffers, as the statistics of BatchNorm, become the
+            mean of all workers' in every step, and are sent. By default each worker keeps its own.
+        seed: of random numbers in compressors; the same on all ranks. Streams of ranks differ.
+        mesh: `WorkerMesh` of workers with several ranks, whole or sharded by `fully_shard`; all
+            ranks give the groups of the whole model, as (name, parameter) pairs.
+        transport: carries the messages; by default the process group.
+        process_group: of all workers, one rank each; by default torch's default group. With `ALONE`
+            this process is a single worker, as an optimizer inside `LocalSteps` is.
 
-    Raises ValueError for hyperparameters outside their range, for parameters or settings that
-    differ between ranks, and where ranks get other bits of what each computes for itself;
-    RuntimeError from `step` for a parameter whose gradient is missing or does not fit. What is not
-    finite leaves W as it is, and is named by `check_finite`.
+    Raises:
+        ValueError: for options out of range, names of earlier versions, parameters or settings that
+            differ between ranks, and ranks that compute other bits where all have to be alike.
+        RuntimeError: from `step`, for a gradient that is missing or does not fit.
+
+    A gradient or message that is not finite leaves W as it is; `check_finite` names it.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(64, 8), torch.nn.Linear(8, 64))
+        >>> optimizer = EF21Muon(model, lr=0.02, momentum=0.9, w2s="rank:0.25:natural")
+        >>> torch.nn.functional.cross_entropy(model(torch.arange(64)), torch.arange(64)).backward()
+        >>> optimizer.step()
+
+    References:
+        EF21-Muon: Gruntkowska et al., arXiv:2510.00643, Algorithm 1. Scion: arXiv:2502.07529.
+        Gluon: arXiv:2505.13416. EF-Muon: arXiv:2605.08980. SignMuon: arXiv:2607.29674.
     """
 
     RULE = ("norm", "radius", "w2s", "s2w")
@@ -119,12 +147,12 @@ class EF21Muon(Communicating):
     @refuses_renamed
     def __init__(
         self,
-        params,
-        lr: float = 0.02,
+        params: nn.Module | ParamsT,
+        lr: float | Tensor = 0.02,
         *,
         momentum: float = 0.9,
         norm: Norm | None = None,
-        radius: float | AdaptiveRadius = 1.0,
+        radius: float | AdaptiveRadius | None = None,
         w2s: Compressor | str = "identity",
         s2w: Compressor | str = "identity",
         nesterov: bool = False,
@@ -153,7 +181,7 @@ class EF21Muon(Communicating):
             "error_decay": error_decay,
             "server_momentum": server_momentum,
             "norm": norm or Spectral(),
-            "radius": radius,
+            "radius": 1.0 if radius is None else radius,
             "w2s": w2s,
             "s2w": s2w,
             "nesterov": nesterov,
@@ -167,11 +195,12 @@ class EF21Muon(Communicating):
         self.lmo = choice("lmo", lmo, ("servers", "workers"))
         self.momentum_kind = choice("momentum_kind", momentum_kind, ("polyak", *PARTS))
         self.gamma = check_number("gamma", gamma, GAMMA)
-        self.correction = _correction(momentum_kind, self.gamma, mesh)
+        self.correction = correction_of(momentum_kind, self.gamma, mesh)
         self.momentum_init = choice("momentum_init", momentum_init, ("gradient", "zero"))
         self.first_message = choice("first_message", first_message, ("compressed", "full"))
         place = {"process_group": process_group, "mesh": mesh, "transport": transport}
         with together(mesh):
+            params = groups_of(params, norm, radius, place_in(process_group)[0])
             params = mesh.share(params) if mesh else params
             super().__init__(
                 params, defaults, seed=seed, missing_grad=missing_grad, buffers=buffers, **place
@@ -197,7 +226,7 @@ class EF21Muon(Communicating):
             )
 
     def _make_room(self, batch: Batch) -> None:
-        """For the state: M_j, G_j and, of the servers, G, X and what LMOs left out."""
+        """Make room for M_j and G_j, and on the owner ranks for G, X and EF-Muon's error."""
         group = self.param_groups[batch.group]
         batch.keep("momentum")
         batch.send_with(group["w2s"], self.feedback)
@@ -212,7 +241,7 @@ class EF21Muon(Communicating):
         batch.note()
 
     def _choose_compressors(self) -> None:
-        """For the next messages: the first may be sent exactly."""
+        """Choose what the next messages are sent with: the first ones may be sent in full."""
         for batch in self.batches if self.first_message == "full" else ():
             rule = Identity() if self.steps == 0 else self.param_groups[batch.group]["w2s"]
             batch.up.use(rule)
@@ -222,15 +251,23 @@ class EF21Muon(Communicating):
         self._choose_compressors()
 
     def _steps_of_all(self, server: str) -> Results:
-        """What every rank computes for itself: where all serve, the steps of servers."""
+        """Compute what all ranks have to get alike: the LMOs, where every rank is a server."""
         if server == "replicated" and self.lmo == "servers":
             yield from of_norms(self.param_groups)
 
     def step(self, closure: Callable | None = None):
-        """One round, on all workers together.
+        """Take one round, on all workers together.
 
-        closure: clears the gradients, evaluates a batch, calls backward and returns the loss; with
-        a `momentum` other than "polyak" it is needed, and is called twice.
+        Args:
+            closure: function that clears the gradients, evaluates a batch, calls backward and
+                returns the loss. Needed, and called twice, with a `momentum_kind` other than
+                "polyak".
+
+        Returns:
+            The closure's loss, None without a closure.
+
+        Raises:
+            RuntimeError: for a gradient that is missing or does not fit, on all workers.
         """
         if self.correction:
             closure = self._corrected(closure)
@@ -256,7 +293,7 @@ class EF21Muon(Communicating):
             self.mesh.share_parameters()
 
     def _round(self, batches: Sequence[Batch]) -> Generator:
-        """Algorithm 1 for a bucket of batches of layers, line by line."""
+        """Algorithm 1 for one bucket of layers, line by line; yields where messages travel."""
         self.timer.phase("encode")
         payloads = map(self._worker_message, batches)  # lines 9 to 11
         from_workers = yield self.transport.to_servers, batches, [*payloads]  # line 12
@@ -267,7 +304,7 @@ class EF21Muon(Communicating):
                 gradient.mul_(self.param_groups[batch.group]["server_momentum"])
             for message in messages if batch.serves else ():  # line 14: G = G + mean of R_j
                 gradient += batch.up.decode(message) * (1 / len(messages))  # rounded twice
-        del from_workers  # or all messages would be kept until the round has ended
+        del from_workers  # else all messages would be kept until the end of the round
         self.timer.phase("server")
         payloads = map(self._server_message, batches)  # lines 3 to 5
         shifts = yield self.transport.to_workers, batches, [*payloads]  # line 6
@@ -276,7 +313,7 @@ class EF21Muon(Communicating):
             torch._foreach_add_(batch.params, batch.as_parameters(batch.down.decode(shift)))
 
     def _worker_message(self, batch: Batch) -> Tensor:
-        """Lines 9 to 11: M_j, R_j = C_j(M_j - G_j) and G_j = G_j + R_j; R_j, one row a layer."""
+        """Lines 9 to 11: update M_j and G_j; returns R_j = C_j(M_j - G_j), one row per layer."""
         group, momentum = self.param_groups[batch.group], batch.state["momentum"]
         gradients = gradients_of(batch, self.steps + 1)
         first = not self.begun and self.momentum_init == "gradient"
@@ -290,7 +327,7 @@ class EF21Muon(Communicating):
         return batch.up.encode(target, self.generators["w2s"], group["error_decay"], self.steps + 1)
 
     def _server_message(self, batch: Batch) -> Tensor:
-        """Lines 3 to 5: X, S = C(X - W); S of the layers owned here, one row a layer."""
+        """Lines 3 to 5: update X; returns S = C(X - W) of the layers owned here, a row each."""
         if not batch.serves:
             return batch.nothing_owned()
         shift, model = self._server_step(batch), batch.state.get("server_model")
@@ -300,42 +337,23 @@ class EF21Muon(Communicating):
         return batch.down.encode(shift, self.generators["s2w"])
 
     def _server_step(self, batch: Batch) -> Tensor:
-        """Line 3: X^{k+1} - X^k of the layers owned here; none where G is not finite."""
-        group, source = self.param_groups[batch.group], batch.state["server_gradient"]
+        """Line 3: X^{k+1} - X^k of the layers owned here; zero where G is not finite."""
+        group, gradient = self.param_groups[batch.group], batch.state["server_gradient"]
+        lr, source = lr_of(group, batch.device), gradient
         if group["lmo_feedback"]:
             source = batch.state["server_lmo_error"]
-            step = self._step_with_feedback(batch, group)
+            step = step_with_feedback(group, lr, gradient, source)
         else:
-            step = self._step_of_a_length(batch, group)
+            step = gradient.clone() if self.lmo == "workers" else group["norm"].lmo(gradient)
+            scale_step(group, lr, gradient, step, batch.kernel)
         if group["weight_decay"]:
             model = batch.state.get("server_model")
             model = batch.models(batch.owned).float() if model is None else model
-            step -= _lr(batch, group) * group["weight_decay"] * model  # not fused, as some would
+            step -= lr * group["weight_decay"] * model  # not fused, as some processors would
         return still_where_broken(step, source)
 
-    def _step_of_a_length(self, batch: Batch, group: dict) -> Tensor:
-        """lr radius LMO(G)."""
-        gradient = batch.state["server_gradient"]
-        step = gradient.clone() if self.lmo == "workers" else group["norm"].lmo(gradient)
-        if group["conv_scaling"]:
-            step /= sqrt(batch.kernel)
-        if not isinstance(group["radius"], AdaptiveRadius):
-            return step.mul_(_lr(batch, group) * group["radius"])
-        dual = -along(gradient, step)  # of an exact LMO, the dual norm
-        return step.mul_(group["radius"](dual)[:, None, None]).mul_(_lr(batch, group))
-
-    @staticmethod
-    def _step_with_feedback(batch: Batch, group: dict) -> Tensor:
-        """d = e + lr radius G; the step is the part of -d along LMO(d); e <- d + step."""
-        wanted = batch.state["server_lmo_error"]
-        gradient = batch.state["server_gradient"]
-        wanted += _lr(batch, group) * group["radius"] * gradient  # not fused
-        step = group["norm"].projected(wanted)
-        wanted += step
-        return step
-
     def _corrected(self, closure: Callable | None) -> Callable:
-        """A closure that leaves corrected gradients."""
+        """Make of the closure one that leaves corrected gradients."""
         layers = [
             (parameter, before, self.param_groups[batch.group]["momentum"])
             for batch in self.batches
@@ -346,15 +364,19 @@ class EF21Muon(Communicating):
         bring = partial(bring_gradients, self.guards.layers, type(self).__name__)
         return self.correction.corrected(closure, layers, bring, first=not self.begun)
 
-    def go_on_after(self, steps: int) -> None:
-        super().go_on_after(steps)
+    def resume_after(self, steps: int) -> None:
+        super().resume_after(steps)
         self._choose_compressors()
         for batch in self.batches:
-            batch.written = None  # any W is the one that X goes with
+            batch.written = None  # X belongs to whatever W is there now
 
     @torch.no_grad()
     def take_over(self, changed: bool = True) -> None:
-        """X = W where somebody else has `changed` W; what is changed from here on is noticed."""
+        """Set X = W where somebody else has changed W; later changes will be noticed.
+
+        Args:
+            changed: whether W may have been changed since the last step; default True.
+        """
         for batch in self.batches:
             if changed:
                 batch.take_over()
@@ -362,29 +384,9 @@ class EF21Muon(Communicating):
 
     @torch.no_grad()
     def begin_anew(self) -> None:
-        """Forget all but the parameters, as if built from them now; steps count on."""
+        """Forget all state but the parameters, as if built from them now; keep counting steps."""
         self.begun = False
         for batch in self.batches:
             torch._foreach_zero_([*batch.state.values()])
             batch.take_over(always=True)
             batch.note()
-
-
-def _correction(kind: str, gamma: float, mesh: WorkerMesh | None) -> Correction | None:
-    if kind == "polyak":
-        return None
-    if mesh:
-        raise ValueError(
-            f"momentum_kind={kind!r} is not allowed with workers of several ranks, of which each has"
-            " a part of W: leave it at 'polyak', or give every worker one rank"
-        )
-    return Correction(kind, gamma)
-
-
-def _lr(batch: Batch, group: dict) -> float | Tensor:
-    """As a factor for which the host does not wait: a number, or a scalar on the layers' device."""
-    lr = group["lr"]
-    if not isinstance(lr, Tensor):
-        return lr
-    on_device = lr.device == batch.device and batch.device.type != "cpu"
-    return lr.reshape(()) if on_device else lr.item()

@@ -1,7 +1,7 @@
 """Names of earlier versions: each is refused in one line that says the new one."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -59,16 +59,19 @@ class RenamedError(TypeError, ValueError):
     """
 
 
-def refuse_renamed(where: str, names: Iterable[str]) -> None:
-    """Raise RenamedError where one of the names is of an earlier version.
+def refuse_renamed(where: str, given: Mapping[str, object]) -> None:
+    """Raise RenamedError where an argument has a name of an earlier version.
 
     Args:
-        where: what was given these names, for the error.
-        names: of arguments, or of entries of a parameter group.
+        where: what was given these arguments, for the error.
+        given: arguments, or entries of a parameter group, by name.
     """
-    for name in names:
+    for name, value in given.items():
         if name in ARGUMENTS:
-            raise RenamedError(f"{where}: {name} has been renamed, give {ARGUMENTS[name]}")
+            new = ARGUMENTS[name]
+            if name == "beta" and isinstance(value, float | int):
+                new = f"momentum={1 - value:g}, which is 1 - beta"
+            raise RenamedError(f"{where}: {name}={value} has been renamed, give {new}")
 
 
 def refuses_renamed(init: Callable[Given, Result]) -> Callable[Given, Result]:

@@ -87,7 +87,7 @@ def load(optimizer, state_dict: dict | None) -> None:
     for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
         group.update(copy.deepcopy({k: v for k, v in saved.items() if k != "params"}))
     optimizer.transport.traffic = traffic
-    optimizer.go_on_after(state_dict["steps"])
+    optimizer.resume_after(state_dict["steps"])
     for purpose, generator in optimizer.generators.items():
         generator.set_state(state_dict["generators"][purpose].cpu())
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():

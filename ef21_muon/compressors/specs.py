@@ -69,7 +69,7 @@ def from_spec(spec: Compressor | str) -> Compressor:
 
 
 def _take(words: list[str], parameter: str) -> Argument | None:
-    """Take an argument from the front of the words; None where it is not there."""
+    """Take an argument from the front of the words; return None if it is not there."""
     if not words:
         return None
     if parameter == "compressor":
@@ -89,7 +89,7 @@ def _take(words: list[str], parameter: str) -> Argument | None:
 
 
 def _form(kind: type[Compressor]) -> str:
-    """How a spec is written: rank:FRACTION[:VALUES]."""
+    """Return the pattern of a compressor's specs, such as rank:FRACTION[:VALUES]."""
     taken, form = signature(kind).parameters, kind.spec[0]
     for parameter in kind.spec[1:]:
         word = f":{parameter.upper()}"
@@ -98,6 +98,7 @@ def _form(kind: type[Compressor]) -> str:
 
 
 def _hint(name: str) -> str:
+    """Return what to give in place of an unknown name."""
     if name in SPECS:
         return f"{name} has been renamed, give {SPECS[name]}"
     return renamed_format(name) or f"choose from {', '.join(map(_form, CLASSES.values()))}"

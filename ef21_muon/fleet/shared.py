@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ef21_muon.arithmetic import WHY, digests, of_messages
+from ef21_muon.channel import finite
 from ef21_muon.fleet.admission import FleetRefused, differing_from
 from ef21_muon.fleet.verdict import INSTEAD
 from ef21_muon.inner import beginner
-from ef21_muon.layers import finite
 from ef21_muon.local_steps import LocalSteps
 from ef21_muon.transport.agreement import fingerprint
 
@@ -88,7 +88,7 @@ class SharedState:
             if batch.up.buffer is not None:
                 batch.up.buffer.zero_()
             torch._foreach_copy_(batch.params, batch.as_parameters(batch.state["global_params"]))
-        self.optimizer.go_on_after(state["steps"])
+        self.optimizer.resume_after(state["steps"])
         for reset in self._reset_inner:
             reset()
 

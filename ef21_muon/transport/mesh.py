@@ -9,7 +9,7 @@ network between workers twice.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from datetime import timedelta
 from itertools import chain
@@ -392,3 +392,8 @@ def _gradient(parameter: Tensor) -> Tensor:
 def _copy(targets: ByRank, sources: ByRank) -> None:
     if any(targets):
         torch._foreach_copy_([*chain(*targets)], [*chain(*sources)])
+
+
+def together(mesh: WorkerMesh | None) -> AbstractContextManager[None]:
+    """A context in which an error on one rank of a worker is raised on all, if there is a mesh."""
+    return mesh.together() if mesh else nullcontext()

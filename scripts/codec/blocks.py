@@ -168,8 +168,8 @@ def ways_table(records: Sequence[dict]) -> str:
         for way, pattern in WAYS.items():
             of_way = [found[kind, pattern.format(bits)] for kind in INPUTS]
             lost = [f"{one['measured']:.3g}" for one in of_way]
-            told = [f"{of_way[0]['bits_a_value']:.3f}", *lost, f"{of_way[0]['omega']:.3g}"]
-            rows.append([f"{bits} bits", way, *told])
+            numbers = [f"{of_way[0]['bits_a_value']:.3f}", *lost, f"{of_way[0]['omega']:.3g}"]
+            rows.append([f"{bits} bits", way, *numbers])
         lost = [f"{own[kind, bits]:.3g}" for kind in INPUTS]
         rows.append([f"{bits} bits", "the same, c_j^2 (predicted)", "", *lost, ""])
     return markdown(rows, text_columns=2)
@@ -217,7 +217,8 @@ That n blocks save a factor O(n) is from the abstract of "Theoretically Better a
 Faster Distributed Optimization with Smoothness-Aware Quantization Techniques" (arXiv:2106.03524),
 which alone was at hand; there n is the number of nodes as well, and what is saved is communication
 to a given accuracy, which is not measured here. Predictions and bounds are this library's own. Its
-smoothness matrices are of a convex problem's data and known to the server; here a message tells the
+smoothness matrices are of a convex problem's data and known to the server; here a message carries
+the
 diagonal, of itself.
 """
 

@@ -22,7 +22,7 @@ def select(records: Sequence[dict], stage: str, method: str) -> list[dict]:
     return [one for one in records if (one["stage"], one["method"]) == (stage, method)]
 
 
-def told(values: Sequence[float], digits: int, scale: float = 1) -> str:
+def with_spread(values: Sequence[float], digits: int, scale: float = 1) -> str:
     """Their mean and one standard deviation."""
     return f"{scale * mean(values):.{digits}f} ± {scale * stdev(values):.{digits}f}"
 
@@ -36,7 +36,15 @@ def final_table(records: Sequence[dict]) -> str:
             [one[key] for one in runs] for key in ("train_loss", "test_loss", "test_accuracy")
         )
         point = [f"{runs[0][key]:g}" for key in ("radius", "beta")]
-        rows.append([name, *point, told(training, 4), told(loss, 4), told(accuracy, 2, scale=100)])
+        rows.append(
+            [
+                name,
+                *point,
+                with_spread(training, 4),
+                with_spread(loss, 4),
+                with_spread(accuracy, 2, scale=100),
+            ]
+        )
     return markdown(rows, text_columns=1)
 
 
@@ -81,12 +89,12 @@ def headline(records: Sequence[dict]) -> str:
     )
     share = mean(losses) / mean(one["test_loss"] for one in without.values())
     errors = [stdev(changes) / sqrt(len(changes)) for changes in (losses, accuracies)]
-    told = (
+    sentence = (
         f"With error feedback Muon's test loss changes by {mean(losses):+.4f} ± {errors[0]:.4f} "
         f"nats ({share:+.0%}), its accuracy by {100 * mean(accuracies):+.2f} ± "
         f"{100 * errors[1]:.2f} points (± is the standard error over {len(losses)} seeds)."
     )
-    return textwrap.fill(told, 100)
+    return textwrap.fill(sentence, 100)
 
 
 def report(records: Sequence[dict]) -> str:

@@ -109,11 +109,11 @@ def train(
 
 @torch.no_grad()
 def measured(model: nn.Module, images: Images) -> tuple[float | None, float]:
-    """The mean loss in nats an image, None if it is not finite, and the share that it tells."""
+    """The mean loss in nats per image, None if it is not finite, and the accuracy."""
     scores = model(images.pixels)
-    told = (scores.argmax(1) == images.digits).float().mean()
+    accuracy = (scores.argmax(1) == images.digits).float().mean()
     loss = float(functional.cross_entropy(scores, images.digits))
-    return loss if isfinite(loss) else None, float(told)
+    return loss if isfinite(loss) else None, float(accuracy)
 
 
 def read_images() -> dict[str, Images]:

@@ -23,7 +23,7 @@ from train import Run
 from training.checkpoint import Checkpoints
 from training.config import ROOT, compose
 from training.log import NoLog
-from training.workers import Workers, leave
+from training.workers import Workers, exit_process
 
 LINKS = ROOT / "results" / "local_steps" / "links.jsonl"
 NODES = 2
@@ -56,7 +56,7 @@ class Records(NoLog):
 def time_training(overrides: list[str], steps: int, workers: Workers) -> dict:
     """Of the steps after WARM_UP, a step: seconds, bytes, tokens, and the waiting of every rank.
 
-    Training waits in the exchange, and for what else workers tell each other, which is in no phase.
+    Training waits in the exchange, and for what else workers send each other, which is in no phase.
     """
     last = WARM_UP + steps
     run = Run(compose((*overrides, f"steps={last + 1}")).config, workers)
@@ -80,9 +80,14 @@ def time_training(overrides: list[str], steps: int, workers: Workers) -> dict:
 def job(options: argparse.Namespace, workers: Workers) -> int:
     """On every node: train with all methods; rank 0 writes what was timed."""
     for name, (overrides, steps) in METHODS.items():
-        told = [*MODEL.split(), *UNDISTURBED.split(), *overrides.split(), *options.overrides]
+        all_overrides = [
+            *MODEL.split(),
+            *UNDISTURBED.split(),
+            *overrides.split(),
+            *options.overrides,
+        ]
         record = {"rate": options.rates, "delay": options.delay, "method": name}
-        record |= time_training(told, steps, workers)
+        record |= time_training(all_overrides, steps, workers)
         workers.say(json.dumps(record))
         if workers.first:
             with options.out.open("a") as file:
@@ -110,7 +115,7 @@ What they send and what it costs in loss is in [results](../README.md).
 worker of one thread each and {delay} from one to the other (none where the link is unlimited);
 {millions:.1f} M parameters, a sequence of 256 tokens a worker and step, servers {placement}. All
 rows of a link are of one launch. Waiting is what the rank that waits less did besides computing, in
-seconds a step: in the exchange, and for what workers tell each other beside it (losses, and whether
+seconds a step: in the exchange, and for what workers send each other beside it (losses, and whether
 to stop). One message a step is the default one, whose encoding is most of what its steps take
 longer.
 
@@ -128,7 +133,7 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     if "RANK" in os.environ:
         workers = Workers()
-        return workers.finish(lambda: job(options, workers))
+        return workers.run(lambda: job(options, workers))
     if options.redraw:
         return write_report()
     if missing := requirements_missing():
@@ -149,4 +154,4 @@ def write_report() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

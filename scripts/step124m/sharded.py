@@ -27,7 +27,7 @@ from training.config import ROOT, build, compose
 from training.method import build_optimizer
 from training.sharding import new_worker_mesh, shard
 from training.weights import draw_weights
-from training.workers import Workers, leave
+from training.workers import Workers, exit_process
 
 OUTPUT = ROOT / "results" / "step124m"
 
@@ -124,8 +124,8 @@ def main() -> int:
         (options.out / "sharded.md").write_text(text)
         return 0
     workers = Workers()
-    return workers.finish(lambda: job(options, workers))
+    return workers.run(lambda: job(options, workers))
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -22,8 +22,8 @@ from workers.rounds import (
 )
 
 COMPRESSORS = {
-    "identity": reference.dense(reference.float32),
-    "nearest": reference.dense(reference.natural),
+    "identity": reference.quantize(reference.float32),
+    "nearest": reference.quantize(reference.natural),
     "topk": reference.top_k(FRACTION, reference.float32),
     "topk nearest": reference.top_k(FRACTION, reference.natural),
     "rank": reference.rank_k(FRACTION, reference.float32),

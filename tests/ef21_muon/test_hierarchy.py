@@ -40,7 +40,9 @@ def test_sharded_parameters_take_the_same_steps_and_bytes(runs, sharded, case):
             np.testing.assert_array_equal(found[f"{case} {what}"], expected[f"{case} {what}"])
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("rank", "local, stagger")])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case not in ("rank", "local, streaming")]
+)
 def test_a_worker_of_all_ranks_takes_the_steps_of_one(sharded, case, alone):
     """But for the order of sums, and of the servers' own messages."""
     model = f"{case} model"
@@ -78,7 +80,9 @@ def test_what_cannot_be_stepped_in_shards_is_refused(sharded):
             assert re.match(pattern, message), message
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("rank", "local, stagger")])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case not in ("rank", "local, streaming")]
+)
 def test_two_ranks_a_worker_make_the_same_steps_as_one(runs, case):
     """But for the order of sums.
 
@@ -133,7 +137,9 @@ def test_what_one_rank_of_a_worker_refuses_all_ranks_refuse(runs):
 
 def test_workers_that_have_parted_are_told_by_a_check(runs, sharded):
     for rank in (*runs[0], *sharded[2]):
-        assert "differs between rank 0 and rank 1: all workers hold the same" in str(rank["parted"])
+        assert "differs between rank 0 and rank 1: all workers hold the same" in str(
+            rank["diverged"]
+        )
 
 
 @pytest.mark.parametrize("local", [False, True])

@@ -133,15 +133,15 @@ def test_a_state_goes_on_with_the_rate_and_apart():
 
 
 ENTRIES = {
-    "radius": 2.0, "momentum": 0.5, "weight_decay": 0.25, "error_decay": 0.5, "server_momentum": 0.5,
-    "gamma": 0.5, "buckets": 2,
+    "radius": 2.0, "momentum": 0.5, "weight_decay": 0.25, "error_decay": 0.5,
+    "server_momentum": 0.5, "gamma": 0.5, "buckets": 2,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("wrap", [torch.tensor, np.array, lambda x: np.array([x])[0]])
 @pytest.mark.parametrize("name", ENTRIES)
 def test_other_numbers_become_pythons(name, wrap):
-    options = {"feedback": "ef14"} | ({"momentum": "mvr"} if name == "gamma" else {})
+    options = {"feedback": "ef14"} | ({"momentum_kind": "mvr"} if name == "gamma" else {})
     results = []
     for value in (ENTRIES[name], wrap(ENTRIES[name])):
         model = new_model()
@@ -163,7 +163,7 @@ def test_numbers_of_local_steps_and_of_what_they_send(wrap):
             outer_lr=number(0.5),
             outer_momentum=number(0.25),
             error_decay=number(0.5),
-            delay=number(1),
+            sync_delay=number(1),
             buckets=number(2),
             w2s=RankK(np.float32(0.5)),
         )

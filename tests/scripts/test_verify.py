@@ -7,8 +7,8 @@ import torch
 from run import ROOT, torchrun
 
 from ef21_muon import EF21Muon, LocalSteps, layers
+from ef21_muon.channel import Channel
 from ef21_muon.compressors import TopK, values
-from ef21_muon.layers import Channel
 from ef21_muon.norms import Spectral
 from ef21_muon.norms.lmo import BiasRMS
 from ef21_muon.transport.fixed import Transport

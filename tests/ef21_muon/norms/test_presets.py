@@ -206,7 +206,7 @@ def test_convolutions_are_hidden_and_a_last_linear_layer_is_unclear():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 6), nn.Linear(6, 4)
     )
-    with pytest.raises(ValueError, match=r"the role of 4\.weight \(4, 6\) is unclear: pass roles="):
+    with pytest.raises(ValueError, match=r"the role of 4\.weight \(4, 6\) is unclear: give param_groups roles="):
         param_groups(model)
     assert names(param_groups(model, roles={"4.weight": "embedding"})) == {
         "hidden": ["0.weight", "3.weight"],

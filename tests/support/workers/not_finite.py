@@ -87,7 +87,7 @@ def trained(name, faulty):
             if faulty and layer == LAYER and step == BROKEN and dist.get_rank() == 1:
                 parameter.grad[1, 2] = value
         optimizer.step()
-        with getattr(optimizer, "agreed", nullcontext)():
+        with getattr(optimizer, "global_params", nullcontext)():
             models.append({n: p.detach().flatten().tolist() for n, p in layers.items()})
     return {
         "models": models,

@@ -61,7 +61,7 @@ DIFFERENT = {
         lambda m: EF21Muon(m.parameters(), momentum_init="zero"),
         lambda m: EF21Muon(m.parameters()),
     ),
-    "every": (lambda m: local(m, sync_every=3), lambda m: local(m, sync_every=4)),
+    "sync_every": (lambda m: local(m, sync_every=3), lambda m: local(m, sync_every=4)),
     "outer_lr": (lambda m: local(m, outer_lr=0.7), lambda m: local(m)),
     "method": (lambda m: EF21Muon(m.parameters()), averaged),
 }
@@ -122,7 +122,7 @@ def branches(missing):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
-    optimizer = EF21Muon(model.parameters(), lr=LR, norm=Spectral("svd"), missing=missing)
+    optimizer = EF21Muon(model.parameters(), lr=LR, norm=Spectral("svd"), missing_grad=missing)
     for step in range(4):
         optimizer.zero_grad()
         branch = dist.get_rank() if step % 2 else 0
