@@ -86,8 +86,8 @@ def _loads(optimizer: Communicating) -> str:
         for name, one in loads.items()
     )
     return (
-        f": per round, max traffic per rank {own.max_traffic:,} bytes, max multiplications per rank "
-        f"{own.max_multiplications:.2g} ({others})"
+        f": per round, max traffic per rank {own.max_traffic:,} bytes, max multiplications per "
+        f"rank {own.max_multiplications:.2g} ({others})"
     )
 
 
