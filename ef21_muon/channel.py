@@ -1,4 +1,4 @@
-"""Channels: messages of layers in one direction, with a compressor and error feedback."""
+"""Channels: the messages of layers in one direction, with a compressor and error feedback."""
 
 from collections.abc import Sequence
 
@@ -9,24 +9,46 @@ from ef21_muon.compressors.base import Compressor
 
 
 class Channel:
-    """One direction of a batch's messages: a compressor, and feedback of what it has lost.
+    """One direction of a batch's messages: a compressor and the error feedback around it.
 
-    What is compressed of a `target` (layers, m, n) is, with the feedback
+    It compresses d, which depends on the feedback and on the `target` (layers, m, n):
 
         "ef21"  d = target - G_j,        then  G_j <- G_j + C(d)   lines 10 and 11 of Algorithm 1
-        "ef14"  d = target + decay e_j,  then  e_j <- d - C(d)     Seide et al. (2014)
+        "ef14"  d = target + decay e_j,  then  e_j <- d - C(d)
         "none"  d = target
 
-    EF21 is from Richtarik et al., arXiv:2106.05203. The receiver of "ef21" adds messages up, that
-    of the others has in each all that there is to know. In EF14 the step size does not enter the
-    error, since an LMO does not see the scale of G (an AdaptiveRadius does). The decay of its error
-    is from Wu et al., arXiv:1806.08054: where ||C(d) - d||^2 <= (1 - alpha) ||d||^2, ||e_j||^2 is
-    at most (1 - alpha) / ((1 - decay) (1 - (1 - alpha) decay)) of the largest ||target||^2.
+    The receiver of "ef21" adds messages up; with the others each message replaces the last one.
+    EF14 does not multiply e_j by a step size, since an LMO does not depend on the scale of G (an
+    AdaptiveRadius does). With ||C(d) - d||^2 <= (1 - alpha) ||d||^2 and a decay below 1, ||e_j||^2
+    is at most (1 - alpha) / ((1 - decay) (1 - (1 - alpha) decay)) times the largest ||target||^2.
 
-    buffer: G_j or e_j, float32 like the target, at first zero; None without feedback. `size` is the
-    bytes of a layer's message. `broken_at` (layers,) is the first step whose message was not
-    finite, counted from 1, or 0. While `recording`, `contraction` and `estimator_error` (layers,)
-    are those of the last message.
+    Args:
+        compressor: the compressor, which `use` fits to the shape.
+        shape: (m, n) of the layers.
+        feedback: "ef21", "ef14" or "none" (default).
+        buffer: the error-feedback buffer, G_j or e_j, float32 (layers, m, n), zero at first;
+            None (default) for feedback="none".
+        broken_at: int64 (layers,), for each layer the first step, counted from 1, whose message
+            was not finite, or 0; None (default) if nobody asks.
+
+    Attributes:
+        size: the bytes of one layer's message.
+        recording: whether `encode` records the two tensors below, False at first.
+        contraction: 1 - ||C(d) - d||^2 / ||d||^2 of the last message, (layers,).
+        estimator_error: ||target - estimate|| / ||target|| of the last message, (layers,).
+
+    Example:
+        >>> from ef21_muon.compressors import TopK
+        >>> channel = Channel(TopK(0.5), (1, 2), "ef14", torch.zeros(1, 1, 2))
+        >>> for _ in range(3):  # what is lost is sent later
+        ...     print(channel.decode(channel.encode(torch.tensor([[[3.0, 2.0]]]))))
+        tensor([[[3., 0.]]])
+        tensor([[[0., 4.]]])
+        tensor([[[6., 0.]]])
+
+    References:
+        EF21: Richtarik et al. (arXiv:2106.05203). EF14: Seide et al. (2014). The decay of its
+        error: Wu et al. (arXiv:1806.08054).
     """
 
     def __init__(
@@ -45,7 +67,7 @@ class Channel:
         self.estimator_error: Tensor | None = None
 
     def use(self, compressor: Compressor) -> None:
-        """Send with this one from here on, fitted to the shape."""
+        """Set the compressor for the next messages, fitted to the shape."""
         self.compressor = compressor.fit(*self.shape)
         self.size = self.compressor.payload_bytes(*self.shape)
 
@@ -57,10 +79,19 @@ class Channel:
         step: int = 0,
         source: Tensor | None = None,
     ) -> Tensor:
-        """The messages, uint8 (layers, size), and what is remembered of them.
+        """Return the messages, and update the error-feedback buffer.
 
-        step: for `broken_at`; source: of layers where it is not finite nothing is sent, and
-        `target`, which was made of it, may be changed.
+        Args:
+            target: float32 (layers, m, n).
+            generator: the source of the compressor's random numbers; default None, which is torch's
+                global generator.
+            decay: the weight of e_j for "ef14", in [0, 1]; default 1.
+            step: the number to note in `broken_at`.
+            source: float32 (layers, m, n), from which `target` was made; a layer whose source is
+                not finite sends zeros, and `target` is changed. Default None: all is sent.
+
+        Returns:
+            uint8 (layers, size).
         """
         difference = target
         if self.buffer is not None:
@@ -90,31 +121,31 @@ class Channel:
         return message
 
     def decode(self, message: Tensor) -> Tensor:
-        """uint8 (layers, size) -> float32 (layers, m, n)."""
+        """Return what messages uint8 (layers, size) hold, float32 (layers, m, n)."""
         return self.compressor.decode(message, *self.shape)
 
     def add_mean(self, total: Tensor, messages: Sequence[Tensor]) -> None:
-        """Add the mean of all workers' messages to `total` (layers, m, n)."""
+        """Add the mean of all workers' messages to `total` (layers, m, n), in place."""
         for message in messages:
-            total += self.decode(message) * (1 / len(messages))  # rounded twice
+            total += self.decode(message) * (1 / len(messages))  # not fused
 
 
 def finite(matrices: Tensor) -> Tensor:
-    """Whether all entries of a matrix are, for every one of a batch (L, m, n)."""
+    """Return for every matrix of a batch (L, m, n) whether all of its entries are finite."""
     return matrices.amax((1, 2)).isfinite() & matrices.amin((1, 2)).isfinite()
 
 
 def still_where_broken(change: Tensor, source: Tensor) -> Tensor:
-    """`change` (L, m, n), in place, but none of layers of whose `source` not all is finite."""
+    """Return `change` (L, m, n), set to zero in place for layers whose `source` is not finite."""
     return change.masked_fill_(~finite(source)[:, None, None], 0)
 
 
 def mark(at: Tensor, broken: Tensor, step: int) -> None:
-    """Note in `at` (L,) the step of layers that are `broken`, but where it has an earlier one."""
+    """Note the step in `at` (L,) for layers that are `broken`, unless an earlier step is there."""
     at.masked_fill_(broken & (at == 0), step)
 
 
 def relative_error(estimate: Tensor, of: Tensor) -> Tensor:
-    """||estimate - of|| / ||of|| for every matrix of a batch (L, m, n); 0 where both are zero."""
+    """Return ||estimate - of|| / ||of|| for matrices (L, m, n), and 0 if both are zero."""
     error = torch.linalg.matrix_norm(estimate - of)
     return torch.where(error == 0, 0.0, error / torch.linalg.matrix_norm(of))

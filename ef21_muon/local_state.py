@@ -76,30 +76,30 @@ class GlobalParams:
         self.wrapped.take_over(changed=False)
 
 
-def move(batch: Batch, shift: Tensor) -> None:
+def move(optimizer, batch: Batch, message: Tensor) -> None:
     """W = W - S;  x_j = W, and keep the steps that x_j took since its message was made.
 
+    A single worker with lossless messages and plain averages has W = x_j instead, where x_j is
+    finite: W - (W - x_j) is x_j but for rounding.
+
     Args:
+        optimizer: LocalSteps with its options.
         batch: layers, whose state has W and, with a sync_delay, x_j at the time of the message.
-        shift: S, float32 (L, m, n).
+        message: S, encoded.
     """
     model, departure = batch.state["global_params"], batch.state.get("departure")
-    model -= shift
+    lossless = batch.up.compressor.lossless and batch.down.compressor.lossless
+    average = optimizer.outer_lr == 1 and not optimizer.outer_momentum
+    alone = optimizer.transport.ranks == 1 and not optimizer.transport.heals
+    if alone and lossless and average:
+        sent = batch.models() if departure is None else departure
+        model.copy_(torch.where(~finite(sent)[:, None, None], model, sent))
+        return
+    model -= batch.down.decode(message)
     if departure is None:
         torch._foreach_copy_(batch.params, batch.as_parameters(model))
     else:
         torch._foreach_add_(batch.params, batch.as_parameters(model - departure))
-
-
-def adopt(batch: Batch) -> None:
-    """W = x_j where that is finite: of a worker alone W - (W - x_j) is x_j but for rounding.
-
-    Args:
-        batch: layers, whose state has W and, with a sync_delay, x_j at the time of the message.
-    """
-    model, departure = batch.state["global_params"], batch.state.get("departure")
-    sent = batch.models() if departure is None else departure
-    model.copy_(torch.where(~finite(sent)[:, None, None], model, sent))
 
 
 def make_room(optimizer, batch: Batch) -> None:

@@ -21,7 +21,7 @@ from ef21_muon.layers import (
     entry_counts,
     in_buckets,
 )
-from ef21_muon.local_state import GlobalParams, adopt, keep_messages, make_room, move
+from ef21_muon.local_state import GlobalParams, keep_messages, make_room, move
 from ef21_muon.renamed import refuses_renamed
 from ef21_muon.settings import (
     OUTER_NUMBERS,
@@ -274,10 +274,7 @@ class LocalSteps(Communicating):
     def _at_workers(self, batches: Sequence[Batch], shifts: Sequence[Tensor]) -> None:
         self.timer.phase("decode")
         for batch, shift in zip(batches, shifts, strict=True):
-            if self._is_its_inner(batch):
-                adopt(batch)
-            else:
-                move(batch, batch.down.decode(shift))
+            move(self, batch, shift)
         self.last_sync = self.steps
 
     def _worker_message(self, batch: Batch) -> Tensor:
@@ -327,12 +324,6 @@ class LocalSteps(Communicating):
         if (kept := batch.state.get("server_message")) is not None:
             kept.copy_(message)
         return message
-
-    def _is_its_inner(self, batch: Batch) -> bool:
-        """Whether this is a single worker whose W is its x_j, but for rounding."""
-        lossless = batch.up.compressor.lossless and batch.down.compressor.lossless
-        average = self.outer_lr == 1 and not self.outer_momentum
-        return self.transport.ranks == 1 and not self.transport.heals and lossless and average
 
     @torch.no_grad()
     def final_sync(self) -> None:

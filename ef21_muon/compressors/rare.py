@@ -179,7 +179,7 @@ class Scaled(Modified):
             raise ValueError(f"Scaled has no default scale for {compressor}: give one")
         if scale is not None:
             check_share("Scaled got scale", scale)
-        self.scale = scale
+        self.scale = None if scale is None else float(scale)
 
     def title(self) -> str:
         by = "" if self.scale is None else f" {self.scale:.4g}"
@@ -238,7 +238,7 @@ class Bernoulli(Modified):
     def __init__(self, compressor: Compressor, probability: float = 0.5):
         super().__init__(compressor)
         check_share("Bernoulli got probability", probability)
-        self.probability = probability
+        self.probability = float(probability)
 
     def title(self) -> str:
         return f"sent {100 * self.probability:.4g}%, {self.compressor.title()}"

@@ -22,11 +22,13 @@ Argument: TypeAlias = str | float | Compressor
 
 
 def from_spec(spec: Compressor | str) -> Compressor:
-    """A compressor from its spec.
+    """Return a compressor from its spec.
+
+    A spec is a name and its arguments, with colons between them; arguments that have a default may
+    be left out. A value format alone quantizes every entry.
 
     Args:
-        spec: a name and its arguments, with colons between them; what has a default may be left
-            out. A value format alone quantizes every entry. A compressor is returned as it is.
+        spec: a spec, for example:
 
             ====================================  ==================================
             "identity"                            `Identity()`
@@ -39,6 +41,11 @@ def from_spec(spec: Compressor | str) -> Compressor:
             "bernoulli:0.5:topk:0.1"              `Bernoulli(TopK(0.1), 0.5)`
             "scaled:0.8:quantize:int2:nearest"    `Scaled(Quantize("int2:nearest"), 0.8)`
             ====================================  ==================================
+
+            Or a compressor, which is returned.
+
+    Returns:
+        The compressor; its repr is the shortest spec for it.
 
     Raises:
         ValueError: for an unknown name, and for arguments that are missing, left over, or out of

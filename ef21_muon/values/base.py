@@ -13,6 +13,8 @@ from numbers import Real
 import torch
 from torch import Generator, Tensor
 
+from ef21_muon.renamed import refuses_renamed, renamed_value
+
 ROUNDINGS = ("stochastic", "nearest")
 MANTISSA = 1 << 23  # a float32 is a sign, 8 bits of exponent and 23 bits of mantissa
 # Entries to encode at a time, by type of device: few enough for small temporaries, and on a GPU
@@ -175,6 +177,7 @@ class Natural(ValueFormat):
 
     name = "natural"
 
+    @refuses_renamed
     def __init__(self, rounding: str = "stochastic"):
         self.set_rounding(rounding)
         self.error = 1 / 8 if self.unbiased else 1 / 9
@@ -203,6 +206,13 @@ def check(holds: bool, given: str, allowed: str) -> None:
     """Raise ValueError unless `holds`, with the words "given: give allowed"."""
     if not holds:
         raise ValueError(f"{given}: give {allowed}")
+
+
+def check_block(holds: object, name: str, block: object, allowed: str) -> None:
+    """Raise ValueError for a block that a format does not have, unless `holds`."""
+    hint = renamed_value("block", block) or f"give {allowed}"
+    if not holds:
+        raise ValueError(f"{name} got block={block}: {hint}")
 
 
 def check_share(given: str, share: float) -> None:

@@ -7,7 +7,7 @@ from math import erf, exp, inf, pi, sqrt
 import torch
 from torch import Generator, Tensor
 
-from ef21_muon.values.base import AT_A_TIME, check, pack
+from ef21_muon.values.base import AT_A_TIME, check, check_block, pack
 from ef21_muon.values.scaled import Blockwise
 
 LONGEST = 1 << 16  # entries to rotate together
@@ -47,7 +47,7 @@ class Normal(Blockwise):
     def __init__(self, bits: int = 4, block: str = "row"):
         check(type(bits) is int and 1 <= bits <= 6, f"normal got bits={bits}", "1 to 6")
         # A rotated block is sent as a whole, so it cannot be padded.
-        check(block in ("row", "tensor"), f"normal got block={block}", "row or tensor")
+        check_block(block in ("row", "tensor"), "normal", block, "row or tensor")
         self.width = bits
         super().__init__(block)
 
@@ -115,14 +115,17 @@ class Statistical(Blockwise):
 
     def __init__(self, bits: int = 4, block: str = "tensor", span: float = 6.0):
         check(type(bits) is int and 2 <= bits <= 8, f"statistical got bits={bits}", "2 to 8")
-        check(block in ("row", "tensor"), f"statistical got block={block}", "row or tensor")
+        check_block(block in ("row", "tensor"), "statistical", block, "row or tensor")
         positive = isinstance(span, float | int) and 0 < span < inf
         check(positive, f"statistical got span={span}", "a number above 0")
         self.width, self.bins, self.span = bits, 2**bits, span
         super().__init__(block)
 
     def __str__(self) -> str:
-        return super().__str__() + ("" if self.span == 6 else f":span={self.span:g}")
+        span = f"{self.span:g}"
+        if float(span) != self.span:
+            span = repr(float(self.span))
+        return super().__str__() + ("" if self.span == 6 else f":span={span}")
 
     __repr__ = __str__
 

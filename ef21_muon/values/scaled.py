@@ -6,12 +6,14 @@ from math import sqrt
 import torch
 from torch import Generator, Tensor
 
+from ef21_muon.renamed import refuses_renamed
 from ef21_muon.values.base import (
     MANTISSA,
     ValueFormat,
     at_a_time,
     carry,
     check,
+    check_block,
     check_length,
     pack,
     packed_bytes,
@@ -44,7 +46,7 @@ class Blockwise(ValueFormat):
         counted = re.fullmatch(r"([1-9]\d*)blocks", block) if isinstance(block, str) else None
         known = block in ("row", "tensor") or counted or (type(block) is int and block > 0)
         allowed = "row, tensor, a number of values above 0, or of blocks as 8blocks"
-        check(known, f"{type(self).__name__} got block={block}", allowed)
+        check_block(known, type(self).__name__, block, allowed)
         self.block, self._count = block, int(counted[1]) if counted else 1
 
     def blocks(self, rows: int, columns: int) -> tuple[int, int]:
@@ -123,6 +125,7 @@ class NaturalWindow(Blockwise):
     name = "natural{.exponent_bits}"
     scale_dtype = torch.uint8
 
+    @refuses_renamed
     def __init__(
         self, exponent_bits: int = 4, rounding: str = "stochastic", block: int | str = "row"
     ):
@@ -193,6 +196,7 @@ class Integer(Blockwise):
 
     name = "int{.width}"
 
+    @refuses_renamed
     def __init__(self, bits: int = 8, rounding: str = "stochastic", block: int | str = "row"):
         check(type(bits) is int and 2 <= bits <= 8, f"int got bits={bits}", "2 to 8")
         super().__init__(block)
@@ -294,6 +298,7 @@ class RowColumn(ValueFormat):
 
     name = "rowcol{.integers.width}"
 
+    @refuses_renamed
     def __init__(self, bits: int = 4, rounding: str = "stochastic"):
         check(type(bits) is int and 2 <= bits <= 8, f"rowcol got bits={bits}", "2 to 8")
         self.integers = Integer(bits, rounding)

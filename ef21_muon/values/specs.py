@@ -45,6 +45,8 @@ def value_format(values: ValueFormat | str | Mapping) -> ValueFormat:
     given = dict(values) if isinstance(values, Mapping) else {"format": values}
     name, *words = str(given.pop("format", None)).split(":")
     options = dict(map(_option, words)) | given
+    if len(options) < len(words) + len(given):
+        raise ValueError(f"values={values} has an option twice: give each of them once")
     refuse_renamed("values", options)
     match = NAME.fullmatch(name)
     kind, bits, block = match.groups() if match else (None, "", None)
@@ -53,7 +55,7 @@ def value_format(values: ValueFormat | str | Mapping) -> ValueFormat:
         hint = renamed_format(name) or f"choose from {NAMES}"
         raise ValueError(f"values={name} is not a value format: {hint}")
     if block:
-        options["block"] = int(block) if block.isdigit() else block
+        options["block"] = int(block) if block.isdecimal() else block
     try:
         return format_(*map(int, bits), **options)
     except TypeError:

@@ -157,12 +157,12 @@ REFUSED = {  # how it is built, the steps before, what is given, and what is sai
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_go_on_is_refused_and_nothing_changes(case):
-    make, steps, given, told = REFUSED[case]
+    make, steps, given, message = REFUSED[case]
     model = layer()
     optimizer = make(list(model.parameters()))
     take_steps(model, optimizer, steps)
     other_model, other = copy.deepcopy((model, optimizer))
-    with pytest.raises(ValueError, match=told) as error:
+    with pytest.raises(ValueError, match=message) as error:
         optimizer.exchange_compressor(*given)
     assert "\n" not in str(error.value)
     take_steps(model, optimizer, 3, first=steps)

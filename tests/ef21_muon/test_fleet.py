@@ -266,8 +266,8 @@ def test_who_is_lost_in_the_last_round_comes_to_the_same_end():
                 assert all(torch.equal(model, found[0]) for model in found)
                 rounds = [(0, 1, 2)] * 3 + [(0, 1)] * (-(-until // EVERY) - 3)
                 steps = [min(EVERY, until - EVERY * place) for place in range(len(rounds))]
-                told = sum(len(who) * length for who, length in zip(rounds, steps, strict=True))
-                assert {w.fleet.synced_steps for w in (*workers[:2], late)} == {told}
+                synced = sum(len(who) * length for who, length in zip(rounds, steps, strict=True))
+                assert {w.fleet.synced_steps for w in (*workers[:2], late)} == {synced}
 
 
 def test_one_that_stands_still_in_a_message_is_not_waited_for_as_long_as_a_state_takes(monkeypatch):

@@ -240,11 +240,11 @@ def test_groups_may_have_compressors_of_their_own():
 def test_watched_messages_are_told_when_all_have_gone():
     model, optimizer = build(sync_every=4, w2s=TopK(0.3), s2w=Quantize("normal2"), streaming=True)
     optimizer.watch = True
-    told = []
+    watched = []
     for step in range(4):
         train(model, optimizer, 1, first=step)
-        told.append(optimizer.watched)
-    assert told == [False, False, False, True]
+        watched.append(optimizer.watched)
+    assert watched == [False, False, False, True]
     layers = optimizer.diagnostics()
     assert layers.keys() == dict(model.named_parameters()).keys()
     for row in layers.values():
@@ -304,20 +304,20 @@ WRONG = (
 )
 
 
-@pytest.mark.parametrize(("options", "told"), WRONG, ids=[told for _, told in WRONG])
-def test_wrong_options_are_refused(options, told):
-    with pytest.raises(ValueError, match=told):
+@pytest.mark.parametrize(("options", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         build(**options)
 
 
 def test_wrong_inner_optimizers_are_refused(process_group):
     model, optimizer = build()
-    for inner, told in (
+    for inner, message in (
         (optimizer, "inner=LocalSteps is not allowed"),
         (model, "inner=Sequential is not allowed: give a torch optimizer"),
         (torch.optim.LBFGS(model.parameters()), "inner=LBFGS needs a closure in every step"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             LocalSteps(inner if isinstance(inner, torch.optim.Optimizer) else [inner])
     with pytest.raises(ValueError, match="more than one parameter group"):
         LocalSteps([INNER["sgd"](model.parameters()), INNER["adamw"](model.parameters())])

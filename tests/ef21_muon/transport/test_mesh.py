@@ -115,9 +115,9 @@ def test_it_shards_as_fully_shard_does(ranks):
 
 def test_what_one_rank_refuses_all_ranks_of_its_worker_refuse(ranks):
     for worker in by_worker(ranks):
-        told = [rank["errors"]["of one rank"] for rank in worker]
-        assert told[-1] == "KeyError: 'of the last rank'"
-        assert set(told[:-1]) == {"ValueError: 'of the last rank'"}
+        errors = [rank["errors"]["of one rank"] for rank in worker]
+        assert errors[-1] == "KeyError: 'of the last rank'"
+        assert set(errors[:-1]) == {"ValueError: 'of the last rank'"}
 
 
 def test_what_is_no_mesh_is_refused_by_all(ranks):
