@@ -154,13 +154,8 @@ class GreedyLore:
 
     def __init__(self, workers, shape, rank, refresh_every):
         self.errors = [np.zeros(shape) for _ in range(workers)]
-        self.rank, self.refresh_every, self.basis, self.step, self.gap = (
-            rank,
-            refresh_every,
-            None,
-            0,
-            np.inf,
-        )
+        self.rank, self.refresh_every = rank, refresh_every
+        self.basis, self.step, self.gap = None, 0, np.inf
 
     def average(self, gradients, probe):
         wanted = [g + e for g, e in zip(gradients, self.errors, strict=True)]
