@@ -225,7 +225,7 @@ class Communicating(torch.optim.Optimizer):
     def __getattr__(self, name: str) -> NoReturn:
         """Refuse names of earlier versions, and unknown ones."""
         new = f": it has been renamed, give {ATTRIBUTES[name]}" if name in ATTRIBUTES else ""
-        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}{new}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{new}")
 
     @property
     def round(self) -> int:
