@@ -66,7 +66,7 @@ class GPTConfig:
 
     @property
     def parameter_count(self) -> int:
-        """The number of trained values: the embedding, and 12 C^2 per block (4 attention, 8 MLP)."""
+        """The number of parameters: the embedding, and 12 C^2 per block (4 attention, 8 MLP)."""
         return self.vocab_size * self.width + 12 * self.layers * self.width**2
 
 
@@ -150,7 +150,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only language model whose head is its token embedding.
 
-    `seed` fixes the initial weights, whatever the device. Under `torch.device("meta")` the model has
+    `seed` fixes the initial weights on any device. Under `torch.device("meta")` the model has
     shapes but no values, which is enough to count, plan and shard it. After `to_empty`, call
     `init_weights` to draw the values.
     """

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ef21_muon.channel import finite, mark
 from ef21_muon.communicating import Communicating
-from ef21_muon.compressors import Compressor, from_spec
+from ef21_muon.compressors import Compressor
 from ef21_muon.compressors.base import add_mean_over_senders, require_marks
 from ef21_muon.guards import UnsentSteps, evaluate, in_step, overflowed
 from ef21_muon.inner import Wrapped
@@ -29,6 +29,7 @@ from ef21_muon.settings import (
     check_mean,
     check_number,
     choice,
+    compressor_of,
     flag,
     refuse_unused_decays,
     whole_number,
@@ -36,7 +37,7 @@ from ef21_muon.settings import (
 from ef21_muon.transport.fixed import ALONE, Transport, run
 from ef21_muon.transport.host import require_host
 from ef21_muon.transport.mesh import WorkerMesh, together
-from ef21_muon.transport.schedule import Rounds, Turns
+from ef21_muon.transport.schedule import Rounds, Start, SyncSchedule
 
 
 class LocalSteps(Communicating):
@@ -173,9 +174,9 @@ class LocalSteps(Communicating):
                 make_room(self, batch)
             most = 1 if self.transport.heals else buckets
             self.buckets = [[b] for b in batches] if streaming else in_buckets(batches, most)
-            self.turns = Turns(self.buckets, self.rounds, sync_delay, streaming)
+            self.schedule = SyncSchedule(self.buckets, self.rounds, sync_delay, streaming)
             for batch in batches if sync_delay else ():
-                keep_messages(batch, both_ways=self.turns.ways == 2)
+                keep_messages(batch, both_ways=self.schedule.directions == 2)
             # Where an inner optimizer skips what has no gradient, several ranks cannot.
             self.begin(batches, self.wrapped.layers(batches, "error" if mesh else "skip"))
         self._global = GlobalParams(batches, self.wrapped, self.buffers, mesh)
@@ -191,17 +192,17 @@ class LocalSteps(Communicating):
                 f"a compressor is not exchanged after step {self.steps}, in a round in which some "
                 "layers were sent: do so after its last step"
             )
-        w2s = from_spec(w2s)
+        w2s = compressor_of("w2s", w2s)
         if self.mean == "senders":
             for batch in self.batches:
                 require_marks(w2s.fit(*batch.shape), *batch.shape)
         super().exchange_compressor(w2s, group)
-        self.turns = Turns(self.buckets, self.rounds, self.sync_delay, self.streaming)
+        self.schedule = SyncSchedule(self.buckets, self.rounds, self.sync_delay, self.streaming)
 
     @property
     def under_way(self) -> list[Batch]:
         """Batches of layers whose messages have not arrived at the servers."""
-        return self.turns.late(self.steps)
+        return self.schedule.undelivered(self.steps)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -235,32 +236,32 @@ class LocalSteps(Communicating):
             self.steps += 1
             try:
                 with torch.autocast(self.device.type, enabled=False):
-                    self.turns.take(self.steps - 1, self._round, self.timer)
+                    self.schedule.after_step(self.steps - 1, self._round, self.timer)
             except BaseException:
                 self.steps -= 1  # the next step takes this round
                 raise
             if self.buffers.shared and self.rounds.of(self.steps)[1] == 0:  # a round has ended
                 self.average_buffers()
             self._share()
-            self.unsent.steps = self.turns.unsent(self.steps)
+            self.unsent.steps = self.schedule.unsent(self.steps)
         return loss
 
-    def _round(self, batches: Sequence[Batch], leg: int = 0) -> Generator:
+    def _round(self, batches: Sequence[Batch], start: Start = Start.WHOLE) -> Generator:
         """A round of one bucket of layers: worker, server, worker.
 
         Args:
             batches: layers of the bucket.
-            leg: 0 from the beginning; 1 or 2 where a checkpoint's messages were under way to the
-                servers, or back.
+            start: whole, or the message that it begins with resending: one that was on its way
+                to the servers, or back, when a checkpoint was written.
         """
-        again, to_servers = self.transport.again, self.transport.to_servers
-        if leg == 2:
+        resend, to_servers = self.transport.resend, self.transport.to_servers
+        if start is Start.TO_WORKERS:
             payloads = [batch.state["server_message"] for batch in batches]
-            to_workers = partial(again, self.transport.to_workers)
+            to_workers = partial(resend, self.transport.to_workers)
             return self._at_workers(batches, (yield to_workers, batches, payloads))
-        if leg == 1:
+        if start is Start.TO_SERVERS:
             payloads = (batch.state["message"][:, : batch.up.size] for batch in batches)
-            to_servers = partial(again, to_servers)
+            to_servers = partial(resend, to_servers)
         else:
             self.timer.phase("encode")
             payloads = map(self._worker_message, batches)
@@ -338,7 +339,7 @@ class LocalSteps(Communicating):
         self.require_own_parameters("final_sync()")
         if self.steps == 0 or (self.transport.heals and self.last_sync == self.steps):
             return
-        self.turns.finish(self.steps - 1, self._round, self.timer)
+        self.schedule.flush(self.steps - 1, self._round, self.timer)
         if self.buffers.shared:
             self.average_buffers()
         self._share()
@@ -387,8 +388,8 @@ class LocalSteps(Communicating):
         super().check_finite()
 
     @torch.no_grad()
-    def meet(self, from_workers: list[list[Tensor]]) -> None:
-        """Take the messages of a round, per batch of layers, in which this worker sent none."""
+    def apply_messages(self, from_workers: list[list[Tensor]]) -> None:
+        """Apply the messages of a round, per batch of layers, in which this worker sent none."""
         run([self._at_servers(self.batches, from_workers)], self.timer)
         self._share()
 
@@ -397,4 +398,4 @@ class LocalSteps(Communicating):
         self.last_sync = steps
         self.unsent = self.unsent or UnsentSteps(self, self.transport.rank)
         self.unsent.steps = 0
-        self.turns.drop()
+        self.schedule.discard()

@@ -29,7 +29,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(
         prog="train.py",
         description="Train a GPT with EF21-Muon. Launch with torchrun, one process per worker.",
-        epilog=f"config groups (compressor@w2s=, compressor@s2w= pick a direction):\n{groups}",
+        epilog=(
+            f"config groups (compressor@w2s= and compressor@s2w= choose for a direction):\n{groups}"
+            "\n\nw2s= and s2w= take the spec of a compressor, such as w2s=rank:0.15:natural"
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")

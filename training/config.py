@@ -43,7 +43,8 @@ CHOICES = {
     "w2s": "compressor@w2s",
     "s2w": "compressor@s2w",
 }
-WAYS = ("w2s", "s2w")  # nodes that may be the spec of a compressor
+WAYS = ("w2s", "s2w")  # nodes that may be the spec of a compressor, such as rank:0.15:natural
+SPEC = re.compile(r"[+~]*((?:norm\.\w+\.)?(?:w2s|s2w))=([^{].*)")  # an override with a spec
 # The entries that a role may have in the norm group, and those that describe an object.
 RULE = ("norm", "radius", "lmo_feedback", "w2s", "s2w")
 DESCRIBED = {
@@ -131,7 +132,11 @@ def sweep(overrides: list[str], multirun: bool) -> list[tuple[str, ...]]:
         parsed = OverridesParser.create().parse_overrides(overrides)
         parsed.sort(key=lambda one: not one.is_sweep_override())
         choices = [
-            [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+            # Hydra escapes colons, as those of specs, where there is no need to.
+            [
+                f"{one.get_key_element()}={value}".replace("\\:", ":")
+                for value in one.sweep_string_iterator()
+            ]
             if one.is_sweep_override()
             else [one.input_line]
             for one in parsed
@@ -150,6 +155,7 @@ def compose(overrides: tuple[str, ...]) -> Job:
         if override.lstrip("+~").startswith("hydra."):
             raise RunError(f"{override} has no effect here: give runs= or directory=")
     refuse_renamed(overrides)
+    _require_one_description(overrides)
     try:
         config = OmegaConf.merge(OmegaConf.structured(Config), _composed(overrides))
         OmegaConf.resolve(config)
@@ -161,6 +167,17 @@ def compose(overrides: tuple[str, ...]) -> Job:
     _check_nodes(config)
     _check_ranges(config, overrides)
     return Job(tuple(overrides), config)
+
+
+def _require_one_description(overrides: tuple[str, ...]) -> None:
+    """Raise RunError for a compressor that is given by its spec and in another way, too."""
+    for key, spec in (match.groups() for one in overrides if (match := SPEC.fullmatch(one))):
+        for other in overrides:
+            if other.lstrip("+~").startswith((f"{key}.", f"compressor@{key}=")):
+                raise RunError(
+                    f"{other} is not allowed beside {key}={spec}, which describes the whole "
+                    f"compressor: change the spec, or give compressor@{key}=NAME and {key}.OPTION"
+                )
 
 
 def _composed(overrides: Iterable[str]) -> DictConfig:
@@ -177,7 +194,8 @@ def build(node: DictConfig | str, key: str, **options):
         try:
             return from_spec(node)
         except ValueError as error:
-            raise RunError(f"{key}={error}") from error
+            what = "" if str(error).startswith(repr(node)) else f"{node}: "
+            raise RunError(f"{key}={what}{error}") from error
     try:
         return hydra.utils.instantiate(node, **options)
     except InstantiationException as error:
@@ -196,7 +214,8 @@ def _check_nodes(config: DictConfig) -> None:
         if not (_describes_class(node) or (key in WAYS and isinstance(node, str))):
             group = choice.split("@")[0]
             names = ", ".join(sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")))
-            raise RunError(f"{key} describes no class: give {choice}=NAME, one of {names}")
+            spec = f"{key}=SPEC, such as rank:0.15:natural, or " if key in WAYS else ""
+            raise RunError(f"{key} describes no class: give {spec}{choice}=NAME, one of {names}")
     for role, rule in config.norm.items():
         if not (isinstance(rule, DictConfig) and {"norm", "radius"} <= rule.keys()):
             raise RunError(
@@ -295,6 +314,8 @@ def _allowed(key: str) -> str:
 
 def _hint(key: str, overrides: Iterable[str]) -> str:
     """What a key that does not exist might mean."""
+    if re.fullmatch(r"norm\.\w+\.(w2s|s2w)", key):
+        return f"write +{key}=SPEC, such as rank:0.15:natural"
     groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
     chosen = [one for one in overrides if re.split("[@=]", one.lstrip("+"))[0] in groups]
     known = list(_dotted_keys(OmegaConf.to_container(_composed(chosen))))

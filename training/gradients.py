@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from baselines import AllReduced
-from ef21_muon.transport.mesh import clip
+from ef21_muon.transport.clipping import clip
 from ef21_muon.transport.shards import is_sharded
 from model import GPT
 from training.workers import RunError

@@ -104,7 +104,9 @@ def _exchanges(config: DictConfig, model: GPT) -> Iterator[Exchange]:
         for setting, method, groups in of_settings:
             server, load = next(iter(loads_by_placement(method, groups, workers).items()))
             steps = min(rounds_of_method(method).lengths)
-            yield Exchange(setting, workers, steps, load.bytes, 1 if server == "replicated" else 2)
+            yield Exchange(
+                setting, workers, steps, load.max_traffic, 1 if server == "replicated" else 2
+            )
 
 
 @cache

@@ -104,8 +104,8 @@ def _placements(method: partial, groups: list[dict]) -> str:
     for server in by_workers[0]:
         cells = [server]
         for load in (loads[server] for loads in by_workers):
-            seconds = 8 * load.bytes / LINKS[SLOWEST] / every
-            cells += [f"{load.bytes:,}", f"{load.multiplications:.2g}", f"{seconds:.3g}"]
+            seconds = 8 * load.max_traffic / LINKS[SLOWEST] / every
+            cells += [f"{load.max_traffic:,}", f"{load.max_multiplications:.2g}", f"{seconds:.3g}"]
         rows.append(cells)
     return f"{table(rows)}\n\n{WEIGHED}"
 

@@ -82,11 +82,12 @@ def _loads(optimizer: Communicating) -> str:
         return ""
     own = loads.pop(optimizer.server)
     others = ", ".join(
-        f"{name} {one.bytes:,} and {one.multiplications:.2g}" for name, one in loads.items()
+        f"{name} {one.max_traffic:,} and {one.max_multiplications:.2g}"
+        for name, one in loads.items()
     )
     return (
-        f": per round, max traffic per rank {own.bytes:,} bytes, max multiplications per rank "
-        f"{own.multiplications:.2g} ({others})"
+        f": per round, max traffic per rank {own.max_traffic:,} bytes, max multiplications per "
+        f"rank {own.max_multiplications:.2g} ({others})"
     )
 
 

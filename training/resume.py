@@ -173,7 +173,7 @@ def _tensors(run) -> dict[str, Tensor]:
         for key, tensor in state.items():
             holder = "server" if key.startswith(SERVER) else worker
             name = f"{holder}.{names[parameter]}.{key}"
-            if key == "model_shift":
+            if key == "global_params":
                 name, tensor = f"parameter.{names[parameter]}", tensor.view_as(parameter)
             tensors[name] = tensor
     for parameter, key, tensor in inner_tensors(run.optimizer):

@@ -28,7 +28,7 @@ def main() -> int:
         until = time.monotonic() + pace
         if parts:
             parts.clear()
-            run.optimizer.batches[0].state["model_shift"].add_(APART)
+            run.optimizer.batches[0].state["global_params"].add_(APART)
         loss = step(run)
         time.sleep(max(0.0, until - time.monotonic()))
         return loss

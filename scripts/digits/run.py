@@ -2,7 +2,7 @@
 
 A small convolutional net learns the 1,797 digits of 8 x 8 pixels that scikit-learn ships (install
 `.[digits]`). Hidden layers take steps by one of METHODS, all others Scion's. Every method gets the
-same number of radii, and beta; of each the pair with the lowest validation loss, the mean of two
+same number of radii and momenta; of each the pair with the lowest validation loss, the mean of two
 seeds, is trained from ten others. The records go to digits.jsonl in --out, and from them come
 README.md and digits.png (--redraw).
 """

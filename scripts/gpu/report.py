@@ -1,7 +1,9 @@
 """README.md of scripts/gpu/run.py, from its records alone."""
 
+from ef21_muon import renamed
 from scripts.gpu.run import RUNS
 from scripts.measuring import markdown
+from training.renamed import modern_label
 
 PHASES = ("forward_backward", "encode", "exchange", "decode", "server")
 NOT_A_GPU = (
@@ -12,6 +14,7 @@ NOT_A_GPU = (
 
 def report(records: list[dict]) -> str:
     """README.md."""
+    records = [modern(record) for record in records]
     (facts,) = of(records, "facts")
     on_gpu = "cuda" in facts
     what = f"{facts['device']}, torch {facts['torch']}, {facts['cores']} cores"
@@ -48,6 +51,14 @@ whole step alone.
 
 {commits(records)}
 """
+
+
+def modern(record: dict) -> dict:
+    """A record of any version, with the names of today's runs and compressors."""
+    new = {key: modern_label(record[key]) for key in ("run", "part") if key in record}
+    if "method" in record:
+        new["method"] = renamed.SPECS.get(record["method"], record["method"])
+    return record | new
 
 
 def of(records: list[dict], kind: str) -> list[dict]:
@@ -109,7 +120,7 @@ def _why_not(trained: list[dict], ends: list[dict], part: list[dict]) -> str:
 
 
 def training_table(records: list[dict]) -> str:
-    heading = ["run", "test loss", "bytes sent", "ms a step"]
+    heading = ["run", "test loss", "bytes sent", "ms per step"]
     rows = [[*heading, *(phase.replace("_", ", ") for phase in PHASES)]]
     runs = {}
     for one in of(records, "training"):

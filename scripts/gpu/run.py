@@ -5,11 +5,12 @@
     steps      a step of 124M by phases for each compressor, torch.optim.Muon and AdamW
     training   300 steps of 124M on Shakespeare in GPT-2's tokens, two workers on one GPU
 
-Records go to the folder `--out`, and from them comes README.md; what does not end in time is said
-and left out. It needs no package index: torch, numpy, matplotlib, tqdm, pytest and hypothesis have
-to be there, and the pure-Python wheels hydra-core, omegaconf and antlr4-python3-runtime are taken
-from the folder `--wheels`; the tokens are made elsewhere (`python data/shakespeare.py --gpt2`).
-On a machine without a GPU the same parts run on a tiny model, which proves nothing about GPUs.
+Records go to the folder `--out`, and from them comes README.md; it says what did not end
+in time, and leaves it out. It needs no package index: torch, numpy, matplotlib, tqdm, pytest and
+hypothesis have to be there, and the pure-Python wheels hydra-core, omegaconf and
+antlr4-python3-runtime are taken from the folder `--wheels`; the tokens are made elsewhere (`python
+data/shakespeare.py --gpt2`). On a machine without a GPU the same parts run on a tiny model, which
+proves nothing about GPUs.
 """
 
 import argparse
@@ -34,9 +35,9 @@ LOG = "gpu.jsonl"
 # Of the runs of `training` the overrides, by name.
 RUNS = {
     "uncompressed": ["compressor@w2s=identity"],
-    "fitted rank 30 %": ["compressor@w2s=quantized_rank"],
+    "quantized rank 30 %": ["compressor@w2s=quantized_rank"],
     "AdamW, all-reduce": ["optimizer=adamw"],
-    "local, every 30, 2 bits": ["optimizer=local"],
+    "local, sync every 30, 2 bits": ["optimizer=local"],
 }
 # To compile the model twice takes longer than 300 steps save.
 LARGE = ["model=gpt2-124m", "data=shakespeare_gpt2", "steps=300", "compile=false"]

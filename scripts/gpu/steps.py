@@ -33,7 +33,7 @@ COMPRESSORS = sorted(path.stem for path in (CONFIGS / "compressor").glob("*.yaml
 METHODS = {
     name: [f"compressor@w2s={name}"]
     for name in COMPRESSORS
-    if name not in ("damping", "dropout", "top_singular")
+    if name not in ("scaled", "bernoulli", "top_singular")
 } | {"rank, both ways": ["compressor@w2s=rank", "compressor@s2w=rank"]}
 
 
@@ -115,7 +115,7 @@ def measure_method(
 
 
 def measure_all(config: DictConfig, overrides: list[str], steps: int, report: Callable) -> None:
-    """Tell the record of every method."""
+    """Report every method."""
     device = Device()
     model = GPT(build(config.model, "model"), config.seed).to(device.device)
     compiled = torch.compile(model) if device.on_cuda else model

@@ -1,4 +1,4 @@
-"""What the optimizer holds and what the user sees are one: taken over, or told in one line."""
+"""What the optimizer holds and what the user sees are one: taken over, or refused in one line."""
 
 import copy
 

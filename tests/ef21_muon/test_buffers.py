@@ -1,4 +1,4 @@
-"""Running statistics, averaged or told of; see tests/support/workers/running_statistics.py."""
+"""Running statistics, averaged or reported; see tests/support/workers/running_statistics.py."""
 
 import json
 
@@ -79,9 +79,9 @@ def test_the_end_of_a_training_is_a_round_of_them(reports):
 
 
 def test_those_that_differ_at_first_are_named(reports):
-    told = "1.running_mean differs between rank 0 and rank 1: all workers hold the same"
+    message = "1.running_mean differs between rank 0 and rank 1: all workers hold the same"
     for report in reports:
-        assert report["diverged"].startswith(told)
+        assert report["diverged"].startswith(message)
 
 
 @pytest.mark.parametrize("buffers", [True, "model", [torch.zeros(3)]])

@@ -24,7 +24,7 @@ from run import PATIENCE
 from ef21_muon import LocalSteps
 from ef21_muon.compressors import Quantize, TopK
 from ef21_muon.fleet import Fleet, FleetRefused, connections, members
-from ef21_muon.fleet.verdict import HEAD
+from ef21_muon.fleet.verdict import HEADER
 
 EVERY = 3
 
@@ -91,7 +91,7 @@ def test_what_a_round_takes_is_counted():
             assert met == 3 and all(one.tries == 1 for one in worker.fleet.quorums)
             assert optimizer.w2s_bytes == met * size
             assert optimizer.received_bytes == met * 2 * size
-            assert optimizer.wire_tx_bytes == met * 2 * (size + HEAD.size)
+            assert optimizer.wire_tx_bytes == met * 2 * (size + HEADER.size)
 
 
 def test_they_go_on_without_one_and_one_joins_them():
@@ -148,7 +148,7 @@ def test_another_history_is_noticed_and_never_averaged(table):
 
 def test_a_lighthouse_that_starts_again_is_waited_for(monkeypatch, caplog):
     monkeypatch.setattr(connections, "SILENCE", 0.3)
-    monkeypatch.setattr(connections, "LOOK", 0.2)
+    monkeypatch.setattr(connections, "CHECK_EVERY", 0.2)
     port = free_port()
     first = LighthouseProcess(2, port)
     url = f"http://localhost:{port}"
@@ -229,7 +229,7 @@ def test_what_is_remembered_of_a_lost_message_is_forgotten():
         train_all(workers, until=6)
         optimizer = workers[0].optimizer
         assert any(batch.state["error"].any() for batch in optimizer.batches)
-        workers[0].fleet.shared.take(workers[1].fleet.shared.state())
+        workers[0].fleet.shared.adopt(workers[1].fleet.shared.state())
         assert not any(batch.state["error"].any() for batch in optimizer.batches)
 
 
@@ -266,8 +266,8 @@ def test_who_is_lost_in_the_last_round_comes_to_the_same_end():
                 assert all(torch.equal(model, found[0]) for model in found)
                 rounds = [(0, 1, 2)] * 3 + [(0, 1)] * (-(-until // EVERY) - 3)
                 steps = [min(EVERY, until - EVERY * place) for place in range(len(rounds))]
-                told = sum(len(who) * length for who, length in zip(rounds, steps, strict=True))
-                assert {w.fleet.synced_steps for w in (*workers[:2], late)} == {told}
+                synced = sum(len(who) * length for who, length in zip(rounds, steps, strict=True))
+                assert {w.fleet.synced_steps for w in (*workers[:2], late)} == {synced}
 
 
 def test_one_that_stands_still_in_a_message_is_not_waited_for_as_long_as_a_state_takes(monkeypatch):

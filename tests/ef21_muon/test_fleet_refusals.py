@@ -185,17 +185,17 @@ NEWCOMERS = {
 
 @pytest.mark.parametrize(("newcomer", "reason"), NEWCOMERS.values(), ids=NEWCOMERS)
 def test_who_does_not_belong_is_told_why_and_costs_the_others_one_quorum(newcomer, reason):
-    come, told = threading.Event(), threading.Event()
+    come, reported = threading.Event(), threading.Event()
 
     def wait(worker):
         if worker.optimizer.steps == 7 and not come.is_set():
-            told.set()
+            reported.set()
             come.wait(PATIENCE)
 
     with lighthouse(2) as url, crew.workers(url, range(2), run=RUN) as workers:
         crew.enter(workers)
         threads = [worker.start(18, before_step=wait) for worker in workers]
-        told.wait(PATIENCE)
+        reported.wait(PATIENCE)
         other = newcomer(url)
         thread = other.start(18)
         while other.fleet.members.manager is None:
@@ -274,9 +274,7 @@ def test_where_workers_are_to_meet_is_named_if_only_one_machine_has_it(
     port = free_port() if rank else store.port
     with pytest.raises(dist.DistError) as caught:
         group.configure(f"{address}:{port}/torchft/1/0", "worker", rank, 2, 1, 0, 1, [0, 1])
-    found = (
-        f"they are to meet at {address}:{port}, which other machines do not reach: where workers"
-    )
+    found = f"the workers' store is at {address}:{port}, which other machines do not reach: if "
     assert (found in str(caught.value)) == named
     assert ("give each its address there, membership.host=ADDRESS (" in str(caught.value)) == named
 

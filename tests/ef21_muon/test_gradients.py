@@ -103,9 +103,9 @@ def test_a_step_on_nothing_is_refused(method):
     else:
         optimizer = METHODS[method](model.named_parameters(), missing_grad="zero")
     before = values(model)
-    told = r"^none of the (parameters of \w+|inner optimizer's parameters) has a gradient"
+    message = r"^none of the (parameters of \w+|inner optimizer's parameters) has a gradient"
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=told) as error:
+        with pytest.raises(RuntimeError, match=message) as error:
             optimizer.step(closure)
         assert "\n" not in str(error.value)
     for name, parameter in model.named_parameters():

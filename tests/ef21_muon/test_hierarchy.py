@@ -74,9 +74,9 @@ def test_what_cannot_be_stepped_in_shards_is_refused(sharded):
         "the model is in FullyShardedDataParallel, whose parameters are not matrices: shard it by",
     ]
     for rank in sharded[2]:
-        told = rank["refusals"][-len(expected) :]
-        assert len(told) == len(expected)
-        for message, pattern in zip(told, expected, strict=True):
+        refused = rank["refusals"][-len(expected) :]
+        assert len(refused) == len(expected)
+        for message, pattern in zip(refused, expected, strict=True):
             assert re.match(pattern, message), message
 
 
@@ -129,7 +129,7 @@ def test_what_one_rank_of_a_worker_refuses_all_ranks_refuse(runs):
         assert list(rank["refusals"]) == [
             "ranks_per_worker=3 does not divide 4 ranks: give a divisor",
             "ranks_per_worker=0 does not divide 4 ranks: give a divisor",
-            "w2s='topk' is not allowed: give a Compressor of ef21_muon (group head)",
+            "w2s='topk' lacks its fraction: write topk:FRACTION[:VALUES] (group head)",
             "w2s has compressors for hidden, and none for the group 'head': give one for the name "
             "of every group",
         ]

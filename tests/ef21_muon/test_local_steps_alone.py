@@ -45,10 +45,10 @@ def build(inner="sgd", **options):
     return model, LocalSteps(INNER[inner](model.named_parameters()), **options)
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("sync_every", [1, 3])
 @pytest.mark.parametrize("inner", INNER)
-def test_a_worker_alone_is_its_inner_optimizer_bit_for_bit(inner, every):
-    model, optimizer = build(inner, sync_every=every)
+def test_a_worker_alone_is_its_inner_optimizer_bit_for_bit(inner, sync_every):
+    model, optimizer = build(inner, sync_every=sync_every)
     expected = new_model()
     for found, its in zip(
         train(model, optimizer, 30),
@@ -61,11 +61,12 @@ def test_a_worker_alone_is_its_inner_optimizer_bit_for_bit(inner, every):
 
 
 @pytest.mark.parametrize(
-    ("every", "lengths"), [(5, [5, 5, 5, 5]), ({0: 8, 16: 2}, [8, 8, 2, 2]), ({0: 1, 1: 6}, [1, 6])]
+    ("sync_every", "lengths"),
+    [(5, [5, 5, 5, 5]), ({0: 8, 16: 2}, [8, 8, 2, 2]), ({0: 1, 1: 6}, [1, 6])],
 )
-def test_lookahead_of_a_worker_alone(every, lengths):
+def test_lookahead_of_a_worker_alone(sync_every, lengths):
     """Momentum outside, K = 1 of MuLoCo: torch.optim.SGD with Nesterov on W - x."""
-    model, optimizer = build("adamw", sync_every=every, outer_lr=0.7, outer_momentum=0.6)
+    model, optimizer = build("adamw", sync_every=sync_every, outer_lr=0.7, outer_momentum=0.6)
     expected, its_inner = new_model(), None
     its_inner = INNER["adamw"](expected.named_parameters())
     outer_model = copy.deepcopy(expected)
@@ -240,11 +241,11 @@ def test_groups_may_have_compressors_of_their_own():
 def test_watched_messages_are_told_when_all_have_gone():
     model, optimizer = build(sync_every=4, w2s=TopK(0.3), s2w=Quantize("normal2"), streaming=True)
     optimizer.watch = True
-    told = []
+    watched = []
     for step in range(4):
         train(model, optimizer, 1, first=step)
-        told.append(optimizer.watched)
-    assert told == [False, False, False, True]
+        watched.append(optimizer.watched)
+    assert watched == [False, False, False, True]
     layers = optimizer.diagnostics()
     assert layers.keys() == dict(model.named_parameters()).keys()
     for row in layers.values():
@@ -304,20 +305,20 @@ WRONG = (
 )
 
 
-@pytest.mark.parametrize(("options", "told"), WRONG, ids=[told for _, told in WRONG])
-def test_wrong_options_are_refused(options, told):
-    with pytest.raises(ValueError, match=told):
+@pytest.mark.parametrize(("options", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         build(**options)
 
 
 def test_wrong_inner_optimizers_are_refused(process_group):
     model, optimizer = build()
-    for inner, told in (
+    for inner, message in (
         (optimizer, "inner=LocalSteps is not allowed"),
         (model, "inner=Sequential is not allowed: give a torch optimizer"),
         (torch.optim.LBFGS(model.parameters()), "inner=LBFGS needs a closure in every step"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             LocalSteps(inner if isinstance(inner, torch.optim.Optimizer) else [inner])
     with pytest.raises(ValueError, match="more than one parameter group"):
         LocalSteps([INNER["sgd"](model.parameters()), INNER["adamw"](model.parameters())])

@@ -149,8 +149,10 @@ MUTE = (TopRows(0.25), Scaled(TopRows(0.25), 0.5))
 
 @pytest.mark.parametrize("compressor", MUTE, ids=str)
 def test_a_compressor_that_does_not_say_what_it_sent_is_refused_at_once(compressor):
-    told = r"mean='senders' is not allowed with w2s=.*top rows.* give its class the method `sent`"
-    with pytest.raises(ValueError, match=told) as error:
+    message = (
+        r"mean='senders' is not allowed with w2s=.*top rows.* give its class the method `sent`"
+    )
+    with pytest.raises(ValueError, match=message) as error:
         of_layers(w2s=compressor)
     assert "\n" not in str(error.value)
 

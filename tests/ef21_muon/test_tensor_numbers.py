@@ -172,7 +172,7 @@ def test_numbers_of_local_steps_and_of_what_they_send(wrap):
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         (torch.tensor(-1.0), "lr=-1.0 is not allowed: give a number of at least 0"),
         (torch.tensor(float("nan")), "lr=nan is not allowed: give a number of at least 0"),
@@ -186,10 +186,10 @@ def test_numbers_of_local_steps_and_of_what_they_send(wrap):
         ("0.1", "lr=0.1 is not allowed: give a number of at least 0"),
     ],
 )
-def test_what_is_no_number_is_refused_in_one_line(value, told):
+def test_what_is_no_number_is_refused_in_one_line(value, message):
     with pytest.raises(ValueError) as error:
         EF21Muon(new_model().parameters(), lr=value)
-    assert str(error.value).startswith(told) and "\n" not in str(error.value)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("value", [torch.tensor(2.5), np.float64(2), torch.tensor(True), True])

@@ -48,9 +48,9 @@ class LighthouseProcess:
             "quorum_tick_ms": 10,
             "heartbeat_timeout_ms": HEARTBEAT_MS,
         }
-        told = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         self.process = subprocess.Popen(
-            [Path(sys.executable).with_name("torchft_lighthouse"), *told]
+            [Path(sys.executable).with_name("torchft_lighthouse"), *arguments]
         )
 
     def end(self) -> None:

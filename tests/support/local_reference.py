@@ -106,7 +106,7 @@ class Muon:
 class LocalRounds:
     """n workers that step by themselves, and whose differences from W are averaged.
 
-    turns: of every layer the step in a round, from 0, after which it is told; a message takes
+    turns: of every layer the step in a round, from 0, after which it is sent; a message takes
     `delay` steps, `ways` of them until W moves. gradient(model, worker) gives a worker's gradients.
     kept: of what a worker sends, 1 for the entries that its message has, so that a mean is over
     the workers that sent an entry; without it over all.
@@ -132,20 +132,20 @@ class LocalRounds:
             self.inner[worker].step(model, self.gradient(model, worker))
         for layer, turn in self.turns.items():
             if self.steps % self.every == turn:
-                self.tell(layer)
+                self.send(layer)
         self.arrive(self.steps)
         self.steps += 1
 
     def final_sync(self):
-        """What is under way arrives, and then all that was done since is told, at once."""
-        told = [n for n, turn in self.turns.items() if (self.steps - 1) % self.every == turn]
+        """What is under way arrives, and then all that was done since is sent, at once."""
+        just_sent = [n for n, turn in self.turns.items() if (self.steps - 1) % self.every == turn]
         for later in range(self.steps, self.steps + self.ways * self.sync_delay):
             self.arrive(later)
-        for layer in self.turns.keys() - set(told):
-            self.tell(layer)
+        for layer in self.turns.keys() - set(just_sent):
+            self.send(layer)
             self.arrive(max(due for due, *_ in self.under_way))
 
-    def tell(self, layer):
+    def send(self, layer):
         """The layer's turn: every worker's message is on its way."""
         messages, departures = [], []
         for model, memory in zip(self.models, self.memories, strict=True):

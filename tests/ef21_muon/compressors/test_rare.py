@@ -332,7 +332,7 @@ def test_titles():
 
 
 @pytest.mark.parametrize(
-    ("build", "told"),
+    ("build", "message"),
     [
         (lambda: Scaled(Quantize("sign")), "no default scale for sign"),
         (lambda: Scaled(Quantize("natural"), 0), "scale=0: give a number above 0, at most 1"),
@@ -349,6 +349,6 @@ def test_titles():
         (lambda: TopColumns(1.5), "TopColumns got fraction=1.5"),
     ],
 )
-def test_impossible_options_are_refused(build, told):
-    with pytest.raises(ValueError, match=told):
+def test_impossible_options_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
         build()

@@ -10,14 +10,14 @@ STRETCHES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 7)), min_size=1
 
 
 @given(stretches=STRETCHES)
-def test_steps_are_told_their_rounds_as_by_counting(stretches):
-    counted, every, firsts = [], {}, []
+def test_the_round_of_a_step_is_as_by_counting(stretches):
+    counted, sync_every, firsts = [], {}, []
     for rounds, length in stretches:
-        every[len(counted)] = length
+        sync_every[len(counted)] = length
         for _ in range(rounds):
             firsts.append(len(counted))
             counted += [(len(firsts) - 1, place, length) for place in range(length)]
-    rounds = Rounds(sync_every)
+    rounds = Rounds(every)
     assert [rounds.of(step) for step in range(len(counted))] == counted
     assert rounds.of(len(counted) + 3 * length)[0] == len(firsts) + 3, "the last stretch goes on"
     assert rounds.lengths == [length for _, length in stretches]

@@ -112,10 +112,12 @@ def muon(layers: list[dict], size: int, **options) -> EF21Muon:
     return EF21Muon(layers, mesh=mesh_of(layers, size), **options)
 
 
-def local_steps(layers: list[dict], size: int, missing: str = "error", **options) -> LocalSteps:
+def local_steps(
+    layers: list[dict], size: int, missing_grad: str = "error", **options
+) -> LocalSteps:
     mesh = mesh_of(layers, size)
     own = mesh.share(layers) if mesh else layers
-    inner = EF21Muon(own, lr=0.05, process_group=ALONE, missing_grad=missing)
+    inner = EF21Muon(own, lr=0.05, process_group=ALONE, missing_grad=missing_grad)
     return LocalSteps(inner, mesh=mesh, **options)
 
 
@@ -274,7 +276,7 @@ def diverged(shard: bool) -> str:
         optimizer.check_agreement()
     except ValueError as error:
         return str(error)
-    return "agreed"
+    return "no error"
 
 
 def scaled_shards() -> str:
@@ -332,8 +334,8 @@ def refusals_of_shards() -> list[str]:
 def main() -> None:
     dist.init_process_group("gloo")
     size, shard = int(sys.argv[2]), "sharded" in sys.argv
-    told = refusals() if dist.get_world_size() > 1 else []
-    results = {"refusals": [*told, *(refusals_of_shards() if shard else [])]}
+    refused = refusals() if dist.get_world_size() > 1 else []
+    results = {"refusals": [*refused, *(refusals_of_shards() if shard else [])]}
     if size > 1:
         results["clipped"] = clipped(size, shard)
     if size == 2:

@@ -66,7 +66,7 @@ CASES = {
 }
 
 
-def told(do):
+def error_of(do):
     try:
         do()
     except FloatingPointError as error:
@@ -91,8 +91,8 @@ def trained(name, faulty):
             models.append({n: p.detach().flatten().tolist() for n, p in layers.items()})
     return {
         "models": models,
-        "finite": told(optimizer.check_finite),
-        "agreement": told(optimizer.check_agreement),
+        "finite": error_of(optimizer.check_finite),
+        "agreement": error_of(optimizer.check_agreement),
     }
 
 

@@ -209,7 +209,7 @@ def damage(what: str, job: Job, directory: Path, workers: Workers) -> None:
     try:
         with around_steps(after=lose):
             train.run_job(job, directory, workers)
-    except RunError:  # which the log tells
+    except RunError:  # which the log has
         pass
 
 

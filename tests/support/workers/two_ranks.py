@@ -1,4 +1,4 @@
-"""What two ranks do with options that one rank alone would not tell apart.
+"""What two ranks do with options that one rank alone would not distinguish.
 
 Run by torchrun with a directory, rank r writes `rank<r>.json` there: what every function of CASES
 returns. See test_two_ranks.py.
