@@ -47,6 +47,14 @@ class Norm:
             known = ", ".join(self.scalings)
             raise ValueError(f"{type(self).__name__} got scaling={scaling!r}: choose {known}")
 
+    def aligned(self, gradient: Tensor) -> Tensor:
+        """Return a new tensor that maximises <gradient, Z> over the unscaled unit ball."""
+        raise NotImplementedError
+
+    def dual_norm(self, gradient: Tensor) -> Tensor:
+        """Return the dual norm (...) of the unscaled norm."""
+        raise NotImplementedError
+
     def lmo(self, gradient: Tensor) -> Tensor:
         """Return the linear minimisation oracle, argmin of <gradient, Z> over ||Z|| <= 1.
 
@@ -106,8 +114,9 @@ class Norm:
         References:
             Pethick et al., Scion (arXiv:2502.07529).
         """
-        like = {"dtype": torch.float32, "device": weight.device}
-        gaussian = torch.randn(weight.shape, generator=generator, **like)
+        gaussian = torch.randn(
+            weight.shape, generator=generator, dtype=torch.float32, device=weight.device
+        )
         return weight.copy_(self.exact().lmo(gaussian).neg_())
 
     def exact(self) -> "Norm":
