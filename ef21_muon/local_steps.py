@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ef21_muon.channel import finite, mark
 from ef21_muon.communicating import Communicating
-from ef21_muon.compressors import Compressor, from_spec
+from ef21_muon.compressors import Compressor
 from ef21_muon.compressors.base import add_mean_over_senders, require_marks
 from ef21_muon.guards import UnsentSteps, evaluate, in_step, overflowed
 from ef21_muon.inner import Wrapped
@@ -29,6 +29,7 @@ from ef21_muon.settings import (
     check_mean,
     check_number,
     choice,
+    compressor_of,
     flag,
     refuse_unused_decays,
     whole_number,
@@ -197,7 +198,7 @@ class LocalSteps(Communicating):
                 f"a compressor is not exchanged after step {self.steps}, in a round in which some "
                 "layers were sent: do so after its last step"
             )
-        w2s = from_spec(w2s)
+        w2s = compressor_of("w2s", w2s)
         if self.mean == "senders":
             for batch in self.batches:
                 require_marks(w2s.fit(*batch.shape), *batch.shape)

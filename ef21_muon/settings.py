@@ -145,7 +145,7 @@ def check_group(group: dict) -> None:
             f"radius={group['radius']} is not allowed with lmo_feedback=True, whose steps are as "
             f"long as gradients are: give a number{_where(group)}"
         )
-    _require_kind("norm", group, Norm)
+    _require_kind("norm", group["norm"], Norm, _where(group))
     check_compressors(group)
 
 
@@ -159,21 +159,25 @@ def check_compressors(group: dict) -> None:
         ValueError: for an entry that is neither a compressor nor a spec of one.
     """
     for way in ("w2s", "s2w"):
-        if isinstance(group[way], str):
-            try:
-                group[way] = from_spec(group[way])
-            except ValueError as error:
-                raise ValueError(f"{way}={error}{_where(group)}") from None
-        _require_kind(way, group, Compressor)
+        group[way] = compressor_of(way, group[way], _where(group))
 
 
-def _require_kind(name: str, group: dict, *kinds: type) -> None:
-    if not isinstance(group[name], kinds):
-        names = " or ".join(kind.__name__ for kind in kinds)
-        module = "norms" if Norm in kinds else "compressors"
+def compressor_of(name: str, given: Compressor | str, where: str = "") -> Compressor:
+    """The compressor that is given, or whose spec is. Raises ValueError for anything else."""
+    if isinstance(given, str):
+        try:
+            return from_spec(given)
+        except ValueError as error:
+            raise ValueError(f"{name}={error}{where}") from None
+    _require_kind(name, given, Compressor, where)
+    return given
+
+
+def _require_kind(name: str, given: object, kind: type, where: str) -> None:
+    if not isinstance(given, kind):
+        module = "norms" if kind is Norm else "compressors"
         raise ValueError(
-            f"{name}={group[name]!r} is not allowed: give a {names} of ef21_muon.{module}"
-            f"{_where(group)}"
+            f"{name}={given!r} is not allowed: give a {kind.__name__} of ef21_muon.{module}{where}"
         )
 
 

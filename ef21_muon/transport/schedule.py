@@ -178,7 +178,9 @@ class SyncSchedule:
         """How many of the last steps W does not contain, after so many steps."""
         if self._flushed == steps - 1:
             return 0
-        return self.rounds.of(steps)[1] or len(self._in_flight)
+        place = self.rounds.of(steps)[1]
+        in_flight = self.rounds.of(steps - place - 1)[2] if self._in_flight else 0
+        return place + in_flight
 
     def discard(self) -> None:
         """Drop what is in flight, once it has arrived: else the next messages would be mixed up."""
