@@ -118,8 +118,9 @@ class Norm:
         References:
             Pethick et al., Scion (arXiv:2502.07529).
         """
-        like = {"dtype": torch.float32, "device": weight.device}
-        gaussian = torch.randn(weight.shape, generator=generator, **like)
+        gaussian = torch.randn(
+            weight.shape, generator=generator, dtype=torch.float32, device=weight.device
+        )
         return weight.copy_(self.exact().lmo(gaussian).neg_())
 
     def exact(self) -> "Norm":
