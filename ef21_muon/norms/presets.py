@@ -7,7 +7,7 @@ heads, tied or not) and "vector" (biases, gains). configs/norm has the same pres
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -162,7 +162,10 @@ def groups_of(
                 "their own: give param_groups(model, {role: {'norm': ..., 'radius': ...}})"
             )
         return param_groups(params)
-    params = list(params)
+    params = [
+        {**one, "params": _as_list(one["params"])} if isinstance(one, dict) else one
+        for one in params
+    ]
     if norm is None and rank == 0 and (odd := _not_hidden(params)):
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         warnings.warn(
@@ -174,12 +177,16 @@ def groups_of(
     return params
 
 
+def _as_list(members: Tensor | Iterable) -> list:
+    """A group's parameters, which may come from an iterator that is read but once."""
+    return [members] if isinstance(members, Tensor) else list(members)
+
+
 def _not_hidden(params: Sequence) -> list[str]:
     """The parameters without a norm that look like embeddings, output heads or biases, by name."""
     found, number = [], 0
     for group in params:
         members = group["params"] if isinstance(group, dict) else [group]
-        members = [members] if isinstance(members, Tensor) else list(members)
         for one in members:
             name, parameter = one if isinstance(one, tuple) else (f"parameter {number}", one)
             number += 1
