@@ -240,7 +240,7 @@ class Communicating(torch.optim.Optimizer):
         def __getattr__(self, name: str) -> NoReturn:
             """Refuse names of earlier versions, and unknown ones."""
             new = f": it has been renamed, give {ATTRIBUTES[name]}" if name in ATTRIBUTES else ""
-            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}{new}")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{new}")
 
     @property
     def round(self) -> int:
@@ -251,8 +251,9 @@ class Communicating(torch.optim.Optimizer):
         """Send what was not sent at the end of training: only `LocalSteps` has something left."""
 
     def global_params(self) -> AbstractContextManager[None]:
-        """Within it the parameters are W, on which all workers agree: only with `LocalSteps` they
-        are not W anyway.
+        """Return a context in which the parameters are W, on which all workers agree.
+
+        Only with `LocalSteps` they are not W outside of it.
 
         Example:
             with optimizer.global_params():
@@ -277,8 +278,9 @@ class Communicating(torch.optim.Optimizer):
 
     @property
     def received_bytes(self) -> int:
-        """Bytes that this rank has received so far: `s2w_bytes`, or, with replicated servers, the
-        messages of all other workers.
+        """Bytes of messages that this rank has received so far.
+
+        They are `s2w_bytes` or, with replicated servers, the messages of all other workers.
         """
         return self.traffic.received_bytes
 

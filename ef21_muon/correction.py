@@ -61,8 +61,8 @@ class Correction:
         gamma: the factor of d, at least 0.
 
     Example:
-        >>> optimizer = EF21Muon(model, momentum_kind="mvr")  # doctest: +SKIP
-        >>> loss = optimizer.step(closure)  # doctest: +SKIP
+        optimizer = EF21Muon(model, momentum_kind="mvr")
+        loss = optimizer.step(closure)
 
     References:
         "mvr" is STORM's; for LMOs it is from arXiv:2512.16598. "hessian" is from arXiv:2512.13227.

@@ -31,6 +31,10 @@ class Compressor(Codec):
         values: the value format of the numbers that are sent, an object of `ef21_muon.values` or
             its spec, such as "natural" or "int4@128"; default "float32".
 
+    Attributes:
+        lossless: whether C(x) = x, bit for bit.
+        sends_all: whether every message has all entries.
+
     Raises:
         ValueError: if `values` is not a value format.
 

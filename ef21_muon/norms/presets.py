@@ -266,8 +266,9 @@ class _Layers:
             more = f" (and of {len(unclear) - 1} more)" if len(unclear) > 1 else ""
             raise ValueError(
                 f"the role of {name} {shape} is unclear{more}: give param_groups "
-                f"roles={{{name!r}: 'hidden'}}, or 'embedding' for a table or an output head, and if its dimensions are not "
-                f"(d_out, d_in) as torch.nn.Linear has them, transposed=[{name!r}] too"
+                f"roles={{{name!r}: 'hidden'}}, or 'embedding' for a table or an output head, "
+                "and if its dimensions are not (d_out, d_in) as torch.nn.Linear has them, "
+                f"transposed=[{name!r}] too"
             )
         return {parameter: role for parameter, role in found.items() if role is not None}
 
