@@ -137,8 +137,8 @@ class Communicating(torch.optim.Optimizer):
         layers: whose gradients a step needs, those of the batches if they are not given.
         """
         self.batches = batches
-        for batch in batches:
-            self.state.update(batch.parameter_state())
+        self.show_groups()
+        self.show_state()
         layers = layers_of(batches, self.missing_grad) if layers is None else layers
         if self.mesh:
             self.mesh.name(layers)
@@ -147,6 +147,19 @@ class Communicating(torch.optim.Optimizer):
         self._built_as = settings_of(self)
         require_equal_settings(self._built_as, self.device, self.process_group)
         require_equal_parameters(self._shared(), self.process_group, UNEQUAL)
+
+    def show_groups(self) -> None:
+        """Have in `param_groups` the groups that are stepped, with the model's own parameters."""
+        if self.wrapped:
+            self.param_groups = self.wrapped.param_groups
+        if self.mesh:
+            self.param_groups = self.mesh.as_given(self.param_groups)
+
+    def show_state(self) -> None:
+        """Have in `state` views of the batches' tables, by the model's own parameters."""
+        for batch in self.batches:
+            for parameter, tables in batch.parameter_state().items():
+                self.state[self.mesh.given(parameter) if self.mesh else parameter] = tables
 
     def add_param_group(self, param_group: dict) -> None:
         """Used by the constructor; later groups are refused, since batches are already formed."""
@@ -385,8 +398,7 @@ class Communicating(torch.optim.Optimizer):
 
     def __setstate__(self, values: dict) -> None:
         super().__setstate__(values)
-        for batch in self.batches:  # whose tables' views a pickle made tensors of their own
-            self.state.update(batch.parameter_state())
+        self.show_state()  # a pickle has made tensors of their own of views of tables
         self.guards = Guards(self, self.guards.layers)
         self.go_on_after(self.steps)
         if self.wrapped:

@@ -78,7 +78,7 @@ class Guards:
         Missing gradients are zero where that was asked for. What was not finite is said once.
         """
         if optimizer.wrapped:
-            optimizer.param_groups = optimizer.wrapped.param_groups
+            optimizer.show_groups()
         _, now = place_in(optimizer.process_group)
         if now != self.ranks:
             raise RuntimeError(
