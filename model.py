@@ -24,12 +24,18 @@ ROTARY_BASE = 10_000
 class GPTConfig:
     """Sizes of a GPT.
 
-    layers: blocks; width: channels C; heads: attention heads H; context: most tokens the model can
-    look back on, itself included; vocab_size: number of token ids V. activation_checkpointing: whether a
-    backward pass computes every block's activations again, so that only its input is kept.
+    Args:
+        layers: the number of blocks.
+        width: the number of channels C.
+        heads: the number of attention heads H.
+        context: the most tokens that attention looks back on, the current one included.
+        vocab_size: the number of token ids V.
+        activation_checkpointing: whether a backward pass computes every block's activations again,
+            so that only the input of the block is kept.
 
-    Raises ValueError for a size that is not a positive integer, and for a width that `heads` does
-    not divide into heads of even size (rotary embeddings turn channels in pairs).
+    Raises:
+        ValueError: for a size that is not a positive integer, and for a width that `heads` does not
+            divide into heads of even size (rotary embeddings turn channels in pairs).
     """
 
     layers: int
@@ -42,7 +48,8 @@ class GPTConfig:
     def __post_init__(self):
         if type(self.activation_checkpointing) is not bool:
             raise ValueError(
-                f"model.activation_checkpointing is {self.activation_checkpointing!r}: give true or false"
+                f"model.activation_checkpointing is {self.activation_checkpointing!r}: give true "
+                "or false"
             )
         sizes = (field for field in fields(self) if field.type is int)
         for field in sizes:
@@ -59,7 +66,7 @@ class GPTConfig:
 
     @property
     def parameter_count(self) -> int:
-        """Number of trained values: the embedding, and 12 C^2 a block (4 attention, 8 MLP)."""
+        """The number of parameters: the embedding, and 12 C^2 per block (4 attention, 8 MLP)."""
         return self.vocab_size * self.width + 12 * self.layers * self.width**2
 
 
@@ -71,7 +78,7 @@ def rms_norm(x: Tensor) -> Tensor:
 def rotary_tables(context: int, head_width: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (context, 1, head_width / 2) float32, of the rotary angles.
 
-    Pair i of the channels turns by base^(-2 i / head_width) radians a position (RoFormer,
+    Pair i of the channels turns by base^(-2 i / head_width) radians per position (RoFormer,
     arXiv:2104.09864, section 3.2).
     """
     speeds = ROTARY_BASE ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
@@ -143,9 +150,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A decoder-only language model whose head is its token embedding.
 
-    `seed` fixes the initial weights, whatever the device. Built under `torch.device("meta")` the
-    model has shapes but no values, which is enough to count, plan and shard; after `to_empty` they
-    come by `init_weights`.
+    `seed` fixes the initial weights on any device. Under `torch.device("meta")` the model has
+    shapes but no values, which is enough to count, plan and shard it. After `to_empty`, call
+    `init_weights` to draw the values.
     """
 
     def __init__(self, config: GPTConfig, seed: int = 0):
@@ -163,13 +170,13 @@ class GPT(nn.Module):
     def init_weights(
         self, seed: int, fill: Callable[[Tensor, Tensor], object] = Tensor.copy_
     ) -> None:
-        """Draw the weights from a generator of their own, and compute the rotary tables.
+        """Draw the weights from a new generator, and compute the rotary tables.
 
         Embedding: normal, standard deviation 1 / C, so that a token's own logit starts at 1.
         Output projections: zero, so that every block starts as the identity. Other hidden
-        matrices: normal, standard deviation 1 / sqrt(d_in). One matrix after the other is drawn
-        whole, on the CPU, and `fill(weight, values)` copies it to where this process holds it, or
-        some rows of it.
+        matrices: normal, standard deviation 1 / sqrt(d_in). The matrices are drawn whole, one after
+        the other, on the CPU. `fill(weight, values)` copies each to where this process holds it, or
+        holds some rows of it.
         """
         tables = rotary_tables(self.config.context, self.config.width // self.config.heads)
         for buffer, table in zip((self.cosine, self.sine), tables, strict=True):
@@ -183,12 +190,12 @@ class GPT(nn.Module):
             deviation = weight.size(1) ** -power
             values = torch.randn(weight.shape, generator=generator, device="cpu")
             fill(weight, values.mul_(deviation))
-            del values  # before the next ones are there
+            del values  # frees them before the next ones are drawn
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) float32 of `tokens` (B, T) int64, or their loss against `targets`.
 
-        The loss is the mean cross-entropy in nats a token, a float32 scalar; `targets` has the
+        The loss is the mean cross-entropy in nats per token, a float32 scalar; `targets` has the
         shape of `tokens`. Raises ValueError when T is more than the context.
         """
         length = tokens.size(1)
@@ -207,11 +214,11 @@ class GPT(nn.Module):
         return self.head(x, targets)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """What the first block gets (B, T, C)."""
+        """The input of the first block (B, T, C)."""
         return rms_norm(self.embedding(tokens))
 
     def head(self, x: Tensor, targets: Tensor | None) -> Tensor:
-        """What `forward` returns, of the last block's output."""
+        """What `forward` returns, from the output of the last block."""
         logits = F.linear(rms_norm(x), self.embedding.weight).float()
         if targets is None:
             return logits

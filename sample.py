@@ -16,7 +16,7 @@ from training.workers import RunError, Workers
 
 
 def load_model(run: Path | str) -> GPT:
-    """The model of a run's newest checkpoint, on the CPU. Raises RunError if there is none."""
+    """The model in a run's newest checkpoint, on the CPU. Raises RunError if there is none."""
     run = Path(run)
     if not (run / "config.yaml").exists():
         raise RunError(f"{run} is not a run: give a directory with config.yaml and checkpoints")
@@ -29,7 +29,7 @@ def load_model(run: Path | str) -> GPT:
 
 
 class Bytes:
-    """Text as its UTF-8 bytes; what is no UTF-8 on a command line stays as it is."""
+    """Text as its UTF-8 bytes. Bytes on a command line that are not UTF-8 stay as they are."""
 
     def encode_ordinary(self, text: str) -> list[int]:
         return list(text.encode(errors="surrogateescape"))
@@ -42,10 +42,10 @@ GPT2_TOKENS = 50257
 
 
 def coder_of(vocabulary: int) -> tuple[object, int]:
-    """What reads and writes tokens of a run's data, and how many of them it has.
+    """The coder of a run's tokens, and the number of tokens that it knows.
 
     A vocabulary may be padded beyond GPT-2's. Raises RunError for tokens that are neither bytes nor
-    GPT-2's, and without their vocabulary.
+    GPT-2's, and if GPT-2's vocabulary cannot be read.
     """
     if vocabulary <= 256:
         return Bytes(), vocabulary
@@ -71,9 +71,8 @@ def generate(
 ) -> list[int]:
     """`count` tokens that follow `tokens`, drawn from softmax(logits / temperature).
 
-    Only those below `vocabulary` are drawn: a model may have room for more than its data has.
-    Raises RunError for no tokens, for those that are not below it, and for logits that are not
-    finite.
+    Only tokens below `vocabulary` are drawn: a model may have room for more than its data has.
+    Raises RunError if `tokens` is empty or has others, and for logits that are not finite.
     """
     vocabulary = vocabulary or model.config.vocab_size
     if not tokens or not 0 <= min(tokens) <= max(tokens) < vocabulary:
@@ -86,7 +85,7 @@ def generate(
         logits = model(text[:, -model.config.context :])[:, -1, :vocabulary].double()
         if not logits.isfinite().all():
             raise RunError("the model's logits are not finite: take an earlier checkpoint")
-        # Of the largest the exponent is 0, however low the temperature is.
+        # The largest exponent is 0, however low the temperature is.
         scaled = (logits - logits.max()) / temperature
         drawn = torch.multinomial(scaled.softmax(-1).float(), 1, generator=generator)
         text = torch.cat([text, drawn], 1)
@@ -107,8 +106,8 @@ def main() -> int:
         parser.error(f"--temperature={options.temperature} is not allowed: give a number above 0")
     if not 0 <= options.seed < 2**63:
         parser.error(f"--seed={options.seed} is not allowed: give a whole number below 2^63")
-    workers = Workers(alone=True)  # also inside a job of several
-    return workers.finish(lambda: write(options))
+    workers = Workers(alone=True)  # even if torchrun started several processes
+    return workers.run(lambda: write(options))
 
 
 def write(options: argparse.Namespace) -> int:

@@ -101,11 +101,11 @@ class AllReduced(Optimizer):
         """Within it the parameters are what workers agree on, as always."""
         return nullcontext()
 
-    def go_on_after(self, steps: int) -> None:
+    def resume_after(self, steps: int) -> None:
         """Count on from as many steps, with a state that was loaded."""
         self.steps = steps
         if self._is_ours:
-            self.stepper.go_on_after(steps)
+            self.stepper.resume_after(steps)
 
     def state_dict(self) -> dict:
         """The other optimizer's, and the steps so far."""
@@ -115,7 +115,7 @@ class AllReduced(Optimizer):
         """Go on from a `state_dict`."""
         self.stepper.load_state_dict(state_dict)
         self._take_over()
-        self.go_on_after(state_dict["steps"])
+        self.resume_after(state_dict["steps"])
 
     def check_finite(self) -> None:
         """Raise FloatingPointError if a parameter is NaN or infinite. Waits for the device.

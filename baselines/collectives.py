@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from baselines.numbers import check_number
-from ef21_muon.layers import Batch, named_layers, still_where_broken
+from ef21_muon.channel import still_where_broken
+from ef21_muon.layers import Batch, named_layers
 from ef21_muon.transport.fixed import Traffic, place_in
 
 

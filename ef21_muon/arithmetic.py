@@ -1,7 +1,8 @@
-"""Whether workers get the same bits of what each computes for itself and all have to share.
+"""Checks that workers get the same bits from what each of them computes for itself.
 
-Sums of products come out with other last digits on another processor, with another BLAS, or with
-another number of threads. Where every worker decodes a message or takes a step, W then parts.
+Sums of products have other last digits on another processor, with another BLAS library, or with
+another number of threads. If every worker decodes a message or takes a step for itself, W then
+diverges between workers.
 """
 
 import logging
@@ -20,12 +21,13 @@ from ef21_muon.norms.lmo import AdaptiveRadius, along
 from ef21_muon.transport.agreement import fingerprint, first_difference
 from ef21_muon.transport.fixed import place_in
 
-SIDE = 512  # of a matrix that is tried; a larger one is tried in part
+SIDE = 512  # the largest side of a matrix that is tried; larger ones are cut to it
 
-# Where all workers compute what a name begins with, and what to do where their bits differ.
+# The first words of results that all workers compute only with server="replicated".
 REPLICATED = ("w2s", "step")
 WHY = "their processors, BLAS libraries or numbers of threads differ"
-SAFE = "compressors without matrix products (dense, sign, topk, chunk_topk, randk, top_columns)"
+SAFE = "compressors without matrix products (quantize, sign, topk, chunk_topk, randk, top_columns)"
+# What to do if bits differ, by the first word of the result.
 ADVICE = {
     "w2s": "with server=replicated every rank decodes all messages: give server=sharded or rank0, "
     f"or for w2s {SAFE}",
@@ -42,7 +44,12 @@ log = logging.getLogger("ef21_muon")
 
 
 def of_messages(entry: str, rules: list[dict]) -> Results:
-    """What a message is decoded to, for every compressor `entry` ("w2s" or "s2w") and shape."""
+    """Yield what a sample message decodes to, for every compressor and shape of layers.
+
+    Args:
+        entry: "w2s" or "s2w".
+        rules: parameter groups with their compressors.
+    """
     tried = set()
     for index, _, parameter, (m, n) in named_layers(rules):
         compressor = rules[index][entry].fit(m, n)
@@ -54,14 +61,14 @@ def of_messages(entry: str, rules: list[dict]) -> Results:
 
 
 def of_decoding(rules: list[dict], server: str) -> Results:
-    """What every rank decodes, of all messages back and, where all serve, of those to servers."""
+    """Yield what every rank decodes: s2w messages, and w2s messages if server="replicated"."""
     yield from of_messages("s2w", rules)
     if server == "replicated":
         yield from of_messages("w2s", rules)
 
 
 def of_norms(groups: list[dict]) -> Results:
-    """The servers' step, for every norm and shape of parameter groups of EF21Muon."""
+    """Yield the step of line 3 for every norm and shape in parameter groups of EF21Muon."""
     tried = set()
     for index, _, parameter, (m, n) in named_layers(groups):
         group, device = groups[index], parameter.device
@@ -69,7 +76,7 @@ def of_norms(groups: list[dict]) -> Results:
         if name not in tried:
             tried.add(name)
             gradient = numbers(1, min(m, SIDE), min(n, SIDE)).to(device)
-            # To compile for these shapes would take long, and the place of others.
+            # Compiling for these shapes would take long, and would use up the recompile limit.
             eager = torch.compiler.set_stance("force_eager") if gradient.is_cuda else nullcontext()
             with eager, torch.autocast(device.type, enabled=False), torch.no_grad():
                 step = _norm_step(gradient, group)
@@ -77,19 +84,21 @@ def of_norms(groups: list[dict]) -> Results:
 
 
 def _norm_step(gradient: Tensor, group: dict) -> Tensor:
+    """Return the group's step for a gradient, with the sums that its radius needs."""
     if group["lmo_feedback"]:
         return group["norm"].projected(gradient)
     step = group["norm"].lmo(gradient)
     if not isinstance(group["radius"], AdaptiveRadius):
         return step
-    by_rows = along(gradient.transpose(0, 1), step.transpose(0, 1))  # more sums than one
+    by_rows = along(gradient.transpose(0, 1), step.transpose(0, 1))  # several sums
     return torch.cat([step.flatten(), along(gradient, step), by_rows])
 
 
 def of_inner(inner: Iterable[Optimizer]) -> Results:
-    """Two steps of other parameters, for every group of torch's own optimizers.
+    """Yield two steps of other parameters, for every group of torch's own optimizers.
 
-    Others may remember what steps change anywhere, and are left out, as is one of sparse gradients.
+    Optimizers of other modules are left out, since a step of theirs may change anything, and so are
+    optimizers of sparse gradients.
     """
     for optimizer in inner:
         if type(optimizer).__module__.startswith("torch.optim"):
@@ -102,7 +111,10 @@ def of_inner(inner: Iterable[Optimizer]) -> Results:
 
 @torch.no_grad()
 def _stepped(optimizer: Optimizer, group: dict) -> Tensor:
-    """A parameter and its state, after steps of a copy of the optimizer without state and hooks."""
+    """Return a parameter and its state after two steps of a copy of the optimizer.
+
+    The copy starts without state and hooks.
+    """
     like = group["params"][0]
     parameter = (numbers(48, 64) / (1 << 23)).to(like).requires_grad_()
     other = _like(optimizer, [{**group, "params": [parameter]}])
@@ -147,14 +159,18 @@ def first_state(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
 
 
 def digests(results: Results) -> dict[str, int]:
-    """A fingerprint of each, by name. Waits for the device."""
+    """Return the fingerprint of each result by its name. Waits for the device."""
     return {name: fingerprint(result).item() for name, result in results}
 
 
 def unlike(
     results: Results, device: torch.device, group: dist.ProcessGroup | None
 ) -> tuple[str, int] | None:
-    """The first result that ranks have other bits of, and such a rank, or None; the same on all."""
+    """Return the name of the first result whose bits differ between ranks, and such a rank.
+
+    Returns:
+        (name, rank), the same on all ranks; None if all bits agree.
+    """
     found = first_difference(digests(results), device, group, only_common=True)
     return found and (found[1], found[0])
 
@@ -165,10 +181,20 @@ def where_bits_agree(
     device: torch.device,
     group: dist.ProcessGroup | str | None,
 ) -> str:
-    """The first placement, or the next but "replicated" if ranks get other bits in that.
+    """Return the first placement in which ranks compute the same bits.
 
-    computed: what every rank computes for itself with a placement. Raises ValueError where ranks
-    get other bits with all that are allowed.
+    If "replicated" is the first of several and steps or decoded messages differ there, the next
+    placement is tried, with a warning on rank 0.
+
+    Args:
+        allowed: placements, the preferred one first.
+        computed: a function of a placement that yields what every rank computes for itself in it.
+        device: the device of the parameters.
+        group: the process group of the ranks.
+
+    Raises:
+        ValueError: if ranks get other bits in all allowed placements; it names the result, a rank
+            and what to do.
     """
     server, *others = allowed
     rank, ranks = place_in(group)
@@ -186,5 +212,5 @@ def where_bits_agree(
 
 
 def advice_for(name: str) -> str:
-    """What to do where workers get other bits of what has this name."""
+    """Return what to do if workers get other bits of the result of this name."""
     return next(advice for kind, advice in ADVICE.items() if name.startswith(kind))

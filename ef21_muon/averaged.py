@@ -8,7 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ef21_muon.arithmetic import of_inner
-from ef21_muon.communicating import Communicating, together
+from ef21_muon.channel import still_where_broken
+from ef21_muon.communicating import Communicating
 from ef21_muon.compressors import Compressor, from_spec
 from ef21_muon.guards import gradients_of, guarded_step
 from ef21_muon.inner import Wrapped
@@ -17,7 +18,6 @@ from ef21_muon.layers import (
     Batch,
     entry_counts,
     in_buckets,
-    still_where_broken,
 )
 from ef21_muon.renamed import refuses_renamed
 from ef21_muon.settings import (
@@ -29,7 +29,7 @@ from ef21_muon.settings import (
     whole_number,
 )
 from ef21_muon.transport.fixed import run
-from ef21_muon.transport.mesh import WorkerMesh
+from ef21_muon.transport.mesh import WorkerMesh, together
 
 
 class AveragedGradients(Communicating):

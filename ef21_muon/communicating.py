@@ -1,7 +1,6 @@
-"""What optimizers that send messages by themselves share: the parts that they hold, and calls."""
+"""What the optimizers that send messages share: the parts that they hold, and public calls."""
 
 import copy
-import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -10,24 +9,21 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
-from ef21_muon import state
-from ef21_muon.arithmetic import SAFE, Results, of_decoding, where_bits_agree
+from ef21_muon import inspection, state
+from ef21_muon.arithmetic import Results, of_decoding, where_bits_agree
 from ef21_muon.compressors import Compressor, from_spec
-from ef21_muon.guards import Guards, Notice, PhaseTimer, broken_at
+from ef21_muon.compressors.base import new_generator
+from ef21_muon.guards import Guards, Notice, PhaseTimer, UnsentSteps, broken_at
 from ef21_muon.identity import described, settings_of
 from ef21_muon.layers import AUTO, Batch, Layer, form_batches, layers_of
 from ef21_muon.renamed import ATTRIBUTES
 from ef21_muon.settings import check_compressors, choice, refuse_compressed_shifts
 from ef21_muon.transport.agreement import (
-    DIVERGED,
     UNEQUAL,
-    require_equal_groups,
     require_equal_parameters,
     require_equal_settings,
-    require_finite,
-    require_mean_estimate,
 )
 from ef21_muon.transport.buffers import Buffers
 from ef21_muon.transport.fixed import Traffic, Transport, place_in
@@ -43,32 +39,50 @@ class Communicating(torch.optim.Optimizer):
 
     Gradients are local: do not wrap the model in DistributedDataParallel. With an initialised
     process group every rank is a worker; without one there is a single worker, and nothing is sent.
-    A rank that waits for others in a step says for whom.
+    A rank that waits for another one in a step reports for whom it waits. Byte counts are of this
+    rank; those of a worker with several ranks are their sums (`mesh.total`).
 
-    It holds `batches` of layers with their state and channels, a `transport` that sends and counts,
-    `guards` of its steps, `generators` of what is random in messages, one for each of `purposes`,
-    seeded by `seed`, the rank and the purpose, a `timer` of phases, and `inner` optimizers.
-    `rules` has of every parameter group its compressors. missing_grad, buffers: as EF21Muon has them.
+    Attributes:
+        batches: layers of equal shape and group, with their state and channels.
+        rules: compressors of every parameter group.
+        transport: sends messages and counts their bytes.
+        guards: what is refused before a step changes anything.
+        generators: of random numbers in messages, seeded by seed, rank and purpose.
+        timer: seconds of each phase of the steps.
+        inner: optimizers that this one is around; none in EF21Muon.
+        steps: steps taken so far.
 
-    Raises ValueError for parameters and settings that differ between ranks. Byte counts are of this
-    rank; those of a worker of several ranks are their sums (`mesh.total`).
+    Args:
+        params: parameters or groups, as torch's optimizers take them.
+        defaults: options of groups that do not have them.
+        seed: of random numbers in messages; the same on all ranks.
+        process_group: of all workers; torch's default group if it is None.
+        mesh: of workers of several ranks; its peers then take the place of the process group.
+        transport: carries the messages; by default the process group.
+        missing_grad: "error" or "zero", for parameters without a gradient.
+        buffers: the model whose floating-point buffers are averaged.
+        purposes: names of random streams.
+
+    Raises:
+        ValueError: for parameters and settings that differ between ranks.
     """
 
     # torch.amp.GradScaler leaves it to `step` to skip, by `found_inf` and `grad_scale`.
     _step_supports_amp_scaling = True
-    RULE: tuple[str, ...] = ()  # the entries of a parameter group that are objects, not numbers
+    RULE: tuple[str, ...] = ()  # entries of a parameter group that are objects, not numbers
     BROKEN = "the gradient of {} was not finite at step {}"
-    # What a scheduler wraps, and a thread; and torch's hooks, as torch has it.
-    NOT_COPIED = ("step", "stragglers", *state.HOOKS)
+    # A method that schedulers wrap, parts of this process, and torch's hooks, as torch has it.
+    NOT_COPIED = ("step", "stragglers", "unsent", *state.HOOKS)
     inner: Sequence[torch.optim.Optimizer] = ()
     wrapped = None  # of `ef21_muon.inner`, where there are inner optimizers
     rules: Sequence[dict] = ()
     batches: Sequence[Batch] | None = None
-    stragglers: StragglerMonitor | None = None  # from the first step on, where others step too
+    stragglers: StragglerMonitor | None = None  # from the first step on, among other workers
     server: str | None = None  # the placement
-    under_way: Sequence[Batch] = ()  # whose messages have not come to the servers
-    rounds = Rounds(1)  # of a step each, but with local steps
-    correction = None  # of gradients, by a second one of the batch
+    under_way: Sequence[Batch] = ()  # layers whose messages have not arrived at the servers
+    rounds = Rounds(1)  # one step each; local steps have others
+    correction = None  # of gradients, by a second gradient per batch
+    unsent: UnsentSteps | None = None  # of local steps
     _swapped = False  # whether parameters and W have changed places
 
     def __init__(
@@ -94,7 +108,7 @@ class Communicating(torch.optim.Optimizer):
         if transport.sends:
             require_whole(parameters, type(self).__name__)
         self.transport, self.mesh, self.process_group = transport, mesh, process_group
-        # The ranks of all workers, which are more than those that hold the same layers.
+        # With a mesh all ranks are more than the peers that hold the same layers.
         self.everyone = None if mesh else process_group
         rank, self.ranks = place_in(process_group)
         rank = mesh.stream if mesh else rank
@@ -102,7 +116,7 @@ class Communicating(torch.optim.Optimizer):
         self.device = parameters[0].device
         self.buffers = Buffers(buffers, self.everyone)
         self.timer = PhaseTimer(self.device)
-        self.steps, self.begun = 0, False  # begun: whether there was a step since the state was new
+        self.steps, self.begun = 0, False  # begun: whether a step was taken since the state was new
         self.placements: dict[str, Load] = {}
         self.generators = {
             purpose: new_generator(self.device, seed, stream, purpose) for purpose in purposes
@@ -111,11 +125,15 @@ class Communicating(torch.optim.Optimizer):
     def new_batches(
         self, server: str, costs: list[int], own: Callable[[str], Results] = lambda server: iter(())
     ) -> list[Batch]:
-        """Of the layers of `rules`, with servers placed where `server` says.
+        """Form batches of the layers of `rules`, and place their servers.
 
-        "auto" is the placement of the least load where ranks agree. costs: of serving each layer;
-        own: what every rank computes for itself with a placement, beside messages, of which all
-        have to get the same bits. Raises ValueError where they do not with any that is allowed.
+        Args:
+            server: placement; "auto" is the one with the least load where all ranks get alike bits.
+            costs: multiplications to serve each layer.
+            own: what every rank computes for itself with a placement, beside decoding messages.
+
+        Raises:
+            ValueError: where ranks get other bits with every placement that is allowed.
         """
         allowed = [server]
         if server == AUTO:
@@ -132,9 +150,14 @@ class Communicating(torch.optim.Optimizer):
         return form_batches(self.rules, costs, self.server, *place)
 
     def begin(self, batches: Sequence[Batch], layers: Sequence[Layer] | None = None) -> None:
-        """Step these batches, which all ranks hold alike; last in a constructor.
+        """Take these batches, and compare parameters and settings between ranks.
 
-        layers: whose gradients a step needs, those of the batches if they are not given.
+        Args:
+            batches: of all layers that this rank steps. To be called last in a constructor.
+            layers: layers whose gradients a step needs; by default those of the batches.
+
+        Raises:
+            ValueError: for parameters or settings that differ between ranks.
         """
         self.batches = batches
         self.show_groups()
@@ -162,7 +185,11 @@ class Communicating(torch.optim.Optimizer):
                 self.state[self.mesh.given(parameter) if self.mesh else parameter] = tables
 
     def add_param_group(self, param_group: dict) -> None:
-        """Used by the constructor; later groups are refused, since batches are already formed."""
+        """Add a group while the optimizer is built.
+
+        Raises:
+            RuntimeError: later, since layers are batched once.
+        """
         if self.batches is not None:
             raise RuntimeError(
                 f"{type(self).__name__} forms its batches once: pass all groups when it is built"
@@ -170,14 +197,22 @@ class Communicating(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def average_buffers(self) -> None:
-        """Have the mean of all workers' buffers, where that was asked for."""
+        """Set the model's averaged buffers to the mean of all workers'."""
         self.transport.traffic += self.buffers.average()
 
     def exchange_compressor(self, w2s: Compressor | str, group: str | None = None) -> None:
         """Send with another compressor from the next round on; on all ranks, between rounds.
 
-        group: the name of the parameter groups that it is for, by default all. Raises ValueError
-        for what is no compressor or group, with a `sync_delay`, and where ranks decode to other bits.
+        Args:
+            w2s: compressor, or its spec.
+            group: name of the parameter groups that it is for; by default all groups.
+
+        Raises:
+            ValueError: for an unknown compressor or group, with a sync_delay, and where ranks
+                decode to other bits.
+
+        Example:
+            optimizer.exchange_compressor("topk:0.01", group="hidden")
         """
         w2s = from_spec(w2s)
         chosen = [i for i, rule in enumerate(self.rules) if group in (None, rule.get("name"))]
@@ -209,14 +244,20 @@ class Communicating(torch.optim.Optimizer):
 
     @property
     def round(self) -> int:
-        """Whole rounds so far."""
+        """Whole rounds taken so far."""
         return self.rounds.of(self.steps)[0]
 
     def final_sync(self) -> None:
-        """Send what is left to send at the end of a training: with local steps there is some."""
+        """Send what was not sent at the end of training: only `LocalSteps` has something left."""
 
     def global_params(self) -> AbstractContextManager[None]:
-        """Within it the parameters are W, on which workers agree: but for local steps they are."""
+        """Within it the parameters are W, on which all workers agree: only with `LocalSteps` they
+        are not W anyway.
+
+        Example:
+            with optimizer.global_params():
+                evaluate(model)
+        """
         return nullcontext()
 
     @property
@@ -226,30 +267,29 @@ class Communicating(torch.optim.Optimizer):
 
     @property
     def w2s_bytes(self) -> int:
-        """Bytes that this rank has sent to the servers, or to collectives, so far."""
+        """Bytes of messages that this rank has sent to the servers, or to collectives, so far."""
         return self.traffic.w2s_bytes
 
     @property
     def s2w_bytes(self) -> int:
-        """Bytes that this rank has received from the servers, or from collectives, so far."""
+        """Bytes of messages that this rank has received from the servers, or from collectives."""
         return self.traffic.s2w_bytes
 
     @property
     def received_bytes(self) -> int:
-        """Bytes that this rank has received so far: `s2w_bytes`, or the messages of the others.
-
-        The latter where every worker serves.
+        """Bytes that this rank has received so far: `s2w_bytes`, or, with replicated servers, the
+        messages of all other workers.
         """
         return self.traffic.received_bytes
 
     @property
     def wire_tx_bytes(self) -> int:
-        """Bytes that this rank has handed to the network so far: a message to itself is not."""
+        """Bytes that this rank has handed to the network so far, without messages to itself."""
         return int(self.traffic.wire_tx_bytes)
 
     @property
     def watch(self) -> bool:
-        """Whether what messages lose is recorded; setting it forgets what was recorded before."""
+        """Whether the loss of messages is recorded; setting it forgets earlier records."""
         return any(batch.up.recording for batch in self.batches)
 
     @watch.setter
@@ -264,51 +304,47 @@ class Communicating(torch.optim.Optimizer):
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, dict[str, float]]:
-        """What compression did to each layer in the last messages that were watched.
+        """Report what compression did to each layer in the last recorded messages.
 
-        `w2s_contraction`: 1 - ||C_j(x) - x||^2 / ||x||^2 of this worker's message, the alpha that
-        it achieved. `estimator_error`: ||M_j - G_j|| / ||M_j||. `model_shift_error`, of the layers
-        served here: ||X - W|| / ||X||. Waits for the device. RuntimeError if it was not watched.
+        Waits for the device.
+
+        Returns:
+            By layer's name: w2s_contraction, 1 - ||C_j(x) - x||^2 / ||x||^2 of this worker's
+            message, the alpha that it achieved; estimator_error, ||M_j - G_j|| / ||M_j||; and, of
+            layers that this rank serves, model_shift_error, ||X - W|| / ||X||.
+
+        Raises:
+            RuntimeError: if no message was recorded, or within `global_params()`.
+
+        Example:
+            optimizer.watch = True
+            optimizer.step()
+            print(optimizer.diagnostics()["head.weight"]["w2s_contraction"])
         """
         self.require_own_parameters("diagnostics()")
         if not self.watched:
-            raise RuntimeError("nothing was recorded: set watch=True before the step")
-        result = {}
-        for batch in self.batches:
-            columns = batch.up.contraction.tolist(), batch.up.estimator_error.tolist()
-            for name, contraction, error in zip(batch.names, *columns, strict=True):
-                result[name] = {"w2s_contraction": contraction, "estimator_error": error}
-            errors = batch.shift_error()
-            for name, error in zip(batch.names[batch.owned], errors, strict=True):
-                result[name]["model_shift_error"] = error
-        return result
+            raise RuntimeError("no message was recorded: set watch=True before the step")
+        return inspection.losses(self.batches)
 
     def check_finite(self) -> None:
-        """Raise FloatingPointError if a gradient or a message of this worker was NaN or infinite.
+        """Check that all gradients and messages of this worker were finite.
 
-        Names the layer and the step, the first of all steps so far. Waits for the device, so call
-        it where the loss is read.
+        Waits for the device, so call it where the loss is read.
+
+        Raises:
+            FloatingPointError: names the first step and layer whose gradient or message was not.
         """
-        broken = [
-            (step, kind, name)
-            for batch in self.batches
-            for kind, at in enumerate(broken_at(batch))
-            for step, name in zip(at.tolist(), batch.names, strict=True)
-            if step
-        ]
-        if broken:
-            step, kind, name = min(broken)
-            what = (self.BROKEN, "what this worker sends of {} was not finite at step {}")[kind]
-            raise FloatingPointError(
-                f"{what.format(name, step)}: lower the learning rate or look at that step's data"
-            )
+        inspection.require_finite_steps(self.batches, self.BROKEN)
 
     def check_agreement(self) -> None:
-        """Raise ValueError if workers hold different W, buffers or numbers of groups.
+        """Check that all workers hold the same W, buffers and options, and that G is mean G_j.
 
-        Or if EF21's G is not the mean of G_j, as random projections show, so that a few
-        bytes a layer are sent; and FloatingPointError for what was not finite on any. To be called
-        on all ranks; names rank, and layer or group. Waits for the device.
+        To be called on all ranks together. Sends a few bytes per layer; EF21's G is compared by
+        random projections. Waits for the device.
+
+        Raises:
+            ValueError: names the rank, and the layer or group, that differs.
+            FloatingPointError: for what was not finite on any worker.
         """
         self.require_own_parameters("check_agreement()")
         problem = None
@@ -316,20 +352,17 @@ class Communicating(torch.optim.Optimizer):
             self.check_finite()
         except FloatingPointError as error:
             problem = str(error)
-        require_finite(problem, self.everyone)
-        if self.mesh:
-            self.mesh.gather_parameters()
-        require_equal_groups(self.param_groups, self.process_group)
-        elsewhere = "give server=sharded or rank0, " if self.server == "replicated" else ""
-        advice = f"{elsewhere}give {SAFE}, or " if self.server else ""
-        require_equal_parameters(self._shared(), self.process_group, DIVERGED.format(advice))
-        late = {id(batch) for batch in self.under_way}
-        arrived = [one for one in self.batches if self.server and id(one) not in late]
-        if known := [one for one in arrived if one.up.feedback == "ef21"]:
-            require_mean_estimate(known, self.process_group)
+        inspection.require_agreement(self, self._shared(), problem)
 
     def require_own_parameters(self, call: str) -> None:
-        """Raise RuntimeError where a call would take W for the parameters of this worker."""
+        """Refuse a call that would take W for this worker's own parameters.
+
+        Args:
+            call: what was called, for the error.
+
+        Raises:
+            RuntimeError: within `global_params()`.
+        """
         if self._swapped:
             raise RuntimeError(
                 f"{call} within global_params(): the parameters are W there, leave it first"
@@ -343,7 +376,10 @@ class Communicating(torch.optim.Optimizer):
         build the optimizer with the same ones to load it. Takes as much memory as the state.
         Raises RuntimeError where the parameters are W, as within `global_params()`.
         """
-        return state.save(self)
+        saved = state.save(self)
+        if self.unsent:
+            self.unsent.steps = 0
+        return saved
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
@@ -370,7 +406,7 @@ class Communicating(torch.optim.Optimizer):
         dist.gather_object(mine, states, group=self.everyone, group_dst=0)
         return {"ranks": states} if rank == 0 else None
 
-    def go_on_after(self, steps: int) -> None:
+    def resume_after(self, steps: int) -> None:
         """Count on from as many steps, with a state that was loaded or copied."""
         self.steps, self.begun = steps, steps > 0
         self.timer = PhaseTimer(self.timer.device)
@@ -381,7 +417,7 @@ class Communicating(torch.optim.Optimizer):
             for at in broken_at(batch):
                 at.zero_()
         for optimizer in self.wrapped.ours if self.wrapped else ():
-            optimizer.go_on_after(steps)
+            optimizer.resume_after(steps)
 
     def __deepcopy__(self, memo: dict) -> "Communicating":
         """Of these parameters, or of their copies where they are copied with it; sends as this."""
@@ -400,22 +436,10 @@ class Communicating(torch.optim.Optimizer):
         super().__setstate__(values)
         self.show_state()  # a pickle has made tensors of their own of views of tables
         self.guards = Guards(self, self.guards.layers)
-        self.go_on_after(self.steps)
+        self.resume_after(self.steps)
         if self.wrapped:
             self.wrapped.guard(self)
 
     def _shared(self) -> list[tuple[str, Tensor]]:
         """What all workers hold alike, by name."""
         return [*(one for b in self.batches for one in b.shared()), *self.buffers.shared.items()]
-
-
-def new_generator(device: torch.device, seed: int, stream: int, purpose: str) -> Generator:
-    """Of random numbers that no other stream and purpose has."""
-    digest = hashlib.sha256(f"{seed}/{stream}/{purpose}".encode()).digest()
-    device = torch.device("cpu") if device.type == "meta" else device
-    return Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
-
-
-def together(mesh: WorkerMesh | None) -> AbstractContextManager[None]:
-    """Within it an error of one rank of a worker is raised on all of them."""
-    return mesh.together() if mesh else nullcontext()

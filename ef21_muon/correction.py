@@ -1,12 +1,13 @@
-"""Momentum that keeps up with W: gradients corrected for the way gone since the last step.
+"""Gradients that are corrected for how far W has moved since the last step.
 
-A running mean of gradients lags, since most of it is of earlier W. With an estimate d of how far
-the gradient has moved from there,
+A running mean of gradients lags behind, since most of it belongs to earlier W. With an estimate d
+of how far the gradient has moved since the last step, the momentum becomes
 
     M <- (1 - beta) (M + d) + beta grad f(W; xi)
 
-which is the plain mean of corrected gradients, grad f(W; xi) + (1 - beta) / beta d. So compression,
-error feedback and everything else see a gradient like any other.
+with beta = 1 - momentum. This is the plain running mean of corrected gradients,
+grad f(W; xi) + (1 - beta) / beta d, so compression, error feedback and all that follows treat a
+corrected gradient like any other.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,10 +22,16 @@ PARTS = {"mvr": 1.0, "hessian": 0.1}
 
 
 def correction_of(kind: str, gamma: float, mesh: object | None) -> "Correction | None":
-    """The correction of a kind of momentum; None for "polyak".
+    """Return the correction for a kind of momentum, or None for "polyak".
+
+    Args:
+        kind: "polyak", "mvr" or "hessian".
+        gamma: the factor of d, at least 0.
+        mesh: the mesh of workers with several ranks, or None.
 
     Raises:
-        ValueError: for workers of several ranks, each of which has a part of W.
+        ValueError: if a correction is wanted for workers of several ranks, which have only a part
+            of W each.
     """
     if kind == "polyak":
         return None
@@ -37,15 +44,25 @@ def correction_of(kind: str, gamma: float, mesh: object | None) -> "Correction |
 
 
 class Correction:
-    """d by gradients of one batch at W^k and on the way back to W^{k-1}.
+    """The difference d between gradients of one batch at W^k and on the way back to W^{k-1}.
 
-    "mvr": d = grad f(W^k; xi^k) - grad f(W^{k-1}; xi^k), STORM's, for LMOs in arXiv:2512.16598.
+        "mvr"      d = grad f(W^k; xi^k) - grad f(W^{k-1}; xi^k)
+        "hessian"  d = H f(W^k; xi^k) (W^k - W^{k-1})
 
-    "hessian": d = H f(W^k; xi^k) (W^k - W^{k-1}) of arXiv:2512.13227, differenced over a tenth of
-    that way: torch's fast attention has no second derivative, and a second backward pass through
-    the first takes the memory of both.
+    "hessian" is the difference of gradients over a tenth of the way, times 10: torch's fast
+    attention has no second derivative, and differentiating the backward pass takes the memory of
+    both passes. Both kinds evaluate every batch twice and keep W^{k-1}.
 
-    Both take a second gradient of the batch, and keep W^{k-1}. gamma: d is multiplied by it.
+    Args:
+        kind: "mvr" or "hessian".
+        gamma: the factor of d, at least 0.
+
+    Example:
+        >>> optimizer = EF21Muon(model, momentum_kind="mvr")  # doctest: +SKIP
+        >>> loss = optimizer.step(closure)  # doctest: +SKIP
+
+    References:
+        "mvr" is STORM's; for LMOs it is from arXiv:2512.16598. "hessian" is from arXiv:2512.13227.
     """
 
     def __init__(self, kind: str, gamma: float):
@@ -58,16 +75,22 @@ class Correction:
         bring: Callable,
         first: bool,
     ) -> Callable:
-        """A closure that leaves corrected gradients, and remembers W for the next step.
+        """Return a closure that leaves corrected gradients and keeps W for the next step.
 
-        layers: every parameter, its W^{k-1} in float32, and momentum; bring: raises GradientError for
-        gradients with which there is no step. In the `first` step nothing is corrected. Raises
-        RuntimeError without a closure.
+        Args:
+            closure: clears the gradients, evaluates the batch, calls backward and returns the loss.
+            layers: (parameter, its W^{k-1} in float32, its momentum) for every layer.
+            bring: a function that checks the gradients, and raises GradientError if they do not
+                allow a step.
+            first: whether this is the first step, in which nothing is corrected.
+
+        Raises:
+            RuntimeError: if there is no closure.
         """
         if closure is None:
             raise RuntimeError(
-                f"momentum_kind={self.kind!r} evaluates every batch twice: call step(closure) with a "
-                "function that clears the gradients, evaluates the batch, calls backward and "
+                f"momentum_kind={self.kind!r} evaluates every batch twice: call step(closure) with "
+                "a function that clears the gradients, evaluates the batch, calls backward and "
                 "returns the loss"
             )
 
@@ -76,7 +99,7 @@ class Correction:
             try:
                 bring()
             except GradientError:
-                return loss  # for the step to refuse
+                return loss  # the step will refuse these gradients
             models = [parameter.detach().clone() for parameter, _, _ in layers]
             if not first:
                 self._correct(closure, layers, models, bring)
@@ -88,9 +111,10 @@ class Correction:
 
     @torch.no_grad()
     def _correct(self, closure: Callable, layers, models: list[Tensor], bring: Callable) -> None:
+        """Evaluate the batch again on the way back to W^{k-1}, and correct the gradients."""
         part = PARTS[self.kind]
         gradients = [parameter.grad.clone() for parameter, _, _ in layers]
-        # `.data`, so that a parameter does not count as changed from outside.
+        # Writes to `.data` do not count as changes of a parameter from outside.
         for (parameter, before, _), model in zip(layers, models, strict=True):
             parameter.data.copy_(torch.lerp(model, before.to(model.dtype), part))
         try:

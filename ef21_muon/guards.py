@@ -1,7 +1,10 @@
-"""Guards of a step: what is refused before anything changes, and what is said of it later."""
+"""Guards of a step: they refuse it before anything changes, and report NaN and infinity later."""
 
 import logging
+import sys
 import time
+import warnings
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,13 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ef21_muon.layers import Batch, Layer, mark
+from ef21_muon.channel import mark
+from ef21_muon.layers import Batch, Layer
 from ef21_muon.transport.buffers import instances, warn_of_statistics
 from ef21_muon.transport.fixed import place_in
 from ef21_muon.transport.shards import is_sharded
 from ef21_muon.transport.stragglers import StragglerMonitor
 
-FIXED = ("w2s", "s2w")  # entries of a parameter group that batches are formed by
+FIXED = ("w2s", "s2w")  # entries of a parameter group that may not be replaced
 log = logging.getLogger("ef21_muon")
 _GRAD = attrgetter("grad")
 
@@ -28,13 +32,22 @@ class GradientError(RuntimeError, ValueError):
 
 
 def guarded_step(optimizer, closure: Callable | None, take: Callable[[], None]):
-    """A step that is `take`, on all workers together, after all that could refuse it; the loss."""
+    """Take a step on all workers together, after all checks that could refuse it.
+
+    Args:
+        optimizer: the optimizer, a `Communicating`.
+        closure: computes the loss and the gradients, or None.
+        take: takes the step.
+
+    Returns:
+        The loss of the closure, or None. If a scaled gradient overflowed, no step is taken.
+    """
     loss = evaluate(closure)
     with torch.no_grad(), in_step(optimizer):
         optimizer.guards.before_step(optimizer)
         if overflowed(optimizer, optimizer.everyone):
             return loss
-        with torch.autocast(optimizer.device.type, enabled=False):  # products are of full precision
+        with torch.autocast(optimizer.device.type, enabled=False):  # full precision
             take()
         optimizer.timer.phase(None)
         optimizer.steps += 1
@@ -43,13 +56,13 @@ def guarded_step(optimizer, closure: Callable | None, take: Callable[[], None]):
 
 
 def evaluate(closure: Callable | None):
-    """The loss that a closure of `step` gives, None without one."""
+    """Return the loss that the closure of `step` computes, or None if there is no closure."""
     with torch.enable_grad():
         return closure() if closure else None
 
 
 def in_step(optimizer) -> AbstractContextManager[None]:
-    """Where others may wait for this rank, and this for others, which is then said."""
+    """Return a context in which a rank that waits for others in a step logs for whom it waits."""
     if place_in(optimizer.everyone)[1] == 1:
         return nullcontext()
     optimizer.stragglers = optimizer.stragglers or StragglerMonitor(optimizer.everyone)
@@ -57,14 +70,16 @@ def in_step(optimizer) -> AbstractContextManager[None]:
 
 
 class Guards:
-    """What an optimizer was built of, which steps look at.
+    """The checks of an optimizer's steps, which compare it with what it was built from.
 
-    layers: whose gradients this worker brings to a step, of all its ranks.
+    Args:
+        optimizer: the optimizer, a `Communicating` with its batches.
+        layers: the layers whose gradients this worker needs for a step, on all of its ranks.
     """
 
     def __init__(self, optimizer, layers: Sequence[Layer]):
         self.layers, self.ranks = layers, optimizer.ranks
-        # Those of inner optimizers are looked at by these.
+        # Inner optimizers check their own.
         self.fixed = [one for one in FIXED if one in optimizer.RULE and not optimizer.inner]
         self.formed = [(list(g["params"]), *map(g.get, self.fixed)) for g in optimizer.param_groups]
         state = optimizer.state.items()
@@ -73,9 +88,13 @@ class Guards:
         self.notice = Notice()
 
     def before_step(self, optimizer) -> None:
-        """Raise RuntimeError where groups, state, processes or gradients do not fit a step.
+        """Check groups, state, ranks and gradients, and set missing gradients to zero if so asked.
 
-        Missing gradients are zero where that was asked for. What was not finite is said once.
+        A gradient or message that was not finite in an earlier step is logged, once.
+
+        Raises:
+            RuntimeError: if groups, state or ranks are not those the optimizer was built with.
+            GradientError: if a gradient is missing or does not fit.
         """
         if optimizer.wrapped:
             optimizer.show_groups()
@@ -107,6 +126,7 @@ class Guards:
                 log.warning("rank %d: %s (check_finite() raises this: end the run)", rank, error)
 
     def _require_groups(self, groups: list[dict]) -> None:
+        """Raise RuntimeError if parameters or compressors of groups have been replaced."""
         if len(groups) != len(self.formed):
             raise RuntimeError(
                 f"there are {len(groups)} parameter groups where there were {len(self.formed)} "
@@ -131,7 +151,7 @@ class Guards:
 
 
 def require_local_gradients(groups: list[dict]) -> None:
-    """Raise RuntimeError where DistributedDataParallel has averaged the gradients already."""
+    """Raise RuntimeError if DistributedDataParallel has averaged the gradients already."""
     own = {id(parameter) for group in groups for parameter in group["params"]}
     wrappers = instances(DistributedDataParallel)
     if any(id(parameter) in own for one in wrappers for parameter in one.parameters()):
@@ -143,10 +163,17 @@ def require_local_gradients(groups: list[dict]) -> None:
 
 
 def bring_gradients(layers: Sequence[Layer], optimizer: str) -> None:
-    """Put zeros in place of missing gradients where that was asked for.
+    """Set missing gradients to zero where that was asked for, and check the others.
 
-    Raises GradientError before anything changes, since other workers would wait for the message,
-    for a gradient that is missing otherwise or does not fit, and where all are missing.
+    Errors are raised before anything changes, since other workers would wait for the message.
+
+    Args:
+        layers: the layers whose gradients the step needs.
+        optimizer: the name of the optimizer's class, for errors.
+
+    Raises:
+        GradientError: for a gradient that is missing where an error was asked for, one that does
+            not fit, and if all gradients are missing.
     """
     zero, missing = [], 0
     for layer in layers:
@@ -164,14 +191,15 @@ def bring_gradients(layers: Sequence[Layer], optimizer: str) -> None:
     if zero and missing == len(layers):
         raise GradientError(
             f"none of the parameters of {optimizer} has a gradient, {layers[0].name} the first: "
-            f"missing_grad='zero' is for some of them; {_how_to_bring(layers[0])}, or give zeros for a "
-            "batch that reaches none"
+            f"missing_grad='zero' is for some of them; {_how_to_bring(layers[0])}, or give zeros "
+            "for a batch that reaches none"
         )
     for parameter in zero:
         parameter.grad = torch.zeros_like(parameter)
 
 
 def _refuse_missing(layer: Layer, optimizer: str) -> None:
+    """Raise GradientError for a missing gradient."""
     raise GradientError(
         f"{layer.name} has no gradient: every parameter given to {optimizer} takes part in every "
         f"step; {_how_to_bring(layer)}, leave out those that the loss does not reach (EF21Muon "
@@ -180,6 +208,7 @@ def _refuse_missing(layer: Layer, optimizer: str) -> None:
 
 
 def _refuse_unfit(layer: Layer, optimizer: str) -> None:
+    """Raise GradientError for a gradient whose layout, shape or dtype does not fit."""
     gradient = layer.parameter.grad
     if gradient.layout != torch.strided:
         raise GradientError(
@@ -194,16 +223,17 @@ def _refuse_unfit(layer: Layer, optimizer: str) -> None:
 
 
 def _how_to_bring(layer: Layer) -> str:
+    """Return what the user has to call so that the layer has its gradient."""
     if is_sharded(layer.parameter):
         return "call set_requires_gradient_sync(True) before the last loss.backward() of a step"
     return "call loss.backward() before step()"
 
 
 def overflowed(optimizer, group: dist.ProcessGroup | str | None) -> bool:
-    """Undo a GradScaler's scale; whether a scaled gradient of any rank of the group overflowed.
+    """Undo a GradScaler's scale, and return whether a gradient on any rank of the group overflowed.
 
-    Then no rank may step, or rounds would slip against each other. Waits for the device, with a
-    GradScaler alone.
+    If one did, no rank may step, or the ranks would be in different rounds. It waits for the
+    device, but only with a GradScaler.
     """
     found_inf = vars(optimizer).get("found_inf")
     if found_inf is None:
@@ -219,20 +249,20 @@ def overflowed(optimizer, group: dist.ProcessGroup | str | None) -> bool:
     scale = vars(optimizer).get("grad_scale")
     if scale is not None:
         torch._foreach_mul_(gradients, 1 / scale)
-    if mesh:  # of which the scaler has seen this rank's alone
+    if mesh:  # the scaler has seen only the gradients of this rank
         norms = torch.stack(torch._foreach_norm(gradients, float("inf")))
         found_inf = (~norms.isfinite()).any().float()
     if place_in(group)[1] > 1:
         found_inf = found_inf.clone()
         dist.all_reduce(found_inf, group=group)
-    if mesh and found_inf:  # as a step lets go of them
+    if mesh and found_inf:  # a step would have released them too
         for parameter in held:
             parameter.grad = None
     return bool(found_inf)
 
 
 def gradients_of(batch: Batch, step: int) -> list[Tensor]:
-    """Of this worker, float32 (m, n) each; those that are not finite are marked."""
+    """Return this worker's gradients, float32 (m, n) each; mark those that are not finite."""
     gradients = batch.matrices(map(Tensor.float, map(_GRAD, batch.params)))
     finite = torch.stack(torch._foreach_norm(gradients, float("inf"))).isfinite()
     mark(batch.broken_at, ~finite, step)
@@ -240,13 +270,13 @@ def gradients_of(batch: Batch, step: int) -> list[Tensor]:
 
 
 def broken_at(batch: Batch) -> list[Tensor]:
-    """Of a batch the first steps whose gradients, and whose messages, were not finite."""
+    """Return a batch's tables of the first steps whose gradient or message was not finite."""
     up = getattr(batch, "up", None)
     return [batch.broken_at] if up is None else [batch.broken_at, up.broken_at]
 
 
 class Notice:
-    """Whether any of some flags is set, read some steps later, so that no step waits for it."""
+    """Finds out whether a flag on the device is set, some steps later, so that no step waits."""
 
     def __init__(self):
         self._copy: Tensor | None = None
@@ -254,10 +284,13 @@ class Notice:
         self._said = False
 
     def __reduce__(self) -> tuple:
-        return Notice, ()  # a copy begins anew, since events are of this process
+        return Notice, ()  # a copy starts afresh, since events belong to this process
 
     def look(self, flags: Sequence[Tensor]) -> bool:
-        """True, once, where a flag was set when an earlier look started a copy; starts the next."""
+        """Return whether a flag was set when an earlier call started a copy; start the next copy.
+
+        It returns True only once.
+        """
         if self._said or (self._arrived is not None and not self._arrived.query()):
             return False
         self._said = self._copy is not None and any(self._copy.tolist())
@@ -272,11 +305,40 @@ class Notice:
         return self._said
 
 
-class PhaseTimer:
-    """Seconds spent in named phases: `with timer("data"): ...`, or between calls of `phase`.
+class UnsentSteps:
+    """Warns if an optimizer is dropped, or the process ends, with local steps that were never sent.
 
-    device: on CUDA a phase is timed by events on the current stream, which are read only by
-    `read()`; of the phases that nobody reads the last 10,000 are kept. None: nothing is timed.
+    `steps` counts these steps. Saving a state sets it to 0, since the state holds them. There is no
+    warning after an error, and none on ranks other than 0.
+
+    Args:
+        optimizer: the optimizer that takes the steps; this object does not keep it alive.
+        rank: the rank of this process.
+    """
+
+    def __init__(self, optimizer: object, rank: int):
+        self.steps = 0
+        if rank == 0:
+            weakref.finalize(optimizer, self._warn)
+
+    def _warn(self) -> None:
+        """Warn if there are unsent steps and no error has ended the program."""
+        failed = sys.exc_info()[0] is not None or getattr(sys, "last_value", None) is not None
+        if self.steps and not failed:
+            warnings.warn(
+                f"the last {self.steps} local steps were never sent, and W is without them: call "
+                "final_sync() after the last step, on all workers",
+                stacklevel=2,
+            )
+
+
+class PhaseTimer:
+    """Measures the seconds of named phases: `with timer("data"): ...`, or between calls of `phase`.
+
+    Args:
+        device: the device of the work. On CUDA phases are timed by events on the current stream,
+            which only `read()` waits for; of events that nobody reads the last 10,000 are kept.
+            None: nothing is timed.
     """
 
     def __init__(self, device: torch.device | None):
@@ -286,10 +348,10 @@ class PhaseTimer:
         self._events: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=10_000)
 
     def __reduce__(self) -> tuple:
-        return PhaseTimer, (self.device,)  # a copy begins at zero
+        return PhaseTimer, (self.device,)  # a copy starts at zero
 
     def phase(self, name: str | None) -> None:
-        """What passes from here on is of this phase; with None it is of none."""
+        """Start a phase, which ends the one before; None only ends it."""
         if self.device is None:
             return
         on_cuda = self.device.type == "cuda"
@@ -306,12 +368,13 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        """Time what happens within the context as a phase."""
         self.phase(phase)
         yield
         self.phase(None)
 
     def read(self) -> dict[str, float]:
-        """Seconds of each phase since the last call. Waits for the device."""
+        """Return the seconds of each phase since the last call. Waits for the device."""
         for phase, start, stop in self._events:
             stop.synchronize()
             self._seconds[phase] += start.elapsed_time(stop) / 1000

@@ -1,4 +1,4 @@
-"""What an optimizer is: its class and every option that changes its steps, as plain values."""
+"""The identity of an optimizer: its class and all options that change steps, as plain values."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
@@ -15,25 +15,25 @@ LEFT_OUT = {
     *("params", "param_names", "foreach", "fused", "capturable", "differentiable"),
     *("initial_lr", "max_lr", "min_lr"),
 }
-# Parameters of constructors that are no options of the method.
+# Parameters of constructors that do not change the method.
 NO_OPTIONS = {
     *("params", "defaults", "inner", "transport", "mesh", "process_group", "buffers", "self"),
     *("purposes", "stream", "args", "kwargs", "buckets"),
 }
-# What may differ between a state and the optimizer that loads it.
+# Options that may differ between a state and the optimizer that loads it.
 MAY_CHANGE = ("lr", "missing_grad")
-NAMED = 3  # differences that a message names
-DEEPEST = 4  # of objects within objects
+NAMED = 3  # the number of differences that an error names
+DEEPEST = 4  # the nesting of objects up to which attributes are described
 
 
 def described(value: object, depth: int = 0) -> object:
-    """The value if it is plain, else a text that is the same in every process.
+    """Return a plain value as it is, and any other as a text that is the same in every process.
 
-    An object is its class and its attributes: TopK(fraction=0.3, values=Natural(stochastic=True)).
+    The text of an object is its class and its attributes: TopK(fraction=0.3, values=Float32()).
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, Number):  # of numpy
+    if isinstance(value, Number):  # a number of NumPy
         return float(value)
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else f"{tuple(value.shape)} {value.dtype}"
@@ -52,7 +52,7 @@ def described(value: object, depth: int = 0) -> object:
 
 
 def shapes_of(groups: Sequence[dict]) -> dict[str, str]:
-    """Of every parameter, by its name or its number in its group, shape and type."""
+    """Return the shape and dtype of every parameter, by its name or its number in its group."""
     shapes = {}
     for index, group in enumerate(groups):
         for place, parameter in enumerate(group["params"]):
@@ -63,9 +63,14 @@ def shapes_of(groups: Sequence[dict]) -> dict[str, str]:
 
 
 def options_of(groups: Sequence[dict], entries: Iterable[str]) -> dict[str, object]:
-    """Of every parameter group those of the entries that it has.
+    """Return those of the entries that parameter groups have, as plain values.
 
-    Returns {"entry of group index": described value}.
+    Args:
+        groups: parameter groups.
+        entries: names of entries; those in `LEFT_OUT` do not count.
+
+    Returns:
+        {"entry of group index": plain value}.
     """
     entries = [entry for entry in dict.fromkeys(entries) if entry not in LEFT_OUT]
     options = {}
@@ -77,7 +82,7 @@ def options_of(groups: Sequence[dict], entries: Iterable[str]) -> dict[str, obje
 
 
 def identity_of(inner: Optimizer) -> dict[str, object]:
-    """Of an optimizer of torch, or of anyone: its class and options as they are now."""
+    """Return the class and the current options of an optimizer of any library, as plain values."""
     kind = type(inner)
     entries = ("name", *inner.defaults)
     identity = {"method": f"{kind.__module__}.{kind.__qualname__}"}
@@ -88,10 +93,10 @@ def identity_of(inner: Optimizer) -> dict[str, object]:
 
 
 def settings_of(optimizer) -> dict[str, object]:
-    """All options of a Communicating as plain values, which all ranks have to be given alike.
+    """Return all options of a `Communicating` as plain values; all ranks have to have the same.
 
-    Those that have the names of its constructor's parameters, and those of its groups, of the
-    compressors and of inner optimizers.
+    These are attributes with the names of its constructor's parameters, entries of its groups,
+    compressors, and the options of inner optimizers.
     """
     named = {
         name for kind in type(optimizer).__mro__ for name in signature(kind.__init__).parameters
@@ -99,7 +104,8 @@ def settings_of(optimizer) -> dict[str, object]:
     values = vars(optimizer)
     own = {name: described(values[name]) for name in sorted((named - NO_OPTIONS) & values.keys())}
     settings = {"method": type(optimizer).__name__, "ranks": place_in(optimizer.everyone)[1], **own}
-    entries = () if optimizer.inner else ("name", *optimizer.defaults)  # theirs are their own
+    # The options of inner optimizers are described below.
+    entries = () if optimizer.inner else ("name", *optimizer.defaults)
     settings |= options_of(optimizer.param_groups, entries) | shapes_of(optimizer.param_groups)
     settings["buffers"] = str(optimizer.buffers)
     if "rounds" in values:
@@ -112,22 +118,26 @@ def settings_of(optimizer) -> dict[str, object]:
         settings |= {f"{key} of inner {place}": value for key, value in its.items()}
     if optimizer.inner:
         settings["number of inner optimizers"] = len(optimizer.inner)
-    server = settings.pop("server", None)  # last, since "auto" follows from the others
-    # The steps of one worker are the same wherever its servers are.
+    server = settings.pop("server", None)  # the last, since "auto" follows from the others
+    # A single worker takes the same steps for every placement.
     return settings if server is None or optimizer.ranks == 1 else settings | {"server": server}
 
 
 def without_free(identity: Mapping[str, object]) -> dict[str, object]:
-    """An identity without what may change between a state and the optimizer that loads it."""
+    """Return an identity without the options that may change between saving and loading a state."""
     return {
         key: value for key, value in identity.items() if key.partition(" of ")[0] not in MAY_CHANGE
     }
 
 
 def differences(mine: Mapping, theirs: Mapping, text: str, most: int = NAMED) -> str:
-    """What differs, for an error; empty where nothing does.
+    """Return the differences of two mappings as a text for an error; empty if they are equal.
 
-    text: of one difference, with {key}, {mine} and {theirs} in it. most: how many are named.
+    Args:
+        mine: one mapping.
+        theirs: the other.
+        text: the text for one difference, with {key}, {mine} and {theirs} in it.
+        most: the number of differences that are named, default 3.
     """
     missing = "not there"
     found = [
@@ -140,9 +150,9 @@ def differences(mine: Mapping, theirs: Mapping, text: str, most: int = NAMED) ->
 
 
 def require_layout(inner: Optimizer, saved: Mapping) -> None:
-    """Raise ValueError for a saved state that is not of these groups and parameters.
+    """Raise ValueError if a saved state belongs to other groups or parameters.
 
-    Where a parameter has state already, the saved one has the same entries, of the same shapes.
+    If a parameter has state already, the saved one needs the same entries with the same shapes.
     """
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
@@ -159,6 +169,7 @@ def require_layout(inner: Optimizer, saved: Mapping) -> None:
 
 
 def _shapes(state: Mapping) -> dict[str, object]:
+    """Return the shapes of a parameter's state by its entries, sorted."""
     return {
         key: tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__
         for key, one in sorted(state.items())

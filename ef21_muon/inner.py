@@ -1,4 +1,4 @@
-"""Optimizers that another one is around: what is asked of them, and how one begins anew."""
+"""Inner optimizers: what an optimizer around them asks of them, and how they start afresh."""
 
 import copy
 import weakref
@@ -18,9 +18,14 @@ from ef21_muon.transport.fixed import place_in
 
 
 class Wrapped:
-    """One or several optimizers of different parameters, that send nothing.
+    """One or several inner optimizers of different parameters, which send nothing themselves.
 
-    Raises ValueError for one that cannot step by itself.
+    Args:
+        inner: an optimizer of torch or of any library, or `EF21Muon` with process_group=ALONE; or
+            a sequence of optimizers.
+
+    Raises:
+        ValueError: for an optimizer that sends messages or cannot step without a closure.
     """
 
     def __init__(self, inner: Optimizer | Sequence[Optimizer]):
@@ -32,24 +37,30 @@ class Wrapped:
 
     @property
     def param_groups(self) -> list[dict]:
-        """Of all of them, whose load_state_dict makes others of the same parameters."""
+        """The groups of all inner optimizers; their load_state_dict replaces them by new ones."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def take(self, outer: Communicating, w2s: Compressors, s2w: Compressors) -> list[dict]:
-        """Give their groups to the optimizer around them; the compressors of every group."""
+        """Give the groups to the outer optimizer, and return them with their compressors.
+
+        Args:
+            outer: the optimizer around the inner ones.
+            w2s: the compressors from workers to servers, one for all groups or one per name.
+            s2w: the compressors from servers to workers.
+        """
         outer.param_groups = self.param_groups
-        outer.defaults = {**self.optimizers[0].defaults}  # as schedulers of a momentum look at
+        outer.defaults = {**self.optimizers[0].defaults}  # schedulers of a momentum look at them
         outer.RULE = tuple({entry for one in self.ours for entry in one.RULE})
         for optimizer in self.ours:
             own = optimizer.generators.items()
             outer.generators |= {f"inner_{purpose}": one for purpose, one in own}
-            optimizer.timer = PhaseTimer(None)  # its time is a phase of the outer one's
+            optimizer.timer = PhaseTimer(None)  # the outer optimizer times its steps
         self.guard(outer)
         return [rule_of(group, w2s, s2w) for group in outer.param_groups]
 
     def guard(self, outer: Communicating) -> None:
-        """Let them refuse steps while the parameters are W."""
-        reference = weakref.ref(outer)  # they may outlive it
+        """Make the inner optimizers refuse steps while the parameters are W."""
+        reference = weakref.ref(outer)  # the inner optimizers may outlive it
 
         def refuse(inner: Optimizer, args: tuple, kwargs: dict) -> None:
             if (outer := reference()) is not None:
@@ -59,7 +70,11 @@ class Wrapped:
             optimizer.register_step_pre_hook(refuse)
 
     def step(self) -> None:
-        """A step of each. ValueError from the first for state that is not made of float tensors."""
+        """Take a step of each inner optimizer.
+
+        Raises:
+            ValueError: after the first step, for state that is not made of floating-point tensors.
+        """
         for optimizer in self.optimizers:
             optimizer.step()
         if not self._checked:
@@ -67,9 +82,9 @@ class Wrapped:
             self._checked = True
 
     def layers(self, batches: Sequence[Batch], otherwise: str) -> list[Layer]:
-        """Whose gradients are needed: what a missing one is this library's optimizers know.
+        """Return the layers whose gradients are needed.
 
-        otherwise: of the others' parameters.
+        Optimizers of this library have their own `missing_grad`; for others it is `otherwise`.
         """
         missing = {
             parameter: optimizer.missing_grad
@@ -81,13 +96,13 @@ class Wrapped:
         return [one._replace(missing_grad=missing.get(one.parameter, otherwise)) for one in layers]
 
     def take_over(self, changed: bool = True) -> None:
-        """Let EF21Muon know that its parameters are others or, if not `changed`, are not."""
+        """Report to inner EF21Muon whether its parameters were `changed` from outside."""
         for optimizer in self.ours:
             if isinstance(optimizer, EF21Muon):
                 optimizer.take_over(changed)
 
     def require_a_gradient(self) -> None:
-        """Raise RuntimeError if no parameter has one: they may be of another model."""
+        """Raise RuntimeError if no parameter has a gradient: they may belong to another model."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         if parameters and all(parameter.grad is None for parameter in parameters):
             raise RuntimeError(
@@ -98,6 +113,7 @@ class Wrapped:
 
 
 def _require_inner(optimizer: Optimizer) -> None:
+    """Raise ValueError for an optimizer that cannot be an inner one."""
     name = type(optimizer).__name__
     ours = isinstance(optimizer, Communicating)
     if not isinstance(optimizer, Optimizer) or (ours and optimizer.inner):
@@ -111,8 +127,8 @@ def _require_inner(optimizer: Optimizer) -> None:
         )
     if isinstance(optimizer, EF21Muon) and optimizer.correction:
         raise ValueError(
-            f"inner={name} with momentum_kind={optimizer.momentum_kind!r} needs a closure in every step: "
-            "give momentum_kind='polyak'"
+            f"inner={name} with momentum_kind={optimizer.momentum_kind!r} needs a closure in "
+            "every step: give momentum_kind='polyak'"
         )
     closure = signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is Parameter.empty:
@@ -135,11 +151,14 @@ def _require_float_state(optimizers: Sequence[Optimizer]) -> None:
 
 
 def beginner(optimizer: Optimizer) -> Callable[[], None]:
-    """What lets an optimizer begin anew, as a fresh one of its class does, but for its lr.
+    """Return a function that resets an optimizer to a fresh one of its class, except for its lr.
 
-    To be made before its first step. A fresh optimizer is built from the parameters as they are
-    then, the groups as they were given, and `defaults`, and its state is taken over. Raises
-    ValueError where the class cannot be built so.
+    Call this before the optimizer's first step. The function builds a fresh optimizer from the
+    parameters as they are then, the groups as they were given, and `defaults`, and takes over its
+    state.
+
+    Raises:
+        ValueError: if the class cannot be built in this way.
     """
     if isinstance(optimizer, EF21Muon):
         return optimizer.begin_anew
@@ -171,7 +190,7 @@ def beginner(optimizer: Optimizer) -> Callable[[], None]:
 
     try:
         fresh()
-    except Exception as error:  # of any kind that a constructor may raise
+    except Exception as error:  # constructors may raise any error
         raise ValueError(
             f"inner={type(optimizer).__name__} cannot begin anew, as it has to for a worker that "
             f"was away ({error}): give an optimizer that is built from its groups and defaults, or "
@@ -181,5 +200,5 @@ def beginner(optimizer: Optimizer) -> Callable[[], None]:
 
 
 def _options(group: dict) -> dict:
-    """What is set in a parameter group, without its parameters and what schedulers act on."""
+    """Return the options of a parameter group that schedulers do not change."""
     return {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}

@@ -1,8 +1,8 @@
-"""Layers as optimizers see them: batches of matrices of one shape, their state and their messages.
+"""Layers as optimizers see them: batches of matrices of one shape, with their state and messages.
 
-Layers of one group and shape are a batch, (L, m, n): a vector of n entries is (n, 1), a parameter
-of more than two dimensions (d_0, rest), or (d_1, d_0 and the rest) where the group's weights are
-stored `transposed`.
+Layers of one group and shape form a batch (L, m, n). A vector of n entries is (n, 1), and a
+parameter with more than two dimensions is (d_0, the rest). In a group whose weights are stored
+`transposed` it is (d_1, d_0 and the rest).
 """
 
 from collections import defaultdict
@@ -11,115 +11,37 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
+from ef21_muon.channel import Channel, relative_error
 from ef21_muon.compressors.base import Compressor
 
 FEEDBACK = ("ef21", "ef14", "none")
 PLACEMENTS = ("rank0", "sharded", "replicated")
 AUTO = "auto"  # the placement that takes the least time
-SERVER = "server_"  # what the names of a server's state begin with
-
-
-class Channel:
-    """One direction of a batch's messages: a compressor, and feedback of what it has lost.
-
-    What is compressed of a `target` (layers, m, n) is, with the feedback
-
-        "ef21"  d = target - G_j,        then  G_j <- G_j + C(d)   lines 10 and 11 of Algorithm 1
-        "ef14"  d = target + decay e_j,  then  e_j <- d - C(d)     Seide et al. (2014)
-        "none"  d = target
-
-    EF21 is from Richtarik et al., arXiv:2106.05203. The receiver of "ef21" adds messages up, that
-    of the others has in each all that there is to know. In EF14 the step size does not enter the
-    error, since an LMO does not see the scale of G (an AdaptiveRadius does). The decay of its error
-    is from Wu et al., arXiv:1806.08054: where ||C(d) - d||^2 <= (1 - alpha) ||d||^2, ||e_j||^2 is
-    at most (1 - alpha) / ((1 - decay) (1 - (1 - alpha) decay)) of the largest ||target||^2.
-
-    buffer: G_j or e_j, float32 like the target, at first zero; None without feedback. `size` is the
-    bytes of a layer's message. `broken_at` (layers,) is the first step whose message was not
-    finite, counted from 1, or 0. While `recording`, `contraction` and `estimator_error` (layers,)
-    are those of the last message.
-    """
-
-    def __init__(
-        self,
-        compressor: Compressor,
-        shape: tuple[int, int],
-        feedback: str = "none",
-        buffer: Tensor | None = None,
-        broken_at: Tensor | None = None,
-    ):
-        self.shape = shape
-        self.use(compressor)
-        self.feedback, self.buffer, self.broken_at = feedback, buffer, broken_at
-        self.recording = False
-        self.contraction: Tensor | None = None
-        self.estimator_error: Tensor | None = None
-
-    def use(self, compressor: Compressor) -> None:
-        """Send with this one from here on, fitted to the shape."""
-        self.compressor = compressor.fit(*self.shape)
-        self.size = self.compressor.payload_bytes(*self.shape)
-
-    def encode(
-        self,
-        target: Tensor,
-        generator: Generator | None = None,
-        decay: float = 1.0,
-        step: int = 0,
-        source: Tensor | None = None,
-    ) -> Tensor:
-        """The messages, uint8 (layers, size), and what is remembered of them.
-
-        step: for `broken_at`; source: of layers where it is not finite nothing is sent, and
-        `target`, which was made of it, may be changed.
-        """
-        difference = target
-        if self.buffer is not None:
-            if self.feedback == "ef21":
-                difference = target - self.buffer
-            elif source is None:
-                difference = torch.add(target, self.buffer, alpha=decay)
-            else:
-                difference = target.add_(self.buffer, alpha=decay)
-        if source is not None:
-            still_where_broken(difference, source)
-        message = self.compressor.encode(difference, generator)
-        if self.buffer is None and self.broken_at is None:
-            return message
-        sent = self.decode(message)
-        if self.broken_at is not None:
-            mark(self.broken_at, ~finite(sent), step)
-        if self.buffer is not None:
-            if self.feedback == "ef21":
-                self.buffer += sent
-            else:
-                self.buffer.copy_(difference).sub_(sent)
-        if self.recording:
-            known = self.buffer if self.feedback == "ef21" else sent
-            self.contraction = 1 - relative_error(sent, difference).square_()
-            self.estimator_error = relative_error(known, target)
-        return message
-
-    def decode(self, message: Tensor) -> Tensor:
-        """uint8 (layers, size) -> float32 (layers, m, n)."""
-        return self.compressor.decode(message, *self.shape)
-
-    def add_mean(self, total: Tensor, messages: Sequence[Tensor]) -> None:
-        """Add the mean of all workers' messages to `total` (layers, m, n)."""
-        for message in messages:
-            total += self.decode(message) * (1 / len(messages))  # rounded twice
+SERVER = "server_"  # the prefix of tables in the state of servers
 
 
 class Batch:
-    """Layers of one group and shape, in the order of their owners.
+    """Layers of one group and shape, in the order of their owner ranks.
 
-    `owned_by` has the layers that each rank is the server of, `owned` those of this rank. `state`
-    has float32 tables by name, a matrix per layer; those whose name begins with "server_" have the
-    layers owned here alone. `up` and `down` are the channels to the servers and back. `broken_at`
-    (L,) is the first step, counted from 1, whose gradient was not finite, or, of local steps, after
-    which the parameter was not; 0 if there was none.
+    Args:
+        group: the index of the parameter group.
+        names: the names of the layers.
+        params: the parameters.
+        shape: (m, n) of the layers as matrices.
+        transposed: whether parameters are stored as (n, m, ...).
+        owned_by: for every rank the layers that it owns, that is, whose server it is.
+        rank: the index of this rank in `owned_by`.
+
+    Attributes:
+        owned: the layers that this rank owns.
+        state: float32 tables by name, with one matrix per layer. Tables whose names begin with
+            "server_" hold only the layers owned here.
+        up: the channel to the servers.
+        down: the channel back to the workers.
+        broken_at: int64 (L,), for each layer the first step, counted from 1, whose gradient was not
+            finite (with local steps, after which the parameter was not finite), or 0.
     """
 
     up: Channel
@@ -143,22 +65,18 @@ class Batch:
         everything = slice(0, len(params))
         self.replicated = all(part == everything for part in owned_by)
         self.device = params[0].device
+        self.kernel = prod(params[0].shape[2:])  # entries of a convolution's kernel, or 1
         self.state: dict[str, Tensor] = {}
         self.broken_at = torch.zeros(len(params), dtype=torch.int64, device=self.device)
 
-    @property
-    def kernel(self) -> int:
-        """The entries of a convolution's kernel; 1 for other layers."""
-        return prod(self.params[0].shape[2:])
-
     def matrices(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Tensors of these layers' parameters as m x n matrices."""
+        """Return tensors with the shapes of these parameters as m x n matrices."""
         if self.transposed:
             tensors = map(_turned, tensors)
         return list(map(torch.reshape, tensors, [self.shape] * len(self.params)))
 
     def as_parameters(self, matrices: Tensor) -> list[Tensor]:
-        """(L, m, n) as tensors of the parameters' shapes."""
+        """Return matrices (L, m, n) as tensors of the parameters' shapes."""
         shaped = []
         for matrix, parameter in zip(matrices, self.params, strict=True):
             if self.transposed:
@@ -168,16 +86,16 @@ class Batch:
         return shaped
 
     def models(self, layers: slice = slice(None)) -> Tensor:
-        """The parameters of some of the layers, (layers, m, n) in their own dtype."""
+        """Return the parameters of some of the layers, (layers, m, n) in their own dtype."""
         return torch.stack([*self.matrices(self.params)][layers]).detach()
 
     def zeros(self, layers: slice = slice(None)) -> Tensor:
-        """A float32 zero for some of the layers, (layers, m, n)."""
+        """Return float32 zeros (layers, m, n) for some of the layers."""
         count = len(self.params[layers])
         return torch.zeros(count, *self.shape, dtype=torch.float32, device=self.device)
 
     def keep(self, name: str, table: Tensor | None = None) -> Tensor:
-        """Have a table in the state from here on, zero if it is not given."""
+        """Put a table into the state, zeros by default, and return it."""
         if table is None:
             table = self.zeros(self.layers_of(name))
         self.state[name] = table
@@ -186,17 +104,17 @@ class Batch:
     def send_with(
         self, compressor: Compressor, feedback: str, buffer: str = "gradient_estimate"
     ) -> None:
-        """Open the channel to the servers; buffer: the name of the table that feedback needs."""
+        """Open the channel to the servers; `buffer` names the table of the error feedback."""
         table = None if feedback == "none" else self.keep(buffer)
         lost = torch.zeros_like(self.broken_at)
         self.up = Channel(compressor, self.shape, feedback, table, lost)
 
     def layers_of(self, name: str) -> slice:
-        """The layers that a table of this name has."""
+        """Return the layers that a table of this name holds."""
         return self.owned if name.startswith(SERVER) else slice(None)
 
     def parameter_state(self) -> dict[Tensor, dict[str, Tensor]]:
-        """Views of each parameter's part of the state."""
+        """Return views of each parameter's part of the state."""
         state = {parameter: {} for parameter in self.params}
         for name, table in self.state.items():
             for row, parameter in enumerate(self.params[self.layers_of(name)]):
@@ -204,26 +122,27 @@ class Batch:
         return state
 
     def note(self) -> None:
-        """Note how often parameters were written, and where they are."""
+        """Note the versions and addresses of the parameters, for `take_over`."""
         self.written = self._now()
 
     def take_over(self, always: bool = False) -> None:
-        """X = W where somebody has changed W since `note`, as a model's load_state_dict does.
+        """Set X = W where the parameters were written to since `note`, as by load_state_dict.
 
-        What is written into a parameter's `.data` goes unnoticed.
+        Writes to a parameter's `.data` go unnoticed, unless it is done `always`.
         """
         model = self.state.get("server_model")
         if model is not None and (always or self.written not in (None, self._now())):
             model.copy_(self.models(self.owned))
 
     def _now(self) -> list[tuple[int, int]]:
+        """Return the versions and addresses of the parameters."""
         found = []
         for parameter in self.params:
             found.append((parameter._version, parameter.data_ptr()))
         return found
 
     def swap(self) -> None:
-        """Have the parameters and W, apart from them, change places."""
+        """Exchange the parameters and the table of W."""
         shifts = self.as_parameters(self.state["global_params"])  # views
         for parameter, shift in zip(self.params, shifts, strict=True):
             local_model = parameter.clone()
@@ -231,7 +150,7 @@ class Batch:
             shift.copy_(local_model)
 
     def shift_error(self) -> list[float]:
-        """||X - W|| / ||X|| of the layers owned here; 0 where nothing is lost on the way."""
+        """Return ||X - W|| / ||X|| for the layers owned here; 0 if s2w loses nothing."""
         if (model := self.state.get("server_model")) is not None:
             return relative_error(self.models(self.owned).float(), model).tolist()
         if (error := self.state.get("server_error")) is None:
@@ -241,23 +160,24 @@ class Batch:
         return torch.where(of_error == 0, 0.0, of_error / model).tolist()
 
     def shared(self) -> Iterator[tuple[str, Tensor]]:
-        """Of every layer its name and what all workers hold alike: W."""
+        """Return W of every layer, which is the same on all workers, with the layer's name."""
         return zip(self.names, self.state.get("global_params", self.params), strict=True)
 
     def nothing_owned(self) -> Tensor:
-        """The message back of a rank that serves none of the layers, uint8 (0, size)."""
+        """Return the message back from a rank that owns none of the layers, uint8 (0, size)."""
         return torch.empty(0, self.down.size, dtype=torch.uint8, device=self.device)
 
 
 def _turned(tensor: Tensor) -> Tensor:
-    """From a parameter's first two dimensions to (d_out, d_in), or back."""
+    """Exchange a parameter's first two dimensions, to (d_out, d_in) or back."""
     return tensor.transpose(0, 1) if tensor.ndim > 1 else tensor
 
 
 def named_layers(groups: Sequence[dict]) -> Iterator[tuple[int, str, Tensor, tuple[int, int]]]:
-    """Of every layer its group's index, its name, the parameter and its shape (d_out, d_in).
+    """Return for every layer the index of its group, its name, the parameter and (d_out, d_in).
 
-    Raises ValueError for a parameter without entries.
+    Raises:
+        ValueError: for a parameter without entries.
     """
     for index, group in enumerate(groups):
         unnamed = [f"parameter {place} of group {index}" for place in range(len(group["params"]))]
@@ -271,19 +191,23 @@ def named_layers(groups: Sequence[dict]) -> Iterator[tuple[int, str, Tensor, tup
 
 
 def lmo_costs(groups: Sequence[dict]) -> list[int]:
-    """Multiplications of the LMO of every layer of parameter groups with a norm."""
+    """Return the multiplications of the LMO of every layer, for groups with a norm."""
     return [groups[index]["norm"].cost(*shape) for index, _, _, shape in named_layers(groups)]
 
 
 def entry_counts(groups: Sequence[dict]) -> list[int]:
-    """Of every layer; what serving it costs where there is no LMO."""
+    """Return the entries of every layer: the cost of its server if there is no LMO."""
     return [parameter.numel() for _, _, parameter, _ in named_layers(groups)]
 
 
 def assign(costs: list[int], ranks: int) -> list[int]:
-    """A rank for each layer: by decreasing cost, each to the rank with the least so far (LPT).
+    """Return the owner rank of each layer, by LPT assignment (longest processing time first).
 
-    costs: what the LMO of each layer takes, in multiplications.
+    In the order of decreasing cost, each layer goes to the rank with the least cost so far.
+
+    Args:
+        costs: the cost of each layer, as multiplications of its LMO.
+        ranks: the number of ranks.
     """
     load, owners = [0] * ranks, [0] * len(costs)
     for layer in sorted(range(len(costs)), key=lambda layer: -costs[layer]):
@@ -294,11 +218,16 @@ def assign(costs: list[int], ranks: int) -> list[int]:
 
 
 def owned_layers(assigned: list[int], server: str, ranks: int) -> list[slice]:
-    """The layers of a batch that each rank owns, by placement.
+    """Return for every rank the layers of a batch that it owns.
 
-    assigned: the rank that `assign` chose for each layer, in increasing order. `rank0`: rank 0 owns
-    all; `sharded`: as assigned; `replicated`: every rank owns all. Raises ValueError for another
-    name.
+    Args:
+        assigned: the owner rank of each layer by `assign`, in increasing order.
+        server: the placement: "rank0" (rank 0 owns all layers), "sharded" (as assigned) or
+            "replicated" (every rank owns all layers).
+        ranks: the number of ranks.
+
+    Raises:
+        ValueError: for another placement.
     """
     if server not in PLACEMENTS:
         names = ", ".join((AUTO, *PLACEMENTS))
@@ -325,11 +254,17 @@ def cut(sizes: list[int], parts: int) -> list[range]:
 def form_batches(
     groups: Sequence[dict], costs: list[int], server: str, rank: int, ranks: int
 ) -> list[Batch]:
-    """Batches by group, shape and kernels, with their servers and channels without feedback.
+    """Return batches by group, shape and kernel, with servers, and channels without feedback.
 
-    groups: with the entries params, w2s and s2w; costs: of what the server of each layer does;
-    server: a placement. The order within a batch does not depend on it, so that a worker's random
-    numbers meet the same layers wherever the servers are.
+    The order within a batch is the same for every placement, so a worker's random numbers go to the
+    same layers wherever the servers are.
+
+    Args:
+        groups: parameter groups with the entries params, w2s and s2w.
+        costs: the cost of each layer for its server.
+        server: the placement, one of `PLACEMENTS`.
+        rank: the index of this rank.
+        ranks: the number of ranks.
     """
     layers, assigned = list(named_layers(groups)), assign(costs, ranks)
     batched = defaultdict(list)
@@ -350,9 +285,9 @@ def form_batches(
 
 
 class Layer(NamedTuple):
-    """A parameter of `entries` entries, and whether a missing gradient of it is "zero".
+    """A parameter with its name, its number of entries, and what a missing gradient is.
 
-    Or "error", or "skip": then what there is of it is somebody else's business.
+    `missing_grad` is "error", "zero", or "skip": then another optimizer looks after its gradient.
     """
 
     name: str
@@ -362,7 +297,7 @@ class Layer(NamedTuple):
 
 
 def layers_of(batches: Sequence[Batch], missing_grad: str) -> list[Layer]:
-    """Whose gradients an optimizer of these batches needs."""
+    """Return the layers whose gradients an optimizer of these batches needs."""
     return [
         Layer(name, parameter, prod(batch.shape), missing_grad)
         for batch in batches
@@ -371,27 +306,6 @@ def layers_of(batches: Sequence[Batch], missing_grad: str) -> list[Layer]:
 
 
 def in_buckets(batches: Sequence[Batch], most: int) -> list[list[Batch]]:
-    """At most so many runs of batches, with about the same bytes to send; each is one message."""
+    """Return at most `most` runs of batches with about equal bytes; each run is one message."""
     sizes = [len(batch.params) * batch.up.size for batch in batches]
     return [[batches[b] for b in part] for part in cut(sizes, most)]
-
-
-def finite(matrices: Tensor) -> Tensor:
-    """Whether all entries of a matrix are, for every one of a batch (L, m, n)."""
-    return matrices.amax((1, 2)).isfinite() & matrices.amin((1, 2)).isfinite()
-
-
-def still_where_broken(change: Tensor, source: Tensor) -> Tensor:
-    """`change` (L, m, n), in place, but none of layers of whose `source` not all is finite."""
-    return change.masked_fill_(~finite(source)[:, None, None], 0)
-
-
-def mark(at: Tensor, broken: Tensor, step: int) -> None:
-    """Note in `at` (L,) the step of layers that are `broken`, but where it has an earlier one."""
-    at.masked_fill_(broken & (at == 0), step)
-
-
-def relative_error(estimate: Tensor, of: Tensor) -> Tensor:
-    """||estimate - of|| / ||of|| for every matrix of a batch (L, m, n); 0 where both are zero."""
-    error = torch.linalg.matrix_norm(estimate - of)
-    return torch.where(error == 0, 0.0, error / torch.linalg.matrix_norm(of))

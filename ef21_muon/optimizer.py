@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from ef21_muon.arithmetic import Results, of_norms
-from ef21_muon.communicating import Communicating, together
+from ef21_muon.channel import still_where_broken
+from ef21_muon.communicating import Communicating
 from ef21_muon.compressors import Compressor, Identity
 from ef21_muon.correction import PARTS, correction_of
 from ef21_muon.guards import bring_gradients, gradients_of, guarded_step
@@ -18,11 +19,16 @@ from ef21_muon.layers import (
     Batch,
     in_buckets,
     lmo_costs,
-    still_where_broken,
 )
-from ef21_muon.norms.lmo import AdaptiveRadius, Norm, Spectral
+from ef21_muon.norms.lmo import (
+    AdaptiveRadius,
+    Norm,
+    Spectral,
+    lr_of,
+    scale_step,
+    step_with_feedback,
+)
 from ef21_muon.norms.presets import groups_of
-from ef21_muon.norms.steps import lr_of, scale_step, step_with_feedback
 from ef21_muon.renamed import refuses_renamed
 from ef21_muon.settings import (
     check_group,
@@ -32,7 +38,7 @@ from ef21_muon.settings import (
     whole_number,
 )
 from ef21_muon.transport.fixed import Transport, place_in, run
-from ef21_muon.transport.mesh import WorkerMesh
+from ef21_muon.transport.mesh import WorkerMesh, together
 
 GAMMA = {"gamma": ("of at least 0", lambda gamma: gamma >= 0)}
 
@@ -358,8 +364,8 @@ class EF21Muon(Communicating):
         bring = partial(bring_gradients, self.guards.layers, type(self).__name__)
         return self.correction.corrected(closure, layers, bring, first=not self.begun)
 
-    def go_on_after(self, steps: int) -> None:
-        super().go_on_after(steps)
+    def resume_after(self, steps: int) -> None:
+        super().resume_after(steps)
         self._choose_compressors()
         for batch in self.batches:
             batch.written = None  # X belongs to whatever W is there now

@@ -7,14 +7,14 @@ from typing import ParamSpec, TypeVar
 
 # Arguments of constructors, and entries of parameter groups.
 ARGUMENTS = {
-    "beta": "momentum, which is 1 - beta",
+    "beta": "momentum",  # which is 1 - beta
     "momentum_start": "momentum_init",
     "missing": "missing_grad",
     "every": "sync_every",
     "stagger": "streaming",
     "delay": "sync_delay",
     "kernels": "conv_scaling",
-    "stochastic": "rounding: 'stochastic' or 'nearest'",
+    "stochastic": "rounding",  # "stochastic" or "nearest"
     "worker_size": "ranks_per_worker",
 }
 # Values of arguments.
@@ -31,7 +31,12 @@ ATTRIBUTES = {
     "delay": "sync_delay",
     "stagger": "streaming",
     "missing": "missing_grad",
+    "momentum": "momentum_kind",
+    "momentum_start": "momentum_init",
+    "roll_call": "stragglers",
+    "go_on_after": "resume_after",
 }
+# Classes, and where they are in `ef21_muon` today.
 CLASSES = {
     "FittedRank": "compressors.QuantizedRank",
     "Dense": "compressors.Quantize",
@@ -53,29 +58,41 @@ Result = TypeVar("Result")
 
 
 class RenamedError(TypeError, ValueError):
-    """A name of an earlier version was given: a TypeError, as for any unknown argument.
+    """A name of an earlier version was given.
 
-    And a ValueError, as for any other option that is refused.
+    It is a TypeError, as for any unknown argument, and a ValueError, as for any option that is
+    refused.
     """
 
 
 def refuse_renamed(where: str, given: Mapping[str, object]) -> None:
-    """Raise RenamedError where an argument has a name of an earlier version.
+    """Raise RenamedError if an argument has the name of an earlier version.
 
     Args:
-        where: what was given these arguments, for the error.
+        where: what takes the arguments, for the error.
         given: arguments, or entries of a parameter group, by name.
     """
     for name, value in given.items():
         if name in ARGUMENTS:
-            new = ARGUMENTS[name]
-            if name == "beta" and isinstance(value, float | int):
-                new = f"momentum={1 - value:g}, which is 1 - beta"
+            new = _in_new_words(name, value)
             raise RenamedError(f"{where}: {name}={value} has been renamed, give {new}")
 
 
+def _in_new_words(name: str, value: object) -> str:
+    """Return an argument of an earlier version in today's words: "momentum=0.9"."""
+    new = ARGUMENTS[name]
+    if name == "beta":
+        known = isinstance(value, float | int)
+        return f"momentum={1 - value:g}, which is 1 - beta" if known else "momentum, 1 - beta"
+    if name == "stochastic":
+        return f"rounding={'stochastic' if value else 'nearest'!r}"
+    if isinstance(value, str) and (new, value) in VALUES:
+        return VALUES[new, value]
+    return f"{new}={value!r}"
+
+
 def refuses_renamed(init: Callable[Given, Result]) -> Callable[Given, Result]:
-    """Have a constructor refuse the arguments of earlier versions."""
+    """Make a constructor refuse the arguments of earlier versions."""
 
     @wraps(init)
     def checked(*args: Given.args, **kwargs: Given.kwargs) -> Result:
@@ -86,12 +103,12 @@ def refuses_renamed(init: Callable[Given, Result]) -> Callable[Given, Result]:
 
 
 def renamed_value(name: str, value: object) -> str:
-    """What replaces a value of an earlier version, for an error; empty where nothing does."""
+    """Return what replaces a value of an earlier version, for an error; empty if it is not one."""
     new = VALUES.get((name, value)) if isinstance(value, str) else None
     return f"it has been renamed, give {new}" if new else ""
 
 
 def renamed_format(name: str) -> str:
-    """What replaces a value format of an earlier version; empty where nothing does."""
+    """Return what replaces a value format of an earlier version; empty if it is not one."""
     new = re.sub("^smooth", "rowcol", name).replace("@message", "@tensor")
     return f"it has been renamed, give {new}" if new != name else ""

@@ -95,7 +95,7 @@ def load(optimizer, state_dict: dict | None) -> None:
     for group, values in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         group.update(copy.deepcopy({k: v for k, v in values.items() if k != "params"}))
     optimizer.transport.traffic = saved["traffic"]
-    optimizer.go_on_after(saved["steps"])
+    optimizer.resume_after(saved["steps"])
     for purpose, generator in optimizer.generators.items():
         generator.set_state(saved["generators"][purpose].cpu())
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():

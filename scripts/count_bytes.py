@@ -24,7 +24,7 @@ if not __package__:
 from train import Run
 from training.config import compose
 from training.report import table
-from training.workers import RunError, Workers, leave
+from training.workers import RunError, Workers, exit_process
 
 INTERFACES = Path("/sys/class/net")
 COUNTERS = ("tx_bytes", "tx_packets", "rx_bytes")
@@ -124,8 +124,8 @@ def count_all(options: argparse.Namespace, workers: Workers) -> int:
         ranks_per_node = int(os.environ["LOCAL_WORLD_SIZE"])
         if job.config.ranks_per_worker != ranks_per_node:
             raise RunError(
-                f"ranks_per_worker={job.config.ranks_per_worker} is not the number of ranks of a node: set "
-                f"it to {ranks_per_node}, so that the log is of what leaves a node"
+                f"ranks_per_worker={job.config.ranks_per_worker} is not the number of ranks "
+                f"per node: set it to {ranks_per_node}, so that the log is of what leaves a node"
             )
         run = workers.together(lambda job=job: Run(job.config, workers))
         server = getattr(run.optimizer, "server", "all-reduce")
@@ -147,8 +147,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
     options = parser.parse_intermixed_args()
     workers = Workers()
-    return workers.finish(lambda: count_all(options, workers))
+    return workers.run(lambda: count_all(options, workers))
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -88,10 +88,10 @@ def new_lighthouse(workers: int, port: int):
 
 def worker_overrides(options: argparse.Namespace, number: int) -> list[str]:
     """Of train.py, for a worker."""
-    told = ["membership=torchft", f"membership.workers={options.workers}"]
-    told += [f"membership.worker={number}", f"membership.lighthouse={options.lighthouse}"]
-    told += [f"ranks_per_worker={options.ranks}"] if options.ranks > 1 else []
-    return [*told, *options.overrides]
+    own = ["membership=torchft", f"membership.workers={options.workers}"]
+    own += [f"membership.worker={number}", f"membership.lighthouse={options.lighthouse}"]
+    own += [f"ranks_per_worker={options.ranks}"] if options.ranks > 1 else []
+    return [*own, *options.overrides]
 
 
 def worker_command(options: argparse.Namespace, number: int, *script: str) -> list[str]:

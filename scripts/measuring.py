@@ -1,4 +1,4 @@
-"""What several benchmarks measure and tell with."""
+"""What several benchmarks measure and report with."""
 
 import platform
 import re
@@ -14,7 +14,7 @@ WARM_UP = 4  # steps before DDP is timed: the PowerSGD hook starts to compress i
 
 
 def processor() -> str:
-    """The name of this machine's processor, or its architecture where the kernel tells no name."""
+    """The name of this machine's processor, or its architecture where the kernel gives no name."""
     name = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return name[1] if name else platform.machine()
 

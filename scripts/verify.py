@@ -40,7 +40,7 @@ from ef21_muon.norms import Spectral
 from scripts.verification import trials
 from scripts.verification.trials import Parameters, local, ours, train
 from training.report import table
-from training.workers import Workers, leave
+from training.workers import Workers, exit_process
 
 MIXED = {
     "hidden": RankK(0.2, "natural"),
@@ -311,8 +311,8 @@ def verify(workers: Workers) -> int:
 
 def main() -> int:
     workers = Workers()
-    return workers.finish(lambda: verify(workers))
+    return workers.run(lambda: verify(workers))
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

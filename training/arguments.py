@@ -14,7 +14,7 @@ MOST_SECONDS = 1_000_000
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose errors are RunErrors."""
+    """A parser whose errors are RunErrors."""
 
     def error(self, message: str):
         raise RunError(f"{message}: see {self.prog} --help")
@@ -28,8 +28,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser = Parser(
         prog="train.py",
-        description="Train a GPT with EF21-Muon. Launch with torchrun, one process a worker.",
-        epilog=f"config groups (compressor@w2s=, compressor@s2w= pick a direction):\n{groups}",
+        description="Train a GPT with EF21-Muon. Launch with torchrun, one process per worker.",
+        epilog=(
+            f"config groups (compressor@w2s= and compressor@s2w= choose for a direction):\n{groups}"
+            "\n\nw2s= and s2w= take the spec of a compressor, such as w2s=rank:0.15:natural"
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
@@ -50,22 +53,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def pasted(key: str, path: Path) -> str:
-    """The override that gives the path, as a shell and Hydra read it."""
+    """The override KEY=PATH, quoted for a shell and for Hydra."""
     if re.fullmatch(r"[\w./+-]+", text := str(path)):
         return f"{key}={text}"
-    # Hydra takes a backslash for one but before a quote.
+    # Hydra reads a backslash as itself, except before a quote.
     escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + m[2].replace("'", "\\'"), text)
     override = f"{key}='{escaped}'"
     return shlex.quote(override) if re.search(r'[$`"\\!]', override) else f'"{override}"'
 
 
-def how_to_go_on(config: DictConfig, directory: Path) -> str:
-    """What to give for it to a run that was stopped, in words."""
+def how_to_resume(config: DictConfig, directory: Path) -> str:
+    """How to resume a run that was stopped, in words."""
     if not config.checkpoint.every:
         return "without a checkpoint, since checkpoint.every=0"
-    if config.membership.name != "fixed":  # scripts/fleet.py has not been given this directory
-        return "the same command goes on"
-    return f"go on with resume=auto {pasted('directory', directory)}"
+    if config.membership.name != "fixed":  # scripts/fleet.py chooses the directory itself
+        return "the same command resumes it"
+    return f"resume with resume=auto {pasted('directory', directory)}"
 
 
 def seconds(text: str) -> float:

@@ -1,4 +1,4 @@
-"""What went wrong in a class that a configuration names, in one line: the error, and where."""
+"""Errors of classes that a configuration names, in one line: what went wrong, and where."""
 
 import sysconfig
 import traceback
@@ -10,7 +10,7 @@ import ef21_muon
 from training.workers import RunError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
-# Whose errors are about what they were given, and say so.
+# The errors of this code say themselves what they were given.
 OWN = (
     *(ROOT / name for name in ("training", "baselines", "data", "model.py", "train.py")),
     Path(ef21_muon.__file__).resolve().parent,
@@ -19,9 +19,9 @@ PYTHON = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
 
 
 def cause_of(error: BaseException) -> str:
-    """What an error says that Hydra has raised for a class: why, where, and what to do."""
+    """The reason for an error that Hydra has raised for a class: why, where, and what to do."""
     cause = error.__cause__ or error
-    if isinstance(cause, ImportError) and cause.__cause__:  # Hydra's own, for that of an import
+    if isinstance(cause, ImportError) and cause.__cause__:  # Hydra's own error for a failed import
         root, message = cause.__cause__, _first_line(cause).removesuffix(":")
         place = _place(root)
         if place or not isinstance(root, ImportError | AttributeError):
@@ -39,7 +39,7 @@ def cause_of(error: BaseException) -> str:
 
 @contextmanager
 def explained(key: str) -> Iterator[None]:
-    """In it, errors of a class that `key` names become RunError; those of this code stay."""
+    """Inside it, errors of a class that `key` names become RunErrors; those of this code stay."""
     try:
         yield
     except RunError:
@@ -54,7 +54,7 @@ def explained(key: str) -> Iterator[None]:
 
 
 def _raised_by_call(error: BaseException) -> bool:
-    """Whether what was called did not even begin."""
+    """Whether the call failed before the function began, as for a wrong argument."""
     path = traceback.extract_tb(error.__traceback__)[-1].filename
     return _of_hydra(path) or Path(path).resolve().is_relative_to(ROOT / "training")
 
@@ -68,7 +68,7 @@ def _named(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str | None:
-    """The file and the line where it was raised; of no library, unless it is of libraries alone.
+    """The file and line that raised an error: the last one outside of libraries, if there is one.
 
     None for an error that the call itself raised.
     """
@@ -87,7 +87,7 @@ def _place(error: BaseException) -> str | None:
 
 
 def is_installed(path: str) -> bool:
-    """Whether a file is Python's own, or of an installed package."""
+    """Whether a file belongs to Python or to an installed package."""
     installed = {"site-packages", "dist-packages"}.intersection(Path(path).parts)
     return bool(installed) or path.startswith(PYTHON)
 

@@ -1,9 +1,9 @@
 """Checkpoints: folders that appear under their name when complete, and are checked before use.
 
-A checkpoint is what torch.distributed.checkpoint writes (every rank its own file, tensors alone)
-and checkpoint.json: schema, step, facts of the run, and the SHA-256 of these and of every other
-file. The folder of checkpoints is one for all ranks: on several nodes it lies on a file system that
-they share. Loading unpickles nothing but tensors and the tables of torch.distributed.checkpoint.
+A checkpoint consists of what torch.distributed.checkpoint writes (one file per rank, with tensors
+only) and checkpoint.json: schema, step, facts of the run, and the SHA-256 of these and of every
+other file. All ranks use one folder of checkpoints: several nodes need a file system that they
+share. Loading unpickles nothing but tensors and the tables of torch.distributed.checkpoint.
 """
 
 import hashlib
@@ -30,15 +30,16 @@ from training.workers import RunError, Workers, one_line
 SCHEMA = 1
 FACTS = "checkpoint.json"
 PARTIAL = ".partial"
-# A process without a group saves alone, and every process loads alone: no news to the user.
+# A process without a group saves alone, and every process loads alone, as intended.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`; the last `keep` of them are kept.
+    """The checkpoints of one run, in `folder`. The last `keep` of them are kept.
 
-    With `asynchronous`, `save` copies the state and returns; the checkpoint appears at the first
-    `poll`, at a later `save` or at `settle` that finds it written.
+    With `asynchronous`, `save` copies the state and returns while the files are written. The
+    checkpoint appears in the first `poll` that finds all of them written, in `wait`, or in the next
+    `save`.
     """
 
     def __init__(self, folder: Path, workers: Workers, keep: int, asynchronous: bool = False):
@@ -47,15 +48,17 @@ class Checkpoints:
         self._pending: tuple[Path, dict, Future] | None = None
         self._damaged: set[str] = set()
         self._group = workers.control
-        if asynchronous and dist.is_initialized():  # which talks while the training does
+        if asynchronous and dist.is_initialized():  # the training uses its own at the same time
             self._group = dist.new_group(backend="gloo", timeout=workers.timeout)
 
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict) -> None:
-        """Write a checkpoint of all ranks. Raises RunError, and leaves the others as they are.
+        """Write a checkpoint of all ranks.
 
-        tensors: equal names hold equal tensors on all ranks. facts: of rank 0, for JSON.
+        Raises RunError if it cannot be written; earlier checkpoints stay as they are.
+
+        tensors: tensors of the same name are equal on all ranks. facts: rank 0's, for JSON.
         """
-        self.settle()
+        self.wait()
         partial = self.folder / f"step-{step:08}{PARTIAL}"
         facts = {"schema": SCHEMA, "step": step, **facts}
         try:
@@ -70,14 +73,14 @@ class Checkpoints:
             self._give_up(partial, error)
 
     def poll(self) -> None:
-        """Let an asynchronous checkpoint appear if all ranks have written it; else do nothing."""
+        """Publish an asynchronous checkpoint if all ranks have written it; else do nothing."""
         if self._pending:
-            (waiting,) = self.workers.total(float(not self._pending[2].done()))
+            (waiting,) = self.workers.sum(float(not self._pending[2].done()))
             if not waiting:
-                self.settle()
+                self.wait()
 
-    def settle(self) -> None:
-        """Wait for an asynchronous checkpoint under way."""
+    def wait(self) -> None:
+        """Wait for an asynchronous checkpoint that is being written, and publish it."""
         if not self._pending:
             return
         partial, facts, future = self._pending
@@ -89,9 +92,9 @@ class Checkpoints:
             self._give_up(partial, error)
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint, on all ranks alike; damaged ones are named and ignored.
+        """The newest complete checkpoint, the same on all ranks, or None if there is none yet.
 
-        None if there is none yet. Raises RunError if all that there are are damaged.
+        Damaged checkpoints are printed and ignored. Raises RunError if all are damaged.
         """
         names = self.workers.broadcast([path.name for path in self._complete()])
         for name in reversed(names):
@@ -102,7 +105,9 @@ class Checkpoints:
                 self.workers.say(f"ignored a damaged checkpoint: {error}", error=True)
                 self._damaged.add(name)
         if names:
-            raise RunError(f"no checkpoint in {self.folder} is whole: remove it to start anew")
+            raise RunError(
+                f"every checkpoint in {self.folder} is damaged: remove the folder to start anew"
+            )
         return None
 
     def _complete(self) -> list[Path]:
@@ -154,12 +159,12 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
         raise RunError(
             f"the checkpoint {partial.name.removesuffix(PARTIAL)} could not be written: {error}; "
-            f"earlier ones in {self.folder} are as they were: see to the disk, and go on with "
+            f"earlier ones in {self.folder} are as they were: see to the disk, and resume with "
             "resume=auto"
         ) from error
 
     def _verify(self, path: Path) -> None:
-        """Raises RunError or OSError unless this rank's share of the files is as it was written."""
+        """Raise RunError or OSError unless this rank's share of the files is as it was written."""
         facts = read_facts(path)
         for name in sorted(facts["files"])[self.workers.rank :: self.workers.count]:
             if not _inside(path, name) or _sha256(path / name) != facts["files"][name]:
@@ -171,14 +176,14 @@ class Checkpoints:
 
 
 def own_folders(folder: Path) -> list[Path]:
-    """Checkpoints in a folder, whole or not, by step; what users keep beside them is not theirs."""
+    """The checkpoints in a folder, complete or not, by step. Other files are left out."""
     named = re.compile(rf"step-\d{{8,}}({re.escape(PARTIAL)})?")
     paths = folder.iterdir() if folder.is_dir() else ()
     return sorted(path for path in paths if named.fullmatch(path.name))
 
 
 def remove(folders: Iterable[Path]) -> None:
-    """Remove checkpoints; one that cannot be is named and left."""
+    """Remove checkpoints. One that cannot be removed is printed and left."""
     for folder in folders:
         try:
             shutil.rmtree(folder)
@@ -204,13 +209,13 @@ def read_facts(path: Path) -> dict:
 
 
 def seal(facts: dict) -> dict:
-    """The facts, with the SHA-256 of the others among them."""
+    """The facts, with their SHA-256 among them."""
     others = {key: value for key, value in facts.items() if key != "sha256"}
     return others | {"sha256": hashlib.sha256(json.dumps(others).encode()).hexdigest()}
 
 
 def load(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill the tensors, in place, from a checkpoint. Raises RunError for one that it has not."""
+    """Fill the tensors, in place, from a checkpoint. Raises RunError if it lacks one."""
     try:
         dcp.load(tensors, storage_reader=TensorReader(path), no_dist=True)
     except (CheckpointException, KeyError, RuntimeError) as error:
@@ -221,12 +226,12 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
-    """Sizes and types of the tensors in a checkpoint by name."""
+    """The sizes and types of the tensors in a checkpoint, by name."""
     return TensorReader(path).read_metadata().state_dict_metadata
 
 
 class TensorWriter(dcp.FileSystemWriter):
-    """Says what the disk said, where torch.save complains of its own confusion after it."""
+    """Raises the error of the disk, where torch.save raises one of its own after it."""
 
     def write_data(self, *args, **kwargs):
         try:
@@ -238,7 +243,7 @@ class TensorWriter(dcp.FileSystemWriter):
 
 
 class TensorReader(dcp.FileSystemReader):
-    """Reads checkpoints that hold tensors alone, without unpickling anything else."""
+    """Reads checkpoints that hold only tensors, without unpickling anything else."""
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
@@ -250,7 +255,7 @@ class TensorReader(dcp.FileSystemReader):
 
 
 class _TableUnpickler(pickle.Unpickler):
-    """Knows the tables of torch.distributed.checkpoint, and nothing that could run code."""
+    """Unpickles the tables of torch.distributed.checkpoint, and nothing that could run code."""
 
     TABLES = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"
     NAMES = (
@@ -267,11 +272,11 @@ class _TableUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if (module, name) in (("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")):
             return Path
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint")
 
 
 def _without_checkpoint_exception(action) -> None:
-    """Call it; torch.distributed.checkpoint's own exception becomes the RunError of one rank."""
+    """Call the action. A CheckpointException becomes a RunError with one rank's error."""
     try:
         action()
     except CheckpointException as error:

@@ -20,134 +20,49 @@ from yaml import YAMLError
 
 from ef21_muon.compressors import from_spec
 from training.causes import cause_of
-from training.links import Plan, check_plan
-from training.membership import Membership, check_membership
-from training.passes import COMPILE, PRECISIONS
+from training.links import check_plan
+from training.membership import check_membership
 from training.renamed import refuse_renamed
-from training.schedule import SHAPES, Schedule, check_schedule
-from training.workers import TRANSPORTS, RunError, one_line
+from training.schedule import check_schedule
+from training.schema import ALLOWED, KINDS, Config
+from training.workers import RunError, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
-# What does not change a run's numbers, but for their rounding, and so not its name.
+# Keys that change no numbers of a run, except their rounding, and so not its name.
 INCIDENTAL = {
     *("runs", "directory", "log_every", "diagnostics_every", "check_every", "fail_fast"),
     *("wandb", "label", "checkpoint", "resume", "dry_run", "plan", "transport", "fsdp"),
     "membership",
     "model.activation_checkpointing",
 }
-# The nodes that describe an object, and the override that chooses a file for each.
+# The nodes that describe an object, and the override that chooses a file for each node.
 CHOICES = {
     "model": "model",
     "optimizer": "optimizer",
     "w2s": "compressor@w2s",
     "s2w": "compressor@s2w",
 }
-WAYS = ("w2s", "s2w")  # nodes that may be the spec of a compressor
-# What a role may have in the norm group, and what of it describes an object.
+WAYS = ("w2s", "s2w")  # nodes that may be the spec of a compressor, such as rank:0.15:natural
+SPEC = re.compile(r"[+~]*((?:norm\.\w+\.)?(?:w2s|s2w))=([^{].*)")  # an override with a spec
+# The entries that a role may have in the norm group, and those that describe an object.
 RULE = ("norm", "radius", "lmo_feedback", "w2s", "s2w")
 DESCRIBED = {
     "norm": "give norm.ROLE.norm._target_=CLASS, as in configs/norm",
-    "w2s": "give +norm.ROLE.w2s=SPEC, as rank:0.15:natural",
-    "s2w": "give +norm.ROLE.s2w=SPEC, as rank:0.15:natural",
+    "w2s": "give +norm.ROLE.w2s=SPEC, such as rank:0.15:natural",
+    "s2w": "give +norm.ROLE.s2w=SPEC, such as rank:0.15:natural",
 }
-ALLOWED = {  # values of what is chosen by name
-    "resume": ("none", "auto", "elastic"),
-    "transport": TRANSPORTS,
-    "precision": PRECISIONS,
-    "compile": COMPILE,
-    "schedule.shape": SHAPES,
-    "wandb.mode": ("disabled", "offline", "online"),
-}
-KINDS = {
-    int: "a whole number",
-    float: "a number",
-    float | None: "a number or null",
-    bool: "true or false",
-    str: "text",
-}
-
-
-@dataclass
-class Batch:
-    global_size: int
-    micro_size: int
-
-
-@dataclass
-class Eval:
-    every: int
-    tokens: int
-
-
-@dataclass
-class Checkpoint:
-    every: int
-    keep: int
-    asynchronous: bool
-
-
-@dataclass
-class Data:
-    name: str
-    vocab_size: int
-    train: str
-    train_shards: int
-    test: str
-    rebuild: str
-
-
-@dataclass
-class Wandb:
-    mode: str
-    project: str
-
-
-@dataclass
-class Config:
-    """The types of configs/config.yaml. `Any` nodes name a class, which checks its own values."""
-
-    model: Any
-    optimizer: Any
-    norm: Any
-    w2s: Any
-    s2w: Any
-    ranks_per_worker: int
-    fsdp: bool
-    transport: str
-    dry_run: bool
-    plan: Plan
-    seed: int
-    steps: int
-    log_every: int
-    diagnostics_every: int
-    check_every: int
-    precision: str
-    compile: Any
-    label: str | None
-    runs: str
-    directory: str | None
-    resume: str
-    fail_fast: bool
-    membership: Membership
-    data: Data
-    batch: Batch
-    clip_grad_norm: float | None
-    schedule: Schedule
-    eval: Eval
-    checkpoint: Checkpoint
-    wandb: Wandb
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: its overrides as given and its configuration."""
+    """One run: its overrides as they were given, and its configuration."""
 
     overrides: tuple[str, ...]
     config: DictConfig
 
     def name(self, workers: int) -> str:
-        """What was overridden, and a short hash of the configuration and the number of workers."""
+        """The overrides, and a short hash of the configuration and the number of workers."""
         resolved = OmegaConf.to_container(self.config, resolve=True)
         digest = hashlib.sha256(
             json.dumps([_essential(resolved), workers], sort_keys=True).encode()
@@ -164,7 +79,10 @@ class Job:
 
 
 def what_matters(config: dict) -> dict:
-    """What a run's numbers follow from: values by dotted key. Baselines take no compressors."""
+    """The values that determine a run's numbers, by dotted key.
+
+    Those of baselines have no compressors.
+    """
     essential = _essential(config)
     if config["optimizer"]["_target_"].startswith("baselines."):
         essential = {key: essential[key] for key in essential.keys() - {"w2s", "s2w"}}
@@ -183,10 +101,10 @@ def flat(config: dict) -> dict:
     return values
 
 
-# What was done before there was a choice, which names of runs leave out.
+# Values that older versions had before there was a choice. Names of runs leave them out.
 AS_BEFORE = {
-    **{"momentum_kind": "polyak", "gamma": 1.0, "mean": "all"},  # of an optimizer
-    **{"shape": "trapezoid", "floor": 0.0},  # of the schedule
+    **{"momentum_kind": "polyak", "gamma": 1.0, "mean": "all"},  # optimizer
+    **{"shape": "trapezoid", "floor": 0.0},  # schedule
     **{"precision": "auto", "clip_grad_norm": None},
 }
 
@@ -196,16 +114,16 @@ def _essential(config: dict) -> dict:
     own = {"model": model, "compile": config.get("compile") is not False}
     for key in ("optimizer", "schedule"):
         own[key] = {k: v for k, v in config[key].items() if AS_BEFORE.get(k) != v}
-    if config.get("membership", {}).get("workers"):  # as many parts of the tokens
+    if config.get("membership", {}).get("workers"):  # the tokens have as many parts
         own["workers"] = config["membership"]["workers"]
     kept = {k: v for k, v in config.items() if k not in INCIDENTAL and AS_BEFORE.get(k) != v}
     return kept | own
 
 
 def sweep(overrides: list[str], multirun: bool) -> list[tuple[str, ...]]:
-    """The overrides of every job: the product of all comma-separated values with `multirun`.
+    """The overrides of every job: with `multirun`, the product of all comma-separated values.
 
-    Those that vary come first, so that a run's name begins with what sets it apart. Raises RunError
+    Overrides that vary come first, so that names of runs begin with what differs. Raises RunError
     for an override that Hydra cannot parse.
     """
     if not multirun:
@@ -214,7 +132,11 @@ def sweep(overrides: list[str], multirun: bool) -> list[tuple[str, ...]]:
         parsed = OverridesParser.create().parse_overrides(overrides)
         parsed.sort(key=lambda one: not one.is_sweep_override())
         choices = [
-            [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+            # Hydra escapes colons, as those of specs, where there is no need to.
+            [
+                f"{one.get_key_element()}={value}".replace("\\:", ":")
+                for value in one.sweep_string_iterator()
+            ]
             if one.is_sweep_override()
             else [one.input_line]
             for one in parsed
@@ -233,6 +155,7 @@ def compose(overrides: tuple[str, ...]) -> Job:
         if override.lstrip("+~").startswith("hydra."):
             raise RunError(f"{override} has no effect here: give runs= or directory=")
     refuse_renamed(overrides)
+    _require_one_description(overrides)
     try:
         config = OmegaConf.merge(OmegaConf.structured(Config), _composed(overrides))
         OmegaConf.resolve(config)
@@ -244,6 +167,17 @@ def compose(overrides: tuple[str, ...]) -> Job:
     _check_nodes(config)
     _check_ranges(config, overrides)
     return Job(tuple(overrides), config)
+
+
+def _require_one_description(overrides: tuple[str, ...]) -> None:
+    """Raise RunError for a compressor that is given by its spec and in another way, too."""
+    for key, spec in (match.groups() for one in overrides if (match := SPEC.fullmatch(one))):
+        for other in overrides:
+            if other.lstrip("+~").startswith((f"{key}.", f"compressor@{key}=")):
+                raise RunError(
+                    f"{other} is not allowed beside {key}={spec}, which describes the whole "
+                    f"compressor: change the spec, or give compressor@{key}=NAME and {key}.OPTION"
+                )
 
 
 def _composed(overrides: Iterable[str]) -> DictConfig:
@@ -260,12 +194,13 @@ def build(node: DictConfig | str, key: str, **options):
         try:
             return from_spec(node)
         except ValueError as error:
-            raise RunError(f"{key}={error}") from error
+            what = "" if str(error).startswith(repr(node)) else f"{node}: "
+            raise RunError(f"{key}={what}{error}") from error
     try:
         return hydra.utils.instantiate(node, **options)
     except InstantiationException as error:
         raise RunError(f"{key}: {cause_of(error)}") from error
-    except SystemExit as error:  # of a script that was meant for a module
+    except SystemExit as error:  # the class is in a script that ends when it is imported
         raise RunError(f"{key}: {node.get('_target_')} left with status {error}") from error
 
 
@@ -279,7 +214,8 @@ def _check_nodes(config: DictConfig) -> None:
         if not (_describes_class(node) or (key in WAYS and isinstance(node, str))):
             group = choice.split("@")[0]
             names = ", ".join(sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")))
-            raise RunError(f"{key} describes no class: give {choice}=NAME, one of {names}")
+            spec = f"{key}=SPEC, such as rank:0.15:natural, or " if key in WAYS else ""
+            raise RunError(f"{key} describes no class: give {spec}{choice}=NAME, one of {names}")
     for role, rule in config.norm.items():
         if not (isinstance(rule, DictConfig) and {"norm", "radius"} <= rule.keys()):
             raise RunError(
@@ -314,7 +250,7 @@ def _check_ranges(config: DictConfig, overrides: Iterable[str]) -> None:
             *names, last = (str(name).lower() for name in allowed)
             raise RunError(f"{key}={value} is not allowed: choose {', '.join(names)} or {last}")
     if config.resume == "elastic" and config.directory is None:
-        raise RunError("resume=elastic needs directory=: say which run goes on")
+        raise RunError("resume=elastic needs directory=: say which run to resume")
     check_membership(config.membership, config.resume)
     check_plan(config.plan, config.dry_run)
     check_schedule(config, overrides)
@@ -377,7 +313,9 @@ def _allowed(key: str) -> str:
 
 
 def _hint(key: str, overrides: Iterable[str]) -> str:
-    """What might be meant by a key that is not there."""
+    """What a key that does not exist might mean."""
+    if re.fullmatch(r"norm\.\w+\.(w2s|s2w)", key):
+        return f"write +{key}=SPEC, such as rank:0.15:natural"
     groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
     chosen = [one for one in overrides if re.split("[@=]", one.lstrip("+"))[0] in groups]
     known = list(_dotted_keys(OmegaConf.to_container(_composed(chosen))))

@@ -1,4 +1,4 @@
-"""What a run prints: lines, and its progress. Its readers may leave without ending the run."""
+"""What a run prints: lines, and its progress. A reader that goes away does not end the run."""
 
 import os
 import sys
@@ -12,12 +12,12 @@ from tqdm import tqdm
 class Lenient:
     """A text stream that drops what cannot be written: its reader is gone, or its disk is full.
 
-    It says so once, on the `other` stream. None, as of a process that was started without the
-    stream, counts as one that nobody reads.
+    It warns once, on the `other` stream. None, which is the stream of a process that was started
+    without one, counts as a stream that nobody reads.
     """
 
     def __init__(self, stream: TextIO | None, name: str, other: TextIO | None):
-        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115, as long as the process
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115, open until the process ends
         self._name, self._other = name, other
 
     def write(self, text: str) -> int:
@@ -39,7 +39,10 @@ class Lenient:
     def _try(self, action) -> None:
         try:
             action()
-        except (OSError, ValueError) as error:  # ValueError: of a closed file, or of its encoding
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # ValueError: it is closed, or cannot encode it
             other, self._other = self._other, None
             if other:
                 with suppress(OSError, ValueError):
@@ -52,7 +55,7 @@ class Lenient:
 
 @contextmanager
 def lenient_output() -> Iterator[None]:
-    """In it, nothing that prints fails for its reader's sake."""
+    """Inside it, printing never fails because of its reader."""
     before = sys.stdout, sys.stderr
     sys.stdout = Lenient(before[0], "standard output", before[1])
     sys.stderr = Lenient(before[1], "standard error", before[0])
@@ -63,7 +66,7 @@ def lenient_output() -> Iterator[None]:
 
 
 def write_line(text: str, error: bool = False) -> None:
-    """Print a line above the bar, if there is one; `error`: on standard error."""
+    """Print a line, above the progress bar if there is one. error: whether on standard error."""
     stream = sys.stderr if error else sys.stdout
     with tqdm.external_write_mode(stream):
         print(text, file=stream, flush=True)
@@ -72,7 +75,7 @@ def write_line(text: str, error: bool = False) -> None:
 class Display:
     """The progress of `steps` steps, on standard error, from step `done` on.
 
-    A bar on a terminal; elsewhere, as in a file, a line at each record.
+    It is a bar on a terminal, and one line per record elsewhere, as in a file.
     """
 
     def __init__(self, steps: int, done: int):
@@ -86,11 +89,11 @@ class Display:
         )
 
     def advance(self, step: int) -> None:
-        """As far as this step."""
+        """Move the bar to this step."""
         self._bar.update(step - self._bar.n)
 
     def describe(self, step: int, text: str) -> None:
-        """Say how the training goes."""
+        """Print a text about the training."""
         if self._bar.disable:
             print(f"step {step:>6} of {self.steps}  {text}", file=sys.stderr, flush=True)
         else:

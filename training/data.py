@@ -1,4 +1,4 @@
-"""The data of a run, and its workers' shares of a batch."""
+"""The data of a run, and each worker's share of a batch."""
 
 from collections.abc import Iterable, Iterator
 
@@ -11,18 +11,18 @@ from training.fleet import place_among_all
 from training.workers import RunError, Workers
 
 
-class Feed:
-    """What a run reads on this worker, on its device: training batches and the test windows.
+class BatchSource:
+    """The training batches and test windows of this worker, on its device.
 
-    `batches` has the state of what comes next, `streams` all tokens. Raises RunError, ShardError or
-    ValueError for data or a batch that do not suffice for the workers.
+    `batches` holds the position in the training tokens, `streams` all tokens. Raises RunError,
+    ShardError or ValueError if the data or the batch are too small for the workers.
     """
 
     def __init__(self, config: DictConfig, context: int, workers: Workers):
         self.workers, self.together = workers, config.fsdp
         rank, count = place_among_all(config, workers)
-        self.sequences = share_of_batch(config, count)  # of a forward pass
-        self.passes = config.batch.global_size // count // self.sequences
+        self.sequences = share_of_batch(config, count)  # in one forward pass
+        self.forward_passes = config.batch.global_size // count // self.sequences
         train_tokens, test_tokens = open_data(config)
         self.streams = {"training": train_tokens, "test": test_tokens}
         batches = WorkerBatches(train_tokens, context, rank, count, config.seed)
@@ -30,18 +30,20 @@ class Feed:
         self.batches = Prefetched(batches) if self.on_cuda else batches
         self.windows = TestWindows(test_tokens, context, config.eval.tokens)
 
-    def next(self) -> list[list[torch.Tensor]]:
-        """Inputs and targets of this worker's forward passes of one step, of equal size."""
-        return [self._to_device(self.batches.next(self.sequences)) for _ in range(self.passes)]
+    def next_batch(self) -> list[list[torch.Tensor]]:
+        """Inputs and targets of each forward pass of the next step; all have equal size."""
+        return [
+            self._to_device(self.batches.next(self.sequences)) for _ in range(self.forward_passes)
+        ]
 
-    def test(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        """Of this worker's share of the test windows inputs, targets and how many tokens count."""
+    def test_batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        """This worker's test windows: inputs, targets, and how many of their tokens count."""
         place = self.workers.rank, self.workers.count
         for *batch, counted in self.windows.batches(*place, self.sequences, self.together):
             yield *self._to_device(batch), counted
 
     def _to_device(self, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-        if self.on_cuda:  # else the copy would wait for the device
+        if self.on_cuda:  # a copy from memory that is not pinned would wait for the device
             tensors = [tensor.pin_memory() for tensor in tensors]
         return [tensor.to(self.workers.device, non_blocking=True) for tensor in tensors]
 
@@ -53,7 +55,10 @@ def open_data(config: DictConfig) -> tuple[TokenStream, TokenStream]:
 
 
 def share_of_batch(config: DictConfig, workers: int) -> int:
-    """Sequences in one forward pass of a worker. Raises RunError if the workers do not divide."""
+    """The number of sequences in one forward pass of a worker.
+
+    Raises RunError if the batch cannot be split evenly over the workers.
+    """
     if config.batch.global_size % workers:
         raise RunError(
             f"batch.global_size={config.batch.global_size} cannot be split over {workers} workers: "

@@ -1,8 +1,8 @@
-"""matplotlib as all pictures are drawn with it: by Agg, whatever backend the environment names.
+"""matplotlib with the backend Agg, whatever backend the environment names, for all pictures.
 
 Notebooks export MPLBACKEND with a backend that may not be installed here, and matplotlib refuses
-such a name when it is imported. So all that draw import matplotlib's names from here. A program
-that has imported matplotlib before keeps its own backend: files of a Figure never need it.
+such a name when it is imported. So all modules that draw import matplotlib's names from here. A
+program that has imported matplotlib before keeps its own backend: a Figure is saved without it.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Workers that come and go, in a run: membership=torchft."""
+"""Who the workers of a run are: fixed, or workers that come and go (membership=torchft)."""
 
 import faulthandler
 import time
@@ -17,53 +17,54 @@ from training.membership import require_addresses, require_way_here
 from training.schedule import new_scheduler
 from training.workers import FinalError, RunError, Workers, one_line
 
-# What torchft fetches is read, and not written.
+# torchft only reads the buffers that it fetches.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
-MARGIN, FACTOR = 30.0, 5  # seconds, and times the longest so far, after which something hangs
-LAST_WAIT = 10.0  # seconds for others, of a worker that was asked to stop
-SELDOM = 10  # steps, at most, between questions of fixed workers whether to stop
-LATE = 60.0  # seconds that one waits at the end for those that are late
+# A worker hangs if something takes longer than MARGIN seconds + FACTOR times the longest so far.
+MARGIN, FACTOR = 30.0, 5
+LAST_WAIT = 10.0  # seconds that a worker still waits for others after it was asked to stop
+MOST_STEPS = 10  # between two questions of fixed workers whether to stop
+LATE = 60.0  # seconds that a worker waits at the end for those that are late
 
 
-class Stopped(Exception):
+class StoppedWhileWaiting(Exception):
     """This worker was asked to stop while it waited for others."""
 
 
 def comes_and_goes(config: DictConfig) -> bool:
-    """Whether the workers of a run do."""
+    """Whether the workers of a run come and go."""
     return config.membership.name != "fixed"
 
 
 def place_among_all(config: DictConfig, workers: Workers) -> tuple[int, int]:
-    """This rank among those of all workers that there may be, and how many those are."""
+    """This rank's place among the ranks of all possible workers, and the number of those ranks."""
     if not comes_and_goes(config):
         return workers.rank, workers.count
     own = config.membership
     return own.worker * workers.count + workers.rank, own.workers * workers.count
 
 
-def members_of(config: DictConfig, workers: Workers) -> "FixedMembers | FleetMembers":
-    """What a run does because of who its workers are."""
-    return FleetMembers(config, workers) if comes_and_goes(config) else FixedMembers()
+def new_membership(config: DictConfig, workers: Workers) -> "FixedMembership | FleetMembership":
+    """The membership of a run's workers."""
+    return FleetMembership(config, workers) if comes_and_goes(config) else FixedMembership()
 
 
-class FixedMembers:
-    """Workers that are there from the first step of a run to its last: little is done for that.
+class FixedMembership:
+    """Workers that stay from the first step of a run to the last. Most methods do nothing.
 
-    FleetMembers has the same calls, and says what they are for. `run` is a train.Run.
+    FleetMembership has the same methods, and describes them. `run` is a train.Run.
     """
 
     def transport(self, method: type) -> Transport | None:
         return None
 
-    def ask_every(self, optimizer: torch.optim.Optimizer) -> int:
-        """Steps, at most, between questions whether to stop: who seldom sends seldom asks."""
-        return min(*optimizer.rounds.lengths, SELDOM)
+    def stop_check_interval(self, optimizer: torch.optim.Optimizer) -> int:
+        """The most steps between questions whether to stop: no more questions than rounds."""
+        return min(*optimizer.rounds.lengths, MOST_STEPS)
 
-    def at_work(self, what: str) -> AbstractContextManager:
+    def watchdog(self, what: str) -> AbstractContextManager:
         return nullcontext()
 
-    def refusals(self, log: RunLog | NoLog) -> AbstractContextManager:
+    def end_if_refused(self, log: RunLog | NoLog) -> AbstractContextManager:
         return nullcontext()
 
     def join(self, run) -> None: ...
@@ -71,43 +72,45 @@ class FixedMembers:
     def synced_steps(self, step: int) -> int:
         return step
 
-    def follow(self, run) -> None: ...
+    def catch_up(self, run) -> None: ...
 
-    def tell(self, log: RunLog | NoLog) -> None: ...
+    def report(self, log: RunLog | NoLog) -> None: ...
 
     def wait_for_peers(self, run, log: RunLog | NoLog, late: float | None) -> None: ...
 
-    def facts(self) -> dict:
+    def end_facts(self) -> dict:
         return {}
 
     def leave(self) -> None: ...
 
 
-class FleetMembers:
-    """A worker among others that come and go. RunError where it has other ranks than configured."""
+class FleetMembership:
+    """A worker among others that come and go.
+
+    Raises RunError if the number of its ranks is not ranks_per_worker.
+    """
 
     def __init__(self, config: DictConfig, workers: Workers):
         if workers.count != config.ranks_per_worker:
             raise RunError(
                 f"membership={config.membership.name} has a torchrun for each worker, of "
-                f"ranks_per_worker={config.ranks_per_worker} ranks, this one has {workers.count}: see "
-                "scripts/fleet.py"
+                f"ranks_per_worker={config.ranks_per_worker} ranks, this one has "
+                f"{workers.count}: see scripts/fleet.py"
             )
         self.config, self.workers = config, workers
-        # One that hangs ends itself, since the others can go on without it.
-        self.watchdog = Watchdog(workers.timeout.total_seconds())
+        self._watchdog = Watchdog(workers.timeout.total_seconds())
         self.quorums = QuorumRecords()
-        self._asked: float | None = None  # when it was first seen that this worker shall stop
+        self._asked: float | None = None  # when this worker first saw that it has to stop
 
     def transport(self, method: type) -> Transport | None:
-        """Of messages among the workers of the moment, for local steps.
+        """The transport of messages among the workers that are present, for local steps.
 
-        Raises RunError where there is no torchft, and for another method.
+        Raises RunError if torchft is not installed, and for any other method.
         """
         own, workers = self.config.membership, self.workers
         if not issubclass(method, LocalSteps):
             raise RunError(
-                f"membership={own.name} needs local steps, {method.__name__} cannot go on "
+                f"membership={own.name} needs local steps, {method.__name__} cannot continue "
                 "without a worker: give optimizer=local, diloco, muloco or sparseloco"
             )
         try:
@@ -129,89 +132,92 @@ class FleetMembers:
         members = self.fleet.members
         if own.host is None:
             require_way_here(members.host, f"this machine's name {members.host}", patience)
-        self.watchdog.waited = lambda: members.waited
+        self._watchdog.waited = lambda: members.waited
         return self.fleet
 
     def _wait(self, seconds: float) -> None:
-        if self.workers.asked_to_stop:  # the round may be about to come
+        if self.workers.asked_to_stop:  # but the round may be about to begin
             now = time.monotonic()
             self._asked = self._asked or now
             if now - self._asked > LAST_WAIT:
-                raise Stopped
-        self.watchdog.extend(seconds)
+                raise StoppedWhileWaiting
+        self._watchdog.extend(seconds)
 
-    def ask_every(self, optimizer: torch.optim.Optimizer) -> int:
-        """Steps between questions whether to stop, which are of this worker's ranks alone."""
+    def stop_check_interval(self, optimizer: torch.optim.Optimizer) -> int:
+        """The most steps between questions whether to stop.
+
+        Only the ranks of this worker ask each other, so that a question costs little.
+        """
         return 1
 
-    def at_work(self, what: str) -> AbstractContextManager:
-        """Within it this worker is at work on `what`, and ends itself if it hangs."""
-        return self.watchdog(what)
+    def watchdog(self, what: str) -> AbstractContextManager:
+        """Inside it, this process ends if it hangs in `what`. The others continue without it."""
+        return self._watchdog(what)
 
     @contextmanager
-    def refusals(self, log: RunLog | NoLog) -> Iterator[None]:
-        """Within it this worker ends for good where it cannot be among the others."""
+    def end_if_refused(self, log: RunLog | NoLog) -> Iterator[None]:
+        """Inside it, the others' refusal of this worker is a FinalError: no restart can help."""
         from ef21_muon.fleet import FleetRefused  # needs torchft, as transport does
 
         try:
             yield
         except FleetRefused as error:
-            self.tell(log)
+            self.report(log)
             worker = self.config.membership.worker
-            raise FinalError(f"worker {worker} cannot go on: {one_line(error)}") from error
+            raise FinalError(f"worker {worker} cannot continue: {one_line(error)}") from error
 
     def join(self, run) -> None:
-        """Meet the others, before the first step, and go on from where they are."""
+        """Join the other workers before the first step, and continue from where they are."""
         self.fleet.join()
-        self.follow(run)
+        self.catch_up(run)
 
     def synced_steps(self, step: int) -> int:
-        """Local steps in W of all workers, where this one has taken so many."""
+        """The number of all workers' local steps that W has, after `step` steps of this worker."""
         return self.fleet.synced_steps
 
-    def follow(self, run) -> None:
-        """Go on from the step that the others are at, where that is another."""
+    def catch_up(self, run) -> None:
+        """Continue from the step that the others are at, if it is not this worker's."""
         steps = run.optimizer.steps
         if steps != run.scheduler.last_epoch:
             run.scheduler = new_scheduler(run.optimizer, run.config, steps)
-            run.feed.batches.restart(steps)
+            run.batch_source.batches.restart(steps)
 
-    def tell(self, log: RunLog | NoLog) -> None:
-        """Records of the rounds since the last call."""
+    def report(self, log: RunLog | NoLog) -> None:
+        """Write the records of the rounds since the last call."""
         for record in self.quorums.records(self.fleet):
             log.membership(record)
 
     def wait_for_peers(self, run, log: RunLog | NoLog, late: float | None) -> None:
-        """After the last step: wait for others that are late.
+        """Wait, after the last step, for others that are late.
 
-        late: the test loss of this worker if it was late itself, which the log has not yet.
+        late: the test loss of this worker if it was late itself. It is then written to the log.
         """
         self.fleet.wait_for_peers(self.config.membership.workers, LATE)
-        self.tell(log)
+        self.report(log)
         if late is not None:
             log.eval(run.position() | {"test_loss": late})
 
-    def facts(self) -> dict:
-        """What the end record has beside the usual: a hash of the state, equal on all workers."""
+    def end_facts(self) -> dict:
+        """The hash of the state, which is equal on all workers, for the end record."""
         return {"state": f"{self.fleet.digest():016x}"}
 
     def leave(self) -> None:
-        """Let the others go on without this worker, which has nothing more to do."""
-        self.watchdog.stop()
+        """Leave the other workers, which continue without this one."""
+        self._watchdog.stop()
         self.fleet.leave()
 
 
 class Watchdog:
-    """Ends this process where it hangs, and tells where; then the others go on without it.
+    """Ends this process if it hangs, and prints where. The others then continue without it.
 
-    What hangs is what takes far longer than ever before; `patience` seconds at first.
-    scripts/supervise.py starts the worker again.
+    Something hangs if it takes far longer than ever before; the first time, if it takes longer than
+    `patience` seconds. scripts/supervise.py starts the worker again.
     """
 
     def __init__(self, patience: float):
         self.patience = patience
         self.longest: dict[str, float] = {}
-        self.waited: Callable[[], float] = lambda: 0.0  # seconds for others, so far
+        self.waited: Callable[[], float] = lambda: 0.0  # seconds spent waiting for others
 
     @contextmanager
     def __call__(self, what: str) -> Iterator[None]:
@@ -223,7 +229,7 @@ class Watchdog:
         self.extend(0)
 
     def extend(self, seconds: float) -> None:
-        """It waits for so long at most, and for good reason."""
+        """Allow for a wait of so many seconds at most."""
         self._end_in(seconds + MARGIN)
 
     def stop(self) -> None:
@@ -231,18 +237,18 @@ class Watchdog:
 
     @staticmethod
     def _end_in(seconds: float) -> None:
-        # By a thread that needs nothing of Python's.
+        # The thread that watches does not need the interpreter.
         faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 class QuorumRecords:
-    """The records of rounds: who met, why others than before, and how long it took."""
+    """Makes the records of rounds: which workers took part, what changed, how long it took."""
 
     def __init__(self):
         self.workers: tuple[int, ...] | None = None
 
     def records(self, fleet) -> Iterator[dict]:
-        """Of the rounds of a Fleet since the last call."""
+        """The records of a Fleet's rounds since the last call."""
         while fleet.quorums:
             quorum = fleet.quorums.popleft()
             before, self.workers = self.workers, quorum.workers

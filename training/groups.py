@@ -1,4 +1,4 @@
-"""Process groups of one job, which end with it."""
+"""The process groups of a job end with the job."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +11,16 @@ from training.workers import RunError, Workers
 
 @contextmanager
 def groups_of_a_job(workers: Workers) -> Iterator[None]:
-    """Destroy, at its end, the process groups that it made, but meshes'; also after a RunError.
+    """Destroy, at its end, the process groups made inside it, except those of meshes.
 
-    After another error the process ends, and other ranks may be lost already.
+    Also after a RunError. After any other error the process ends, and ranks may be lost already.
     """
     before, failure = {*_world.pg_map}, None
     try:
         yield
     except RunError as error:
         failure = error
-    workers.gather(None)  # all ranks are done with them
+    workers.gather(None)  # wait until all ranks are done with the groups
     of_meshes = (group for mesh in workers.meshes.values() for group in mesh.get_all_groups())
     kept = before.union(of_meshes)
     for group in [group for group in _world.pg_map if group not in kept]:

@@ -1,4 +1,4 @@
-"""Links between workers, and the one that a dry run is asked about."""
+"""Links between workers, and the link of a dry run."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from training.workers import RunError
 
-LINKS = {  # bits a second, each way
+LINKS = {  # bits per second, each way
     "10 Mbit/s": 1e7,
     "100 Mbit/s": 1e8,
     "1 Gbit/s": 1e9,
@@ -18,7 +18,7 @@ LINKS = {  # bits a second, each way
 
 @dataclass
 class Plan:
-    """`plan` of configs/config.yaml: how long a step computes, and over which link it sends."""
+    """`plan` of configs/config.yaml: the seconds of a step, and the link between workers."""
 
     step_seconds: float | None
     mbit: float | None
@@ -26,7 +26,7 @@ class Plan:
 
 
 def check_plan(own: DictConfig, dry_run: bool) -> None:
-    """Raise RunError for values out of range, for some without the others, and without dry_run."""
+    """Raise RunError for values out of range, for incomplete ones, and without dry_run."""
     for key in ("step_seconds", "mbit"):
         value = own[key]
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -43,4 +43,4 @@ def check_plan(own: DictConfig, dry_run: bool) -> None:
             "link's rate, or neither"
         )
     if given and not dry_run:
-        raise RunError(f"{' '.join(given)} is of dry_run=true alone: add it, or leave these out")
+        raise RunError(f"{' '.join(given)} needs dry_run=true: add it, or leave these out")

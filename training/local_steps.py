@@ -1,4 +1,4 @@
-"""Local steps of a run: LocalSteps and its inner optimizers, as configurations describe them."""
+"""Builds LocalSteps and its inner optimizers from a configuration."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -22,10 +22,16 @@ OTHERS = "others"  # the key of an inner optimizer for the roles that no other o
 def build_local_steps(
     config: DictConfig, make: partial, groups: list[dict], place: dict
 ) -> LocalSteps:
-    """make: of LocalSteps, with `inner` a partial, or partials by role.
+    """Build LocalSteps.
 
-    place: a process group, or a mesh of workers of several ranks, and a transport if it is no usual
-    one. Raises RunError for an inner optimizer that cannot be built.
+    Args:
+        config: the configuration of the run.
+        make: a partial of LocalSteps whose `inner` is a partial, or a partial for each role.
+        groups: the parameter groups.
+        place: the process group or the mesh, and the transport if it is not the usual one.
+
+    Raises:
+        RunError: for an inner optimizer that cannot be built.
     """
     mesh = place.get("mesh")
     own = mesh.share(groups) if mesh else groups
@@ -44,7 +50,7 @@ def build_local_steps(
 
 
 def _shares(inner: object, groups: list[dict]) -> Iterator[tuple[str, partial, list[dict]]]:
-    """Every inner optimizer's key, maker and groups."""
+    """Every inner optimizer's key, partial and groups."""
     if isinstance(inner, partial):
         yield "optimizer.inner", inner, groups
         return
@@ -69,7 +75,7 @@ def _build_inner(
     options = {}
     if issubclass(maker.func, Communicating):
         options = {"process_group": ALONE, "seed": seed}
-        if transport and not transport.sends:  # of a plan, and so is this
+        if transport and not transport.sends:  # a dry run: inner optimizers send nothing either
             options["transport"] = Transport(rank=0, ranks=1)
     try:
         with explained(key):
@@ -79,13 +85,13 @@ def _build_inner(
 
 
 def stepped_by(method: type, group: dict) -> dict:
-    """Of a group what an optimizer that sends nothing by itself takes: no compressors."""
+    """The entries of a group for an optimizer that sends nothing itself: no compressors."""
     rule = ("norm", "radius", "lmo_feedback") if issubclass(method, EF21Muon | Muon) else ()
     return {entry: group[entry] for entry in ("name", "params", *rule) if entry in group}
 
 
 def inner_tensors(optimizer: Optimizer) -> Iterator[tuple[Tensor, str, Tensor]]:
-    """Of every inner optimizer's state the parameter, the name and the tensor."""
+    """Every tensor in the inner optimizers' state, as (parameter, name, tensor)."""
     for inner in optimizer.inner:
         for parameter, state in inner.state.items():
             for key, tensor in state.items():

@@ -15,7 +15,7 @@ from training.checkpoint import own_folders, remove
 from training.config import ROOT, Job
 from training.console import Display, write_line
 from training.mirror import Mirror, NoMirror
-from training.records import LOG_NAME, SCHEMA
+from training.records import LOG_NAME, SCHEMA, traffic
 from training.workers import RunError
 
 GIT_SECONDS = 10.0  # for git to say which commit it is
@@ -25,12 +25,14 @@ class RunLog:
     """Writes `metrics.jsonl` into `directory` and shows progress.
 
     Byte fields are cumulative and per worker; `seconds` is training time without evaluations. The
-    file is flushed at every evaluation, before every checkpoint, where workers come and go at every
-    round, and at the end.
+    file is flushed at every evaluation, before every checkpoint, and at the end. If workers come
+    and go, it is also flushed at every round.
 
-    A new log replaces an old one and its checkpoints. With `resumed`, the facts of a checkpoint, it
-    goes on behind the records that the checkpoint knew, and those after it are cut off; ValueError
-    if they are not there. RunError, before anything changes, if wandb does not start for a new run.
+    A new log replaces an old one and its checkpoints. With `resumed`, the facts of a checkpoint,
+    the log continues behind the records that the checkpoint knew, and later records are cut off.
+
+    Raises ValueError if those records are missing. Raises RunError, before anything changes, if
+    wandb does not start for a new run.
     """
 
     def __init__(self, directory: Path, job: Job, label: str, facts: dict, resumed: dict | None):
@@ -52,6 +54,7 @@ class RunLog:
                 f"the run directory {directory} cannot be written ({error.strerror}): give another "
                 "with directory= or runs="
             ) from error
+        self._parameters = facts["parameters"]
         self._display = Display(config["steps"], resumed["step"] if resumed else 0)
         before = resumed["position"] if resumed else {"tokens": 0, "seconds": 0.0}
         self._last = before["tokens"], before["seconds"]
@@ -78,7 +81,7 @@ class RunLog:
         self._flush()
 
     def _note_resumption(self, resumed: dict, facts: dict) -> None:
-        """With other workers the log says so; going on exactly leaves no trace."""
+        """Record a resume with other workers; an exact resume leaves no trace in the log."""
         if "resync_bytes" in resumed:
             self._write(
                 {
@@ -93,17 +96,17 @@ class RunLog:
             )
 
     def size(self) -> int:
-        """Bytes of the records so far, all of them on disk."""
+        """The bytes of the records so far, once all of them are on disk."""
         self._flush()
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def advance(self, step: int) -> None:
-        """As far as this step on the progress bar."""
+        """Move the progress bar to this step."""
         self._display.advance(step)
 
     def train(self, record: dict) -> None:
-        """A record of training since the last one."""
+        """Write a record of the training since the last one."""
         self._write({"record": "train", **record})
         now = record["tokens"], record["seconds"]
         tokens, seconds = (new - old for new, old in zip(now, self._last, strict=True))
@@ -112,29 +115,29 @@ class RunLog:
         self._display.describe(
             record["step"],
             f"loss {record['loss']:.3f}, {tokens_per_second / 1000:.1f}k tokens/s, "
-            f"{record['w2s_bytes'] / 1e6:.1f} MB sent",
+            f"{traffic(record, self._parameters)}",
         )
 
     def diagnostics(self, step: int, layers: dict[str, dict[str, float]]) -> None:
-        """What compression did to each layer in a step."""
+        """Write what compression did to each layer in a step."""
         self._write({"record": "diagnostics", "step": step, "layers": layers})
 
     def membership(self, record: dict) -> None:
-        """Who met in a round, of workers that come and go."""
+        """Write which workers took part in a round, if workers come and go."""
         self._write({"record": "membership", **record})
         self._flush()
 
     def eval(self, record: dict) -> None:
-        """An evaluation on the test set."""
+        """Write an evaluation on the test set."""
         self._write({"record": "eval", **record})
         self._flush()
         write_line(
             f"step {record['step']:>6}  test loss {record['test_loss']:.4f}  "
-            f"{record['w2s_bytes'] / 1e6:.2f} MB sent per worker"
+            f"{traffic(record, self._parameters)}"
         )
 
     def end(self, status: str, **facts) -> None:
-        """The last record: `completed`, `stopped`, or `failed` with an `error`."""
+        """Write the last record: `completed`, `stopped`, or `failed` with an `error`."""
         self._write({"record": "end", "status": status, **facts})
         self._file.close()
         self._display.close()
@@ -154,7 +157,7 @@ class RunLog:
 
 
 class NoLog:
-    """In place of a RunLog, on ranks that write none."""
+    """Stands in for a RunLog on ranks that write no log."""
 
     def size(self) -> None: ...
 
@@ -172,7 +175,7 @@ class NoLog:
 
 
 def completed(directory: Path) -> dict | None:
-    """The configuration of the run if its log has its end record, `completed`; else None."""
+    """The configuration of the run in a directory, if its log says that it completed; else None."""
     path = directory / LOG_NAME
     if not path.exists():
         return None
@@ -185,7 +188,10 @@ def completed(directory: Path) -> dict | None:
 
 
 def _cut(path: Path, size: int):
-    """The file, open for writing behind its first `size` bytes, which it must have."""
+    """The file, cut to its first `size` bytes and open for writing behind them.
+
+    Raises ValueError if it is shorter.
+    """
     if not path.exists() or path.stat().st_size < size:
         raise ValueError(
             f"{path} is shorter than the {size} bytes that the checkpoint knew: put it back, or "
@@ -198,7 +204,7 @@ def _cut(path: Path, size: int):
 
 
 def _commit() -> str | None:
-    """The commit of the code, with `+` behind it if files differ from it; None if git says none."""
+    """The commit of the code, with a `+` if files differ from it; None if git finds none."""
     command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""Who the workers of a run are, as its configuration says it."""
+"""The configuration of a run's membership, and checks of it."""
 
 import socket
 import time
@@ -9,12 +9,12 @@ from omegaconf import DictConfig
 
 from training.workers import RunError
 
-CONNECTION_SECONDS = 10.0  # for a connection of a machine to itself
+CONNECTION_SECONDS = 10.0  # that a machine may take to connect to itself
 
 
 @dataclass
-class Membership:
-    """configs/membership: those but the name are of workers that come and go."""
+class MembershipConfig:
+    """configs/membership. Every key except the name belongs to workers that come and go."""
 
     name: str
     workers: int | None = None
@@ -24,7 +24,7 @@ class Membership:
 
 
 def check_membership(own: DictConfig, resume: str) -> None:
-    """Raise RunError for values out of range, and for those of another kind of membership."""
+    """Raise RunError for values out of range, and for keys of the other membership."""
     if own.name == "fixed":
         for key in ("workers", "worker", "lighthouse", "host"):
             if own[key] is not None:
@@ -52,7 +52,7 @@ def check_membership(own: DictConfig, resume: str) -> None:
     if resume != "auto":
         raise RunError(
             f"resume={resume} is not allowed with membership={own.name}: a worker that "
-            "starts again goes on, leave it at auto"
+            "starts again resumes by itself, leave it at auto"
         )
 
 
@@ -60,7 +60,7 @@ def _require_url(lighthouse: str) -> None:
     try:
         url = urlsplit(lighthouse)
         fits = url.scheme == "http" and url.hostname and url.port and url.path in ("", "/")
-    except ValueError:  # of a port out of range
+    except ValueError:  # the port is out of range
         fits = False
     if not fits:
         raise RunError(
@@ -72,7 +72,7 @@ def _require_url(lighthouse: str) -> None:
 def require_addresses(own: DictConfig, patience: float) -> None:
     """Raise RunError unless the lighthouse's name has an address, and `membership.host` leads here.
 
-    patience: seconds to wait for a resolver that is out of order. The lighthouse need not run yet.
+    patience: seconds to wait for a resolver that does not answer. The lighthouse need not run yet.
     """
     given = f"membership.lighthouse={own.lighthouse}"
     url = urlsplit(own.lighthouse)
@@ -82,7 +82,10 @@ def require_addresses(own: DictConfig, patience: float) -> None:
 
 
 def require_way_here(host: str, given: str, patience: float) -> None:
-    """Raise RunError unless connections to `host` reach this machine; given: `host` in words."""
+    """Raise RunError unless connections to `host` reach this machine.
+
+    given: what the error begins with, such as "membership.host=NAME".
+    """
     hint = "give membership.host=NAME, by which the other workers reach this machine"
     address = _resolve(host, given, hint, patience)
     both = socket.has_dualstack_ipv6()
@@ -96,7 +99,7 @@ def require_way_here(host: str, given: str, patience: float) -> None:
 
 
 def _resolve(host: str, given: str, hint: str, patience: float) -> str:
-    """An address of the host."""
+    """An address of the host. Raises RunError if it has none."""
     until = time.monotonic() + patience
     while True:
         try:

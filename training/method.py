@@ -21,8 +21,8 @@ from training.local_steps import build_local_steps, stepped_by
 from training.workers import RunError
 
 METHODS = (Communicating, AllReduced)  # what train.py can use
-FEEDBACK = {"ef21": "EF21", "ef14": "EF14", "none": "no feedback"}  # as figures name it
-# What optimizers get from elsewhere than configs/optimizer.
+FEEDBACK = {"ef21": "EF21", "ef14": "EF14", "none": "no feedback"}  # names in figures
+# Arguments of optimizers that do not come from configs/optimizer.
 ELSEWHERE = {
     *("params", "norm", "radius", "w2s", "s2w", "seed"),
     *("process_group", "mesh", "buffers", "transport"),
@@ -30,9 +30,9 @@ ELSEWHERE = {
 
 
 def parameter_groups(config: DictConfig, model: nn.Module) -> list[dict]:
-    """The model's parameters by role, with what configs/norm gives it: norm, radius, compressors.
+    """The model's parameter groups by role, with the norm, radius and compressors of configs/norm.
 
-    Roles without compressors of their own take the configuration's.
+    Roles without compressors of their own take those of the configuration.
     """
     rules = {
         role: {
@@ -47,7 +47,7 @@ def parameter_groups(config: DictConfig, model: nn.Module) -> list[dict]:
 
 
 def require_parts(config: DictConfig, model: nn.Module) -> None:
-    """Raise RunError for a class of the optimizer's that cannot be built on this node."""
+    """Raise RunError for a class of the configuration that cannot be built on this node."""
     parameter_groups(config, model)
     for key in WAYS:
         build(config[key], key)
@@ -64,10 +64,17 @@ def build_optimizer(
     mesh: DeviceMesh | None = None,
     transport: Callable[[type], Transport | None] = lambda method: None,
 ) -> torch.optim.Optimizer:
-    """The optimizer of all workers; of workers of several ranks in the mesh.
+    """Build the optimizer that a configuration describes.
 
-    Their messages go by the process group, or by a `transport` of the method. Raises
-    RunError for choices that contradict one another.
+    Args:
+        config: the configuration of the run.
+        model: the model, whole or sharded.
+        group: the process group of messages, None for the default group.
+        mesh: the mesh of workers of several ranks.
+        transport: a function from the optimizer's class to its transport, None for the usual one.
+
+    Raises:
+        RunError: for choices that contradict each other.
     """
     make = build(config.optimizer, "optimizer", _partial_=True)
     _require_arguments(make)
@@ -76,7 +83,7 @@ def build_optimizer(
     if config.ranks_per_worker == 1:
         place["process_group"] = group
     else:
-        place["mesh"] = _ranks_of_a_worker(config, groups, mesh)
+        place["mesh"] = _worker_mesh(config, groups, mesh)
     with explained("optimizer"):
         optimizer = assemble(config, make, groups, place)
     _require_accord(config, optimizer)
@@ -86,9 +93,9 @@ def build_optimizer(
 def assemble(
     config: DictConfig, make: partial, groups: list[dict], place: dict
 ) -> torch.optim.Optimizer:
-    """That of `make`, with all that it is given beside the options of configs/optimizer.
+    """Call `make` with all arguments that do not come from configs/optimizer.
 
-    place: its process group or mesh, and a transport if it is no usual one.
+    place: the process group or mesh, and the transport if it is not the usual one.
     """
     if issubclass(make.func, LocalSteps):
         return build_local_steps(config, make, groups, place)
@@ -99,26 +106,27 @@ def assemble(
     return make([stepped_by(make.func, group) for group in groups], **seed, **place)
 
 
-def _ranks_of_a_worker(config: DictConfig, groups: list[dict], mesh: DeviceMesh) -> WorkerMesh:
+def _worker_mesh(config: DictConfig, groups: list[dict], mesh: DeviceMesh) -> WorkerMesh:
     parameters = [parameter for group in groups for _, parameter in group["params"]]
     if len(parameters) < config.ranks_per_worker:
         raise RunError(
-            f"ranks_per_worker={config.ranks_per_worker} leaves ranks without a layer: the model has "
-            f"{len(parameters)}, give at most as many"
+            f"ranks_per_worker={config.ranks_per_worker} leaves ranks without a layer: the model "
+            f"has {len(parameters)}, give at most as many"
         )
     return WorkerMesh(parameters, mesh=mesh)
 
 
 def _require_several_ranks(config: DictConfig, method: type) -> None:
-    """Raise RunError for a method whose workers have one rank."""
+    """Raise RunError for a method whose workers can only have one rank."""
     if not issubclass(method, EF21Muon | LocalSteps):
         raise RunError(
-            f"ranks_per_worker={config.ranks_per_worker} needs optimizer=ef21_muon or local: set it to 1"
+            f"ranks_per_worker={config.ranks_per_worker} needs optimizer=ef21_muon or local: "
+            "set it to 1"
         )
 
 
 def _require_arguments(make: partial) -> None:
-    """Raise RunError for a class that is none of METHODS, and for what it does not take."""
+    """Raise RunError for a class that is none of METHODS, and for arguments that it lacks."""
     if not (isinstance(make.func, type) and issubclass(make.func, METHODS)):
         raise RunError(
             f"optimizer._target_={make.func.__qualname__} is not allowed: give "
@@ -157,22 +165,22 @@ def _require_accord(config: DictConfig, optimizer: torch.optim.Optimizer) -> Non
     if config.resume == "elastic" and not elastic:
         raise RunError(
             f"resume=elastic is not allowed for {run_label(optimizer)}: it needs "
-            "optimizer=ef21_muon with feedback=ef21, or local without sync_delay, and ranks_per_worker=1; "
-            "start as many workers as before, with resume=auto"
+            "optimizer=ef21_muon with feedback=ef21, or local without sync_delay, and "
+            "ranks_per_worker=1; start as many workers as before, with resume=auto"
         )
     require_whole_rounds(optimizer.rounds, config.steps)
 
 
 def require_whole_rounds(rounds: Rounds, steps: int) -> None:
-    """Raise RunError for rounds that do not fit into a run of so many steps."""
+    """Raise RunError for rounds that are longer than the run."""
     if problem := longer_than(rounds, steps):
         raise RunError(problem)
 
 
 def longer_than(rounds: Rounds, steps: int) -> str | None:
-    """What to do about rounds that do not end within the steps; None if each length of them does.
+    """What to do about rounds that are longer than the steps left for them; None if none is.
 
-    What is left at the end of a run is sent as well, so that its last round may be a shorter one.
+    The last round of a run may be shorter: what is left at the end is sent as well.
     """
     for first, length in rounds.stretches:
         left = steps - first
@@ -196,16 +204,16 @@ def longer_than(rounds: Rounds, steps: int) -> str | None:
 
 
 def has_servers(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it sends messages to servers: no baseline does, though one builds on a step here."""
+    """Whether an optimizer sends messages to servers. No baseline does."""
     return optimizer.server is not None and not isinstance(optimizer, AllReduced)
 
 
 def run_label(
     optimizer: torch.optim.Optimizer, gather: Callable[[list], list[list]] = lambda own: [own]
 ) -> str:
-    """The run's name in figures: the method, or what EF21-Muon sends.
+    """The name of a run in figures: the baseline, or the compressors and options of a method.
 
-    gather: the lists of all ranks of the worker, each of which sends some of its layers.
+    gather: returns the lists of all ranks of a worker, since each rank sends some of the layers.
     """
     if not has_servers(optimizer):
         return optimizer.title
@@ -239,7 +247,7 @@ def run_label(
 
 
 def _sent(optimizer: Communicating) -> list[tuple[str, str, str, str]]:
-    """Of this rank's layers: group, direction, the compressor that was chosen, what is sent."""
+    """Of each batch of this rank's layers: group, direction, compressor chosen and in use."""
     sent = []
     for batch in optimizer.batches:
         rule = optimizer.rules[batch.group]
@@ -250,13 +258,13 @@ def _sent(optimizer: Communicating) -> list[tuple[str, str, str, str]]:
 
 
 def _name(direction: str, chosen: str, sent: list[tuple[str, str, str, str]]) -> str:
-    """The compressor by its name, or what all layers that have it send because it saves no byte."""
+    """The chosen compressor, or the one that all its layers use because it sends fewer bytes."""
     used = {used for _, *one, used in sent if one == [direction, chosen]}
     return used.pop() if len(used) == 1 else chosen
 
 
 def _local_label(optimizer: LocalSteps) -> str:
-    """What is not the default of local steps."""
+    """The options of local steps that are not their defaults."""
     names = {type(inner).__name__ for inner in optimizer.inner} - {"EF21Muon"}
     options = [f"sync every {optimizer.rounds}", *sorted(names)]
     if optimizer.feedback != "ef14":

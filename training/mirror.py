@@ -1,4 +1,4 @@
-"""The copy of a run's numbers in wandb. A run is worth more than it, and does not wait for it."""
+"""The copy of a run's numbers in wandb. The run does not depend on it, and does not wait for it."""
 
 import os
 import re
@@ -13,17 +13,17 @@ from training.console import write_line
 from training.records import LOG_NAME
 from training.workers import RunError, one_line
 
-SERVICE = "WANDB_SERVICE"  # by which wandb finds its process again, and those of child processes
+SERVICE = "WANDB_SERVICE"  # the variable by which wandb and child processes find its service
 ID_FILE = "wandb_id"  # in the run's directory, for when the run is resumed
 MOST_WAITING = 10_000  # records that wandb has not taken, after which it counts as hanging
-PATIENCE = 120.0  # seconds for wandb to end, of a run that is complete
-SHORT_PATIENCE = 10.0  # of one that was stopped, which may be killed soon
+PATIENCE = 120.0  # seconds for wandb to finish after a run that is complete
+SHORT_PATIENCE = 10.0  # the same after a run that was stopped, and may be killed soon
 
 
 class Mirror:
-    """A run of wandb. No call fails, and `finish` alone waits; a line says if the run is lost.
+    """A run of wandb. No call fails, and only `finish` waits. A line warns if the run is lost.
 
-    A new run has an id of its own, and a `resumed` run the one in its directory. Raises RunError if
+    A new run gets a new id, and a `resumed` run takes the id in its directory. Raises RunError if
     wandb does not start for a new run.
     """
 
@@ -52,7 +52,7 @@ class Mirror:
         self._add(lambda: self._run.log(numbers, step=step))
 
     def finish(self, status: str) -> None:
-        """Wait for what is under way, for a while; `status` is that of the end record."""
+        """Wait a while for wandb to finish. status: that of the end record."""
         self._add(lambda: self._run.finish(exit_code=1 if status == "failed" else 0))
         self._add(None)
         patience = PATIENCE if status == "completed" else SHORT_PATIENCE
@@ -73,7 +73,7 @@ class Mirror:
         try:
             while task := self._tasks.get():
                 task()
-        except BaseException as error:  # of any kind that wandb, or what it uses, may raise
+        except BaseException as error:  # wandb may raise anything
             self._problem = one_line(error)
         self._done.set()
 
@@ -91,7 +91,7 @@ class Mirror:
 
 
 class NoMirror:
-    """In place of a Mirror, where none was asked for."""
+    """Stands in for a Mirror that was not asked for."""
 
     def log(self, numbers: dict, step: int) -> None: ...
 
@@ -99,7 +99,7 @@ class NoMirror:
 
 
 def init(**options):
-    """As wandb.init, also where the service of an earlier run in this process is lost."""
+    """Call wandb.init, also if the service of an earlier run in this process is lost."""
     import wandb
 
     try:
@@ -107,7 +107,7 @@ def init(**options):
     except Exception:
         if os.environ.pop(SERVICE, None) is None:
             raise
-        with suppress(Exception):  # it says once more that the service is lost
+        with suppress(Exception):  # it raises once more that the service is lost
             wandb.teardown()
         return wandb.init(**options)
 
@@ -121,7 +121,7 @@ def _start(config: dict, directory: Path, label: str, run_id: str):
         config=config,
         id=run_id,
         resume="allow",
-        settings={"console": "off"},  # else every line that is printed goes by wandb, too
+        settings={"console": "off"},  # otherwise wandb captures every printed line
     )
     (directory / ID_FILE).write_text(run_id)
     return run

@@ -1,7 +1,7 @@
 """What has to be the same on all nodes: code, torch, classes, tokens, and the run's directory.
 
-Each is compared before the training, over all workers; what differs is one line that names a rank,
-its host and what to do.
+All workers compare these before the training. The error for a difference names a rank, its host,
+and what to do.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ from training.causes import is_installed
 from training.workers import RunError, Workers
 
 CODE = {"__main__", "train", "model", "training", "baselines", "data", "ef21_muon"}
-SEEN_WITHIN = 10.0  # seconds for what one node has written to be seen on another
+SEEN_WITHIN = 10.0  # seconds until a file written on one node has to be visible on another
 
 
 def require_same_code(workers: Workers) -> None:
-    """Raise RunError where another torch is installed, or a file of the code is another one."""
+    """Raise RunError if ranks have different versions of torch or different code."""
     loaded = [name for name in sys.modules if name.partition(".")[0] in CODE]
     everywhere = set.intersection(*map(set, workers.gather(loaded)))
-    facts = {"torch": torch.__version__.partition("+")[0]}  # without what it was built for
+    facts = {"torch": torch.__version__.partition("+")[0]}  # without the build, such as +cpu
     for name in sorted(everywhere):
         facts[name.replace("__main__", "train")] = _digest(name) or ""
     _require_same(facts, workers, "use the same code and the same torch on all nodes")
@@ -37,9 +37,9 @@ def require_same_code(workers: Workers) -> None:
 def require_same_inputs(
     config: DictConfig, streams: dict[str, TokenStream], workers: Workers
 ) -> None:
-    """Raise RunError where tokens differ, or the file of a class that the configuration names.
+    """Raise RunError if tokens differ, or the files of classes that the configuration names.
 
-    Of tokens the numbers and samples are compared. The classes have to be imported by now.
+    Numbers and samples of the tokens are compared. The classes have to be imported already.
     """
     if workers.count > 1:
         everywhere = set.intersection(*map(set, workers.gather([*_modules_of_users()])))
@@ -48,16 +48,16 @@ def require_same_inputs(
 
 
 def require_shared(directory: Path, workers: Workers) -> None:
-    """Raise RunError where a rank does not see the run's directory of rank 0, or may not write it.
+    """Raise RunError if a rank does not see rank 0's run directory, or may not write into it.
 
-    Every rank writes a file into it, which rank 0 looks for, and removes it again.
+    Every rank writes a file into it and removes it again, once rank 0 has looked for all files.
     """
     if workers.count == 1:
         return
     folder = directory / "checkpoints"
     if not workers.broadcast(workers.first and folder.is_dir()):
         folder = directory
-    # Named as what an ended process left, which the next start removes.
+    # Named like an unfinished file: if the process ends here, the next start removes it.
     token = workers.broadcast(secrets.token_hex(4))
     names = [f"shared.{rank}-{token}.partial" for rank in range(workers.count)]
     problem = None
@@ -67,7 +67,7 @@ def require_shared(directory: Path, workers: Workers) -> None:
         problem = error.strerror
     try:
         places = workers.gather((socket.gethostname(), _absolute(folder), problem))
-        patience = min(SEEN_WITHIN, workers.timeout.total_seconds() / 2)  # the others wait for it
+        patience = min(SEEN_WITHIN, workers.timeout.total_seconds() / 2)  # the others wait
         missing = workers.broadcast(_not_seen(folder, names, patience) if workers.first else None)
     finally:
         with suppress(OSError):
@@ -86,12 +86,12 @@ def require_shared(directory: Path, workers: Workers) -> None:
 def _absolute(folder: Path) -> str:
     try:
         return str(folder.resolve())
-    except OSError:  # of a working directory that is gone
+    except OSError:  # the working directory is gone
         return str(folder)
 
 
 def _not_seen(folder: Path, names: list[str], patience: float) -> list[int]:
-    """The ranks whose files are not there, also after so many seconds."""
+    """The ranks whose files are still missing after `patience` seconds."""
     until = time.monotonic() + patience
     while missing := [rank for rank, name in enumerate(names) if not (folder / name).exists()]:
         if time.monotonic() > until:
@@ -101,7 +101,7 @@ def _not_seen(folder: Path, names: list[str], patience: float) -> list[int]:
 
 
 def _modules_of_users() -> Iterator[str]:
-    """The modules that are neither Python's, nor installed, nor of this code."""
+    """The loaded modules that belong neither to Python nor to a package nor to this code."""
     for name, module in [*sys.modules.items()]:
         path = getattr(module, "__file__", None)
         of_code = name.partition(".")[0] in CODE
@@ -131,7 +131,10 @@ def _targets(node: object) -> Iterator[str]:
 
 
 def _digest(name: str) -> str | None:
-    """Of the file of a module, or of the module that a dotted name is in; None without a file."""
+    """The hash of the file of a module, or of the module that has a dotted name.
+
+    None if there is no file.
+    """
     while name not in sys.modules and "." in name:
         name = name.rpartition(".")[0]
     path = getattr(sys.modules.get(name), "__file__", None)
@@ -141,7 +144,7 @@ def _digest(name: str) -> str | None:
 
 
 def _require_same(facts: dict[str, str], workers: Workers, remedy: str) -> None:
-    """Raise RunError, on all workers alike, with what the first rank that differs has."""
+    """Raise RunError, on all workers, with the first rank that differs from rank 0, and how."""
     digest = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
     if len({*workers.gather(digest)}) == 1:
         return

@@ -1,8 +1,8 @@
 """Which settings of the study hide their messages behind the computation, for a model and a link.
 
-With local steps and `optimizer.sync_delay=D` a message travels for D steps, each way, while the training
-goes on. It is hidden where it takes no longer than those, and D is less than the steps of a round,
-or than half of them where servers send back. Anything else is waited for.
+With local steps and `optimizer.sync_delay=D` a message travels for D steps, each way, while the
+training continues. It is hidden if it takes no longer than D steps. D has to be less than the steps
+of a round, or than half of them if servers send messages back. Otherwise the training waits.
 """
 
 import math
@@ -23,19 +23,19 @@ from training.traffic import groups_of, loads_by_placement, rounds_of_method
 
 NOT_RUN = "not run"
 NOTE = """\
-The settings of the study, for this model. Messages are hidden where they travel while the training
-goes on: with local steps and optimizer.sync_delay=D they have D steps, each way. Here are the seconds
-that a step has to compute for that, at the longest delay that a round allows. Without a delay a
-round is waited for, as a message a step always is: "waits" has the seconds of it in every step, of
-which some pass while other messages are encoded. Losses are over those of as many workers without
-compression (results/README.md: 0.8 M parameters, 600 steps, no delay)."""
+The settings of the study, for this model. Messages are hidden if they travel while the training
+continues: with local steps and optimizer.sync_delay=D they have D steps, each way. The table has
+the seconds that a step has to compute for that, at the longest delay that a round allows. Without
+a delay the training waits for a round, as it always does with one round per step: "waits" is these
+seconds per step; some of them pass while other messages are encoded. The loss gap compares with as
+many workers without compression (results/README.md: 0.8 M parameters, 600 steps, no delay)."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A round of a setting, of so many workers: its fewest steps, and what its busiest rank moves.
+    """A round of a setting on so many workers: its fewest steps, and the max traffic per rank.
 
-    size: bytes sent or received, whichever is more; ways: 2 where servers send something back.
+    size: the bytes sent or received, whichever is more; ways: 2 if servers send something back.
     """
 
     setting: Setting
@@ -46,7 +46,7 @@ class Exchange:
 
     @property
     def longest_delay(self) -> int:
-        """In steps, each way; 0 where each message is waited for."""
+        """The longest delay in steps, each way; 0 if the training waits for every message."""
         return (self.steps - 1) // self.ways
 
     @property
@@ -56,18 +56,21 @@ class Exchange:
 
     @property
     def over(self) -> str:
-        """What the study saw."""
+        """The loss gap in the study."""
         over = self.setting.over.get(self.workers)
         return NOT_RUN if over is None else f"{over:+.1f} %"
 
     def seconds(self, rate: float, latency: float = 0.0) -> float:
-        """A round's, waited for; rate in bits a second, latency in seconds, one way."""
+        """The seconds of a round without a delay.
+
+        rate: bits per second. latency: seconds, one way.
+        """
         return 8 * self.size / rate + self.ways * latency
 
     def delay(self, step: float, rate: float, latency: float) -> int | None:
-        """The shortest that hides it behind steps of so many seconds, None where none does.
+        """The shortest delay that hides the round behind steps of `step` seconds; None if none is.
 
-        Either way might be that of all the bytes.
+        Each way is taken to carry all the bytes.
         """
         one_way = 8 * self.size / rate + latency
         if one_way > self.longest_delay * step:
@@ -76,11 +79,11 @@ class Exchange:
 
 
 def overlap(config: DictConfig, model: GPT) -> list[str]:
-    """The study's map for this model, and what `plan` hides of it, as paragraphs.
+    """The study's map for this model, and which settings are hidden under `plan`, as paragraphs.
 
-    The model may be without values. Of the configuration only the model, the length of the run, its
-    schedule and `plan` matter: settings have optimizer, norms and compressors of their own. Those
-    with rounds that are longer than the run are left out.
+    The model may be on the meta device. Only the configuration's model, length of the run, schedule
+    and `plan` matter: settings have their own optimizer, norms and compressors. Settings whose
+    rounds are longer than the run are left out.
     """
     exchanges = list(_exchanges(config, model))
     parts = [NOTE, _shortest_steps(exchanges)]
@@ -101,7 +104,9 @@ def _exchanges(config: DictConfig, model: GPT) -> Iterator[Exchange]:
         for setting, method, groups in of_settings:
             server, load = next(iter(loads_by_placement(method, groups, workers).items()))
             steps = min(rounds_of_method(method).lengths)
-            yield Exchange(setting, workers, steps, load.bytes, 1 if server == "replicated" else 2)
+            yield Exchange(
+                setting, workers, steps, load.max_traffic, 1 if server == "replicated" else 2
+            )
 
 
 @cache
@@ -110,7 +115,7 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
 
 
 def _shortest_steps(exchanges: list[Exchange]) -> str:
-    heading = ["workers", "setting of the study", "loss", "bytes a round"]
+    heading = ["workers", "setting of the study", "loss gap", "bytes per round"]
     rows = [[*heading, *LINKS]]
     for one in exchanges:
         seconds = map(one.seconds, LINKS.values())
@@ -130,7 +135,7 @@ def _at_this_link(config: DictConfig, exchanges: list[Exchange]) -> list[str]:
     plan = config.plan
     step, link = plan.step_seconds, (1e6 * plan.mbit, plan.latency_ms / 1000)
     delays = [(one, one.delay(step, *link)) for one in exchanges]
-    rows = [["workers", "setting of the study", "loss", "s a round", "waits", "hidden with"]]
+    rows = [["workers", "setting of the study", "loss gap", "s per round", "waits", "hidden with"]]
     for one, delay in delays:
         seconds = one.seconds(*link)
         rows.append(
@@ -142,24 +147,24 @@ def _at_this_link(config: DictConfig, exchanges: list[Exchange]) -> list[str]:
             ]
         )
     return [
-        f"Behind {step:g} s of computation a step, at {plan.mbit:g} Mbit/s and {plan.latency_ms:g} "
-        'ms one way; "waits" is the share of the time, without a delay.',
+        f"With {step:g} s of computation per step, {plan.mbit:g} Mbit/s and {plan.latency_ms:g} ms "
+        'one way; "waits" is the share of the time without a delay.',
         table(rows),
-        "Hidden, of the lowest loss in the study; in place of what else the command line has of "
+        "The hidden setting with the lowest loss in the study. These overrides replace those of "
         "optimizer, norm and compressors:",
         *(_answer(config, workers, delays) for workers in WORKERS),
     ]
 
 
 def _answer(config: DictConfig, workers: int, delays: list[tuple[Exchange, int | None]]) -> str:
-    """The best of what is hidden, by each one's loss with as many workers, or the next fewer."""
+    """The hidden setting of lowest loss with as many workers, or with the next fewer that ran."""
     hidden = [(one, d) for one, d in delays if one.workers == workers and d is not None]
     if not hidden:
         return f"{workers} workers: none, the steps are too short for this link"
     run = [(one, delay) for one, delay in hidden if one.seen]
     one, delay = min(run, key=lambda pair: pair[0].setting.over[pair[0].seen])
     seen = one.seen
-    told = f"{one.setting.over[seen]:+.1f} %"
-    told += "" if seen == workers else f" with {seen} workers, {NOT_RUN} with {workers}"
+    gap = f"{one.setting.over[seen]:+.1f} %"
+    gap += "" if seen == workers else f" with {seen} workers, {NOT_RUN} with {workers}"
     overrides = shlex.join([*one.setting.overrides(config), f"optimizer.sync_delay={delay}"])
-    return f"{workers} workers: {one.setting.words} ({told}):\n{overrides}"
+    return f"{workers} workers: {one.setting.words} ({gap}):\n{overrides}"

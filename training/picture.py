@@ -1,4 +1,4 @@
-"""Pictures of runs: test loss against tokens and against bytes sent, one line a run.
+"""Pictures of runs: test loss against tokens and against bytes sent, one line per run.
 
 The same logs always give the same files.
 """
@@ -12,12 +12,12 @@ from data.files import whole_file
 from training.drawing import EngFormatter, Figure, LogLocator, MaxNLocator, NullLocator, matplotlib
 from training.records import BYTES_PER_PARAMETER, LOG_NAME, Log, read_log
 
-# The colours of Okabe and Ito (https://jfly.uni-koeln.de/color/) but for yellow, which is lost on
-# white paper. Three cycles of different lengths: runs that share a colour differ in the rest.
+# The colours of Okabe and Ito (https://jfly.uni-koeln.de/color/), without yellow, which is hard to
+# see on white paper. The three cycles have different lengths, so that runs of one colour differ.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v")
-MARKERS_A_LINE = 10
+MARKERS_PER_LINE = 10
 MOST_RUNS_IN_INNER_LEGEND = 8
 
 STYLE = {
@@ -37,7 +37,7 @@ STYLE = {
 
 
 def unique_labels(logs: Sequence[Log], run_directories: Sequence[Path]) -> list[str]:
-    """The label of each run, with its directory where several runs share one."""
+    """The label of each run, with its directory if several runs have the same label."""
     labels = [log.run["label"] for log in logs]
     shared = {label for label, count in Counter(labels).items() if count > 1}
     if not shared:
@@ -52,7 +52,7 @@ def unique_labels(logs: Sequence[Log], run_directories: Sequence[Path]) -> list[
 def build_figure(logs: Sequence[Log], labels: Sequence[str]) -> Figure:
     """The figure: test loss against tokens on the left, against w2s bytes on the right.
 
-    Bytes are one worker's, in sizes of the model (4 bytes a parameter). The right axis is
+    Bytes are those of one worker over the model size (4 bytes per parameter). The right axis is
     logarithmic, so evaluations before the first sent byte appear on the left only.
     """
     outside = len(logs) > MOST_RUNS_IN_INNER_LEGEND
@@ -80,7 +80,7 @@ def build_figure(logs: Sequence[Log], labels: Sequence[str]) -> Figure:
 
 
 def line_look(index: int) -> dict:
-    """Colour, line and marker of a figure's line."""
+    """The colour, line style and marker of the line with this index."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": LINES[index % len(LINES)],
@@ -89,28 +89,28 @@ def line_look(index: int) -> dict:
 
 
 def plain_losses(axes) -> None:
-    """Losses on the left as plain numbers."""
+    """Show losses on the vertical axis as plain numbers."""
     axes.yaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def plain_sizes(axes, ticks_a_decade: Sequence[float] = (1, 2, 5)) -> None:
-    """Sizes below, on a logarithmic axis, as plain numbers."""
-    axes.xaxis.set_major_locator(LogLocator(subs=ticks_a_decade))
+def plain_sizes(axes, ticks_per_decade: Sequence[float] = (1, 2, 5)) -> None:
+    """Show sizes on the horizontal, logarithmic axis as plain numbers."""
+    axes.xaxis.set_major_locator(LogLocator(subs=ticks_per_decade))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
 
 
 def ticks_alone(axes, labels: dict[float, str]) -> None:
-    """Below, on a logarithmic axis, these values alone."""
+    """Show only these values on the horizontal, logarithmic axis."""
     axes.set_xscale("log")
     axes.set_xticks(list(labels), list(labels.values()))
     axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _plot(axes, x: list, y: list, look: dict) -> None:
-    step = max(1, len(x) // MARKERS_A_LINE)
+    step = max(1, len(x) // MARKERS_PER_LINE)
     last_marked = ((len(x) - 1) % step, step)
     axes.plot(x, y, markevery=last_marked, **look)
 
@@ -123,15 +123,15 @@ def _describe(by_tokens, by_bytes) -> None:
     if any(len(line.get_xdata()) for line in by_bytes.lines):
         by_bytes.set_xscale("log")
         least, most = by_bytes.get_xlim()
-        ticks_a_decade = (1, 2, 5) if most / least < 10_000 else (1,)
-        plain_sizes(by_bytes, ticks_a_decade)
+        ticks_per_decade = (1, 2, 5) if most / least < 10_000 else (1,)
+        plain_sizes(by_bytes, ticks_per_decade)
     else:
         by_bytes.set_xticks([])
         by_bytes.text(0.5, 0.5, "no bytes sent", ha="center", transform=by_bytes.transAxes)
 
 
 def draw(run_directories: Sequence[Path], output_directory: Path) -> list[Path]:
-    """Draw the runs into `output_directory`; returns the two files. Raises like `read_log`."""
+    """Draw the runs into `output_directory`; return the two files. Raises like `read_log`."""
     run_directories = [Path(directory).resolve() for directory in run_directories]
     logs = [read_log(directory / LOG_NAME) for directory in run_directories]
     figure = build_figure(logs, unique_labels(logs, run_directories))
@@ -141,7 +141,7 @@ def draw(run_directories: Sequence[Path], output_directory: Path) -> list[Path]:
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write stem.png and stem.svg, the same bytes for the same figure; returns the two files."""
+    """Write stem.png and stem.svg, the same bytes for the same figure; return the two files."""
     png, svg = stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")
     with matplotlib.rc_context(STYLE):
         with whole_file(png) as file:

@@ -1,4 +1,4 @@
-"""What a run will take, told without training: tokens, bytes, memory, and time on a link."""
+"""What a run would take, computed without training: tokens, bytes, memory, and time on a link."""
 
 from functools import partial
 
@@ -28,12 +28,14 @@ WEIGHED = (
 
 
 def plan(config: DictConfig) -> str:
-    """Tables for EF21-Muon or local steps on 2, 4 and 8 workers; the model has no values.
+    """The tables of dry_run for EF21-Muon or local steps on 2, 4 and 8 workers.
 
-    Memory is of parameters, gradients and the optimizer's state of the rank that holds most of it,
-    without activations and without what an inner optimizer of torch's keeps. The time of a round is
-    that of the bytes which the busiest rank sends, at the link's rate. Last comes the study's map,
-    for this model. Raises RunError for a baseline, and for a round longer than the run.
+    The model stays on the meta device. Memory is that of parameters, gradients and optimizer state
+    on the rank that holds most of it, without activations and without the state of inner optimizers
+    of torch. The time of a round is that of the max bytes sent per rank, at the link's rate. The
+    last part is the study's map for this model.
+
+    Raises RunError for a baseline, and for a round that is longer than the run.
     """
     method = build(config.optimizer, "optimizer", _partial_=True)
     if method.func not in (EF21Muon, LocalSteps):
@@ -48,11 +50,11 @@ def plan(config: DictConfig) -> str:
     facts = [
         ["plan", ""],
         ["parameters", f"{model_config.parameter_count:,}"],
-        ["tokens a step", f"{tokens:,}"],
+        ["tokens per step", f"{tokens:,}"],
         ["steps", f"{config.steps:,}"],
-        ["steps a round", str(rounds_of_method(method))],
+        ["steps per round", str(rounds_of_method(method))],
         ["tokens", f"{config.steps * tokens:,}"],
-        ["tokens a parameter", f"{config.steps * tokens / model_config.parameter_count:.3g}"],
+        ["tokens per parameter", f"{config.steps * tokens / model_config.parameter_count:.3g}"],
     ]
     groups = groups_of(config, model)
     rounds = _rounds(config, method, model, groups)
@@ -61,17 +63,17 @@ def plan(config: DictConfig) -> str:
 
 
 def _rounds(config: DictConfig, method: partial, model: GPT, groups: list[dict]) -> str:
-    heading = ["workers", "w2s a round", "of float32", "s2w a round", "w2s a run"]
-    rows = [[*heading, "GB a rank", *(f"s at {link}" for link in LINKS), "servers"]]
+    heading = ["workers", "w2s per round", "of float32", "s2w per round", "w2s per run"]
+    rows = [[*heading, "GB per rank", *(f"s at {link}" for link in LINKS), "servers"]]
     whole = 4 * sum(parameter.numel() for group in groups for parameter in group["params"])
-    rounds = rounds_of_method(method).of(config.steps - 1)[0] + 1  # the last may be a shorter one
+    rounds = rounds_of_method(method).of(config.steps - 1)[0] + 1  # the last may be shorter
     for workers in WORKERS:
         server = method.keywords.get("server", AUTO)
         if server == AUTO:
             server, *_ = loads_by_placement(method, groups, workers)
         of_ranks = [_optimizer(config, method, model, server, r, workers) for r in range(workers)]
         traffic = [dry_round(one.batches, rank, workers) for rank, one in enumerate(of_ranks)]
-        busiest = max(one.wire_tx_bytes for one in traffic)
+        most_sent = max(one.wire_tx_bytes for one in traffic)
         memory = 2 * whole + max(map(_state_bytes, of_ranks))
         w2s, s2w = traffic[0].w2s_bytes, traffic[0].s2w_bytes
         rows.append(
@@ -82,7 +84,7 @@ def _rounds(config: DictConfig, method: partial, model: GPT, groups: list[dict])
                 f"{s2w:,}",
                 f"{rounds * w2s:,}",
                 f"{memory / 1e9:.2f}",
-                *(f"{8 * busiest / rate:.3g}" for rate in LINKS.values()),
+                *(f"{8 * most_sent / rate:.3g}" for rate in LINKS.values()),
                 server,
             ]
         )
@@ -90,20 +92,20 @@ def _rounds(config: DictConfig, method: partial, model: GPT, groups: list[dict])
 
 
 def _placements(method: partial, groups: list[dict]) -> str:
-    """What the busiest rank moves in a round, and its time a step, wherever servers may be.
+    """The max traffic per rank in a round, and its time per step, for every placement of servers.
 
-    Where rounds change, of the shortest.
+    If the length of rounds changes, the shortest counts.
     """
     every = min(rounds_of_method(method).lengths)
-    heading = [f"busiest rank, {workers} workers" for workers in WORKERS]
-    columns = ("multiplications", f"s a step at {SLOWEST}")
+    heading = [f"max bytes per rank, {workers} workers" for workers in WORKERS]
+    columns = ("multiplications", f"s per step at {SLOWEST}")
     rows = [["servers", *(cell for name in heading for cell in (name, *columns))]]
     by_workers = [loads_by_placement(method, groups, workers) for workers in WORKERS]
     for server in by_workers[0]:
         cells = [server]
         for load in (loads[server] for loads in by_workers):
-            seconds = 8 * load.bytes / LINKS[SLOWEST] / every
-            cells += [f"{load.bytes:,}", f"{load.multiplications:.2g}", f"{seconds:.3g}"]
+            seconds = 8 * load.max_traffic / LINKS[SLOWEST] / every
+            cells += [f"{load.max_traffic:,}", f"{load.max_multiplications:.2g}", f"{seconds:.3g}"]
         rows.append(cells)
     return f"{table(rows)}\n\n{WEIGHED}"
 
@@ -111,7 +113,7 @@ def _placements(method: partial, groups: list[dict]) -> str:
 def _optimizer(
     config: DictConfig, method: partial, model: GPT, server: str, rank: int, workers: int
 ) -> Communicating:
-    """That of a rank among so many, which sends nothing."""
+    """The optimizer of a rank among so many, which sends nothing."""
     make = partial(method.func, **method.keywords | {"server": server})
     place = {"transport": Transport(rank=rank, ranks=workers), "process_group": ALONE}
     return assemble(config, make, parameter_groups(config, model), place)

@@ -1,4 +1,4 @@
-"""The records of a run's log, metrics.jsonl, and how they are read."""
+"""The records of a run's log, metrics.jsonl: reading them, and their traffic in words."""
 
 import json
 from dataclasses import dataclass
@@ -18,6 +18,37 @@ NEEDED_FIELDS = {
     "membership": ("workers",),
 }
 BYTES_PER_PARAMETER = 4
+
+
+def both_ways(sent: int) -> int:
+    """The uncompressed traffic of a worker, in bytes: it sends `sent`, and receives as many."""
+    return 2 * sent
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes in MB, 10^6 bytes."""
+    return f"{size / 1e6:,.1f} MB"
+
+
+def ratio(record: dict, uncompressed: int) -> str:
+    """How many times less than `uncompressed` bytes a worker has sent and received together.
+
+    Empty if it has sent and received nothing.
+    """
+    moved = record["w2s_bytes"] + record["received_bytes"]
+    return f"{uncompressed / moved:,.1f}x less" if moved else ""
+
+
+def traffic(record: dict, parameters: int) -> str:
+    """The traffic of a worker up to a record, in words.
+
+    It is compared with float32 both ways: a worker that sends a gradient of 4 bytes per parameter
+    and receives a model of the same size in every step.
+    """
+    sent, received = (megabytes(record[key]) for key in ("w2s_bytes", "received_bytes"))
+    less = ratio(record, both_ways(record["step"] * BYTES_PER_PARAMETER * parameters))
+    compared = f", {less} than uncompressed (both ways)" if less else ""
+    return f"sent {sent}, received {received} per worker{compared}"
 
 
 @dataclass(frozen=True)

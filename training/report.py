@@ -1,4 +1,4 @@
-"""The tables that a run prints: its parameter groups first, its bytes last."""
+"""The tables that a run prints: its parameter groups first, its traffic last."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,12 @@ from ef21_muon.layers import Batch
 from ef21_muon.norms import AdaptiveRadius
 from training.fleet import comes_and_goes, place_among_all
 from training.method import has_servers
+from training.records import both_ways, megabytes, ratio
 from training.workers import Workers
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns; the first row is the heading."""
+    """The rows in columns. The first row is the heading."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -25,8 +26,8 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def facts_of(run) -> dict:
-    """What the run record has beside the configuration, of a train.Run."""
+def run_facts(run) -> dict:
+    """The facts of a train.Run that its run record has beside the configuration."""
     return {
         "parameters": run.raw_model.config.parameter_count,
         "world_size": place_among_all(run.config, run.workers)[1],
@@ -37,7 +38,7 @@ def facts_of(run) -> dict:
 
 
 def introduction(run) -> str:
-    """What a train.Run is of. To be asked for by all workers."""
+    """Workers, model and parameter groups of a train.Run. All workers have to call this."""
     ranks, ranks_per_worker = run.workers.count, run.config.ranks_per_worker
     workers = f"{ranks // ranks_per_worker} workers"
     if comes_and_goes(run.config):
@@ -49,47 +50,48 @@ def introduction(run) -> str:
     text = f"{workers} on {run.workers.device.type}, {parameters}\n\n{groups}\n"
     if (every := whole_every(run.optimizer)) > run.config.steps:
         text += (
-            f"\nonly the first step sends whole gradients: optimizer.refresh_every={every} is longer than "
-            f"steps={run.config.steps}\n"
+            f"\nonly the first step sends whole gradients: optimizer.refresh_every={every} is "
+            f"longer than steps={run.config.steps}\n"
         )
     return text
 
 
 def whole_every(optimizer: torch.optim.Optimizer) -> int:
-    """The steps between those whose gradients GreedyLore sends whole; 0 for other methods."""
+    """The steps between whole gradients of GreedyLore; 0 for other methods."""
     return optimizer.whole_every if isinstance(optimizer, AllReduced) else 0
 
 
 def group_table(optimizer: torch.optim.Optimizer, workers: Workers) -> str:
-    """What a worker sends for which layers, in bytes a round; of a baseline, what it trains."""
+    """What a worker sends for each batch of layers, in bytes per round; a baseline's parameters."""
     if not has_servers(optimizer):
         return table([["group", "tensors", "parameters", "lr", "method"], *_parameters(optimizer)])
     heading = ["group", "layers", "shape", "norm", "radius", "lr", "w2s", "bytes", "s2w", "bytes"]
-    of_ranks = workers.gather(_layers(optimizer))[: ranks_of_a_worker(optimizer)]
-    told = table([heading, *(row for of_rank in of_ranks for row in of_rank)])
+    by_rank = workers.gather(_layers(optimizer))[: ranks_per_worker(optimizer)]
+    layers = table([heading, *(row for rows in by_rank for row in rows)])
     rounds = optimizer.rounds
-    told_rounds = "a round a step" if rounds.lengths == [1] else f"a round every {rounds} steps"
-    servers = workers.gather(optimizer.server)[: ranks_of_a_worker(optimizer)]  # of every rank
-    told_servers = f"{' and '.join(dict.fromkeys(servers))}{_chosen(optimizer)}"
-    return f"{told}\n\n{told_rounds}, servers {told_servers}"
+    rounds = "one round per step" if rounds.lengths == [1] else f"one round per {rounds} steps"
+    servers = workers.gather(optimizer.server)[: ranks_per_worker(optimizer)]
+    placement = f"{' and '.join(dict.fromkeys(servers))}{_loads(optimizer)}"
+    return f"{layers}\n\n{rounds}, servers {placement}"
 
 
-def _chosen(optimizer: Communicating) -> str:
-    """What servers take where they are, and what they would elsewhere; of server=auto."""
+def _loads(optimizer: Communicating) -> str:
+    """With server=auto, the load of the placement that was chosen, and of the others."""
     loads = dict(optimizer.placements)
     if not loads:
         return ""
     own = loads.pop(optimizer.server)
-    told = ", ".join(
-        f"{name} {one.bytes:,} and {one.multiplications:.2g}" for name, one in loads.items()
+    others = ", ".join(
+        f"{name} {one.max_traffic:,} and {one.max_multiplications:.2g}"
+        for name, one in loads.items()
     )
     return (
-        f": the busiest ranks move {own.bytes:,} bytes and take {own.multiplications:.2g} "
-        f"multiplications a round ({told})"
+        f": per round, max traffic per rank {own.max_traffic:,} bytes, max multiplications per "
+        f"rank {own.max_multiplications:.2g} ({others})"
     )
 
 
-def ranks_of_a_worker(optimizer: torch.optim.Optimizer) -> int:
+def ranks_per_worker(optimizer: torch.optim.Optimizer) -> int:
     return optimizer.mesh.ranks_per_worker if optimizer.mesh else 1
 
 
@@ -124,7 +126,7 @@ def _layers(optimizer: Communicating) -> list[list[str]]:
 
 
 def _back(optimizer: Communicating, batch: Batch, chosen: Compressor) -> tuple[str, str]:
-    """What servers send back of a batch of layers, and its bytes."""
+    """What servers send back for a batch of layers, and its bytes."""
     others = optimizer.transport.ranks > 1 or optimizer.transport.heals
     if batch.replicated and others:
         return "nothing", "0"
@@ -142,22 +144,22 @@ def _inner(optimizer: LocalSteps, group: int) -> str:
 
 
 def _fitted(used: Compressor, chosen: Compressor) -> str:
-    """What is used, and what for: a compressor that would save no byte gives way to dense."""
+    """The compressor in use; with the chosen one if that would send no fewer bytes."""
     return str(used) if used is chosen else f"{used} (smaller than {chosen})"
 
 
 def result_table(end: dict) -> str:
-    """The end of a run: `end` is its end record."""
-    sent, uncompressed = end["w2s_bytes"], end["uncompressed_bytes"]
+    """The result of a run, from its end record."""
+    uncompressed = both_ways(end["uncompressed_bytes"])
     return table(
         [
             ["result", ""],
             ["test loss", f"{end['test_loss']:.4f}"],
             ["tokens", f"{end['tokens']:,}"],
-            ["bytes sent per worker", f"{sent:,}"],
-            ["uncompressed (float32)", f"{uncompressed:,}"],
-            ["ratio", f"{uncompressed / sent:.1f}x fewer"],
-            ["bytes received per worker", f"{end['received_bytes']:,}"],
+            ["sent per worker", megabytes(end["w2s_bytes"])],
+            ["received per worker", megabytes(end["received_bytes"])],
+            ["uncompressed float32, both ways", megabytes(uncompressed)],
+            ["ratio, both ways", ratio(end, uncompressed)],
             ["training time", f"{end['seconds']:.0f} s, {end['optimizer_share']:.0%} optimizer"],
         ]
     )

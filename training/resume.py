@@ -1,4 +1,4 @@
-"""What of a run is in a checkpoint, and how another run goes on from it."""
+"""What a checkpoint holds, and how a run resumes from one."""
 
 import hashlib
 import json
@@ -30,50 +30,54 @@ from training.workers import RunError
 
 
 def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
-    """The tensors and the facts of a checkpoint of a train.Run, after a whole step."""
+    """The tensors and the facts of a train.Run's checkpoint. To be called after a whole step."""
     config = OmegaConf.to_container(run.config, resolve=True)
     facts = {
         "config": config,
         "config_hash": _hash(config),
         "workers": run.workers.count,
         "placement": run.optimizer.server,
-        "data": run.workers.gather(run.feed.batches.state_dict()),
+        "data": run.workers.gather(run.batch_source.batches.state_dict()),
         "round": run.optimizer.round,
         "position": run.position(),
-        "fleet": run.members.fleet.state() if comes_and_goes(run.config) else None,
+        "fleet": run.membership.fleet.state() if comes_and_goes(run.config) else None,
         **run.progress.state(),
     }
     return _tensors(run) | _generator_states(run), facts
 
 
 def resume(run, checkpoints: Checkpoints, directory: Path) -> dict | None:
-    """Go on as the configuration says; the facts of what it goes on from, None if it begins."""
+    """Resume a train.Run as its configuration says.
+
+    Returns the facts of what it resumes from, or None if it starts anew.
+    """
     config, workers = run.config, run.workers
     facts = None
     if config.resume != "none":
         cut = workers.together(lambda: workers.first and cut_off(directory, checkpoints.folder))
         if newest := checkpoints.newest():
-            how = go_on_elastic if config.resume == "elastic" else go_on
+            how = resume_elastic if config.resume == "elastic" else resume_exactly
             facts = workers.together(lambda: how(run, newest))
-            workers.say(f"{f'{cut}: ' if cut else ''}going on from {newest}\n")
+            workers.say(f"{f'{cut}: ' if cut else ''}resuming from {newest}\n")
         elif cut:
             workers.say(f"{cut}, and has left no checkpoint\n")
     if not comes_and_goes(config):
         return facts
-    # What this worker has sent, it has sent: its log and its counts go on from where they are.
-    left = as_it_was_left(config, directory)
+    # The log and the counts of a worker continue from its last record, behind the checkpoint:
+    # what it has sent since then stays sent.
+    left = position_left(config, directory)
     if left:
         position = left["position"]
         run.progress.seconds = position["seconds"]
         if "w2s_bytes" in position:
-            run.progress.count_on_from(position)
+            run.progress.resume_byte_counts(position)
     return left and (facts or {}) | left
 
 
 def cut_off(directory: Path, folder: Path) -> str | None:
-    """How the last start in a run directory was cut off, None if it ended by itself.
+    """How the last start in a run directory was cut off, or None if it ended by itself.
 
-    What it has left of a checkpoint in the folder is removed.
+    Unfinished checkpoints in the folder are removed.
     """
     path = directory / LOG_NAME
     lines = path.read_bytes().splitlines() if path.exists() else []
@@ -85,8 +89,8 @@ def cut_off(directory: Path, folder: Path) -> str | None:
     return None if ended else "the last start was cut off"
 
 
-def go_on(run, path: Path) -> dict:
-    """Continue exactly from a checkpoint of the same configuration and number of workers.
+def resume_exactly(run, path: Path) -> dict:
+    """Resume from a checkpoint of the same configuration and number of workers, bit for bit.
 
     Returns its facts. Raises RunError with the keys that differ.
     """
@@ -107,18 +111,20 @@ def go_on(run, path: Path) -> dict:
     load(path, _tensors(run) | states)
     for state, generator in zip(states.values(), run.optimizer.generators.values(), strict=True):
         generator.set_state(state)
-    run.feed.batches.load_state_dict(facts["data"][run.workers.rank])
+    run.batch_source.batches.load_state_dict(facts["data"][run.workers.rank])
     _continue(run, facts)
     return facts
 
 
-def go_on_elastic(run, path: Path) -> dict:
-    """Continue from a checkpoint of any number of workers and any placement of the servers.
+def resume_elastic(run, path: Path) -> dict:
+    """Resume from a checkpoint of any number of workers and any placement of the servers.
 
-    Every new G_j is the servers' G, which keeps G the mean of all G_j; every M_j, and whatever else
-    a worker has, is the mean of the saved ones. The workers' random numbers start anew. Returns the
-    facts, with `resync_bytes`: what a worker needs for it. Raises RunError for a configuration that
-    differs. For EF21Muon with feedback "ef21", and for LocalSteps without delay.
+    Every new G_j is the servers' G, which keeps G the mean of all G_j. Every M_j, and all other
+    state of a worker, is the mean of the saved ones. The workers' random numbers start anew. This
+    works for EF21Muon with feedback="ef21", and for LocalSteps without sync_delay.
+
+    Returns the facts, with `resync_bytes`: the bytes that a worker needs for it. Raises RunError if
+    the configuration differs.
     """
     facts = read_facts(path)
     require_same_config(run.config, facts["config"], path, free=("optimizer.server",))
@@ -136,7 +142,7 @@ def go_on_elastic(run, path: Path) -> dict:
         else:
             _load_mean(path, [f"worker.{j}.{layer}.{key}" for j in range(facts["workers"])], tensor)
         resync_bytes += tensor.nbytes
-    run.feed.batches.restart(facts["position"]["step"])
+    run.batch_source.batches.restart(facts["position"]["step"])
     _continue(run, facts)
     return facts | {"resync_bytes": resync_bytes}
 
@@ -150,10 +156,10 @@ def _load_mean(path: Path, names: list[str], tensor: Tensor) -> None:
 
 
 def _tensors(run) -> dict[str, Tensor]:
-    """W, and the optimizer's state by the worker or the server that holds it.
+    """W, and the optimizer's state, named after the worker or the server that holds it.
 
-    Where a worker's own parameters are apart from W, they are part of its state, and so is that of
-    the optimizer which steps them.
+    If a worker's own parameters differ from W, they are part of its state, and so is the state of
+    the inner optimizers.
     """
     worker, apart = f"worker.{run.workers.rank}", isinstance(run.optimizer, LocalSteps)
     tensors = {}
@@ -177,13 +183,13 @@ def _tensors(run) -> dict[str, Tensor]:
 
 
 def _stepped(run) -> dict[str, Tensor]:
-    """What an optimizer of this rank steps of every layer, by name."""
+    """The part of every layer that this rank's optimizer steps, by the layer's name."""
     own = run.optimizer.mesh.own if run.optimizer.mesh else {}
     return {name: own.get(one, one) for name, one in run.raw_model.named_parameters()}
 
 
 def _make_inner_state(run, path: Path, worker: int) -> None:
-    """Room for what a worker's inner optimizers make in their first steps."""
+    """Allocate the state that a worker's inner optimizers make in their first steps."""
     parameters = _stepped(run)
     for stored, metadata in stored_tensors(path).items():
         found = re.fullmatch(rf"worker\.{worker}\.(.+)\.inner\.(\w+)", stored)
@@ -203,18 +209,18 @@ def _generator_states(run) -> dict[str, Tensor]:
 
 
 def _continue(run, facts: dict) -> None:
-    """Counters, schedule and times of the checkpoint."""
+    """Take over the counters, the schedule and the times of the checkpoint."""
     position = {"received_bytes": _received(facts)} | facts["position"]
-    run.optimizer.go_on_after(position["step"])
+    run.optimizer.resume_after(position["step"])
     if comes_and_goes(run.config):
-        run.members.fleet.load_state(facts["fleet"])
-    run.progress.go_on(facts)
-    run.progress.count_on_from(position)
+        run.membership.fleet.load_state(facts["fleet"])
+    run.progress.resume(facts)
+    run.progress.resume_byte_counts(position)
     run.scheduler = new_scheduler(run.optimizer, run.config, position["step"])
 
 
 def _received(facts: dict) -> int:
-    """Bytes that a worker received up to a checkpoint of a version that did not count them."""
+    """The bytes that a worker had received at a checkpoint whose version did not count them."""
     position = facts["position"]
     others = facts["workers"] // facts["config"]["ranks_per_worker"] - 1
     return position["s2w_bytes"] or others * position["w2s_bytes"]
@@ -226,7 +232,7 @@ def _hash(config: dict) -> str:
 
 
 def require_same_config(config, saved: dict, path: Path, free: tuple[str, ...] = ()) -> None:
-    """Raise RunError with what differs in a configuration that `path` was made with."""
+    """Raise RunError with what differs from the configuration that `path` was made with."""
     mine, theirs = what_matters(OmegaConf.to_container(config, resolve=True)), what_matters(saved)
     before = {key: AS_BEFORE.get(key.rpartition(".")[2]) for key in mine.keys() | theirs.keys()}
     differing = [
@@ -241,12 +247,11 @@ def require_same_config(config, saved: dict, path: Path, free: tuple[str, ...] =
         )
 
 
-def as_it_was_left(config, directory: Path) -> dict | None:
-    """What a log goes on behind, of a worker that starts again without a checkpoint.
+def position_left(config, directory: Path) -> dict | None:
+    """Where the log of a worker ends that starts again without a checkpoint.
 
-    None where there is no log of a step: one that ended before, as a worker that the others refused
-    does, leaves nothing to go on from, whatever its configuration was. Raises RunError for a log of
-    another configuration.
+    None if the log has no step, as that of a worker which the others refused: there is nothing to
+    resume, whatever its configuration was. Raises RunError for a log of another configuration.
     """
     path = directory / LOG_NAME
     if not path.exists():

@@ -1,7 +1,6 @@
-"""When what happens in a run: the learning rate of a step, and what is done every so many."""
+"""The schedule of a run: the learning rate of each step, and which steps an interval falls on."""
 
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import cos, pi
 
@@ -16,7 +15,7 @@ SHAPES = ("trapezoid", "cosine")
 
 @dataclass
 class Schedule:
-    """configs/config.yaml's, of the lr."""
+    """`schedule` of configs/config.yaml: how the learning rate changes over the run."""
 
     shape: str
     warmup: float
@@ -25,7 +24,7 @@ class Schedule:
 
 
 def check_schedule(config: DictConfig, overrides: Iterable[str]) -> None:
-    """Raise RunError for values out of range, and for a cooldown that was asked for in vain."""
+    """Raise RunError for values out of range, and for a cooldown that has no effect."""
     own, steps = config.schedule, config.steps
     for key, of in (("warmup", "steps"), ("cooldown", "steps"), ("floor", "lr")):
         value = own[key]
@@ -45,21 +44,21 @@ def check_schedule(config: DictConfig, overrides: Iterable[str]) -> None:
 
 
 def due(step: int, every: int) -> bool:
-    """Whether a step is one of every `every`; 0 is never."""
+    """Whether the step is a multiple of `every`. With 0, no step is."""
     return every > 0 and step % every == 0
 
 
 def new_scheduler(optimizer: torch.optim.Optimizer, config: DictConfig, steps: int) -> LambdaLR:
-    """The schedule after `steps` steps."""
+    """The learning rate scheduler of a run that has taken `steps` steps."""
     for group in optimizer.param_groups:
         group["initial_lr"] = group.get("initial_lr", group["lr"])
     return LambdaLR(optimizer, lambda step: lr_factor(step, config), last_epoch=steps - 1)
 
 
 def lr_factor(step: int, config: DictConfig) -> float:
-    """The share of the lr at `step`, counted from 0."""
+    """The factor of the learning rate in a step, counted from 0."""
     own, left = config.schedule, max(0, config.steps - step)
-    warmup, fall = own.warmup * config.steps, steps_of_fall(config)
+    warmup, fall = own.warmup * config.steps, cooldown_steps(config)
     rising = (step + 1) / warmup if step < warmup else 1.0
     falling = left / fall if left < fall else 1.0
     if own.shape == "cosine":
@@ -67,26 +66,8 @@ def lr_factor(step: int, config: DictConfig) -> float:
     return min(1.0, rising, own.floor + (1 - own.floor) * falling)
 
 
-def steps_of_fall(config: DictConfig) -> float:
-    """The steps at the end in which the lr falls."""
+def cooldown_steps(config: DictConfig) -> float:
+    """The number of steps, at the end, in which the learning rate falls."""
     own = config.schedule
     share = own.cooldown if own.shape == "trapezoid" else 1 - own.warmup
     return share * config.steps
-
-
-class Later:
-    """Actions on what is on its way between workers, each some `steps` after it left."""
-
-    def __init__(self, steps: int):
-        self.steps = steps
-        self._waiting: deque[tuple[int, Callable[[], None]]] = deque()
-
-    def add(self, step: int, action: Callable[[], None]) -> None:
-        """For what has left with a step."""
-        self._waiting.append((step + self.steps, action))
-
-    def settle(self, step: float) -> None:
-        """Take the actions that are due at a step."""
-        while self._waiting and self._waiting[0][0] <= step:
-            _, action = self._waiting.popleft()
-            action()

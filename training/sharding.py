@@ -1,4 +1,4 @@
-"""Workers of several ranks: their mesh, and a model spread over the ranks of each."""
+"""Workers of several ranks: their mesh, and a model sharded over the ranks of each worker."""
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -9,11 +9,13 @@ from training.workers import RunError, Workers
 
 
 def new_worker_mesh(ranks_per_worker: int, workers: Workers, from_host: bool = False) -> DeviceMesh:
-    """That of all ranks, `ranks_per_worker` of them a worker; one for all jobs of a launch.
+    """The mesh of all ranks, `ranks_per_worker` of them per worker; one for all jobs of a launch.
 
-    For torch remembers the mesh of sharded tensors, and takes an equal one of a later job for it.
-    from_host: whether messages between workers go by gloo, through the host's memory, where those
-    inside of one do not. Raises RunError for workers whose ranks do not add up to all.
+    All jobs share it, since torch remembers the mesh of sharded tensors and would mistake an equal
+    mesh of a later job for it.
+
+    from_host: whether messages between workers go by gloo through the host's memory, unlike those
+    within a worker. Raises RunError if `ranks_per_worker` does not divide the number of ranks.
     """
     given = f"ranks_per_worker={ranks_per_worker}"
     if not dist.is_initialized():
@@ -28,13 +30,13 @@ def new_worker_mesh(ranks_per_worker: int, workers: Workers, from_host: bool = F
 
 
 def shard(model: GPT, mesh: DeviceMesh) -> None:
-    """Leave of every parameter some rows on each rank of a worker, in place.
+    """Shard every parameter by rows over the ranks of a worker, in place.
 
     The model may be on the meta device, so that no rank ever has all of it. A block is whole only
-    while it computes. The root too is resharded after every forward pass, so that what it computes
-    with next are the rows as they are then.
+    while it computes. The root too is resharded after every forward pass, so that the next pass
+    uses the rows as they are then.
     """
-    from torch.distributed.fsdp import fully_shard  # which takes long, where nothing is sharded
+    from torch.distributed.fsdp import fully_shard  # slow to import, and needed only here
 
     for block in model.blocks:
         fully_shard(block, mesh=mesh["rank"])

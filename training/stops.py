@@ -1,35 +1,38 @@
-"""Whether a run shall stop: asked of all workers seldom, but every few seconds of work."""
+"""Requests to stop, which may reach any worker, and which all workers learn at the same step."""
 
 import math
 import time
 
 from training.workers import Workers
 
-SECONDS = 5.0  # of steps between questions
+SECONDS = 5.0  # of training between questions
 
 
-class Stops:
-    """Questions whether a stop was requested of any worker, at the same steps for all.
+class StopRequests:
+    """Asks all workers, now and then, whether any of them was asked to stop.
 
-    They go over the same links as messages, and an answer is on its way while workers train on. So
-    there are at most `most` steps between them, and as many as take SECONDS, at least one. How long
-    steps take is asked with the same question: it is the mean of all workers.
+    `requested` is True once one was. The questions use the same links as the messages, and workers
+    train on while an answer is on its way. Between questions there are as many steps as take
+    SECONDS: at least one, and at most `most`. How long a step takes is part of the question: it is
+    the mean over all workers, so that all of them ask at the same steps.
     """
 
     def __init__(self, workers: Workers, most: int):
         self.requested = False
         self._workers, self._most = workers, most
-        self._every, self._step, self._asked = 1, 0, 0  # by the count of steps, from here on
-        self._next = min(2, most)  # a first step may only be measured
+        # The interval of questions, this step, and the step of the last question.
+        self._every, self._step, self._asked = 1, 0, 0
+        self._next = min(2, most)  # the first step is only timed
         self._answer = None
-        self._since, self._seconds, self._steps = None, 0.0, 0  # of steps since the last question
+        # When the current step began; seconds and number of the steps since the last question.
+        self._since, self._seconds, self._steps = None, 0.0, 0
 
-    def start(self) -> None:
-        """Let the time run from the next step on, as after an evaluation."""
+    def restart_clock(self) -> None:
+        """Time the steps from the next one on, as after an evaluation."""
         self._since = None
 
     def ask(self) -> None:
-        """If it is time to; once in every step, before its round."""
+        """Ask if it is time to. To be called once in every step, before the workers communicate."""
         self._step += 1
         now = time.perf_counter()
         if self._since is not None:
@@ -38,14 +41,17 @@ class Stops:
         self._since = now
         if self._step < self._next:
             return
-        # Whole milliseconds, whose sum is the same on all workers whatever its order.
-        told = round(1000 * self._seconds / self._steps) if self._steps else math.inf
-        self._answer = self._workers.start_total(self._workers.asked_to_stop, told)
+        # Whole milliseconds, whose sum is the same on all workers in whatever order it is taken.
+        milliseconds = round(1000 * self._seconds / self._steps) if self._steps else math.inf
+        self._answer = self._workers.start_sum(self._workers.asked_to_stop, milliseconds)
         self._asked, self._next = self._step, self._step + self._every
         self._seconds, self._steps = 0.0, 0
 
-    def settle(self, at_once: bool) -> None:
-        """Take the answer if it is due, or `at_once`; after a step, on all workers alike."""
+    def collect(self, at_once: bool) -> None:
+        """Wait for the answer if it is due, or `at_once`. To be called after every step.
+
+        The answer is due half an interval after the question, on all workers alike.
+        """
         if self._answer is None or not (at_once or self._step >= self._asked + self._every // 2):
             return
         requests, milliseconds = self._answer()

@@ -1,6 +1,6 @@
-"""The map of the study in results/: settings from a message a step to one in 120, and their losses.
+"""The map of the study in results/: settings from one round per step to one per 120, with losses.
 
-The numbers are those of the logs in results/shakespeare: where they are not, as after new runs,
+The numbers are those of the logs in results/shakespeare. If they differ, as after new runs,
 tests/training/test_study.py prints what OVER has to be.
 """
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from training.schedule import steps_of_fall
+from training.schedule import cooldown_steps
 
 WORKERS = (2, 4, 8)
 DENSE = "compressor@w2s=quantize w2s.values=normal2"
-BACK = "compressor@s2w=sign s2w.values=normal2"
+BACK = "compressor@s2w=quantize s2w.values=normal2"
 LOCAL = "optimizer=local norm.hidden.radius=2"
 SIGNS = "optimizer=local_signs norm.hidden.radius=2"
 RADII = "norm.hidden.radius=2 norm.embedding.radius=60"
-LONG, SHORT = 120, 60  # steps of a round, before the lr falls and then
-# By setting and number of workers the test loss at the end over that of as many workers without
-# compression, percent. Two workers have run all settings but those that help eight: back in 2 bits,
-# and more outer momentum.
+LONG, SHORT = 120, 60  # steps per round, before the lr falls and after
+# The loss gap in percent, by setting and number of workers: the final test loss over that of as
+# many workers without compression. Two workers have run all settings except those that help eight:
+# messages of 2 bits from the servers, and more outer momentum.
 OVER = {
     "identity": {2: 0.0, 4: 0.0, 8: 0.0},
     "served6": {2: 6.754, 4: 5.515, 8: 5.79},
@@ -41,25 +41,25 @@ OVER = {
 
 @dataclass(frozen=True)
 class Setting:
-    """In words, and as overrides, in which SHORTER stands for rounds that get shorter."""
+    """A setting in words and as overrides, in which SHORTER stands for rounds that get shorter."""
 
     name: str
     words: str
-    told: str
+    template: str
 
     @property
     def over(self) -> dict[int, float]:
-        """Percent over uncompressed by number of workers, of those that have run."""
+        """The loss gap in percent by number of workers, for those that have run."""
         return OVER.get(self.name, {})
 
     def overrides(self, config: DictConfig) -> tuple[str, ...]:
-        """Those for a run of so many steps, whose lr falls when it does."""
-        return tuple(self.told.replace("SHORTER", _shorter(config)).split())
+        """The overrides for a run of the configuration's length and schedule."""
+        return tuple(self.template.replace("SHORTER", _shorter(config)).split())
 
 
 def _shorter(config: DictConfig) -> str:
-    """Rounds of LONG steps while the lr is full, and then of SHORT."""
-    full = round(config.steps - steps_of_fall(config)) // LONG * LONG
+    """Rounds of LONG steps while the lr is full, and of SHORT steps afterwards."""
+    full = round(config.steps - cooldown_steps(config)) // LONG * LONG
     return f"{{0:{LONG},{full}:{SHORT}}}" if full else str(SHORT)
 
 
@@ -71,9 +71,10 @@ MAP = (
     ),
     Setting(
         "served6",
-        "fitted rank 6 %, momentum at servers, every step",
-        "compressor@w2s=quantized_rank w2s.fraction=0.06 +compressor@norm.embedding.w2s=quantized_rank "
-        "norm.embedding.w2s.fraction=0.2 optimizer.feedback=ef14 optimizer.momentum=0 "
+        "quantized rank 6 %, momentum at servers, every step",
+        "compressor@w2s=quantized_rank w2s.fraction=0.06 "
+        "+compressor@norm.embedding.w2s=quantized_rank norm.embedding.w2s.fraction=0.2 "
+        "optimizer.feedback=ef14 optimizer.momentum=0 "
         f"optimizer.server_momentum=0.7 optimizer.error_decay=0.92 {RADII}",
     ),
     *(
@@ -92,7 +93,7 @@ MAP = (
     *(
         Setting(
             f"local{every}-dense2",
-            f"2 bits an entry, every {every} steps",
+            f"2 bits per entry, every {every} steps",
             f"{LOCAL} optimizer.sync_every={every} {DENSE}",
         )
         for every in (10, 30, 60)

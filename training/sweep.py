@@ -1,4 +1,4 @@
-"""The runs that a command line asks for: what they are, where they go, which are done already."""
+"""The runs that a command line asks for: their configurations, their directories, their order."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -16,24 +16,24 @@ from training.plan import plan
 from training.resume import require_same_config
 from training.workers import RunError, Workers
 
-# Builds a run, and raises what is wrong with its configuration.
+# Builds a run. Raises RunError if something is wrong with its configuration.
 BuildRun = Callable[[DictConfig, Workers], object]
-# One run, from its configuration to its picture; whether it came to its end.
+# Runs a job, from its configuration to its picture. Returns whether it took all its steps.
 RunJob = Callable[[Job, Path, Workers], bool]
 
 
 def run_jobs(arguments: Namespace, workers: Workers, build_run: BuildRun, run_job: RunJob) -> int:
-    """Do what the command line asks for, and tell of jobs that failed; returns the exit status.
+    """Do what the command line asks for, and list the jobs that failed; return the exit status.
 
-    All jobs are composed, and those of a sweep built once, before the first one starts. Raises
-    RunError for the first that fails, but with fail_fast=false passes over it; and where workers
-    were told different things.
+    All jobs are composed, and those of a sweep are built once, before the first one starts. Raises
+    RunError for the first job that fails, unless fail_fast=false, and if the workers have different
+    command lines or configurations.
     """
     _require_one_command(arguments, workers)
     require_same_code(workers)
-    # Of rank 0, since shuffle() is drawn anew in every process.
+    # Rank 0's, since every process would draw another order for shuffle().
     all_overrides = workers.broadcast(sweep(arguments.overrides, arguments.multirun))
-    jobs = [compose_or_error(one, told=len(all_overrides) > 1) for one in all_overrides]
+    jobs = [compose_or_error(one, name_overrides=len(all_overrides) > 1) for one in all_overrides]
     _require_one_configuration(jobs, workers)
     errors = [job for job in jobs if isinstance(job, RunError)]
     jobs = [job for job in jobs if isinstance(job, Job)]
@@ -41,8 +41,8 @@ def run_jobs(arguments: Namespace, workers: Workers, build_run: BuildRun, run_jo
         raise errors[0]
     if len(all_overrides) > 1 and any(job.config.membership.name != "fixed" for job in jobs):
         raise RunError(
-            "a sweep has to have membership=fixed: start the workers that come and go of one run "
-            "after the other"
+            "a sweep needs membership=fixed: start runs whose workers come and go one after the "
+            "other"
         )
     if arguments.cfg:
         workers.say("---\n".join(OmegaConf.to_yaml(job.config) for job in jobs))
@@ -60,7 +60,7 @@ def run_jobs(arguments: Namespace, workers: Workers, build_run: BuildRun, run_jo
 
 
 def _require_one_command(arguments: Namespace, workers: Workers) -> None:
-    """Raise RunError, on all alike, where a node was given other overrides."""
+    """Raise RunError, on all workers, if a node was given other overrides."""
     options = ["-m"] * arguments.multirun + ["--cfg"] * arguments.cfg
     first, *others = workers.gather(sorted([*options, *arguments.overrides]))
     for rank, other in enumerate(others, 1):
@@ -76,7 +76,7 @@ def _require_one_command(arguments: Namespace, workers: Workers) -> None:
 
 
 def _require_one_configuration(jobs: list[Job | RunError], workers: Workers) -> None:
-    """Files of configs/ may differ between nodes, too."""
+    """Raise RunError if files of configs/ differ between nodes."""
     mine = [
         OmegaConf.to_container(job.config, resolve=True) if isinstance(job, Job) else str(job)
         for job in jobs
@@ -92,7 +92,7 @@ def _require_one_configuration(jobs: list[Job | RunError], workers: Workers) -> 
 
 
 def _difference(other: dict | str, own: dict | str) -> str:
-    """What a rank composed, and what this one did; or the error of either."""
+    """How the configurations of two ranks differ; or their errors."""
     if isinstance(other, str) or isinstance(own, str):
         return " against ".join(one if isinstance(one, str) else "none" for one in (other, own))
     others, owns = flat(other), flat(own)
@@ -104,7 +104,7 @@ def _difference(other: dict | str, own: dict | str) -> str:
 
 
 def _unfit(jobs: list[Job], workers: Workers, build_run: BuildRun) -> list[RunError]:
-    """The errors of jobs that cannot be built, which are taken off the list."""
+    """The errors of jobs that cannot be built. Those jobs are removed from the list."""
     errors = []
     for job in list(jobs):
         try:
@@ -123,23 +123,23 @@ def _unfit(jobs: list[Job], workers: Workers, build_run: BuildRun) -> list[RunEr
 def _train_jobs(
     jobs: list[Job], multirun: bool, workers: Workers, run_job: RunJob
 ) -> list[RunError]:
-    """Train one job after the other; returns the errors of those that were passed over.
+    """Train one job after the other; return the errors of those that failed.
 
     In a sweep, jobs that are completed already are skipped, and others start anew in their
-    directory; a single run gets a directory of its own.
+    directory. A single run gets a directory of its own.
     """
     if len(jobs) > 1 and any(job.config.directory for job in jobs):
         raise RunError("directory= names a single run: use runs= for the folder of a sweep")
     fail_fast = all(job.config.fail_fast for job in jobs)
     errors = []
     for number, job in enumerate(jobs, 1):
-        told = f"\njob {number} of {len(jobs)}: " if multirun else None
+        heading = f"\njob {number} of {len(jobs)}: " if multirun else None
         try:
-            # The last job's end with the process: to let go of them earlier could only fail.
+            # The last job's groups end with the process: to destroy them earlier could only fail.
             more = number < len(jobs)
             with groups_of_a_job(workers) if more else nullcontext():
-                goes_on = _train(job, told, workers, run_job)
-            if not goes_on:
+                completed_it = _train(job, heading, workers, run_job)
+            if not completed_it:
                 break
         except RunError as error:
             if fail_fast:
@@ -149,19 +149,20 @@ def _train_jobs(
     return errors
 
 
-def _train(job: Job, told: str | None, workers: Workers, run_job: RunJob) -> bool:
-    """Train in the run's directory, which is this launch's alone meanwhile.
+def _train(job: Job, heading: str | None, workers: Workers, run_job: RunJob) -> bool:
+    """Train in the run's directory, which no other launch can use meanwhile.
 
-    `told`: what precedes its name, of a sweep. Returns whether the next job may start.
+    heading: what is printed before the directory of a sweep's job, None for a single run. Returns
+    whether the next job may start: False if this one was asked to stop.
     """
-    multirun = told is not None
+    multirun = heading is not None
     claim = workers.together(
         lambda: claim_directory(job, workers.count, multirun) if workers.first else None
     )
     with claim or nullcontext():
         directory = workers.broadcast(claim and claim.folder)
         if multirun:
-            workers.say(f"{told}{directory}")
+            workers.say(f"{heading}{directory}")
         again = multirun or job.config.resume != "none"
         if again and (done := workers.broadcast(completed(directory))):
             require_same_config(job.config, done, directory, free=("optimizer.server",))
@@ -172,20 +173,20 @@ def _train(job: Job, told: str | None, workers: Workers, run_job: RunJob) -> boo
         return run_job(job, directory, workers)
 
 
-def compose_or_error(overrides: tuple[str, ...], told: bool) -> Job | RunError:
-    """The job, or what is wrong with it, with all its overrides if these are to be told."""
+def compose_or_error(overrides: tuple[str, ...], name_overrides: bool) -> Job | RunError:
+    """The job, or what is wrong with it; the error names all overrides if `name_overrides`."""
     try:
         return compose(overrides)
     except RunError as error:
-        where = f" (in {' '.join(overrides)})" if told else ""
+        where = f" (in {' '.join(overrides)})" if name_overrides else ""
         return RunError(str(error).removesuffix(where) + where)
 
 
 def claim_directory(job: Job, workers: int, multirun: bool) -> Claim:
-    """Take where the run goes: nothing is overwritten, but sweeps and resumed runs find their own.
+    """Claim the directory of the run. Nothing is overwritten; sweeps and resumed runs find theirs.
 
-    Raises RunError for a directory that is there and should not be, that cannot be written, or in
-    which a run is going on, whose process it names.
+    Raises RunError for a directory that exists and should not, and for one that cannot be written.
+    Raises ClaimedError, with the number of the process, if another run uses it.
     """
     try:
         return _claim(job, workers, multirun)
@@ -210,7 +211,7 @@ def _claim(job: Job, workers: int, multirun: bool) -> Claim:
             return Claim(path, new=not again)
         except FileExistsError:
             raise RunError(
-                f"directory={path} exists already: go on with resume=auto, or give another"
+                f"directory={path} exists already: resume with resume=auto, or give another"
             ) from None
     path = Path(config.runs, job.name(workers), own)
     if again:

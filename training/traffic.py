@@ -1,4 +1,4 @@
-"""What a configuration sends: its groups of layers, its rounds, the bytes of the busiest rank."""
+"""What a configuration sends: its groups of layers, its rounds, the max traffic per rank."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ from training.method import parameter_groups
 def groups_of(config: DictConfig, model: GPT) -> list[dict]:
     """The model's groups as an optimizer has them: each with its params, their names, w2s and s2w.
 
-    The model may be without values.
+    The model may be on the meta device.
     """
     groups = parameter_groups(config, model)
     for group in groups:
@@ -28,16 +28,16 @@ def groups_of(config: DictConfig, model: GPT) -> list[dict]:
 
 
 def rounds_of_method(method: partial) -> Rounds:
-    """The rounds of EF21Muon, of a step each, or of LocalSteps."""
-    return Rounds(method.keywords.get("every", 1))
+    """The rounds of a method: EF21Muon has one per step, LocalSteps one per `sync_every` steps."""
+    return Rounds(method.keywords.get("sync_every", 1))
 
 
 def costs_of(method: partial, groups: list[dict]) -> list[int]:
-    """What serving each layer costs, by which servers are spread."""
+    """The cost of each layer on its owner rank, which the assignment of layers balances."""
     return lmo_costs(groups) if method.func is EF21Muon else entry_counts(groups)
 
 
 def loads_by_placement(method: partial, groups: list[dict], workers: int) -> dict[str, Load]:
-    """What the busiest rank has to do in a round; first the placement that auto takes."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # that a run here would be on
+    """The max load per rank in a round, by placement. The first one is what server=auto takes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where a run on this machine would be
     return loads(groups, costs_of(method, groups), workers, device)

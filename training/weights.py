@@ -14,8 +14,8 @@ from training.workers import Workers
 def draw_weights(model: GPT, seed: int, workers: Workers) -> None:
     """Give a model of the meta device, whole or sharded, its values on this rank's device.
 
-    To be called on all ranks. They are rank 0's where another kind of processor draws others from
-    the same seed. No more than one layer is whole on the CPU at a time.
+    All ranks have to call this. Another kind of processor may draw other values from the same seed:
+    then all ranks take rank 0's. Only one layer at a time is whole on the CPU.
     """
     model.to_empty(device=workers.device)
     model.init_weights(seed, partial(_fill, workers))

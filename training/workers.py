@@ -1,4 +1,4 @@
-"""The processes of a launch: who am I, and how do we agree."""
+"""The processes of a launch: how they meet, agree, fail and end together."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from ef21_muon.transport.reach import INTERFACE, Place, cut_off
 from training.console import lenient_output
 
 MEMORY = "the memory does not suffice: give a smaller model or batch.micro_size"
-# What errors that torch raises mean, by a part of their message.
+# What errors of torch mean, by a part of their message.
 MEANINGS = {
     "EADDRINUSE": "the port is taken: give a free --master-port, and start rank 0 once",
     "Unable to find address": "no such network interface: set GLOO_SOCKET_IFNAME to one that is up",
@@ -29,15 +29,15 @@ MEANINGS = {
     **dict.fromkeys(("allocate memory", "out of memory", "size calculation overflowed"), MEMORY),
 }
 TRANSPORTS = ("device", "host")
-FINAL = os.EX_CONFIG  # the exit status after an error that no restart can mend
+FINAL = os.EX_CONFIG  # the exit status after an error that no restart can fix
 
 
 class RunError(Exception):
-    """A run cannot start or go on. One line: what was given, what is allowed, what to do."""
+    """A run cannot start or continue. One line: what was given, what is allowed, what to do."""
 
 
 class FinalError(RunError):
-    """A RunError that no restart can mend."""
+    """A RunError that no restart can fix."""
 
 
 def one_line(error: BaseException) -> str:
@@ -46,43 +46,44 @@ def one_line(error: BaseException) -> str:
 
 
 def by_host_alone(devices: set[bytes]) -> bool:
-    """Whether messages cannot go from device to device, of all ranks' devices on all machines.
+    """Whether messages cannot go from device to device: ranks share a GPU, or only some have one.
 
-    So it is where ranks share a GPU, and where only some have one.
+    devices: the kinds of device that the ranks on all machines have.
     """
     return b"shared" in devices or len(devices) > 1
 
 
-# Not let go of before the process ends, since threads of gloo may still use their groups.
+# Kept until the process ends, since threads of gloo may still use their groups.
 _ended: list["Workers"] = []
 
 
-def leave(status: int) -> NoReturn:
-    """End the process, without the interpreter's teardown.
+def exit_process(status: int) -> NoReturn:
+    """End the process without the interpreter's teardown.
 
-    Threads of gloo may still let go of tensors then, which needs the interpreter and aborts the
-    process ("terminate called without an active exception") after all its work is done.
+    During a teardown, threads of gloo may still release tensors, which needs the interpreter. The
+    process would be aborted ("terminate called without an active exception") after all its work.
     """
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):  # closed, or none at all
+        with suppress(OSError, ValueError, AttributeError):  # it is closed, or there is none
             stream.flush()
     os._exit(status)
 
 
 class Workers:
-    """This process among the workers that torchrun started; alone without torchrun, or if told so.
+    """This process among those that torchrun started; the only one without torchrun, or if `alone`.
 
-    `rank`, `count`, `device`: CUDA with NCCL where there is a GPU for each, else the CPU, or GPUs
-    that they share, with gloo. They meet in `finish`. To wait more than `timeout` seconds for
-    another worker is an error.
+    `rank` is its number, `count` the number of processes, and `device` where it computes: with
+    NCCL on CUDA if each has a GPU of its own; else with gloo, on GPUs that they share or on the
+    CPU. They meet in `run`. Waiting longer than `timeout` seconds for another process is an error.
     """
 
-    # By which torchrun says it.
+    # Set by torchrun.
     ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
-    # For workers to say that they are there, once one of them waited in vain; less than `timeout`.
+    # How long workers have to report that they are alive, after one has waited in vain for another;
+    # less than `timeout`.
     REPORT_SECONDS = 10
-    ENDING_SECONDS = 2  # for the same, once torchrun ends them
+    ENDING_SECONDS = 2  # the same, once torchrun ends them
 
     def __init__(self, timeout: float = 600, alone: bool = False):
         self._environment = {} if alone else os.environ
@@ -96,13 +97,13 @@ class Workers:
             self.device = torch.device("cuda", local_rank % gpus)
             self.shared = max(local_rank + 1, local_count) > gpus
         self.control = self._from_host = self._store = None
-        self.meshes: dict[tuple, DeviceMesh] = {}  # of workers of several ranks
+        self.meshes: dict[tuple, DeviceMesh] = {}  # for workers of several ranks
         self.asked_to_stop = False
-        self.training = False  # or has trained
+        self.training = False  # stays True after the training
         self.timeout = timedelta(seconds=timeout)
 
-    def _take_place(self) -> None:
-        """Use the device. Raises ValueError for an environment that makes no sense."""
+    def _use_device(self) -> None:
+        """Use the device. Raises ValueError if torchrun's variables contradict each other."""
         for name in (*self.ENVIRONMENT, "MASTER_PORT"):
             if not (text := self._environment.get(name, "0")).isdecimal():
                 raise ValueError(f"{name}={text} is not a whole number: launch with torchrun")
@@ -130,15 +131,15 @@ class Workers:
             world_size=self.count,
             timeout=self.timeout,
         )
-        # On the CPU, and beside the training's own collectives.
+        # For collectives on the CPU, at the same time as the training's own.
         self.control = dist.new_group(backend="gloo", timeout=self.timeout)
         if apart:
             self._from_host = dist.new_group(backend="gloo", timeout=self.timeout)
 
     def _require_reach(self, here: Place) -> None:
-        """Raise FinalError where gloo would listen at an address that other machines do not reach.
+        """Raise FinalError if gloo would listen at an address that other machines cannot reach.
 
-        For it would try for as long as `timeout`, and not say why.
+        Without this check gloo would try until `timeout`, and not say why it failed.
         """
         self._store.set(f"place/{self.rank}", json.dumps(asdict(here)))
         texts = [self._store.get(f"place/{rank}") for rank in range(self.count)]
@@ -146,7 +147,7 @@ class Workers:
         self._store.set(f"seen/{self.rank}", "")
         if behind := cut_off(places):
             place = places[behind[0]]
-            if self.first:  # the store goes with it, in which others still look
+            if self.first:  # it holds the store, which the others still read
                 seen = [f"seen/{rank}" for rank in range(self.count)]
                 with suppress(dist.DistError):
                     self._store.wait(seen, timedelta(seconds=self.REPORT_SECONDS))
@@ -157,13 +158,13 @@ class Workers:
             )
 
     def _agree_on_name(self, store: dist.Store) -> str:
-        """A name for what these processes store, which no earlier start of workers has used.
+        """Agree on a prefix for the store that no earlier start of workers has used.
 
-        After a restart torchrun's store still holds what the ended processes left, and nodes need
-        not agree on the number of restarts (https://github.com/pytorch/pytorch/issues/135712). So
-        every process draws a number of its own, and a name made of all numbers holds as soon as all
-        have confirmed it: none confirms one with the number that an ended process drew for it.
-        Raises ValueError if another process took this one's place.
+        After a restart torchrun's store still holds what the ended processes wrote, and nodes may
+        disagree on the number of restarts (https://github.com/pytorch/pytorch/issues/135712). So
+        every process draws a random number. The name consists of all numbers, and is valid once all
+        processes have confirmed it: no process confirms a name with a number that it did not draw.
+        Raises ValueError if another process has the same rank.
         """
         ranks = [str(rank) for rank in range(self.count)]
         number = secrets.token_hex(8)
@@ -189,9 +190,9 @@ class Workers:
 
     @contextmanager
     def stoppable(self):
-        """In it, SIGTERM, SIGINT and SIGHUP do nothing but request a stop; nor after an error.
+        """Inside it, SIGTERM, SIGINT and SIGHUP only request a stop, also after an error.
 
-        For when a worker is lost, torchrun ends the others, who have yet to say so. Under nohup
+        When a worker is lost, torchrun ends the others, which still have to report it. Under nohup
         SIGHUP is ignored, and stays so.
         """
         self.training = True
@@ -206,28 +207,34 @@ class Workers:
     def _request_stop(self, number: int, frame: object) -> None:
         self.asked_to_stop = True
 
-    def group(self, exchange: str, delay: int = 0) -> dist.ProcessGroup | None:
-        """The process group of messages that go from `exchange`, "device" or "host"; None is all.
+    def group(self, transport: str, sync_delay: int = 0) -> dist.ProcessGroup | None:
+        """The process group that carries messages; None is the default group.
 
-        delay: steps that they travel. Raises RunError for messages from the device where workers
-        share one, and for NCCL with a delay, in which its kernels would hold up the computation.
+        Args:
+            transport: "device" or "host", the memory that messages are sent from.
+            sync_delay: the steps that messages travel.
+
+        Raises:
+            RunError: for messages from a device that workers share, and for NCCL with a delay,
+                since its kernels would block the computation.
         """
-        if exchange == "device" and self.shared:
+        if transport == "device" and self.shared:
             raise RunError(
-                "transport=device needs a GPU for each rank, and this machine, or another, has fewer"
-                f" (here {torch.cuda.device_count()}): start as many, or give transport=host"
+                "transport=device needs a GPU for each rank, and this machine, or another, has "
+                f"fewer (here {torch.cuda.device_count()}): start as many, or give transport=host"
             )
-        by_nccl = exchange == "device" and self._from_host is not None
-        if by_nccl and delay:
+        by_nccl = transport == "device" and self._from_host is not None
+        if by_nccl and sync_delay:
             raise RunError(
-                f"optimizer.sync_delay={delay} is not allowed with NCCL, whose receiving kernel would "
-                "spin on the GPU all the while: give transport=host, or optimizer.sync_delay=0"
+                f"optimizer.sync_delay={sync_delay} is not allowed with NCCL, whose receiving "
+                "kernel would spin on the GPU all the while: give transport=host, or "
+                "optimizer.sync_delay=0"
             )
-        return self._from_host if exchange == "host" else None
+        return self._from_host if transport == "host" else None
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, which alone prints and writes."""
+        """Whether this is rank 0, the only one that prints and writes."""
         return self.rank == 0
 
     def say(self, text: str = "", error: bool = False) -> None:
@@ -238,8 +245,8 @@ class Workers:
     def together(self, action: Callable):
         """Call `action` on every worker and return its result, or fail on all of them.
 
-        An expected error (RunError, ValueError, OSError, ArithmeticError) of any worker becomes one
-        RunError that all raise, so that no worker waits for one that has stopped.
+        If any worker raises an expected error (RunError, ValueError, OSError, ArithmeticError), all
+        raise it as one RunError, so that no worker waits for one that has stopped.
         """
         result, problem = None, None
         try:
@@ -265,10 +272,11 @@ class Workers:
         """Rank 0's value, on all workers."""
         return self.gather(value if self.first else None)[0]
 
-    def start_total(self, *numbers: float | torch.Tensor) -> Callable[[], list[float]]:
-        """Start to sum up the numbers over all workers, in float64; returns a function that waits.
+    def start_sum(self, *numbers: float | torch.Tensor) -> Callable[[], list[float]]:
+        """Start to add up the numbers over all workers, in float64.
 
-        Beside the training's own collectives, which do not hold it up.
+        Returns a function that waits for the sums. The training's own collectives continue
+        meanwhile.
         """
         sums = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
         if self.control is None:
@@ -281,24 +289,24 @@ class Workers:
 
         return wait
 
-    def total(self, *numbers: float | torch.Tensor) -> list[float]:
+    def sum(self, *numbers: float | torch.Tensor) -> list[float]:
         """The sums of the numbers over all workers, in float64."""
-        return self.start_total(*numbers)()
+        return self.start_sum(*numbers)()
 
-    def finish(self, work: Callable[[], int]) -> int:
-        """Meet the other workers, do the work of this process; returns the exit status.
+    def run(self, work: Callable[[], int]) -> int:
+        """Meet the other workers and do the work of this process; return its exit status.
 
-        An expected error is one line and status 1: a RunError, which all workers raise, on rank 0;
-        another of this worker alone on this worker, whose end torchrun takes for the end of all. If
-        other workers were lost, the line says which. The status of a FinalError is FINAL.
+        An expected error prints one line and has status 1. Rank 0 prints a RunError, which all
+        workers raise. A worker prints any other error itself, and torchrun then ends all workers.
+        If other workers were lost, the line says which. The status of a FinalError is FINAL.
         """
         with lenient_output():
-            return self._finish(work)
+            return self._run(work)
 
-    def _finish(self, work: Callable[[], int]) -> int:
+    def _run(self, work: Callable[[], int]) -> int:
         status = 1
         try:
-            self._take_place()
+            self._use_device()
             if "RANK" in self._environment:
                 self._meet()
             status = work()
@@ -315,7 +323,7 @@ class Workers:
             print(f"error: rank {self.rank}: {meaning} ({one_line(error)})", file=sys.stderr)
             return status
         if dist.is_initialized():
-            if status:  # torchrun ends the others when one has failed: rank 0 has told by then
+            if status:  # torchrun ends the others when one has failed: rank 0 has to print first
                 with suppress(RuntimeError):
                     self.gather(None)
             dist.destroy_process_group()
@@ -323,7 +331,7 @@ class Workers:
         return status
 
     def _meaning(self, error: RuntimeError) -> str | None:
-        """What has happened and what to do, None if that is not known."""
+        """What has happened and what to do, or None if that is not known."""
         for part, meaning in MEANINGS.items():
             if part in str(error):
                 return meaning
@@ -342,11 +350,11 @@ class Workers:
                 "interface by which they reach each other"
             )
         return lost and (
-            f"lost rank {lost}: see that process or its node, and go on with resume=auto"
+            f"lost rank {lost}: see that process or its node, and resume with resume=auto"
         )
 
     def _lost(self) -> list[int]:
-        """The ranks that do not say that they are there, when this one has met an error.
+        """The ranks that do not report that they are alive, after this one has met an error.
 
         Rank 0, whose node has the store, if the store does not answer.
         """

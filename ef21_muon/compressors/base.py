@@ -1,11 +1,13 @@
-"""Compressors: what of a matrix is kept, written in a value format (`ef21_muon.values.base`).
+"""The base class of compressors, and the compressors that keep every entry.
 
-C(x) is by definition decode(encode(x)), so the bytes that are logged are the bytes that are sent.
-Matrices come in batches (L, m, n); every one is a message of its own, of a size that follows from
-the shape alone. All are contractive in the Frobenius norm, E ||C(x) - x||^2 <= (1 - alpha) ||x||^2
-with the `alpha` that they document, where omega is that of the value format.
+A compressor maps a matrix to a message and back, C(x) = decode(encode(x)), so the bytes that are
+logged are the bytes that are sent. Matrices come in batches (L, m, n), and each becomes a message
+whose size depends on m and n alone. All compressors are contractive in the Frobenius norm,
+E ||C(x) - x||^2 <= (1 - alpha) ||x||^2, with the `alpha` that they document; omega is that of the
+value format (`ef21_muon.values`).
 """
 
+import hashlib
 from collections.abc import Sequence
 from inspect import signature
 
@@ -18,9 +20,34 @@ from ef21_muon.values.specs import value_format
 
 
 class Compressor(Codec):
-    """Keeps part of a matrix and writes it in the format `values`."""
+    """The base class of compressors, which keep part of a matrix and write it in a value format.
 
-    spec: tuple[str, ...] = ()  # its name in specs, and its arguments in their order
+    Subclasses implement `payload_bytes(m, n)`, `encode(x, generator)`, `decode(payload, m, n)`,
+    `alpha(m, n)` and `title()`. They set `sends_all = True`, or implement `sent`, if the optimizer
+    averages over the workers that have sent an entry. In the library they also have a `spec`: the
+    name in specs, followed by the arguments in their order.
+
+    Args:
+        values: the value format of the numbers that are sent, an object of `ef21_muon.values` or
+            its spec, such as "natural" or "int4@128"; default "float32".
+
+    Raises:
+        ValueError: if `values` is not a value format.
+
+    Example:
+        >>> class FirstRow(Compressor):
+        ...     def payload_bytes(self, m, n):
+        ...         return self.values.payload_bytes(1, n)
+        ...     def encode(self, x, generator=None):
+        ...         return self.values.encode(x[:, :1], generator)
+        ...     def decode(self, payload, m, n):
+        ...         row = self.values.decode(payload, 1, n)
+        ...         return torch.nn.functional.pad(row, (0, 0, 0, m - 1))
+        >>> FirstRow("bfloat16").payload_bytes(8, 10)
+        20
+    """
+
+    spec: tuple[str, ...] = ()  # the name in specs, and the arguments in their order
     lossless = False  # whether C(x) = x, bit for bit
     sends_all = False
 
@@ -28,30 +55,54 @@ class Compressor(Codec):
         self.values = value_format(values)
 
     def alpha(self, m: int, n: int) -> float:
-        """The contraction that is guaranteed for m x n matrices."""
+        """Return the contraction that is guaranteed for m x n matrices, at most 1.
+
+        A value of 0 or below guarantees nothing.
+        """
         raise NotImplementedError
 
     def sent(self, payload: Tensor, m: int, n: int) -> Tensor | None:
-        """Which entries were sent, even if rounded to 0: bool (L, m, n), or None for all."""
+        """Return the marks of the entries that were sent, even if rounded to 0.
+
+        Args:
+            payload: messages, uint8 (L, payload_bytes(m, n)).
+            m: the number of rows.
+            n: the number of columns.
+
+        Returns:
+            bool (L, m, n), or None if every message has all entries.
+
+        Raises:
+            NotImplementedError: if the class does not implement it; mean="senders" needs it.
+        """
         if not self.sends_all:
             raise NotImplementedError
 
     def sample(self, m: int, n: int) -> Tensor:
-        """A message for one matrix, on the CPU, of the same bits on all processors."""
+        """Return a message for one m x n matrix, on the CPU, with the same bits on all processors.
+
+        Ranks decode it when the optimizer is built, to find out whether they compute the same bits.
+        """
         return self.encode(numbers(1, m, n, below=8), fixed_generator())
 
     def fit(self, m: int, n: int) -> "Compressor":
-        """The compressor to use for m x n matrices: Quantize where this one would save no byte."""
+        """Return the compressor to use for m x n matrices.
+
+        That is this one, or `Quantize` in the same value format if this one would save no byte.
+        """
         saves = self.payload_bytes(m, n) < self.values.payload_bytes(m, n)
         return self if saves or isinstance(self, Quantize) else Quantize(self.values)
 
     def title(self) -> str:
-        """What is kept, as figures and tables name it."""
+        """Return the name for figures and tables, without the value format: "rank 15%"."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        """The spec that it is built from (`compressors.from_spec`): "rank:0.15:natural"."""
-        if "spec" not in vars(type(self)):  # of somebody else's class
+        """Return the spec, from which `from_spec` builds an equal compressor: "rank:0.15:natural".
+
+        A class without a spec of its own shows its attributes instead.
+        """
+        if "spec" not in vars(type(self)):  # a class that is not of this library
             own = (f"{key}={value!r}" for key, value in vars(self).items())
             return f"{type(self).__name__}({', '.join(own)})"
         name, *parameters = self.spec
@@ -62,12 +113,27 @@ class Compressor(Codec):
         return ":".join([name, *(text for text, _ in given if text != "None")])
 
     def __str__(self) -> str:
-        """As figures and tables name it: "rank 15% natural"; float32 goes without saying."""
+        """Return the name for figures and tables: "rank 15% natural"; float32 is left out."""
         return self.title() + ("" if isinstance(self.values, Float32) else f" {self.values}")
 
 
 class Quantize(Compressor):
-    """Every entry is kept; alpha = 1 - omega. `Quantize("natural")` is the Natural compressor."""
+    """Every entry, in a value format: C(x) = decode(encode(x)), alpha = 1 - omega.
+
+    `Quantize("natural")` is natural compression and `Quantize("sign")` scaled signs; their specs
+    are "natural" and "sign", those of other formats "quantize:int4" and so on.
+
+    Args:
+        values: the value format of the entries, an object of `ef21_muon.values` or its spec;
+            default "float32", which loses nothing.
+
+    Raises:
+        ValueError: if `values` is not a value format.
+
+    Example:
+        >>> Quantize("normal2").payload_bytes(768, 768)  # of 2359296 bytes in float32
+        148992
+    """
 
     spec = ("quantize", "values")
     sends_all = True
@@ -79,7 +145,9 @@ class Quantize(Compressor):
     def __repr__(self) -> str:
         if self.lossless:
             return "identity"
-        named = isinstance(self.values, Natural | SignScale)  # which need no other word
+        named = isinstance(
+            self.values, Natural | SignScale
+        )  # their specs are those of the value format
         return str(self.values) if named else super().__repr__()
 
     def __str__(self) -> str:
@@ -99,7 +167,12 @@ class Quantize(Compressor):
 
 
 class Identity(Quantize):
-    """No compression: every entry as float32, alpha = 1."""
+    """No compression: C(x) = x, every entry in float32, alpha = 1.
+
+    Example:
+        >>> Identity().payload_bytes(768, 768)
+        2359296
+    """
 
     spec = ("identity",)
 
@@ -108,7 +181,7 @@ class Identity(Quantize):
 
 
 def require_marks(compressor: Compressor, m: int, n: int) -> None:
-    """Raise ValueError for a compressor that does not say which entries its messages have."""
+    """Raise ValueError for a compressor that does not implement `sent`."""
     try:
         compressor.sent(torch.empty(0, compressor.payload_bytes(m, n), dtype=torch.uint8), m, n)
     except NotImplementedError:
@@ -121,9 +194,15 @@ def require_marks(compressor: Compressor, m: int, n: int) -> None:
 def add_mean_over_senders(
     compressor: Compressor, total: Tensor, messages: Sequence[Tensor]
 ) -> bool:
-    """Add to every entry of total (layers, m, n) the mean over the messages that have it.
+    """Add to each entry of `total` the mean over the messages that have this entry.
 
-    False, and nothing is added, where all have all entries.
+    Args:
+        compressor: the compressor of the messages.
+        total: float32 (layers, m, n), changed in place.
+        messages: uint8 (layers, bytes), one per worker.
+
+    Returns:
+        Whether the mean was added; False, and nothing is added, if all messages have all entries.
     """
     shape = total.shape[1:]
     senders, received = torch.zeros_like(total), torch.zeros_like(total)
@@ -137,15 +216,33 @@ def add_mean_over_senders(
     return True
 
 
+def new_generator(device: torch.device, seed: int, stream: int, purpose: str) -> Generator:
+    """A generator of random numbers that no other stream and purpose has.
+
+    Args:
+        device: of the numbers; the meta device has none, and gets the CPU's.
+        seed: of the run.
+        stream: number of the rank.
+        purpose: what the numbers are for.
+    """
+    digest = hashlib.sha256(f"{seed}/{stream}/{purpose}".encode()).digest()
+    device = torch.device("cpu") if device.type == "meta" else device
+    return Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
 def fixed_generator() -> Generator:
-    """Of the CPU, in the same state each time."""
+    """Return a generator on the CPU that is in the same state each time."""
     return Generator("cpu").manual_seed(0)
 
 
 def numbers(*shape: int, below: int = 1 << 23) -> Tensor:
-    """Pseudo-random whole numbers from -below up to below, float32 on the CPU, on any machine.
+    """Return pseudo-random whole numbers in [-below, below), float32, the same on any machine.
 
     Sums of small ones are exact in any order; those below 2^23 fill a mantissa.
+
+    Args:
+        shape: the shape of the tensor, on the CPU.
+        below: the bound on magnitudes, default 2^23.
     """
     options = {"generator": fixed_generator(), "dtype": torch.float32, "device": "cpu"}
     return torch.randint(-below, below, shape, **options)

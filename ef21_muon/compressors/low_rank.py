@@ -11,39 +11,57 @@ from ef21_muon.norms.newton_schulz import unit_largest
 from ef21_muon.values.base import ValueFormat, check_length, reinterpret
 from ef21_muon.values.specs import value_format
 
-# Of a bound on the Gram matrix' largest eigenvalue: of an embedding's gradient, summed row after
-# row, rounding took the smallest below zero by 3.4e-5 of it.
+# The shift relative to a bound on the largest eigenvalue of the Gram matrix. For an embedding's
+# gradient, summed row by row, rounding took the smallest eigenvalue to -3.4e-5 of this bound.
 SHIFT = 1e-4
 
 
 class RankK(Fraction):
-    """The projection of x on r directions of its shorter side, r = fraction min(m, n), as factors.
+    """The projection on r directions, r = fraction min(m, n), sent as two factors.
 
-    For m <= n: P is an orthonormal basis of range(x x^T S) for a Gaussian m x r sketch S (range
-    finder with one power step, Halko et al., arXiv:0909.4061), Q = P^T x, and C(x) = P Q. For m > n
-    the same of x^T. In expectation it keeps at least the share c = r / min(m, n) of ||x||^2. With
-    unbiased rounding of the factors, by omega_P and omega_Q,
+        C(x) = P Q,  Q = P^T x,  P an orthonormal basis of range(x x^T S), S a Gaussian m x r matrix
+
+    for m <= n; for m > n the same holds for x^T. This is the randomised range finder with one power
+    step. In expectation it keeps at least the part c = r / min(m, n) of ||x||^2. With omega_P and
+    omega_Q for the value format in the two factors, unbiased formats give
 
         alpha = (2 - (1 + omega_P) (1 + omega_Q)) c,
 
-    and with biased rounding, by the triangle inequality,
+    and biased ones, by the triangle inequality,
 
         alpha = 1 - (sqrt(1 - c) + d sqrt(c))^2,  1 + d = (1 + sqrt(omega_P)) (1 + sqrt(omega_Q)),
 
-    with c at least d^2 / (1 + d^2), where this is worst. Below 0, and for a scale per message, it
-    promises nothing.
+    with c at least d^2 / (1 + d^2), where this is worst. An alpha below 0 guarantees
+    nothing, and neither does a format with block="tensor".
+
+    Args:
+        fraction: the part of the rank that is sent, in (0, 1].
+        values: the value format of both factors, an object of `ef21_muon.values` or its spec, such
+            as "natural"; default "float32".
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> RankK(0.15, "natural").payload_bytes(768, 768)  # of 2359296 bytes in float32
+        198720
+
+    References:
+        Halko et al., range finder (arXiv:0909.4061). Gruntkowska et al. (arXiv:2510.00643),
+        Algorithm 1, C in line 4 and C_j in line 10.
     """
 
     kind = "rank"
     spec = ("rank", "fraction", "values")
     sends_all = True
-    scale_bytes = 0  # of a factor of both, before them
+    scale_bytes = 0  # the bytes of s, which come before the factors
 
     def _basis(self, x: Tensor, r: int, generator: Generator | None) -> Tensor:
+        """Return the orthonormal basis P (L, m, r) for x (L, m, n), m <= n."""
         return range_of(x, r, generator)
 
     def _factors(self, m: int, n: int) -> tuple[tuple[ValueFormat, int], tuple[ValueFormat, int]]:
-        """The formats of P^T and Q, each of r rows, and the lengths of these."""
+        """Return the formats of P^T and Q, each of r rows, and the lengths of their rows."""
         return (self.values, min(m, n)), (self.values, max(m, n))
 
     def payload_bytes(self, m: int, n: int) -> int:
@@ -89,12 +107,26 @@ class RankK(Fraction):
 
 
 class QuantizedRank(RankK):
-    """x of rank r = fraction min(m, n) as s P Q: P in the format `basis`, Q in the finer `values`.
+    """Rank r = fraction min(m, n) in coarse formats, C(x) = s P Q, fitted by least squares.
 
-    For m >= n: P is a basis as RankK's, rounded; Q = P^+ x are the least-squares rows for P as it
-    was rounded, rounded in turn; and the scalar s is that of least squares again. For m < n the
-    same of x^T. P has most of the values, and rounding it only turns the subspace that is sent. By
-    s, C(x) is never further from x than 0 is: alpha = 0.
+    For m >= n, P is a basis as in `RankK`, rounded to the format `basis`. Q = P^+ x are the
+    least-squares rows for this rounded P, rounded to the finer format `values`, and s is the
+    least-squares scalar for both, a float32. For m < n the same holds for x^T. P has most of the
+    values, and its rounding only turns the subspace. Because of s, C(x) is never further from x
+    than 0 is; more is not guaranteed, alpha = 0.
+
+    Args:
+        fraction: the part of the rank that is sent, in (0, 1].
+        values: the value format of Q, the factor of the shorter side, an object of
+            `ef21_muon.values` or its spec; default "normal4".
+        basis: the value format of P, the factor of the longer side; default "normal2".
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> QuantizedRank(0.3).payload_bytes(768, 768)  # of 2359296 bytes in float32
+        133404
     """
 
     kind = "quantized rank"
@@ -127,7 +159,7 @@ class QuantizedRank(RankK):
         basis = self.basis.decode(sent[0], r, long)
         gram, products = basis @ basis.mT, basis @ x
         largest = products.abs().amax((1, 2), keepdim=True)
-        products /= largest.masked_fill(largest == 0, 1)  # or squares would overflow
+        products /= largest.masked_fill(largest == 0, 1)  # keeps squares from overflowing
         sent.append(self.values.encode(_solve(gram, products), generator))
         rows = self.values.decode(sent[1], r, short)
         length = (gram @ rows * rows).sum((1, 2))
@@ -136,7 +168,10 @@ class QuantizedRank(RankK):
 
 
 def _solve(gram: Tensor, products: Tensor) -> Tensor:
-    """Rows Q with gram Q = products; gram may be singular, so 1e-5 of its diagonal is added."""
+    """Return rows Q with gram Q = products.
+
+    `gram` may be singular, so 1e-5 of its mean diagonal is added to the diagonal.
+    """
     ridge = 1e-5 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
     identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     gram = gram + ridge.masked_fill(ridge == 0, 1) * identity
@@ -144,25 +179,35 @@ def _solve(gram: Tensor, products: Tensor) -> Tensor:
 
 
 def range_of(x: Tensor, r: int, generator: Generator | None) -> Tensor:
-    """An orthonormal basis (L, m, r) of range(x x^T S), for x (L, m, n) and a Gaussian S."""
+    """Return an orthonormal basis (L, m, r) of range(x x^T S), for x (L, m, n) and a Gaussian S."""
     size = len(x), x.shape[1], r
     sketch = torch.randn(size, generator=generator, dtype=torch.float32, device=x.device)
     return orthonormal(unit_largest(x @ unit_largest(x.mT @ sketch)))
 
 
 def orthonormal(x: Tensor) -> Tensor:
-    """Columns of length 1, orthogonal to each other, that span those of x (L, m, r), m >= r.
+    """Return orthonormal columns that span the columns of x.
 
-    On a CPU by QR; on a GPU, where that takes 30 times as long, by Cholesky factors of Gram
-    matrices, X <- X L^-T with L L^T = X^T X + shift, three times (Fukaya et al., arXiv:1809.11085),
-    and a step X (3 - X^T X) / 2 for the lengths. What x spans with less than about 1e-5 of its
-    length comes out shorter than 1, so that P P^T stays at most a projection. Does not wait.
+    On a CPU this is a QR factorisation. On a GPU, where that takes 30 times as long, it uses
+    Cholesky factors of Gram matrices, X <- X L^-T with L L^T = X^T X + shift, three times, and then
+    a step X (3 - X^T X) / 2 for the lengths. Directions in which x has less than about 1e-5 of its
+    length come out shorter than 1, so P P^T is never more than a projection. It does not wait for
+    the device.
+
+    Args:
+        x: float32 (L, m, r), m >= r.
+
+    Returns:
+        float32 (L, m, r).
+
+    References:
+        Fukaya et al., shifted Cholesky QR (arXiv:1809.11085).
     """
     return by_gram(x) if x.is_cuda else torch.linalg.qr(x).Q
 
 
 def by_gram(x: Tensor) -> Tensor:
-    """`orthonormal` by Gram matrices, for columns whose sums of squares are in float32's range."""
+    """Return what `orthonormal` does, by Gram matrices; squares have to be in float32's range."""
     for _ in range(3):
         products = gram(x)
         bound = products.abs().sum(-1).amax(-1, keepdim=True)
@@ -173,5 +218,5 @@ def by_gram(x: Tensor) -> Tensor:
 
 
 def gram(x: Tensor) -> Tensor:
-    """The inner products (L, r, r) of the columns of x (L, m, r)."""
+    """Return the inner products (L, r, r) of the columns of x (L, m, r)."""
     return x.mT @ x

@@ -1,8 +1,8 @@
-"""The rarer compressors of the paper: contractive in other norms, or by way of another compressor.
+"""The paper's rarer compressors: contractive in other norms, or built around another compressor.
 
-The theory takes the contraction of C_j (w2s) in the dual norm or the Euclidean one and that of C
-(s2w) in the norm itself (arXiv:2510.00643). `alpha` is the Frobenius one, as everywhere; classes
-document the others, for float32 values.
+The theory asks for contraction of C_j (w2s) in the dual norm or the Euclidean norm, and of C (s2w)
+in the norm itself (arXiv:2510.00643). `alpha` is for the Frobenius norm, as everywhere. The classes
+document the other norms, for float32 values.
 """
 
 from copy import copy
@@ -12,47 +12,76 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.compressors.base import Compressor
+from ef21_muon.compressors.indices import index_bytes, pack_indices, unpack_indices
 from ef21_muon.compressors.low_rank import QuantizedRank, RankK
-from ef21_muon.compressors.sparse import (
-    Entries,
-    Fraction,
-    index_bytes,
-    largest,
-    pack_indices,
-    unpack_indices,
-)
+from ef21_muon.compressors.selection import largest
+from ef21_muon.compressors.sparse import Entries, Fraction
 from ef21_muon.norms.newton_schulz import unit_largest
 from ef21_muon.values.base import Float32, check, check_length, check_share
 
 
 class TopSingular(RankK):
-    """The K largest singular triplets by an exact SVD, K = fraction min(m, n), as factors.
+    """The K largest singular triplets by an exact SVD, K = fraction min(m, n), as two factors.
 
-    P holds the singular vectors of the shorter side and Q = P^T x. Of r = min(m, n) singular values
-    it drops the r - K smallest, so in the Schatten-p norm
+        C(x) = P Q,  Q = P^T x,  P the singular vectors of the shorter side
 
-        1 - alpha = (1 - K / r)^(2/p):  K / r for Frobenius, 1 - (1 - K / r)^2 for nuclear,
+    With r = min(m, n), it drops the r - K smallest singular values, so in the Schatten-p norm
 
-    and alpha = 0 in the spectral norm (p = infinity). No message of its rank has a smaller error in
-    any of these norms (Eckart and Young; Mirsky). On a CPU the SVD takes 5 to 20 times as long as
-    RankK's sketch.
+        1 - alpha = (1 - K / r)^(2/p):  alpha = K / r for the Frobenius norm, p = 2,
+
+    1 - (1 - K / r)^2 for the nuclear norm, p = 1, and 0 for the spectral norm, p = infinity. No
+    other message of this rank has a smaller error in these norms (Eckart and Young; Mirsky). On a
+    CPU the SVD takes 5 to 20 times as long as the sketch of `RankK`.
+
+    Args:
+        fraction: the part of the rank that is sent, in (0, 1].
+        values: the value format of both factors, an object of `ef21_muon.values` or its spec;
+            default "float32".
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> TopSingular(0.5).alpha(8, 8)
+        0.5
+
+    References:
+        Gruntkowska et al. (arXiv:2510.00643).
     """
 
     kind = "singular"
     spec = ("top_singular", "fraction", "values")
 
     def _basis(self, x: Tensor, r: int, generator: Generator | None) -> Tensor:
-        # The SVD of numbers that are not finite raises; in Q they stay, for the receiver to see.
+        # The SVD of NaN or infinity would raise. Q keeps them, so the receiver sees them.
         return torch.linalg.svd(unit_largest(x).nan_to_num_(), full_matrices=False).U[..., :r]
 
 
 class TopColumns(Fraction, Entries):
-    """The k columns of largest 2-norm, k = fraction n, their places as Elias-Fano coded indices.
+    """The columns of largest 2-norm, k = fraction n of n columns.
 
-    A column of a weight (d_out, d_in) belongs to one input. alpha = (1 - omega) k / n, and in the
-    mixed norm ||x||_{2,q} = (sum_j ||x_j||_2^q)^(1/q) of columns x_j, q >= 1, for float32 values
+        alpha = (1 - omega) k / n,    and in the norm ||x||_{2,q}    1 - alpha = (1 - k / n)^(2/q)
 
-        1 - alpha = (1 - k / n)^(2/q).
+    where omega is that of the value format and ||x||_{2,q} = (sum_j ||x_j||_2^q)^(1/q) with the
+    columns x_j and q >= 1. A column of a weight (d_out, d_in) belongs to one input. The indices of
+    the columns are Elias-Fano coded.
+
+    Args:
+        fraction: the part of the columns that is sent, in (0, 1].
+        values: the value format of their entries, an object of `ef21_muon.values` or its spec;
+            default "float32".
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> compressor = TopColumns(0.5)
+        >>> compressor.decode(compressor.encode(torch.tensor([[[3.0, -1.0], [1.0, -2.0]]])), 2, 2)
+        tensor([[[3., 0.],
+                 [1., 0.]]])
+
+    References:
+        Gruntkowska et al. (arXiv:2510.00643).
     """
 
     kind = "top columns"
@@ -79,7 +108,14 @@ class TopColumns(Fraction, Entries):
 
 
 class Modified(Compressor):
-    """A compressor that changes what another one does, and is fitted where that one is."""
+    """The base class of compressors that change what another compressor does.
+
+    Args:
+        compressor: the other compressor, an object of `ef21_muon.compressors`; its `fit` applies.
+
+    Raises:
+        ValueError: if it is not a compressor.
+    """
 
     def __init__(self, compressor: Compressor):
         given = f"{type(self).__name__} got compressor={compressor!r}"
@@ -103,16 +139,34 @@ class Modified(Compressor):
 
 
 class Scaled(Modified):
-    """C(x) = scale * compressor(x), scale in (0, 1]: the same message, and decoding multiplies.
+    """Another compressor times a factor, C(x) = scale compressor(x).
 
-    It makes unbiased formats of few bits contractive: of a compressor that keeps the share c of
-    ||x||^2, and whose alpha is (1 - omega) c,
+    The message is the same, and the decoder multiplies. For unbiased values and a compressor that
+    keeps the part c of ||x||^2, so that its own alpha is (1 - omega) c,
 
         alpha = c (2 scale - scale^2 (1 + omega)),
 
-    which is largest, c / (1 + omega), for scale = 1 / (1 + omega), the default. For biased values
-    the scale has to be given, and 1 - alpha = (scale sqrt(1 - a) + 1 - scale)^2 for the
-    compressor's own alpha a, in every norm in which it has one.
+    which is largest, c / (1 + omega), at scale = 1 / (1 + omega). So formats of few bits, whose
+    omega is above 1, become contractive. For biased values
+
+        1 - alpha = (scale sqrt(1 - a) + 1 - scale)^2
+
+    with the compressor's own alpha a, in every norm in which it has one.
+
+    Args:
+        compressor: the compressor that is scaled, an object of `ef21_muon.compressors`.
+        scale: the factor, in (0, 1]; default None, which is 1 / (1 + omega) and needs unbiased
+            values.
+
+    Raises:
+        ValueError: if an argument is out of range, and if a scale is missing.
+
+    Example:
+        >>> Scaled(TopSingular(0.1, "int2"), 0.5)
+        scaled:0.5:top_singular:0.1:int2
+
+    References:
+        Gruntkowska et al. (arXiv:2510.00643).
     """
 
     spec = ("scaled", "scale", "compressor")
@@ -125,7 +179,7 @@ class Scaled(Modified):
             raise ValueError(f"Scaled has no default scale for {compressor}: give one")
         if scale is not None:
             check_share("Scaled got scale", scale)
-        self.scale = scale
+        self.scale = None if scale is None else float(scale)
 
     def title(self) -> str:
         by = "" if self.scale is None else f" {self.scale:.4g}"
@@ -145,10 +199,11 @@ class Scaled(Modified):
         return self.compressor.decode(payload, m, n).mul_(self._scale(m, n))
 
     def _scale(self, m: int, n: int) -> float:
+        """Return the factor for m x n matrices."""
         return self.scale or 1 / (1 + self._share_and_omega(m, n)[1])
 
     def _share_and_omega(self, m: int, n: int) -> tuple[float, float]:
-        """c and omega of a compressor with unbiased values, from alpha = (1 - omega) c."""
+        """Return c and omega of a compressor with unbiased values, from alpha = (1 - omega) c."""
         exact = copy(self.compressor)
         exact.values = Float32()
         share = exact.alpha(m, n)
@@ -156,10 +211,26 @@ class Scaled(Modified):
 
 
 class Bernoulli(Modified):
-    """The compressor's message with `probability`, in (0, 1], else nothing, C(x) = 0.
+    """Another compressor's message with a probability, and otherwise nothing, C(x) = 0.
 
-    alpha = probability times the compressor's, in every norm. Every matrix is drawn for itself. It
-    saves no bytes: one in front of a message says whether to read it.
+        alpha = probability times the compressor's alpha, in every norm
+
+    Every matrix is drawn independently. This saves no bytes, as a message keeps its size: its first
+    byte says whether the rest counts.
+
+    Args:
+        compressor: the compressor of the message, an object of `ef21_muon.compressors`.
+        probability: the probability of a message, in (0, 1]; default 0.5.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> Bernoulli(RankK(0.5), 0.25).alpha(8, 8)
+        0.125
+
+    References:
+        Gruntkowska et al. (arXiv:2510.00643).
     """
 
     spec = ("bernoulli", "probability", "compressor")
@@ -167,7 +238,7 @@ class Bernoulli(Modified):
     def __init__(self, compressor: Compressor, probability: float = 0.5):
         super().__init__(compressor)
         check_share("Bernoulli got probability", probability)
-        self.probability = probability
+        self.probability = float(probability)
 
     def title(self) -> str:
         return f"sent {100 * self.probability:.4g}%, {self.compressor.title()}"

@@ -1,6 +1,5 @@
-"""Compressors that keep some entries, the choice of the largest, and indices as bytes."""
+"""Compressors that keep some of the entries of a matrix."""
 
-from collections.abc import Sequence
 from functools import cache
 from itertools import count
 from math import gcd
@@ -9,8 +8,9 @@ import torch
 from torch import Generator, Tensor
 
 from ef21_muon.compressors.base import Compressor
+from ef21_muon.compressors.indices import index_bytes, pack_indices, unpack_indices
+from ef21_muon.compressors.selection import largest
 from ef21_muon.values.base import (
-    AT_A_TIME,
     ValueFormat,
     check,
     check_length,
@@ -19,16 +19,20 @@ from ef21_muon.values.base import (
     packed_bytes,
     reinterpret,
     unpack,
-    wrong_length,
 )
-
-LOW_BITS = 16  # of the 31 bits of a float32's magnitude
-MAGNITUDE = 0x7FFFFFFF
-SORTED_BELOW = 1 << LOW_BITS
 
 
 class Fraction(Compressor):
-    """A compressor that keeps a fraction, in (0, 1], of what there is."""
+    """The base class of compressors that keep a fraction of a matrix.
+
+    Args:
+        fraction: the part that is kept, in (0, 1].
+        values: the value format of what is sent, an object of `ef21_muon.values` or its spec;
+            default "float32".
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
 
     kind: str
 
@@ -38,11 +42,11 @@ class Fraction(Compressor):
         self.fraction = float(fraction)
 
     def kept(self, total: int) -> int:
-        """How many of `total` are kept: the nearest whole number, at least one."""
+        """Return how many of `total` are kept: fraction total, rounded, and at least 1."""
         return max(1, round(self.fraction * total))
 
     def percent(self) -> str:
-        """The fraction, for the title."""
+        """Return the fraction in percent, as the title has it."""
         return f"{100 * self.fraction:.4g}%"
 
     def title(self) -> str:
@@ -50,10 +54,11 @@ class Fraction(Compressor):
 
 
 class Entries(Compressor):
-    """A compressor that keeps entries; a message holds their places and then their values.
+    """The base class of compressors whose messages hold positions of entries and then their values.
 
-    `_layout` has the bytes of the places, and the rows and columns of the values; `_positions`, of
-    places uint8 (L, bytes), where in the flat matrix values are, all different: int64 (L, k).
+    Subclasses implement `_layout(m, n)`, the bytes of the positions, and the rows and columns in
+    which the values are written; and `_positions(places, m, n)`, which returns the positions in the
+    flat matrix, int64 (L, k) and all different, for uint8 (L, bytes).
     """
 
     def payload_bytes(self, m: int, n: int) -> int:
@@ -79,7 +84,31 @@ class Entries(Compressor):
 
 
 class TopK(Fraction, Entries):
-    """The k = fraction m n entries of largest magnitude; alpha = (1 - omega) k / (m n)."""
+    """The entries of largest magnitude, k = fraction m n of an m x n matrix.
+
+        C(x)_ij = x_ij for the k largest |x_ij| and 0 elsewhere,    alpha = (1 - omega) k / (m n)
+
+    where omega is that of the value format. Equal magnitudes are taken in the order of their
+    positions. Positions are Elias-Fano coded, with about 2 + log2(1 / fraction) bits per entry.
+
+    Args:
+        fraction: the part of the entries that is sent, in (0, 1].
+        values: the value format of these entries, an object of `ef21_muon.values` or its spec, such
+            as "natural" or "int4@128"; default "float32".
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> compressor = TopK(0.5)
+        >>> compressor.decode(compressor.encode(torch.tensor([[[3.0, -1.0], [0.0, -2.0]]])), 2, 2)
+        tensor([[[ 3.,  0.],
+                 [ 0., -2.]]])
+
+    References:
+        Gruntkowska et al. (arXiv:2510.00643), Algorithm 1, C in line 4 and C_j in line 10. Elias
+        (1974) and Fano (1971), for the code of positions.
+    """
 
     kind = "top"
     spec = ("topk", "fraction", "values")
@@ -99,10 +128,25 @@ class TopK(Fraction, Entries):
 
 
 class RandK(Fraction, Entries):
-    """k = fraction m n entries at random positions, from a seed of 9 bytes.
+    """Entries at random positions, k = fraction m n of an m x n matrix.
 
-    They are start + i stride modulo m n for i < k: a uniform start, and a stride, coprime to m n,
-    out of 256. So every entry is kept with probability k / (m n): alpha = (1 - omega) k / (m n).
+        C(x)_ij = x_ij at k random positions and 0 elsewhere,    alpha = (1 - omega) k / (m n)
+
+    where omega is that of the value format. A message holds a seed of 9 bytes in place of the
+    positions, which are start + i stride modulo m n for i < k. The start is uniform, and the stride
+    is one of 256 numbers coprime to m n, so every entry is kept with probability k / (m n).
+
+    Args:
+        fraction: the part of the entries that is sent, in (0, 1].
+        values: the value format of these entries, an object of `ef21_muon.values` or its spec;
+            default "float32".
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> RandK(0.1).payload_bytes(768, 768)  # the seed, and 58982 numbers of 4 bytes
+        235937
     """
 
     kind = "random"
@@ -125,16 +169,23 @@ class RandK(Fraction, Entries):
         return torch.cat([*seed, self.values.encode(values, generator)], 1)
 
     def _walk(self, start: Tensor, stride: Tensor, total: int) -> Tensor:
+        """Return the positions start + i stride modulo `total`, int64 (L, k)."""
         steps = torch.arange(self.kept(total), device=start.device)
         return (start + _coprimes(total, start.device)[stride] * steps) % total
 
 
 class ChunkPlaces:
-    """m x n matrices as chunks, and places of k entries (or all) of each of them as bytes.
+    """The division of m x n matrices into chunks, and the code of k positions within every chunk.
 
-    Sides are the largest divisors of m and n up to `chunk`, as in the code of DeMo and SparseLoCo.
-    Places are indices of fixed width in their chunk or Elias-Fano coded, chunk after chunk,
-    whichever is shorter for this shape.
+    The sides of a chunk are the largest divisors of m and n up to `chunk`, as in the code of DeMo
+    and SparseLoCo. Positions are written chunk by chunk, either as indices of fixed width within
+    their chunk or Elias-Fano coded, whichever takes fewer bytes for this shape.
+
+    Args:
+        m: the number of rows.
+        n: the number of columns.
+        chunk: the largest side of a chunk, above 0.
+        k: the number of entries per chunk, above 0; all entries of smaller chunks.
     """
 
     def __init__(self, m: int, n: int, chunk: int, k: int):
@@ -151,17 +202,21 @@ class ChunkPlaces:
         self.index_bytes = min(fixed, coded)
 
     def largest(self, chunks: Tensor) -> Tensor:
-        """The k of largest magnitude of each: (L, count, size) -> places (L, count, k), rising."""
+        """Return the rising positions (L, count, k) of the k largest magnitudes per chunk.
+
+        Args:
+            chunks: the entries of the chunks, (L, count, size).
+        """
         return chunks.abs().topk(self.k, dim=2, sorted=False).indices.sort(2).values
 
     def pack_places(self, places: Tensor) -> Tensor:
-        """(L, count, k) -> uint8 (L, index_bytes)."""
+        """Return positions within chunks, (L, count, k), as uint8 (L, index_bytes)."""
         if self.fixed_width:
             return pack(places.flatten(1), self.width)
         return pack_indices(self._chunk_after_chunk(places), self.m * self.n)
 
     def unpack_positions(self, indices: Tensor) -> Tensor:
-        """uint8 (L, index_bytes) -> positions, counted chunk after chunk: (L, count k)."""
+        """Undo `pack_places`, but count positions chunk by chunk: int64 (L, count k)."""
         kept = self.count * self.k
         if not self.fixed_width:
             return unpack_indices(indices, self.m * self.n, kept)
@@ -169,23 +224,42 @@ class ChunkPlaces:
         return self._chunk_after_chunk(places.view(-1, self.count, self.k))
 
     def in_matrix(self, positions: Tensor) -> Tensor:
-        """Positions chunk after chunk as those row after row."""
+        """Return positions that are counted chunk by chunk as positions in the flat matrix."""
         chunk, place = positions // self.size, positions % self.size
         tall, wide = self.sides
         rows = chunk // self.grid[1] * tall + place // wide
         return rows * self.n + chunk % self.grid[1] * wide + place % wide
 
     def _chunk_after_chunk(self, places: Tensor) -> Tensor:
-        """Places in chunks, (L, count, k), as positions (L, count k)."""
+        """Return positions within chunks, (L, count, k), counted chunk by chunk: (L, count k)."""
         starts = torch.arange(0, self.m * self.n, self.size, device=places.device)
         return (places + starts[:, None]).flatten(1)
 
 
 class ChunkTopK(Entries):
-    """The k entries of largest magnitude of every chunk of `chunk` x `chunk` (arXiv:2508.15706).
+    """The k entries of largest magnitude in every chunk of `chunk` x `chunk` entries.
 
-    Of smaller chunks it is max(1, round(k size / chunk^2)). The values are one row, so they have
-    one scale. alpha = (1 - omega) k / size.
+        alpha = (1 - omega) k / size for chunks of `size` entries
+
+    where omega is that of the value format. The sides of a chunk are the largest divisors of m and
+    n up to `chunk`; of a chunk with fewer than chunk^2 entries max(1, round(k size / chunk^2)) are
+    kept. All values of a message are one row, so block="row" gives them one scale.
+
+    Args:
+        k: the number of entries per chunk, from 1 to chunk^2; default 64.
+        chunk: the side of a chunk, above 0; default 64.
+        values: the value format of these entries, an object of `ef21_muon.values` or its spec;
+            default "float32".
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> ChunkTopK(32, 64, "statistical2").payload_bytes(768, 768)
+        6356
+
+    References:
+        SparseLoCo (arXiv:2508.15706).
     """
 
     spec = ("chunk_topk", "k", "chunk", "values")
@@ -228,115 +302,13 @@ class ChunkTopK(Entries):
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` that is at most `limit`."""
+    """Return the largest divisor of `number` that is at most `limit`."""
     return next(d for d in range(min(number, limit), 0, -1) if number % d == 0)
 
 
 @cache
 def _coprimes(total: int, device: torch.device) -> Tensor:
-    """256 numbers coprime to `total`, spread over its range; repeated where it has fewer."""
+    """Return 256 numbers coprime to `total` over its whole range; some repeat if it has fewer."""
     starts = (max(1, total * place // 256) for place in range(256))
     found = [next(n for n in count(start) if gcd(n, total) == 1) for start in starts]
     return torch.tensor(found, device=device)
-
-
-def largest(x: Tensor, k: int) -> Tensor:
-    """Of float32 (L, n) the positions of the k entries of largest magnitude per row: int64 (L, k).
-
-    They rise; of equal magnitudes the first are taken. Floats of one sign are ordered as their
-    bits. Takes about a byte per entry (on a GPU four) and 12 for each of the k; does not wait.
-    """
-    if x.shape[1] < SORTED_BELOW:
-        order = x.abs().sort(dim=1, descending=True, stable=True).indices
-        return order[:, :k].sort(1).values
-    bits = x.contiguous().view(torch.int32)
-    pieces = bits.split(max(1, AT_A_TIME[x.device.type] // max(1, len(bits))), 1)
-    kth, missing = kth_by_topk(bits, k) if x.is_cuda else kth_by_histograms(pieces, k)
-    chosen = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-    for piece, chosen_piece in zip(pieces, chosen.split(pieces[0].shape[1], 1), strict=True):
-        magnitude = piece & MAGNITUDE
-        equal = magnitude == kth
-        # Of its row; a GPU adds up one long row much faster than rows of a matrix.
-        place = equal.flatten().cumsum(0, dtype=torch.int32).view(equal.shape)
-        place = place - (place[:, :1] - equal[:, :1].to(torch.int32))
-        chosen_piece.copy_((magnitude > kth).logical_or_(equal.logical_and_(place <= missing)))
-        missing = missing - place[:, -1:]
-    rows = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    return chosen.flatten().nonzero_static(size=len(x) * k).view(-1, k).sub_(rows)
-
-
-# A CPU's topk takes up to three times as long as histograms, a GPU's is of one pass.
-
-
-def kth_by_topk(bits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of int32 (L, n) the k-th largest magnitudes, and how many like it are among the k: (L, 1)."""
-    magnitudes = bits & MAGNITUDE
-    kth = magnitudes.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    return kth, k - (magnitudes > kth).sum(1, keepdim=True)
-
-
-def kth_by_histograms(pieces: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The same of parts (L, any of n): of high bits, and then of low ones where they are its."""
-    rows, device = len(pieces[0]), pieces[0].device
-    missing, kth = torch.full((rows, 1), k, device=device), None
-    for _ in range(2):
-        counts = torch.zeros(rows, 1 << LOW_BITS, dtype=torch.int32, device=device)
-        for piece in pieces:
-            high = (piece & MAGNITUDE) >> LOW_BITS
-            numbers = high if kth is None else piece & (1 << LOW_BITS) - 1
-            counted = torch.ones_like(high) if kth is None else (high == kth).to(torch.int32)
-            counts.scatter_add_(1, numbers.to(torch.int64), counted)
-        at_least = counts.flip(1).cumsum(1).flip(1)
-        found = (at_least >= missing).sum(1, keepdim=True) - 1
-        missing = missing - at_least.gather(1, found) + counts.gather(1, found)
-        found = found.to(torch.int32)
-        kth = found if kth is None else kth << LOW_BITS | found
-    return kth, missing
-
-
-# Elias-Fano: a sorted index is split into low bits, packed, and a high part, written in unary as a
-# bitmap in which index i of high part h sets bit h + i (Elias 1974, Fano 1971).
-
-
-@cache
-def shortest(universe: int, count: int) -> tuple[int, int]:
-    """The bytes of `count` indices below `universe`, and the number of low bits for so few."""
-    return min(
-        (packed_bytes(count, width) + packed_bytes(count + (universe - 1 >> width), 1), width)
-        for width in range(33)
-    )
-
-
-@cache
-def index_bytes(universe: int, count: int) -> int:
-    """Bytes that `count` sorted indices below `universe` take."""
-    return shortest(universe, count)[0]
-
-
-def pack_indices(indices: Tensor, universe: int) -> Tensor:
-    """Strictly increasing int64 (L, k) below `universe` -> uint8 (L, index_bytes(universe, k))."""
-    rows, kept = indices.shape
-    width = shortest(universe, kept)[1]
-    bitmap = indices.new_zeros(rows, kept + (universe - 1 >> width), dtype=torch.uint8)
-    low = torch.empty_like(indices, dtype=torch.int32)
-    size = AT_A_TIME[indices.device.type] // 4  # since places have 8 bytes
-    for first in range(0, kept, size):
-        piece = indices[:, first : first + size]
-        places = torch.arange(first, first + piece.shape[1], device=indices.device)
-        bitmap.scatter_(1, places + (piece >> width), 1)
-        low[:, first : first + size] = piece & (1 << width) - 1
-    return torch.cat([pack(low, width), pack(bitmap, 1)], 1)
-
-
-def unpack_indices(packed: Tensor, universe: int, count: int) -> Tensor:
-    """Undo `pack_indices`: int64 (L, count); ValueError for rows of another length."""
-    size, width = shortest(universe, count)
-    if packed.shape[1] != size:
-        raise wrong_length(packed, size, f"{count} indices below {universe}")
-    rows, low_bytes = len(packed), packed_bytes(count, width)
-    length = count + (universe - 1 >> width)
-    bitmap = unpack(packed[:, low_bytes:], length, 1)
-    place = bitmap.flatten().nonzero_static(size=rows * count).view(rows, count)
-    row_start = torch.arange(rows, device=packed.device)[:, None] * length
-    high = place - row_start - torch.arange(count, device=packed.device)
-    return (high << width) | unpack(packed[:, :low_bytes], count, width)

@@ -22,11 +22,13 @@ Argument: TypeAlias = str | float | Compressor
 
 
 def from_spec(spec: Compressor | str) -> Compressor:
-    """A compressor from its spec.
+    """Return a compressor from its spec.
+
+    A spec is a name and its arguments, with colons between them; arguments that have a default may
+    be left out. A value format alone quantizes every entry.
 
     Args:
-        spec: a name and its arguments, with colons between them; what has a default may be left
-            out. A value format alone quantizes every entry. A compressor is returned as it is.
+        spec: a spec, for example:
 
             ====================================  ==================================
             "identity"                            `Identity()`
@@ -39,6 +41,11 @@ def from_spec(spec: Compressor | str) -> Compressor:
             "bernoulli:0.5:topk:0.1"              `Bernoulli(TopK(0.1), 0.5)`
             "scaled:0.8:quantize:int2:nearest"    `Scaled(Quantize("int2:nearest"), 0.8)`
             ====================================  ==================================
+
+            Or a compressor, which is returned.
+
+    Returns:
+        The compressor; its repr is the shortest spec for it.
 
     Raises:
         ValueError: for an unknown name, and for arguments that are missing, left over, or out of
@@ -69,7 +76,7 @@ def from_spec(spec: Compressor | str) -> Compressor:
 
 
 def _take(words: list[str], parameter: str) -> Argument | None:
-    """Take an argument from the front of the words; None where it is not there."""
+    """Take an argument from the front of the words; return None if it is not there."""
     if not words:
         return None
     if parameter == "compressor":
@@ -89,7 +96,7 @@ def _take(words: list[str], parameter: str) -> Argument | None:
 
 
 def _form(kind: type[Compressor]) -> str:
-    """How a spec is written: rank:FRACTION[:VALUES]."""
+    """Return the pattern of a compressor's specs, such as rank:FRACTION[:VALUES]."""
     taken, form = signature(kind).parameters, kind.spec[0]
     for parameter in kind.spec[1:]:
         word = f":{parameter.upper()}"
@@ -98,6 +105,7 @@ def _form(kind: type[Compressor]) -> str:
 
 
 def _hint(name: str) -> str:
+    """Return what to give in place of an unknown name."""
     if name in SPECS:
         return f"{name} has been renamed, give {SPECS[name]}"
     return renamed_format(name) or f"choose from {', '.join(map(_form, CLASSES.values()))}"

@@ -1,4 +1,7 @@
-"""Which workers may meet, as all of them find alike: same run, own number, within reach."""
+"""Which workers may be in a fleet: those of one run, with numbers of their own, within reach.
+
+All workers reach the same result, since all apply these rules to the same cards.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,47 +13,64 @@ FEW = 6  # differences, at most, that an error names
 
 
 class FleetError(ConnectionError):
-    """The other workers are out of reach. One line: what is so, and what to do."""
+    """The other workers cannot be reached. Its text is one line: the cause, and what to do."""
 
 
 class FleetRefused(FleetError):
-    """This worker cannot be among the others, and to start it again would not mend that."""
+    """This worker cannot be among the others, and starting it again would not help."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a worker says of itself to those that it has not met before."""
+    """What a worker sends of itself to workers that it exchanges messages with for the first time.
 
-    worker: int  # its number
-    process: int  # its id
-    since: float  # when it started, in seconds
-    met: bool  # whether it has had a round
-    built: Mapping[str, str]  # what has to be the same on all, by name
+    Attributes:
+        worker: its number.
+        process: the id of its process.
+        since: when it started, in seconds since the epoch.
+        has_synced: whether it has taken part in a round.
+        built: by name the settings that have to be the same on all workers.
+        place: where it is in the network.
+    """
+
+    worker: int
+    process: int
+    since: float
+    has_synced: bool
+    built: Mapping[str, str]
     place: Place
 
     @property
     def order(self) -> tuple:
-        """Those that have had a round come first, then those that started first."""
-        return not self.met, self.since, self.worker, self.place.host, self.process
+        """A sort key: workers that have had a round come first, then those that started first."""
+        return not self.has_synced, self.since, self.worker, self.place.host, self.process
 
     def __str__(self) -> str:
         return f"worker {self.worker} on {self.place.host} (process {self.process})"
 
 
 def differing_from(theirs: Mapping[str, str], mine: Mapping[str, str]) -> str:
-    """What differs here from what the others have, in words; empty if nothing does."""
+    """The settings that differ from those of the others, in words; empty if none does."""
     return differences(mine, theirs, "{key}={mine} (theirs {theirs})", FEW)
 
 
 def refusals(cards: Sequence[Card]) -> dict[int, str]:
-    """Of the workers that cannot be among these the reason, by place in the list.
+    """Find the workers that cannot be in the fleet.
 
-    The run that goes on is that of most workers that have had a round, then of most workers; of
-    those with one number the first in order; and where some workers are out of the others' reach,
-    those that have had a round.
+    If workers of several runs are there, the run of most workers that have had a round stays, then
+    that of most workers. If several workers have one number, the first in the order of cards stays.
+    If some workers are out of the others' reach, those stay that have had a round.
+
+    Args:
+        cards: of all workers that are there.
+
+    Returns:
+        The reasons, by the worker's index in `cards`.
     """
     runs = [[one for one in cards if one.built == card.built] for card in cards]
-    run = min(runs, key=lambda run: (-sum(one.met for one in run), -len(run), _first(run).order))
+    run = min(
+        runs, key=lambda run: (-sum(one.has_synced for one in run), -len(run), _first(run).order)
+    )
     found = {}
     for place, card in enumerate(cards):
         owner = _first([one for one in run if one.worker == card.worker] or run)
@@ -79,6 +99,8 @@ def _out_of_reach(cards: Sequence[Card]) -> dict[int, str]:
         f"set {INTERFACE} there to the network interface that they reach"
         for place in behind
     }
-    if not any(cards[place].met for place in behind):
+    if not any(cards[place].has_synced for place in behind):
         return reasons
-    return dict.fromkeys((p for p, card in enumerate(cards) if not card.met), reasons[behind[0]])
+    return dict.fromkeys(
+        (p for p, card in enumerate(cards) if not card.has_synced), reasons[behind[0]]
+    )

@@ -1,159 +1,107 @@
-"""The transport of workers that come and go, as LocalSteps uses it, and what they share."""
+"""The transport of LocalSteps for workers that come and go."""
 
-import hashlib
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import chain
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from ef21_muon.arithmetic import WHY, digests, of_messages
-from ef21_muon.fleet.admission import FleetRefused, differing_from
 from ef21_muon.fleet.members import Members
-from ef21_muon.fleet.verdict import INSTEAD, Quorum
-from ef21_muon.inner import beginner
-from ef21_muon.layers import finite
+from ef21_muon.fleet.shared import SharedState
+from ef21_muon.fleet.verdict import Quorum
+from ef21_muon.layers import Batch
 from ef21_muon.local_steps import LocalSteps
-from ef21_muon.transport.agreement import fingerprint
 from ef21_muon.transport.fixed import ALONE, Transport, packed
 
-PAUSE = 2.0  # seconds between rounds for those that are late
+PAUSE = 2.0  # seconds between rounds for workers that are late
 FEW = 3  # layers, at most, that a warning names
-TABLES = ("global_params", "server_momentum")  # of a batch's state, that all workers hold alike
-QUORUMS = 1000  # at most, that are remembered for who asks for them
+QUORUMS = 1000  # the results of so many rounds are kept
 
 log = logging.getLogger("ef21_muon")
 
 
-class Shared:
-    """W and the outer momentum V of an optimizer, its steps, and the local steps in W of all.
-
-    built: by name what has to be the same on all workers, of the optimizer and of `run`, which
-    holds for names that both have; bits: of what every worker computes for itself, fingerprints.
-    """
-
-    def __init__(self, optimizer: LocalSteps, run: Mapping[str, object]):
-        self.optimizer, self.device, self.synced_steps = optimizer, optimizer.device, 0
-        settings = {**run, **optimizer._built_as, **run}
-        self.built = {key: str(value) for key, value in settings.items()}
-        messages = chain(*(of_messages(way, optimizer.rules) for way in ("s2w", "w2s")))
-        self.bits = {f"bits of {name}": str(bits) for name, bits in digests(messages).items()}
-        text = repr(sorted((self.built | self.bits).items())).encode()
-        self._digest_of_built = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
-        self._begin_inner = [beginner(inner) for inner in optimizer.inner]
-
-    def tensors(self) -> list[Tensor]:
-        """W and V of every batch."""
-        self.optimizer.require_own_parameters("what workers share")
-        states = [batch.state for batch in self.optimizer.batches]
-        return [state[table] for state in states for table in TABLES if table in state]
-
-    def fingerprint(self) -> int:
-        """Of all that workers share, and how they are built, an int64. Waits for the device."""
-        total = torch.full((), self._digest_of_built, dtype=torch.int64, device=self.device)
-        for tensor in self.tensors():
-            total = total * 6364136223846793005 + fingerprint(tensor)
-        return total.item()
-
-    def state(self) -> dict:
-        """For a worker that comes; its tensors are not copies."""
-        counters = {"steps": self.optimizer.steps, "synced_steps": self.synced_steps}
-        return {"built": self.built | self.bits, **counters, "tensors": self.tensors()}
-
-    @torch.no_grad()
-    def take(self, state: dict) -> None:
-        """Go on from what the others share; this worker's own state begins anew.
-
-        Raises FleetRefused where they are built otherwise.
-        """
-        theirs = {key: value for key, value in state["built"].items() if key not in self.bits}
-        if differing := differing_from(theirs, self.built):
-            raise FleetRefused(
-                f"the other workers are built otherwise: {differing}: start all of them alike"
-            )
-        unlike = [name for name, bits in self.bits.items() if state["built"].get(name) != bits]
-        if unlike:
-            raise FleetRefused(
-                f"this worker gets other {unlike[0]} than the others: {WHY}, and every worker "
-                f"decodes all messages: {INSTEAD}"
-            )
-        self.synced_steps = state["synced_steps"]
-        for table, new in zip(self.tensors(), state["tensors"], strict=True):
-            table.copy_(new)
-        for batch in self.optimizer.batches:
-            if batch.up.buffer is not None:
-                batch.up.buffer.zero_()
-            torch._foreach_copy_(batch.params, batch.as_parameters(batch.state["global_params"]))
-        self.optimizer.go_on_after(state["steps"])
-        for begin_anew in self._begin_inner:
-            begin_anew()
-
-    def no_message(self) -> Tensor:
-        """Of the size that each worker's flat message has."""
-        size = sum(len(batch.params) * batch.up.size for batch in self.optimizer.batches)
-        return torch.zeros(size, dtype=torch.uint8, device=self.device)
-
-    def messages_of(self, flat: Tensor) -> list[Tensor]:
-        """Of every batch what a worker's flat message has, (layers, bytes)."""
-        shapes = [(len(batch.params), batch.up.size) for batch in self.optimizer.batches]
-        parts = flat.split([layers * size for layers, size in shapes])
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-    @torch.no_grad()
-    def squared_length(self, flat: Tensor) -> float:
-        """Of what a worker's flat message says. Waits for the device."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch, rows in zip(self.optimizer.batches, self.messages_of(flat), strict=True):
-            received = batch.up.decode(rows)
-            total += torch.linalg.vector_norm(received, dtype=torch.float64).square()
-        return total.item()
-
-    @torch.no_grad()
-    def broken(self) -> list[str]:
-        """The layers whose parameters or state are not finite here. Waits for the device."""
-        broken = []
-        for batch in self.optimizer.batches:
-            tables = [batch.models().float(), *batch.state.values()]
-            fine = torch.stack([*map(finite, tables)]).all(0).tolist()
-            broken += [name for name, is_fine in zip(batch.names, fine, strict=True) if not is_fine]
-        return broken
-
-
 class Fleet(Transport):
-    """Rounds of LocalSteps that go on with the workers that are there, each with one message.
+    """The transport of LocalSteps for workers that come and go; every round is of those present.
 
-    The mean of a round is over the messages that came. A worker that comes anew, was away, or has
-    another W (`digest` is compared in every round) takes over what the others share: W, the outer
-    momentum V and the step. Its own state, e_j and that of inner optimizers, begins anew, and its
-    message of that round, which was made from another W, does not count. A message that is not
-    finite does not count on any worker, all name its sender, and that begins anew; one that is far
-    longer than the others' counts, and is named too. Every worker serves all layers. `join()` comes
-    before the first step; every round leaves its result in `quorums`.
+    W becomes the average over the messages that were sent in a round. A worker that is new, was
+    away or has another W than the others (a digest of it is compared in every round) adopts what
+    the others share: W, the outer momentum V and the step. Its own state, the errors e_j and the
+    state of inner optimizers, is reset, and its message of that round does not count, since it was
+    made from another W. A message that is not finite counts on no worker; every worker names its
+    sender in the log, and the sender's own state is reset. A message that is far longer than those
+    of the others counts, and is named too. Every worker is a server of all layers.
 
-    worker: its number among all that there may be; lighthouse: the URL of torchft's, which is
-    waited for `patience` seconds, other workers as long as it takes; host: by which others reach
-    this one, its name by default, at whose address gloo listens unless GLOO_SOCKET_IFNAME names an
-    interface; group: of the worker's own ranks, on the CPU, where it has several, each with a
-    fleet; while_waiting: is called again and again, with the seconds that it waits at most before
-    the next call, and may raise; run: what else has to be the same on all, as the values of a
-    configuration by name. Of two workers with one number, and of two runs at one lighthouse, the
-    later is refused. State is fetched from a peer by HTTP and unpickled: trust the network.
+    Call `join` before the first step. Every round leaves its result in `quorums`. It needs torchft
+    (`pip install 'ef21-muon[fleet]'`) and a lighthouse, a process that workers find each other by:
+    `torchft_lighthouse --min_replicas 1`. Workers fetch state from each other by HTTP and unpickle
+    it, so use it in a network that you trust.
 
-    `join` and rounds raise FleetError where the lighthouse does not answer, FleetRefused where this
-    worker cannot be among the others, and what `while_waiting` does; then nobody waits for it.
+    Args:
+        worker: the number of this worker, from 0, unlike that of all others. Of two workers with
+            one number the later one is refused.
+        lighthouse: the URL of torchft's lighthouse, "http://HOST:PORT". Of two runs at one
+            lighthouse, the later one is refused.
+        run: by name, settings beside the optimizer's that have to be the same on all workers, such
+            as those of the data. None by default.
+        host: the name or address by which other workers reach this machine. By default the
+            machine's name, or "localhost" if the lighthouse is there. gloo listens at its address,
+            unless GLOO_SOCKET_IFNAME names an interface.
+        group: the ranks of this worker, a gloo process group, if there are several, each with a
+            Fleet of its own. By default one rank.
+        patience: how long to wait for an answer of the lighthouse, in seconds, 600 by default.
+            Other workers are waited for as long as it takes.
+        while_waiting: a function that is called again and again during a wait, with the time in
+            seconds after which it is called next, at the latest. It may raise, which ends the
+            wait. By default it does nothing.
+
+    Attributes:
+        quorums: the results of the last 1000 rounds.
+        members: the membership of this worker.
+
+    Raises:
+        FleetError: from `join` and rounds, if the lighthouse gives no answer.
+        FleetRefused: from `join` and rounds, if this worker cannot be among the others. After any
+            error, also one of `while_waiting`, the others do not wait for this worker any more.
+
+    Example:
+        >>> fleet = Fleet(0, "http://localhost:29510")
+        >>> inner = torch.optim.AdamW(model.parameters())
+        >>> optimizer = LocalSteps(inner, sync_every=30, transport=fleet)
+        >>> fleet.join()
+        >>> while optimizer.steps < 3000:
+        ...     model(next(batches)).backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> optimizer.final_sync()
+        >>> fleet.leave()
+
+    References:
+        Douillard et al., DiLoCo, arXiv:2311.08105.
+        torchft, https://github.com/meta-pytorch/torchft.
     """
 
     heals = True
 
+    optimizer: LocalSteps
+    shared: SharedState
+
     def __init__(
-        self, worker: int, lighthouse: str, *, run: Mapping[str, object] | None = None, **options
+        self,
+        worker: int,
+        lighthouse: str,
+        *,
+        run: Mapping[str, object] | None = None,
+        host: str | None = None,
+        group: dist.ProcessGroup | None = None,
+        patience: float = 600.0,
+        while_waiting: Callable[[float], None] = lambda seconds: None,
     ):
-        super().__init__(ALONE)  # a worker serves itself with all messages
-        self.members = Members(worker, lighthouse, **options)
+        super().__init__(ALONE)  # every worker is a server: nothing is sent beside the messages
+        self.members = Members(worker, lighthouse, host, group, patience, while_waiting)
         self.run = dict(run or {})
         self.quorums: deque[Quorum] = deque(maxlen=QUORUMS)
         # Each worker has its own random numbers, as with fixed membership.
@@ -168,15 +116,22 @@ class Fleet(Transport):
         feedback: str,
         buffers: nn.Module | None,
     ) -> str:
-        """The placement. Raises ValueError for what cannot go on without a member."""
+        """Check the options of LocalSteps.
+
+        Returns:
+            The placement of the servers, "replicated".
+
+        Raises:
+            ValueError: for an option that does not work when a worker leaves.
+        """
         refused = "is not allowed for workers that come and go"
         if server not in ("auto", "replicated"):
             raise ValueError(
-                f"server={server!r} {refused}: a server would go with its worker, give replicated"
+                f"server={server!r} {refused}: a server may leave with its worker, give replicated"
             )
-        given = {"streaming": streaming, "sync_delay": sync_delay}
-        if given := " with ".join(f"{key}={value}" for key, value in given.items() if value):
-            raise ValueError(f"{given} {refused}: they meet in whole rounds, leave it out")
+        options = {"streaming": streaming, "sync_delay": sync_delay}
+        if given := " with ".join(f"{key}={value}" for key, value in options.items() if value):
+            raise ValueError(f"{given} {refused}: they exchange whole rounds, leave it out")
         if buffers is not None:
             raise ValueError(
                 "buffers are not averaged over workers that come and go: leave them out, and "
@@ -184,81 +139,99 @@ class Fleet(Transport):
             )
         if feedback == "ef21":
             raise ValueError(
-                f"feedback='ef21' {refused}: its servers remember the mean of all workers, give "
-                "ef14 or none"
+                f"feedback='ef21' {refused}: its servers hold the mean of all workers' G_j, "
+                "give ef14 or none"
             )
         return "replicated"
 
     def attach(self, optimizer: LocalSteps) -> None:
-        """The last of what its constructor does."""
-        self.optimizer, self.shared = optimizer, Shared(optimizer, self.run)
+        """Hold the optimizer that sends by this transport; the end of its constructor calls it."""
+        self.optimizer, self.shared = optimizer, SharedState(optimizer, self.run)
         self.members.shared = self.shared
 
     @property
     def synced_steps(self) -> int:
-        """Local steps in W, of all workers."""
+        """The number of local steps of all workers that W consists of."""
         return self.shared.synced_steps
 
     def digest(self) -> int:
-        """Of all that workers share, and how they are built, below 2^64. Waits for the device."""
+        """A checksum, below 2^64, of the shared state and the settings. Waits for the device."""
         return self.shared.fingerprint() % 2**64
 
-    def to_servers(self, batches: Sequence, payloads: list[Tensor]) -> Callable[[], list]:
-        """What is returned meets the others, and gives of every batch the messages that count."""
-        return partial(self._meet, packed(payloads))
+    def to_servers(
+        self, batches: Sequence[Batch], payloads: Sequence[Tensor]
+    ) -> Callable[[], list[list[Tensor]]]:
+        """Return a function that exchanges the messages; per batch it returns those that count."""
+        return partial(self._exchange_round, packed(payloads))
 
-    def to_workers(self, batches: Sequence, payloads: list[Tensor]) -> Callable[[], list]:
+    def to_workers(
+        self, batches: Sequence[Batch], payloads: Sequence[Tensor]
+    ) -> Callable[[], Sequence[Tensor]]:
+        """Send nothing: every worker is a server of all layers."""
         return lambda: payloads
 
     @torch.no_grad()
     def join(self) -> None:
-        """Meet the others in the round that they are in, and go on from where they are."""
-        messages = self._meet()
+        """Join the others in their current round, and continue from their state.
+
+        Raises:
+            FleetError: if the lighthouse gives no answer.
+            FleetRefused: if this worker cannot be among the others.
+        """
+        messages = self._exchange_round()
         if any(messages) or self.members.healed:
-            self.optimizer.meet(messages)
+            self.optimizer.apply_messages(messages)
 
     @torch.no_grad()
     def wait_for_peers(self, workers: int, seconds: float) -> None:
-        """After the last step: wait for all `workers` to come to it, at most so many seconds.
+        """After the last step: wait until so many workers have reached it.
 
-        One that was lost in the last round takes over what the others share.
+        A worker that was lost in the last round adopts the state of the others meanwhile.
+
+        Args:
+            workers: the number of all workers.
+            seconds: how long to wait at most.
         """
         until = time.monotonic() + seconds
         while len(self.members.workers) < workers and time.monotonic() < until:
             time.sleep(PAUSE)
-            self._meet()
+            self._exchange_round()
 
     def leave(self) -> None:
-        """Let the others go on without this worker."""
+        """Leave the fleet: the others continue without this worker."""
         self.members.leave()
 
     def state(self) -> dict[str, int]:
-        """Beside the optimizer's state: how far all workers were."""
+        """The counters of the fleet, to be saved beside the optimizer's state."""
         manager = self.members.manager
         counters = manager.state_dict() if manager else self.members.counters
         return {"synced_steps": self.synced_steps, **counters}
 
     def load_state(self, state: Mapping[str, int]) -> None:
-        """With the optimizer's state that was loaded, before `join`."""
+        """Load what `state` returned, after the optimizer's state and before `join`."""
         self.members.counters = dict(state)
         self.shared.synced_steps = self.members.counters.pop("synced_steps")
 
     def __getstate__(self) -> dict:
         raise TypeError("a worker among others that come and go cannot be copied: save its state")
 
-    def _meet(self, message: Tensor | None = None) -> list[list[Tensor]]:
-        """Of every batch the messages that count; this worker's own may be missing."""
+    def _exchange_round(self, message: Tensor | None = None) -> list[list[Tensor]]:
+        """The messages that count, per batch; this worker's own may be missing.
+
+        Args:
+            message: of this worker's local steps; None if there were none since the last round.
+        """
         optimizer, shared, counts = self.optimizer, self.shared, message is not None
         optimizer.require_own_parameters("a round")
         broken = shared.broken()
         if broken and counts:
             names = ", ".join(broken[:FEW])
             log.warning("%s is not finite after step %s", names, optimizer.steps)
-        message = message if counts else shared.no_message()
+        message = shared.no_message() if message is None else message
         messages, quorum = self.members.gather(message, counts, finite=not broken)
         if self.members.worker in quorum.refused:
-            shared.take(shared.state())
-        if messages:
+            shared.adopt(shared.state())
+        if quorum.step is not None:  # messages count
             optimizer.steps = quorum.step
             _, place, _ = optimizer.rounds.of(quorum.step - 1)
             shared.synced_steps += len(messages) * (place + 1)

@@ -1,4 +1,4 @@
-"""The workers of the moment, who come and go: how this one meets them, and gets their messages."""
+"""Membership of a fleet: how a worker joins a quorum and gathers the messages of a round."""
 
 import logging
 import os
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import wait
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -21,33 +22,53 @@ from ef21_muon.fleet.connections import (
     Lighthouse,
     Manager,
     StateServer,
-    ask,
-    let_go,
+    abandon,
+    in_daemon,
     size_of,
 )
-from ef21_muon.fleet.verdict import HEAD, Head, Quorum, Verdicts, history_of
+from ef21_muon.fleet.shared import SharedState
+from ef21_muon.fleet.verdict import HEADER, Header, MessageChecks, Quorum, history_of
 from ef21_muon.transport.fixed import Traffic, place_in
 from ef21_muon.transport.reach import INTERFACE, Place
 
 log = logging.getLogger("ef21_muon")
 
 NEVER = timedelta(days=1)
-SLOWEST = 10e6 / 8  # bytes a second, at which the state of a worker that comes is fetched
-PATIENCE = 10.0  # seconds, beside what something has to take
-DOUBLINGS = 10  # at most, of the patience with a message, in as many tries
-PAUSE = 0.2  # seconds between questions
-AWAY = (TimeoutError, RuntimeError)  # what torchft raises where the lighthouse is
+SLOWEST = 10e6 / 8  # bytes per second: a joining worker is expected to fetch the state faster
+PATIENCE = 10.0  # seconds, beyond what a transfer has to take
+DOUBLINGS = 10  # at most, of the patience with a message, one per try
+PAUSE = 0.2  # seconds between calls of `while_waiting`
+AWAY = (TimeoutError, RuntimeError)  # what torchft raises where the lighthouse gives no answer
 
 
 class Members:
-    """A worker's place among those of the moment: options as in Fleet.
+    """A worker's membership in a fleet: it joins quorums and gathers messages in them.
 
-    Every message follows a head, by which those with another history are told apart: theirs do not
-    count, and they take over what the others share, as one does that comes anew or was away. What
-    fails on the way costs another quorum and no local steps: the same message is sent again.
+    A header precedes every message. The headers show which workers have another history: their
+    messages do not count, and they adopt the state of the others, as a worker does that is new or
+    was away. If an exchange fails, the same message is sent again in another quorum; no local steps
+    are lost.
+
+    Args:
+        worker: see Fleet, as for all others.
+        lighthouse: see Fleet.
+        host: see Fleet.
+        group: see Fleet.
+        patience: see Fleet.
+        while_waiting: see Fleet.
+
+    Attributes:
+        shared: what workers share; to be set before the first gather.
+        workers: the numbers of the workers in the last gather.
+        healed: whether this worker adopted the others' state in the last gather.
+        longest: the longest time that a gather took, in seconds.
+        waited: the time that all gathers took, in seconds.
+        counters: the fleet's counters at the start, which torchft's manager goes on counting from.
+        manager: torchft's Manager, whose package has no types; None before the first gather.
     """
 
-    shared = None  # what this worker has to share, from before the first gather on
+    shared: SharedState
+    manager: Any = None
 
     def __init__(
         self,
@@ -63,22 +84,29 @@ class Members:
         self.host = host or ("localhost" if local else socket.gethostname())
         self.patience, self.while_waiting = patience, while_waiting
         self.rank, self.ranks = place_in(group)
-        self.manager: Manager | None = None
-        self.workers: tuple[int, ...] = ()  # in the last gather
-        self.healed = False  # in the last gather
-        self.longest = 0.0  # seconds that a gather took
-        self.waited = 0.0  # seconds, in all gathers
+        self.workers: tuple[int, ...] = ()
+        self.healed = False
+        self.longest = self.waited = 0.0
         self.lighthouse = Lighthouse(lighthouse, quiet=self.rank > 0)
-        self.counters = {"step": 0, "batches_committed": 0}  # how far the fleet was at the start
-        self._verdicts = Verdicts(worker, quiet=self.rank > 0)
+        self.counters = {"step": 0, "batches_committed": 0}
+        self._checks = MessageChecks(worker, quiet=self.rank > 0)
 
     def gather(
         self, message: Tensor, counts: bool, finite: bool = True
     ) -> tuple[list[Tensor], Quorum]:
-        """The messages of all who worked from the same state, in the order of workers.
+        """Send a message to all workers of a quorum, and gather theirs.
 
-        (bytes,) uint8 each, as `message`, which is of one size for all. counts: whether it stands
-        for local steps; finite: whether what it was made of is.
+        Args:
+            message: uint8 (bytes,), of one size on all workers.
+            counts: whether it stands for local steps.
+            finite: whether the parameters and state that it was made from are finite.
+
+        Returns:
+            The messages that count, in the order of workers, and the round's result.
+
+        Raises:
+            FleetError: if the lighthouse gives no answer for `patience` seconds.
+            FleetRefused: if this worker cannot be among the others.
         """
         start = time.monotonic()
         try:
@@ -94,51 +122,54 @@ class Members:
     def _gather(
         self, message: Tensor, counts: bool, finite: bool, start: float
     ) -> tuple[list[Tensor], Quorum]:
-        tries, diverged, same_messages, notes, traffic = 0, 0, False, [], Traffic()
+        tries, diverged, same_messages, traffic = 0, 0, False, Traffic()
+        notes: list[str] = []
+        rows: Tensor | list[Tensor] = []
+        headers: list[Header] = []
         self.healed = False
         while True:
             tries += 1
             if not self._quorum():
                 continue
             error = self._error()
-            healed, broken, refused = self._total(
+            healed, failed, unwanted = self._total(
                 self.healed, error is not None, isinstance(error, FleetRefused)
             )
-            if refused:
+            if unwanted:
                 raise FleetRefused(str(error or "see what another rank of this worker says"))
             counts &= not healed
-            rows = None
-            if not broken:
-                mine = self._head(counts, finite)
-                rows = self._send(torch.cat([mine.packed(), message.cpu()]), tries)
-            if rows is not None:
-                others = len(rows) - 1
-                on_wire = others * (len(message) + HEAD.size)
+            gathered = None
+            if not failed:
+                mine = self._header(counts, finite)
+                gathered = self._send(torch.cat([mine.packed(), message.cpu()]), tries)
+            if gathered is not None:
+                rows, others = gathered, len(gathered) - 1
+                on_wire = others * (len(message) + HEADER.size)
                 traffic += Traffic(len(message), 0, others * len(message), on_wire, on_wire)
-                heads = [Head.unpacked(row) for row in rows[:, : HEAD.size]]
-                history = history_of(heads)
+                headers = [Header.unpacked(row) for row in gathered[:, : HEADER.size]]
+                history = history_of(headers)
                 if mine.history != history:  # then the others commit, and are ahead
                     diverged += 1
                     same_messages |= mine.committed == history[0]
                     self.manager.report_error(RuntimeError("another history than the others"))
             if self._commit():
                 break
-            notes += self._amiss()
+            notes += self._report_failure()
         self._forget_addresses()
         self.workers = self.process_group.workers
         sent = {
-            worker: (head, row[HEAD.size :].to(message.device))
-            for worker, head, row in zip(self.workers, heads, rows, strict=True)
-            if head.history == history and head.counts
+            worker: (header, row[HEADER.size :].to(message.device))
+            for worker, header, row in zip(self.workers, headers, rows, strict=True)
+            if header.history == history and header.counts
         }
-        squares = (
-            self.shared.squared_length(one) if head.finite else torch.nan
-            for head, one in sent.values()
+        of_ranks = (
+            self.shared.squared_length(one) if header.finite else torch.nan
+            for header, one in sent.values()
         )
-        squares = dict(zip(sent, self._total(*squares, dtype=torch.float64), strict=True))
-        steps = max((head.steps for head, _ in sent.values()), default=None)
-        refused, found = self._verdicts.of(squares, steps, len(sent) == len(self.workers))
-        self._verdicts.note_diverged(same_messages)
+        squares = dict(zip(sent, self._total(*of_ranks, dtype=torch.float64), strict=True))
+        steps = max((header.steps for header, _ in sent.values()), default=None)
+        refused, found = self._checks.check(squares, steps, len(sent) == len(self.workers))
+        self._checks.note_diverged(same_messages)
         messages = [one for worker, (_, one) in sent.items() if worker not in refused]
         return messages, Quorum(
             messages=len(messages),
@@ -149,37 +180,39 @@ class Members:
             history="{:016x}{:016x}".format(*history),
             tries=tries,
             seconds=time.monotonic() - start,
-            traffic=traffic + self.state_server.counted(),
+            traffic=traffic + self.state_server.read_traffic(),
             refused=tuple(refused),
             notes=(*notes, *found),
         )
 
     def leave(self) -> None:
-        """The others need not wait for this one any more."""
+        """Leave the fleet, so that the others need not wait for this worker any more."""
         if self.manager:
-            let_go(self.manager._executor)
+            abandon(self.manager._executor)
             self.manager.shutdown(wait=False)
             self.process_group.shutdown()
 
     def _enter(self) -> None:
-        """From here on the others wait for this worker, so it is as late as can be."""
-        # A store of this start's own: torchrun's outlives a restart, with the keys of the dead.
+        """Enter the fleet, as late as can be: from then on the others wait for this worker."""
+        # A store of this start's own: torchrun's outlives a restart, with the keys of dead workers.
         own = [self._listen() if self.rank == 0 else None]
         if self.ranks > 1:
             dist.broadcast_object_list(own, group=self.group, group_src=0)
-        if isinstance(own[0], FleetRefused):
-            raise own[0]
-        ((card, port),) = own
+        if own[0] is None or isinstance(own[0], FleetRefused):
+            raise own[0] or FleetError("rank 0 of this worker has sent no address")
+        card, port = own[0]
         self.healing = timedelta(seconds=PATIENCE + size_of(self.shared.state()) / SLOWEST)
         self.state_server = StateServer(self.host, self.healing)
         self.process_group = Group(
-            self.ranks, timedelta(seconds=PATIENCE), lambda: replace(card, met=bool(self.workers))
+            self.ranks,
+            timedelta(seconds=PATIENCE),
+            lambda: replace(card, has_synced=bool(self.workers)),
         )
         self.manager = self._new_manager(port)
         self.manager.load_state_dict(self.counters)
 
     def _listen(self) -> tuple[Card, int] | FleetRefused:
-        """What this worker says of itself to others, and the port of its store."""
+        """This worker's card and the port of its store, or the error if it cannot listen."""
         patience, until = timedelta(seconds=PATIENCE), time.monotonic() + PATIENCE
         while True:
             try:
@@ -199,14 +232,14 @@ class Members:
             self.while_waiting(PAUSE)
             time.sleep(PAUSE)
 
-    def _new_manager(self, port: int) -> Manager:
+    def _new_manager(self, port: int) -> Any:
         while True:
-            self.lighthouse.is_away()
+            self.lighthouse.note_silence()
             try:
                 manager = Manager(
                     pg=self.process_group,
                     state_dict=self.shared.state,
-                    load_state_dict=self._take,
+                    load_state_dict=self._adopt,
                     min_replica_size=1,  # the lighthouse asks for more
                     use_async_quorum=False,
                     init_sync=False,
@@ -223,34 +256,34 @@ class Members:
                     connect_timeout=timedelta(seconds=min(PATIENCE, self.patience)),
                     quorum_retries=int(NEVER.total_seconds()),
                 )
-                self.lighthouse.answers()
+                self.lighthouse.note_answer()
                 return manager
             except AWAY as error:
                 self._wait_for_the_lighthouse(error)
 
     def _wait_for_the_lighthouse(self, error: Exception) -> None:
         self.while_waiting(PAUSE)
-        if self.lighthouse.is_away() > self.patience:
+        if self.lighthouse.note_silence() > self.patience:
             raise FleetError(
                 f"no answer of the lighthouse {self.lighthouse.url} for {self.patience:g} s: start "
                 "it, or give the address where it is"
             ) from error
         time.sleep(PAUSE)
 
-    def _take(self, state: dict) -> None:
-        self.shared.take(state)
+    def _adopt(self, state: dict) -> None:
+        self.shared.adopt(state)
         size = size_of(state)
         self.state_server.traffic += Traffic(received_bytes=size, wire_rx_bytes=size)
         self.healed = True
 
     def _quorum(self) -> bool:
-        """Wait for the others; whether there is a quorum. `_take` may be called."""
-        asked = ask(self.manager.start_quorum, self.shared.device)
-        while not wait([asked], timeout=PAUSE).done:
+        """Wait for the others; returns whether there is a quorum. `_adopt` may be called."""
+        quorum = in_daemon(self.manager.start_quorum, self.shared.device)
+        while not wait([quorum], timeout=PAUSE).done:
             self.while_waiting(PAUSE)
-            self.lighthouse.look()
-        if (error := asked.exception()) is None:
-            self.lighthouse.answers()
+            self.lighthouse.check()
+        if (error := quorum.exception()) is None:
+            self.lighthouse.note_answer()
             return True
         if not isinstance(error, AWAY):
             raise error
@@ -259,12 +292,16 @@ class Members:
         return False
 
     def _error(self) -> Exception | None:
-        """What went wrong since the last quorum was asked for."""
+        """The manager's error since the last quorum began."""
         found = self.manager.errored()
         return found and found.original_exception
 
-    def _amiss(self) -> list[str]:
-        """Say why a quorum made no round; what the others are refused for, for the record."""
+    def _report_failure(self) -> list[str]:
+        """Log why a quorum made no round.
+
+        Returns:
+            Why workers were refused, for the record.
+        """
         if (error := self._error()) is None:
             return []
         reason = _in_a_line(error)
@@ -276,17 +313,17 @@ class Members:
             log.warning("worker %s: no round of workers %s: %s", self.worker, workers, reason)
         return [reason] if of_all_ranks else []
 
-    def _head(self, counts: bool, finite: bool) -> Head:
+    def _header(self, counts: bool, finite: bool) -> Header:
         digest, broken = self._total(self.shared.fingerprint(), not finite)
         committed, steps = self.manager.batches_committed(), self.shared.optimizer.steps
-        return Head(committed, digest % 2**64, steps, counts, not broken)
+        return Header(committed, digest % 2**64, steps, counts, not broken)
 
     def _send(self, packed: Tensor, tries: int) -> Tensor | None:
-        """All workers' heads and messages, (workers, bytes), or None where it failed."""
+        """The headers and messages of all workers, (workers, bytes); None if this failed."""
         ranks = self.process_group.size()
         flat = torch.empty(ranks * len(packed), dtype=torch.uint8)
         patience = PATIENCE + 5 * self.longest
-        if not (self.longest and self.process_group.settled):  # somebody comes
+        if not (self.longest and self.process_group.settled):  # a worker is new
             patience = self.healing.total_seconds() + len(flat) / SLOWEST
             patience *= 2 ** min(tries - 1, DOUBLINGS)
         options = AllgatherOptions()
@@ -305,15 +342,15 @@ class Members:
         return flat.view(ranks, len(packed))
 
     def _commit(self) -> bool:
-        """Whether this worker has the round; others may have it."""
-        self.while_waiting(self.healing.total_seconds())  # of one that still fetches its state
+        """Whether this worker has completed the round; others may have completed it in any case."""
+        self.while_waiting(self.healing.total_seconds())  # another worker may still fetch its state
         try:
             return self.manager.should_commit()
         except AWAY:
             return False
 
     def _total(self, *numbers: float, dtype: torch.dtype = torch.int64) -> list:
-        """Of each the sum over the ranks of this worker, of integers modulo 2^64."""
+        """The sum of each number over the ranks of this worker; of integers modulo 2^64."""
         total = torch.tensor(numbers, dtype=dtype)
         if self.ranks > 1:
             self.while_waiting(self.healing.total_seconds())  # others may still fetch their state
@@ -321,7 +358,10 @@ class Members:
         return total.tolist()
 
     def _forget_addresses(self) -> None:
-        """Of gloo's, which all have read: a lighthouse that starts anew counts quorums anew."""
+        """Delete gloo's addresses, which all workers have read.
+
+        A lighthouse that starts again counts quorums from 0, and would lead to old addresses.
+        """
         if self.rank == 0:
             for key in self._store.list_keys():
                 if "torchft/" in key:

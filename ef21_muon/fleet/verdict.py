@@ -1,6 +1,6 @@
-"""What workers say before their messages, which of these count, and what a round has come to.
+"""The headers of workers' messages, the rules for which messages count, and a round's result.
 
-All workers find it alike, of the same facts.
+All workers reach the same result, since all apply these rules to the same headers and messages.
 """
 
 import logging
@@ -18,82 +18,123 @@ from ef21_muon.arithmetic import SAFE, WHY
 from ef21_muon.fleet.admission import FleetRefused
 from ef21_muon.transport.fixed import Traffic
 
-HEAD = Struct(">QQQ??")
+HEADER = Struct(">QQQ??")
 LARGEST = torch.finfo(torch.float32).max  # of a squared length
-FAR = 100  # times as long as the others' messages, which is worth a word
-REFUSALS = 3  # of a worker's messages, one after the other, with which it ends
-DIVERGED = 3  # times in a row that a worker comes with another W of the same messages
+FAR = 100  # a message so many times as long as the others' is worth a warning
+REFUSALS = 3  # a worker ends when so many of its messages in a row were refused
+DIVERGED = 3  # a worker ends when its W has diverged so many times in a row
 INSTEAD = f"give all workers {SAFE}, or leave this one out"
 
 log = logging.getLogger("ef21_muon")
 
 
-class Head(NamedTuple):
-    """What a worker says before its message."""
+class Header(NamedTuple):
+    """What precedes a worker's message.
 
-    committed: int  # messages in W so far
-    digest: int  # of all that workers share
-    steps: int  # local ones, that the message was made after
+    Attributes:
+        committed: the number of messages that this worker's W consists of.
+        digest: a fingerprint of all that workers share, below 2^64.
+        steps: the local steps after which the message was made.
+        counts: whether the message stands for local steps.
+        finite: whether the parameters and state that it was made from are finite.
+    """
+
+    committed: int
+    digest: int
+    steps: int
     counts: bool
-    finite: bool  # whether what it was made of is
+    finite: bool
 
     @property
     def history(self) -> tuple[int, int]:
-        """Equal for workers whose messages may be averaged."""
+        """(committed, digest): equal for workers whose messages may be averaged."""
         return self.committed, self.digest
 
     def packed(self) -> Tensor:
-        """As (HEAD.size,) uint8."""
-        return torch.frombuffer(bytearray(HEAD.pack(*self)), dtype=torch.uint8)
+        """The header as uint8 (HEADER.size,)."""
+        return torch.frombuffer(bytearray(HEADER.pack(*self)), dtype=torch.uint8)
 
     @classmethod
-    def unpacked(cls, row: Tensor) -> "Head":
-        return cls(*HEAD.unpack(bytes(row.tolist())))
+    def unpacked(cls, row: Tensor) -> "Header":
+        """The header that `packed` has been called of."""
+        return cls(*HEADER.unpack(bytes(row.tolist())))
 
 
-def history_of(heads: Sequence[Head]) -> tuple[int, int]:
-    """The one that goes on: of a worker that is finite, of most messages, then of most workers."""
-    histories = [head.history for head in heads]
-    finite = {head.history for head in heads if head.finite}
+def history_of(headers: Sequence[Header]) -> tuple[int, int]:
+    """The history that the fleet keeps; workers with another one adopt its state.
+
+    It is one of a worker that is finite, then one of most messages, then one of most workers.
+    """
+    histories = [header.history for header in headers]
+    finite = {header.history for header in headers if header.finite}
     return max(histories, key=lambda one: (one in finite, one[0], histories.count(one), one))
 
 
 @dataclass(frozen=True)
 class Quorum:
-    """The result of a round of workers, which have numbers."""
+    """The result of a round.
 
-    messages: int  # how many count
-    step: int | None  # up to which they tell, None without one
-    workers: tuple[int, ...]  # that met
-    healed: bool  # whether this one took over what the others share
-    diverged: int  # how often this one had another history than the others
-    history: str  # in hexadecimal, the messages in W before, and the digest of what all shared
-    tries: int  # quorums that it took
-    seconds: float  # of waiting and sending
-    traffic: Traffic  # of this rank, of all tries, and of state
-    refused: tuple[int, ...] = ()  # whose messages are not finite and do not count
-    notes: tuple[str, ...] = ()  # what was amiss, in words
+    Attributes:
+        messages: how many messages count.
+        step: the number of local steps that they stand for; None if none counts.
+        workers: the numbers of the workers that took part.
+        healed: whether this worker adopted the state of the others.
+        diverged: how often in this round this worker had another history than the others.
+        history: in hexadecimal, the number of messages in W before the round, and the digest of
+            what all workers shared.
+        tries: how many quorums the round took.
+        seconds: of waiting and sending.
+        traffic: the bytes of this rank, of all tries and of state.
+        refused: the numbers of workers whose messages are not finite and do not count.
+        notes: what went wrong, in words.
+    """
+
+    messages: int
+    step: int | None
+    workers: tuple[int, ...]
+    healed: bool
+    diverged: int
+    history: str
+    tries: int
+    seconds: float
+    traffic: Traffic
+    refused: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-class Verdicts:
-    """Of a worker's rounds: which messages are not finite, and which are far longer than others.
+class MessageChecks:
+    """Refuses messages that are not finite, and names those that are far longer than the others.
 
-    A warning in the log says the former in every round, the latter in the first of several.
+    The log has a warning of the former in every round, of the latter in the first of several rounds
+    in a row.
+
+    Args:
+        worker: this worker's number.
+        quiet: whether to log nothing, as on all ranks of a worker but one.
     """
 
     def __init__(self, worker: int, quiet: bool = False):
-        self.worker, self.quiet = worker, quiet  # for all but one rank of the worker
-        self._refused = 0  # of its own messages, one after the other
-        self._diverged = 0  # times in a row, of the same messages
+        self.worker, self.quiet = worker, quiet
+        self._refused = 0  # messages of this worker in a row
+        self._diverged = 0  # rounds in a row, from the same messages
         self._far: set[int] = set()  # workers, in the last round
 
-    def of(
+    def check(
         self, squares: Mapping[int, float], step: int | None, all_workers: bool
     ) -> tuple[list[int], list[str]]:
-        """Of a round the workers whose messages are refused, and what there is to say.
+        """Check the messages of a round.
 
-        squares: of each message that counts the squared length, by worker; all_workers: whether all
-        that met sent one. Raises FleetRefused where none is finite, or this worker's not again.
+        Args:
+            squares: the squared length of each message that counts, by worker.
+            step: the local steps that the messages stand for.
+            all_workers: whether all workers of the round sent such a message.
+
+        Returns:
+            The workers whose messages are refused, and notes for the record.
+
+        Raises:
+            FleetRefused: if no worker's message is finite, or if this worker's was not finite
+                REFUSALS times in a row.
         """
         broken = [worker for worker, square in squares.items() if not square <= LARGEST]
         notes = [f"worker {one}'s message is not finite: it does not count" for one in broken]
@@ -118,9 +159,11 @@ class Verdicts:
         return broken, [*notes, *far.values()]
 
     def note_diverged(self, diverged: bool) -> None:
-        """Of every round, whether this worker's W of the same messages was another.
+        """Note, in every round, whether this worker has computed another W from the same messages.
 
-        Raises FleetRefused the DIVERGED-th time in a row: it would heal for ever, and never count.
+        Raises:
+            FleetRefused: the DIVERGED-th time in a row. Such a worker would adopt the others' state
+                again and again, and its messages would never count.
         """
         self._diverged = self._diverged + 1 if diverged else 0
         if self._diverged == DIVERGED:
@@ -131,7 +174,14 @@ class Verdicts:
 
 
 def far_off(squares: Mapping[int, float]) -> dict[int, float]:
-    """Of the finite messages that are far longer than the others' median how many times."""
+    """Find finite messages that are far longer than the median of the others.
+
+    Args:
+        squares: the squared length of each message, by worker.
+
+    Returns:
+        How many times as long each of these messages is, by worker.
+    """
     lengths = {one: math.sqrt(square) for one, square in squares.items() if square <= LARGEST}
     found = {}
     for worker, length in lengths.items():

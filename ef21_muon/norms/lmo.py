@@ -1,12 +1,9 @@
-"""Norms: the geometry of the server's step.
+"""Norms, their linear minimisation oracles (LMOs) and duals, and the adaptive radius.
 
-A norm gives `lmo(G)`, the minimiser of <G, Z> over its unit ball, and `dual(G)`, its dual norm, so
-that <G, lmo(G)> = -dual(G), of batches of matrices (..., d_out, d_in), as torch.nn.Linear stores
-its weight; a vector of n entries comes as (n, 1). `scaling` names a scale s(d_out, d_in) by which
-a norm is divided, so that lmo and dual are s times as large; formulas are those for s = 1.
+Docstrings give formulas for the unscaled norm, s = 1 (`Norm`). G is a gradient and Z a point of the
+unit ball, both d_out x d_in.
 """
 
-from inspect import signature
 from math import isfinite, sqrt
 from numbers import Real
 from typing import ClassVar
@@ -14,82 +11,41 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from ef21_muon.norms.base import Norm
 from ef21_muon.norms.newton_schulz import POLYNOMIALS, length, newton_schulz, unit_length
 
 
-class Norm:
-    """A norm on matrices of d_out rows and d_in columns.
-
-    scaling: a name in `scalings`, by default the first. For s = 1 a norm of your own has
-    `aligned(G)`, a new tensor with the maximiser of <G, Z> over the unit ball, and `dual_norm(G)`;
-    and `cost` if it is not `cost_per_entry` times the entries.
-    """
-
-    scalings: ClassVar = {"none": lambda d_out, d_in: 1.0}
-    cost_per_entry = 3
-
-    def __init__(self, scaling: str | None = None):
-        self.scaling = next(iter(self.scalings)) if scaling is None else scaling
-        if self.scaling not in self.scalings:
-            known = ", ".join(self.scalings)
-            raise ValueError(f"{type(self).__name__} got scaling={scaling!r}: choose {known}")
-
-    def lmo(self, gradient: Tensor) -> Tensor:
-        """argmin of <gradient, Z> over ||Z|| <= 1; zero where the gradient is."""
-        return self.aligned(gradient).mul_(-self.scale(*gradient.shape[-2:]))
-
-    def dual(self, gradient: Tensor) -> Tensor:
-        """The dual norm. (..., d_out, d_in) -> (...)."""
-        return self.dual_norm(gradient) * self.scale(*gradient.shape[-2:])
-
-    def projected(self, wanted: Tensor) -> Tensor:
-        """The part of -wanted along the LMO's direction Z: -(<wanted, Z> / ||Z||_2^2) Z or zero."""
-        direction = self.lmo(wanted)
-        along = (wanted * direction).sum((-2, -1), keepdim=True)
-        squared = direction.square().sum((-2, -1), keepdim=True)
-        return direction.mul_(torch.where(squared > 0, -along / squared, 0.0))
-
-    @torch.no_grad()
-    def init_(self, weight: Tensor, generator: Generator | None = None) -> Tensor:
-        """Fill weight (..., d_out, d_in) with random extreme points of the unit ball; returns it.
-
-        They are minus the exact LMO of Gaussian matrices. With scaling="scion" Scion
-        (arXiv:2502.07529) starts from them, times the radius, but biases from zero.
-        """
-        like = {"dtype": torch.float32, "device": weight.device}
-        gaussian = torch.randn(weight.shape, generator=generator, **like)
-        return weight.copy_(self.exact().lmo(gaussian).neg_())
-
-    def exact(self) -> "Norm":
-        """This norm with an LMO that is exact up to rounding."""
-        return self
-
-    def cost(self, d_out: int, d_in: int) -> int:
-        """Multiplications that `lmo` takes for one matrix, for balancing servers."""
-        return self.cost_per_entry * d_out * d_in
-
-    def scale(self, d_out: int, d_in: int) -> float:
-        return self.scalings[self.scaling](d_out, d_in)
-
-    def __repr__(self) -> str:
-        """The call that builds it, defaults left out."""
-        given = []
-        for name, parameter in signature(type(self)).parameters.items():
-            default = next(iter(self.scalings)) if name == "scaling" else parameter.default
-            if (value := getattr(self, name, default)) != default:
-                given.append(f"{name}={value!r}")
-        return f"{type(self).__name__}({', '.join(given)})"
-
-
 class Spectral(Norm):
-    """sigma_max(Z); lmo(U S V^T) = -U V^T; the dual is the nuclear norm, the sum of S.
+    """The spectral norm sigma_max(Z), whose LMO is the step of Muon.
 
-    scaling: "scion" divides by sqrt(d_out/d_in), which makes it the RMS -> RMS operator norm
-    (arXiv:2502.07529), and of vectors the RMS norm; "muon" by sqrt(max(1, d_out/d_in)) and
-    "moonlight" by 0.2 sqrt(max(d_out, d_in)), for steps with an RMS of 0.2 (arXiv:2502.16982):
-    "original" and "match_rms_adamw" of torch.optim.Muon. method: `steps` of "jordan" or
-    "polar_express" in `dtype` (see `newton_schulz`), which bring the norm of the step near 1, or
-    "svd", exact and slow. The dual is always exact.
+        lmo(U S V^T) = -U V^T,    dual(G) = sum of the singular values of G (the nuclear norm)
+
+    The dual is always exact. The LMO is approximate, with a spectral norm near 1, unless
+    method="svd".
+
+    Args:
+        method: how U V^T is computed. "jordan" (default) and "polar_express" are Newton-Schulz
+            iterations (`ef21_muon.norms.newton_schulz`); "svd" is exact and slow.
+        steps: the number of Newton-Schulz iterations, at least 1; default 5.
+        scaling: by which s(d_out, d_in) the norm is divided. "scion" (default) is
+            sqrt(d_out / d_in), which gives the RMS -> RMS operator norm, and for vectors the RMS
+            norm. "muon" is sqrt(max(1, d_out / d_in)) and "moonlight" is
+            0.2 sqrt(max(d_out, d_in)), for steps whose RMS is 0.2; torch.optim.Muon calls these
+            two "original" and "match_rms_adamw". "none" is 1.
+        dtype: the dtype of the Newton-Schulz iteration: torch.bfloat16, torch.float32 or
+            torch.float64. None (default) is bfloat16 on CUDA and float32 elsewhere.
+
+    Raises:
+        ValueError: if an argument is not among the values above.
+
+    Example:
+        >>> step = Spectral("svd", scaling="none").lmo(torch.randn(3, 8))
+        >>> torch.linalg.svdvals(step).round(decimals=3)
+        tensor([1., 1., 1.])
+
+    References:
+        Jordan et al., Muon (2024). Pethick et al., Scion (arXiv:2502.07529). Liu et al.,
+        Moonlight (arXiv:2502.16982). Gruntkowska et al. (arXiv:2510.00643), Algorithm 1, line 3.
     """
 
     scalings: ClassVar = {
@@ -122,7 +78,7 @@ class Spectral(Norm):
             return newton_schulz(gradient, self.steps, self.dtype, self.method)
         left, values, right = torch.linalg.svd(gradient.nan_to_num(), full_matrices=False)
         rounding = torch.finfo(values.dtype).eps * max(gradient.shape[-2:])
-        kept = values > rounding * values[..., :1]  # not zero up to rounding
+        kept = values > rounding * values[..., :1]  # the others are zero up to rounding
         return ((left * kept[..., None, :]) @ right).where(gradient.isfinite(), torch.nan)
 
     def dual_norm(self, gradient: Tensor) -> Tensor:
@@ -139,9 +95,23 @@ class Spectral(Norm):
 
 
 class Sign(Norm):
-    """max |Z_ij|, the 1 -> infinity operator norm; lmo(G) = -sign(G); the dual is sum |G_ij|.
+    """The largest magnitude max |Z_ij|, which is the 1 -> infinity operator norm.
 
-    scaling: "scion" divides by 1/d_in, Scion's choice for the (tied) head (arXiv:2502.07529).
+        lmo(G) = -sign(G),    dual(G) = sum |G_ij|
+
+    Args:
+        scaling: by which s(d_out, d_in) the norm is divided. "scion" (default) is 1 / d_in,
+            Scion's choice for the head, tied or not; "none" is 1.
+
+    Raises:
+        ValueError: if `scaling` is neither.
+
+    Example:
+        >>> Sign().lmo(torch.tensor([[3.0, -4.0]]))
+        tensor([[-0.5000,  0.5000]])
+
+    References:
+        Pethick et al., Scion (arXiv:2502.07529).
     """
 
     scalings: ClassVar = {"scion": lambda d_out, d_in: 1 / d_in, **Norm.scalings}
@@ -155,11 +125,27 @@ class Sign(Norm):
 
 
 class ColumnNorm(Norm):
-    """max_j ||Z_:j||; lmo(G)_:j = -G_:j / ||G_:j||; the dual is sum_j ||G_:j||.
+    """The largest 2-norm of a column, max_j ||Z_:j||.
 
-    scaling: "scion" divides by sqrt(d_out): Scion's 1 -> RMS operator norm (arXiv:2502.07529), for
-    the input layer. For a torch.nn.Embedding, which holds these columns as rows, take
-    RowNorm("none") with the radius sqrt(d_in).
+        lmo(G)_:j = -G_:j / ||G_:j||,    dual(G) = sum_j ||G_:j||
+
+    A torch.nn.Embedding stores the columns of an input layer as rows: use RowNorm("none") with the
+    radius sqrt(d_in) for it.
+
+    Args:
+        scaling: by which s(d_out, d_in) the norm is divided. "scion" (default) is sqrt(d_out),
+            which gives the 1 -> RMS operator norm, Scion's choice for the input layer; "none" is 1.
+
+    Raises:
+        ValueError: if `scaling` is neither.
+
+    Example:
+        >>> ColumnNorm("none").lmo(torch.tensor([[3.0, 0.0], [4.0, -2.0]]))
+        tensor([[-0.6000, -0.0000],
+                [-0.8000,  1.0000]])
+
+    References:
+        Pethick et al., Scion (arXiv:2502.07529).
     """
 
     scalings: ClassVar = {"scion": lambda d_out, d_in: sqrt(d_out), **Norm.scalings}
@@ -172,10 +158,25 @@ class ColumnNorm(Norm):
 
 
 class RowNorm(Norm):
-    """max_i ||Z_i:||; lmo(G)_i: = -G_i: / ||G_i:||; the dual is sum_i ||G_i:||.
+    """The largest 2-norm of a row, max_i ||Z_i:||.
 
-    scaling: "scion" divides by 1/sqrt(d_in): Scion's RMS -> infinity operator norm
-    (arXiv:2502.07529), for the output layer.
+        lmo(G)_i: = -G_i: / ||G_i:||,    dual(G) = sum_i ||G_i:||
+
+    Args:
+        scaling: by which s(d_out, d_in) the norm is divided. "scion" (default) is
+            1 / sqrt(d_in), which gives the RMS -> infinity operator norm, Scion's choice for the
+            output layer; "none" is 1.
+
+    Raises:
+        ValueError: if `scaling` is neither.
+
+    Example:
+        >>> RowNorm("none").lmo(torch.tensor([[3.0, 4.0], [0.0, -2.0]]))
+        tensor([[-0.6000, -0.8000],
+                [-0.0000,  1.0000]])
+
+    References:
+        Pethick et al., Scion (arXiv:2502.07529).
     """
 
     scalings: ClassVar = {"scion": lambda d_out, d_in: 1 / sqrt(d_in), **Norm.scalings}
@@ -188,9 +189,21 @@ class RowNorm(Norm):
 
 
 class Euclidean(Norm):
-    """||Z||_F; lmo(G) = -G / ||G||_F; the dual is ||G||_F: normalised gradient descent.
+    """The Frobenius norm ||Z||_F, whose LMO is normalised gradient descent.
 
-    With an AdaptiveRadius(l0=1/gamma, l1=0) the step is -gamma G, that of gradient descent.
+        lmo(G) = -G / ||G||_F,    dual(G) = ||G||_F
+
+    With the radius AdaptiveRadius(l0=1/gamma, l1=0) the step is -gamma G, plain gradient descent.
+
+    Args:
+        scaling: "none" (default), the only choice.
+
+    Raises:
+        ValueError: if `scaling` is anything else.
+
+    Example:
+        >>> Euclidean().lmo(torch.tensor([[3.0, -4.0]]))
+        tensor([[-0.6000,  0.8000]])
     """
 
     def aligned(self, gradient: Tensor) -> Tensor:
@@ -201,68 +214,48 @@ class Euclidean(Norm):
 
 
 class BiasRMS(Euclidean):
-    """||z|| / sqrt(n) of n entries, Scion's RMS norm for biases (arXiv:2502.07529).
+    """The RMS norm ||z|| / sqrt(n) of n entries, Scion's choice for biases.
 
-    lmo(g) = -sqrt(n) g / ||g||; the dual is sqrt(n) ||g||.
+        lmo(g) = -sqrt(n) g / ||g||,    dual(g) = sqrt(n) ||g||
+
+    Args:
+        scaling: "scion" (default), the only choice: s = sqrt(d_out d_in) = sqrt(n).
+
+    Raises:
+        ValueError: if `scaling` is anything else.
+
+    Example:
+        >>> BiasRMS().lmo(torch.tensor([[2.0], [0.0]]))
+        tensor([[-1.4142],
+                [-0.0000]])
+
+    References:
+        Pethick et al., Scion (arXiv:2502.07529).
     """
 
     scalings: ClassVar = {"scion": lambda d_out, d_in: sqrt(d_out * d_in)}
 
 
-class Nuclear(Norm):
-    """The sum of singular values; lmo(G) = -u v^T of the largest one; the dual is sigma_max(G).
-
-    u is found by squaring the Gram matrix of the short side `SQUARINGS` times, as by 2^16 power
-    iterations: <G, lmo(G)> is within 1e-4 sigma_max(G) of the minimum. Unlike an eigensolver it
-    never waits for the device, nor raises for NaN.
-    """
-
-    SQUARINGS = 16
-
-    def aligned(self, gradient: Tensor) -> Tensor:
-        tall = gradient.shape[-2] > gradient.shape[-1]
-        x = unit_length(gradient.mT if tall else gradient)
-        power = x @ x.mT
-        for _ in range(self.SQUARINGS):
-            power = unit_length(power)
-            power = power @ power
-        largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
-        left = power.gather(-1, largest.expand(*power.shape[:-1], 1))
-        right = unit_length(x.mT @ left)
-        left = unit_length(x @ right)
-        return right @ left.mT if tall else left @ right.mT
-
-    def dual_norm(self, gradient: Tensor) -> Tensor:
-        return torch.linalg.matrix_norm(gradient, 2)
-
-    def cost(self, d_out: int, d_in: int) -> int:
-        short, long = sorted((d_out, d_in))
-        return short * short * (long + self.SQUARINGS * short)
-
-
-class L1(Norm):
-    """sum |Z_ij|; lmo(G) = -sign(G_ij) at one entry of largest magnitude, else 0; dual max |G_ij|.
-
-    Greedy coordinate descent.
-    """
-
-    cost_per_entry = 1
-
-    def aligned(self, gradient: Tensor) -> Tensor:
-        entries = gradient.flatten(-2)
-        place = entries.abs().argmax(-1, keepdim=True)
-        sign = entries.gather(-1, place).sign()
-        return torch.zeros_like(entries).scatter_(-1, place, sign).view(gradient.shape)
-
-    def dual_norm(self, gradient: Tensor) -> Tensor:
-        return gradient.abs().amax((-2, -1))
-
-
 class Blocks(Norm):
-    """max over the blocks Z_b of norm(Z_b); the LMO is that of every block, the dual is their sum.
+    """The largest norm of a block, max_b norm(Z_b), for a matrix that is made of several maps.
 
-    The `count` blocks are parts of a linear map with inputs and outputs of their own, as of a
-    grouped convolution, stored below each other, or, with `columns`, side by side.
+        lmo(G)_b = norm.lmo(G_b),    dual(G) = sum_b norm.dual(G_b)
+
+    The blocks are parts of a linear map that have inputs and outputs of their own, such as the
+    groups of a grouped convolution.
+
+    Args:
+        norm: the norm of each block.
+        count: the number of equal blocks, at least 1; it has to divide the side that is cut.
+        columns: whether the blocks lie side by side; False (default) if they lie below each other.
+
+    Raises:
+        ValueError: if `count` is not a whole number above 0.
+
+    Example:
+        >>> Blocks(Euclidean(), 2).lmo(torch.tensor([[3.0, 4.0], [0.0, -2.0]]))
+        tensor([[-0.6000, -0.8000],
+                [-0.0000,  1.0000]])
     """
 
     def __init__(self, norm: Norm, count: int, columns: bool = False):
@@ -298,16 +291,33 @@ class Blocks(Norm):
         return matrices.unflatten(-2, (self.count, -1))
 
     def _whole(self, blocks: Tensor) -> Tensor:
+        """(..., count, rows, columns) -> (..., m, n)."""
         if self.columns:
             return blocks.transpose(-3, -2).flatten(-2)
         return blocks.flatten(-3, -2)
 
 
 class AdaptiveRadius:
-    """Gluon's layer-wise radius t_i = ||G_i||_* / (l0 + l1 ||G_i||_*) (arXiv:2505.13416).
+    """A radius for each layer that follows the dual norm of its gradient, as in Gluon.
 
-    l0, l1: at least 0, not both 0. With l1 = 0 it is gamma ||G||_*, the step of the L-smooth
-    theorem of arXiv:2510.00643, with gamma = 1 / l0.
+        t_i = ||G_i||_* / (l0 + l1 ||G_i||_*)
+
+    With l1 = 0 it is gamma ||G_i||_* with gamma = 1 / l0, the step of the theorem for L-smooth
+    functions in the EF21-Muon paper. Give it in place of a number: radius=AdaptiveRadius(...).
+
+    Args:
+        l0: the constant L0 of (L0, L1)-smoothness, at least 0.
+        l1: the constant L1, at least 0; one of the two is above 0.
+
+    Raises:
+        ValueError: if a constant is negative or not a finite number, or if both are 0.
+
+    Example:
+        >>> AdaptiveRadius(l0=1.0, l1=0.5)(torch.tensor([0.0, 2.0]))
+        tensor([0., 1.])
+
+    References:
+        Riabinin et al., Gluon (arXiv:2505.13416). Gruntkowska et al. (arXiv:2510.00643).
     """
 
     def __init__(self, l0: float, l1: float):
@@ -319,7 +329,14 @@ class AdaptiveRadius:
         self.l0, self.l1 = float(l0), float(l1)
 
     def __call__(self, dual: Tensor) -> Tensor:
-        """Dual norms (L,) of the layers -> radii (L,); 0 where the dual norm is 0."""
+        """Return the radii of layers.
+
+        Args:
+            dual: the dual norms (L,) of the layers.
+
+        Returns:
+            The radii (L,); 0 where the dual norm is 0.
+        """
         return torch.where(dual > 0, dual / (self.l0 + self.l1 * dual), 0.0)
 
     def __repr__(self) -> str:
@@ -327,5 +344,55 @@ class AdaptiveRadius:
 
 
 def along(gradient: Tensor, direction: Tensor) -> Tensor:
-    """The inner products (L,) of two batches of matrices (L, m, n)."""
+    """Return the inner products (L,) of two batches of matrices (L, m, n)."""
     return torch.bmm(gradient.flatten(1)[:, None], direction.flatten(1)[..., None]).flatten()
+
+
+def scale_step(
+    group: dict, lr: float | Tensor, gradient: Tensor, step: Tensor, kernel: int = 1
+) -> Tensor:
+    """Give a step, in place, its length: lr radius LMO(G), whatever the gradient's length.
+
+    Args:
+        group: parameter group with radius and conv_scaling.
+        lr: number, or scalar on the gradients' device.
+        gradient: G of the layers, float32 (L, m, n).
+        step: LMO(G), float32 (L, m, n).
+        kernel: entries of a convolution's kernel, by whose root conv_scaling divides.
+    """
+    if group["conv_scaling"]:
+        step /= sqrt(kernel)
+    if not isinstance(group["radius"], AdaptiveRadius):
+        return step.mul_(lr * group["radius"])
+    dual = -along(gradient, step)  # of an exact LMO, the dual norm
+    return step.mul_(group["radius"](dual)[:, None, None]).mul_(lr)
+
+
+def step_with_feedback(group: dict, lr: float | Tensor, gradient: Tensor, error: Tensor) -> Tensor:
+    """EF-Muon: d = e + lr radius G; the step is the part of -d along LMO(d); e becomes d + step.
+
+    Args:
+        group: parameter group with norm and radius.
+        lr: number, or scalar on the gradients' device.
+        gradient: G of the layers, float32 (L, m, n).
+        error: e, float32 (L, m, n), changed in place.
+
+    Returns:
+        The steps, float32 (L, m, n).
+
+    References:
+        arXiv:2605.08980.
+    """
+    error += lr * group["radius"] * gradient  # not fused, as some processors would
+    step = group["norm"].projected(error)
+    error += step
+    return step
+
+
+def lr_of(group: dict, device: torch.device) -> float | Tensor:
+    """The lr as a factor that the host does not wait for: a number, or a scalar on the device."""
+    lr = group["lr"]
+    if not isinstance(lr, Tensor):
+        return lr
+    on_device = lr.device == device and device.type != "cpu"
+    return lr.reshape(()) if on_device else lr.item()

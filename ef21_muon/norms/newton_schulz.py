@@ -1,4 +1,4 @@
-"""The orthogonal polar factor of matrices by Newton-Schulz iterations."""
+"""The orthogonal polar factor U V^T of matrices U S V^T, by Newton-Schulz iterations."""
 
 from collections.abc import Callable
 from functools import cache
@@ -12,9 +12,9 @@ Polynomial = tuple[float, float, float]  # (a, b, c) of a x + b x^3 + c x^5
 # five-fold composition takes singular values in [0.003, 1] to roughly [0.7, 1.2].
 JORDAN = (3.4445, -4.7750, 2.0315)
 
-# Amsel et al., "The Polar Express" (arXiv:2505.16932): each is the best quintic for what the steps
-# before it make of singular values in [0.001, 1]. Against rounding all but the last are evaluated
-# at x / 1.01, and so is the input of the first.
+# Amsel et al., "The Polar Express" (arXiv:2505.16932): each quintic is the best for the interval to
+# which the steps before it take singular values in [0.001, 1]. As a margin for rounding, all
+# but the last are evaluated at x / 1.01, and the input of the first is divided by 1.01 too.
 POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -33,23 +33,41 @@ POLYNOMIALS = {  # one for each step; the last is repeated
     ),
 }
 
-# Where n / m is at least GRAM_ASPECT, steps go GRAM_STEPS at a time through the Gram matrix, in
-# float32, as it holds squares of singular values. More at a time would lose digits (results/lmo).
+# Where n / m is at least GRAM_ASPECT, GRAM_STEPS steps at a time use the Gram matrix. They need
+# float32, since it holds squares of singular values. More steps at a time would lose digits
+# (results/lmo).
 GRAM_ASPECT, GRAM_STEPS = 2, 3
 
 
 def newton_schulz(
     matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = None, method: str = "jordan"
 ) -> Tensor:
-    """U V^T, approximately, for every matrix U S V^T of a batch (..., m, n), in its dtype.
+    """Return U V^T, approximately, for every matrix U S V^T of a batch.
 
     Five steps of "jordan" bring singular values above 0.003 of the Frobenius norm to about
-    [0.7, 1.2]; five of "polar_express" those above 0.001 to [0.84, 1.13], six to within 0.007 of 1
-    and seven to within 2e-5. Smaller ones come out smaller, and zero stays zero.
+    [0.7, 1.2]. Of "polar_express" five steps bring those above 0.001 to [0.84, 1.13], six to within
+    0.007 of 1, and seven to within 2e-5. Smaller singular values come out smaller, and zero stays
+    zero.
 
-    dtype: of the iteration, by default bfloat16 on CUDA and float32 elsewhere, since CPUs without
-    bf16 units take ~50 times longer in bfloat16. In bfloat16 "jordan" rounds where torch.optim.Muon
-    rounds, but for what torch.compile fuses on CUDA.
+    Args:
+        matrices: floating-point matrices (..., m, n).
+        steps: the number of iterations, at least 1; default 5.
+        dtype: the dtype of the iteration. None (default) is bfloat16 on CUDA and float32
+            elsewhere, since CPUs without bfloat16 units take about 50 times longer in bfloat16.
+            In bfloat16 "jordan" rounds where torch.optim.Muon rounds, except for operations that
+            torch.compile fuses on CUDA.
+        method: "jordan" (default) or "polar_express".
+
+    Returns:
+        A tensor of the shape and dtype of `matrices`.
+
+    Example:
+        >>> torch.linalg.svdvals(newton_schulz(torch.eye(3), 7, method="polar_express")).round()
+        tensor([1., 1., 1.])
+
+    References:
+        Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024). Amsel et
+        al., "The Polar Express" (arXiv:2505.16932).
     """
     if dtype is None:
         dtype = torch.bfloat16 if matrices.is_cuda else torch.float32
@@ -65,10 +83,11 @@ def newton_schulz(
 
 
 def iterate(x: Tensor, polynomials: list[Polynomial], gram_steps: int) -> Tensor:
-    """One polynomial after another of the singular values of x (L, m, n), m <= n.
+    """Apply one polynomial after another to the singular values of x (L, m, n), m <= n.
 
-    A step is F x with F = a + b x x^T + c (x x^T)^2, and its Gram matrix is F (x x^T) F: they go
-    `gram_steps` at a time with only two products of n columns, or, if that is 0, one by one.
+    A step is F x with F = a + b x x^T + c (x x^T)^2, and its Gram matrix is F (x x^T) F. With
+    `gram_steps` above 0 so many steps at a time take only two products of n columns; with 0 the
+    steps go one by one.
     """
     if gram_steps == 0:
         for a, b, c in polynomials:
@@ -87,6 +106,7 @@ def iterate(x: Tensor, polynomials: list[Polynomial], gram_steps: int) -> Tensor
 
 
 def _factor(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    """Return F = a + b gram + c gram^2."""
     factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
     factor.diagonal(dim1=1, dim2=2).add_(a)
     return factor
@@ -94,30 +114,33 @@ def _factor(gram: Tensor, a: float, b: float, c: float) -> Tensor:
 
 @cache
 def compiled(backend: str = "inductor") -> Callable[[Tensor, list[Polynomial], int], Tensor]:
-    """`iterate`, compiled for as many shapes as torch._dynamo.config.recompile_limit, 8."""
+    """Return `iterate`, compiled for up to torch._dynamo.config.recompile_limit (8) shapes."""
     return torch.compile(iterate, dynamic=False, backend=backend)
 
 
 def unit_length(x: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
-    """x over its 2-norm along `dim` (Frobenius, for matrices); no overflow, and zero stays zero."""
+    """Return x divided by its 2-norm along `dim`; squares do not overflow, and zero stays zero."""
     scaled = unit_largest(x, dim)
     return scaled / torch.linalg.vector_norm(scaled, dim=dim, keepdim=True).clamp_min(1e-30)
 
 
 def length(x: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
-    """The 2-norm of x along `dim`; its squares do not overflow."""
+    """Return the 2-norm of x along `dim`; squares do not overflow."""
     power = binade(x, dim)
     norm = torch.linalg.vector_norm(x / power, dim=dim, keepdim=True)
     return (norm * power).squeeze(dim)
 
 
 def unit_largest(x: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
-    """x times the power of two that puts its largest magnitude along `dim` into [1, 2): exact."""
+    """Return x times the power of two that brings its largest magnitude along `dim` into [1, 2).
+
+    The product is exact.
+    """
     return x / binade(x, dim)
 
 
 def binade(x: Tensor, dim: int | tuple[int, ...] = (-2, -1)) -> Tensor:
-    """The power of two at or below the largest magnitude along `dim`; 1 where all are zero."""
+    """Return the power of two at or below the largest magnitude along `dim`, or 1 for zeros."""
     largest = x.abs().amax(dim, keepdim=True)
     power = largest / (2 * torch.frexp(largest).mantissa)
     return power.masked_fill(largest == 0, 1)

@@ -1,4 +1,4 @@
-"""Parameter groups for EF21Muon: roles of parameters, and a norm and a radius for each.
+"""Parameter groups for EF21Muon: roles of parameters, and a norm and a radius for each role.
 
 Roles are "hidden" (weights of linear and convolutional layers), "embedding" (tables and output
 heads, tied or not) and "vector" (biases, gains). configs/norm has the same presets for Hydra.
@@ -18,13 +18,13 @@ from ef21_muon.norms.lmo import AdaptiveRadius, BiasRMS, Blocks, Norm, Sign, Spe
 
 
 def _rules(hidden: tuple, embedding: tuple, vector: tuple) -> dict[str, dict]:
-    """Of a norm and a radius for each role."""
+    """Make rules from pairs of a norm and a radius."""
     pairs = {"hidden": hidden, "embedding": embedding, "vector": vector}
     return {role: {"norm": norm, "radius": radius} for role, (norm, radius) in pairs.items()}
 
 
-# Nothing but scion's radii was tuned: on 768 x 768 matrices the steps of all presets have the RMS
-# of scion's, 1 / sqrt(768) = 0.036 for hidden, 60 / 768 = 0.078 for embedding layers.
+# Only scion's radii were tuned. On 768 x 768 matrices the steps of all presets have the RMS of
+# scion's: 1 / sqrt(768) = 0.036 for hidden layers, 60 / 768 = 0.078 for embeddings.
 PRESETS = {
     # arXiv:2502.07529: the head's radius is 60 times that of hidden layers in its NanoGPT runs
     # (3000 / 50), that of biases the same in its DeiT and CIFAR runs (LIONS-EPFL/scion).
@@ -50,7 +50,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *DECONVOLUTIONS)
 TABLE_WORDS = {"emb", "embd", "embed", "embedding", "embeddings", "wte", "wpe", "head", "vocab"}
 TABLE_RATIO = 8
 NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm)  # of which gains may have several dimensions
-# By type, and the roles that a pattern with wildcards does not make of it.
+# By role that follows from the type: roles that a pattern with wildcards may not give it.
 NOT_BY_WILDCARD = {
     "vector": ("hidden", "embedding"),
     "embedding": ("hidden", "vector"),
@@ -65,31 +65,44 @@ def param_groups(
     roles: Mapping[str, str] | None = None,
     transposed: Sequence[str] = (),
 ) -> list[dict]:
-    """Groups {"name": role, "params": [(name, parameter), ...], "norm", "radius", ...} of a model.
+    """Sort a model's parameters by role, and give each role its norm and radius.
 
-    Every parameter that requires a gradient is in one group, under the first of its names. A role
-    has a group each for weights that are stored as (d_in, d_out), and for grouped convolutions.
-    Raises ValueError for an unclear role, one without a rule, an unknown preset, a pattern that
-    never counts, and one with wildcards that takes what has another role or orientation by type.
+    Roles follow from module types. Parameters with up to one dimension, and gains of
+    normalisations, are a "vector". The weight of an embedding is an "embedding", and so is a linear
+    output head: one that is tied to a table, or the last linear layer if it has the shape of a
+    table. Weights of other linear layers and of convolutions are "hidden". With the preset "scion"
+    convolutions take Scion's steps (conv_scaling=True). Where the norm is `Spectral`, a grouped
+    convolution takes the steps of convolutions side by side (`Blocks`).
 
-    preset: "scion", "muon", "gluon", "euclidean", or rules of your own for the roles: {"hidden":
-    {"norm": Spectral(), "radius": 1.0}, ...}, with w2s, s2w and whatever else EF21Muon takes for a
-    group. What a rule leaves out is the optimizer's default, but w2s and s2w of vectors are the
-    identity.
+    Args:
+        model: whose parameters that require a gradient are sorted, each under the first of its
+            names.
+        preset: "scion", "muon", "gluon" or "euclidean"; or a rule for each role, {"hidden":
+            {"norm": Spectral(), "radius": 1.0}, ...}, with w2s, s2w and whatever else a group of
+            `EF21Muon` takes. What a rule leaves out is the optimizer's default, but vectors are
+            not compressed.
+        roles: name patterns (fnmatch) to roles. They go before types, and the first that matches
+            counts. They are needed for other parameters of two or more dimensions, for linear
+            layers that might be a head, and for the last linear layer of a model without tables.
+        transposed: name patterns of weights that are stored as (d_in, d_out), beside those of
+            transposed convolutions and of transformers' Conv1D: a norm sees (d_out, d_in).
 
-    Roles follow from module types. Up to one dimension, and gains of normalisations: vector. The
-    weight of an embedding: embedding; of a convolution or linear layer: hidden, but embedding for a
-    linear output head, which is tied to a table, or is the last linear layer and has the shape of
-    one. With the preset "scion" steps of convolutions are Scion's (`conv_scaling`). Where the norm is
-    Spectral, a grouped convolution takes the steps of convolutions side by side (`Blocks`).
+    Returns:
+        Groups {"name": role, "params": [(name, parameter), ...], "norm": ..., "radius": ...}. A
+        role has groups of its own for transposed weights, and for grouped convolutions.
 
-    roles: name patterns (fnmatch) to roles; they go first, and the first that matches counts. They
-    are needed for other parameters of two or more dimensions, for linear layers that might be a
-    head (with as many outputs as a table has entries, where no head was found, or the shape of the
-    head that was), and for the last linear layer of a model without tables.
+    Raises:
+        ValueError: for an unclear role, a role without a rule, an unknown preset, a pattern that
+            never counts, and a pattern with wildcards that takes what has another role or
+            orientation by type.
 
-    transposed: name patterns of weights that are stored as (d_in, d_out), beside those of
-    transposed convolutions and of transformers' Conv1D: a norm sees (d_out, d_in).
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(64, 8), nn.Linear(8, 8), nn.Linear(8, 64))
+        >>> [(group["name"], len(group["params"])) for group in param_groups(model)]
+        [('embedding', 2), ('hidden', 1), ('vector', 2)]
+
+    References:
+        Scion: arXiv:2502.07529. Gluon: arXiv:2505.13416.
     """
     rules = preset if isinstance(preset, Mapping) else PRESETS.get(preset)
     if rules is None:
@@ -146,7 +159,7 @@ def groups_of(
         if norm is not None or radius is not None:
             raise ValueError(
                 f"norm={norm} and radius={radius} are not allowed with a model, whose roles have "
-                "their own: give EF21Muon(param_groups(model, {role: {'norm': ..., 'radius': ...}}))"
+                "their own: give param_groups(model, {role: {'norm': ..., 'radius': ...}})"
             )
         return param_groups(params)
     params = list(params)
@@ -187,7 +200,7 @@ def _looks_like(name: str, shape: Sequence[int]) -> str:
 
 
 class _Layers:
-    """The trained parameters of a model, by all of their names, and what their types tell."""
+    """The trained parameters of a model, by all of their names, and their roles by module type."""
 
     def __init__(self, model: nn.Module):
         self.model, self.names = model, defaultdict(list)  # tied parameters have several
@@ -246,14 +259,14 @@ class _Layers:
             name, shape = self.names[unclear[0]][0], tuple(unclear[0].shape)
             more = f" (and of {len(unclear) - 1} more)" if len(unclear) > 1 else ""
             raise ValueError(
-                f"the role of {name} {shape} is unclear{more}: pass roles={{{name!r}: 'hidden'}}, "
-                "or 'embedding' for a table or an output head, and if its dimensions are not "
+                f"the role of {name} {shape} is unclear{more}: give param_groups "
+                f"roles={{{name!r}: 'hidden'}}, or 'embedding' for a table or an output head, and if its dimensions are not "
                 f"(d_out, d_in) as torch.nn.Linear has them, transposed=[{name!r}] too"
             )
         return found
 
     def roles_by_type(self) -> dict[Tensor, str | None]:
-        """None where types do not tell."""
+        """The role of each parameter by its type; None where the type does not decide."""
         linears, tables = self.weights(nn.Linear), self.weights(*TABLES)
         heads, perhaps_heads = _heads(list(linears), list(tables))
         hidden = {*linears, *self.weights(*CONVOLUTIONS), *self.stored_transposed()} - perhaps_heads
@@ -277,7 +290,7 @@ class _Layers:
         return found
 
     def described(self, parameters: Sequence[Tensor]) -> str:
-        """The first by name, shape and module, and how many more."""
+        """Name the first parameter with its shape and module, and count the others."""
         name, shape = self.names[parameters[0]][0], tuple(parameters[0].shape)
         kind = type(self.model.get_submodule(name.rpartition(".")[0])).__name__
         more = f" (and {len(parameters) - 1} more)" if len(parameters) > 1 else ""

@@ -1,4 +1,4 @@
-"""Floating-point buffers of a model, as running statistics are: workers share their mean."""
+"""A model's floating-point buffers, such as running statistics, averaged over the workers."""
 
 import gc
 import logging
@@ -17,11 +17,18 @@ log = logging.getLogger("ef21_muon")
 
 
 class Buffers:
-    """The buffers of `module` that its state has; integer ones are left to every worker.
+    """Averages the floating-point buffers in a module's state; every worker keeps integer ones.
 
-    `shared` is, by name, what all workers of the group share: the mean of the last round, at first
-    the buffers as they are. Without a module there are none. Raises ValueError for what is no
-    module.
+    Args:
+        module: whose buffers are averaged; with None there are none.
+        group: the ranks that average.
+
+    Attributes:
+        shared: by name the values that all workers share: the mean of the last round, and at first
+            the buffers as they are.
+
+    Raises:
+        ValueError: if `module` is no module.
     """
 
     def __init__(self, module: nn.Module | None, group: Group):
@@ -41,10 +48,13 @@ class Buffers:
 
     @torch.no_grad()
     def average(self) -> Traffic:
-        """The mean of all workers' on every one of them, by an all-gather; what that takes.
+        """Set the buffers of every worker to their mean, by an all-gather.
 
-        What is the same on all stays so to the bit, as tables of constants; what would no longer be
-        finite stays as it was.
+        Entries that are the same on all workers, as in tables of constants, keep their bits.
+        Entries whose mean is no longer finite keep the value of the round before.
+
+        Returns:
+            The bytes that this took.
         """
         if not self.shared:
             return Traffic()
@@ -62,18 +72,18 @@ class Buffers:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Put what workers share in place of this worker's own, and back."""
+        """Exchange this worker's own values and the shared ones."""
         for shared, own in zip(self.shared.values(), self._present(), strict=True):
             before = own.clone()
             own.copy_(shared)
             shared.copy_(before)
 
     def state(self) -> dict[str, Tensor]:
-        """What workers share, as copies."""
+        """Copies of the shared values, by name."""
         return {name: shared.clone() for name, shared in self.shared.items()}
 
     def require_fit(self, state: dict[str, Tensor]) -> None:
-        """Raise ValueError for the state of other buffers."""
+        """Raise ValueError if the state is that of other buffers."""
         here, there = ({n: tuple(t.shape) for n, t in one.items()} for one in (self.shared, state))
         if here != there:
             raise ValueError(
@@ -82,19 +92,21 @@ class Buffers:
             )
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """What workers share, from a state that fits."""
+        """Copy the shared values from a state that fits."""
         for name, shared in self.shared.items():
             shared.copy_(state[name])
 
     def _present(self) -> list[Tensor]:
-        """The module's own, which may be others than before, as after moving it."""
-        return [self.module.get_buffer(name) for name in self.shared]
+        """The module's own buffers, which may be other tensors than before, as after moving it."""
+        module = self.module or nn.Module()
+        return [module.get_buffer(name) for name in self.shared]
 
 
 def instances(kind: type) -> list:
-    """All objects of a class, looked for among what refers to it.
+    """All objects of a class and its subclasses.
 
-    To ask every object for its class takes five times as long.
+    They are searched among what refers to these classes: asking every object for its class takes
+    five times as long.
     """
     kinds = [kind]
     for one in kinds:  # which grows
@@ -103,38 +115,48 @@ def instances(kind: type) -> list:
 
 
 def warn_of_statistics(layers: Sequence[Layer], averaged: nn.Module | None) -> None:
-    """Log, on rank 0, whose running statistics stay each worker's own; as `own_statistics`."""
-    parted = own_statistics(layers, averaged)
-    if parted and dist.get_rank() == 0:
-        more = f" (and {len(parted) - 1} more)" if len(parted) > 1 else ""
+    """Warn, on rank 0, of running statistics that each worker keeps for itself.
+
+    Args:
+        layers: the trained layers.
+        averaged: the module whose buffers are averaged, if there is one.
+    """
+    own = own_statistics(layers, averaged)
+    if own and dist.get_rank() == 0:
+        more = f" (and {len(own) - 1} more)" if len(own) > 1 else ""
         log.warning(
             "the running statistics of %s%s stay each worker's own, and so what the model makes of "
             "a batch in eval(): give buffers=model, which averages them in every round, or convert "
             "to SyncBatchNorm",
-            parted[0], more,
+            own[0], more,
         )  # fmt: skip
 
 
 def own_statistics(layers: Sequence[Layer], averaged: nn.Module | None) -> list[str]:
-    """The modules with running statistics beside the trained layers, by name.
+    """The names of modules with running statistics of their own in the models of trained layers.
 
-    But for those in `averaged`, and SyncBatchNorm, which has the same on all workers by itself.
+    Leaves out modules in `averaged`, and SyncBatchNorm, whose statistics are the same on all
+    workers.
+
+    Args:
+        layers: the trained layers.
+        averaged: the module whose buffers are averaged, if there is one.
     """
     known = {id(module) for module in averaged.modules()} if averaged else set()
-    parted = {
+    own = {
         id(module)
         for module in instances(_NormBase)
         if module.track_running_stats and not isinstance(module, SyncBatchNorm)
         if id(module) not in known
     }
-    if not parted:
+    if not own:
         return []
     trained = {id(layer.parameter) for layer in layers}
     modules = [one for one in gc.get_objects() if issubclass(type(one), nn.Module)]
     models = [m for m in modules if any(id(one) in trained for one in m.parameters())]
-    named = {}  # by the largest model, so that comes first
+    named: dict[int, str] = {}  # as the largest model has it, which therefore comes first
     for model in sorted(models, key=lambda model: -len([*model.modules()])):
         for name, module in model.named_modules():
-            if id(module) in parted:
+            if id(module) in own:
                 named.setdefault(id(module), name or type(module).__name__)
     return sorted(named.values())

@@ -1,4 +1,4 @@
-"""What a round asks of the busiest rank, wherever the servers of layers are."""
+"""What a round costs the rank that has most to do, for every placement of the servers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,33 +10,46 @@ from ef21_muon.layers import Batch, form_batches
 from ef21_muon.transport.fixed import Traffic, Transport
 
 # Multiplications of a server's step that take as long as a byte on a link of 100 Mbit/s: of float32
-# on a thread of a CPU (3.6e10 a second were measured), of bfloat16 on a GPU (6e13 on an H100).
+# on one thread of a CPU (3.6e10 per second were measured), of bfloat16 on a GPU (6e13 on an H100).
 MULTIPLICATIONS_PER_BYTE = {"cpu": 3_000, "cuda": 5_000_000}
 
 
 @dataclass(frozen=True)
 class Load:
-    """Of a round: the bytes that the busiest rank sends or receives, whichever is more.
+    """The cost of one round with a placement, as the maximum over ranks.
 
-    multiplications: of the servers' steps, of the rank that has most of them.
+    Attributes:
+        max_traffic: the bytes that a rank sends or receives, whichever is more.
+        max_multiplications: the multiplications of the servers' steps that a rank takes.
     """
 
-    bytes: int
-    multiplications: int
+    max_traffic: int
+    max_multiplications: int
 
     def weight(self, device: str) -> float:
-        """Both as bytes, for a kind of device."""
+        """Both costs together, in bytes on a link of 100 Mbit/s.
+
+        Args:
+            device: the type of device that steps are taken on; any but "cpu" is taken for "cuda".
+        """
         per_byte = MULTIPLICATIONS_PER_BYTE.get(device, MULTIPLICATIONS_PER_BYTE["cuda"])
-        return self.bytes + self.multiplications / per_byte
+        return self.max_traffic + self.max_multiplications / per_byte
 
 
 def loads(
     groups: Sequence[dict], costs: list[int], ranks: int, device: str | None = None
 ) -> dict[str, Load]:
-    """By placement, of those that the compressors allow; first the one of the least weight.
+    """The load of every placement that the compressors allow, the least weight first.
 
-    groups: with the entries params, w2s and s2w; costs: of serving each layer; device: the kind
-    that the servers' steps are taken on, by default that of the parameters.
+    Args:
+        groups: parameter groups with the entries "params", "w2s" and "s2w".
+        costs: per parameter, the multiplications of its server's step.
+        ranks: the number of ranks that send to each other.
+        device: the type of device of the servers' steps; by default that of the parameters.
+
+    Returns:
+        The loads by the placement's name: "sharded" (LPT assignment of layers to ranks),
+        "replicated" or "rank0".
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
     cost = dict(zip(map(id, parameters), costs, strict=True))
@@ -46,18 +59,20 @@ def loads(
         if server == "replicated" and not all(group["s2w"].lossless for group in groups):
             continue
         batches = form_batches(groups, costs, server, rank=0, ranks=ranks)
-        busiest, most = 0, 0
+        max_traffic, max_multiplications = 0, 0
         for rank in range(ranks):
             traffic = dry_round(batches, rank, ranks)
-            busiest = max(busiest, int(traffic.wire_tx_bytes), int(traffic.wire_rx_bytes))
+            sent, received = int(traffic.wire_tx_bytes), int(traffic.wire_rx_bytes)
+            max_traffic = max(max_traffic, sent, received)
             owned = (p for batch in batches for p in batch.params[batch.owned_by[rank]])
-            most = max(most, sum(cost[id(parameter)] for parameter in owned))
-        found[server] = Load(busiest, most)
+            multiplications = sum(cost[id(parameter)] for parameter in owned)
+            max_multiplications = max(max_multiplications, multiplications)
+        found[server] = Load(max_traffic, max_multiplications)
     return dict(sorted(found.items(), key=lambda one: one[1].weight(device)))
 
 
 def dry_round(batches: Sequence[Batch], rank: int, ranks: int) -> Traffic:
-    """What a round of these batches takes of a rank; nothing is sent."""
+    """The traffic of one round of these batches for a rank of so many; nothing is sent."""
     transport = Transport(rank=rank, ranks=ranks)
     empty = partial(torch.empty, dtype=torch.uint8, device="meta")
     owned = [len(batch.params[batch.owned_by[rank]]) for batch in batches]

@@ -1,14 +1,15 @@
-"""Workers of several ranks: which rank of a worker steps which layer, and what it gets and gives.
+"""Workers of several ranks: which rank of a worker steps which layer, and what they exchange.
 
-Ranks form a mesh, whose rows are workers. Every layer has an owner, one of the columns: in each
-worker the rank of that column gets the mean of its worker's gradients, steps the layer with its
-peers, the ranks of its column in the other workers, and gives the result to its worker. So work and
-traffic are spread over the ranks of a worker, and nothing crosses twice.
+The ranks form a mesh; its rows are the workers. Every layer has an owner, which is a column of the
+mesh. In each worker the rank in that column receives the mean of its worker's gradients and steps
+the layer together with its peers, the ranks of that column in the other workers. It then sends the
+result to its worker. So the ranks of a worker share work and traffic, and no message crosses the
+network between workers twice.
 """
 
 from collections import UserDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from datetime import timedelta
 from itertools import chain
@@ -21,18 +22,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Parameter
 
 from ef21_muon.layers import Layer, assign
-from ef21_muon.transport.fixed import ALONE, Group, place_in
+from ef21_muon.transport.clipping import clip
 from ef21_muon.transport.host import wait
 from ef21_muon.transport.shards import is_sharded, local, named, require_shards
 
 DIMENSIONS = ("worker", "rank")
-# A collective takes room for about this part of the model, or as many entries for every rank.
+# A collective sends one of so many parts of the model, but at least so many entries per rank.
 PARTS, LEAST = 16, 2**20
 ALIGNED = 16  # bytes
 
 ByRank = list[list[Tensor]]
 Rows = slice | EllipsisType
-Piece = tuple[Tensor, Rows, list[Rows]]  # a layer, what a rank sends of its own, and whose is what
+Piece = tuple[Tensor, Rows, list[Rows]]  # a layer, what this rank sends of it, what each rank sends
 
 
 def new_mesh(
@@ -41,17 +42,36 @@ def new_mesh(
     timeout: timedelta | None = None,
     backend: str | None = None,
 ) -> DeviceMesh:
-    """A mesh of all ranks with dimensions "worker" and "rank": successive ranks are one worker.
+    """Make a mesh of all ranks with dimensions ("worker", "rank"); successive ranks are a worker.
 
-    timeout: of a wait for another rank; backend: of "worker", where with "gloo" messages go through
-    the host's memory; by default torch's. Raises ValueError where `ranks_per_worker` does not
-    divide the ranks, and without a process group.
+    To be called on all ranks together, after `torch.distributed.init_process_group`.
+
+    Args:
+        ranks_per_worker: the number of ranks of each worker, at least 1. It has to divide the
+            number of all ranks.
+        device_type: of the model, "cpu" or "cuda".
+        timeout: how long a rank waits for another one before torch raises; by default torch's,
+            which is 30 minutes for gloo and 10 for NCCL.
+        backend: of the process groups between workers. "gloo" sends the messages of a GPU through
+            the host's memory, which is good for slow networks and needed for `sync_delay`. By
+            default that of the default process group.
+
+    Returns:
+        A mesh of shape (workers, ranks_per_worker). `mesh["rank"]` is what `fully_shard` takes.
+
+    Raises:
+        ValueError: without a process group, or if `ranks_per_worker` does not divide the ranks.
+
+    Example:
+        >>> device_mesh = new_mesh(2, "cuda")  # 8 ranks are 4 workers of 2
+        >>> fully_shard(model, mesh=device_mesh["rank"], reshard_after_forward=True)
+        >>> mesh = WorkerMesh(model.parameters(), mesh=device_mesh)
     """
     given = f"ranks_per_worker={ranks_per_worker}"
     if not dist.is_initialized():
         raise ValueError(f"{given} needs a process group: use torchrun")
     ranks = dist.get_world_size()
-    if (ranks_per_worker or 0) < 1 or ranks % ranks_per_worker:
+    if ranks_per_worker < 1 or ranks % ranks_per_worker:
         raise ValueError(f"{given} does not divide {ranks} ranks: give a divisor")
     mesh = torch.arange(ranks).view(-1, ranks_per_worker)
     peers, _ = dist.new_subgroups_by_enumeration(mesh.T.tolist(), timeout, backend)
@@ -60,28 +80,46 @@ def new_mesh(
 
 
 class WorkerMesh:
-    """This rank's place in its worker, and the owner of every layer.
+    """Workers of several ranks: this rank's place, and the owner rank of every layer.
 
-        mesh = WorkerMesh(model.parameters(), ranks_per_worker=2)
-        optimizer = EF21Muon(groups, mesh=mesh)
-        optimizer = LocalSteps(torch.optim.AdamW(mesh.share(groups)), mesh=mesh)
+    The optimizers of this library take it as `mesh`. To be built on all ranks together.
 
-    parameters: of all layers, in the same order on all ranks, whole, or all of them sharded over
-    the ranks of the worker, by a mesh that is made first:
+    The parameters are whole on all ranks, or all of them are sharded over the ranks of a worker by
+    torch's `fully_shard`, with a mesh that is made first (see `new_mesh`). Then the root has to be
+    resharded after the forward pass too (`reshard_after_forward=True`): else it would compute with
+    the parameters that it gathered before the step. Layers are assigned to owner ranks by size, the
+    largest first (LPT assignment).
 
-        device_mesh = new_mesh(2, "cuda")  # or torch's init_device_mesh
-        fully_shard(model, mesh=device_mesh["rank"], reshard_after_forward=True)
-        mesh = WorkerMesh(model.parameters(), mesh=device_mesh)
+    Args:
+        parameters: of all layers, in the same order on all ranks.
+        ranks_per_worker: the number of ranks of each worker, at least 1 and at most the number of
+            layers, which divides the number of all ranks. Give it, or `mesh`.
+        mesh: from `new_mesh`, or torch's `init_device_mesh` over all ranks with the dimensions
+            ("worker", "rank").
+        timeout: that of `new_mesh`; only without `mesh`.
+        backend: that of `new_mesh`; only without `mesh`.
 
-    Reshard the root too, or it computes on with what it has gathered before. `ranks_per_worker`,
-    `timeout` and `backend`, in place of `mesh`, are those of `new_mesh`.
+    Attributes:
+        worker: the process group of this worker's ranks.
+        peers: the process group of the ranks which own the same layers, one in each worker.
+        own: the parameters that this rank owns, each with the tensor that an optimizer steps: the
+            parameter itself, or a whole copy of a sharded one.
+        layers: what optimizers ask of the gradients of all parameters.
+        stream: the number of this rank's random stream.
+        max_norm: the Euclidean norm to which every step clips the worker's gradient, or None, the
+            default. Set it alike on all ranks.
 
-    `worker` is the process group of this worker's ranks, `peers` that of the ranks which own the
-    same layers in all workers; `own` has every parameter that this rank owns, with what an
-    optimizer steps of it: itself, or a whole copy of a sharded one; `layers` has of all what is
-    asked of gradients. `stream` is the number of this rank's random stream. `max_norm`, to be set
-    alike on all ranks, clips the worker's gradient in every step. Raises ValueError, on all ranks
-    of a worker, where one has no layer, or shards of another mesh.
+    Raises:
+        ValueError: on all ranks of a worker, if the arguments do not fit, if there are more ranks
+            than layers, or if the parameters are sharded otherwise.
+
+    Example:
+        >>> mesh = WorkerMesh(model.parameters(), ranks_per_worker=2)
+        >>> optimizer = EF21Muon(param_groups(model), mesh=mesh)  # or, with local steps:
+        >>> optimizer = LocalSteps(torch.optim.AdamW(mesh.share(model.parameters())), mesh=mesh)
+
+    References:
+        Graham, Bounds on multiprocessing timing anomalies, SIAM J. Appl. Math. 17 (1969): LPT.
     """
 
     def __init__(
@@ -97,6 +135,8 @@ class WorkerMesh:
         self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self._made = mesh is None
         if mesh is None:
+            if ranks_per_worker is None:
+                raise ValueError("ranks_per_worker is missing: give it, or mesh")
             mesh = new_mesh(ranks_per_worker, self.device.type, timeout, backend)
         elif (ranks_per_worker, timeout, backend) != (None, None, None):
             raise ValueError("mesh has its ranks, timeout and backends already: give it alone")
@@ -133,11 +173,11 @@ class WorkerMesh:
         self.gather_parameters()
 
     def _in_buckets(self, owners: list[int]) -> list[list[list[Piece]]]:
-        """By collective and owner what is sent."""
+        """What each collective sends, by owner."""
         entries = sum(parameter.numel() for parameter in self.parameters)
         room = max(LEAST, -(-entries // (PARTS * self.ranks_per_worker)))
         sent = [0] * self.ranks_per_worker
-        buckets = defaultdict(lambda: [[] for _ in sent])
+        buckets: defaultdict[int, list[list[Piece]]] = defaultdict(lambda: [[] for _ in sent])
         for parameter, owner in zip(self.parameters, owners, strict=True):
             for piece in self._pieces(parameter, room):
                 buckets[sent[owner] // room][owner].append(piece)
@@ -145,8 +185,9 @@ class WorkerMesh:
         return list(buckets.values())
 
     def _pieces(self, p: Tensor, room: int) -> list[Piece]:
-        """Of a layer; a large whole one in parts, since its owner gets them from every rank."""
-        ranks, parts = self.ranks_per_worker, [...]
+        """The pieces of a layer. A large whole one is split: all ranks send it to its owner."""
+        ranks = self.ranks_per_worker
+        parts: list[Rows] = [...]
         if self.sharded:  # as torch.chunk does; the last ranks may have none
             count = -(-len(p) // ranks)
             return [(p, ..., [slice(rank * count, (rank + 1) * count) for rank in range(ranks)])]
@@ -156,9 +197,12 @@ class WorkerMesh:
         return [(p, part, [part] * ranks) for part in parts]
 
     def name(self, own: list[Layer]) -> None:
-        """What an optimizer of this rank calls its layers, and asks of them, in `layers`.
+        """Enter in `layers` what an optimizer of this rank calls its layers and asks of them.
 
-        Other ranks of the worker learn it at the end of `together`.
+        The other ranks of the worker receive it at the end of `together`.
+
+        Args:
+            own: the optimizer's layers, whose parameters are those of `own`.
         """
         stepped = [id(self.own.get(p)) for p in self.parameters]
         self._named = [
@@ -166,9 +210,15 @@ class WorkerMesh:
         ]
 
     def share(self, groups: Iterable) -> list[dict]:
-        """Of parameter groups the part that this rank steps, with what it steps of each parameter.
+        """The part of parameter groups that this rank steps, for an optimizer that knows no mesh.
 
-        groups: as torch's optimizers take them; those of which it has nothing are left out.
+        Args:
+            groups: parameters, (name, parameter) pairs or parameter groups, as torch's optimizers
+                take them.
+
+        Returns:
+            Parameter groups with what this rank steps of each parameter that it owns. Groups of
+            which it owns nothing are left out.
         """
         groups = list(groups)
         if groups and not isinstance(groups[0], dict):
@@ -195,17 +245,21 @@ class WorkerMesh:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Within it an error of one rank of the worker is raised on all, on others as ValueError.
+        """A context in which an error on one rank of the worker is raised on all of its ranks.
 
-        Not for what waits for other ranks of the worker itself.
+        The block must not wait for other ranks of the worker itself.
+
+        Raises:
+            ValueError: on the ranks without an error of their own.
         """
-        refused = None
+        refused: Exception | None = None
         try:
             yield
         except Exception as error:
             refused = error
-        of_ranks = [None] * self.ranks_per_worker
-        dist.all_gather_object(of_ranks, (refused and str(refused), self._named), self.worker)
+        mine = (None if refused is None else str(refused)), self._named
+        of_ranks = [mine] * self.ranks_per_worker
+        dist.all_gather_object(of_ranks, mine, self.worker)
         if refused is not None:
             raise refused
         for message, its in of_ranks:
@@ -215,7 +269,7 @@ class WorkerMesh:
                 self.layers[place] = self.layers[place]._replace(name=name, missing_grad=missing)
 
     def total(self, *numbers: int) -> list[int]:
-        """The sums of the numbers over the ranks of the worker, in one collective."""
+        """The sums of integers over the ranks of the worker, in one collective."""
         on_host = "cpu:" in dist.get_backend_config(self.worker)  # where no device is waited for
         sums = torch.tensor(numbers, device="cpu" if on_host else self.device)
         dist.all_reduce(sums, group=self.worker)
@@ -223,42 +277,43 @@ class WorkerMesh:
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
-        """The mean of the worker's gradients, on the rank that owns a layer; elsewhere none.
+        """Average the gradients over the worker's ranks; each layer's mean goes to its owner.
 
-        Whole ones are summed in the order of ranks; sharded ones fully_shard has averaged. All
-        ranks have brought the gradients of all `layers`.
+        Afterwards the other ranks have no gradient of that layer. Whole gradients are summed in the
+        order of ranks; sharded ones have been averaged by fully_shard. To be called on all ranks of
+        the worker, with gradients of all parameters.
         """
         self.gather_parameters()
         means = {
-            p: torch.empty_like(whole, dtype=p.grad.dtype) if self.sharded else p.grad
+            p: torch.empty_like(whole, dtype=_gradient(p).dtype) if self.sharded else _gradient(p)
             for p, whole in self.own.items()
         }
-        self._to_owners(lambda parameter: parameter.grad, means)
+        self._to_owners(_gradient, means)
         for parameter in self.parameters:
             parameter.grad = None
         for parameter, mean in means.items():
             self.own[parameter].grad = mean.to(parameter.dtype) if self.sharded else mean
         if self.max_norm is not None:
-            clip([one.grad for one in self.own.values()], self.max_norm, self.worker)
+            clip([*map(_gradient, self.own.values())], self.max_norm, self.worker)
 
     @torch.no_grad()
     def gather_parameters(self) -> None:
-        """What this rank steps of sharded layers, as the shards are.
+        """Update the whole copies of sharded parameters that this rank owns from the shards.
 
-        Sent only where somebody has written to a shard since. What is written into its `.data`, or
-        into its `detach()`, goes unnoticed until `forget`.
+        Nothing is sent unless a shard was written to since. A write to its `.data` or to its
+        `detach()` stays unnoticed until `forget` is called.
         """
         if self.sharded and self.total(int(self._written != (now := self._writes())))[0]:
             self._to_owners(lambda parameter: parameter, self.own)
             self._written = now
 
     def forget(self) -> None:
-        """Gather next time, whoever has written what, as after a state was loaded."""
+        """Have `gather_parameters` send next time in any case, as after a state was loaded."""
         self._written = []
 
     @torch.no_grad()
     def share_parameters(self) -> None:
-        """Every layer as its owner has it; of sharded ones the whole gradients are let go."""
+        """Send every layer from its owner to the worker; drop whole gradients of sharded ones."""
         for held, owned in self._sides(lambda parameter: parameter, self.own):
             if not self.sharded:  # this rank's own are there
                 held[self._place] = owned[self._place] = []
@@ -269,7 +324,7 @@ class WorkerMesh:
             self._written = self._writes()
 
     def _to_owners(self, part: Callable[[Tensor], Tensor], whole: dict[Tensor, Tensor]) -> None:
-        """Into `whole` its rows, or the mean of what ranks hold of it."""
+        """Write into `whole` the rows that ranks hold or, if they hold the whole, the mean."""
         for held, owned in self._sides(part, whole):
             received = self._send(held, owned)
             if not self.sharded and received[0]:
@@ -282,7 +337,7 @@ class WorkerMesh:
     def _sides(
         self, part: Callable[[Tensor], Tensor], whole: dict[Tensor, Tensor]
     ) -> Iterator[tuple[ByRank, ByRank]]:
-        """By bucket what this rank holds for each owner, and what each holds of its own layers."""
+        """Per bucket: what this rank holds, by owner, and what ranks hold of its own, by rank."""
         for bucket in self._buckets:
             held = [[local(part(p))[mine] for p, mine, _ in pieces] for pieces in bucket]
             owned = [
@@ -292,9 +347,16 @@ class WorkerMesh:
             yield held, owned
 
     def _send(self, tensors: ByRank, like: ByRank) -> ByRank:
-        """Send tensors to every rank of the worker, and return what came from each: `like` these.
+        """Send tensors to every rank of the worker, and receive tensors from each.
 
-        In one collective, in bytes, whatever their types and strides; this rank's own as they are.
+        In one collective of bytes, so that dtypes and strides may be any.
+
+        Args:
+            tensors: by receiver.
+            like: by sender, tensors of the shapes and dtypes that are received.
+
+        Returns:
+            The received tensors by sender; this rank's own are those that were given.
         """
         sent, sizes, places = self._pack(tensors)
         _copy(places, [*tensors[: self._place], [], *tensors[self._place + 1 :]])
@@ -305,7 +367,7 @@ class WorkerMesh:
         return arrived
 
     def _pack(self, lists: ByRank) -> tuple[Tensor, list[int], ByRank]:
-        """A buffer for tensors like these, its bytes for every rank, and places of the tensors."""
+        """A buffer for tensors like these, its bytes per rank, and views of it like the tensors."""
         lists = [[] if rank == self._place else one for rank, one in enumerate(lists)]
         sizes = [[-(-t.nbytes // ALIGNED) * ALIGNED for t in one] for one in lists]
         buffer = torch.empty(sum(map(sum, sizes)), dtype=torch.uint8, device=self.device)
@@ -316,18 +378,18 @@ class WorkerMesh:
         return buffer, [*map(sum, sizes)], places
 
     def _writes(self) -> list[tuple[int, ...]]:
-        """How often each parameter was written, as a whole and by its rows, and where these are."""
+        """The version counters of each parameter and of its rows, and where the rows are stored."""
         return [(p._version, local(p)._version, local(p).data_ptr()) for p in self.parameters]
 
     def __deepcopy__(self, memo: dict) -> "WorkerMesh":
-        """Of the parameters' copies, by the same process groups."""
+        """A mesh of copies of the parameters, with the same process groups."""
         memo |= {id(one): one for one in (self.device_mesh, self.peers, self.worker)}
         other = memo[id(self)] = copy(self)
         vars(other).update(deepcopy(vars(self), memo))
         return other
 
     def close(self) -> None:
-        """Destroy the process groups that were made here; to be called on all ranks."""
+        """Destroy the process groups that this object has made; to be called on all ranks."""
         for group in (self.peers, self.worker) if self._made else ():
             dist.destroy_process_group(group)
         self._made = False
@@ -343,21 +405,17 @@ class _Given(UserDict):
         return self.params if key == "params" else self.data[key]
 
 
+def _gradient(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        raise RuntimeError(f"{named(parameter)} has no gradient on this rank: call backward first")
+    return parameter.grad
+
+
 def _copy(targets: ByRank, sources: ByRank) -> None:
     if any(targets):
         torch._foreach_copy_([*chain(*targets)], [*chain(*sources)])
 
 
-def clip(gradients: Sequence[Tensor], max_norm: float, group: Group = ALONE) -> None:
-    """Scale gradients, in place, to a Euclidean norm of all of them together of at most `max_norm`.
-
-    As torch.nn.utils.clip_grad_norm_, but that a norm which is not finite changes nothing, so that
-    the layer it comes from can be named. group: ranks that have the worker's other gradients; to be
-    called on all of them. Does not wait for the device.
-    """
-    square = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-    if place_in(group)[1] > 1:
-        dist.all_reduce(square, group=group)
-    norm = square.sqrt()
-    scale = torch.where(norm.isfinite(), max_norm / (norm + 1e-6), 1.0).clamp_(max=1.0)
-    torch._foreach_mul_(gradients, scale.float())
+def together(mesh: WorkerMesh | None) -> AbstractContextManager[None]:
+    """Within it an error of one rank of a worker is raised on all its ranks."""
+    return mesh.together() if mesh else nullcontext()

@@ -1,4 +1,4 @@
-"""At which address gloo listens in a process, and whether other machines reach it."""
+"""The address at which gloo listens in a process, and whether other machines reach it."""
 
 import ipaddress
 import os
@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
-INTERFACE = "GLOO_SOCKET_IFNAME"  # the variable that names one for gloo, whatever the host's name
+INTERFACE = "GLOO_SOCKET_IFNAME"  # the environment variable that names gloo's interface
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process is.
+    """Where a process is in the network.
 
-    host: the machine's name, or by which others reach it; address: at which gloo listens, None if
-    GLOO_SOCKET_IFNAME chooses it; network: equal for processes with the same loopback addresses.
+    Attributes:
+        host: the machine's name, or the name or address by which others reach it.
+        address: the address at which gloo listens; None if GLOO_SOCKET_IFNAME chooses it.
+        network: equal for processes that share their loopback addresses.
     """
 
     host: str
@@ -26,10 +28,17 @@ class Place:
 
     @classmethod
     def here(cls, host: str | None = None) -> "Place":
-        """This process, reached by `host`; by default by its machine's name, as gloo has it.
+        """The place of this process.
 
-        Where neither is an address of this machine, gloo listens on a loopback address. Raises
-        OSError for a `host` that no address is known of.
+        Where neither `host` nor the machine's name leads to an address of this machine, gloo
+        listens on a loopback address.
+
+        Args:
+            host: the name or address by which others reach this process; by default the machine's
+                name, which gloo takes too.
+
+        Raises:
+            OSError: if no address of `host` is known.
         """
         name = socket.gethostname()
         if os.environ.get(INTERFACE):
@@ -42,19 +51,19 @@ class Place:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether no other machine reaches it."""
+        """Whether no other machine can reach it."""
         return self.address is not None and ipaddress.ip_address(self.address).is_loopback
 
 
 def cut_off(places: Sequence[Place]) -> list[int]:
-    """Which of the places listen on a loopback address, while others are on other machines."""
+    """The indices of places with a loopback address, if not all places are on one machine."""
     if len({place.network for place in places}) == 1:
         return []
     return [number for number, place in enumerate(places) if place.is_loopback]
 
 
 def is_local(host: str) -> bool:
-    """Whether a name or an address is one of every machine for itself, as `localhost` is."""
+    """Whether a name or an address leads every machine to itself, as `localhost` does."""
     try:
         found = socket.getaddrinfo(host, None)
     except (OSError, UnicodeError):
@@ -63,7 +72,7 @@ def is_local(host: str) -> bool:
 
 
 def _first_own(found: list[tuple]) -> str | None:
-    """The first of these addresses that this machine has."""
+    """The first of these results of getaddrinfo that is an address of this machine."""
     for family, kind, _, _, address in found:
         with suppress(OSError), socket.socket(family, kind) as probe:
             probe.bind(address)

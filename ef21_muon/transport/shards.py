@@ -1,8 +1,8 @@
-"""Parameters of which a rank holds some rows, as torch's `fully_shard` leaves them."""
+"""Sharded parameters: each rank holds some of the rows, as torch's `fully_shard` leaves them."""
 
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor
 
@@ -10,19 +10,27 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether it is a DTensor: there is none before its module is imported, which takes long."""
+def is_sharded(parameter: Tensor) -> "TypeGuard[DTensor]":
+    """Whether it is a DTensor. Its module takes long to import: before that there is none."""
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(parameter, tensors.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it."""
+    """The part of a tensor that this rank holds; the tensor itself if it is not sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def require_whole(parameters: Iterable[Tensor], optimizer: str) -> None:
-    """Raise ValueError for a parameter of which this process has a part alone, or no values."""
+    """Check that this process has every parameter as a whole, with values.
+
+    Args:
+        parameters: to check.
+        optimizer: the name of its class, for the error.
+
+    Raises:
+        ValueError: for a parameter that is sharded, flattened or on the meta device.
+    """
     for parameter in parameters:
         if is_sharded(parameter):
             raise ValueError(
@@ -47,12 +55,20 @@ def require_values(parameter: Tensor) -> None:
         )
 
 
-def require_shards(parameters: Iterable["DTensor"], ranks: list[int]) -> None:
-    """Raise ValueError unless these ranks alone hold all parameters, in rows."""
-    from torch.distributed.tensor import Shard
+def require_shards(parameters: Iterable[Tensor], ranks: list[int]) -> None:
+    """Check that all parameters are sharded by rows over exactly these ranks.
+
+    Args:
+        parameters: to check.
+        ranks: the global ranks of this worker, in order.
+
+    Raises:
+        ValueError: for a parameter that is not.
+    """
+    from torch.distributed.tensor import DTensor, Shard
 
     for parameter in parameters:
-        if not is_sharded(parameter):
+        if not isinstance(parameter, DTensor):
             raise ValueError(
                 f"{named(parameter)} is whole where others are sharded: call fully_shard for the "
                 "whole model, too"
@@ -72,5 +88,5 @@ def require_shards(parameters: Iterable["DTensor"], ranks: list[int]) -> None:
 
 
 def named(parameter: Tensor) -> str:
-    """In an error, where it has no other name."""
+    """A description of a parameter that has no name, for errors."""
     return f"a parameter of shape {tuple(parameter.shape)}"

@@ -1,4 +1,4 @@
-"""Who waits in a step for whom, told while it waits."""
+"""Warns of the ranks that keep the others waiting in a step."""
 
 import logging
 import threading
@@ -10,64 +10,73 @@ from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
-NOTICE = 10.0  # seconds of waiting before it is told, or three times the longest wait so far
-LOOK = 1.0  # seconds between looks at the others
+REPORT_AFTER = 10.0  # seconds of waiting, or three times the longest wait so far if that is more
+CHECK_EVERY = 1.0  # seconds
 
 log = logging.getLogger("ef21_muon")
-_built = Counter()  # roll calls by group: ranks build theirs in the same order
+_built: Counter[str] = Counter()  # monitors by group: all ranks build theirs in the same order
 
 
 class StragglerMonitor:
-    """Tells in the log, with a warning, which ranks do not come to the step that this one waits in.
+    """Logs a warning that names the ranks which do not come to a step while this rank waits in it.
 
-    A thread looks at a rank's own step every second; where that takes longer, it leaves a word in
-    the process group's store and looks for those of the others. So a step costs nothing, and takes
-    no message. It ends with the object. It sees what the process waits for, as with gloo; with NCCL
-    it is the device that waits.
+    A thread checks every second how long this rank has been in its step. If that is long, the
+    thread writes the step to the process group's store and reads there which steps the other ranks
+    are in. A step itself costs nothing and sends no message. The thread ends with this object.
+
+    It notices what the process waits for, as with gloo. With NCCL the device waits, not the
+    process, and the monitor is silent.
+
+    Args:
+        group: the ranks that step together; None stands for the default process group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None):
-        group = group or dist.group.WORLD
-        self.ranks, self.rank = dist.get_process_group_ranks(group), dist.get_rank()
-        name = f"{group.group_name}/{_built[group.group_name]}"
-        _built[group.group_name] += 1
         # A client of its own: that of the main thread may be waiting.
-        store = dist.distributed_c10d._get_default_store().clone()
-        self.words = dist.PrefixStore(f"ef21_muon/{name}", store)
-        self.here: tuple[int, float] | None = None  # the step that this rank is in, since when
-        self.told: int | None = None  # the last step that was told of
-        self.longest = 0.0  # wait that came to an end
-        threading.Thread(target=_look, args=(weakref.ref(self),), daemon=True).start()
+        store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+        self.ranks, self.rank = dist.get_process_group_ranks(group), dist.get_rank()
+        name = (group or dist.distributed_c10d._get_default_group()).group_name
+        self.store = dist.PrefixStore(f"ef21_muon/{name}/{_built[name]}", store)
+        _built[name] += 1
+        self.current: tuple[int, float] | None = None  # this rank's step, and when it began
+        self.reported: int | None = None  # the last step that was reported
+        self.longest = 0.0  # the longest wait that has ended, in seconds
+        threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True).start()
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Within it this rank takes a step, in which it waits for others; an error refuses it."""
-        self.here = number, time.monotonic()
+        """Enter a step, in which this rank waits for others.
+
+        An error in it is written to the store, so that the ranks which wait can report it.
+
+        Args:
+            number: of the step, from 0.
+        """
+        self.current = number, (since := time.monotonic())
         try:
             yield
         except Exception as error:
             with suppress(RuntimeError):  # the store has gone with the process group
-                self.words.set(f"refused/{self.rank}", f"{number} {error}")
+                self.store.set(f"refused/{self.rank}", f"{number} {error}")
             raise
         finally:
-            _, since = self.here
-            self.here, self.longest = None, max(self.longest, time.monotonic() - since)
+            self.current, self.longest = None, max(self.longest, time.monotonic() - since)
 
-    def look(self) -> None:
-        """Say what there is to say of this rank's step, once."""
-        here = self.here
-        if here is None or here[0] == self.told:
+    def check(self) -> None:
+        """Log a warning if this rank has waited for too long; one warning per step."""
+        current = self.current
+        if current is None or current[0] == self.reported:
             return
-        step, since = here
+        step, since = current
         waited = time.monotonic() - since
-        if waited < LOOK:
+        if waited < CHECK_EVERY:
             return
-        self.words.set(f"in/{self.rank}", str(step))
-        refused = self._said("refused", step)
-        if not refused and waited < max(NOTICE, 3 * self.longest):
+        self.store.set(f"in/{self.rank}", str(step))
+        refused = self._sent("refused", step)
+        if not refused and waited < max(REPORT_AFTER, 3 * self.longest):
             return
-        absent = [rank for rank in self.ranks if rank not in self._said("in", step)]
-        if self.here != here or not absent:
+        absent = [rank for rank in self.ranks if rank not in self._sent("in", step)]
+        if self.current != current or not absent:
             return
         why = "".join(f"; rank {rank} refused it: {reason}" for rank, reason in refused.items())
         log.warning(
@@ -75,25 +84,25 @@ class StragglerMonitor:
             "(batches), and look there for what it does instead",
             self.rank, waited, step + 1, ", ".join(map(str, absent)), why,
         )  # fmt: skip
-        self.told = step
+        self.reported = step
 
-    def _said(self, kind: str, step: int) -> dict[int, str]:
-        """The words of this kind about a step, by rank."""
-        said = {}
+    def _sent(self, kind: str, step: int) -> dict[int, str]:
+        """The texts of one kind, "in" or "refused", that ranks have sent of a step, by rank."""
+        found = {}
         for rank in self.ranks:
             key = f"{kind}/{rank}"
-            if self.words.check([key]):
-                of, _, reason = self.words.get(key).decode().partition(" ")
+            if self.store.check([key]):
+                of, _, reason = self.store.get(key).decode().partition(" ")
                 if int(of) == step:
-                    said[rank] = reason
-        return said
+                    found[rank] = reason
+        return found
 
 
-def _look(reference: weakref.ref) -> None:
-    while (stragglers := reference()) is not None:
+def _watch(reference: weakref.ref) -> None:
+    while (monitor := reference()) is not None:
         try:
-            stragglers.look()
+            monitor.check()
         except (RuntimeError, ValueError):  # the store has gone with the process group
             return
-        del stragglers
-        time.sleep(LOOK)
+        del monitor
+        time.sleep(CHECK_EVERY)

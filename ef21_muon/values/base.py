@@ -1,8 +1,9 @@
-"""Value formats, by which numbers become bytes, and the packing of small integers.
+"""The base classes of value formats, the formats of single numbers, and the packing of integers.
 
-A format writes float32 numbers (L, rows, columns) as L messages, whose size follows from the counts
-alone. Formats document their bits per value, whether they are unbiased (E decode(encode(v)) = v),
-and `omega`: E ||decode(encode(v)) - v||^2 <= omega ||v||^2. Words are little-endian.
+A value format writes float32 numbers (L, rows, columns) as L messages, uint8 (L, bytes), whose size
+depends on rows and columns alone. It documents its bits per value, whether it is unbiased, that is
+E decode(encode(v)) = v, and `omega`, the bound in E ||decode(encode(v)) - v||^2 <= omega ||v||^2.
+Numbers are little-endian.
 """
 
 from collections import defaultdict
@@ -12,39 +13,78 @@ from numbers import Real
 import torch
 from torch import Generator, Tensor
 
+from ef21_muon.renamed import refuses_renamed, renamed_value
+
 ROUNDINGS = ("stochastic", "nearest")
 MANTISSA = 1 << 23  # a float32 is a sign, 8 bits of exponent and 23 bits of mantissa
-# Entries by type of device: temporaries stay small, a GPU's work is longer than its launches.
+# Entries to encode at a time, by type of device: few enough for small temporaries, and on a GPU
+# enough that the work takes longer than its launch.
 AT_A_TIME = defaultdict(lambda: 1 << 20, cuda=1 << 24)
 
 
 class Codec:
-    """Matrices as rows of bytes: a value format, or a compressor that writes in one."""
+    """Matrices as rows of bytes: the base class of value formats and of compressors."""
 
     def payload_bytes(self, m: int, n: int) -> int:
-        """Bytes of the message for one m x n matrix."""
+        """Return the bytes of the message for one m x n matrix."""
         raise NotImplementedError
 
     def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
-        """float32 (L, m, n) -> uint8 (L, payload_bytes(m, n)); None is torch's global generator."""
+        """Return the messages for matrices, one row of bytes per matrix.
+
+        Args:
+            x: float32 matrices (L, m, n).
+            generator: the source of random numbers, on the device of `x`; default None, which is
+                torch's global generator.
+
+        Returns:
+            uint8 (L, payload_bytes(m, n)).
+        """
         raise NotImplementedError
 
     def decode(self, payload: Tensor, m: int, n: int) -> Tensor:
-        """uint8 (L, payload_bytes(m, n)) -> float32 (L, m, n); ValueError on another length."""
+        """Return the matrices that messages hold.
+
+        Args:
+            payload: messages, uint8 (L, payload_bytes(m, n)).
+            m: the number of rows.
+            n: the number of columns.
+
+        Returns:
+            float32 (L, m, n).
+
+        Raises:
+            ValueError: if the messages have another length.
+        """
         raise NotImplementedError
 
 
 class ValueFormat(Codec):
-    """A value format."""
+    """The base class of value formats, which write the numbers of a message as bytes.
 
-    name: str  # of the class, with attributes as {.width}
-    error: float  # omega, where it does not depend on the shape
+    Subclasses implement `payload_bytes(rows, columns)`, `encode(values, generator)`,
+    `decode(payload, rows, columns)` and `omega(rows, columns)`. They set `name`, from which the
+    spec is made: "{.width}" in it is replaced by the attribute `width`.
+
+    Attributes:
+        unbiased: whether E decode(encode(v)) = v.
+        rounding: "stochastic" or "nearest"; None for formats without this choice.
+        block: the block of values that share a scale; None for formats without blocks.
+
+    Example:
+        >>> [Float32(), Natural("nearest")]  # their specs
+        [float32, natural:nearest]
+    """
+
+    name: str  # the format's name in specs, with attributes in braces: "int{.width}"
+    error: float  # omega, if it does not depend on the shape
     unbiased = False
-    rounding: str | None = None  # None where it is not a choice
-    block: int | str | None = None  # of values that share a scale
+    rounding: str | None = None  # None if the format has no choice
+    block: int | str | None = None  # the block of values that share a scale
     default_block: str | None = None
 
     def __str__(self) -> str:
+        """Return the spec, from which `value_format` builds an equal format."""
         block = "" if self.block == self.default_block else f"@{self.block}"
         rounding = ":nearest" if self.rounding == "nearest" else ""
         return f"{self.name.format(self)}{block}{rounding}"
@@ -52,7 +92,11 @@ class ValueFormat(Codec):
     __repr__ = __str__
 
     def set_rounding(self, rounding: str) -> None:
-        """Round to nearest, or stochastically, without a bias. Raises ValueError for others."""
+        """Set the rounding: "stochastic", which has no bias, or "nearest".
+
+        Raises:
+            ValueError: for any other word.
+        """
         check(
             rounding in ROUNDINGS,
             f"{type(self).__name__} got rounding={rounding}",
@@ -61,12 +105,15 @@ class ValueFormat(Codec):
         self.rounding, self.unbiased = rounding, rounding == "stochastic"
 
     def omega(self, rows: int, columns: int) -> float:
-        """The bound on the relative squared error, in expectation where rounding is stochastic."""
+        """Return the bound on the relative squared error for rows x columns values.
+
+        With stochastic rounding the bound holds in expectation.
+        """
         return self.error
 
 
 class Plain(ValueFormat):
-    """Numbers of a type of torch's."""
+    """The base class of formats that store numbers in a dtype of torch."""
 
     dtype: torch.dtype
 
@@ -82,30 +129,55 @@ class Plain(ValueFormat):
 
 
 class Float32(Plain):
-    """32 bits per value, exact."""
+    """Float32 numbers: 32 bits per value, exact, omega = 0.
+
+    Example:
+        >>> Float32().payload_bytes(2, 3)
+        24
+    """
 
     name, dtype, error, unbiased = "float32", torch.float32, 0.0, True
 
 
 class BFloat16(Plain):
-    """16 bits per value, rounded to nearest: a relative error of at most 2^-8, deterministic.
+    """Bfloat16 numbers: 16 bits per value, rounded to nearest, deterministic.
 
-    Magnitudes below float32's normal range (2^-126) lose more.
+    The relative error of a value is at most 2^-8, so omega = 2^-16. It is larger for magnitudes
+    below 2^-126, float32's normal range.
+
+    Example:
+        >>> BFloat16().payload_bytes(2, 3)
+        12
     """
 
     name, dtype, error = "bfloat16", torch.bfloat16, 2.0**-16
 
 
 class Natural(ValueFormat):
-    """Sign and power-of-two exponent, 9 bits per value (Horvath et al., arXiv:1905.10988).
+    """Natural compression: the sign and a power of two, 9 bits per value.
 
-    |v| in [2^e, 2^(e+1)] becomes 2^(e+1) with probability |v| 2^-e - 1, else 2^e: unbiased,
-    omega = 1/8 (more below 2^-126; above 2^127 it may be infinity). rounding="nearest" takes the
-    nearer power: deterministic, biased, omega = 1/9.
+    |v| in [2^e, 2^(e+1)] becomes 2^(e+1) with probability |v| 2^-e - 1, else 2^e. This is unbiased
+    with omega = 1/8; omega is larger below 2^-126, and above 2^127 the result may be infinite.
+
+    Args:
+        rounding: "stochastic" (default) as above, or "nearest", which takes the nearer power:
+            deterministic, biased, omega = 1/9.
+
+    Raises:
+        ValueError: if `rounding` is neither.
+
+    Example:
+        >>> values = Natural("nearest")
+        >>> values.decode(values.encode(torch.tensor([[[3.0, -5.0]]])), 1, 2)
+        tensor([[[ 4., -4.]]])
+
+    References:
+        Horvath et al., Natural compression (arXiv:1905.10988).
     """
 
     name = "natural"
 
+    @refuses_renamed
     def __init__(self, rounding: str = "stochastic"):
         self.set_rounding(rounding)
         self.error = 1 / 8 if self.unbiased else 1 / 9
@@ -131,26 +203,34 @@ class Natural(ValueFormat):
 
 
 def check(holds: bool, given: str, allowed: str) -> None:
-    """Raise ValueError unless it holds: what was given, and what is allowed."""
+    """Raise ValueError unless `holds`, with the words "given: give allowed"."""
     if not holds:
         raise ValueError(f"{given}: give {allowed}")
 
 
+def check_block(holds: object, name: str, block: object, allowed: str) -> None:
+    """Raise ValueError for a block that a format does not have, unless `holds`."""
+    hint = renamed_value("block", block) or f"give {allowed}"
+    if not holds:
+        raise ValueError(f"{name} got block={block}: {hint}")
+
+
 def check_share(given: str, share: float) -> None:
-    """Raise ValueError unless it is a number in (0, 1]."""
+    """Raise ValueError unless `share` is a number in (0, 1]."""
     number = isinstance(share, Real) and 0 < share <= 1
     check(number, f"{given}={share}", "a number above 0, at most 1")
 
 
 def at_a_time(messages: Tensor) -> int:
-    """Values of each of these messages (L, ...) to encode at a time, a multiple of 8."""
+    """Return how many values of each message (L, ...) to encode at a time, a multiple of 8."""
     return max(8, AT_A_TIME[messages.device.type] // max(1, len(messages)) // 8 * 8)
 
 
 def carry(bits: Tensor, stochastic: bool, generator: Generator | None) -> Tensor:
-    """What makes a mantissa f carry into the exponent, if it is added.
+    """Return the numbers that round float32 bit patterns when they are added to them.
 
-    A uniform 23-bit number carries with probability f; a constant half rounds to nearest.
+    The sum carries into the exponent, so that a mantissa f becomes the next power of two. A uniform
+    23-bit number carries with probability f; the constant one half rounds to nearest.
     """
     if stochastic:
         options = {"generator": generator, "dtype": torch.int32, "device": bits.device}
@@ -159,12 +239,13 @@ def carry(bits: Tensor, stochastic: bool, generator: Generator | None) -> Tensor
 
 
 def check_length(payload: Tensor, expected: int, codec: object, rows: int, columns: int) -> None:
-    """Raise ValueError unless every row of `payload` has the bytes that the codec expects."""
+    """Raise ValueError unless every row of `payload` has as many bytes as the codec expects."""
     if payload.shape[1] != expected:
         raise wrong_length(payload, expected, f"{codec} of {rows} x {columns}")
 
 
 def wrong_length(payload: Tensor, expected: int, what: str) -> ValueError:
+    """Return the error for messages whose length is not the expected one."""
     return ValueError(
         f"a payload of {payload.shape[1]} bytes was given where {what} takes {expected}: "
         "sender and receiver must use the same compressor and shape"
@@ -172,20 +253,31 @@ def wrong_length(payload: Tensor, expected: int, what: str) -> ValueError:
 
 
 def reinterpret(payload: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of bytes, at any offset of a larger buffer, read as rows of numbers."""
+    """Return rows of bytes, at any offset of a larger buffer, as rows of numbers of a dtype."""
     return payload.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 @cache
 def packed_bytes(count: int, width: int) -> int:
-    """Bytes that `count` integers of `width` bits take: whole bytes apart, the rest bit-packed."""
+    """Return the bytes that `count` integers of `width` bits take.
+
+    Whole bytes are stored apart, and the remaining bits are packed.
+    """
     return count * (width // 8) + (count * (width % 8) + 7) // 8
 
 
 def pack(codes: Tensor, width: int) -> Tensor:
-    """Integers (L, n) in [0, 2^width), width 0 to 32, as uint8 (L, packed_bytes(n, width)).
+    """Pack integers of `width` bits into bytes.
 
-    Their low bytes, then the next ones, and at last eight by eight what is left of them.
+    First come the low bytes of all integers, then their next bytes, and at the end the remaining
+    bits, eight integers at a time.
+
+    Args:
+        codes: integers (L, n) in [0, 2^width).
+        width: the number of bits, 0 to 32.
+
+    Returns:
+        uint8 (L, packed_bytes(n, width)).
     """
     (rows, count), (planes, rest) = codes.shape, divmod(width, 8)
     parts = []
@@ -203,7 +295,19 @@ def pack(codes: Tensor, width: int) -> Tensor:
 
 
 def unpack(packed: Tensor, count: int, width: int) -> Tensor:
-    """Undo `pack`: (L, count), uint8 for widths up to 8, int64 beyond; ValueError as decode."""
+    """Undo `pack`.
+
+    Args:
+        packed: uint8 (L, packed_bytes(count, width)).
+        count: the number of integers in each row.
+        width: the number of bits, 0 to 32.
+
+    Returns:
+        The integers (L, count), uint8 for widths up to 8 and int64 beyond.
+
+    Raises:
+        ValueError: if the rows have another length.
+    """
     if packed.shape[1] != packed_bytes(count, width):
         what = f"{count} integers of {width} bits"
         raise wrong_length(packed, packed_bytes(count, width), what)
@@ -227,9 +331,11 @@ def unpack(packed: Tensor, count: int, width: int) -> Tensor:
 
 @cache
 def _shifts(width: int) -> tuple[tuple[int, int, int, int], ...]:
-    """How eight codes, a byte each of a word, become neighbours: pairs, then fours, then all.
+    """Return the steps in which eight codes, one per byte of a word, are moved next to each other.
 
-    Bits that halves are apart, before and after; a mask of low halves; what a high half changes by.
+    The steps join pairs, then fours, then all eight. A step is (the distance in bits between the
+    halves before it, the distance after it, a mask of the low halves, the factor by which it
+    changes a high half).
     """
     steps = []
     for apart in (8, 16, 32):

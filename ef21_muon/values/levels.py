@@ -1,4 +1,4 @@
-"""Value formats whose values are the nearest of a table: of normal numbers, or of bins' means."""
+"""Value formats with a table of levels: those of normal numbers, or the means of bins."""
 
 from functools import cache
 from itertools import pairwise
@@ -7,22 +7,38 @@ from math import erf, exp, inf, pi, sqrt
 import torch
 from torch import Generator, Tensor
 
-from ef21_muon.values.base import AT_A_TIME, check, pack
+from ef21_muon.values.base import AT_A_TIME, check, check_block, pack
 from ef21_muon.values.scaled import Blockwise
 
 LONGEST = 1 << 16  # entries to rotate together
-NARROW = 32  # entries: of fewer side by side, sums are slow
+NARROW = 32  # entries; sums of rows are slow where fewer lie side by side
 
 
 class Normal(Blockwise):
-    """`bits`-bit values of the quantiser that suits normal numbers best, of rotated blocks.
+    """Rotated blocks, rounded to the best `bits`-bit levels for normal numbers, as in EDEN.
 
-    As EDEN (Vargaftik et al., arXiv:2108.08842): a block, a row or the whole matrix, is turned by a fixed
-    pseudo-random rotation, after which most look normal; each value takes the nearest of the 2^bits
-    levels of Lloyd and Max; the scale is that of least squares, a bfloat16. Deterministic, biased.
-    Normal values lose 0.36, 0.12, 0.035, 0.0095, 0.0025 and 0.0006 of their squares for 1 to 6
-    bits, the worst block of N values omega = 1 - (lowest level / highest level)^2 (1 - 2^-16) / N.
-    Magnitudes from 1e-37 to 1e35.
+    A fixed pseudo-random rotation turns each block, after which most blocks look normal. Each value
+    becomes the nearest of the 2^bits levels of Lloyd and Max, times a least-squares scale of the
+    block, a bfloat16. Deterministic and biased. Normal values lose 0.36, 0.12, 0.035, 0.0095,
+    0.0025 and 0.0006 of their squares for 1 to 6 bits; the worst block of N values loses
+
+        omega = 1 - (lowest level / highest level)^2 (1 - 2^-16) / N
+
+    with levels by magnitude. It works for magnitudes from 1e-37 to 1e35.
+
+    Args:
+        bits: the bits per value, 1 to 6; default 4.
+        block: what is rotated together and shares a scale, "row" (default) or "tensor".
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> Normal(2, block="tensor").payload_bytes(64, 128)  # 2 bits per value, and 2 bytes
+        2050
+
+    References:
+        Vargaftik et al., EDEN (arXiv:2108.08842). Lloyd; Max (1960), for the levels.
     """
 
     name = "normal{.width}"
@@ -30,8 +46,8 @@ class Normal(Blockwise):
 
     def __init__(self, bits: int = 4, block: str = "row"):
         check(type(bits) is int and 1 <= bits <= 6, f"normal got bits={bits}", "1 to 6")
-        # No part of a rotated block can be left out.
-        check(block in ("row", "tensor"), f"normal got block={block}", "row or tensor")
+        # A rotated block is sent as a whole, so it cannot be padded.
+        check_block(block in ("row", "tensor"), "normal", block, "row or tensor")
         self.width = bits
         super().__init__(block)
 
@@ -44,7 +60,7 @@ class Normal(Blockwise):
         return rotate_(values if back else values.clone(), back)
 
     def _scale(self, values: Tensor) -> Tensor:
-        """Of least squares for the levels that are nearest at the root mean square."""
+        """Return the least-squares scale for the levels nearest at the root mean square."""
         largest = values.abs().amax(2, keepdim=True)
         unit = values / largest.masked_fill(largest == 0, 1)
         rms = unit.square().mean(2, keepdim=True).sqrt_()
@@ -64,34 +80,52 @@ class Normal(Blockwise):
 
 
 class Statistical(Blockwise):
-    """`bits`-bit bins around the mean, a value for its bin's mean: deterministic, biased.
+    """Equal bins around the mean, where every value becomes the mean of its bin.
 
-    The quantiser of MuLoCo (arXiv:2505.23725) and SparseLoCo (arXiv:2508.15706). With B = 2^bits,
-    c = x less the block's mean and sd its unbiased standard deviation,
+    With B = 2^bits, c = x minus the block's mean, and sd its unbiased standard deviation, a code is
 
         q = clamp(round(c / scale + B / 2), 0, B - 1),  scale = span sd / B
 
-    (1 for an sd of 0), halves to even, and every bin becomes the mean of what is in it. A block, a
-    matrix or a row, takes 4 (B + 1) bytes beside its codes: its mean, and the bins' as float32.
-    The squares within bins are lost, at worst all: omega = 1. Normal values lose 0.18, 0.012 and
-    0.0003 of their squares for 2, 4 and 8 bits.
+    (scale 1 if sd = 0, halves to even). Beside its codes a block takes 4 (B + 1) bytes: its mean
+    and the means of the bins, as float32. Deterministic and biased. The worst block loses all of
+    its squares within bins, omega = 1; normal values lose 0.18, 0.012 and 0.0003 of their
+    squares for 2, 4 and 8 bits.
+
+    Args:
+        bits: the bits per value, 2 to 8; default 4.
+        block: what shares a table of means, "tensor" (default) or "row".
+        span: the width of all bins together in standard deviations, above 0; default 6.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> Statistical(2, span=5)
+        statistical2:span=5
+
+    References:
+        The quantiser of MuLoCo (arXiv:2505.23725) and SparseLoCo (arXiv:2508.15706).
     """
 
     name = "statistical{.width}"
     default_block = "tensor"
-    scales = property(lambda self: 1 + self.bins)  # a block's mean, and means of bins less it
+    # The mean of a block, and the means of its bins minus that mean.
+    scales = property(lambda self: 1 + self.bins)
     error = 1.0
 
     def __init__(self, bits: int = 4, block: str = "tensor", span: float = 6.0):
         check(type(bits) is int and 2 <= bits <= 8, f"statistical got bits={bits}", "2 to 8")
-        check(block in ("row", "tensor"), f"statistical got block={block}", "row or tensor")
+        check_block(block in ("row", "tensor"), "statistical", block, "row or tensor")
         positive = isinstance(span, float | int) and 0 < span < inf
         check(positive, f"statistical got span={span}", "a number above 0")
         self.width, self.bins, self.span = bits, 2**bits, span
         super().__init__(block)
 
     def __str__(self) -> str:
-        return super().__str__() + ("" if self.span == 6 else f":span={self.span:g}")
+        span = f"{self.span:g}"
+        if float(span) != self.span:
+            span = repr(float(self.span))
+        return super().__str__() + ("" if self.span == 6 else f":span={span}")
 
     __repr__ = __str__
 
@@ -100,7 +134,7 @@ class Statistical(Blockwise):
         x = values.reshape(len(values), blocks, length)
         mean = x.mean(2, keepdim=True)
         unit = x - mean
-        # A power of two below all, by which squares are in float32's range, and rounded as before.
+        # Dividing by a power of two keeps squares in float32's range and changes no rounding.
         exponents = unit.abs().amax(2, keepdim=True).view(torch.int32) >> 23
         power = (exponents.clamp_(27, 253) << 23).view(torch.float32)
         unit /= power
@@ -113,9 +147,9 @@ class Statistical(Blockwise):
         return torch.cat([means.view(torch.uint8), pack(codes.flatten(1), self.width)], 1)
 
     def _means(self, unit: Tensor, codes: Tensor) -> Tensor:
-        """Of what has a code, 0 where nothing has: (L, blocks, bins).
+        """Return the means of the values with each code, 0 for unused codes: (L, blocks, bins).
 
-        Magnitudes, at most 4, are added up as integers: in any order to the same bits.
+        Values, of magnitude at most 4, are summed as integers, so any order gives the same bits.
         """
         one = 2.0 ** (60 - unit.shape[2].bit_length())
         sums = torch.zeros(*unit.shape[:2], self.bins, dtype=torch.int64, device=unit.device)
@@ -131,14 +165,17 @@ class Statistical(Blockwise):
 
 
 def add_by_places(sums: Tensor, counts: Tensor, values: Tensor, codes: Tensor) -> None:
-    """Add int64 (L, blocks, n) to the sums of their bins, (L, blocks, bins), and count them."""
-    places = codes.to(torch.int64) & sums.shape[2] - 1  # what is not finite has any code
+    """Add int64 (L, blocks, n) to the sums (L, blocks, bins) of their bins, and count them."""
+    places = codes.to(torch.int64) & sums.shape[2] - 1  # of NaN and infinity any
     sums.scatter_add_(2, places, values)
     counts.scatter_add_(2, places, torch.ones_like(places))
 
 
 def add_by_bins(sums: Tensor, counts: Tensor, values: Tensor, codes: Tensor) -> None:
-    """The same, bin after bin: on a GPU all threads would wait to add to the same few numbers."""
+    """Do the same as `add_by_places`, one bin after another.
+
+    On a GPU all threads would wait to add to the same few numbers.
+    """
     places = codes & sums.shape[2] - 1
     for number in range(sums.shape[2]):
         chosen = places == number
@@ -148,11 +185,12 @@ def add_by_bins(sums: Tensor, counts: Tensor, values: Tensor, codes: Tensor) -> 
 
 @cache
 def normal_levels(bits: int) -> tuple[float, ...]:
-    """The 2^bits levels that lose least of standard normal values (Lloyd; Max, 1960), rising.
+    """Return the 2^bits rising levels that lose the least of standard normal values.
 
-    Each is the mean of the values nearest to it, found by going there.
+    Each level is the mean of the values that are nearest to it (Lloyd; Max, 1960); fixed-point
+    iteration finds them.
     """
-    half = 2 ** (bits - 1)  # the other half are their negatives
+    half = 2 ** (bits - 1)  # levels above 0; the others are their negatives
     levels = [3 * (i + 0.5) / half for i in range(half)]
     change = inf
     while change > 1e-9:
@@ -166,10 +204,11 @@ def normal_levels(bits: int) -> tuple[float, ...]:
 
 
 def rotate_(x: Tensor, back: bool = False) -> Tensor:
-    """Turn the last dimension of `x`, contiguous, in place by a fixed rotation; or `back`.
+    """Turn the last dimension of `x`, contiguous, in place by a fixed rotation, or turn it `back`.
 
-    Random signs and Hadamard transforms of segments of 2^k <= 65536, the largest power that fits,
-    and then of the last 2^k entries, where segments do not cover all.
+    The rotation applies random signs and Hadamard transforms to segments of 2^k <= 65536 entries,
+    with the largest k that fits. Where segments do not cover all entries, it does so again for the
+    last 2^k entries.
     """
     length = x.shape[-1]
     size = min(LONGEST, 1 << length.bit_length() - 1)
@@ -189,10 +228,11 @@ def rotate_(x: Tensor, back: bool = False) -> Tensor:
 
 
 def _hadamard(x: Tensor) -> Tensor:
-    """The orthonormal Hadamard transform of the last dimension, 2^k long: its own inverse.
+    """Return the orthonormal Hadamard transform of the last dimension, of length 2^k.
 
-    By sums and differences of pairs, of which every processor gets the same bits: of a x b numbers
-    the rows of an a x b matrix, transposed so that they lie side by side, and then its columns.
+    It is its own inverse. It consists of sums and differences of pairs, which have the same bits on
+    every processor. a b numbers are arranged as an a x b matrix: first its rows are transformed,
+    transposed so that they lie side by side, and then its columns.
     """
     size = x.shape[-1]
     power = size.bit_length() - 1
@@ -204,11 +244,11 @@ def _hadamard(x: Tensor) -> Tensor:
 
 
 def _sums_and_differences(x: Tensor) -> Tensor:
-    """The transform of the middle dimension of x (L, 2^k, n), not divided by its length."""
+    """Return the transform of the middle dimension of x (L, 2^k, n), not divided by its length."""
     shape, signs = x.shape, _table(((1,), (-1,)), x.device)
     apart = 1
     while apart < shape[1]:
-        # The products are exact.
+        # The products are exact, as the signs are 1 and -1.
         pairs = x.reshape(shape[0], shape[1] // (2 * apart), 2, apart * shape[2])
         x = torch.addcmul(pairs[:, :, :1], pairs[:, :, 1:], signs)
         apart *= 2
@@ -218,7 +258,7 @@ def _sums_and_differences(x: Tensor) -> Tensor:
 @cache
 @torch.inference_mode(False)
 def _signs(size: int, device: torch.device) -> Tensor:
-    """Two rows of `size` random signs, the same on every rank."""
+    """Return two rows of `size` random signs, the same on every rank."""
     generator = torch.Generator("cpu").manual_seed(size)
     ones = torch.randint(2, (2, size), generator=generator, dtype=torch.int64, device="cpu")
     return (2 * ones - 1).to(device, torch.float32)
@@ -227,4 +267,5 @@ def _signs(size: int, device: torch.device) -> Tensor:
 @cache
 @torch.inference_mode(False)
 def _table(numbers: tuple, device: torch.device) -> Tensor:
+    """Return numbers as a float32 tensor on the device."""
     return torch.tensor(numbers, dtype=torch.float32, device="cpu").to(device)

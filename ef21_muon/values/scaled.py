@@ -6,12 +6,14 @@ from math import sqrt
 import torch
 from torch import Generator, Tensor
 
+from ef21_muon.renamed import refuses_renamed
 from ef21_muon.values.base import (
     MANTISSA,
     ValueFormat,
     at_a_time,
     carry,
     check,
+    check_block,
     check_length,
     pack,
     packed_bytes,
@@ -21,28 +23,34 @@ from ef21_muon.values.base import (
 
 
 class Blockwise(ValueFormat):
-    """Formats with codes of `width` bits, and a scale (or several) of `scale_dtype` per block.
+    """The base class of formats with codes of `width` bits and scales for each block of values.
 
-    block: "row", "tensor", a number of consecutive values, or "8blocks" for so many equal blocks
-    per matrix (fewer where it has not that many values).
+    Subclasses implement `_scale(blocks)` for blocks (L, blocks, length), `_quantise(values, scale,
+    generator)`, the codes of any part of the length, and `_restore(scales, codes)`, the values.
+    There are `scales` scales of `scale_dtype` per block.
 
-    `_scale` is of blocks (L, blocks, length), `_quantise` gives codes of any part of the length, by
-    that scale and a generator, and `_restore` values of scales and codes.
+    Args:
+        block: the values that share a scale: "row" (default), "tensor" (the whole matrix), a
+            number of consecutive values above 0, or "8blocks" for so many equal blocks per matrix
+            (fewer for a matrix with fewer values).
+
+    Raises:
+        ValueError: if `block` is none of these.
     """
 
     width: int
-    scales, scale_dtype = 1, torch.float32  # so many per block
+    scales, scale_dtype = 1, torch.float32  # the number of scales per block, and their dtype
     default_block = "row"
 
     def __init__(self, block: int | str = "row"):
         counted = re.fullmatch(r"([1-9]\d*)blocks", block) if isinstance(block, str) else None
         known = block in ("row", "tensor") or counted or (type(block) is int and block > 0)
         allowed = "row, tensor, a number of values above 0, or of blocks as 8blocks"
-        check(known, f"{type(self).__name__} got block={block}", allowed)
+        check_block(known, type(self).__name__, block, allowed)
         self.block, self._count = block, int(counted[1]) if counted else 1
 
     def blocks(self, rows: int, columns: int) -> tuple[int, int]:
-        """How many blocks there are, and how many values each has, the last one padded."""
+        """Return the number of blocks and of values per block; the last block is padded."""
         if self.block == "row":
             return rows, columns
         total = rows * columns
@@ -60,7 +68,7 @@ class Blockwise(ValueFormat):
         if padding := blocks * length - count:
             padded = torch.nn.functional.pad(padded, (0, padding))
         padded = padded.view(-1, blocks, length)
-        # Pieces of eight blocks, or of eight values of a single block, fill whole bytes of codes.
+        # The codes of eight blocks, or of eight values of a single block, fill whole bytes.
         chunk = at_a_time(padded)
         scales, codes, left = [], [], count
         for piece in padded.split(max(8, chunk // length // 8 * 8), 1):
@@ -85,23 +93,39 @@ class Blockwise(ValueFormat):
         return self._turned(values, back=True).flatten(1)[:, :count].reshape(-1, rows, columns)
 
     def _turned(self, values: Tensor, back: bool = False) -> Tensor:
-        """What blocks (L, blocks, length) become before they are coded, or, in place, `back`."""
+        """Transform blocks (L, blocks, length) before they are coded, or, in place, `back`."""
         return values
 
 
 class NaturalWindow(Blockwise):
-    """Natural values within 2^b - 1 exponents of the block's largest; 1 + b bits per value.
+    """Powers of two within a window below the block's largest magnitude: 1 + b bits per value.
 
-    b = `exponent_bits`, 3 to 7; one byte per block has the largest exponent. Below the window's
-    smallest magnitude s, |v| becomes s with probability |v| / s, else 0: unbiased. For N values in
-    a block, whose largest is at least s 2^(2^b - 3),
-    omega = 1/8 + min(N / 4 * 4^(3 - 2^b), sqrt(N) 2^(3 - 2^b)). rounding="nearest" takes the
-    nearer one: deterministic, biased, omega = min(1, 1/9 + N / 4 * 4^(3 - 2^b)).
+    b = `exponent_bits`. A code holds the sign and one of 2^b - 1 exponents, or zero; the largest
+    exponent takes one byte per block. |v| is rounded to a neighbouring power of two as `Natural`
+    does; below the window's smallest magnitude s it becomes s with probability |v| / s, else 0.
+    This is unbiased. For N values per block, and if the largest is at least s 2^(2^b - 3),
+
+        omega = 1/8 + min(N / 4 * 4^(3 - 2^b), sqrt(N) 2^(3 - 2^b)).
+
+    Args:
+        exponent_bits: b, the bits of an exponent, 3 to 7; default 4.
+        rounding: "stochastic" (default) as above, or "nearest": deterministic, biased,
+            omega = min(1, 1/9 + N / 4 * 4^(3 - 2^b)).
+        block: the values that share a scale: "row" (default), "tensor", a number of consecutive
+            values, or "8blocks" for 8 equal blocks per matrix.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> NaturalWindow(4, block=128)
+        natural4@128
     """
 
     name = "natural{.exponent_bits}"
     scale_dtype = torch.uint8
 
+    @refuses_renamed
     def __init__(
         self, exponent_bits: int = 4, rounding: str = "stochastic", block: int | str = "row"
     ):
@@ -113,13 +137,13 @@ class NaturalWindow(Blockwise):
 
     def omega(self, rows: int, columns: int) -> float:
         length = self.blocks(rows, columns)[1]
-        smallest = 2.0 ** (3 - 2**self.exponent_bits)  # over the block's largest magnitude
+        smallest = 2.0 ** (3 - 2**self.exponent_bits)  # relative to the block's largest magnitude
         if self.unbiased:
             return 1 / 8 + min(length / 4 * smallest**2, sqrt(length) * smallest)
         return min(1.0, 1 / 9 + length / 4 * smallest**2)
 
     def _scale(self, values: Tensor) -> Tensor:
-        """The exponent of the least power of two that no magnitude exceeds."""
+        """Return the exponent of the least power of two that no magnitude exceeds."""
         largest = values.abs().amax(2, keepdim=True).view(torch.int32)
         return (largest + (MANTISSA - 1)) >> 23
 
@@ -129,7 +153,7 @@ class NaturalWindow(Blockwise):
         carried = carry(bits, self.unbiased, generator)
         smallest = self._smallest(scale)
         share = values.abs() / (smallest << 23).view(torch.float32)
-        # A uniform carry is below share * 2^23 with probability share; a half, if that is over 1/2.
+        # A uniform carry is below share * 2^23 with probability share; one half is if share > 1/2.
         below = (carried < share * MANTISSA).to(torch.int32)
         within = ((magnitude + carried) >> 23) - smallest + 1
         level = torch.where(magnitude < smallest << 23, below, within)
@@ -142,20 +166,37 @@ class NaturalWindow(Blockwise):
         return bits.view(torch.float32)
 
     def _smallest(self, largest: Tensor) -> Tensor:
-        """The exponent of level 1; level 2^b - 1 is the largest, level 0 is zero."""
+        """Return the exponent of level 1; level 2^b - 1 is the largest, and level 0 is zero."""
         return (largest - (2**self.exponent_bits - 2)).clamp_min(1)
 
 
 class Integer(Blockwise):
-    """`bits`-bit integers times a float32 scale per block, dithered (QSGD, arXiv:1610.02132).
+    """Integers of `bits` bits times a float32 scale per block, dithered as in QSGD.
 
-    With s = 2^(bits-1) - 1, v becomes a neighbouring multiple of max |v| / s, unbiased;
-    omega = min(N / (4 s^2), sqrt(N) / s) for N values in a block. rounding="nearest" takes the
-    nearer one: deterministic, biased, omega = min(1, N / (4 s^2)).
+    With s = 2^(bits - 1) - 1, v becomes one of the two neighbouring multiples of max |v| / s, at
+    random without a bias. For N values per block omega = min(N / (4 s^2), sqrt(N) / s).
+
+    Args:
+        bits: the bits per value, 2 to 8; default 8.
+        rounding: "stochastic" (default) as above, or "nearest": deterministic, biased,
+            omega = min(1, N / (4 s^2)).
+        block: the values that share a scale: "row" (default), "tensor", a number of consecutive
+            values, or "8blocks" for 8 equal blocks per matrix.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> Integer(4, block=128).payload_bytes(64, 128)  # 64 scales of 4 bytes, 4 bits per value
+        4352
+
+    References:
+        Alistarh et al., QSGD (arXiv:1610.02132).
     """
 
     name = "int{.width}"
 
+    @refuses_renamed
     def __init__(self, bits: int = 8, rounding: str = "stochastic", block: int | str = "row"):
         check(type(bits) is int and 2 <= bits <= 8, f"int got bits={bits}", "2 to 8")
         super().__init__(block)
@@ -178,16 +219,32 @@ class Integer(Blockwise):
         return codes.to(torch.uint8)
 
     def _restore(self, scales: Tensor, codes: Tensor) -> Tensor:
-        # By a number, a GPU would not divide but multiply with its inverse.
+        # A tensor, since a GPU multiplies with the inverse of a number instead of dividing by it.
         scales = scales / torch.full_like(scales, self.levels)
         return codes.float().sub_(self.levels).mul_(scales)
 
 
 class SignScale(Blockwise):
-    """The sign times the block's mean magnitude: 1 bit per value, deterministic, biased.
+    """The sign times the mean magnitude of the block: 1 bit per value, and 32 per block.
 
-    omega = 1 - 1/N for N values in a block, which a single one that is not zero has; about 0.36 for
-    Gaussian values.
+    Deterministic and biased, with omega = 1 - 1/N for N values per block. A block with a single
+    entry that is not zero loses as much; Gaussian values lose about 0.36.
+
+    Args:
+        block: the values that share a scale: "row" (default), "tensor", a number of consecutive
+            values, or "8blocks" for 8 equal blocks per matrix.
+
+    Raises:
+        ValueError: if `block` is none of these.
+
+    Example:
+        >>> values = SignScale()
+        >>> values.decode(values.encode(torch.tensor([[[1.0, -3.0]]])), 1, 2)
+        tensor([[[ 2., -2.]]])
+
+    References:
+        Bernstein et al., signSGD (arXiv:1802.04434). Karimireddy et al., error feedback for it
+        (arXiv:1901.09847), with this scale.
     """
 
     name, width = "sign", 1
@@ -206,23 +263,42 @@ class SignScale(Blockwise):
 
 
 class RowColumn(ValueFormat):
-    """Dithered integers of x in the geometry of a diagonal D: C(x) = Q(x D^(-1/2)) D^(1/2).
+    """Dithered integers with a scale per row and a scale per column.
 
-    As smoothness-aware quantisation (Wang, Safaryan and Richtarik, arXiv:2106.03524), whose D is of
-    the matrix for which a worker's function is smooth: of a linear layer's loss E delta_i^2 E a_j^2
-    for output i and input j (Martens and Grosse, arXiv:1503.05671). Here Q is `Integer` with a
-    scale per row, and D_j = c_j = max_i |x_ij|, which grows as the root of E a_j^2, takes 2 bytes
-    per column (bfloat16). Scales of rows are at most sqrt(r_i), r_i = max_j |x_ij|, and
-    sum_ij r_i c_j <= sqrt(N) ||x||^2 for N = m n, so that with s = 2^(bits-1) - 1
+        C(x) = Q(x D^(-1/2)) D^(1/2),  D_j = max_i |x_ij|
 
-        omega = (1 + 2^-7) min(sqrt(N) / (4 s^2), N^(1/4) / s).
+    Q is `Integer` with a scale per row, and D is a diagonal matrix that takes 2 bytes per column
+    (bfloat16). With s = 2^(bits - 1) - 1 and N = m n values,
 
-    Unbiased; rounding="nearest" takes the nearer integer, with the first of the two, at most 1.
-    Magnitudes from 1e-37 to 1e38.
+        omega = (1 + 2^-7) min(sqrt(N) / (4 s^2), N^(1/4) / s),
+
+    since the scale of row i is at most sqrt(r_i), r_i = max_j |x_ij|, and
+    sum_ij r_i D_j <= sqrt(N) ||x||^2. It works for magnitudes from 1e-37 to 1e38.
+
+    Smoothness-aware quantisation takes for D the diagonal of the matrix for which a worker's
+    function is smooth. For a linear layer that matrix is about E delta_i^2 E a_j^2, for output i
+    and input j, and max_i |x_ij| grows with the root of E a_j^2.
+
+    Args:
+        bits: the bits per value, 2 to 8; default 4.
+        rounding: "stochastic" (default), which is unbiased, or "nearest": deterministic, biased,
+            with the first bound of the two, at most 1.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> RowColumn(4, rounding="nearest")
+        rowcol4:nearest
+
+    References:
+        Wang, Safaryan and Richtarik, smoothness-aware quantisation (arXiv:2106.03524). Martens and
+        Grosse, K-FAC (arXiv:1503.05671), for the matrix of a linear layer.
     """
 
     name = "rowcol{.integers.width}"
 
+    @refuses_renamed
     def __init__(self, bits: int = 4, rounding: str = "stochastic"):
         check(type(bits) is int and 2 <= bits <= 8, f"rowcol got bits={bits}", "2 to 8")
         self.integers = Integer(bits, rounding)
@@ -249,8 +325,8 @@ class RowColumn(ValueFormat):
 
 
 def _root_of(largest: Tensor) -> Tensor:
-    """D^(1/2) for c (L, columns): (L, 1, columns), with 1 in the place of 0.
+    """Return D^(1/2) for D (L, columns) as (L, 1, columns), with 1 in place of 0.
 
-    By way of float64, since not every library's root of a float32 is right to the last bit.
+    The root is taken in float64, since not every library rounds the root of a float32 correctly.
     """
     return largest.masked_fill(largest == 0, 1).double().sqrt().float()[:, None]

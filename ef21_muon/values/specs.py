@@ -1,4 +1,4 @@
-"""Value formats by name, as configurations and compressors' specs write them."""
+"""Value formats from their specs, as configurations and the specs of compressors write them."""
 
 import re
 from collections.abc import Mapping
@@ -21,13 +21,17 @@ NAME = re.compile(rf"({'|'.join(FORMATS | OF_BITS)})(\d?)(?:@(\w+))?")
 
 
 def value_format(values: ValueFormat | str | Mapping) -> ValueFormat:
-    """A value format from its spec.
+    """Return a value format from its spec.
+
+    A spec is the name with its bits, then a block after @, then options after colons.
 
     Args:
-        values: a name with its bits, a block after @, and options after colons: "natural4",
-            "int4@128", "int4@8blocks", "sign@tensor", "int5:nearest", "statistical4:span=5". Or a
-            mapping with `format` and options, {"format": "int5", "rounding": "nearest"}; or a
-            format, which is returned.
+        values: a spec: "natural4", "int4@128", "int4@8blocks", "sign@tensor", "int5:nearest" or
+            "statistical4:span=5", for example. Or a mapping of `format` and options, such as
+            {"format": "int5", "rounding": "nearest"}. Or a value format, which is returned.
+
+    Returns:
+        The value format; its repr is the shortest spec for it.
 
     Raises:
         ValueError: for any other name, and for an option that the format does not have.
@@ -41,6 +45,8 @@ def value_format(values: ValueFormat | str | Mapping) -> ValueFormat:
     given = dict(values) if isinstance(values, Mapping) else {"format": values}
     name, *words = str(given.pop("format", None)).split(":")
     options = dict(map(_option, words)) | given
+    if len(options) < len(words) + len(given):
+        raise ValueError(f"values={values} has an option twice: give each of them once")
     refuse_renamed("values", options)
     match = NAME.fullmatch(name)
     kind, bits, block = match.groups() if match else (None, "", None)
@@ -49,7 +55,7 @@ def value_format(values: ValueFormat | str | Mapping) -> ValueFormat:
         hint = renamed_format(name) or f"choose from {NAMES}"
         raise ValueError(f"values={name} is not a value format: {hint}")
     if block:
-        options["block"] = int(block) if block.isdigit() else block
+        options["block"] = int(block) if block.isdecimal() else block
     try:
         return format_(*map(int, bits), **options)
     except TypeError:
@@ -58,12 +64,12 @@ def value_format(values: ValueFormat | str | Mapping) -> ValueFormat:
 
 
 def is_option(word: str) -> bool:
-    """Whether a word of a spec belongs to the value format before it."""
+    """Return whether a word of a spec is an option of the value format before it."""
     return word in ("nearest", "stochastic") or "=" in word
 
 
 def _option(word: str) -> tuple[str, object]:
-    """("rounding", "nearest") of "nearest", ("span", 5.0) of "span=5"."""
+    """Return ("rounding", "nearest") for "nearest", and ("span", 5.0) for "span=5"."""
     key, separator, value = word.partition("=")
     if not separator:
         return "rounding", key

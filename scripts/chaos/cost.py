@@ -36,7 +36,7 @@ def build(kind: str, worker: int) -> tuple[nn.Module, LocalSteps]:
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(12)))
     inner = torch.optim.SGD(model.parameters(), lr=0.01)
-    options = {"every": 1, "w2s": Quantize("normal2"), "server": "replicated", "seed": 0}
+    options = {"sync_every": 1, "w2s": Quantize("normal2"), "server": "replicated", "seed": 0}
     if kind == "fixed":
         dist.init_process_group("gloo")
         return model, LocalSteps(inner, **options)

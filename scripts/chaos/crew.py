@@ -60,8 +60,8 @@ class Crew:
         self.jobs[worker] = self._start(command, f"worker{worker}.txt", worker)
 
     def start_lighthouse(self) -> None:
-        told = ["lighthouse", "--workers", str(self.options.workers), "--port", str(self.port)]
-        self.lighthouse = self._start([sys.executable, str(FLEET), *told], "lighthouse.txt", 0)
+        options = ["lighthouse", "--workers", str(self.options.workers), "--port", str(self.port)]
+        self.lighthouse = self._start([sys.executable, str(FLEET), *options], "lighthouse.txt", 0)
 
     def _start(self, command: list[str], output: str, node: int) -> subprocess.Popen:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -142,11 +142,11 @@ class Crew:
 
     def news(self) -> str:
         """The newest that all have printed and logged."""
-        told = []
+        printed = []
         for path in sorted([*self.directory.glob("*.txt"), *self.directory.glob(f"*/{LOG_NAME}")]):
             lines = path.read_text(errors="replace").replace("\r", "\n").splitlines()
-            told.append("\n".join([f"-- {path}", *(line[:300] for line in lines[-12:])]))
-        return "\n".join(told)
+            printed.append("\n".join([f"-- {path}", *(line[:300] for line in lines[-12:])]))
+        return "\n".join(printed)
 
     def _log(self, worker: int) -> Path:
         return self.directory / f"worker{worker}" / LOG_NAME

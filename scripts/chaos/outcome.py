@@ -22,18 +22,18 @@ def longest_wait(crew: Crew, fault: dict) -> dict:
 def outcome(crew: Crew) -> dict:
     """What the workers have agreed on: in every round, and at the end."""
     histories: dict[int, set] = {}
-    parted = 0
+    diverged = 0
     for worker in crew.jobs:
         for one in crew.records(worker):
             if one["record"] == "membership" and one["step"] is not None:
                 histories.setdefault(one["step"], set()).add(one["state"])
-                parted += "had another history" in one["why"]
+                diverged += "had another history" in one["why"]
     ends = [crew.records(worker)[-1] for worker in crew.jobs]
     completed = [one for one in ends if one.get("status") == "completed"]
     return {
         "rounds_seen": len(histories),
         "rounds_with_two_histories": sum(len(states) > 1 for states in histories.values()),
-        "had_another_history": parted,
+        "had_another_history": diverged,
         "workers_completed": len(completed),
         "equal_at_the_end": len(completed) == len(crew.jobs)
         and len({(one["state"], one["test_loss"]) for one in completed}) == 1,

@@ -27,10 +27,10 @@ def report(records: list[dict], link: list[dict], cost: list[dict]) -> tuple[str
         f"{len(kinds)} kinds in {len(rounds)} runs of {first['workers']} workers that come and go, "
         f"{sum(one['seconds'] for one in rounds) / 60:.0f} minutes.\n",
         f"- W is the same on all workers, bit for bit, before every one of "
-        f"{sum(one['rounds_seen'] for one in rounds):,} rounds and at the end: {_told(equal)}.",
-        f"- No worker to which nothing happened waited longer than promised: {_told(in_time)}.",
+        f"{sum(one['rounds_seen'] for one in rounds):,} rounds and at the end: {_answer(equal)}.",
+        f"- No worker to which nothing happened waited longer than promised: {_answer(in_time)}.",
         f"- The mean test loss, {_losses(losses)}, lies among those of as many runs without "
-        f"faults with the same tokens, {_losses(without)} ({len(calm)} seeds): {_told(among)}.\n",
+        f"faults with the same tokens, {_losses(without)} ({len(calm)} seeds): {_answer(among)}.\n",
         "| fault | times | longest wait of others, s | promised, s | all are back after, s |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
@@ -82,7 +82,7 @@ def _link(records: list[dict]) -> list[str]:
     if not records:
         return []
     first, *faults, end = records
-    told = [
+    outages = [
         f"- for {one['lasts']} s: {one['rounds_without']} rounds without it, the others waited for "
         f"{one['longest_wait']:.1f} s at most, and all met {one['back_after_seconds']:.1f} s after "
         "it was cut off;"
@@ -93,8 +93,8 @@ def _link(records: list[dict]) -> list[str]:
         "## Over slow links\n",
         f"`sudo python scripts/chaos/link.py`: {first['workers']} workers on nodes of their own, "
         f"{first['rate']} with {first['delay']} one way, one of them cut off twice:\n",
-        *told,
-        f"- the same W on all, in all {end['rounds_seen']} rounds and at the end: {_told(equal)}.",
+        *outages,
+        f"- the same W on all, in {end['rounds_seen']} rounds and at the end: {_answer(equal)}.",
         "",
     ]
 
@@ -113,7 +113,7 @@ def _cost(records: list[dict]) -> list[str]:
     ]
 
 
-def _told(holds: bool) -> str:
+def _answer(holds: bool) -> str:
     return f"**{'yes' if holds else 'NO'}**"
 
 

@@ -140,8 +140,8 @@ def main() -> int:
                 file.flush()
                 print(json.dumps(record), flush=True)
 
-            told = {"workers": options.workers, "pace": options.pace, "steps": options.steps}
-            write({"record": "start", "seed": options.seed, **told})
+            settings = {"workers": options.workers, "pace": options.pace, "steps": options.steps}
+            write({"record": "start", "seed": options.seed, **settings})
             run(options, write)
             write({"record": "end", "seconds": round(time.monotonic() - start, 1)})
     text, holds = report(*(read(options.out / name) for name in (LOG, "link.jsonl", "cost.jsonl")))

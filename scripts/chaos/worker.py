@@ -14,7 +14,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train
-from training.workers import leave
+from training.workers import exit_process
 
 FOR_EVER = 1e6  # seconds
 APART = 1e-3
@@ -28,7 +28,7 @@ def main() -> int:
         until = time.monotonic() + pace
         if parts:
             parts.clear()
-            run.optimizer.batches[0].state["model_shift"].add_(APART)
+            run.optimizer.batches[0].state["global_params"].add_(APART)
         loss = step(run)
         time.sleep(max(0.0, until - time.monotonic()))
         return loss
@@ -40,4 +40,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

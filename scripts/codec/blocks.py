@@ -46,7 +46,7 @@ WAYS = {
     "one block": "int{}@1blocks",
     "a row": "int{}",
     "112 values": "int{}@112",  # about as many bits as the next
-    "a row and a column": "smooth{}",
+    "a row and a column": "rowcol{}",
 }
 
 
@@ -124,7 +124,7 @@ def all_records(overrides: Sequence[str]) -> Iterator[dict]:
                 yield format_record(kind, batches, name, predicted(bits, blocks))
             yield format_record(kind, batches, f"int{bits}", predicted(bits))
             yield format_record(kind, batches, f"int{bits}@112", None)
-            yield format_record(kind, batches, f"smooth{bits}", predicted(bits, power=0.5))
+            yield format_record(kind, batches, f"rowcol{bits}", predicted(bits, power=0.5))
             own = predicted(bits, power=1.0)
             yield {"record": "own power", "input": kind, "bits": bits, "predicted": own}
 
@@ -134,8 +134,12 @@ def read(log_file: Path) -> list[dict]:
 
 
 def of_formats(records: Sequence[dict]) -> dict[tuple[str, str], dict]:
-    """By input and format."""
-    return {(r["input"], r["format"]): r for r in records if r["record"] == "format"}
+    """By input and format, which earlier records call smooth4 in place of rowcol4."""
+    return {
+        (r["input"], r["format"].replace("smooth", "rowcol")): r
+        for r in records
+        if r["record"] == "format"
+    }
 
 
 def gain(found: dict[tuple[str, str], dict], kind: str, one: str, other: str) -> float:
@@ -163,13 +167,13 @@ def blocks_table(records: Sequence[dict]) -> str:
 def ways_table(records: Sequence[dict]) -> str:
     found = of_formats(records)
     own = {(r["input"], r["bits"]): r["predicted"] for r in records if r["record"] == "own power"}
-    rows = [["integers of", "a scale for", "bits a value", *INPUTS.values(), "bound"]]
+    rows = [["integers of", "a scale for", "bits per value", *INPUTS.values(), "bound"]]
     for bits in BITS:
         for way, pattern in WAYS.items():
             of_way = [found[kind, pattern.format(bits)] for kind in INPUTS]
             lost = [f"{one['measured']:.3g}" for one in of_way]
-            told = [f"{of_way[0]['bits_a_value']:.3f}", *lost, f"{of_way[0]['omega']:.3g}"]
-            rows.append([f"{bits} bits", way, *told])
+            numbers = [f"{of_way[0]['bits_a_value']:.3f}", *lost, f"{of_way[0]['omega']:.3g}"]
+            rows.append([f"{bits} bits", way, *numbers])
         lost = [f"{own[kind, bits]:.3g}" for kind in INPUTS]
         rows.append([f"{bits} bits", "the same, c_j^2 (predicted)", "", *lost, ""])
     return markdown(rows, text_columns=2)
@@ -181,19 +185,19 @@ def report(records: Sequence[dict]) -> str:
     most, name = BLOCKS[-1], f"int{DRAWN_BITS}"
     fewer = {kind: gain(found, kind, f"{name}@1blocks", f"{name}@{most}blocks") for kind in INPUTS}
     by_row = gain(found, "momentum", f"{name}@1blocks", name)
-    smooth = f"smooth{DRAWN_BITS}"
-    over = {ways: gain(found, "momentum", ways, smooth) for ways in (name, f"{name}@112")}
-    bits = {what: found["momentum", what]["bits_a_value"] for what in (*over, smooth)}
+    rowcol = f"rowcol{DRAWN_BITS}"
+    over = {ways: gain(found, "momentum", ways, rowcol) for ways in (name, f"{name}@112")}
+    bits = {what: found["momentum", what]["bits_a_value"] for what in (*over, rowcol)}
     text = f"""In {DRAWN_BITS} bits, {most:,} blocks lose {fewer["spike"]:,.0f} times less than one
 of the worst numbers: there, n blocks save a factor O(n). (The bound falls as 1 / B where
 N / (4 s^2) is the smaller of its two, and as 1 / sqrt(B) before.) Of noise they lose
 {fewer["noise"]:.1f} times less, since the largest of many Gaussian numbers is little larger than
-that of few, and of the momentum difference {fewer["momentum"]:.1f} times less. A scale a row loses
-{by_row:.1f} times less than one.
+that of few, and of the momentum difference {fewer["momentum"]:.1f} times less. A scale per row
+loses {by_row:.1f} times less than one.
 
-`smooth` has a scale for every row, and for every column the root of its largest magnitude. Of the
+`rowcol` has a scale for every row, and for every column the root of its largest magnitude. Of the
 momentum difference in {DRAWN_BITS} bits it loses {over[name]:.1f} times less than scales of rows
-alone, with {bits[smooth]:.2f} bits a value for {bits[name]:.2f}, and at equal bits
+alone, with {bits[rowcol]:.2f} bits per value for {bits[name]:.2f}, and at equal bits
 ({bits[f"{name}@112"]:.2f}) {over[f"{name}@112"]:.1f} times less than a scale for 112 values. With
 the largest magnitudes themselves, which is the smoothness matrix's own power, more is lost again:
 what is small in a column that is small would be written as finely as what is large."""
@@ -217,7 +221,8 @@ That n blocks save a factor O(n) is from the abstract of "Theoretically Better a
 Faster Distributed Optimization with Smoothness-Aware Quantization Techniques" (arXiv:2106.03524),
 which alone was at hand; there n is the number of nodes as well, and what is saved is communication
 to a given accuracy, which is not measured here. Predictions and bounds are this library's own. Its
-smoothness matrices are of a convex problem's data and known to the server; here a message tells the
+smoothness matrices are of a convex problem's data and known to the server; here a message carries
+the
 diagonal, of itself.
 """
 
@@ -239,14 +244,14 @@ def figure(records: Sequence[dict]) -> Figure:
             by_blocks.plot(
                 BLOCKS, [one["predicted"] for one in of_kind], color="#777777", linewidth=0.7
             )
-            smooth = found[kind, f"smooth{DRAWN_BITS}"]["measured"]
-            by_blocks.axhline(smooth, color=look["color"], linestyle=":", linewidth=0.9)
+            rowcol = found[kind, f"rowcol{DRAWN_BITS}"]["measured"]
+            by_blocks.axhline(rowcol, color=look["color"], linestyle=":", linewidth=0.9)
         bounds = [found["noise", name]["omega"] for name in names]
         by_blocks.plot(BLOCKS, bounds, color="#777777", linestyle="--", label="bound")
         by_blocks.set(
             xscale="log",
             yscale="log",
-            xlabel="blocks a message (dotted: a row and a column)",
+            xlabel="blocks per message (dotted: a row and a column)",
             ylabel="relative variance",
             title=f"{DRAWN_BITS} bits",
         )
@@ -259,7 +264,7 @@ def figure(records: Sequence[dict]) -> Figure:
                 label=way,
                 **(line_look(index) | {"color": COLOURS[index]}),
             )
-        by_bits.set(yscale="log", xlabel="bits a value", title="momentum difference")
+        by_bits.set(yscale="log", xlabel="bits per value", title="momentum difference")
         by_bits.legend(fontsize=7)
     return drawing
 

@@ -38,6 +38,7 @@ from training.data import open_data
 from training.drawing import Figure, Line2D, LogLocator, NullLocator, matplotlib
 from training.method import build_optimizer
 from training.picture import COLOURS, STYLE, save
+from training.renamed import modern_label
 from training.workers import RunError
 
 COMMAND = ("python", "scripts/codec/run.py")
@@ -58,8 +59,9 @@ COMPRESSORS = (
     RankK(0.15, "int3"),
     *(QuantizedRank(fraction) for fraction in (0.15, 0.1, 0.05)),
 )
-FAMILIES = {"dense": "#000000", "top": COLOURS[1], "random": COLOURS[2], "rank": COLOURS[0]}
-FAMILIES["fitted"] = COLOURS[3]
+FAMILIES = {"quantize": "#000000", "top": COLOURS[1], "random": COLOURS[2], "rank": COLOURS[0]}
+FAMILIES["quantized rank"] = COLOURS[3]
+SHORT = ("identity", "natural", "sign")  # names of their own in the family of quantize
 MARKERS = "osDP^v>X<dh*p"  # of the value formats
 LEAST_DRAWN = 1e-5  # of 1 - alpha
 
@@ -81,7 +83,7 @@ def momentum_difference(config: DictConfig) -> list[Tensor]:
     differences = []
     for batch in optimizer.batches:
         gradient = torch.stack(batch.matrices(parameter.grad for parameter in batch.params))
-        beta = optimizer.param_groups[batch.group]["beta"]
+        beta = 1 - optimizer.param_groups[batch.group]["momentum"]
         differences.append(batch.state["momentum"].lerp(gradient, beta) - batch.up.buffer)
     return differences
 
@@ -190,19 +192,36 @@ def run_records(config: DictConfig, command: str, repeats: int) -> Iterator[dict
     with memory_process() as process:
         for compressor in COMPRESSORS:
             name, values = str(compressor), str(compressor.values)
-            family = name.split()[0].replace("identity", "dense")
-            what = {"record": "codec", "compressor": name, "family": family, "values": values}
+            what = {"record": "codec", "compressor": name, "values": values}
+            what["family"] = family_of(name)
             extra = process.submit(extra_memory, compressor, [x.shape for x in noise]).result()
             for kind, batches in zip(INPUTS, (differences, noise), strict=True):
                 measured = measure(compressor, batches, repeats)
                 yield what | {"input": kind, **measured, "extra_bytes": extra}
 
 
+def family_of(name: str) -> str:
+    """A compressor's family, by its name."""
+    first = name.split()[0]
+    return "quantize" if first in SHORT else first.replace("quantized", "quantized rank")
+
+
+def read(log: Path) -> list[dict]:
+    """The records of a log of any version, with today's names of compressors."""
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    for record in records:
+        for key in {"compressor", "w2s"} & record.keys():
+            record[key] = modern_label(record[key])
+        if "compressor" in record:
+            record["family"] = family_of(record["compressor"])
+    return records
+
+
 def table(records: Sequence[dict]) -> str:
-    """The measurements in Markdown, a compressor a line; times are those of the momentum."""
+    """The measurements in Markdown, a compressor per line; times are those of the momentum."""
     run, measured = records[0], records[1:]
     lines = [
-        "| compressor | bits a parameter | encode s | decode s | extra memory "
+        "| compressor | bits per parameter | encode s | decode s | extra memory "
         "| alpha, momentum | mean of layers | alpha, noise | Shannon bound |",
         "| --- |" + 8 * " ---: |",
     ]
@@ -229,18 +248,19 @@ def report(records: Sequence[dict]) -> str:
 `{command}`: one thread on {run["processor"]}, {run["cores"]} cores, torch
 {run["torch"]}. One worker's message for {run["parameters"]:,} parameters in {run["layers"]} layers.
 
-![Error against bits a parameter](codec.png)
+![Error against bits per parameter](codec.png)
 
 {table(records)}
 
 Seconds: the whole model, the best of {run["repeats"]} for each batch of equal layers, on the
 momentum difference. Extra memory: the most that resident memory rises while a batch is encoded,
-message included, in sizes of the largest layer ({run["largest_layer_bytes"] / 1e6:.1f} MB in
-float32). Alpha: 1 - ||C(x) - x||^2 / ||x||^2 of the whole model, and the mean of its layers.
+message included, as a multiple of the largest layer's size
+({run["largest_layer_bytes"] / 1e6:.1f} MB in float32). Alpha: 1 - ||C(x) - x||^2 / ||x||^2 of
+the whole model, and the mean of its layers.
 
 The momentum difference M_j - G_j is that of a worker alone, after {run["rounds"]} rounds of
 {run["sequences"]} x {run["context"]} tokens from {run["data"]} with {run["w2s"]} to the server.
-The noise is Gaussian, and on it no code of R bits a parameter has an alpha above 1 - 2^(-2R), the
+The noise is Gaussian, and on it no code of R bits per parameter has an alpha above 1 - 2^(-2R), the
 Shannon bound; the momentum difference has structure and is not bound by it. The picture leaves out
 what loses less than {LEAST_DRAWN:g}.
 
@@ -306,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for record in run_records(config, command, 1 if options.quick else REPEATS):
                     file.write(json.dumps(record) + "\n")
                     file.flush()
-        records = [json.loads(line) for line in log.read_text().splitlines()]
+        records = read(log)
         draw(records, options.out)
     except (RunError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -22,27 +22,37 @@ def select(records: Sequence[dict], stage: str, method: str) -> list[dict]:
     return [one for one in records if (one["stage"], one["method"]) == (stage, method)]
 
 
-def told(values: Sequence[float], digits: int, scale: float = 1) -> str:
+def with_spread(values: Sequence[float], digits: int, scale: float = 1) -> str:
     """Their mean and one standard deviation."""
     return f"{scale * mean(values):.{digits}f} ± {scale * stdev(values):.{digits}f}"
 
 
 def final_table(records: Sequence[dict]) -> str:
-    """Of every method its best point, and what ten seeds of it end at."""
-    rows = [["hidden layers", "radius", "beta", "training loss", "test loss", "test accuracy, %"]]
+    """Of every method its best point, and the mean of its seeds at the end."""
+    rows = [
+        ["hidden layers", "radius", "momentum", "training loss", "test loss", "test accuracy, %"]
+    ]
     for method, name in NAMES.items():
         runs = select(records, "final", method)
         training, loss, accuracy = (
             [one[key] for one in runs] for key in ("train_loss", "test_loss", "test_accuracy")
         )
-        point = [f"{runs[0][key]:g}" for key in ("radius", "beta")]
-        rows.append([name, *point, told(training, 4), told(loss, 4), told(accuracy, 2, scale=100)])
+        point = [f"{runs[0]['radius']:g}", f"{1 - runs[0]['beta']:g}"]
+        rows.append(
+            [
+                name,
+                *point,
+                with_spread(training, 4),
+                with_spread(loss, 4),
+                with_spread(accuracy, 2, scale=100),
+            ]
+        )
     return markdown(rows, text_columns=1)
 
 
 def grid_table(records: Sequence[dict]) -> str:
     """Validation losses, means over seeds."""
-    rows = [["hidden layers", "radius", *(f"beta {beta:g}" for beta in betas(records))]]
+    rows = [["hidden layers", "radius", *(f"momentum {1 - beta:g}" for beta in betas(records))]]
     for method, name in NAMES.items():
         for radius in radii(records, method):
             losses = [validation(records, method, radius, beta) for beta in betas(records)]
@@ -81,12 +91,12 @@ def headline(records: Sequence[dict]) -> str:
     )
     share = mean(losses) / mean(one["test_loss"] for one in without.values())
     errors = [stdev(changes) / sqrt(len(changes)) for changes in (losses, accuracies)]
-    told = (
+    sentence = (
         f"With error feedback Muon's test loss changes by {mean(losses):+.4f} ± {errors[0]:.4f} "
         f"nats ({share:+.0%}), its accuracy by {100 * mean(accuracies):+.2f} ± "
         f"{100 * errors[1]:.2f} points (± is the standard error over {len(losses)} seeds)."
     )
-    return textwrap.fill(told, 100)
+    return textwrap.fill(sentence, 100)
 
 
 def report(records: Sequence[dict]) -> str:
@@ -100,7 +110,7 @@ def report(records: Sequence[dict]) -> str:
 
 
 def picture(records: Sequence[dict]) -> Figure:
-    """Validation loss against radius, at each beta, and test loss against steps."""
+    """Validation loss against radius, at each momentum, and test loss against steps."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -108,7 +118,7 @@ def picture(records: Sequence[dict]) -> Figure:
             for beta, line in zip(betas(records), ("-", "--"), strict=True):
                 places = radii(records, method)
                 losses = [validation(records, method, radius, beta) for radius in places]
-                label = f"{name}, beta {beta:g}"
+                label = f"{name}, momentum {1 - beta:g}"
                 left.plot(places, losses, line, marker="o", color=colour, label=label)
             curves = [one["curve"] for one in select(records, "final", method)]
             means = [mean(values) for values in zip(*curves, strict=True)]

@@ -2,7 +2,7 @@
 
 A small convolutional net learns the 1,797 digits of 8 x 8 pixels that scikit-learn ships (install
 `.[digits]`). Hidden layers take steps by one of METHODS, all others Scion's. Every method gets the
-same number of radii, and beta; of each the pair with the lowest validation loss, the mean of two
+same number of radii and momenta; of each the pair with the lowest validation loss, the mean of two
 seeds, is trained from ten others. The records go to digits.jsonl in --out, and from them come
 README.md and digits.png (--redraw).
 """
@@ -109,11 +109,11 @@ def train(
 
 @torch.no_grad()
 def measured(model: nn.Module, images: Images) -> tuple[float | None, float]:
-    """The mean loss in nats an image, None if it is not finite, and the share that it tells."""
+    """The mean loss in nats per image, None if it is not finite, and the accuracy."""
     scores = model(images.pixels)
-    told = (scores.argmax(1) == images.digits).float().mean()
+    accuracy = (scores.argmax(1) == images.digits).float().mean()
     loss = float(functional.cross_entropy(scores, images.digits))
-    return loss if isfinite(loss) else None, float(told)
+    return loss if isfinite(loss) else None, float(accuracy)
 
 
 def read_images() -> dict[str, Images]:

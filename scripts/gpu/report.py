@@ -1,7 +1,9 @@
 """README.md of scripts/gpu/run.py, from its records alone."""
 
+from ef21_muon import renamed
 from scripts.gpu.run import RUNS
 from scripts.measuring import markdown
+from training.renamed import modern_label
 
 PHASES = ("forward_backward", "encode", "exchange", "decode", "server")
 NOT_A_GPU = (
@@ -12,6 +14,7 @@ NOT_A_GPU = (
 
 def report(records: list[dict]) -> str:
     """README.md."""
+    records = [modern(record) for record in records]
     (facts,) = of(records, "facts")
     on_gpu = "cuda" in facts
     what = f"{facts['device']}, torch {facts['torch']}, {facts['cores']} cores"
@@ -50,14 +53,22 @@ whole step alone.
 """
 
 
+def modern(record: dict) -> dict:
+    """A record of any version, with the names of today's runs and compressors."""
+    new = {key: modern_label(record[key]) for key in ("run", "part") if key in record}
+    if "method" in record:
+        new["method"] = renamed.SPECS.get(record["method"], record["method"])
+    return record | new
+
+
 def of(records: list[dict], kind: str) -> list[dict]:
     return [record for record in records if record["record"] == kind]
 
 
 def _end(part: dict) -> str:
     failed = f" (exit {part['status']}: {part.get('error') or 'no line says why'})"
-    told = {0: "", None: " (time was up)"}.get(part["status"], failed)
-    return f"{part['seconds']:.0f}{told}"
+    why = {0: "", None: " (time was up)"}.get(part["status"], failed)
+    return f"{part['seconds']:.0f}{why}"
 
 
 def tests(records: list[dict]) -> str:
@@ -66,12 +77,12 @@ def tests(records: list[dict]) -> str:
 
 
 def claims(records: list[dict]) -> str:
-    told = [
+    summaries = [
         f"`scripts/verify.py` with two workers that share the GPU: {one['summary']}."
         + "".join(f" `{line}`" for line in one["failed"])
         for one in of(records, "verify")
     ]
-    return "\n".join(told) or "Claims: not run."
+    return "\n".join(summaries) or "Claims: not run."
 
 
 def step_table(records: list[dict]) -> str:
@@ -95,34 +106,34 @@ def step_table(records: list[dict]) -> str:
 def commits(records: list[dict]) -> str:
     """Which versions the runs are of."""
     versions = {one["run"]: one["commit"] for one in of(records, "training") if "commit" in one}
-    told = "; ".join(f"{run}: {commit}" for run, commit in versions.items())
+    runs = "; ".join(f"{run}: {commit}" for run, commit in versions.items())
     joined = "Joined of several calls of `make gpu`, on machines alike. "
-    return f"{joined if len({*versions.values()}) > 1 else ''}{told}"
+    return f"{joined if len({*versions.values()}) > 1 else ''}{runs}"
 
 
-def _why_not(told: list[dict], ends: list[dict], part: list[dict]) -> str:
+def _why_not(trained: list[dict], ends: list[dict], part: list[dict]) -> str:
     """Why a run has no test loss at its end."""
     for one in (*ends, *part):
         if one.get("error"):
             return f"failed: {one['error'].removeprefix('error: ').partition(':')[0]}"
-    return "did not end" if told or part else "not run"
+    return "did not end" if trained or part else "not run"
 
 
 def training_table(records: list[dict]) -> str:
-    heading = ["run", "test loss", "bytes sent", "ms a step"]
+    heading = ["run", "test loss", "bytes sent", "ms per step"]
     rows = [[*heading, *(phase.replace("_", ", ") for phase in PHASES)]]
     runs = {}
     for one in of(records, "training"):
         runs.setdefault(one["run"], []).append(one)
     for name in RUNS:
         lines = runs.get(name, [])
-        told = [one for one in lines if one["of"] == "train"]
+        trained = [one for one in lines if one["of"] == "train"]
         ends = [one for one in lines if one["of"] == "end"]
         if not ends or "test_loss" not in ends[-1]:
             part = [one for one in of(records, "part") if one["part"] == name]
-            rows.append([name, _why_not(told, ends, part), *[""] * (len(rows[0]) - 2)])
+            rows.append([name, _why_not(trained, ends, part), *[""] * (len(rows[0]) - 2)])
             continue
-        first, last = told[(len(told) - 1) // 2], told[-1]
+        first, last = trained[(len(trained) - 1) // 2], trained[-1]
         between = max(1, last["step"] - first["step"])
         spent = [last["seconds"] - first["seconds"]]
         spent += [last["phases"][phase] - first["phases"][phase] for phase in PHASES]

@@ -5,11 +5,12 @@
     steps      a step of 124M by phases for each compressor, torch.optim.Muon and AdamW
     training   300 steps of 124M on Shakespeare in GPT-2's tokens, two workers on one GPU
 
-Records go to the folder `--out`, and from them comes README.md; what does not end in time is told
-and left out. It needs no package index: torch, numpy, matplotlib, tqdm, pytest and hypothesis have
-to be there, and the pure-Python wheels hydra-core, omegaconf and antlr4-python3-runtime are taken
-from the folder `--wheels`; the tokens are made elsewhere (`python data/shakespeare.py --gpt2`).
-On a machine without a GPU the same parts run on a tiny model, which proves nothing about GPUs.
+Records go to the folder `--out`, and from them comes README.md; it says what did not end
+in time, and leaves it out. It needs no package index: torch, numpy, matplotlib, tqdm, pytest and
+hypothesis have to be there, and the pure-Python wheels hydra-core, omegaconf and
+antlr4-python3-runtime are taken from the folder `--wheels`; the tokens are made elsewhere (`python
+data/shakespeare.py --gpt2`). On a machine without a GPU the same parts run on a tiny model, which
+proves nothing about GPUs.
 """
 
 import argparse
@@ -34,9 +35,9 @@ LOG = "gpu.jsonl"
 # Of the runs of `training` the overrides, by name.
 RUNS = {
     "uncompressed": ["compressor@w2s=identity"],
-    "fitted rank 30 %": ["compressor@w2s=quantized_rank"],
+    "quantized rank 30 %": ["compressor@w2s=quantized_rank"],
     "AdamW, all-reduce": ["optimizer=adamw"],
-    "local, every 30, 2 bits": ["optimizer=local"],
+    "local, sync every 30, 2 bits": ["optimizer=local"],
 }
 # To compile the model twice takes longer than 300 steps save.
 LARGE = ["model=gpt2-124m", "data=shakespeare_gpt2", "steps=300", "compile=false"]
@@ -68,7 +69,7 @@ class Session:
     def log(self) -> Path:
         return self.out / LOG
 
-    def tell(self, record: dict) -> None:
+    def write(self, record: dict) -> None:
         with self.log.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -93,10 +94,10 @@ class Session:
             status = None
         seconds = time.monotonic() - start
         print("\n".join(output.splitlines()[-40:]), flush=True)
-        told = {"record": "part", "part": part, "status": status, "seconds": round(seconds, 1)}
+        record = {"record": "part", "part": part, "status": status, "seconds": round(seconds, 1)}
         if status:  # torchrun's own lines come after it
-            told["error"] = next((line for line in output.splitlines() if "rror: " in line), "")
-        self.tell(told)
+            record["error"] = next((line for line in output.splitlines() if "rror: " in line), "")
+        self.write(record)
         return status, output
 
     def torchrun(self, part: str, workers: int, *command: str | Path) -> tuple[int | None, str]:
@@ -109,14 +110,14 @@ def tests(session: Session) -> None:
     _, output = session.run("tests", "-m", "pytest", "-q", "-m", "cuda", *marked)
     lines = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     summary = (output.splitlines() or ["nothing"])[-1].strip("= ")
-    session.tell({"record": "tests", "summary": summary, "failed": lines})
+    session.write({"record": "tests", "summary": summary, "failed": lines})
 
 
 def verify(session: Session) -> None:
     _, output = session.torchrun("verify", 2, "scripts/verify.py")
     lines = [line for line in output.splitlines() if "claims fail" in line]
     failed = [line for line in output.splitlines() if line.endswith("FAIL")]
-    session.tell({"record": "verify", "summary": "".join(lines) or "not ended", "failed": failed})
+    session.write({"record": "verify", "summary": "".join(lines) or "not ended", "failed": failed})
 
 
 def steps(session: Session) -> None:
@@ -137,7 +138,7 @@ def training(session: Session) -> None:
             for line in log.read_text().splitlines():
                 record = json.loads(line)
                 if record["record"] in KEPT:
-                    session.tell({"record": "training", "run": name, "of": record["record"]}
+                    session.write({"record": "training", "run": name, "of": record["record"]}
                                  | {key: value for key, value in record.items()
                                     if key not in ("record", "config", "overrides")})  # fmt: skip
 
@@ -146,12 +147,17 @@ PARTS = {"steps": steps, "tests": tests, "verify": verify, "training": training}
 
 
 def facts() -> dict:
-    told = {"record": "facts", "torch": torch.__version__, "device": "CPU", "cores": os.cpu_count()}
+    found = {
+        "record": "facts",
+        "torch": torch.__version__,
+        "device": "CPU",
+        "cores": os.cpu_count(),
+    }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        told |= {"device": properties.name, "memory_bytes": properties.total_memory}
-        told |= {"cuda": torch.version.cuda}
-    return told
+        found |= {"device": properties.name, "memory_bytes": properties.total_memory}
+        found |= {"cuda": torch.version.cuda}
+    return found
 
 
 def environment(wheels: Path | None, folder: str) -> dict[str, str]:
@@ -182,7 +188,7 @@ def main() -> None:
         if not options.redraw:
             options.out.mkdir(parents=True, exist_ok=True)
             session.log.unlink(missing_ok=True)
-            session.tell(facts())
+            session.write(facts())
             for part in options.parts:
                 PARTS[part](session)
         sys.path.insert(0, folder)

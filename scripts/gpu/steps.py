@@ -33,7 +33,7 @@ COMPRESSORS = sorted(path.stem for path in (CONFIGS / "compressor").glob("*.yaml
 METHODS = {
     name: [f"compressor@w2s={name}"]
     for name in COMPRESSORS
-    if name not in ("damping", "dropout", "top_singular")
+    if name not in ("scaled", "bernoulli", "top_singular")
 } | {"rank, both ways": ["compressor@w2s=rank", "compressor@s2w=rank"]}
 
 
@@ -114,8 +114,8 @@ def measure_method(
     return numbers | {"state_bytes": kept}
 
 
-def measure_all(config: DictConfig, overrides: list[str], steps: int, tell: Callable) -> None:
-    """Tell the record of every method."""
+def measure_all(config: DictConfig, overrides: list[str], steps: int, report: Callable) -> None:
+    """Report every method."""
     device = Device()
     model = GPT(build(config.model, "model"), config.seed).to(device.device)
     compiled = torch.compile(model) if device.on_cuda else model
@@ -130,7 +130,7 @@ def measure_all(config: DictConfig, overrides: list[str], steps: int, tell: Call
                 loss = compiled(*tokens)
             loss.backward()
 
-    tell(FORWARD, measure(device, forward_backward, timer, steps) | {"tokens": tokens[0].numel()})
+    report(FORWARD, measure(device, forward_backward, timer, steps) | {"tokens": tokens[0].numel()})
     of_step = [parameter.grad.clone() for parameter in model.parameters()]
     start = [parameter.detach().clone() for parameter in model.parameters()]
 
@@ -154,7 +154,7 @@ def measure_all(config: DictConfig, overrides: list[str], steps: int, tell: Call
         MUON: muon,
         **{name: ours(how) for name, how in METHODS.items()},
     }.items():
-        tell(name, measure_method(device, new, put_back, steps))
+        report(name, measure_method(device, new, put_back, steps))
 
 
 def main() -> None:
@@ -164,14 +164,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="records are added to this file")
     options = parser.parse_intermixed_args()
 
-    def tell(method: str, numbers: dict) -> None:
+    def report(method: str, numbers: dict) -> None:
         record = {"record": "step", "method": method} | numbers
         with options.out.open("a") as file:
             file.write(json.dumps(record) + "\n")
         print(f"{method}: {numbers['ms']:.1f} ms {numbers['phases_ms']}", flush=True)
 
     config = compose(tuple(options.overrides)).config
-    measure_all(config, options.overrides, options.steps, tell)
+    measure_all(config, options.overrides, options.steps, report)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def seconds_of_steps(optimizers: list[torch.optim.Optimizer]) -> list[float]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    rows = [["model", "inner", "ms a step alone", "in local steps", "ratio"]]
+    rows = [["model", "inner", "ms per step alone", "in local steps", "ratio"]]
     for size, overrides in SIZES.items():
         for name, make in INNER.items():
             alone, inner = (make(parameters(overrides)) for _ in range(2))

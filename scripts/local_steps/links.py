@@ -1,4 +1,4 @@
-"""Local steps over slow and far links, beside one message a step: how long training waits.
+"""Local steps over slow and far links, beside a sync every step: how long training waits.
 
     python scripts/local_steps/links.py [--rates 10mbit,100mbit,1gbit] [--delay 50ms] [KEY=VALUE]
     python scripts/local_steps/links.py --redraw
@@ -23,7 +23,8 @@ from train import Run
 from training.checkpoint import Checkpoints
 from training.config import ROOT, compose
 from training.log import NoLog
-from training.workers import Workers, leave
+from training.renamed import modern_label
+from training.workers import Workers, exit_process
 
 LINKS = ROOT / "results" / "local_steps" / "links.jsonl"
 NODES = 2
@@ -34,13 +35,16 @@ UNDISTURBED = "checkpoint.every=0 check_every=0 eval.every=1000 eval.tokens=256 
 LOCAL = f"optimizer=local optimizer.sync_every={EVERY}"
 WARM_UP = 5
 METHODS = {  # overrides, and how many steps are timed
-    "a message a step": ("optimizer=ef21_muon", 10),
-    f"every {EVERY}": (LOCAL, EVERY),
-    f"every {EVERY}, stagger": (f"{LOCAL} optimizer.streaming=true", EVERY),
-    f"every {EVERY}, delay 2": (f"{LOCAL} optimizer.sync_delay=2", EVERY),
-    f"every {EVERY}, stagger, delay 2":
+    "sync every step": ("optimizer=ef21_muon", 10),
+    f"sync every {EVERY}": (LOCAL, EVERY),
+    f"sync every {EVERY}, streaming": (f"{LOCAL} optimizer.streaming=true", EVERY),
+    f"sync every {EVERY}, sync delay 2": (f"{LOCAL} optimizer.sync_delay=2", EVERY),
+    f"sync every {EVERY}, streaming, sync delay 2":
         (f"{LOCAL} optimizer.streaming=true optimizer.sync_delay=2", EVERY),
 }  # fmt: skip
+
+# Of earlier records; the rest as labels of runs.
+RENAMED = {"a message a step": "sync every step", "stagger": "streaming"}
 
 
 class Records(NoLog):
@@ -56,7 +60,7 @@ class Records(NoLog):
 def time_training(overrides: list[str], steps: int, workers: Workers) -> dict:
     """Of the steps after WARM_UP, a step: seconds, bytes, tokens, and the waiting of every rank.
 
-    Training waits in the exchange, and for what else workers tell each other, which is in no phase.
+    Training waits in the exchange, and for what else workers send each other, which is in no phase.
     """
     last = WARM_UP + steps
     run = Run(compose((*overrides, f"steps={last + 1}")).config, workers)
@@ -80,9 +84,14 @@ def time_training(overrides: list[str], steps: int, workers: Workers) -> dict:
 def job(options: argparse.Namespace, workers: Workers) -> int:
     """On every node: train with all methods; rank 0 writes what was timed."""
     for name, (overrides, steps) in METHODS.items():
-        told = [*MODEL.split(), *UNDISTURBED.split(), *overrides.split(), *options.overrides]
+        all_overrides = [
+            *MODEL.split(),
+            *UNDISTURBED.split(),
+            *overrides.split(),
+            *options.overrides,
+        ]
         record = {"rate": options.rates, "delay": options.delay, "method": name}
-        record |= time_training(told, steps, workers)
+        record |= time_training(all_overrides, steps, workers)
         workers.say(json.dumps(record))
         if workers.first:
             with options.out.open("a") as file:
@@ -93,7 +102,10 @@ def job(options: argparse.Namespace, workers: Workers) -> int:
 def report() -> str:
     """README.md, of links.jsonl."""
     records = [json.loads(line) for line in LINKS.read_text().splitlines()]
-    lines = ["| link | method | MB a step | s a step | waiting | share | tokens/s |"]
+    for record in records:
+        for old, new in RENAMED.items():
+            record["method"] = modern_label(record["method"].replace(old, new))
+    lines = ["| link | method | MB per step | s per step | waiting | share | tokens/s |"]
     lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     lines += [
         f"| {r['rate']} | {r['method']} | {r['w2s_bytes'] / 1e6:.3f} | {r['seconds']:.3f} | "
@@ -108,11 +120,11 @@ def report() -> str:
 What they send and what it costs in loss is in [results](../README.md).
 `sudo python scripts/local_steps/links.py`: two nodes, network namespaces of one machine, with a
 worker of one thread each and {delay} from one to the other (none where the link is unlimited);
-{millions:.1f} M parameters, a sequence of 256 tokens a worker and step, servers {placement}. All
+{millions:.1f} M parameters, a sequence of 256 tokens per worker and step, servers {placement}. All
 rows of a link are of one launch. Waiting is what the rank that waits less did besides computing, in
-seconds a step: in the exchange, and for what workers tell each other beside it (losses, and whether
-to stop). One message a step is the default one, whose encoding is most of what its steps take
-longer.
+seconds per step: in the exchange, and for what workers send each other beside it (losses, and
+whether to stop). Where every step syncs, the message is the default one, whose encoding is most of
+what its steps take longer.
 
 {chr(10).join(lines)}
 """
@@ -128,7 +140,7 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     if "RANK" in os.environ:
         workers = Workers()
-        return workers.finish(lambda: job(options, workers))
+        return workers.run(lambda: job(options, workers))
     if options.redraw:
         return write_report()
     if missing := requirements_missing():
@@ -149,4 +161,4 @@ def write_report() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

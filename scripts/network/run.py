@@ -26,7 +26,7 @@ from train import Run
 from training.config import ROOT, compose
 from training.drawing import Figure, matplotlib
 from training.picture import COLOURS, STYLE, save
-from training.workers import Workers, leave
+from training.workers import Workers, exit_process
 
 OUTPUT = ROOT / "results" / "network"
 WIDTH = 448
@@ -87,7 +87,7 @@ def time_ddp(options: argparse.Namespace, workers: Workers, method: list[str]) -
     for _ in range(WARM_UP):
         run.step()
     seconds, sent = time_steps(run, options.steps)
-    with run.passes.without_sync():
+    with run.gradients.without_sync():
         compute, _ = time_steps(run, options.steps)
     return {
         "seconds": seconds,
@@ -186,7 +186,7 @@ def main() -> int:
     options = parser.parse_intermixed_args()
     if "RANK" in os.environ:
         workers = Workers()
-        return workers.finish(lambda: job(options, workers))
+        return workers.run(lambda: job(options, workers))
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.redraw:
         if missing := requirements_missing():
@@ -205,4 +205,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

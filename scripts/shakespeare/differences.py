@@ -1,8 +1,8 @@
 """What workers' local steps have in common: `python scripts/shakespeare/differences.py`.
 
 The uncompressed run of the study is trained in one process up to its cooldown. From there two
-workers go on by themselves, each on its own part of the text, for a round that is not measured, are
-averaged, and go on for another: of its differences D_j = W - x_j, layer by layer and for several
+workers train by themselves, each on its own part of the text, for a round that is not measured, are
+averaged, and train for another: of its differences D_j = W - x_j, layer by layer and for several
 numbers of steps, are measured
 
     cosine       of D_1 and D_2: 1 where both are signal, 0 where both are noise of a worker

@@ -1,4 +1,4 @@
-"""What is left at the end: the loss at the end by the bytes that a worker sends and receives."""
+"""What compression costs at the end: the loss gap by the bytes that a worker sends and receives."""
 
 from scripts.measuring import markdown
 from scripts.shakespeare.envelopes import METHODS, Method, of_method
@@ -22,26 +22,26 @@ def nothing_lost(results: dict[str, Result]) -> str:
     """The page's section."""
     identity = results["identity"]
     several = [
-        f"{one.label} {one.final_told} ({fewer(one, identity):,.0f} times fewer)"
+        f"{one.label} {one.final_text} ({fewer(one, identity):,.0f} times fewer)"
         for one in of_method(results, OURS)
         if len(one.logs) > 1 and one.over(identity) <= 1
     ]
-    told = (
-        f"Without compression the loss at the end is {identity.final_told}, of "
-        f"{len(identity.logs)} seeds. With as many, at most 1 % above it end "
-        f"{'; '.join(several) or 'none'}. The table has the lowest loss at the end among all that "
+    text = (
+        f"Without compression the final loss is {identity.final_text}, of {len(identity.logs)} "
+        f"seeds. With as many seeds, a loss gap of at most 1 % have "
+        f"{'; '.join(several) or 'none'}. The table has the lowest final loss among all that "
         "send and receive so many times fewer bytes in the whole run, or fewer still; most are of "
         "one seed."
     )
-    picture = "![Loss at the end by bytes sent and received](shakespeare/ends.png)"
-    parts = ("## Is nothing lost at the end?", filled(told), picture, ends_table(results))
+    picture = "![Loss gap by bytes sent and received](shakespeare/ends.png)"
+    parts = ("## Is nothing lost at the end?", filled(text), picture, ends_table(results))
     return "\n\n".join(parts) + "\n\n"
 
 
 def ends_table(results: dict[str, Result]) -> str:
-    """By how many times fewer bytes, the lowest losses at the end of ours and of all others."""
+    """By how many times fewer bytes, the lowest final losses of ours and of all others."""
     identity, of_ours, of_others = results["identity"], of_method(results, OURS), others(results)
-    rows = [["times fewer", "ours", "over uncompressed", "other methods", "over uncompressed"]]
+    rows = [["times fewer", "ours", "loss gap", "other methods", "loss gap"]]
     for times in FEWER:
         cells = [f"{times:,}"]
         for members in (of_ours, of_others):
@@ -61,7 +61,7 @@ def others(results: dict[str, Result]) -> list[Result]:
 
 
 def ends_figure(results: dict[str, Result]) -> Figure:
-    """Of every setting its loss at the end over uncompressed, by how many times fewer bytes."""
+    """Of every setting its loss gap, by how many times fewer bytes."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots()
     for method in (*OTHERS, OURS):
@@ -76,8 +76,8 @@ def ends_figure(results: dict[str, Result]) -> Figure:
 
 
 def over_sizes(axes) -> None:
-    """Losses over the uncompressed run's upwards, which may be below it, by sizes."""
-    axes.set(ylabel="final test loss over the uncompressed run's (%)", xscale="log")
+    """Loss gaps upwards, which may be below 0, by bytes."""
+    axes.set(ylabel="loss gap (%)", xscale="log")
     axes.set_yscale("symlog", linthresh=1)
     plain_sizes(axes)
     axes.yaxis.set_major_formatter("{x:g}")

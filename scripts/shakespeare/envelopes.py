@@ -1,4 +1,4 @@
-"""The README's picture: a line a method, the lowest test loss by the bytes that were sent."""
+"""The README's picture: a line per method, the lowest test loss by the bytes that were sent."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ def envelope_of(results: dict[str, Result], method: Method) -> Line:
 
 
 def ahead(results: dict[str, Result]) -> list[tuple[str, float, float]]:
-    """Where another method's envelope is below ours: its name, and from how many sizes to which."""
+    """Where another method's envelope is below ours: its name, and from which size to which."""
     sizes, losses = np.array(envelope_of(results, METHODS[-1])).T
     found = []
     for method in METHODS[:-1]:
@@ -102,7 +102,7 @@ def envelopes_figure(results: dict[str, Result], target: float) -> Figure:
     ends = (fewest.both(target), target), (whole, target)
     compare(axes, *ends, f"{whole / fewest.both(target):,.0f} times fewer bytes")
     axes.set(
-        xlabel="bytes that a worker sends and receives / model size",
+        xlabel="x model size (fp32), that a worker sends and receives",
         ylabel="lowest test loss so far (nats per token)",
         xscale="log",
         yscale="log",

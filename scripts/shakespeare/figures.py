@@ -2,9 +2,10 @@
 
 Figures go to results/shakespeare, what they show in words and tables to results/README.md.
 
-Bytes are one worker's to the servers, in sizes of the model (4 bytes a parameter). The target loss
-is fixed by a rule: the uncompressed run's test loss at 75 % of its tokens, mean of its seeds. Where
-a run reaches it is interpolated between evaluations. The same logs always give the same files.
+Bytes are those that one worker sends to the servers, as multiples of the model's size in float32
+(4 bytes per parameter). The target loss is fixed by a rule: the uncompressed run's test loss at
+75 % of its tokens, mean of its seeds. Where a run reaches it is interpolated between evaluations.
+The same logs always give the same files.
 """
 
 import argparse
@@ -58,8 +59,8 @@ PANELS = {  # the paper's family in its first two panels, and in its last two
 
 METHODS = {  # by family
     "identity": "EF21-Muon, uncompressed",
-    "fitted rank": "EF21-Muon, fitted rank",
-    "fitted rank, server momentum": "EF14, fitted rank, server momentum",
+    "quantized rank": "EF21-Muon, quantized rank",
+    "quantized rank, server momentum": "EF14, quantized rank, server momentum",
     **{
         name: name
         for name in ("Muon", "AdamW", "Muon + PowerSGD", "Muon + GreedyLore", "Dion", "DeMo")
@@ -91,7 +92,7 @@ def paper_figure(results: dict[str, Result], target: float) -> Figure:
                 f"{saved[result.setting.name]:.1f}x", (place, sent), ha="center", va="bottom"
             )
         bars.set_xticks(range(len(reached)), [r.label for r in reached], rotation=40, ha="right")
-        bars.set_ylabel(f"bytes sent / model size, to loss {target:.3f}")
+        bars.set_ylabel(f"x model size (fp32) sent, to loss {target:.3f}")
         bars.set_title(f"{family} family", fontsize=9)
         bars.set_axisbelow(True)
         bars.margins(y=0.1)
@@ -110,7 +111,7 @@ def bytes_figure(results: dict[str, Result], target: float) -> Figure:
             axes.annotate(f" {result.setting.level}", (last, mean(result.final)), fontsize=6)
     axes.axhline(target, color="#888888", linewidth=0.8)
     axes.set(
-        xlabel="bytes sent to the servers per worker / model size",
+        xlabel="x model size (fp32), sent to the servers per worker",
         ylabel="test loss (nats per token)",
         xscale="log",
         yscale="log",
@@ -123,7 +124,7 @@ def bytes_figure(results: dict[str, Result], target: float) -> Figure:
 
 
 def rate_figure(results: dict[str, Result]) -> Figure:
-    """Bits a parameter and step against the final loss over the uncompressed run's."""
+    """Bits per parameter and step against the loss gap."""
     figure = Figure(figsize=(10, 5.5), layout="constrained")
     axes = figure.subplots()
     for index, (family, members) in enumerate(by_family(results).items()):
@@ -136,7 +137,7 @@ def rate_figure(results: dict[str, Result]) -> Figure:
         for x, y, level in zip(bits, gaps, levels, strict=True):
             axes.annotate(f" {level}", (x, y), fontsize=6)
     axes.axhline(0, color="#888888", linewidth=0.8)
-    axes.set_xlabel("bits sent to the servers, a parameter and step")
+    axes.set_xlabel("bits sent to the servers per parameter and step")
     over_sizes(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     return figure
@@ -167,13 +168,13 @@ def methods_figure(results: dict[str, Result]) -> Figure:
             ]
             size, level = min(sent, default=(0, "not reached"))
             axes.barh(place, size, color=looks[family]["color"])
-            told = f" {size:.3g}  {level}" if size else f" {level}"
-            axes.annotate(told, (size or 1, place), va="center", fontsize=8)
+            text = f" {size:.3g}  {level}" if size else f" {level}"
+            axes.annotate(text, (size or 1, place), va="center", fontsize=8)
         axes.set_yticks(range(len(shown)), [METHODS[family] for family in shown])
         axes.invert_yaxis()
         axes.set(xscale="log", xlim=(1, 1000), title=f"to loss {target:.3f}")
         axes.set_axisbelow(True)
-        axes.set_xlabel("bytes sent to the servers per worker / model size")
+        axes.set_xlabel("x model size (fp32), sent to the servers per worker")
         plain_sizes(axes)
     return figure
 
@@ -190,7 +191,7 @@ def why_figure(results: dict[str, Result], replayed: dict[str, dict]) -> Figure:
             look = line_look(index) | {"linestyle": "", "label": family if shown else None}
             panel.plot(values, gaps, **look)
     axes[0].set(xlabel="error of the estimator, ||G - M|| / ||M||", yscale="symlog")
-    axes[0].set_ylabel("final test loss over the uncompressed run's (%)")
+    axes[0].set_ylabel("loss gap (%)")
     axes[1].set_xlabel("alignment of the LMO's step with the uncompressed one")
     axes[0].yaxis.set_major_formatter("{x:g}")
     axes[0].yaxis.set_minor_locator(NullLocator())
@@ -207,14 +208,14 @@ def differences_figure(measured: list[dict]) -> Figure:
     }
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     steps = sorted({record["every"] for record in measured})
-    for axes, (key, told) in zip(figure.subplots(1, len(kinds)), kinds.items(), strict=True):
+    for axes, (key, title) in zip(figure.subplots(1, len(kinds)), kinds.items(), strict=True):
         for index, role in enumerate(dict.fromkeys(map(role_of, measured))):
             values = [
                 mean(r[key] for r in measured if r["every"] == every and role_of(r) == role)
                 for every in steps
             ]
             axes.plot(steps, values, label=role, **line_look(index))
-        axes.set(xlabel="steps a round", ylabel=told, ylim=(0, 1))
+        axes.set(xlabel="steps per round", ylabel=title, ylim=(0, 1))
         ticks_alone(axes, {every: str(every) for every in steps})
     axes.legend(fontsize=7)
     return figure
@@ -247,7 +248,7 @@ def directions_figure(results: dict[str, Result], target: float) -> Figure:
     axes.set_xticks(range(len(shown)), [r.short for r in shown], rotation=20, ha="right")
     axes.set_axisbelow(True)
     axes.margins(y=0.1)
-    axes.set_ylabel(f"bytes / model size, to loss {target:.3f}")
+    axes.set_ylabel(f"x model size (fp32), to loss {target:.3f}")
     axes.legend()
     return figure
 

@@ -15,20 +15,20 @@ PLACE = re.compile(r"\{(\w+)\s([^}]+)\}")
 
 
 def findings(results: dict[str, Result], target: float, replayed: dict[str, dict]) -> str:
-    """What one message a step says, and why."""
-    told = [paragraphs(TEXT, results, target), *map(filled, why(results, replayed))]
-    return "\n\n".join(told)
+    """What the runs that sync every step show, and why."""
+    written = [paragraphs(TEXT, results, target), *map(filled, why(results, replayed))]
+    return "\n\n".join(written)
 
 
 def paragraphs(text: Path, results: dict[str, Result], target: float) -> str:
-    """The paragraphs of which all runs are done.
+    """The paragraphs whose runs are all done.
 
-    In {gap NAMES} are final losses over the uncompressed run's, in {bits NAMES} bits a parameter
-    and step, in {fewer NAMES} how many times fewer bytes they take to the target; in {sizes NAMES}
-    the model sizes sent and received in all.
+    {gap NAMES} stands for loss gaps, {bits NAMES} for bits per parameter and step, {fewer NAMES}
+    for how many times fewer bytes the runs take to the target, {sizes NAMES} for all bytes that a
+    worker sends and receives, as multiples of the model's size in float32.
     """
     saved = savings(results, target)
-    told = {
+    numbers = {
         "gap": lambda name: f"{round(results[name].over(results['identity']), 1) + 0.0:+.1f} %",
         "bits": lambda name: f"{results[name].bits:.2g} bits",
         "fewer": lambda name: f"{saved[name]:.1f}x" if name in saved else "(never)",
@@ -39,7 +39,7 @@ def paragraphs(text: Path, results: dict[str, Result], target: float) -> str:
         names = {name for _, several in PLACE.findall(paragraph) for name in several.split()}
         if names <= results.keys():
             done.append(
-                PLACE.sub(lambda place: listed(map(told[place[1]], place[2].split())), paragraph)
+                PLACE.sub(lambda place: listed(map(numbers[place[1]], place[2].split())), paragraph)
             )
     return "\n\n".join(map(filled, done))
 
@@ -61,7 +61,7 @@ def why(results: dict[str, Result], replayed: dict[str, dict]) -> list[str]:
     return [
         "**Why**: of one worker's gradients in the uncompressed run, sent by"
         f" {len(shown)} compressors of the study (`scripts/shakespeare/replay.py`), the error of G"
-        f" has a rank correlation of {by_error:.2f} with the loss at the end, and the alignment"
+        f" has a rank correlation of {by_error:.2f} with the final loss, and the alignment"
         f" of the LMO's step of G with that of M one of {by_alignment:.2f}. An LMO gives small"
         " directions the length of large ones, so it helps to send many of them, if roughly:"
         " hence few bits for the long factor, and no gain from exact singular vectors."

@@ -12,11 +12,11 @@ TWICE = {"mvr": "mvr", "mvr0.1": "mvr, gamma 0.1", "hessian": "hessian"}
 
 
 def momenta_table(found: dict[str, Result], study: dict[str, Result]) -> str:
-    """The loss at the end of every kind and message, by steps and gradients of a batch.
+    """The final loss of every kind and message, by steps and gradients of a batch.
 
     found: by name; study: the runs of all steps, with Polyak's momentum.
     """
-    rows = [["message", "momentum", "steps", "gradients", "end"]]
+    rows = [["message", "momentum", "steps", "gradients", "final loss"]]
     for name in MESSAGES:
         of_kinds = {"polyak": [study[name]], **{kind: [] for kind in TWICE}}
         for kind, runs in of_kinds.items():
@@ -25,14 +25,14 @@ def momenta_table(found: dict[str, Result], study: dict[str, Result]) -> str:
                 steps = result.logs[0].evals[-1]["step"]
                 gradients = (2 if kind in TWICE else 1) * steps
                 end = f"{mean(result.final):.4f}"
-                told = TWICE.get(kind, kind)
-                rows.append([study[name].label, told, str(steps), str(gradients), end])
+                title = TWICE.get(kind, kind)
+                rows.append([study[name].label, title, str(steps), str(gradients), end])
     return markdown(rows, text_columns=2)
 
 
-def momenta_told(found: dict[str, Result], study: dict[str, Result], changes: list[dict]) -> str:
-    """How the corrected kinds end against Polyak's, and why; nothing where it has not run."""
-    told = []
+def momenta_text(found: dict[str, Result], study: dict[str, Result], changes: list[dict]) -> str:
+    """How the corrected kinds do against Polyak's, and why; nothing where it has not run."""
+    compared = []
     for name in MESSAGES:
         polyak = found.get(f"momentum/polyak-{name}")
         for kind, title in TWICE.items():
@@ -42,14 +42,14 @@ def momenta_told(found: dict[str, Result], study: dict[str, Result], changes: li
                     f"{100 * (mean(run.final) / mean(other.final) - 1):+.0f} %"
                     for other in (polyak, study[name])
                 )
-                told.append(f"{title} at {steps} ({gradients}) with {study[name].label}")
-    if not (told and changes):
+                compared.append(f"{steps} ({gradients}) for {title} with {study[name].label}")
+    if not (compared and changes):
         return ""
     hidden = [one for one in changes if one["layer"].startswith("blocks")]
     size, cosine = (mean(one[key] for one in hidden) for key in ("size", "cosine"))
     return (
-        "Over Polyak's momentum, at as many steps (at as many gradients), end "
-        f"{listed(told)}. At their full weight they lose, and steps of full length are why "
+        "Loss gaps to Polyak's momentum, at as many steps (at as many gradients), are "
+        f"{listed(compared)}. At their full weight they lose, and steps of full length are why "
         "(`scripts/shakespeare/changes.py`): in one of them a hidden layer's gradient changes by "
         f"{size:.1f} times its own size, alike for all batches (a cosine of {cosine:.2f}). W goes "
         "to and fro across what is steep; momentum that keeps up follows it there, and the mean of "

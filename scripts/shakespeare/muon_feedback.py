@@ -26,19 +26,19 @@ as Muon's had. The same on images: [digits](digits/README.md); why it converges:
 
 {feedback_table(found)}
 
-{filled(feedback_told(found))}
+{filled(feedback_text(found))}
 
 """
 
 
 def feedback_table(found: dict[str, Result]) -> str:
-    """The loss at the end of every radius."""
-    rows = [["hidden layers", "radius", "seeds", "end", "over Muon"]]
+    """The final loss of every radius."""
+    rows = [["hidden layers", "radius", "seeds", "final loss", "over Muon"]]
     muon = found.get(WITHOUT)
     for name, result in found.items():
         with_ = name != WITHOUT
         cells = ["with feedback" if with_ else "Muon", name.partition("-radius")[2] or "2"]
-        cells += [str(len(result.logs)), result.final_told]
+        cells += [str(len(result.logs)), result.final_text]
         cells.append(f"{over(result, muon):+.1f} %" if with_ and muon else "")
         rows.append(cells)
     return markdown(rows, text_columns=1)
@@ -55,7 +55,7 @@ def best(found: dict[str, Result]) -> Result | None:
     return min(grid, key=lambda one: one.final[0]) if all(grid) else None
 
 
-def feedback_told(found: dict[str, Result]) -> str:
+def feedback_text(found: dict[str, Result]) -> str:
     """Whether the claim holds here; nothing before the grid and Muon have run."""
     muon, chosen = found.get(WITHOUT), best(found)
     if not (muon and chosen):
@@ -66,8 +66,9 @@ def feedback_told(found: dict[str, Result]) -> str:
     holds = "holds" if worse == seeds else "does not hold"
     end = " (an end of the grid)" if int(radius) in (FEEDBACK_RADII[0], FEEDBACK_RADII[-1]) else ""
     return (
-        f"At its best radius, {radius}{end}, Muon with feedback ends {over(chosen, muon):+.1f} % "
-        f"over Muon, and higher with {worse} of {seeds} seeds: the claim {holds} here. With "
-        "feedback X - e is the iterate of gradient descent with momentum, exactly and for any LMO: "
-        "what Muon does otherwise is in e, and is taken back."
+        f"At its best radius, {radius}{end}, Muon with feedback has a final loss "
+        f"{over(chosen, muon):+.1f} % from Muon's, and a higher one with {worse} of {seeds} "
+        f"seeds: the claim {holds} here. With feedback X - e is the iterate of gradient "
+        "descent with momentum, exactly and for any LMO: what Muon does otherwise is in e, and is "
+        "taken back."
     )

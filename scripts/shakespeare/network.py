@@ -26,7 +26,7 @@ from scripts.shakespeare.results import NETWORK_LOG, RESULTS, UNLIMITED
 from scripts.shakespeare.settings import SETTINGS, Setting
 from train import Run
 from training.config import compose
-from training.workers import Workers, leave
+from training.workers import Workers, exit_process
 
 RATES, DELAY = ("10mbit", "100mbit", "1gbit", UNLIMITED), "50ms"
 TIMED = (
@@ -70,7 +70,7 @@ def main() -> int:
     options = parser.parse_args()
     if "RANK" in os.environ:
         workers = Workers()
-        return workers.finish(lambda: job(options, workers))
+        return workers.run(lambda: job(options, workers))
     if missing := requirements_missing():
         print(f"error: {missing}", file=sys.stderr)
         return 1
@@ -94,4 +94,4 @@ def measure(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -43,7 +43,13 @@ LAYERS = (
 )
 ROUNDS = 200  # all before the cooldown, at the full step
 EVERY = 5  # rounds between two that are measured
-NOT_REPLAYED = ("grid", "feedback", "both ways", "embedding apart", "fitted rank, server momentum")
+NOT_REPLAYED = (
+    "grid",
+    "feedback",
+    "both ways",
+    "embedding apart",
+    "quantized rank, server momentum",
+)
 
 
 def training_of(
@@ -87,23 +93,23 @@ def worker_gradients(
     return gradients
 
 
-def replay(gradients: Sequence[Tensor], w2s: Compressor, beta: float) -> tuple[float, float]:
+def replay(gradients: Sequence[Tensor], w2s: Compressor, momentum: float) -> tuple[float, float]:
     """Send one layer's gradients: mean estimator error and mean LMO alignment.
 
     ||G - M|| / ||M||, and <U V^T of G, U V^T of M> / min(m, n), 1 where the steps of the spectral
     norm are the same; over rounds of the second half.
     """
     layer = torch.nn.Parameter(torch.zeros_like(gradients[0]))
-    optimizer = EF21Muon([layer], lr=0.0, w2s=w2s, momentum=1 - beta, seed=0)
+    optimizer = EF21Muon([layer], lr=0.0, w2s=w2s, momentum=momentum, seed=0)
     errors, alignments = [], []
     for done, gradient in enumerate(gradients, 1):
         layer.grad = gradient
         optimizer.step()
         if done > len(gradients) // 2 and done % EVERY == 0:
             state = optimizer.state[layer]
-            estimate, momentum = state["gradient_estimate"], state["momentum"]
-            errors.append(float((estimate - momentum).norm() / momentum.norm()))
-            steps = [orthogonalised(matrix) for matrix in (estimate, momentum)]
+            estimate, wanted = state["gradient_estimate"], state["momentum"]
+            errors.append(float((estimate - wanted).norm() / wanted.norm()))
+            steps = [orthogonalised(matrix) for matrix in (estimate, wanted)]
             alignments.append(float((steps[0] * steps[1]).sum() / min(layer.shape)))
     return mean(errors), mean(alignments)
 
@@ -128,8 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, config in configs.items():
         if not config.optimizer._target_.endswith("EF21Muon"):
             continue
-        w2s, beta = build(config.w2s, "w2s"), config.optimizer.beta
-        measured = [replay(of_layer, w2s, beta) for of_layer in gradients.values()]
+        w2s, momentum = build(config.w2s, "w2s"), config.optimizer.momentum
+        measured = [replay(of_layer, w2s, momentum) for of_layer in gradients.values()]
         error, alignment = (mean(values) for values in zip(*measured, strict=True))
         record = {"name": name, "error": error, "alignment": alignment}
         print(f"{name:<20} error {error:.3f}  alignment {alignment:.3f}", flush=True)

@@ -8,7 +8,7 @@ from statistics import mean
 from scripts.shakespeare.conditions import GENRE_SETTINGS, GPU_SETTINGS, SIZE_SETTINGS
 from scripts.shakespeare.ends import nothing_lost
 from scripts.shakespeare.findings import PEERS_TEXT, ROUNDS_TEXT, filled, findings, paragraphs
-from scripts.shakespeare.momenta import momenta_table, momenta_told
+from scripts.shakespeare.momenta import momenta_table, momenta_text
 from scripts.shakespeare.muon_feedback import WITHOUT, muon_feedback
 from scripts.shakespeare.results import (
     LOCAL,
@@ -28,7 +28,7 @@ from scripts.shakespeare.results import (
 )
 from scripts.shakespeare.rivals import MORE, peers_table, rivals_table
 from scripts.shakespeare.rounds import (
-    differences_told,
+    differences_text,
     headline,
     rounds_table,
     where_others_are_ahead,
@@ -60,7 +60,7 @@ def page(directory: Path) -> str:
         peers=peers_table(results),
         peers_findings=paragraphs(PEERS_TEXT, results, target),
         rounds=rounds_table(results, target),
-        differences=differences_told(read_differences(directory)),
+        differences=differences_text(read_differences(directory)),
         rounds_findings=paragraphs(ROUNDS_TEXT, results, target),
         parameters=run["parameters"],
         steps=last["step"],
@@ -79,7 +79,7 @@ def page(directory: Path) -> str:
         larger_models=larger_models(sizes, results),
         unlike_text=unlike_text(genres),
         momenta=momenta_table(momenta, results),
-        momenta_findings=filled(momenta_told(momenta, results, read_changes(directory))),
+        momenta_findings=filled(momenta_text(momenta, results, read_changes(directory))),
         muon_feedback=muon_feedback(feedback),
         signs=signs_section(signs, feedback.get(WITHOUT), read_sign_replay(directory)),
         missing=missing(
@@ -103,8 +103,8 @@ def table(results: dict[str, Result], target: float) -> str:
     """Every setting: rate, final loss, and what it takes to the target."""
     saved = savings(results, target)
     lines = [
-        "| setting | seeds | bits a parameter and step | final test loss | over uncompressed "
-        "| tokens to target | bytes / model size to target | fewer than uncompressed |",
+        "| setting | seeds | bits per parameter and step | final test loss | loss gap "
+        "| tokens to target | x model size to target | fewer than uncompressed |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, result in results.items():
@@ -120,7 +120,7 @@ def table(results: dict[str, Result], target: float) -> str:
             ]
         over = f"{result.over(results['identity']):+.2f} %"
         cells = [result.label, str(len(result.logs)), f"{result.bits:.3g}"]
-        cells += [result.final_told, over, *reached]
+        cells += [result.final_text, over, *reached]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

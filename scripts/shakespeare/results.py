@@ -23,7 +23,7 @@ DIFFERENCES_LOG, CHANGES_LOG = "differences.jsonl", "changes.jsonl"
 SIGN_REPLAY_LOG = "sign_replay.jsonl"
 # The first runs of signs asked for the largest 30 %. With their places these are more bytes than
 # the signs of all entries, which were therefore sent.
-ASKED_FOR, SENT = "top 30% sign", "dense sign"
+ASKED_FOR, SENT = "top 30% sign", "sign"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Result:
 
     @property
     def label(self) -> str:
-        """What it sends: logs do not tell where that is not what was asked for."""
+        """What it sends: logs do not say where that is not what was asked for."""
         return self.logs[0].run["label"].replace(ASKED_FOR, SENT)
 
     @property
@@ -55,11 +55,11 @@ class Result:
 
     @property
     def final(self) -> list[float]:
-        """Test losses at the end, one a seed."""
+        """The final test loss of every seed."""
         return [log.evals[-1]["test_loss"] for log in self.logs]
 
     @property
-    def final_told(self) -> str:
+    def final_text(self) -> str:
         """Their mean, and one standard deviation where there are several."""
         spread = f" ± {stdev(self.final):.4f}" if len(self.final) > 1 else ""
         return f"{mean(self.final):.4f}{spread}"
@@ -77,12 +77,12 @@ class Result:
         return 8 * last["w2s_bytes"] / last["step"] / log.run["parameters"]
 
     def sizes(self, sent: float) -> float:
-        """Bytes in sizes of the model."""
+        """Bytes as a multiple of the model's size in float32."""
         return sent / (BYTES_PER_PARAMETER * self.logs[0].run["parameters"])
 
     @property
     def by_both(self) -> list[tuple[float, float]]:
-        """Sizes sent and received, above 0, and the test loss then, mean over seeds."""
+        """What is sent and received, x model size, above 0, and the test loss then: means."""
         rows = zip(*(log.evals for log in self.logs), strict=True)
         return [
             (self.sizes(sent), mean(record["test_loss"] for record in row))
@@ -91,7 +91,7 @@ class Result:
         ]
 
     def over(self, identity: "Result") -> float:
-        """Final test loss over the uncompressed run's, percent, by the means over seeds."""
+        """The loss gap: final test loss over the uncompressed run's, percent, by means of seeds."""
         return 100 * (mean(self.final) / mean(identity.final) - 1)
 
     def reach(self, target: float) -> list[Point | None]:
@@ -99,12 +99,12 @@ class Result:
         return [reach(log, target) for log in self.logs]
 
     def sent(self, target: float) -> float | None:
-        """Sizes of the model sent to the servers until all seeds reach the target loss, mean."""
+        """What is sent to the servers up to the target loss, x model size; mean of the seeds."""
         points = self.reach(target)
         return self.sizes(mean(point.w2s for point in points)) if all(points) else None
 
     def both(self, target: float) -> float | None:
-        """Sizes of the model sent and received until all seeds reach the target loss, mean."""
+        """What is sent and received up to the target loss, x model size; mean of the seeds."""
         points = self.reach(target)
         return self.sizes(mean(point.both for point in points)) if all(points) else None
 
@@ -144,7 +144,7 @@ def read_settings(directory: Path, settings: Sequence[Setting]) -> dict[str, Res
 
 
 def lowest(results: Iterable[Result]) -> Result | None:
-    """The one with the lowest loss at the end; None of none."""
+    """The one with the lowest final loss; None of none."""
     return min(results, key=lambda one: mean(one.final), default=None)
 
 
@@ -231,7 +231,7 @@ def reach(log: Log, target: float) -> Point | None:
 def savings(results: dict[str, Result], target: float) -> dict[str, float]:
     """How many times fewer bytes than the uncompressed run each setting sends to the target.
 
-    By the means over seeds; settings of which a seed does not reach it are left out.
+    By the means over seeds; a setting is left out where one of its seeds does not reach it.
     """
     sent = {
         name: mean(point.w2s for point in points)
@@ -242,13 +242,13 @@ def savings(results: dict[str, Result], target: float) -> dict[str, float]:
 
 
 def compressed(results: dict[str, Result]) -> list[Result]:
-    """Our settings of one message a step that compress, in the study's order."""
+    """Our settings that compress and sync every step, in the study's order."""
     not_these = ("grid", "identity", *OTHERS, *LOCAL, *PEERS)
     return [result for result in results.values() if result.setting.family not in not_these]
 
 
 def ours(results: dict[str, Result]) -> list[Result]:
-    """All of ours that compress, of any number of steps a round."""
+    """All of ours that compress, of any number of steps per round."""
     return compressed(results) + [r for r in results.values() if r.setting.family in LOCAL]
 
 

@@ -26,7 +26,7 @@ def rivals(
 
 
 def at_their_rate(results: dict[str, Result]) -> dict[str, str]:
-    """Of methods that send a message a step, by bits to the servers."""
+    """Of methods that sync every step, by bits to the servers."""
     of_ours = [results["identity"], *compressed(results)]
     return rivals(results, OF_ONE_STEP, of_ours, lambda one: one.bits)
 
@@ -37,22 +37,22 @@ def at_their_bytes(results: dict[str, Result]) -> dict[str, str]:
 
 
 def rivals_table(results: dict[str, Result]) -> str:
-    """Bits a parameter and step, and losses over the uncompressed run's."""
+    """Bits per parameter and step, and loss gaps."""
     pairs = at_their_rate(results)
     return _table(results, pairs, "bits", lambda one: f"{one.bits:.3g}")
 
 
 def peers_table(results: dict[str, Result]) -> str:
-    """Sizes sent and received in all, and losses over the uncompressed run's."""
+    """All that is sent and received, x model size, and loss gaps."""
     pairs = at_their_bytes(results)
-    return _table(results, pairs, "sizes", lambda one: in_figures(all_of(one)))
+    return _table(results, pairs, "x model size", lambda one: in_figures(all_of(one)))
 
 
 def _table(
-    results: dict[str, Result], pairs: dict[str, str], what: str, told: Callable[[Result], str]
+    results: dict[str, Result], pairs: dict[str, str], what: str, in_words: Callable[[Result], str]
 ) -> str:
     lines = [
-        f"| other method | {what} | at the end | ours | {what} | at the end |",
+        f"| other method | {what} | loss gap | ours | {what} | loss gap |",
         "| --- | ---: | ---: | --- | ---: | ---: |",
     ]
     for other, best in pairs.items():
@@ -60,6 +60,6 @@ def _table(
         cells = []
         for result in (results[other], results[best]):
             over = result.over(results["identity"])
-            cells += [result.label, told(result), f"{over:+.2f} %"]
+            cells += [result.label, in_words(result), f"{over:+.2f} %"]
         lines.append(f"| {' | '.join([name or cells[0], *cells[1:]])} |")
     return "\n".join(lines)

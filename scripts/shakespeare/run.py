@@ -5,7 +5,7 @@
 With torchrun, on two workers but where more are studied; one training at a time, or as many as have
 N processes in all, on a GPU that they share. Runs that are of a GPU are left out without one, and
 others do not use it, but for those of larger models, which are in bfloat16 on either. A run whose
-log is in results/shakespeare is skipped; one that was interrupted goes on from its checkpoint. Logs
+log is in results/shakespeare is skipped; one that was interrupted resumes from its checkpoint. Logs
 are cut to the records that figures need, and are not edited. The runs and their overrides are in
 settings.py and conditions.py beside this file.
 """
@@ -32,6 +32,7 @@ from scripts.shakespeare.results import RESULTS
 from scripts.shakespeare.runs import RUNS, StudyRun
 from training.config import AS_BEFORE, ROOT, compose, what_matters
 from training.records import LOG_NAME
+from training.renamed import modern_config
 
 PRINTED = "printed.txt"  # in a run's directory
 POLL = 0.2  # seconds
@@ -56,12 +57,13 @@ def is_done(run: StudyRun) -> bool:
     if not path.exists():
         return False
     with path.open() as file:
-        made_with = as_sent(what_matters(json.loads(file.readline())["config"]))
+        made_with = as_sent(what_matters(modern_config(json.loads(file.readline())["config"])))
     asked = what_matters(OmegaConf.to_container(compose(overrides(run)).config, resolve=True))
     for key in ("optimizer.server", "compile"):  # they take the same steps
         asked.pop(key, None)
     # A later version may have other keys, but a role's compressor is there where it was asked for,
-    # and so is what is not as it was before there was a choice. A GPU's own precision is not told.
+    # and so is what is not as it was before there was a choice. Logs lack a GPU's
+    # default precision.
     chosen = {
         key
         for key in asked.keys() | made_with.keys()
@@ -151,7 +153,7 @@ def cut(log: str) -> str:
     lines = log.splitlines(keepends=True)
     kinds = [json.loads(line)["record"] for line in lines]
     if kinds[-1] != "end" or json.loads(lines[-1])["status"] != "completed":
-        raise ValueError("the run was stopped: start the study again to go on")
+        raise ValueError("the run was stopped: start the study again to resume")
     return "".join(line for kind, line in zip(kinds, lines, strict=True) if kind in KEPT)
 
 

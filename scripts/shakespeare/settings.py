@@ -1,7 +1,8 @@
 """The settings of the study in results/shakespeare, as overrides of `experiment=shakespeare`.
 
-The uncompressed run is tuned by a grid, on half the steps; the best radii and beta, TUNED, hold for
-everything else that takes its step, as in the paper. Other baselines have grids of their own.
+The uncompressed run is tuned by a grid, on half the steps; the best radii and momentum, TUNED,
+hold for everything else that takes its step, as in the paper. Other baselines have grids of their
+own.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,9 +76,9 @@ def dense(bits: int) -> str:
 
 
 def local(every: int | str, message: str, *options: str) -> str:
-    """Scion's steps on every worker, with the uncompressed run's radii and beta."""
-    told = " ".join(f"optimizer.{option}" for option in options)
-    return f"{LOCAL} optimizer.sync_every={every} {message} {told}"
+    """Scion's steps on every worker, with the uncompressed run's radii and momentum."""
+    of_optimizer = " ".join(f"optimizer.{option}" for option in options)
+    return f"{LOCAL} optimizer.sync_every={every} {message} {of_optimizer}"
 
 
 def back(compressor: str) -> str:
@@ -91,11 +92,16 @@ def grid(method: str, overrides: str, **values: tuple[float, ...]) -> list[Setti
     for key, choices in values.items():
         short = key.split("__")[-2 if key.endswith("radius") else -1]
         points = [
-            (f"{name}-{short}{value:g}", f"{given} {key.replace('__', '.')}={value:g}")
+            (f"{name}-{_in_name(short, value)}", f"{given} {key.replace('__', '.')}={value:g}")
             for name, given in points
             for value in choices
         ]
     return [setting(f"grid/{name}", "grid", given) for name, given in points]
+
+
+def _in_name(key: str, value: float) -> str:
+    """A value in the name of a log. Momentum stands there as the paper's beta, 1 - momentum."""
+    return f"beta{1 - value:g}" if key == "momentum" else f"{key}{value:g}"
 
 
 EMBEDDING_FITTED = "+compressor@norm.embedding.w2s=quantized_rank norm.embedding.w2s.fraction"
@@ -171,15 +177,17 @@ SETTINGS = [
     # the best of each arm together.
     *grid("identity", f"{IDENTITY} {EMBEDDING} {BETA}", norm__hidden__radius=(0.5, 1, 2, 4)),
     *grid("identity", f"{IDENTITY} {HIDDEN} {BETA}", norm__embedding__radius=(30, 120)),
-    *grid("identity", f"{IDENTITY} {HIDDEN} {EMBEDDING}", optimizer__beta=(0.05, 0.2, 0.4)),
-    *grid("identity", f"{IDENTITY} {EMBEDDING}", norm__hidden__radius=(2,), optimizer__beta=(0.2,)),
+    *grid("identity", f"{IDENTITY} {HIDDEN} {EMBEDDING}", optimizer__momentum=(0.95, 0.8, 0.6)),
+    *grid(
+        "identity", f"{IDENTITY} {EMBEDDING}", norm__hidden__radius=(2,), optimizer__momentum=(0.8,)
+    ),
     ours("identity", "identity", IDENTITY),
-    *(ours(f"fitted{p}", "fitted rank", fitted(p), level=f"{p}%") for p in (4, 9, 12, 30)),
+    *(ours(f"fitted{p}", "quantized rank", fitted(p), level=f"{p}%") for p in (4, 9, 12, 30)),
     ours("fitted12-embedding", "embedding apart", f"{fitted(12)} {EMBEDDING_FITTED}=0.25"),
     *(
         setting(
             f"served{p}",
-            "fitted rank, server momentum",
+            "quantized rank, server momentum",
             served(p, of_embedding),
             seeds(f"served{p}"),
             level=f"{p}%",
@@ -201,7 +209,7 @@ SETTINGS = [
         for name, values, level in (
             ("int4-message", "int4@tensor", "one block"),
             ("int4-112", "int4@112", "blocks of 112"),
-            ("rowcol4", "rowcol4", "rows and columns"),
+            ("smooth4", "rowcol4", "rows and columns"),
         )
     ),
     *(
@@ -213,9 +221,12 @@ SETTINGS = [
     ours("fitted12-dense", "both ways", f"{fitted(12)} {DENSE_BACK}", level="2 bits back"),
     setting("served6-both", "both ways", f"{served(6, 20)} {DENSE_BACK}", level="6%, 2 bits back"),
     *grid(
-        "fitted4", LOW_RATE, norm__hidden__radius=(2,), optimizer__beta=(0.05, 0.1, 0.2, 0.4, 0.8)
+        "fitted4",
+        LOW_RATE,
+        norm__hidden__radius=(2,),
+        optimizer__momentum=(0.95, 0.9, 0.8, 0.6, 0.2),
     ),
-    *grid("fitted4", LOW_RATE, norm__hidden__radius=(1,), optimizer__beta=(0.1,)),
+    *grid("fitted4", LOW_RATE, norm__hidden__radius=(1,), optimizer__momentum=(0.9,)),
     *grid("fitted4", f"{fitted(4)} {TUNED}", norm__hidden__norm__steps=(2, 3)),
     *(
         setting(f"grid/served3-decay{decay:g}", "grid", f"{served(3, 10, decay)} {GRID_STEPS}")
@@ -326,7 +337,7 @@ SETTINGS += [
         level="every 30, 4 bits",
     ),
     setting("demo4", "DeMo", f"{DISTRO} optimizer.lr=0.005", level="k=4"),
-    *grid("local5", local(5, dense(2), OUTER), optimizer__inner__beta=(0.1, 0.2)),
+    *grid("local5", local(5, dense(2), OUTER), optimizer__inner__momentum=(0.9, 0.8)),
     *grid("local5", local(5, dense(2), OUTER), norm__hidden__radius=(1.4,)),
     *grid("diloco", DILOCO, optimizer__outer_momentum=(0.3, 0.9)),
     *grid("muloco", MULOCO, optimizer__outer_momentum=(0.3, 0.8)),
@@ -337,7 +348,7 @@ MOMENTUM_SETTINGS = [
     setting(
         f"momentum/{kind}-{name}",
         "momentum",
-        f"{message} optimizer.momentum={kind} {TUNED} {GRID_STEPS}",
+        f"{message} optimizer.momentum_kind={kind} {TUNED} {GRID_STEPS}",
     )
     for name, message in (("identity", IDENTITY), ("fitted9", fitted(9)))
     for kind in ("polyak", "mvr", "hessian")

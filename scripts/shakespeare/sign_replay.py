@@ -5,8 +5,8 @@ rules of SIGN_SETTINGS send and step is then made of them: signs of M_j, or of
 D = LMO(M_j), with EF21 and without. Of every rule, means over layers and rounds go to
 results/shakespeare/sign_replay.jsonl:
 
-    error      ||what servers know - what was to be told|| / ||what was to be told||, M or D
-    turn       ||what was to be told - what was to be told a round before|| / ||the first||
+    error      ||what servers know - T|| / ||T||, where T is what they are to know, M or D
+    turn       ||T - T of the round before|| / ||T||
     alignment  the cosine of the step and of Muon's, D: 1 where they are the same
     descent    the cosine of the step and of minus the newest gradient, which Muon has a part of
 
@@ -64,14 +64,14 @@ def replay(gradients: Sequence[Tensor], rule: str, beta: float) -> dict[str, flo
         optimizer.step()
         state = optimizer.state[layer]
         muon = NORM.lmo(state["momentum"])
-        told = muon if lmo == "workers" else state["momentum"].clone()
+        wanted = muon if lmo == "workers" else state["momentum"].clone()
         if done > len(gradients) // 2 and done % EVERY == 0:
             known = state["server_gradient"]
-            found["error"].append(float((known - told).norm() / told.norm()))
-            found["turn"].append(float((told - before).norm() / told.norm()))
+            found["error"].append(float((known - wanted).norm() / wanted.norm()))
+            found["turn"].append(float((wanted - before).norm() / wanted.norm()))
             found["alignment"].append(cosine(layer.detach(), muon))
             found["descent"].append(cosine(layer.detach(), -gradient))
-        before = told
+        before = wanted
     return {key: mean(values) for key, values in found.items()}
 
 

@@ -33,18 +33,18 @@ def signs_section(found: dict[str, Result], muon: Result | None, replayed: list[
         return ""
     return f"""## Signs before and after the LMO
 
-An independent implementation (arXiv:2607.29674) reports that with one sign an entry EF21 ends worse
-than no error feedback: 3.3203 for 3.2959 at 124 M parameters. These are of signs *before* the LMO,
-where EF21-Muon has them; there are two rules after it too. Here are all four, by one worker as
-there, half the steps, with Muon's radii and beta; a scale a layer, and the embedding is sent whole.
-SignMuon's steps are 0.8 times as long as Muon's, and 0.4 times in a run of their own; in that work
-0.5 times.
+An independent implementation (arXiv:2607.29674) reports that with one sign per entry the final
+loss is higher with EF21 than without feedback: 3.3203 for 3.2959 at 124 M parameters. These are of
+signs *before* the LMO, where EF21-Muon has them; there are two rules after it too. Here are all
+four, by one worker as there, half the steps, with Muon's radii and momentum; a scale per layer, and
+the embedding is sent whole. SignMuon's steps are 0.8 times as long as Muon's, and 0.4 times in a
+run of their own; in that work 0.5 times.
 
 {signs_table(found, muon, replayed)}
 
-{filled(signs_told(found))}
+{filled(signs_text(found))}
 
-{why_told(found, replayed)}
+{why_text(found, replayed)}
 
 """
 
@@ -54,16 +54,24 @@ def signs_table(found: dict[str, Result], muon: Result, replayed: list[dict]) ->
     of_rules = {one["rule"]: one for one in replayed if one["beta"] == BETA}
     rows = [
         [
-            *("signs", "feedback", "end", "over Muon", "at 124 M: name", "end", "over Muon"),
+            *(
+                "signs",
+                "feedback",
+                "final loss",
+                "over Muon",
+                "at 124 M: name",
+                "final loss",
+                "over Muon",
+            ),
             *MEASURED,
         ],
-        ["none: Muon", "", muon.final_told, "", "Muon", f"{THEIR_MUON:.4f}", ""],
+        ["none: Muon", "", muon.final_text, "", "Muon", f"{THEIR_MUON:.4f}", ""],
     ]
     rows[1] += measured(of_rules.get("muon"))
     for rule, titles in TITLES.items():
         if (result := found.get(f"signs/{rule}")) is None:
             continue
-        cells = [*titles, result.final_told, f"{over(result, muon):+.1f} %"]
+        cells = [*titles, result.final_text, f"{over(result, muon):+.1f} %"]
         if rule in THEIRS:
             name, loss = THEIRS[rule]
             cells += [name, f"{loss:.4f}", f"{100 * (loss / THEIR_MUON - 1):+.1f} %"]
@@ -78,9 +86,9 @@ def measured(record: dict | None) -> list[str]:
     return [f"{record[key]:.2f}" if record else "" for key in MEASURED]
 
 
-def signs_told(found: dict[str, Result]) -> str:
+def signs_text(found: dict[str, Result]) -> str:
     """Whether the order is theirs, where both rules of a place have run."""
-    told = []
+    found_here = []
     for place in ("before", "after"):
         rules = [f"{place}-{feedback}" for feedback in ("ef21", "none")]
         if not all(f"signs/{rule}" in found for rule in rules):
@@ -90,8 +98,11 @@ def signs_told(found: dict[str, Result]) -> str:
         same = (here[0] > here[1]) == (there[0] > there[1])
         gaps = [f"{100 * (ef21 / none - 1):+.1f} %" for ef21, none in (here, there)]
         order = "as there" if same else "unlike there"
-        told.append(f"{place} the LMO EF21 ends {gaps[0]} over no feedback, {order} ({gaps[1]})")
-    return f"In this setting, {', and '.join(told)}." if told else ""
+        found_here.append(
+            f"{place} the LMO the final loss with EF21 is {gaps[0]} from that without feedback, "
+            f"{order} ({gaps[1]})"
+        )
+    return f"In this setting, {', and '.join(found_here)}." if found_here else ""
 
 
 def in_order(found: dict[str, Result], of: dict[tuple[str, float], dict]) -> bool:
@@ -101,19 +112,19 @@ def in_order(found: dict[str, Result], of: dict[tuple[str, float], dict]) -> boo
     return by_loss == sorted(rules, key=lambda rule: -of[rule, BETA]["descent"])
 
 
-def why_told(found: dict[str, Result], replayed: list[dict]) -> str:
+def why_text(found: dict[str, Result], replayed: list[dict]) -> str:
     """What the replay says, where it has been run."""
     of = {(one["rule"], one["beta"]): one for one in replayed}
     if not of:
         return ""
 
     def pair(place: str, key: str, beta: float = BETA) -> str:
-        told = [f"{of[f'{place}-{feedback}', beta][key]:.2f}" for feedback in ("ef21", "none")]
-        return f"{told[0]} with EF21 and {told[1]} without"
+        both = [f"{of[f'{place}-{feedback}', beta][key]:.2f}" for feedback in ("ef21", "none")]
+        return f"{both[0]} with EF21 and {both[1]} without"
 
     slow = min(beta for _, beta in of)
     turns = [f"{of['before-none', beta]['turn']:.2f}" for beta in (BETA, slow)]
-    told = [
+    sentences = [
         "**Why** (`scripts/shakespeare/sign_replay.py`: gradients of one training through all "
         f"rules; last columns). In a step M turns by {turns[0]} of its own length, so that what "
         "EF21 has learnt of it is old before it is of use: servers are off by "
@@ -125,8 +136,8 @@ def why_told(found: dict[str, Result], replayed: list[dict]) -> str:
         f"gradient is {of['muon', BETA]['descent']:.2f} for Muon, before the LMO "
         f"{pair('before', 'descent')}, and after it {pair('after', 'descent')}"
         f"{', in the order of the losses of these four' if in_order(found, of) else ''}.",
-        f"With a slower momentum, beta {slow:g}, M turns by {turns[1]}, and the cosine with "
+        f"With a momentum of {1 - slow:g} M turns by {turns[1]}, and the cosine with "
         f"Muon's step before the LMO is {pair('before', 'alignment', slow)}: feedback of signs "
         "asks for what changes slowly. Nothing was trained with that.",
     ]
-    return filled(" ".join(told))
+    return filled(" ".join(sentences))

@@ -13,11 +13,11 @@ from training.picture import line_look, ticks_alone
 
 OTHER = "muloco"
 SHORT = {  # in sentences
-    "served6": "a message a step",
-    "local4-signs": "signs every 4 steps",
-    "local30-signs": "every 30",
-    "local60-signs": "every 60",
-    OTHER: "MuLoCo every 30",
+    "served6": "sync every step",
+    "local4-signs": "signs, sync every 4 steps",
+    "local30-signs": "signs, sync every 30",
+    "local60-signs": "signs, sync every 60",
+    OTHER: "MuLoCo, sync every 30",
 }
 MACHINES = {"cuda": "an H100 that they share", "cpu": "two CPU cores"}
 
@@ -29,67 +29,67 @@ def larger_models(found: dict[str, Result], studied: dict[str, Result]) -> str:
     runs = [log.run for one in found.values() for log in one.logs]
     versions = {run["device"]: run["versions"]["torch"] for run in runs}
     machines = " or ".join(
-        f"{told} (torch {versions[device]})"
-        for device, told in MACHINES.items()
+        f"{machine} (torch {versions[device]})"
+        for device, machine in MACHINES.items()
         if device in versions
     )
-    told = listed(f"{steps:,} ({size})" for size, (*_, steps) in SIZES.items())
+    steps = listed(f"{steps:,} ({size})" for size, (*_, steps) in SIZES.items())
     setting = (
-        f"One token a parameter, so that there are {told} steps of 4,096 tokens, by two workers in "
-        f"bfloat16 on {machines}, one seed; radii and beta are those of 0.8 M parameters. Each "
-        "size has a target of its own, the uncompressed run's loss at 75 % of its tokens."
+        f"One token per parameter, so that there are {steps} steps of 4,096 tokens, by two workers "
+        f"in bfloat16 on {machines}, one seed; radii and momentum are those of 0.8 M parameters. "
+        "Each size has a target of its own, the uncompressed run's loss at 75 % of its tokens."
     )
     parts = (
         "## Does it hold as the model grows?",
-        "![Bytes to the target, and loss at the end, by parameters](shakespeare/sizes.png)",
+        "![Bytes to the target, and loss gap, by parameters](shakespeare/sizes.png)",
         filled(setting),
         sizes_table(of_condition(found, f"sizes/{size}-1") for size in SIZES),
-        filled(sizes_told(found)),
+        filled(sizes_text(found)),
         *longer(found, studied),
     )
     return "\n\n".join(parts) + "\n\n"
 
 
 def longer(found: dict[str, Result], studied: dict[str, Result]) -> list[str]:
-    """What more tokens a parameter change, once they have run."""
+    """What more tokens per parameter change, once they have run."""
     points = of_condition(found, f"sizes/{MIDDLE}-{LONGER}")
     if "identity" not in points:
         return []
-    told = (
-        f"With {LONGER} tokens a parameter, which in the smallest model are the runs of the study "
-        "itself, in float32:"
+    text = (
+        f"With {LONGER} tokens per parameter, which in the smallest model are the runs of the "
+        "study itself, in float32:"
     )
     of_study = {name: studied[name] for name in OF_LONGER if name in studied}
-    return [told, sizes_table([of_study, points])]
+    return [text, sizes_table([of_study, points])]
 
 
 def sizes_table(several: Iterable[dict[str, Result]]) -> str:
-    """Of every size and point the loss at the end, and what it sends and receives."""
-    heading = ["parameters", "setting", "on", "end", "over uncompressed", "sizes in all"]
-    rows = [[*heading, "sizes to target", "fewer than uncompressed"]]
+    """Of every size and point the final loss, and what it sends and receives."""
+    heading = ["parameters", "setting", "on", "final loss", "loss gap", "x model size"]
+    rows = [[*heading, "x model size to target", "fewer than uncompressed"]]
     for points in several:
         for name, one in points.items():
             if name in POINTS:
                 run = one.logs[0].run
                 device = "GPU" if run["device"] == "cuda" else "CPU"
-                told = [f"{run['parameters']:,}", one.label, device]
-                rows.append([*told, *cells(one, points)])
+                own = [f"{run['parameters']:,}", one.label, device]
+                rows.append([*own, *cells(one, points)])
     return markdown(rows, text_columns=3)
 
 
 def cells(one: Result, points: dict[str, Result]) -> list[str]:
-    """End, over uncompressed, sizes in all and to the target, and how many times fewer."""
-    told = [f"{mean(one.final):.4f}"]
+    """Final loss, loss gap, x model size in all and to the target, and how many times fewer."""
+    end = [f"{mean(one.final):.4f}"]
     identity = points.get("identity")
     if identity is None:
-        return [*told, "not run", in_figures(all_of(one)), "", ""]
+        return [*end, "not run", in_figures(all_of(one)), "", ""]
     target = target_loss(identity)
     reached, whole = one.both(target), identity.both(target)
-    told += [f"{one.over(identity):+.2f} %", in_figures(all_of(one))]
-    return told + ([in_figures(reached), f"{whole / reached:,.0f}x"] if reached else ["never", ""])
+    end += [f"{one.over(identity):+.2f} %", in_figures(all_of(one))]
+    return end + ([in_figures(reached), f"{whole / reached:,.0f}x"] if reached else ["never", ""])
 
 
-def sizes_told(found: dict[str, Result]) -> str:
+def sizes_text(found: dict[str, Result]) -> str:
     """How the losses of rounds and of MuLoCo change with the size."""
     gaps: dict[str, list[str]] = {}
     for size in SIZES:
@@ -97,43 +97,44 @@ def sizes_told(found: dict[str, Result]) -> str:
         for name in SHORT.keys() & points.keys() if "identity" in points else ():
             gaps.setdefault(name, []).append(f"{points[name].over(points['identity']):+.1f} %")
     several = [
-        f"{told} {listed(gaps[name])}"
-        for name, told in SHORT.items()
+        f"{words} {listed(gaps[name])}"
+        for name, words in SHORT.items()
         if len(gaps.get(name, ())) > 1
     ]
     return (
-        f"Over the uncompressed run of its size, from the smallest model on: {'; '.join(several)}."
+        f"Loss gaps to the uncompressed run of the same size, from the smallest model on: "
+        f"{'; '.join(several)}."
         " A larger model has more steps here, so more rounds: which of the two helps, these runs "
-        f"do not tell.{middle_told(of_condition(found, f'sizes/{MIDDLE}-1'))}"
+        f"do not show.{middle_text(of_condition(found, f'sizes/{MIDDLE}-1'))}"
     )
 
 
-def middle_told(points: dict[str, Result]) -> str:
+def middle_text(points: dict[str, Result]) -> str:
     """Whether radii transfer to this size, and whether its runs of both devices agree."""
-    told = ""
+    text = ""
     radii = {int(name[-1]): one for name, one in points.items() if name.startswith("radius")}
     if radii and ON_CPU in points:
         radii = dict(sorted((radii | {2: points[ON_CPU]}).items()))
         ends = [f"{mean(one.final):.4f}" for one in radii.values()]
-        told = (
-            f" With a hidden radius of {listed(map(str, radii))} {MIDDLE} uncompressed end at "
-            f"{listed(ends)} on CPUs."
+        text = (
+            f" With a hidden radius of {listed(map(str, radii))} the final losses of {MIDDLE} "
+            f"uncompressed are {listed(ends)} on CPUs."
         )
     if ON_CPU in points:
         ends = [f"{mean(points[name].final):.4f}" for name in ("identity", ON_CPU)]
-        told += (
-            f" On a GPU {MIDDLE} uncompressed end at {ends[0]}, on CPUs at {ends[1]}: a run of "
-            "each, as in 10M, may differ by as much for that alone."
+        text += (
+            f" On a GPU the final loss of {MIDDLE} uncompressed is {ends[0]}, on CPUs {ends[1]}: a "
+            "run on each, as in 10M, may differ by as much for that alone."
         )
-    return told
+    return text
 
 
 def sizes_figure(found: dict[str, Result]) -> Figure:
-    """By parameters: how many times fewer bytes to each size's target, and loss at the end."""
+    """By parameters: how many times fewer bytes to each size's target, and loss gap."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     fewer, over = figure.subplots(1, 2)
     ticks = {}
-    for index, (name, told) in enumerate(SHORT.items()):
+    for index, (name, words) in enumerate(SHORT.items()):
         to_target, at_the_end = [], []
         for size in SIZES:
             points = of_condition(found, f"sizes/{size}-1")
@@ -148,10 +149,10 @@ def sizes_figure(found: dict[str, Result]) -> Figure:
             at_the_end.append((parameters, one.over(identity)))
         for axes, points in ((fewer, to_target), (over, at_the_end)):
             if points:
-                axes.plot(*zip(*points, strict=True), label=told, **line_look(index))
+                axes.plot(*zip(*points, strict=True), label=words, **line_look(index))
     fewer.set(ylabel="times fewer bytes to the size's own target", yscale="log")
     fewer.yaxis.set_major_formatter("{x:g}")
-    over.set_ylabel("final test loss over the uncompressed run's (%)")
+    over.set_ylabel("loss gap (%)")
     over.axhline(0, color="#888888", linewidth=0.8)
     for axes in (fewer, over):
         axes.set_xlabel("parameters")

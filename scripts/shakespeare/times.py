@@ -14,7 +14,7 @@ LINKS = {  # as the log has them, and in words
     UNLIMITED: UNLIMITED,
 }
 CLOSE = 1.05  # times the steps without a network, what was aimed at over the slowest link
-ENOUGH = 3  # repeats to tell that of a setting
+ENOUGH = 3  # repeats that this takes of a setting
 
 
 def time_to_target(results: dict[str, Result], target: float, directory: Path) -> str:
@@ -31,11 +31,11 @@ def time_to_target(results: dict[str, Result], target: float, directory: Path) -
         if len(repeats := over.get((slowest, name), [])) >= ENOUGH and median(repeats) <= CLOSE
     ]
     setting = (
-        "Two nodes of a worker each on one machine, 50 ms from one another, every way at the rate "
+        "Two nodes of a worker each on one machine, 50 ms from one another, both ways at the rate "
         "(`scripts/shakespeare/network.py`): the median of the seconds of a step, measured over "
         "whole rounds, times the steps to the target. In brackets the median of so many repeats of "
         "what such a step takes over one without a limit and a delay of the same repeat, as the "
-        "machine's pace differs between repeats; those below 1 tell how noisy that is. "
+        "machine's pace differs between repeats; those below 1 show how noisy that is. "
         f"Within {CLOSE} at {LINKS[slowest]}, of {ENOUGH} repeats or more: "
         f"{'; '.join(close) or 'none'}."
     )
@@ -55,7 +55,7 @@ def times_table(
         cells = []
         for link in (one for one in LINKS if one != UNLIMITED):
             repeats = over.get((link, name), [])
-            told = f" ({median(repeats):.2f}x of {len(repeats)})" if repeats else ""
-            cells.append(f"{found[link][name]:,.0f}{told}" if name in found.get(link, {}) else "")
+            ratio = f" ({median(repeats):.2f}x of {len(repeats)})" if repeats else ""
+            cells.append(f"{found[link][name]:,.0f}{ratio}" if name in found.get(link, {}) else "")
         rows.append([results[name].label, *cells, f"{free:,.0f}"])
     return markdown(rows, text_columns=1)

@@ -16,7 +16,7 @@ import numpy as np
 
 import train
 from scripts.netns import Network
-from training.workers import leave
+from training.workers import exit_process
 
 STEPS, BLOCKS = 500, 10
 WARM_UP = 1000  # steps in which memory still grows to what the allocator keeps
@@ -66,4 +66,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

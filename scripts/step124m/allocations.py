@@ -14,17 +14,17 @@ from ef21_muon.guards import PhaseTimer
 
 
 class Phases(PhaseTimer):
-    """A timer on the CPU whose phases are also told to the profiler."""
+    """A timer on the CPU whose phases are also marked for the profiler."""
 
     def __init__(self):
         super().__init__(torch.device("cpu"))
-        self._told = ExitStack()
+        self._marks = ExitStack()
 
     def phase(self, name: str | None) -> None:
-        self._told.close()
+        self._marks.close()
         super().phase(name)
         if name:
-            self._told.enter_context(record_function(name))
+            self._marks.enter_context(record_function(name))
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Allocations:
                 memory = self.phases[mark["name"]]
                 memory.peak = max(memory.peak, before, level)
                 if size > memory.largest:
-                    memory.largest, memory.operator = size, told(change, operators)
+                    memory.largest, memory.operator = size, caller(change, operators)
         self.kept = level
 
 
@@ -86,7 +86,7 @@ def enclosing(event: dict, others: list[dict]) -> Iterator[dict]:
     return (o for o in others if o["ts"] <= event["ts"] <= o["ts"] + o["dur"])
 
 
-def told(event: dict, operators: list[dict]) -> str:
+def caller(event: dict, operators: list[dict]) -> str:
     """The outermost operator during which an event happened, and the shapes of its inputs."""
     outermost = max(enclosing(event, operators), key=lambda o: o["dur"], default=None)
     if outermost is None:

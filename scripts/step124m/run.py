@@ -35,7 +35,7 @@ from scripts.step124m.report import ADAMW, GRADIENT, MUON, log_name, report
 from training.config import ROOT, build, compose
 from training.data import open_data
 from training.method import build_optimizer
-from training.workers import RunError, Workers, leave
+from training.workers import RunError, Workers, exit_process
 
 OUTPUT = ROOT / "results" / "step124m"
 RANK = ["compressor@w2s=rank", "w2s.fraction=0.15"]
@@ -195,10 +195,10 @@ def main() -> int:
         records = [json.loads(line) for line in lines]
         (options.out / "README.md").write_text(report(records, options))
         return 0
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts and stops
     workers = Workers()
-    return workers.finish(lambda: job(options, workers))
+    return workers.run(lambda: job(options, workers))
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

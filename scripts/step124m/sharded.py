@@ -25,9 +25,10 @@ from scripts.measuring import markdown
 from scripts.step124m.allocations import Allocations, Phases
 from training.config import ROOT, build, compose
 from training.method import build_optimizer
+from training.renamed import modern_overrides
 from training.sharding import new_worker_mesh, shard
 from training.weights import draw_weights
-from training.workers import Workers, leave
+from training.workers import Workers, exit_process
 
 OUTPUT = ROOT / "results" / "step124m"
 
@@ -89,11 +90,11 @@ def report(records: list[dict]) -> str:
     launch = f"--nproc_per_node={len(records)} scripts/step124m/sharded.py"
     return f"""# What a rank holds of a sharded model
 
-`torchrun --standalone {launch} {shlex.join(facts["overrides"])}`
+`torchrun --standalone {launch} {shlex.join(modern_overrides(facts["overrides"]))}`
 
 {facts["workers"]} worker(s) of {facts["ranks"]} ranks, {facts["parameters"]:,} parameters, torch
 {facts["torch"]}, CPU. A worker holds {facts["whole_bytes"] / 1e6:.0f} MB in all: parameters and the
-optimizer's state. A rank holds its rows of every layer, and of the layers of its lane a whole copy
+optimizer's state. A rank holds its rows of every layer, and of the layers that it owns a whole copy
 and the state. The bound is twice the sum of a fair share of the whole and of the largest layer's
 matrix.
 
@@ -124,8 +125,8 @@ def main() -> int:
         (options.out / "sharded.md").write_text(text)
         return 0
     workers = Workers()
-    return workers.finish(lambda: job(options, workers))
+    return workers.run(lambda: job(options, workers))
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -19,7 +19,7 @@ from ef21_muon import EF21Muon
 from ef21_muon.compressors.base import Compressor
 from ef21_muon.norms.lmo import AdaptiveRadius, Norm
 from scripts.theory.problems import Valley
-from training.workers import leave
+from training.workers import exit_process
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _join(rank: int, count: int, directory: str, work: Callable, arguments: tupl
     if rank == 0:
         torch.save(result, Path(directory) / "result.pt")
     dist.destroy_process_group()
-    leave(0)
+    exit_process(0)
 
 
 def muon(

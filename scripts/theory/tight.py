@@ -228,7 +228,7 @@ One agent needs no feedback: what it is for are several, of whom each compresses
 L-smooth and mu-strongly convex functions (kappa = L / mu) and compressors with ||C(x) - x||^2 <=
 eps ||x||^2: as published (arXiv:2506.05271, by its code's certificates), as the largest of one
 round that a search found, and as `EF21Muon` runs on its worst parabola. The functions V and the
-methods are told at the head of the script; s = sqrt(eps).
+methods are described at the head of the script; s = sqrt(eps).
 
 ![Rates against eps, and against the step](tight.png)
 

@@ -103,13 +103,16 @@ def ours(
 
 
 def local(
-    w2s: Compressors = UNCOMPRESSED, s2w: Compressors = UNCOMPRESSED, every: int = STEPS, **options
+    w2s: Compressors = UNCOMPRESSED,
+    s2w: Compressors = UNCOMPRESSED,
+    sync_every: int = STEPS,
+    **options,
 ) -> Callable[[Parameters], LocalSteps]:
     """Builds local steps of EF21Muon, a round in all STEPS, with these compressors and options."""
 
     def build(parameters: Parameters) -> LocalSteps:
         inner = ours(process_group=ALONE)(parameters)
-        return LocalSteps(inner, every, w2s=w2s, s2w=s2w, **options)
+        return LocalSteps(inner, sync_every, w2s=w2s, s2w=s2w, **options)
 
     return build
 

@@ -171,7 +171,7 @@ def test_a_message_holds_the_k_largest_of_every_chunk(m, n, chunk, k):
 
 @given(m=SIDES, n=SIDES, chunk=st.integers(1, 20), k=st.integers(1, 50))
 def test_indices_take_few_bytes(m, n, chunk, k):
-    """At least what tells the k places in every chunk apart, at most indices of fixed width."""
+    """At least what distinguishes the k places in every chunk, at most indices of fixed width."""
     chunks = chunks_of(m, n, chunk, k)
     distinct = log2(comb(chunks.size, chunks.k))
     assert 8 * chunks.index_bytes >= chunks.count * distinct

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from ef21_muon.fleet.admission import Card, FleetRefused, differing_from, refusals
-from ef21_muon.fleet.verdict import REFUSALS, Verdicts, far_off
+from ef21_muon.fleet.verdict import REFUSALS, MessageChecks, far_off
 from ef21_muon.transport.reach import Place, cut_off
 
 RUN = {"optimizer.lr": "0.01", "steps": "600"}
@@ -17,8 +17,10 @@ FAR_PLACE = Place("far", "10.0.0.2", "far")
 DEBIAN = Place("debian", "127.0.1.1", "debian")
 
 
-def card(worker, since=0.0, met=False, built=RUN, place=None, process=1):
-    return Card(worker, process, since, met, built, place or Place("near", "10.0.0.1", "near"))
+def card(worker, since=0.0, has_synced=False, built=RUN, place=None, process=1):
+    return Card(
+        worker, process, since, has_synced, built, place or Place("near", "10.0.0.1", "near")
+    )
 
 
 ALREADY = "there is worker 0 on near (process 1) already: give this one another number"
@@ -27,15 +29,15 @@ LOOPBACK = "worker 1 on debian (process 1) would listen at 127.0.1.1, which is n
 CASES = {
     "alike": ([card(0), card(1), card(2)], {}),
     "the later of a number": ([card(0, 1.0), card(0, 2.0), card(1)], {1: ALREADY}),
-    "its clock is ahead": ([card(0, 9.0, met=True), card(0, 2.0), card(1)], {1: ALREADY}),
+    "its clock is ahead": ([card(0, 9.0, has_synced=True), card(0, 2.0), card(1)], {1: ALREADY}),
     "three of a number": ([card(0, 3.0), card(0, 1.0), card(0, 2.0)], {0: ALREADY, 2: ALREADY}),
     "an equal run": (
-        [card(n, since, met=since < 5) for n in (0, 1) for since in (1.0, 9.0)],
+        [card(n, since, has_synced=since < 5) for n in (0, 1) for since in (1.0, 9.0)],
         {1: ALREADY, 3: ALREADY.replace("worker 0", "worker 1")},
     ),
     "another run, later": ([card(0), card(1), card(2, built=OTHER)], {2: ANOTHER + "0.02 (theirs"}),
     "another run of more workers": (
-        [card(0, met=True), card(0, built=OTHER), card(1, built=OTHER)],
+        [card(0, has_synced=True), card(0, built=OTHER), card(1, built=OTHER)],
         {1: ANOTHER + "0.02 (theirs 0.01)", 2: ANOTHER + "0.02 (theirs 0.01)"},
     ),
     "two runs at once": (
@@ -47,7 +49,7 @@ CASES = {
         {1: ALREADY, 2: ANOTHER},
     ),
     "127.0.1.1": ([card(0), card(1, place=DEBIAN)], {1: LOOPBACK}),
-    "127.0.1.1 was there first": ([card(0), card(1, met=True, place=DEBIAN)], {0: LOOPBACK}),
+    "127.0.1.1 was there first": ([card(0), card(1, has_synced=True, place=DEBIAN)], {0: LOOPBACK}),
     "one machine of 127.0.1.1": ([card(0, place=DEBIAN), card(1, place=DEBIAN)], {}),
     "several machines": ([card(0), card(1, place=FAR_PLACE)], {}),
     "an interface is named": ([card(0), card(1, place=replace(FAR_PLACE, address=None))], {}),
@@ -96,25 +98,25 @@ NAN, HUGE = math.nan, math.inf
 def test_what_is_not_finite_is_refused_and_what_is_far_longer_is_named(
     squares, refused, far, caplog
 ):
-    verdicts = Verdicts(0)
+    checks = MessageChecks(0)
     with caplog.at_level(logging.WARNING, "ef21_muon"):
-        found, notes = verdicts.of(squares, 30, all_workers=False)
+        found, notes = checks.check(squares, 30, all_workers=False)
         assert found == refused and [*far_off(squares)] == far
         assert [note.split("'")[0] for note in notes] == [f"worker {n}" for n in refused + far]
         assert len(caplog.records) == len(notes)
-        verdicts.of(squares, 60, all_workers=False)  # what is far off is said once
+        checks.check(squares, 60, all_workers=False)  # what is far off is said once
         assert len(caplog.records) == 2 * len(refused) + len(far)
 
 
 def test_a_worker_that_is_refused_in_a_row_ends_and_so_do_all_together():
-    verdicts = Verdicts(1)
+    checks = MessageChecks(1)
     for square in (NAN, NAN, 1.0, NAN, NAN):
-        verdicts.of({0: 1.0, 1: square}, 30, all_workers=True)
+        checks.check({0: 1.0, 1: square}, 30, all_workers=True)
     with pytest.raises(FleetRefused, match=f"worker 1's messages were not finite {REFUSALS} times"):
-        verdicts.of({0: 1.0, 1: NAN}, 60, all_workers=True)
-    Verdicts(0).of({0: NAN}, 30, all_workers=False)  # others have just come
+        checks.check({0: 1.0, 1: NAN}, 60, all_workers=True)
+    MessageChecks(0).check({0: NAN}, 30, all_workers=False)  # others have just come
     with pytest.raises(FleetRefused, match="no worker's message is finite after step 30: lower"):
-        Verdicts(0).of({0: NAN, 1: HUGE}, 30, all_workers=True)
+        MessageChecks(0).check({0: NAN, 1: HUGE}, 30, all_workers=True)
 
 
 def names(monkeypatch, **addresses):

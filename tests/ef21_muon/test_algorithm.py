@@ -22,8 +22,8 @@ from workers.rounds import (
 )
 
 COMPRESSORS = {
-    "identity": reference.dense(reference.float32),
-    "nearest": reference.dense(reference.natural),
+    "identity": reference.quantize(reference.float32),
+    "nearest": reference.quantize(reference.natural),
     "topk": reference.top_k(FRACTION, reference.float32),
     "topk nearest": reference.top_k(FRACTION, reference.natural),
     "rank": reference.rank_k(FRACTION, reference.float32),
@@ -225,7 +225,7 @@ def test_parameters_that_differ_between_ranks_are_refused(recordings, workers, d
 
 
 @pytest.mark.parametrize(
-    ("habit", "told"),
+    ("habit", "message"),
     [
         ("too early", "ranks where there were 1 when the optimizer was built, which would send"),
         ("in DDP", "the model is in DistributedDataParallel, which sends whole gradients beside"),
@@ -233,10 +233,10 @@ def test_parameters_that_differ_between_ranks_are_refused(recordings, workers, d
 )
 @pytest.mark.parametrize("workers", [2, 3])
 def test_other_processes_than_it_was_built_for_are_told_by_every_rank(
-    recordings, workers, habit, told
+    recordings, workers, habit, message
 ):
     for errors in recordings[workers][2]:
-        assert told in errors[habit]
+        assert message in errors[habit]
 
 
 @pytest.mark.parametrize("workers", [2, 3])
@@ -254,8 +254,8 @@ def test_all_workers_skip_the_step_in_which_one_gradient_overflows(recordings, w
 @pytest.mark.parametrize("workers", [2, 3])
 def test_numbers_of_groups_that_differ_between_ranks_are_told(recordings, workers, entry):
     for errors in recordings[workers][2]:
-        told = errors[entry]
-        assert told.startswith(f"{entry} of group 0 is ") and f"on rank {workers - 1}: " in told
+        found = errors[entry]
+        assert found.startswith(f"{entry} of group 0 is ") and f"on rank {workers - 1}: " in found
 
 
 @pytest.mark.parametrize("workers", [2, 3])
@@ -267,6 +267,6 @@ def test_the_state_of_all_ranks_goes_on_from_one_file(recordings, workers):
 @pytest.mark.parametrize("workers", [2, 3])
 def test_another_ranks_state_and_a_part_of_one_are_refused(recordings, workers):
     for rank, errors in enumerate(recordings[workers][2]):
-        told = f"the state is of rank 0 (here {rank}): load it where it was saved, on every rank"
-        assert errors["rank 0's state"].startswith(told if rank else "no error")
+        message = f"the state is of rank 0 (here {rank}): load it where it was saved, on every rank"
+        assert errors["rank 0's state"].startswith(message if rank else "no error")
         assert errors["a part of it"].startswith("the state lacks what it is of, its counters")

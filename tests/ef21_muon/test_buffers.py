@@ -1,4 +1,4 @@
-"""Running statistics, averaged or told of; see tests/support/workers/running_statistics.py."""
+"""Running statistics, averaged or reported; see tests/support/workers/running_statistics.py."""
 
 import json
 
@@ -27,8 +27,8 @@ def reports(tmp_path_factory):
 def test_a_batch_has_one_loss_on_all_workers(reports, name):
     losses = [report[f"{name} True"]["loss"] for report in reports]
     assert losses[0] == losses[1]
-    parted = [report[f"{name} False"]["loss"] for report in reports]
-    assert parted[0] != pytest.approx(parted[1], rel=0.02)
+    diverged = [report[f"{name} False"]["loss"] for report in reports]
+    assert diverged[0] != pytest.approx(diverged[1], rel=0.02)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -79,9 +79,9 @@ def test_the_end_of_a_training_is_a_round_of_them(reports):
 
 
 def test_those_that_differ_at_first_are_named(reports):
-    told = "1.running_mean differs between rank 0 and rank 1: all workers hold the same"
+    message = "1.running_mean differs between rank 0 and rank 1: all workers hold the same"
     for report in reports:
-        assert report["parted"].startswith(told)
+        assert report["diverged"].startswith(message)
 
 
 @pytest.mark.parametrize("buffers", [True, "model", [torch.zeros(3)]])
@@ -161,7 +161,7 @@ def test_running_statistics_of_the_trained_model_are_named(name):
     make, expected = MODULES[name]
     model = nn.Sequential(nn.Linear(3, 4), make(), nn.Linear(4, 1))
     other = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False))
-    layers = [Layer(n, p, p.numel(), "refuse") for n, p in model.named_parameters()]
+    layers = [Layer(n, p, p.numel(), "error") for n, p in model.named_parameters()]
     found = own_statistics(layers, None)
     assert len(found) == len(expected) and (found == expected or ... in expected)
     assert own_statistics(layers, model) == [] and len(own_statistics(layers, other)) == len(found)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import Parameter
 
 from ef21_muon import ALONE, EF21Muon, LocalSteps, WorkerMesh
-from ef21_muon.compressors import TopK
+from ef21_muon.compressors import Identity, TopK
 from ef21_muon.correction import PARTS
 from ef21_muon.norms import Euclidean
 
@@ -62,10 +62,10 @@ def transcription(kind, gamma, back):
 def ours(kind, gamma, back, **options):
     """The same by EF21Muon."""
     parameter = Parameter(torch.zeros(SHAPE))
-    s2w = TopK(0.3) if back else None
+    s2w = TopK(0.3) if back else Identity()
     optimizer = EF21Muon(
-        [parameter], lr=LR, momentum=1 - BETA, norm=Euclidean(), w2s=TopK(0.3), s2w=s2w, momentum_kind=kind,
-        gamma=gamma, **options,
+        [parameter], lr=LR, momentum=1 - BETA, norm=Euclidean(), w2s=TopK(0.3), s2w=s2w,
+        momentum_kind=kind, gamma=gamma, **options,
     )  # fmt: skip
     models, calls = [], 0
     for k in range(ROUNDS):
@@ -124,7 +124,7 @@ def test_the_differenced_hessian_is_nearly_the_exact_one():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_without_a_closure_is_refused(kind):
     parameter = Parameter(torch.ones(SHAPE))
-    optimizer = EF21Muon([parameter], momentum=kind)
+    optimizer = EF21Muon([parameter], momentum_kind=kind)
     parameter.grad = torch.ones(SHAPE)
     with pytest.raises(RuntimeError, match=r"every batch twice: call step\(closure\) with"):
         optimizer.step()
@@ -140,28 +140,28 @@ def test_the_model_before_is_kept(kind):
 
 
 @pytest.mark.parametrize(
-    "build, told",
+    "build, message",
     [
         (
             lambda p: EF21Muon([p], momentum_kind="nag"),
-            "momentum='nag' is not allowed: choose polyak, ",
+            "momentum_kind='nag' is not allowed: choose polyak, ",
         ),
         (
             lambda p: EF21Muon([p], momentum_kind="mvr1"),
-            "momentum='mvr1' is not allowed: choose polyak, ",
+            "momentum_kind='mvr1' is not allowed: choose polyak, ",
         ),
         (lambda p: EF21Muon([p], gamma=-1.0), "gamma=-1.0 is not allowed: give a number of at le"),
         (
             lambda p: LocalSteps(EF21Muon([p], momentum_kind="mvr", process_group=ALONE)),
-            "inner=EF21Muon with momentum_kind='mvr' needs a closure in every step: give momentum='po",
+            "inner=EF21Muon with momentum_kind='mvr' needs a closure in every step: give momen",
         ),
         (
             lambda p: EF21Muon([p], momentum_kind="hessian", mesh=WorkerMesh([p], 1)),
-            "momentum_kind='hessian' is not allowed with workers of several ranks, of which each has a",
+            "momentum_kind='hessian' is not allowed with workers of several ranks, ",
         ),
     ],
 )
-def test_what_cannot_be_corrected_is_refused(process_group, build, told):
+def test_what_cannot_be_corrected_is_refused(process_group, build, message):
     with pytest.raises(ValueError) as error:
         build(Parameter(torch.ones(SHAPE)))
-    assert str(error.value).startswith(told)
+    assert str(error.value).startswith(message)

@@ -35,7 +35,7 @@ COMPRESSORS = {
     "smooth": Quantize("rowcol4"),
     "bfloat16": Quantize("bfloat16"),
     "statistical": Quantize("statistical4"),
-    "dropout": Bernoulli(TopK(0.3), 0.5),
+    "bernoulli": Bernoulli(TopK(0.3), 0.5),
     "fitted": QuantizedRank(0.3),
     "randk": RandK(0.3, "natural4"),
     "rank": RankK(0.3, "int4"),

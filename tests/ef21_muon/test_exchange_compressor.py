@@ -24,12 +24,12 @@ METHODS = {
         EF21Muon(p, process_group=ALONE), sync_every=2, w2s=w2s, outer_momentum=0.5
     ),
     "local, ef21": lambda p, w2s: LocalSteps(sgd(p), sync_every=2, w2s=w2s, feedback="ef21"),
-    "local, stagger": lambda p, w2s: LocalSteps(sgd(p), sync_every=8, w2s=w2s, streaming=True),
+    "local, streaming": lambda p, w2s: LocalSteps(sgd(p), sync_every=8, w2s=w2s, streaming=True),
     "averaged": lambda p, w2s: AveragedGradients(sgd(p), w2s=w2s),
 }
-EVERY = {"local": 2, "local, ef21": 2, "local, stagger": 8}
+EVERY = {"local": 2, "local, ef21": 2, "local, streaming": 8}
 FIRST = TopK(0.2)
-LATER = {"rank": RankK(0.4, "natural"), "dense": Quantize("int4"), "identity": Identity()}
+LATER = {"rank": RankK(0.4, "natural"), "quantize": Quantize("int4"), "identity": Identity()}
 
 
 def trained(method, steps, w2s=FIRST):
@@ -157,12 +157,12 @@ REFUSED = {  # how it is built, the steps before, what is given, and what is sai
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_go_on_is_refused_and_nothing_changes(case):
-    make, steps, given, told = REFUSED[case]
+    make, steps, given, message = REFUSED[case]
     model = layer()
     optimizer = make(list(model.parameters()))
     take_steps(model, optimizer, steps)
     other_model, other = copy.deepcopy((model, optimizer))
-    with pytest.raises(ValueError, match=told) as error:
+    with pytest.raises(ValueError, match=message) as error:
         optimizer.exchange_compressor(*given)
     assert "\n" not in str(error.value)
     take_steps(model, optimizer, 3, first=steps)

@@ -24,7 +24,7 @@ from run import PATIENCE
 from ef21_muon import LocalSteps
 from ef21_muon.compressors import Quantize, TopK
 from ef21_muon.fleet import Fleet, FleetRefused, connections, members
-from ef21_muon.fleet.verdict import HEAD
+from ef21_muon.fleet.verdict import HEADER
 
 EVERY = 3
 
@@ -72,11 +72,11 @@ def test_undisturbed_they_are_the_mean_of_their_steps(momentum):
     with lighthouse(3) as url, crew.workers(url, range(3), outer_momentum=momentum) as workers:
         train_all(workers, until=12)
         expected = simulated(dict.fromkeys(range(4), (0, 1, 2)), 12, momentum)
-        assert workers[0].agreed.keys() == expected.keys()
+        assert workers[0].global_params.keys() == expected.keys()
         for worker in workers:
             for step, model in expected.items():
-                torch.testing.assert_close(worker.agreed[step], model, rtol=0, atol=1e-5)
-                assert torch.equal(worker.agreed[step], workers[0].agreed[step])
+                torch.testing.assert_close(worker.global_params[step], model, rtol=0, atol=1e-5)
+                assert torch.equal(worker.global_params[step], workers[0].global_params[step])
             assert worker.fleet.synced_steps == 36
 
 
@@ -91,7 +91,7 @@ def test_what_a_round_takes_is_counted():
             assert met == 3 and all(one.tries == 1 for one in worker.fleet.quorums)
             assert optimizer.w2s_bytes == met * size
             assert optimizer.received_bytes == met * 2 * size
-            assert optimizer.wire_tx_bytes == met * 2 * (size + HEAD.size)
+            assert optimizer.wire_tx_bytes == met * 2 * (size + HEADER.size)
 
 
 def test_they_go_on_without_one_and_one_joins_them():
@@ -120,9 +120,9 @@ def test_they_go_on_without_one_and_one_joins_them():
             expected = simulated(counted, 18, 0.6)
             for worker in (*workers[:2], joiner):
                 assert worker.error is None
-                for step, model in worker.agreed.items():
+                for step, model in worker.global_params.items():
                     torch.testing.assert_close(model, expected[step], rtol=0, atol=1e-5)
-                assert torch.equal(worker.agreed[18], joiner.agreed[18])
+                assert torch.equal(worker.global_params[18], joiner.global_params[18])
                 assert worker.fleet.synced_steps == EVERY * sum(map(len, counted.values()))
             assert joiner.fleet.quorums[0].healed
             assert joiner.fleet.state() == workers[0].fleet.state()
@@ -140,7 +140,7 @@ def test_another_history_is_noticed_and_never_averaged(table):
         diverged = [place for place, one in enumerate(met) if one.diverged]
         assert len(diverged) == 1 and met[diverged[0]].healed
         for step in (9, 12, 15):
-            models = [one.agreed[step] for one in workers if step in one.agreed]
+            models = [one.global_params[step] for one in workers if step in one.global_params]
             assert len(models) >= 2
             assert all(torch.equal(model, models[0]) for model in models)
         assert not any(one.diverged for one in workers[0].fleet.quorums)
@@ -148,7 +148,7 @@ def test_another_history_is_noticed_and_never_averaged(table):
 
 def test_a_lighthouse_that_starts_again_is_waited_for(monkeypatch, caplog):
     monkeypatch.setattr(connections, "SILENCE", 0.3)
-    monkeypatch.setattr(connections, "LOOK", 0.2)
+    monkeypatch.setattr(connections, "CHECK_EVERY", 0.2)
     port = free_port()
     first = LighthouseProcess(2, port)
     url = f"http://localhost:{port}"
@@ -171,8 +171,8 @@ def test_a_lighthouse_that_starts_again_is_waited_for(monkeypatch, caplog):
         assert caplog.messages == lines + [f"the lighthouse {url} answers"] * 2
         expected = simulated(dict.fromkeys(range(4), (0, 1)), 12)
         for worker in workers:
-            assert torch.equal(worker.agreed[12], workers[0].agreed[12])
-            torch.testing.assert_close(worker.agreed[12], expected[12], rtol=0, atol=1e-5)
+            assert torch.equal(worker.global_params[12], workers[0].global_params[12])
+            torch.testing.assert_close(worker.global_params[12], expected[12], rtol=0, atol=1e-5)
 
 
 def test_what_waits_can_be_ended():
@@ -209,7 +209,7 @@ def test_a_whole_fleet_goes_on_from_the_newest_round_of_any():
     with lighthouse(2) as url:
         with crew.workers(url, range(2), outer_momentum=0.6) as workers:
             train_all(workers, until=12, before_step=keep)
-            expected = workers[0].agreed
+            expected = workers[0].global_params
         with crew.workers(url, range(2), outer_momentum=0.6) as workers:
             for worker in workers:
                 of_model, of_optimizer, of_fleet = states[worker.number]
@@ -218,10 +218,10 @@ def test_a_whole_fleet_goes_on_from_the_newest_round_of_any():
                 worker.fleet.load_state(of_fleet)
             train_all(workers, until=12)
             assert workers[1].fleet.quorums[0].healed
-            assert torch.equal(workers[0].agreed[12], workers[1].agreed[12])
+            assert torch.equal(workers[0].global_params[12], workers[1].global_params[12])
             assert workers[0].fleet.synced_steps == 24
             # The one behind was at W after two rounds, and has made its third anew.
-            assert not torch.equal(workers[0].agreed[12], expected[9])
+            assert not torch.equal(workers[0].global_params[12], expected[9])
 
 
 def test_what_is_remembered_of_a_lost_message_is_forgotten():
@@ -229,7 +229,7 @@ def test_what_is_remembered_of_a_lost_message_is_forgotten():
         train_all(workers, until=6)
         optimizer = workers[0].optimizer
         assert any(batch.state["error"].any() for batch in optimizer.batches)
-        workers[0].fleet.shared.take(workers[1].fleet.shared.state())
+        workers[0].fleet.shared.adopt(workers[1].fleet.shared.state())
         assert not any(batch.state["error"].any() for batch in optimizer.batches)
 
 
@@ -266,8 +266,8 @@ def test_who_is_lost_in_the_last_round_comes_to_the_same_end():
                 assert all(torch.equal(model, found[0]) for model in found)
                 rounds = [(0, 1, 2)] * 3 + [(0, 1)] * (-(-until // EVERY) - 3)
                 steps = [min(EVERY, until - EVERY * place) for place in range(len(rounds))]
-                told = sum(len(who) * length for who, length in zip(rounds, steps, strict=True))
-                assert {w.fleet.synced_steps for w in (*workers[:2], late)} == {told}
+                synced = sum(len(who) * length for who, length in zip(rounds, steps, strict=True))
+                assert {w.fleet.synced_steps for w in (*workers[:2], late)} == {synced}
 
 
 def test_one_that_stands_still_in_a_message_is_not_waited_for_as_long_as_a_state_takes(monkeypatch):
@@ -291,7 +291,7 @@ def test_one_that_stands_still_in_a_message_is_not_waited_for_as_long_as_a_state
         assert time.monotonic() - start < 60
         assert [worker.error for worker in workers] == [None, None]
         assert max(one.tries for one in workers[0].fleet.quorums) > 1
-        assert torch.equal(workers[0].agreed[12], workers[1].agreed[12])
+        assert torch.equal(workers[0].global_params[12], workers[1].global_params[12])
 
 
 def test_after_any_number_of_tries_a_message_is_waited_for_in_vain_no_longer_than_a_clock_has():
@@ -325,14 +325,14 @@ def test_another_run_is_another_history():
 REFUSED = {
     "server": ({"server": "sharded"}, "server='sharded' is not allowed"),
     "streaming": ({"streaming": True}, "^streaming=True is not allowed"),
-    "delay": ({"sync_delay": 1}, "^delay=1 is not allowed"),
+    "sync_delay": ({"sync_delay": 1}, "^sync_delay=1 is not allowed"),
     "both": (
         {"streaming": True, "sync_delay": 1},
         "^streaming=True with sync_delay=1 is not allowed",
     ),
     "feedback": ({"feedback": "ef21"}, "feedback='ef21' is not allowed"),
     "s2w": ({"s2w": TopK(0.5)}, "s2w"),
-    "every": ({"sync_every": 0}, "every=0 is not allowed"),
+    "sync_every": ({"sync_every": 0}, "sync_every=0 is not allowed"),
 }
 
 
@@ -359,7 +359,7 @@ def test_alone_it_is_local_steps():
             gradient(model, 0, step)
             optimizer.step()
         with optimizer.global_params():
-            assert torch.equal(parameters_of(model), worker.agreed[12])
+            assert torch.equal(parameters_of(model), worker.global_params[12])
 
 
 ENDS = """

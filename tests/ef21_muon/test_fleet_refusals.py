@@ -83,8 +83,8 @@ def test_what_is_not_finite_counts_for_nobody_and_its_sender_begins_anew(how, w2
             assert [note in one.notes for one in worker.fleet.quorums][1:3] == [False, True]
             assert worker.fleet.synced_steps == 33
             for step in (3, 6, 9, 12):
-                assert worker.agreed[step].isfinite().all()
-                assert torch.equal(worker.agreed[step], workers[0].agreed[step])
+                assert worker.global_params[step].isfinite().all()
+                assert torch.equal(worker.global_params[step], workers[0].global_params[step])
         assert torch.isfinite(parameters_of(workers[1].model)).all()
     assert caplog.text.count("step 6: worker 1's message is not finite") == 3  # one on each
 
@@ -95,7 +95,7 @@ def test_it_ends_after_the_third_time_in_a_row_and_the_others_do_not():
         errors = everyone(workers, 15, breaks(1, steps, parameters_become(torch.nan)))
         assert isinstance(errors[1], FleetRefused) and errors[::2] == [None, None]
         assert "worker 1's messages were not finite 3 times" in str(errors[1])
-        assert torch.equal(workers[0].agreed[15], workers[2].agreed[15])
+        assert torch.equal(workers[0].global_params[15], workers[2].global_params[15])
         assert workers[0].fleet.synced_steps == 3 * 10
 
 
@@ -108,8 +108,8 @@ def test_of_two_histories_that_of_finite_numbers_goes_on(number):
 
     with lighthouse(2) as url, crew.workers(url, range(2)) as workers:
         assert everyone(workers, 12, breaks(number, (4,), how)) == [None, None]
-        assert torch.equal(workers[0].agreed[12], workers[1].agreed[12])
-        assert workers[0].agreed[12].isfinite().all()
+        assert torch.equal(workers[0].global_params[12], workers[1].global_params[12])
+        assert workers[0].global_params[12].isfinite().all()
         assert sum(one.diverged for one in workers[number].fleet.quorums) == 1
 
 
@@ -125,7 +125,7 @@ def test_where_no_message_is_finite_all_end_with_w_as_it_was():
         assert all("no worker's message is finite after step 6" in str(error) for error in errors)
         for worker in workers:
             with worker.optimizer.global_params():
-                assert torch.equal(parameters_of(worker.model), workers[0].agreed[3])
+                assert torch.equal(parameters_of(worker.model), workers[0].global_params[3])
 
 
 def test_a_message_far_longer_than_the_others_is_named_and_counts(caplog):
@@ -185,17 +185,17 @@ NEWCOMERS = {
 
 @pytest.mark.parametrize(("newcomer", "reason"), NEWCOMERS.values(), ids=NEWCOMERS)
 def test_who_does_not_belong_is_told_why_and_costs_the_others_one_quorum(newcomer, reason):
-    come, told = threading.Event(), threading.Event()
+    come, reported = threading.Event(), threading.Event()
 
     def wait(worker):
         if worker.optimizer.steps == 7 and not come.is_set():
-            told.set()
+            reported.set()
             come.wait(PATIENCE)
 
     with lighthouse(2) as url, crew.workers(url, range(2), run=RUN) as workers:
         crew.enter(workers)
         threads = [worker.start(18, before_step=wait) for worker in workers]
-        told.wait(PATIENCE)
+        reported.wait(PATIENCE)
         other = newcomer(url)
         thread = other.start(18)
         while other.fleet.members.manager is None:
@@ -213,7 +213,7 @@ def test_who_does_not_belong_is_told_why_and_costs_the_others_one_quorum(newcome
             assert all(one.messages == 2 for one in list(worker.fleet.quorums)[1:])
             notes = [note for one in worker.fleet.quorums for note in one.notes]
             assert len(notes) == 1 and "is refused" in notes[0]
-            assert torch.equal(worker.agreed[18], workers[0].agreed[18])
+            assert torch.equal(worker.global_params[18], workers[0].global_params[18])
 
 
 @pytest.mark.parametrize("numbers", [(0, 0, 1), (0, 1, 0, 1)])
@@ -238,7 +238,7 @@ def test_a_worker_that_starts_again_at_once_is_not_taken_for_another():
             again.train(until=18)
             thread.join(PATIENCE)
             assert workers[0].error is None
-            assert torch.equal(again.agreed[18], workers[0].agreed[18])
+            assert torch.equal(again.global_params[18], workers[0].global_params[18])
 
 
 @pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])
@@ -274,9 +274,7 @@ def test_where_workers_are_to_meet_is_named_if_only_one_machine_has_it(
     port = free_port() if rank else store.port
     with pytest.raises(dist.DistError) as caught:
         group.configure(f"{address}:{port}/torchft/1/0", "worker", rank, 2, 1, 0, 1, [0, 1])
-    found = (
-        f"they are to meet at {address}:{port}, which other machines do not reach: where workers"
-    )
+    found = f"the workers' store is at {address}:{port}, which other machines do not reach: if "
     assert (found in str(caught.value)) == named
     assert ("give each its address there, membership.host=ADDRESS (" in str(caught.value)) == named
 

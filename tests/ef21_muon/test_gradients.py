@@ -81,10 +81,10 @@ def test_a_missing_gradient_is_zero_where_that_was_asked_for(method):
         assert torch.equal(found, results[0][name])
 
 
-@pytest.mark.parametrize("momentum", EVALUATING)
-def test_both_gradients_of_a_batch_may_lack_a_parameters(momentum):
+@pytest.mark.parametrize("kind", EVALUATING)
+def test_both_gradients_of_a_batch_may_lack_a_parameters(kind):
     model = new_model()
-    optimizer = EF21Muon(model.named_parameters(), momentum=momentum, missing_grad="zero")
+    optimizer = EF21Muon(model.named_parameters(), momentum_kind=kind, missing_grad="zero")
     before = values(model)
     for branch in ("one", "one", "other"):
         optimizer.step(lambda branch=branch: backward(model, branch))
@@ -98,14 +98,14 @@ def test_a_step_on_nothing_is_refused(method):
     model = new_model()
     closure = CLOSURES.get(method)
     if method in EVALUATING:
-        optimizer = EF21Muon(model.named_parameters(), momentum=method, missing_grad="zero")
+        optimizer = EF21Muon(model.named_parameters(), momentum_kind=method, missing_grad="zero")
         closure = model.zero_grad
     else:
         optimizer = METHODS[method](model.named_parameters(), missing_grad="zero")
     before = values(model)
-    told = r"^none of the (parameters of \w+|inner optimizer's parameters) has a gradient"
+    message = r"^none of the (parameters of \w+|inner optimizer's parameters) has a gradient"
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=told) as error:
+        with pytest.raises(RuntimeError, match=message) as error:
             optimizer.step(closure)
         assert "\n" not in str(error.value)
     for name, parameter in model.named_parameters():
@@ -124,13 +124,13 @@ def test_an_inner_optimizer_may_have_none_of_its_gradients():
     assert optimizer.round == 1
 
 
-@pytest.mark.parametrize("missing", ["refuse", "zero"])
+@pytest.mark.parametrize("missing", ["error", "zero"])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in CLOSURES])
 def test_a_sparse_gradient_is_named(method, scaled, missing):
     model = new_model(sparse=True)
     named = without(model, "other")
-    optimizer = METHODS[method](named, missing=missing)
+    optimizer = METHODS[method](named, missing_grad=missing)
     before = values(model)
     scaler = torch.amp.GradScaler("cpu", enabled=scaled)
     backward(model, scale=scaler.scale)

@@ -180,9 +180,9 @@ def test_a_worker_that_was_away_begins_anew_from_what_the_others_share(name):
     with torch.no_grad():
         for table in there.transport.shared.tensors():
             table.add_(0.1)
-    there.go_on_after(60)
+    there.resume_after(60)
     take(model, away, 3)
-    away.transport.shared.take(there.transport.shared.state())
+    away.transport.shared.adopt(there.transport.shared.state())
     assert away.steps == 60
     fresh_model = copy.deepcopy(model)
     fresh = MAKE[name](list(fresh_model.parameters()))

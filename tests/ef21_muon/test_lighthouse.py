@@ -24,17 +24,17 @@ def test_each_time_it_is_away_for_long_one_line_says_so_and_one_that_it_answers(
     for _ in range(2):
         clock = iter(times)
         monkeypatch.setattr(connections.time, "monotonic", lambda clock=clock: next(clock))
-        assert [lighthouse.is_away() for _ in times] == [0, 5, 10, 15, 30]
+        assert [lighthouse.note_silence() for _ in times] == [0, 5, 10, 15, 30]
         monkeypatch.undo()
-        lighthouse.answers()
+        lighthouse.note_answer()
     away = f"no answer of the lighthouse {URL} so far: waiting for it"
     assert caplog.messages == ([] if quiet else [away, f"the lighthouse {URL} answers"] * 2)
 
 
 def test_a_short_absence_is_not_worth_a_line(caplog):
     lighthouse = Lighthouse(URL, quiet=False)
-    assert lighthouse.is_away() == 0 and lighthouse.is_away() < 1
-    lighthouse.answers()
+    assert lighthouse.note_silence() == 0 and lighthouse.note_silence() < 1
+    lighthouse.note_answer()
     assert not caplog.messages
 
 
@@ -75,14 +75,14 @@ def test_the_thread_that_asks_for_a_quorum_has_the_models_device(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     device = torch.device("cuda", 1)
-    thread = connections.ask(threading.current_thread, device).result(PATIENCE)
+    thread = connections.in_daemon(threading.current_thread, device).result(PATIENCE)
     assert set_in == [(device, thread)] and thread is not threading.current_thread()
 
-    def ask(call, device):
+    def in_daemon(call, device):
         asked.append(device)
-        return connections.ask(call, device)
+        return connections.in_daemon(call, device)
 
-    monkeypatch.setattr(members, "ask", ask)
+    monkeypatch.setattr(members, "in_daemon", in_daemon)
     with lighthouse(1) as url, crew.workers(url, [0]) as (worker,):
         worker.train(until=3)
     assert set(asked) == {torch.device("cpu")} and len(set_in) == 1

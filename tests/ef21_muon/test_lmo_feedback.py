@@ -60,7 +60,7 @@ def step(parameter, optimizer, k):
 def test_steps_are_those_of_the_definition(name, sent, decay):
     norm, lmo = LMOS[name]
     fraction = {"all": 1.0, "a third": 1 / 3}[sent]
-    w2s = None if sent == "all" else TopK(fraction)
+    w2s = "identity" if sent == "all" else TopK(fraction)
     parameter, optimizer = build(norm=norm, w2s=w2s, weight_decay=decay)
     compress = reference.top_k(fraction, reference.float32)
     for k, (model, error) in enumerate(transcription(lmo, compress, decay)):

@@ -44,21 +44,21 @@ def gradient(model, worker):
     return result
 
 
-def turns(layout, every, stagger):
+def turns(layout, every, streaming):
     """Of every layer the step in a round by which the bytes up to its own are due."""
     sizes = [len(names) * size for names, size in layout]
     result = {}
     for place, (names, _) in enumerate(layout):
         share = sum(sizes[: place + 1]) / sum(sizes)
         turn = next(step for step in range(every) if (step + 1) / every >= share - 1e-12)
-        result |= dict.fromkeys(names, turn if stagger else every - 1)
+        result |= dict.fromkeys(names, turn if streaming else every - 1)
     return result
 
 
 def simulate(case, layout, workers, steps=STEPS):
     """x_j and W after every step, and after the end of an unfinished round."""
     options = dict(CASES[case])
-    every, stagger = options.pop("every", EVERY), options.pop("stagger", False)
+    every, streaming = options.pop("sync_every", EVERY), options.pop("streaming", False)
     replicated = options.pop("server", "sharded") == "replicated" or workers == 1
     inner = INNER[options.pop("inner", "sgd")]
     if options.pop("mean", "all") == "senders":
@@ -71,16 +71,16 @@ def simulate(case, layout, workers, steps=STEPS):
         gradient,
         inner,
         every,
-        turns(layout, every, stagger),
+        turns(layout, every, streaming),
         ways=1 if replicated else 2,
         **options,
     )
-    local, agreed = [], []
+    local, shared = [], []
     for step in range(steps + (steps % EVERY > 0)):
         simulation.step() if step < steps else simulation.final_sync()
         local.append([flat(model) for model in simulation.models])
-        agreed.append(flat(simulation.shared))
-    return np.array(local), np.array(agreed)
+        shared.append(flat(simulation.shared))
+    return np.array(local), np.array(shared)
 
 
 def flat(model):
@@ -112,18 +112,18 @@ def test_rounds_agree_with_a_simulation(recordings, workers, case):
     arrays, layouts = recordings[workers]
     steps = STEPS - 2 if "unfinished" in case else STEPS
     simulated = simulate(case.removesuffix(" unfinished"), layouts[case], workers, steps)
-    for step, (local, agreed) in enumerate(zip(*simulated, strict=True)):
+    for step, (local, shared) in enumerate(zip(*simulated, strict=True)):
         for rank, of_rank in enumerate(arrays):
             require_near(of_rank[f"{case} local"][step], local[rank], flat(START))
-            if np.any(agreed != flat(START)):
-                require_near(of_rank[f"{case} agreed"][step], agreed, flat(START))
+            if np.any(shared != flat(START)):
+                require_near(of_rank[f"{case} global"][step], shared, flat(START))
 
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_all_workers_agree_on_w_bit_for_bit_and_step_apart(recordings, workers):
     first, *others = recordings[workers][0]
     for name in first:
-        if name.endswith("agreed"):
+        if name.endswith("global"):
             assert all(np.array_equal(first[name], other[name]) for other in others), name
         if name.endswith("local") and "every 1" not in name:
             assert not any(np.array_equal(first[name], other[name]) for other in others), name
@@ -132,10 +132,10 @@ def test_all_workers_agree_on_w_bit_for_bit_and_step_apart(recordings, workers):
 @pytest.mark.parametrize("workers", [2, 3])
 def test_the_mean_over_senders_is_bit_for_bit_that_of_any_placement(recordings, workers):
     of_first = recordings[workers][0][0]
-    expected = of_first["senders sharded agreed"]
+    expected = of_first["senders sharded global"]
     for server in ("rank0", "replicated"):
-        np.testing.assert_array_equal(of_first[f"senders {server} agreed"], expected, server)
-    assert not np.array_equal(of_first["replicated agreed"], expected)  # over all
+        np.testing.assert_array_equal(of_first[f"senders {server} global"], expected, server)
+    assert not np.array_equal(of_first["replicated global"], expected)  # over all
 
 
 @pytest.mark.parametrize("case", RESUMED)
@@ -143,7 +143,7 @@ def test_the_mean_over_senders_is_bit_for_bit_that_of_any_placement(recordings, 
 def test_a_loaded_state_goes_on_bit_for_bit_from_the_middle_of_a_round(recordings, workers, case):
     """Also with messages under way, which are sent again and counted once."""
     for of_rank in recordings[workers][0]:
-        for kind in ("local", "agreed", "bytes"):
+        for kind in ("local", "global", "bytes"):
             whole, resumed = of_rank[f"{case} {kind}"], of_rank[f"{case} resumed {kind}"]
             np.testing.assert_array_equal(whole, resumed)
 
@@ -154,25 +154,25 @@ def test_logged_bytes_are_sent_bytes(recordings, workers):
     arrays, layouts = recordings[workers]
     for case in [*CASES, *(f"{case} unfinished" for case in UNFINISHED)]:
         message = sum(len(names) * size for names, size in layouts[case])
-        messages = STEPS // CASES[case.removesuffix(" unfinished")].get("every", EVERY)
+        messages = STEPS // CASES[case.removesuffix(" unfinished")].get("sync_every", EVERY)
         for of_rank in arrays:
             w2s, s2w, received, wire = of_rank[f"{case} bytes"].T
             np.testing.assert_array_equal(wire, of_rank[f"{case} seen"], case)
             everywhere = workers > 1 and "replicated" in case
             of_others = (workers - 1) * w2s if everywhere else s2w
             np.testing.assert_array_equal(received, of_others, case)
-            if "stagger" not in case:
+            if "streaming" not in case:
                 assert w2s[-1] == messages * message, case
             assert np.all(np.diff(w2s) >= 0)
             assert (s2w[-1] > 0) == (workers == 1 or "replicated" not in case)
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_staggered_round_uses_the_link_evenly(recordings, workers):
+def test_a_streaming_round_uses_the_link_evenly(recordings, workers):
     """After t of 4 steps no more than a message of a batch beyond t / 4 of the round's bytes."""
     arrays, layouts = recordings[workers]
-    sizes = [len(names) * size for names, size in layouts["stagger"]]
-    w2s = arrays[0]["stagger bytes"][:, 0]
+    sizes = [len(names) * size for names, size in layouts["streaming"]]
+    w2s = arrays[0]["streaming bytes"][:, 0]
     steps = np.arange(1, STEPS + 1) / EVERY
     assert np.all(w2s <= steps * sum(sizes))
     assert np.all(w2s > steps * sum(sizes) - max(sizes))

@@ -23,10 +23,10 @@ def test_nanogpts_loop_goes_on_from_a_checkpoint_of_all_ranks(reports):
 
 
 def test_nanogpts_checkpoint_of_rank_0_is_refused_on_the_other(reports):
-    told = [report["nanogpt"][-1] for report in reports]
-    assert told[0] == "no error"
-    assert told[1].startswith("the state is of rank 0 (here 1): ")
-    assert told[1].endswith("save full_state_dict() and load that on all")
+    errors = [report["nanogpt"][-1] for report in reports]
+    assert errors[0] == "no error"
+    assert errors[1].startswith("the state is of rank 0 (here 1): ")
+    assert errors[1].endswith("save full_state_dict() and load that on all")
 
 
 def test_accelerate_prepares_all_but_the_model(reports):

@@ -22,7 +22,7 @@ INNER = {
 OPTIONS = {
     "plain": {"sync_every": 3},
     "compressed": {"sync_every": 3, "w2s": TopK(0.3), "outer_momentum": 0.5},
-    "delay": {"sync_every": 4, "w2s": TopK(0.3), "sync_delay": 1, "s2w": Quantize("normal3")},
+    "sync_delay": {"sync_every": 4, "w2s": TopK(0.3), "sync_delay": 1, "s2w": Quantize("normal3")},
 }
 
 
@@ -202,5 +202,5 @@ def test_a_round_that_an_error_has_interrupted_is_taken_with_the_next_step():
     assert (optimizer.steps, optimizer.round) == (3, 1)
     with optimizer.global_params():
         w = [parameter.clone() for parameter in model.parameters()]
-    for parameter, agreed in zip(model.parameters(), w, strict=True):
-        assert torch.equal(parameter, agreed)
+    for parameter, shared in zip(model.parameters(), w, strict=True):
+        assert torch.equal(parameter, shared)

@@ -51,7 +51,7 @@ def test_the_layer_stands_still_and_others_go_on(reports, name):
 def test_the_one_who_sent_it_is_named(reports, name):
     said = reports[1][f"{name} 1"]["finite"]
     if name == "overflowing":
-        assert said.startswith(f"what this worker sends of {LAYER} was not finite at step {BROKEN}")
+        assert said.startswith(f"this worker's message of {LAYER} was not finite at step {BROKEN}")
     elif name.startswith("local") and name != "local, muon":
         assert said.startswith(f"{LAYER} is not finite after step ")
     else:

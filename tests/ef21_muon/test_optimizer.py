@@ -90,7 +90,7 @@ def test_s2w_keeps_the_servers_model_apart_but_near():
         optimizer.step()
     for parameter, server_model in zip(lossy.values(), server_models, strict=True):
         torch.testing.assert_close(parameter.detach().view_as(server_model), server_model)
-    assert "server_model" not in optimizer.state[parameters["scale"]], "one entry is sent dense"
+    assert "server_model" not in optimizer.state[parameters["scale"]], "one entry is quantized"
 
 
 @pytest.mark.parametrize("norm", [Spectral(), Sign()])
@@ -228,7 +228,7 @@ def test_a_state_that_does_not_fit_is_refused(saved, other):
     [
         *(("lr", value) for value in (-1e-9, float("nan"))),
         *(("radius", value) for value in (0, -1.0, float("nan"))),
-        *(("beta", value) for value in (0, -0.1, 1.001, float("nan"))),
+        *(("momentum", value) for value in (0, -0.1, 1.001, float("nan"))),
         *(("norm", value) for value in ("spectral", Spectral, TopK(0.1))),
         *(("w2s", value) for value in ("topk", TopK, Natural(), 0.1)),
         *(("s2w", value) for value in ("topk", TopK, Natural(), 0.1)),
@@ -240,7 +240,7 @@ def test_impossible_options_are_refused(option, value):
         build(**{option: value})
 
 
-@pytest.mark.parametrize("option", ["lr", "radius", "beta"])
+@pytest.mark.parametrize("option", ["lr", "radius", "momentum"])
 def test_options_of_a_group_are_checked(option):
     build(lr=0.0, radius=1e-9, momentum=0)  # the edges are allowed
     for wrong in (-1.0, "0.1"):

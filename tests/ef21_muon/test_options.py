@@ -215,7 +215,7 @@ def test_an_adaptive_radius_follows_each_layers_dual_norm():
     [
         ({"feedback": "ef22"}, "feedback='ef22' is not allowed: choose ef21, ef14, none"),
         ({"momentum_init": "one"}, "choose gradient, zero"),
-        ({"first_message": "whole"}, "choose compressed, exact"),
+        ({"first_message": "whole"}, "choose compressed, full"),
         ({"nesterov": 1}, "nesterov=1 is not allowed: give True or False"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 is not allowed"),
         ({"error_decay": 1.1}, "error_decay=1.1 is not allowed: give a number of at least 0"),

@@ -43,7 +43,7 @@ SPARSE = [
     )
 ]
 SPARSE += [
-    ("damped", Scaled(TopK(0.2), 0.5)),
+    ("scaled", Scaled(TopK(0.2), 0.5)),
     ("dropped", Bernoulli(TopK(0.2), 0.5)),
     ("dropped", Bernoulli(Quantize("natural"), 0.5)),
 ]
@@ -149,8 +149,10 @@ MUTE = (TopRows(0.25), Scaled(TopRows(0.25), 0.5))
 
 @pytest.mark.parametrize("compressor", MUTE, ids=str)
 def test_a_compressor_that_does_not_say_what_it_sent_is_refused_at_once(compressor):
-    told = r"mean='senders' is not allowed with w2s=.*top rows.* give its class the method `sent`"
-    with pytest.raises(ValueError, match=told) as error:
+    message = (
+        r"mean='senders' is not allowed with w2s=.*top rows.* give its class the method `sent`"
+    )
+    with pytest.raises(ValueError, match=message) as error:
         of_layers(w2s=compressor)
     assert "\n" not in str(error.value)
 
@@ -192,7 +194,7 @@ def test_of_workers_that_come_and_go_it_is_over_those_whose_messages_came():
             for w, *of_workers in zip(shared, *messages, strict=True):
                 w -= sum(of_workers) / sum(one != 0 for one in of_workers).clamp(min=1)
             for number in numbers:
-                found = workers[number].agreed[first + EVERY]
+                found = workers[number].global_params[first + EVERY]
                 expected = torch.cat([w.flatten() for w in shared])
                 torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
             workers[2].fleet.leave()

@@ -144,19 +144,19 @@ UNLIKE = {
         lambda p: LocalSteps(torch.optim.AdamW(p)),
         "amsgrad of group 0 of inner 0 True (here False)",
     ),
-    "beta of an inner EF21Muon": (
+    "momentum of an inner EF21Muon": (
         lambda p: LocalSteps(muon(p, momentum=0.8)),
         lambda p: LocalSteps(muon(p)),
-        "beta of group 0 of inner 0 0.2 (here 0.1)",
+        "momentum of group 0 of inner 0 0.8 (here 0.9)",
     ),
     "norm of an inner EF21Muon": (
         lambda p: LocalSteps(muon(p, norm=Sign())),
         lambda p: LocalSteps(muon(p)),
         "norm of group 0 of inner 0 'Sign(",
     ),
-    "every": (
+    "sync_every": (
         lambda p: LocalSteps(sgd(p), sync_every=3),
-        lambda p: LocalSteps(sgd(p), every={0: 3, 6: 2}),
+        lambda p: LocalSteps(sgd(p), sync_every={0: 3, 6: 2}),
         "every '3' (here '3, 2 from step 7')",
     ),
     "outer_lr": (
@@ -179,15 +179,15 @@ UNLIKE = {
         lambda p: LocalSteps(sgd(p), w2s=TopK(0.2)),
         "error_decay 0.5 (here 1.0)",
     ),
-    "delay": (
+    "sync_delay": (
         lambda p: LocalSteps(sgd(p), sync_every=6, sync_delay=1),
         lambda p: LocalSteps(sgd(p), sync_every=6, sync_delay=2),
-        "delay 1 (here 2)",
+        "sync_delay 1 (here 2)",
     ),
     "streaming": (
         lambda p: LocalSteps(sgd(p), sync_every=6, streaming=True),
         lambda p: LocalSteps(sgd(p), sync_every=6),
-        "stagger True (here False)",
+        "streaming True (here False)",
     ),
     "value format": (
         lambda p: LocalSteps(sgd(p), w2s=Quantize("normal2")),
@@ -209,7 +209,11 @@ UNLIKE = {
         lambda p: LocalSteps(sgd([nn.Parameter(one.detach().bfloat16()) for one in p])),
         "shape of parameter 0 of group 0 '(8, 6) float32' (here '(8, 6) bfloat16'",
     ),
-    "beta": (lambda p: EF21Muon(p, momentum=0.5), lambda p: EF21Muon(p), "beta of group 0 0.5"),
+    "momentum of EF21Muon": (
+        lambda p: EF21Muon(p, momentum=0.5),
+        lambda p: EF21Muon(p),
+        "momentum of group 0 0.5",
+    ),
     "norm": (lambda p: EF21Muon(p, norm=Sign()), lambda p: EF21Muon(p), "norm of group 0 'Sign("),
     "radius": (
         lambda p: EF21Muon(p, radius=AdaptiveRadius(1, 2)),
@@ -224,7 +228,7 @@ UNLIKE = {
     "momentum kind": (
         lambda p: EF21Muon(p, momentum_kind="polyak"),
         lambda p: EF21Muon(p, momentum_kind="mvr"),
-        "momentum 'polyak' (here 'mvr')",
+        "momentum_kind 'polyak' (here 'mvr')",
     ),
     "gamma": (
         lambda p: EF21Muon(p, gamma=0.1),

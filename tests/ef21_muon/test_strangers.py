@@ -123,8 +123,8 @@ def test_learning_rates_that_part_as_tensors_are_told(reports):
 
 @pytest.mark.parametrize("missing", ["skip", None, True])
 def test_other_policies_are_named(missing):
-    with pytest.raises(ValueError, match=r"^missing=.* is not allowed: choose refuse, zero$"):
-        EF21Muon(nn.Linear(2, 2).parameters(), missing=missing)
+    with pytest.raises(ValueError, match=r"^missing_grad=.* is not allowed: choose error, zero$"):
+        EF21Muon(nn.Linear(2, 2).parameters(), missing_grad=missing)
 
 
 def test_a_refused_gradient_tells_of_the_policy():

@@ -133,15 +133,15 @@ def test_a_state_goes_on_with_the_rate_and_apart():
 
 
 ENTRIES = {
-    "radius": 2.0, "momentum": 0.5, "weight_decay": 0.25, "error_decay": 0.5, "server_momentum": 0.5,
-    "gamma": 0.5, "buckets": 2,
+    "radius": 2.0, "momentum": 0.5, "weight_decay": 0.25, "error_decay": 0.5,
+    "server_momentum": 0.5, "gamma": 0.5, "buckets": 2,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("wrap", [torch.tensor, np.array, lambda x: np.array([x])[0]])
 @pytest.mark.parametrize("name", ENTRIES)
 def test_other_numbers_become_pythons(name, wrap):
-    options = {"feedback": "ef14"} | ({"momentum": "mvr"} if name == "gamma" else {})
+    options = {"feedback": "ef14"} | ({"momentum_kind": "mvr"} if name == "gamma" else {})
     results = []
     for value in (ENTRIES[name], wrap(ENTRIES[name])):
         model = new_model()
@@ -163,7 +163,7 @@ def test_numbers_of_local_steps_and_of_what_they_send(wrap):
             outer_lr=number(0.5),
             outer_momentum=number(0.25),
             error_decay=number(0.5),
-            delay=number(1),
+            sync_delay=number(1),
             buckets=number(2),
             w2s=RankK(np.float32(0.5)),
         )
@@ -172,7 +172,7 @@ def test_numbers_of_local_steps_and_of_what_they_send(wrap):
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         (torch.tensor(-1.0), "lr=-1.0 is not allowed: give a number of at least 0"),
         (torch.tensor(float("nan")), "lr=nan is not allowed: give a number of at least 0"),
@@ -186,10 +186,10 @@ def test_numbers_of_local_steps_and_of_what_they_send(wrap):
         ("0.1", "lr=0.1 is not allowed: give a number of at least 0"),
     ],
 )
-def test_what_is_no_number_is_refused_in_one_line(value, told):
+def test_what_is_no_number_is_refused_in_one_line(value, message):
     with pytest.raises(ValueError) as error:
         EF21Muon(new_model().parameters(), lr=value)
-    assert str(error.value).startswith(told) and "\n" not in str(error.value)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("value", [torch.tensor(2.5), np.float64(2), torch.tensor(True), True])

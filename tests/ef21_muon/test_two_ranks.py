@@ -69,9 +69,9 @@ def test_servers_broadcast_by_nccl_and_send_by_gloo(reports, method):
     assert of_ranks[0] == pytest.approx(of_ranks[1], abs=1)  # a rank's is a mean, rounded down
 
 
-@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("server", PLACEMENTS)
-def test_agreement_is_checked_whatever_is_under_way(reports, server, stagger):
+def test_agreement_is_checked_whatever_is_under_way(reports, server, streaming):
     for report in reports:
-        late, _, batches, *_, then = report[f"under way {server} {stagger}"].split()
-        assert then == "0" and (late != batches if stagger else late == batches)
+        late, _, batches, *_, then = report[f"under way {server} {streaming}"].split()
+        assert then == "0" and (late != batches if streaming else late == batches)

@@ -41,7 +41,7 @@ def test_low_rank_is_other_bits(reports, kind):
 TRAIN = {
     "muon sharded": "sharded",
     "muon rank0": "rank0",
-    "muon s2w dense": "sharded",
+    "muon s2w quantize": "sharded",
     "signs": "replicated",
     "sign muon": "replicated",
     "local normal2": "replicated",

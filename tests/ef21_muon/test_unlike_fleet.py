@@ -64,4 +64,4 @@ def test_one_that_has_another_w_again_and_again_ends():
         )
         assert sum(one.healed for one in workers[1].fleet.quorums) == 2  # and then no more
         assert workers[0].error is workers[2].error is None
-        assert torch.equal(workers[0].agreed[30], workers[2].agreed[30])
+        assert torch.equal(workers[0].global_params[30], workers[2].global_params[30])

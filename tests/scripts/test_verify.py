@@ -7,11 +7,12 @@ import torch
 from run import ROOT, torchrun
 
 from ef21_muon import EF21Muon, LocalSteps, layers
-from ef21_muon.compressors import TopK, values
-from ef21_muon.layers import Channel
+from ef21_muon.channel import Channel
+from ef21_muon.compressors import TopK
 from ef21_muon.norms import Spectral
 from ef21_muon.norms.lmo import BiasRMS
 from ef21_muon.transport.fixed import Transport
+from ef21_muon.values import scaled
 from scripts import verify
 from training.workers import Workers
 
@@ -42,8 +43,8 @@ def wrap(patch, owner, name, change):
 
 
 def always_to_nearest(patch):
-    carry = values.carry
-    patch.setattr(values, "carry", lambda bits, stochastic, generator: carry(bits, False, None))
+    carry = scaled.carry
+    patch.setattr(scaled, "carry", lambda bits, stochastic, generator: carry(bits, False, None))
 
 
 def forget_the_steps(self, batch, received):

@@ -21,7 +21,7 @@ from checkpoints import rewrite_facts
 from data.shards import HEADER_ENTRIES, MAGIC, write_shard
 from model import GPT
 from training.checkpoint import Checkpoints
-from training.passes import Passes
+from training.gradients import GradientComputation
 from training.workers import Workers
 
 
@@ -321,9 +321,9 @@ GRADIENTS = {
 
 def after_backward(step: int, deed: Callable[[GPT], None]):
     """A `gradient` of Passes that does it to the model with this step's gradients."""
-    original = Passes.gradient
+    original = GradientComputation.compute
 
-    def gradient(passes: Passes, batch: list) -> torch.Tensor:
+    def gradient(passes: GradientComputation, batch: list) -> torch.Tensor:
         loss = original(passes, batch)
         if passes.optimizer.steps + 1 == step:
             deed(passes.raw_model)

@@ -48,9 +48,9 @@ class LighthouseProcess:
             "quorum_tick_ms": 10,
             "heartbeat_timeout_ms": HEARTBEAT_MS,
         }
-        told = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         self.process = subprocess.Popen(
-            [Path(sys.executable).with_name("torchft_lighthouse"), *told]
+            [Path(sys.executable).with_name("torchft_lighthouse"), *arguments]
         )
 
     def end(self) -> None:
@@ -90,9 +90,9 @@ class Worker:
         inner = torch.optim.SGD(self.model.named_parameters(), lr=lr)
         given = {"patience": options.pop("patience", 60), "run": options.pop("run", None)}
         self.fleet = Fleet(number, url, **given)
-        options = {"every": 3, "seed": number, **options}
+        options = {"sync_every": 3, "seed": number, **options}
         self.optimizer = LocalSteps(inner, **options, transport=self.fleet)
-        self.agreed: dict[int, torch.Tensor] = {}  # W after every round, by its step
+        self.global_params: dict[int, torch.Tensor] = {}  # W after every round, by its step
         self.error: Exception | None = None
 
     def train(self, until: int, joins: bool = True, before_step=lambda worker: None) -> None:
@@ -105,7 +105,7 @@ class Worker:
             optimizer.step()
             if optimizer.rounds.of(optimizer.steps)[1] == 0:
                 with optimizer.global_params():
-                    self.agreed[optimizer.steps] = parameters_of(self.model)
+                    self.global_params[optimizer.steps] = parameters_of(self.model)
 
     def start(self, *arguments, **options) -> threading.Thread:
         def run() -> None:

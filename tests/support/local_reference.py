@@ -88,14 +88,16 @@ class Muon:
     stepped by `rest`.
     """
 
-    def __init__(self, lr, beta, weight_decay, lmo, others, rest):
-        self.lr, self.beta, self.weight_decay, self.lmo = lr, beta, weight_decay, lmo
+    def __init__(self, lr, momentum, weight_decay, lmo, others, rest):
+        self.lr, self.momentum, self.weight_decay, self.lmo = lr, momentum, weight_decay, lmo
         self.averages, self.others, self.rest = {}, others, rest
 
     def step(self, model, gradients):
         for name, g in gradients.items():
             if name not in self.others:
-                self.averages[name] = (1 - self.beta) * self.averages.get(name, 0) + self.beta * g
+                self.averages[name] = (
+                    self.momentum * self.averages.get(name, 0) + (1 - self.momentum) * g
+                )
                 decayed = (1 - self.lr * self.weight_decay) * model[name]
                 model[name] = decayed + self.lr * self.lmo(self.averages[name])
         self.rest.step(model, {name: gradients[name] for name in self.others})
@@ -104,7 +106,7 @@ class Muon:
 class LocalRounds:
     """n workers that step by themselves, and whose differences from W are averaged.
 
-    turns: of every layer the step in a round, from 0, after which it is told; a message takes
+    turns: of every layer the step in a round, from 0, after which it is sent; a message takes
     `delay` steps, `ways` of them until W moves. gradient(model, worker) gives a worker's gradients.
     kept: of what a worker sends, 1 for the entries that its message has, so that a mean is over
     the workers that sent an entry; without it over all.
@@ -120,7 +122,7 @@ class LocalRounds:
         self.mean_estimate = dict.fromkeys(start, 0.0)  # G
         self.server_error = dict.fromkeys(start, 0.0)  # e_s
         defaults = {"feedback": "ef14", "error_decay": 1.0, "outer_lr": 1.0, "outer_momentum": 0.0}
-        defaults |= {"nesterov": True, "delay": 0, "ways": 1, "kept": None}
+        defaults |= {"nesterov": True, "sync_delay": 0, "ways": 1, "kept": None}
         for name, value in (defaults | options).items():
             setattr(self, name, value)
         self.under_way, self.steps = [], 0
@@ -130,20 +132,20 @@ class LocalRounds:
             self.inner[worker].step(model, self.gradient(model, worker))
         for layer, turn in self.turns.items():
             if self.steps % self.every == turn:
-                self.tell(layer)
+                self.send(layer)
         self.arrive(self.steps)
         self.steps += 1
 
-    def finish(self):
-        """What is under way arrives, and then all that was done since is told, at once."""
-        told = [n for n, turn in self.turns.items() if (self.steps - 1) % self.every == turn]
-        for later in range(self.steps, self.steps + self.ways * self.delay):
+    def final_sync(self):
+        """What is under way arrives, and then all that was done since is sent, at once."""
+        just_sent = [n for n, turn in self.turns.items() if (self.steps - 1) % self.every == turn]
+        for later in range(self.steps, self.steps + self.ways * self.sync_delay):
             self.arrive(later)
-        for layer in self.turns.keys() - set(told):
-            self.tell(layer)
+        for layer in self.turns.keys() - set(just_sent):
+            self.send(layer)
             self.arrive(max(due for due, *_ in self.under_way))
 
-    def tell(self, layer):
+    def send(self, layer):
         """The layer's turn: every worker's message is on its way."""
         messages, departures = [], []
         for model, memory in zip(self.models, self.memories, strict=True):
@@ -159,7 +161,7 @@ class LocalRounds:
             else:
                 sent = self.w2s(target)
             messages.append((sent, self.kept(target) if self.kept else 1))
-        due = self.steps + self.ways * self.delay
+        due = self.steps + self.ways * self.sync_delay
         self.under_way.append((due, layer, messages, departures))
 
     def arrive(self, step):

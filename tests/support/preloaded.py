@@ -150,7 +150,7 @@ def reap(*_: object) -> None:
 
 
 def keep(connection: socket.socket) -> NoReturn:
-    """Fork the process that is asked for, and tell of its start and its end."""
+    """Fork the process that is asked for, and report its start and its end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, outputs, _, _ = socket.recv_fds(connection, 8, 2)
     arguments, folder, environment = json.loads(_exactly(connection, int.from_bytes(size, "big")))

@@ -27,7 +27,7 @@ def natural(x):
     return np.ldexp(np.sign(x), exponent - (np.abs(mantissa) < 0.75))
 
 
-def dense(rounding):
+def quantize(rounding):
     return lambda x, sketch: rounding(x)
 
 

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 class Silent:
     mesh = correction = None
-    timer = agreed = nullcontext
+    timer = global_params = nullcontext
 
     def __init__(self, **more):
         vars(self).update(more)

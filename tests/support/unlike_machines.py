@@ -11,7 +11,7 @@ from run import PATIENCE, ROOT, SUPPORT
 
 NEEDS_MKL = pytest.mark.skipif(
     not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() == "DEFAULT",
-    reason="MKL and AVX2, which can be told to compute as on another machine",
+    reason="MKL and AVX2, which can be made to compute as on another machine",
 )
 # A BLAS without fused products, and torch's own kernels without them.
 OTHER = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}

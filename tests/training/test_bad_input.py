@@ -28,7 +28,7 @@ from waiting import wait_until
 
 import train
 from training.config import CONFIGS
-from training.passes import Passes
+from training.gradients import GradientComputation
 from training.workers import FINAL, Workers
 
 
@@ -185,7 +185,7 @@ def test_shards_while_they_are_read(refuse, scene, monkeypatch, what):
     damage, told = bad_inputs.WHILE_RUNNING[what]
     shard = scene / "data/train.bin"
     at_step_2 = bad_inputs.after_backward(2, lambda model: damage(shard))
-    monkeypatch.setattr(Passes, "gradient", at_step_2)
+    monkeypatch.setattr(GradientComputation, "compute", at_step_2)
     refuse(scene, "", told, apart_from=shard)
     assert last_record(scene)["status"] == "failed"
 
@@ -293,7 +293,7 @@ def test_gradients(refuse, pristine, monkeypatch, what):
         damage(model.get_parameter(bad_inputs.NAME))
 
     at_step_2 = bad_inputs.after_backward(2, deed)
-    monkeypatch.setattr(Passes, "gradient", at_step_2)
+    monkeypatch.setattr(GradientComputation, "compute", at_step_2)
     refuse(pristine, f"{given} directory=SCENE/runs/{what.replace(' ', '-')}", told)
     end = last_record(pristine)
     assert end["status"] == "failed"

@@ -207,7 +207,7 @@ def test_an_asynchronous_one_is_of_its_moment_and_appears_when_written(tmp_path,
     assert names(tmp_path / "later") == [f"{FIRST}.partial"]
     assert newest(tmp_path / "later") is None  # if it ends here
     slow_disk.set()
-    checkpoints.settle()
+    checkpoints.wait()
     assert names(tmp_path / "later") == [FIRST]
     require_whole(newest(tmp_path / "later"), 1)
     saved(tmp_path / "at once", 1)

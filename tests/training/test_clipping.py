@@ -13,7 +13,7 @@ from baselines import AdamW, DeMo, Dion, Muon
 from ef21_muon import ALONE, EF21Muon, LocalSteps
 from ef21_muon.compressors import Quantize, TopK
 from model import GPT, GPTConfig
-from training.passes import Passes
+from training.gradients import GradientComputation
 
 MAX_NORM = 0.1
 METHODS = {
@@ -51,7 +51,7 @@ def batch_of(step, passes=2):
 
 
 def passes_of(optimizer, model, max_norm=None):
-    return Passes(model, optimizer, torch.device("cpu"), "float32", False, max_norm)
+    return GradientComputation(model, optimizer, torch.device("cpu"), "float32", False, max_norm)
 
 
 def gradients_of(model):
@@ -68,14 +68,14 @@ def test_steps_are_those_of_gradients_that_torch_clips(process_group, method):
         passes, norms = passes_of(optimizer, model, max_norm), []
 
         def gradient(batch, passes=passes, clips=max_norm is None, norms=norms):
-            loss = passes.gradient(batch)
+            loss = passes.compute(batch)
             norms.append(get_total_norm(gradients_of(passes.raw_model)))
             if clips:
                 clip_grad_norm_(passes.raw_model.parameters(), MAX_NORM)
             return loss
 
         for step in range(4):
-            if passes.twice:
+            if passes.needs_closure:
                 optimizer.step(partial(gradient, batch_of(step)))
             else:
                 gradient(batch_of(step))
@@ -85,7 +85,7 @@ def test_steps_are_those_of_gradients_that_torch_clips(process_group, method):
             assert all(norm <= MAX_NORM * (1 + 1e-5) for norm in norms)
         else:
             assert all(norm > MAX_NORM for norm in norms)
-            assert len(norms) == (7 if passes.twice else 4)
+            assert len(norms) == (7 if passes.needs_closure else 4)
     distance = (found[0] - found[1]).norm() / (found[1] - flat(new_model())).norm()
     assert distance < (1e-2 if method in ("signs", "demo") else 1e-4)
 
@@ -98,8 +98,8 @@ def flat(model):
 @pytest.mark.parametrize("passes", [1, 3])
 def test_the_gradient_of_all_passes_is_clipped_once(max_norm, passes):
     model, reference = new_model(), new_model()
-    passes_of(Silent(), model, max_norm).gradient(batch_of(0, passes))
-    passes_of(Silent(), reference).gradient(batch_of(0, passes))
+    passes_of(Silent(), model, max_norm).compute(batch_of(0, passes))
+    passes_of(Silent(), reference).compute(batch_of(0, passes))
     if max_norm == 1e9:
         assert all(map(torch.equal, gradients_of(model), gradients_of(reference)))
     clip_grad_norm_(reference.parameters(), max_norm)
@@ -113,8 +113,8 @@ def test_a_gradient_that_is_not_finite_is_left_to_be_named(value):
     name = "blocks.0.mlp.expand.weight"
     handle = model.get_parameter(name).register_hook(lambda grad: torch.full_like(grad, value))
     optimizer = EF21Muon(model.named_parameters())
-    passes_of(optimizer, model, MAX_NORM).gradient(batch_of(0, 1))
-    passes_of(Silent(), reference).gradient(batch_of(0, 1))
+    passes_of(optimizer, model, MAX_NORM).compute(batch_of(0, 1))
+    passes_of(Silent(), reference).compute(batch_of(0, 1))
     handle.remove()
     for (own, parameter), its in zip(
         model.named_parameters(), gradients_of(reference), strict=True
@@ -131,8 +131,8 @@ def test_a_rank_of_several_does_not_clip_its_own_part():
     """Their mesh does, once it has averaged over them: tests/ef21_muon/test_hierarchy."""
     optimizer = Silent(mesh=SimpleNamespace(max_norm=None))
     model, reference = new_model(), new_model()
-    passes_of(optimizer, model, MAX_NORM).gradient(batch_of(0))
-    passes_of(Silent(), reference).gradient(batch_of(0))
+    passes_of(optimizer, model, MAX_NORM).compute(batch_of(0))
+    passes_of(Silent(), reference).compute(batch_of(0))
     assert optimizer.mesh.max_norm == MAX_NORM
     assert all(map(torch.equal, gradients_of(model), gradients_of(reference)))
 
@@ -140,4 +140,4 @@ def test_a_rank_of_several_does_not_clip_its_own_part():
 def test_it_does_not_wait_for_the_device():
     passes, batch = passes_of(Silent(), new_model(), MAX_NORM), batch_of(0)
     with NoHostSync():
-        passes.gradient(batch)
+        passes.compute(batch)

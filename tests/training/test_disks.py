@@ -72,11 +72,11 @@ def test_on_a_read_only_disk_it_stops_and_earlier_ones_stay(disk):
 def test_on_a_full_disk_earlier_ones_stay(disk, asynchronous):
     folder, _ = disk
     checkpoints = saved(folder, 1, asynchronous=asynchronous)
-    checkpoints.settle()
+    checkpoints.wait()
     large = {"large": torch.zeros(1_000_000)}
     with pytest.raises(RunError, match=r"could not be written: \[Errno 28\] No space left on dev"):
         checkpoints.save(2, large, {})
-        checkpoints.settle()
+        checkpoints.wait()
     assert names(folder) == [FIRST] and newest(folder)
 
 

@@ -20,14 +20,14 @@ from scripts.fleet import worker_overrides
 from training.checkpoint import Checkpoints
 from training.config import compose
 from training.fleet import (
-    FixedMembers,
-    FleetMembers,
+    FixedMembership,
+    FleetMembership,
     QuorumRecords,
-    members_of,
+    new_membership,
     place_among_all,
 )
 from training.log import NoLog, RunLog
-from training.resume import as_it_was_left, resume
+from training.resume import position_left, resume
 from training.workers import FINAL, FinalError, RunError, Workers
 
 HANGS = """
@@ -121,7 +121,7 @@ def test_every_rank_of_every_worker_has_a_part_of_its_own():
     assert place_among_all(compose(()).config, OfTwo(1)) == (1, 2)
 
 
-@pytest.mark.parametrize(("whole", "null"), [(FleetMembers, FixedMembers), (RunLog, NoLog)])
+@pytest.mark.parametrize(("whole", "null"), [(FleetMembership, FixedMembership), (RunLog, NoLog)])
 def test_what_does_nothing_is_called_as_what_does_it(whole, null):
     def calls(kind):
         methods = inspect.getmembers(kind, inspect.isfunction)
@@ -135,19 +135,19 @@ def test_what_does_nothing_is_called_as_what_does_it(whole, null):
 
 
 def test_membership_decides_who_the_members_are():
-    assert isinstance(members_of(compose(()).config, Workers()), FixedMembers)
-    fleet = members_of(fleet_config(0), Workers())
-    assert isinstance(fleet, FleetMembers) and fleet.ask_every(None) == 1
+    assert isinstance(new_membership(compose(()).config, Workers()), FixedMembership)
+    fleet = new_membership(fleet_config(0), Workers())
+    assert isinstance(fleet, FleetMembership) and fleet.stop_check_interval(None) == 1
 
 
 def test_who_is_refused_ends_for_good_and_has_logged_the_rounds_before():
-    members, logged = FleetMembers(fleet_config(1), Workers()), []
+    members, logged = FleetMembership(fleet_config(1), Workers()), []
     refused = pytest.importorskip("ef21_muon.fleet", exc_type=ImportError).FleetRefused
     members.fleet = SimpleNamespace(quorums=deque([quorum((0, 1))]))
     log = SimpleNamespace(membership=logged.append)
     with (
-        pytest.raises(FinalError, match="worker 1 cannot go on: its number is taken"),
-        members.refusals(log),
+        pytest.raises(FinalError, match="worker 1 cannot continue: its number is taken"),
+        members.end_if_refused(log),
     ):
         raise refused("its number\nis taken")
     assert [one["workers"] for one in logged] == [[0, 1]]
@@ -155,22 +155,22 @@ def test_who_is_refused_ends_for_good_and_has_logged_the_rounds_before():
 
 def test_a_log_without_a_checkpoint_is_gone_on_with(tmp_path):
     config = fleet_config(0)
-    assert as_it_was_left(config, tmp_path) is None
+    assert position_left(config, tmp_path) is None
     run = {"record": "run", "config": OmegaConf.to_container(config, resolve=True)}
     train = {"record": "train", "step": 40, "tokens": 99, "seconds": 1.5}
     met = {"record": "membership", "step": 60, "workers": [0]}
     whole = "".join(json.dumps(one) + "\n" for one in (run, train, met))
     (tmp_path / "metrics.jsonl").write_text(whole + '{"record": "tra')
-    found = as_it_was_left(fleet_config(1), tmp_path)  # which worker it is, makes no difference
+    found = position_left(fleet_config(1), tmp_path)  # which worker it is, makes no difference
     assert found == {"log_bytes": len(whole), "step": 40, "position": train}
     with pytest.raises(RunError, match="made with another configuration: seed=1"):
-        as_it_was_left(fleet_config(0, "seed=1"), tmp_path)
+        position_left(fleet_config(0, "seed=1"), tmp_path)
     (tmp_path / "metrics.jsonl").write_text('{"record": "ru')
-    assert as_it_was_left(config, tmp_path) is None
+    assert position_left(config, tmp_path) is None
 
 
 RUN = {"record": "run", "config": OmegaConf.to_container(fleet_config(0), resolve=True)}
-FAILED = {"record": "end", "status": "failed", "error": "worker 0 cannot go on"}
+FAILED = {"record": "end", "status": "failed", "error": "worker 0 cannot continue"}
 MET = {"record": "membership", "workers": [0, 1]}
 NOTHING_DONE = {
     "refused by the others": [RUN, FAILED],
@@ -203,7 +203,7 @@ def test_after_a_step_another_configuration_is_refused(record, tmp_path):
     lines = [json.dumps(one) + "\n" for one in (RUN, record, FAILED)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     with pytest.raises(RunError, match="made with another configuration: seed=1"):
-        as_it_was_left(fleet_config(0, "seed=1"), tmp_path)
+        position_left(fleet_config(0, "seed=1"), tmp_path)
 
 
 @pytest.mark.slow
@@ -236,7 +236,7 @@ def test_who_does_not_belong_to_a_run_ends_at_its_start_and_the_run_goes_on(smal
     try:
         assert crew.wait_until_all_meet(20)
         for change, reason in (
-            ([], "error: worker 0 cannot go on: there is worker 0 on localhost (process "),
+            ([], "error: worker 0 cannot continue: there is worker 0 on localhost (process "),
             (["optimizer.inner.lr=0.03"], ": optimizer.inner.lr=0.03 (theirs 0.02)"),
         ):
             given = worker_overrides(crew.options, 0)

@@ -113,7 +113,7 @@ def test_a_lighthouse_by_the_name_localhost_is_named_where_a_worker_is_elsewhere
             line = worker.stderr.readline()
             assert line, f"worker {number} has ended"
         assert line.startswith(
-            f"worker {number}: no round of workers 0, 1: they are to meet at local"
+            f"worker {number}: no round of workers 0, 1: the workers' store is at local"
         )
         assert "give each its address there, membership.host=ADDRESS (" in line
         worker.terminate()

@@ -11,7 +11,7 @@ from a_round import a_round
 from omegaconf import OmegaConf
 
 from ef21_muon.transport.load import MULTIPLICATIONS_PER_BYTE
-from ef21_muon.transport.schedule import Turns
+from ef21_muon.transport.schedule import SyncSchedule
 from model import GPT
 from training.config import build, compose, what_matters
 from training.links import LINKS
@@ -126,9 +126,9 @@ def test_the_longest_delay_is_that_of_the_library(ways):
         rounds = new_optimizer(setting).rounds
         longest = Exchange(setting, 2, EVERY[setting.name], 1, ways).longest_delay
         batch = SimpleNamespace(replicated=ways == 1, params=[None], up=SimpleNamespace(size=1))
-        Turns([[batch]], rounds, longest, streaming=False)
+        SyncSchedule([[batch]], rounds, longest, streaming=False)
         with pytest.raises(ValueError, match=f"give at most {longest}$"):
-            Turns([[batch]], rounds, longest + 1, streaming=False)
+            SyncSchedule([[batch]], rounds, longest + 1, streaming=False)
 
 
 def test_a_message_arrives_before_its_delay_ends(at_this_link):

@@ -19,7 +19,7 @@ class Crew:
         self.states.append(value)
         return self.states
 
-    def start_total(self, loss, broken):
+    def start_sum(self, loss, broken):
         self.brought.append(float(loss))
         return lambda: [float(loss), float(broken)]
 
@@ -32,7 +32,7 @@ def progress(rank, count, states=None):
 
 def told(one):
     """What a worker brings to the mean loss of all."""
-    one.tell({}, lambda record: None)
+    one.start_record({}, lambda record: None)
     return one.workers.brought[-1]
 
 
@@ -45,10 +45,10 @@ def test_a_record_is_of_the_mean_over_workers_and_steps_since_the_last():
     workers = [progress(rank, 2) for rank in range(2)]
     for losses in ((3.0, 5.0), (1.0, 2.0)):
         for one, loss in zip(workers, losses, strict=True):
-            one.add(torch.tensor(loss))
+            one.count_step(torch.tensor(loss))
     assert sum(map(told, workers)) == pytest.approx((3 + 5 + 1 + 2) / 4)
     for one in workers:
-        one.add(torch.tensor(6.0))
+        one.count_step(torch.tensor(6.0))
     assert sum(map(told, workers)) == pytest.approx(6.0), "of steps after the record alone"
 
 
@@ -58,19 +58,19 @@ def test_what_was_since_the_record_goes_on_with_any_number_of_workers(count):
     for rank, losses in enumerate(((3.0, 1.0), (5.0, 2.0))):
         before = progress(rank, 2, states)
         for loss in losses:
-            before.add(torch.tensor(loss))
+            before.count_step(torch.tensor(loss))
         saved = before.state()["since_record"]
     assert saved == [[4.0, 2], [7.0, 2]]
     workers = [progress(rank, count) for rank in range(count)]
     for one in workers:
-        one.go_on(facts(since_record=saved))
-        one.add(torch.tensor(2.5))
+        one.resume(facts(since_record=saved))
+        one.count_step(torch.tensor(2.5))
     assert sum(map(told, workers)) == pytest.approx(((4 + 7) / 2 + 2.5) / 3)
     assert workers[0].seconds == 7.5 and workers[0].optimizer_share == pytest.approx(4 / 6)
 
 
 def test_a_checkpoint_of_an_earlier_version_begins_with_nothing():
     one = progress(0, 1)
-    one.go_on(facts())
-    one.add(torch.tensor(2.5))
+    one.resume(facts())
+    one.count_step(torch.tensor(2.5))
     assert told(one) == 2.5

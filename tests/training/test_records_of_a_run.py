@@ -30,7 +30,7 @@ def test_records_come_in_the_order_of_steps(small, tmp_path, every):
 
 def test_a_run_that_keeps_no_checkpoint_says_so_when_it_is_stopped(small, tmp_path, capsys):
     job = compose((*small, "steps=4", "checkpoint.every=0"))
-    with around_steps(before=lambda run, step: setattr(run.stops, "requested", step == 2)):
+    with around_steps(before=lambda run, step: setattr(run.stop_requests, "requested", step == 2)):
         assert not run_job(job, tmp_path, Workers(PATIENCE))
     assert (
         "stopped as asked: without a checkpoint, since checkpoint.every=0"

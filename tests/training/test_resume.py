@@ -220,7 +220,7 @@ def test_local_steps_go_on_with_other_workers_from_the_middle_of_a_round(
     (directory / "metrics.jsonl").write_text("".join(log[:-1]))
     dcp_to_torch_save(directory / "checkpoints" / "step-00000002", tmp_path / "tensors.pt")
     saved = torch.load(tmp_path / "tensors.pt", weights_only=True)
-    go_on, seen = training.resume.go_on_elastic, {}
+    go_on, seen = training.resume.resume_elastic, {}
 
     def look(run, path):
         facts = go_on(run, path)
@@ -233,7 +233,7 @@ def test_local_steps_go_on_with_other_workers_from_the_middle_of_a_round(
                 seen[layer] |= {f"inner.{key}": tensor.clone() for key, tensor in own}
         return facts
 
-    monkeypatch.setattr(training.resume, "go_on_elastic", look)
+    monkeypatch.setattr(training.resume, "resume_elastic", look)
     common = ("checkpoint.every=2", "check_every=1", "schedule.warmup=0.75")
     place = ("resume=elastic", f"directory={directory}")
     records = run(directory, *common, *CASES[case], *place)

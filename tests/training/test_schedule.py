@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from training.config import compose, what_matters
 from training.resume import require_same_config
-from training.schedule import Later, due, lr_factor, new_scheduler
+from training.schedule import due, lr_factor, new_scheduler
 from training.workers import RunError
 
 LR = 0.3
@@ -109,15 +109,3 @@ def test_what_is_due_every_step_is_due_in_each_and_what_is_never_in_none():
     assert [step for step in range(1, 7) if due(step, 1)] == [1, 2, 3, 4, 5, 6]
     assert [step for step in range(1, 7) if due(step, 3)] == [3, 6]
     assert not any(due(step, 0) for step in range(1, 7))
-
-
-def test_what_waits_is_done_so_many_steps_later_in_order():
-    done, later = [], Later(2)
-    for step in (5, 6):
-        later.add(step, lambda step=step: done.append(step))
-    later.settle(6)
-    assert done == []
-    later.settle(7)
-    assert done == [5]
-    later.settle(8)
-    assert done == [5, 6]

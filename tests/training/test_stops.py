@@ -3,7 +3,7 @@
 import pytest
 
 from training import stops
-from training.stops import SECONDS, Stops
+from training.stops import SECONDS, StopRequests
 
 
 class Clock:
@@ -25,7 +25,7 @@ class TwoWorkers:
         self.asked_to_stop, self.factor = False, factor
         self.questions = 0
 
-    def start_total(self, asked, milliseconds):
+    def start_sum(self, asked, milliseconds):
         self.questions += 1
         return lambda: [float(asked), milliseconds * (1 + self.factor)]
 
@@ -37,18 +37,18 @@ def train(monkeypatch):
     def train(seconds, most: int, asked: int, workers: TwoWorkers, steps: int = 1000, eval_every=0):
         clock = Clock()
         monkeypatch.setattr(stops, "time", clock)
-        own = Stops(workers, most)
-        own.start()
+        own = StopRequests(workers, most)
+        own.restart_clock()
         for step in range(1, steps + 1):
             own.ask()
             clock.now += seconds(step) if callable(seconds) else seconds
             evaluate = bool(eval_every) and step % eval_every == 0
-            own.settle(at_once=evaluate)
+            own.collect(at_once=evaluate)
             if own.requested:
                 return step - asked
             if evaluate:
                 clock.now += 1000
-                own.start()
+                own.restart_clock()
             workers.asked_to_stop = step >= asked
         return None
 

@@ -9,7 +9,7 @@ from compression import ALWAYS_THE_SAME
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ef21_muon.compressors.sparse import index_bytes, pack_indices, shortest, unpack_indices
+from ef21_muon.compressors.indices import index_bytes, pack_indices, shortest, unpack_indices
 from ef21_muon.values.base import AT_A_TIME, pack, packed_bytes, unpack
 
 

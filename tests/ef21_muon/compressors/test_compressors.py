@@ -57,7 +57,7 @@ REFERENCE_ROUNDING = {
 }
 COMPRESSORS = {"identity": Identity()}
 for format_name, values in FORMATS.items():
-    COMPRESSORS[f"dense {format_name}"] = Quantize(values)
+    COMPRESSORS[f"quantize {format_name}"] = Quantize(values)
     COMPRESSORS[f"chunks {format_name}"] = ChunkTopK(5, 6, values)
     for fraction in (0.05, 0.3, 1.0) if format_name in ("float32", "natural") else (0.3,):
         COMPRESSORS[f"topk {fraction} {format_name}"] = TopK(fraction, values)
@@ -67,16 +67,16 @@ for format_name, values in FORMATS.items():
         COMPRESSORS[f"singular {fraction} {format_name}"] = TopSingular(fraction, values)
         COMPRESSORS[f"fitted {fraction} {format_name}"] = QuantizedRank(fraction, values)
 
-COMPRESSORS["dense int4@3blocks"] = Quantize("int4@3blocks")
-COMPRESSORS["dense rowcol4"] = Quantize("rowcol4")
-COMPRESSORS["dense nearest rowcol3"] = Quantize({"format": "rowcol3", "rounding": "nearest"})
+COMPRESSORS["quantize int4@3blocks"] = Quantize("int4@3blocks")
+COMPRESSORS["quantize rowcol4"] = Quantize("rowcol4")
+COMPRESSORS["quantize nearest rowcol3"] = Quantize({"format": "rowcol3", "rounding": "nearest"})
 
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS.values(), ids=COMPRESSORS)
 
 
 def is_random(compressor):
     sketched = isinstance(compressor, RankK | RandK | QuantizedRank)
-    return sketched or getattr(compressor.values, "stochastic", False)
+    return sketched or compressor.values.rounding == "stochastic"
 
 
 @every_compressor
@@ -167,13 +167,13 @@ def test_rank_draws_another_sketch_for_every_matrix():
 
 @pytest.mark.parametrize("name", REFERENCE_ROUNDING)
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 1.0])
-def test_top_and_dense_agree_with_numpy(fraction, name):
+def test_top_and_quantize_agree_with_numpy(fraction, name):
     x = torch.randn(2, 13, 17, generator=seeded())
     x[:, 0, :3] = torch.tensor([1.5, 1 + 2**-8, 1 + 3 * 2**-8])  # halfway
     rounding = REFERENCE_ROUNDING[name]
     for compressor, expected in [
         (TopK(fraction, FORMATS[name]), reference.top_k(fraction, rounding)),
-        (Quantize(FORMATS[name]), reference.dense(rounding)),
+        (Quantize(FORMATS[name]), reference.quantize(rounding)),
     ]:
         decoded = compressor.decode(compressor.encode(x), 13, 17)
         for matrix, original in zip(decoded, x, strict=True):
@@ -190,16 +190,16 @@ def test_a_payload_of_another_length_is_refused(compressor, shape, excess):
 
 
 @every_compressor
-def test_fit_is_dense_where_nothing_is_saved(compressor):
+def test_fit_quantizes_where_nothing_is_saved(compressor):
     for m, n in [(1, 1), (1, 9), (9, 1), (2, 2), (3, 50), (50, 3), (64, 64), (768, 768)]:
         fitted = compressor.fit(m, n)
-        dense = Quantize(compressor.values)
-        if compressor.payload_bytes(m, n) < dense.payload_bytes(m, n):
+        whole = Quantize(compressor.values)
+        if compressor.payload_bytes(m, n) < whole.payload_bytes(m, n):
             assert fitted is compressor
         else:
             assert isinstance(fitted, Quantize)
             assert fitted.values is compressor.values
-        assert fitted.payload_bytes(m, n) <= dense.payload_bytes(m, n)
+        assert fitted.payload_bytes(m, n) <= whole.payload_bytes(m, n)
 
 
 def test_fit_keeps_what_saves():
@@ -217,8 +217,11 @@ def test_payload_sizes():
     assert RankK(0.1, "natural").payload_bytes(768, 768) == 9 * factors // 8
 
 
-def test_only_float32_dense_is_lossless():
-    assert {name for name, c in COMPRESSORS.items() if c.lossless} == {"identity", "dense float32"}
+def test_only_float32_is_lossless():
+    assert {name for name, c in COMPRESSORS.items() if c.lossless} == {
+        "identity",
+        "quantize float32",
+    }
 
 
 @pytest.mark.parametrize("kind", [TopK, RankK])
@@ -270,11 +273,11 @@ def test_natural_writes_only_powers_of_two_around_the_value():
     assert ((ratios > 0.5) & (ratios <= 2)).all()
 
 
-@pytest.mark.parametrize("stochastic", [True, False])
-def test_natural_is_exact_on_powers_of_two(stochastic):
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_natural_is_exact_on_powers_of_two(rounding):
     powers = torch.tensor([2.0**exponent for exponent in range(-126, 128)])
     x = torch.stack([powers, -powers, torch.zeros_like(powers)])
-    values = Natural(stochastic)
+    values = Natural(rounding)
     for seed in range(20):
         decoded = values.decode(values.encode(x[None], seeded(seed)), *x.shape)
         assert torch.equal(decoded[0], x)

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ef21_muon.compressors import sparse
-from ef21_muon.compressors.sparse import largest
+from ef21_muon.compressors import selection
+from ef21_muon.compressors.selection import largest
 from ef21_muon.values.base import AT_A_TIME
 
 
@@ -27,13 +27,13 @@ def by_sorting(x, k):
     seed=st.integers(0, 2**31),
     kind=st.sampled_from(["normal", "few values", "zeros", "wide"]),
 )
-@pytest.mark.parametrize("sorted_below", [sparse.SORTED_BELOW, 0])
+@pytest.mark.parametrize("sorted_below", [selection.SORTED_BELOW, 0])
 def test_it_is_a_stable_sort(sorted_below, rows, n, share, seed, kind):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, n, generator=generator)
     x = {"normal": x, "few values": x.round(), "zeros": 0 * x, "wide": x.pow(21) * 1e-10}[kind]
     k = max(1, round(share * n))
-    with mock.patch.object(sparse, "SORTED_BELOW", sorted_below):
+    with mock.patch.object(selection, "SORTED_BELOW", sorted_below):
         assert torch.equal(largest(x, k), by_sorting(x, k))
 
 
@@ -45,8 +45,8 @@ def test_a_gpu_finds_the_same_kth_entry_and_as_many_equal_to_it(rows, n, share, 
     x = torch.randn(rows, n, generator=torch.Generator().manual_seed(seed)).mul(2).round()
     bits, k = x.view(torch.int32), max(1, round(share * n))
     for found, expected in zip(
-        sparse.kth_by_topk(bits, k),
-        sparse.kth_by_histograms(bits.split(7, 1), k),
+        selection.kth_by_topk(bits, k),
+        selection.kth_by_histograms(bits.split(7, 1), k),
         strict=True,
     ):
         assert torch.equal(found, expected)
@@ -55,14 +55,14 @@ def test_a_gpu_finds_the_same_kth_entry_and_as_many_equal_to_it(rows, n, share, 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
 def test_chunks_do_not_show(monkeypatch, chunk):
     monkeypatch.setitem(AT_A_TIME, "cpu", chunk)
-    monkeypatch.setattr(sparse, "SORTED_BELOW", 0)
+    monkeypatch.setattr(selection, "SORTED_BELOW", 0)
     x = torch.randn(2, 50, generator=torch.Generator().manual_seed(0)).mul(3).round()
     for k in (1, 13, 50):
         assert torch.equal(largest(x, k), by_sorting(x, k))
 
 
-@pytest.mark.parametrize("sorted_below", [sparse.SORTED_BELOW, 0])
+@pytest.mark.parametrize("sorted_below", [selection.SORTED_BELOW, 0])
 def test_what_is_not_finite_comes_first(monkeypatch, sorted_below):
-    monkeypatch.setattr(sparse, "SORTED_BELOW", sorted_below)
+    monkeypatch.setattr(selection, "SORTED_BELOW", sorted_below)
     x = torch.tensor([[1.0, float("inf"), -2.0, float("nan"), 1e38]])
     assert largest(x, 2).tolist() == [[1, 3]]

@@ -131,10 +131,10 @@ def test_the_split_of_the_projects_gpt_is_its_own(name, preset):
 
 
 def test_a_table_used_as_the_head_leaves_layers_of_its_size_unclear():
-    """Of 256 bytes and width 64, where 4 * 64 = 256: types do not tell that there is no head."""
+    """Of 256 bytes and width 64, where 4 * 64 = 256: types do not show that there is no head."""
     model = GPT(GPTConfig(layers=2, width=64, heads=2, context=8, vocab_size=256))
-    told = r"the role of blocks\.0\.mlp\.expand\.weight \(256, 64\) is unclear \(and of 1 more\)"
-    with pytest.raises(ValueError, match=told):
+    message = r"the role of blocks\.0\.mlp\.expand\.weight \(256, 64\) is unclear \(and of 1 more\)"
+    with pytest.raises(ValueError, match=message):
         param_groups(model)
     found = {g["name"]: g["params"] for g in param_groups(model, roles={"blocks.*": "hidden"})}
     assert names([{"name": role, "params": p} for role, p in found.items()]) == {
@@ -206,7 +206,9 @@ def test_convolutions_are_hidden_and_a_last_linear_layer_is_unclear():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 6), nn.Linear(6, 4)
     )
-    with pytest.raises(ValueError, match=r"the role of 4\.weight \(4, 6\) is unclear: pass roles="):
+    with pytest.raises(
+        ValueError, match=r"the role of 4\.weight \(4, 6\) is unclear: give param_groups roles="
+    ):
         param_groups(model)
     assert names(param_groups(model, roles={"4.weight": "embedding"})) == {
         "hidden": ["0.weight", "3.weight"],
@@ -281,7 +283,7 @@ def test_a_tied_parameter_answers_to_all_its_names():
 
 
 @pytest.mark.parametrize(
-    ("roles", "told"),
+    ("roles", "message"),
     [
         (
             {"*.weight": "hidden"},
@@ -296,8 +298,8 @@ def test_a_tied_parameter_answers_to_all_its_names():
         ({"*mlp*": "vector"}, r"h\.0\.mlp\.0\.weight \(128, 32\) of Linear \(and 3 more\) too, by"),
     ],
 )
-def test_a_wildcard_does_not_take_what_has_another_role_by_type(roles, told):
-    with pytest.raises(ValueError, match=rf"^roles has .*, which takes .*{told}"):
+def test_a_wildcard_does_not_take_what_has_another_role_by_type(roles, message):
+    with pytest.raises(ValueError, match=rf"^roles has .*, which takes .*{message}"):
         param_groups(GPT2(), roles=roles)
 
 
@@ -324,7 +326,7 @@ def test_gains_of_several_dimensions_are_vectors():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (
             {"roles": {"*.wait": "hidden"}},
@@ -359,10 +361,10 @@ def test_gains_of_several_dimensions_are_vectors():
         ),
     ],
 )
-def test_mistakes_are_named(options, told):
+def test_mistakes_are_named(options, message):
     with pytest.raises(ValueError) as error:
         param_groups(GPT2(), **options)
-    assert str(error.value) == told
+    assert str(error.value) == message
 
 
 def test_configurations_and_presets_agree():

@@ -87,6 +87,8 @@ def test_what_is_on_the_cpu_is_sent_from_there():
 )
 def test_messages_under_way_are_not_for_nccl(monkeypatch, config, device, refused):
     monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
-    told = pytest.raises(ValueError, match=r"^delay=1 is not allowed with NCCL, .*: give a process")
-    with told if refused else nullcontext():
-        require_host(None, torch.device(device), "delay=1")
+    error = pytest.raises(
+        ValueError, match=r"^sync_delay=1 is not allowed with NCCL, .*: give a process"
+    )
+    with error if refused else nullcontext():
+        require_host(None, torch.device(device), "sync_delay=1")

@@ -115,9 +115,9 @@ def test_it_shards_as_fully_shard_does(ranks):
 
 def test_what_one_rank_refuses_all_ranks_of_its_worker_refuse(ranks):
     for worker in by_worker(ranks):
-        told = [rank["errors"]["of one rank"] for rank in worker]
-        assert told[-1] == "KeyError: 'of the last rank'"
-        assert set(told[:-1]) == {"ValueError: 'of the last rank'"}
+        errors = [rank["errors"]["of one rank"] for rank in worker]
+        assert errors[-1] == "KeyError: 'of the last rank'"
+        assert set(errors[:-1]) == {"ValueError: 'of the last rank'"}
 
 
 def test_what_is_no_mesh_is_refused_by_all(ranks):
@@ -125,7 +125,7 @@ def test_what_is_no_mesh_is_refused_by_all(ranks):
     flat = f"DeviceMesh((rank={count}), 'cpu', stride=(1,))"
     expected = {
         "no divisor": f"ranks_per_worker={count + 1} does not divide {count} ranks: give a divisor",
-        "no number": f"ranks_per_worker=None does not divide {count} ranks: give a divisor",
+        "no number": "ranks_per_worker is missing: give it, or mesh",
         "none": f"ranks_per_worker=0 does not divide {count} ranks: give a divisor",
         "few layers": f"ranks_per_worker={size} leaves ranks without a layer: the model has 1, "
         "give at most as many",

@@ -40,7 +40,7 @@ def test_what_does_not_end_in_time_is_ended_with_its_workers(tmp_path):
     assert record["part"] == "sleep" and record["status"] is None
 
 
-def test_a_wait_for_the_device_and_what_did_not_end_are_told():
+def test_a_wait_for_the_device_and_what_did_not_end_are_reported():
     step = {"record": "step", "method": "topk", "ms": 2.0, "phases_ms": {"encode": 1.5}}
     step |= {"peak_bytes": 3e6, "waits": "called a synchronizing CUDA operation", "tokens": 8}
     train = {"record": "training", "run": "uncompressed", "of": "train"}
@@ -49,7 +49,7 @@ def test_a_wait_for_the_device_and_what_did_not_end_are_told():
     )
     assert "| topk | 2.00 | 1.50 |  |  |  | 3 | called a synchronizing CUDA operation |" in text
     assert "steps 9 (time was up)" in text
-    assert "| uncompressed | did not end |" in text and "| fitted rank 30 % | not run |" in text
+    assert "| uncompressed | did not end |" in text and "| quantized rank 30 % | not run |" in text
     assert "prove nothing" not in text
 
 

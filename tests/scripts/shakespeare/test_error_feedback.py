@@ -9,11 +9,11 @@ import torch
 from logs import write_study_log
 
 from scripts.shakespeare import run as study
-from scripts.shakespeare.muon_feedback import best, feedback_told, muon_feedback
+from scripts.shakespeare.muon_feedback import best, feedback_text, muon_feedback
 from scripts.shakespeare.results import read_settings
 from scripts.shakespeare.settings import FEEDBACK_SETTINGS, SIGN_SETTINGS
 from scripts.shakespeare.sign_replay import RULES, replay
-from scripts.shakespeare.signs import signs_section, signs_told
+from scripts.shakespeare.signs import signs_section, signs_text
 
 PAGE = (study.RESULTS.parent / "README.md").read_text()
 
@@ -50,7 +50,7 @@ def test_the_best_radius_is_that_of_seed_0_and_is_told_by_its_seeds(tmp_path):
     radii = {15: [1.9], 60: [1.7], 250: [1.8], 1000: [1.65, 1.55, 1.75]}
     losses = {f"muon_feedback/with-radius{radius}": seeds for radius, seeds in radii.items()}
     write(tmp_path, {"muon_feedback/without": [1.5, 1.6, 1.7]})
-    assert feedback_told(read_settings(tmp_path, FEEDBACK_SETTINGS)) == ""
+    assert feedback_text(read_settings(tmp_path, FEEDBACK_SETTINGS)) == ""
     write(tmp_path, losses)
     found = read_settings(tmp_path, FEEDBACK_SETTINGS)
     assert best(found).setting.name == "muon_feedback/with-radius1000"
@@ -70,7 +70,7 @@ def test_signs_are_told_against_the_work_whose_claim_it_is(tmp_path):
     ends = {"before-ef21": 1.8, "before-none": 1.6, "after-ef21": 1.7, "after-none": 1.65}
     write(tmp_path, {f"signs/{rule}": [loss] for rule, loss in ends.items()})
     found = read_settings(tmp_path, SIGN_SETTINGS)
-    told = signs_told(found)
+    told = signs_text(found)
     assert "before the LMO EF21 ends +12.5 % over no feedback, as there (+0.7 %)" in told
     assert "after the LMO EF21 ends +3.0 % over no feedback, unlike there (-0.1 %)" in told
     section = signs_section(found, muon, [])

@@ -55,7 +55,7 @@ def test_a_log_is_cut_not_edited(tmp_path):
     log = write_study_log(tmp_path / "log.jsonl", [3.0, 2.0]).read_text()
     kept = study.cut(log)
     assert kept.splitlines() == [line for line in log.splitlines() if '"train"' not in line]
-    with pytest.raises(ValueError, match="start the study again to go on"):
+    with pytest.raises(ValueError, match="start the study again to resume"):
         study.cut("\n".join(log.splitlines()[:-1]) + "\n")
 
 

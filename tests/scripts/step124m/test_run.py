@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from run import torchrun
 
-from ef21_muon.compressors.sparse import index_bytes
+from ef21_muon.compressors.indices import index_bytes
 from scripts.step124m import run as bench_step
 
 SCRIPT = Path(bench_step.__file__)

@@ -14,7 +14,7 @@ from torch import nn
 
 from baselines import AdamW, Muon
 from ef21_muon import EF21Muon
-from training.passes import Passes
+from training.gradients import GradientComputation
 
 STEPS = 6
 SHAPES = [(32, 24), (16, 32)]
@@ -79,8 +79,8 @@ def clipped(rank: int, max_norm: float) -> tuple[float, float]:
     """Norms: of the gradient in the trainer, and of its distance from torch's clipped mean."""
     ranks, model, reference = range(dist.get_world_size()), WithLoss(), WithLoss()
     optimizer = AdamW(model.parameters())
-    passes = Passes(model, optimizer, torch.device("cpu"), "float32", False, max_norm)
-    passes.gradient([batch(rank, step) for step in range(2)])
+    passes = GradientComputation(model, optimizer, torch.device("cpu"), "float32", False, max_norm)
+    passes.compute([batch(rank, step) for step in range(2)])
     losses = [reference(*batch(one, step)) for one in ranks for step in range(2)]
     torch.stack(losses).mean().backward()
     assert nn.utils.clip_grad_norm_(reference.parameters(), max_norm) > max_norm

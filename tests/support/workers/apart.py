@@ -16,7 +16,7 @@ import train
 import training.log
 from training.arguments import parse_arguments
 from training.sweep import run_jobs
-from training.workers import RunError, Workers, leave
+from training.workers import RunError, Workers, exit_process
 
 OWN_TOKENS = "data.train=/proc/self/cwd/train.bin"
 CASES = {  # overrides, and what is patched on rank 1
@@ -92,4 +92,4 @@ if __name__ == "__main__":
     directory, *given = sys.argv[1:]
     workers = Workers()
     with mock.patch("training.nodes.SEEN_WITHIN", 0.2):
-        leave(workers.finish(lambda: work(workers, Path(directory), given)))
+        exit_process(workers.run(lambda: work(workers, Path(directory), given)))

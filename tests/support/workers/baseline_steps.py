@@ -14,7 +14,7 @@ import torch.distributed as dist
 from run import torchrun
 
 from baselines import DeMo, Dion
-from training.workers import leave
+from training.workers import exit_process
 
 STEPS = 12
 LR, LR_DECAY, WEIGHT_DECAY = 0.1, 0.9, 0.3
@@ -186,4 +186,4 @@ def main(method, directory):
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
-    leave(0)
+    exit_process(0)

@@ -29,11 +29,11 @@ from ef21_muon import EF21Muon
 from ef21_muon.transport import fixed
 from ef21_muon.transport.fixed import Transport
 from training.checkpoint import Checkpoints
-from training.passes import Passes
-from training.workers import Workers, leave
+from training.gradients import GradientComputation
+from training.workers import Workers, exit_process
 
 PLACES = {
-    "forward": (Passes, "gradient"),
+    "forward": (GradientComputation, "compute"),
     "encode": (EF21Muon, "_worker_message"),  # of one batch of layers; others are to come
     "exchange": (Transport, "to_servers"),  # one message is on its way; others are to come
     "write": (FileSystemWriter, "write_data"),  # this rank's file of the checkpoint
@@ -120,7 +120,7 @@ class Faults:
 
     def step_of(self, caller: object, args: tuple) -> int:
         """That of the training, or of the checkpoint, which may be written in a later one."""
-        if isinstance(caller, Passes):
+        if isinstance(caller, GradientComputation):
             self.step, self.model = caller.optimizer.steps + 1, caller.raw_model
         if isinstance(caller, FileSystemWriter):
             return int(Path(caller.path).stem.removeprefix("step-"))
@@ -151,4 +151,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -40,7 +40,7 @@ CASES = {
     },
 }
 CASES["local, senders"] = CASES["local"] | {"mean": "senders"}
-CASES["local, stagger"] = CASES["local"] | {"sync_every": 4, "streaming": True}
+CASES["local, streaming"] = CASES["local"] | {"sync_every": 4, "streaming": True}
 STEPS = 8
 
 
@@ -112,10 +112,12 @@ def muon(layers: list[dict], size: int, **options) -> EF21Muon:
     return EF21Muon(layers, mesh=mesh_of(layers, size), **options)
 
 
-def local_steps(layers: list[dict], size: int, missing: str = "refuse", **options) -> LocalSteps:
+def local_steps(
+    layers: list[dict], size: int, missing_grad: str = "error", **options
+) -> LocalSteps:
     mesh = mesh_of(layers, size)
     own = mesh.share(layers) if mesh else layers
-    inner = EF21Muon(own, lr=0.05, process_group=ALONE, missing=missing)
+    inner = EF21Muon(own, lr=0.05, process_group=ALONE, missing_grad=missing_grad)
     return LocalSteps(inner, mesh=mesh, **options)
 
 
@@ -147,7 +149,7 @@ def train(case: str, size: int, shard: bool) -> dict[str, np.ndarray]:
         module.zero_grad()  # of all ranks of the worker
         module(parts).backward()
         optimizer.step()
-    with getattr(optimizer, "agreed", nullcontext)():
+    with getattr(optimizer, "global_params", nullcontext)():
         flat = torch.cat([whole(p.detach()).flatten() for p in model.values()])
     state = sum(t.numel() for s in optimizer.state.values() for t in s.values())
     return {
@@ -228,7 +230,7 @@ def missing(shard: bool, local: bool) -> list[str]:
         module = sharded(Layers(), 2) if shard else Layers()
         layers = groups(dict(module.named_parameters()))
         make = local_steps if local else muon
-        return module, make(layers, 2, missing=policy)
+        return module, make(layers, 2, missing_grad=policy)
 
     def step() -> str:
         try:
@@ -242,7 +244,7 @@ def missing(shard: bool, local: bool) -> list[str]:
         return list(module.named_parameters())
 
     start = parameters()
-    module, optimizer = build("refuse")
+    module, optimizer = build("error")
     module(range(2), "key", "head").backward()
     said = [step()]
     module, optimizer = build("zero")
@@ -262,7 +264,7 @@ def missing(shard: bool, local: bool) -> list[str]:
     return said
 
 
-def parted(shard: bool) -> str:
+def diverged(shard: bool) -> str:
     """What a check says of two workers, each of whose ranks have changed their model alike."""
     module = sharded(Layers(), 2) if shard else Layers()
     model = dict(module.named_parameters())
@@ -274,7 +276,7 @@ def parted(shard: bool) -> str:
         optimizer.check_agreement()
     except ValueError as error:
         return str(error)
-    return "agreed"
+    return "no error"
 
 
 def scaled_shards() -> str:
@@ -332,12 +334,12 @@ def refusals_of_shards() -> list[str]:
 def main() -> None:
     dist.init_process_group("gloo")
     size, shard = int(sys.argv[2]), "sharded" in sys.argv
-    told = refusals() if dist.get_world_size() > 1 else []
-    results = {"refusals": [*told, *(refusals_of_shards() if shard else [])]}
+    refused = refusals() if dist.get_world_size() > 1 else []
+    results = {"refusals": [*refused, *(refusals_of_shards() if shard else [])]}
     if size > 1:
         results["clipped"] = clipped(size, shard)
     if size == 2:
-        results["parted"] = parted(shard)
+        results["diverged"] = diverged(shard)
         for local in (False, True):
             results[f"missing {local}"] = missing(shard, local)
         results["overflow"] = scaled_shards() if shard else overflow(size)

@@ -20,7 +20,7 @@ from ef21_muon.compressors import ChunkTopK, Identity, Quantize, TopK
 from ef21_muon.norms import Spectral
 from ef21_muon.values import Natural
 from scripts.verification.trials import Sent
-from training.workers import leave
+from training.workers import exit_process
 
 EVERY, ROUNDS, SEED = 4, 3, 5
 LR, MOMENTUM = 0.05, 0.5  # of torch.optim.SGD inside
@@ -68,9 +68,9 @@ CASES = {
     "replicated": {"w2s": "topk", "server": "replicated"} | NESTEROV,
     "replicated ef21": {"w2s": "topk", "server": "replicated", "feedback": "ef21"},
     "streaming": BOTH | NESTEROV | {"streaming": True},
-    "delay": BOTH | NESTEROV | {"sync_delay": 1},
-    "stagger delay": BOTH | NESTEROV | {"streaming": True, "sync_delay": 1},
-    "replicated stagger delay": {
+    "sync_delay": BOTH | NESTEROV | {"sync_delay": 1},
+    "streaming delay": BOTH | NESTEROV | {"streaming": True, "sync_delay": 1},
+    "replicated streaming delay": {
         "w2s": "topk",
         "server": "replicated",
         "streaming": True,
@@ -85,12 +85,12 @@ CASES = {
         f"senders {server}": {"w2s": "topk", "server": server, "mean": "senders"} | NESTEROV
         for server in ("sharded", "rank0", "replicated")
     },
-    "senders stagger delay": BOTH | {"mean": "senders", "streaming": True, "sync_delay": 1},
+    "senders streaming delay": BOTH | {"mean": "senders", "streaming": True, "sync_delay": 1},
     "ef21 delay": BOTH | {"feedback": "ef21", "streaming": True, "sync_delay": 1},
 }
-UNFINISHED = ("both", "stagger", "stagger delay", "replicated stagger delay", "sparseloco")
-RESUMED = ("diloco", "nesterov", "ef21 delay", "stagger delay", "replicated stagger delay")
-RESUMED += ("sparseloco", "senders stagger delay")
+UNFINISHED = ("both", "streaming", "streaming delay", "replicated streaming delay", "sparseloco")
+RESUMED = ("diloco", "nesterov", "ef21 delay", "streaming delay", "replicated streaming delay")
+RESUMED += ("sparseloco", "senders streaming delay")
 
 
 def new(case):
@@ -99,7 +99,7 @@ def new(case):
         name: torch.nn.Parameter(torch.from_numpy(start(name)).view(SHAPES[name]))
         for name in SHAPES
     }
-    options = {"every": EVERY, "seed": SEED, "server": "sharded"} | CASES[case]
+    options = {"sync_every": EVERY, "seed": SEED, "server": "sharded"} | CASES[case]
     inner = INNER[options.pop("inner", "sgd")](parameters.items())
     for direction in ("w2s", "s2w"):
         options[direction] = COMPRESSORS[options.get(direction, "identity")]
@@ -119,7 +119,7 @@ def moved(case, parameters, optimizer):
 def record(case, rank, ranks, steps=STEPS, resumed=False):
     """Per step x_j, W, the optimizer's byte counts, and the bytes that were seen to leave."""
     parameters, optimizer = new(case)
-    recorded = {"local": [], "agreed": [], "bytes": [], "seen": []}
+    recorded = {"local": [], "global": [], "bytes": [], "seen": []}
     spy = Sent(SimpleNamespace(count=ranks))
     for step in range(steps):
         if resumed and step == MOVED:
@@ -145,7 +145,7 @@ def record(case, rank, ranks, steps=STEPS, resumed=False):
 def note(recorded, parameters, optimizer, spy):
     recorded["local"].append(flat(parameters))
     with optimizer.global_params():
-        recorded["agreed"].append(flat(parameters))
+        recorded["global"].append(flat(parameters))
     assert np.array_equal(flat(parameters), recorded["local"][-1]), "x_j has come back"
     counts = ("w2s_bytes", "s2w_bytes", "received_bytes", "wire_tx_bytes")
     recorded["bytes"].append([getattr(optimizer, count) for count in counts])
@@ -184,4 +184,4 @@ def main(directory):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    leave(0)
+    exit_process(0)

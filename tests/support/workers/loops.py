@@ -104,16 +104,16 @@ def nanogpt(path):
             torch.save(saved | {"scaler": loop.scaler.state_dict()}, path / f"{name}.pt")
     dist.barrier()
     loop.run(4)
-    told = "no error"
+    error_text = "no error"
     try:
         Loop().load(torch.load(path / "mine.pt"))
     except ValueError as error:
-        told = str(error)
+        error_text = str(error)
     resumed = Loop()
     resumed.load(torch.load(path / "all.pt"))
     resumed.run(4)
     losses = [start, test_loss(loop.model)]
-    return [parameters_of(loop.model), parameters_of(resumed.model), losses, told]
+    return [parameters_of(loop.model), parameters_of(resumed.model), losses, error_text]
 
 
 def accelerate():

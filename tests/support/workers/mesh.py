@@ -333,7 +333,7 @@ def named() -> dict:
     case.layers["query"].grad = None
     before = said(lambda: bring_gradients(case.mesh.layers, "it"))
     with case.mesh.together():
-        case.mesh.name([Layer(f"its {n}", p, p.numel(), "refuse") for n, p in case.own.items()])
+        case.mesh.name([Layer(f"its {n}", p, p.numel(), "error") for n, p in case.own.items()])
     then = said(lambda: bring_gradients(case.mesh.layers, "it"))
     zero = [one for one in case.mesh.layers if one.parameter in case.mesh.own]
     with case.mesh.together():

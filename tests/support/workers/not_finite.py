@@ -66,7 +66,7 @@ CASES = {
 }
 
 
-def told(do):
+def error_of(do):
     try:
         do()
     except FloatingPointError as error:
@@ -87,12 +87,12 @@ def trained(name, faulty):
             if faulty and layer == LAYER and step == BROKEN and dist.get_rank() == 1:
                 parameter.grad[1, 2] = value
         optimizer.step()
-        with getattr(optimizer, "agreed", nullcontext)():
+        with getattr(optimizer, "global_params", nullcontext)():
             models.append({n: p.detach().flatten().tolist() for n, p in layers.items()})
     return {
         "models": models,
-        "finite": told(optimizer.check_finite),
-        "agreement": told(optimizer.check_agreement),
+        "finite": error_of(optimizer.check_finite),
+        "agreement": error_of(optimizer.check_agreement),
     }
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ef21_muon import EF21Muon
 from ef21_muon.compressors import Quantize, TopK
 from ef21_muon.norms import AdaptiveRadius, BiasRMS, Euclidean, RowNorm, Sign, Spectral
-from training.workers import leave
+from training.workers import exit_process
 
 STEPS = 20
 LR, MOMENTUM, DECAY = 0.1, 0.8, 0.5
@@ -48,7 +48,7 @@ def muon_cases():
         for nesterov in (False, True):
             for decay in (0.0, DECAY):
                 norm = Spectral(scaling=scaling, dtype=torch.bfloat16)
-                options = {"lr": LR, "momentum": 0 - MOMENTUM, "momentum_init": "zero"}
+                options = {"lr": LR, "momentum": MOMENTUM, "momentum_init": "zero"}
                 rule = {"norm": norm, "nesterov": nesterov, "weight_decay": decay}
                 groups = [{"params": MATRICES} | rule]
                 yield f"muon {scaling} {nesterov} {decay}", (groups, options)
@@ -60,7 +60,7 @@ def scion_case(decay):
         {"params": ("head",), "norm": Sign(), "radius": RADII["head"]},
         {"params": ("bias",), "norm": BiasRMS(), "radius": RADII["bias"]},
     ]
-    options = {"lr": SCION_LR, "beta": SCION_WEIGHT, "momentum_init": "zero"}
+    options = {"lr": SCION_LR, "momentum": 1 - SCION_WEIGHT, "momentum_init": "zero"}
     return groups, options | {"weight_decay": decay}
 
 
@@ -83,7 +83,7 @@ SIGN_MUON = {"sign_muon none": "none", "sign_muon ef21": "ef21"}
 def sign_muon_case(feedback):
     groups = [{"params": MATRICES, "norm": Spectral()}]
     options = {"lmo": "workers", "w2s": Quantize("sign@tensor"), "feedback": feedback}
-    return groups, {"lr": SCION_LR, "beta": SCION_WEIGHT, **options}
+    return groups, {"lr": SCION_LR, "momentum": 1 - SCION_WEIGHT, **options}
 
 
 CASES = {  # groups with the names of layers for parameters, and the other options
@@ -92,10 +92,10 @@ CASES = {  # groups with the names of layers for parameters, and the other optio
     "scion constrained": scion_case(decay=1.0),
     "gluon": (
         [{"params": (name,), "norm": norm} for name, norm in GLUON_NORMS.items()],
-        {"lr": 1.0, "beta": ETA, "radius": AdaptiveRadius(L0, L1)},
+        {"lr": 1.0, "momentum": 1 - ETA, "radius": AdaptiveRadius(L0, L1)},
     ),
     "ef21": euclidean_case(momentum=0, w2s=TopK(FRACTION)),
-    "ef21-sgdm": euclidean_case(beta=ETA, w2s=TopK(FRACTION), first_message="full"),
+    "ef21-sgdm": euclidean_case(momentum=1 - ETA, w2s=TopK(FRACTION), first_message="full"),
     "ef21-p": euclidean_case(momentum=0, s2w=TopK(FRACTION), server="rank0"),
     **{case: sign_muon_case(feedback) for case, feedback in SIGN_MUON.items()},
 }
@@ -140,4 +140,4 @@ def main(directory):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    leave(0)
+    exit_process(0)

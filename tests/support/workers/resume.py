@@ -19,7 +19,7 @@ from run import PATIENCE
 import train
 import training.resume
 from training.config import CONFIGS, Job, compose
-from training.workers import RunError, Workers, leave
+from training.workers import RunError, Workers, exit_process
 
 COMPRESSORS = sorted(path.stem for path in (CONFIGS / "compressor").glob("*.yaml"))
 PLACEMENTS = ("sharded", "rank0", "replicated")
@@ -153,7 +153,7 @@ def run_elastic(directory: Path, small: list[str]) -> int:
         os.environ["WORLD_SIZE"] = str(count)
         workers = Workers(timeout=PATIENCE)
         if workers.rank < count:
-            status = workers.finish(lambda w=workers: run_with(w, directory, small))
+            status = workers.run(lambda w=workers: run_with(w, directory, small))
             assert status == 0
     return 0
 
@@ -179,10 +179,10 @@ def run_with(workers: Workers, directory: Path, small: list[str]) -> int:
 
 def go_on(job: Job, directory: Path, workers: Workers) -> None:
     """Run it, and write what every worker went on with."""
-    go_on_elastic = training.resume.go_on_elastic
+    resume_elastic = training.resume.resume_elastic
 
     def recorded(run, path):
-        facts = go_on_elastic(run, path)
+        facts = resume_elastic(run, path)
         state = {}
         for name, parameter in run.raw_model.named_parameters():
             of_layer = {"parameter": parameter.detach(), **run.optimizer.state[parameter]}
@@ -190,7 +190,7 @@ def go_on(job: Job, directory: Path, workers: Workers) -> None:
         torch.save(state, directory / f"{workers.rank}.pt")
         return facts
 
-    with mock.patch("training.resume.go_on_elastic", recorded):
+    with mock.patch("training.resume.resume_elastic", recorded):
         train.run_job(job, directory, workers)
 
 
@@ -209,7 +209,7 @@ def damage(what: str, job: Job, directory: Path, workers: Workers) -> None:
     try:
         with around_steps(after=lose):
             train.run_job(job, directory, workers)
-    except RunError:  # which the log tells
+    except RunError:  # which the log has
         pass
 
 
@@ -219,8 +219,8 @@ def main() -> int:
         if what == "elastic":
             return run_elastic(Path(directory), small)
         workers = Workers(timeout=PATIENCE)
-        return workers.finish(lambda: run_cases(workers, Path(directory), small))
+        return workers.run(lambda: run_cases(workers, Path(directory), small))
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -19,7 +19,7 @@ from ef21_muon.compressors import Identity, Quantize, QuantizedRank, RankK, TopK
 from ef21_muon.layers import PLACEMENTS
 from ef21_muon.norms import Sign
 from ef21_muon.values import Natural
-from training.workers import leave
+from training.workers import exit_process
 
 ROUNDS = 10
 LR, DECAY, BETA, SEED = 1.0, 0.9, 0.3, 11
@@ -325,4 +325,4 @@ def main(directory):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    leave(0)
+    exit_process(0)

@@ -95,7 +95,7 @@ def trained(name, averaged, steps=STEPS, resumed_at=None):
         model.train()(batch(step, dist.get_rank())).square().mean().backward()
         optimizer.step()
     own = statistics_of(model)
-    with getattr(optimizer, "agreed", nullcontext)():
+    with getattr(optimizer, "global_params", nullcontext)():
         loss = model.eval()(batch(100, 0)).square().mean().item()
         shared = statistics_of(model)
     optimizer.check_agreement()
@@ -135,7 +135,7 @@ def main(directory):
     try:
         EF21Muon(model.parameters(), buffers=model)
     except ValueError as error:
-        report["parted"] = str(error)
+        report["diverged"] = str(error)
     (directory / f"rank{dist.get_rank()}.json").write_text(json.dumps(report))
 
 

@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from ef21_muon.transport.shards import local
 from model import GPT, GPTConfig
 from scripts.step124m.allocations import Allocations, record_function
+from training.gradients import GradientComputation
 from training.groups import groups_of_a_job
-from training.passes import Passes
 from training.sharding import new_worker_mesh, shard
 from training.weights import draw_weights
 from training.workers import Workers
@@ -71,15 +71,15 @@ def batch(rank: int, passes: int, sequences: int = 4) -> list[list[torch.Tensor]
     return [[one[:, :-1], one[:, 1:]] for one in tokens]
 
 
-def passes_of(workers: Workers, sharded: bool, compiled: bool = False) -> Passes:
+def passes_of(workers: Workers, sharded: bool, compiled: bool = False) -> GradientComputation:
     model = new_model(SMALL, workers, sharded)
     with torch.no_grad():
         for parameter in model.parameters():  # also of those that begin as zeros
             local(parameter).add_(0.01)
-    return Passes(model, Silent(), torch.device("cpu"), "float32", compiled)
+    return GradientComputation(model, Silent(), torch.device("cpu"), "float32", compiled)
 
 
-def mean_gradients(passes: Passes, ranks: int) -> list[torch.Tensor]:
+def mean_gradients(passes: GradientComputation, ranks: int) -> list[torch.Tensor]:
     """Of all ranks, whole."""
     gradients = [parameter.grad for parameter in passes.raw_model.parameters()]
     if hasattr(gradients[0], "full_tensor"):
@@ -95,10 +95,10 @@ def distance(ones: list[torch.Tensor], others: list[torch.Tensor]) -> float:
     return max(((one - other).norm() / other.norm()).item() for one, other in pairs)
 
 
-def scatters(passes: Passes, rank: int) -> int:
+def scatters(passes: GradientComputation, rank: int) -> int:
     """Reduce-scatters of a gradient of three forward passes."""
     with profile(activities=[ProfilerActivity.CPU]) as seen:
-        passes.gradient(batch(rank, passes=3))
+        passes.compute(batch(rank, passes=3))
     return sum(event.name == "c10d::_reduce_scatter_base_" for event in seen.events())
 
 
@@ -111,7 +111,7 @@ def messages(workers: Workers) -> dict:
         "of every pass": scatters(every, workers.rank),
         "layers": SMALL.layers,
     }
-    whole.gradient(batch(workers.rank, passes=3))
+    whole.compute(batch(workers.rank, passes=3))
     gradients = [mean_gradients(one, workers.count) for one in (sharded, every, whole)]
     return found | {
         "to every pass": distance(*gradients[:2]),
@@ -142,9 +142,9 @@ def graphs(workers: Workers) -> dict:
         for compiled in (False, True):
             with counted() as of_step:
                 passes = passes_of(workers, sharded, compiled)
-                loss = passes.gradient(batch(workers.rank, passes=2))
+                loss = passes.compute(batch(workers.rank, passes=2))
                 found[name] = list(of_step)
-                passes.gradient(batch(workers.rank + 8, passes=2))
+                passes.compute(batch(workers.rank + 8, passes=2))
                 found[f"{name}, second step"] = len(of_step) - len(found[name])
                 windows = [*batch(0, passes=3), *batch(1, 1, sequences=2)]
                 test_loss, _ = passes.loss_sum((*one, one[0].numel()) for one in windows)
@@ -163,7 +163,7 @@ def groups(workers: Workers) -> list[int]:
     for _ in range(3):
         with groups_of_a_job(workers):
             passes = passes_of(workers, sharded=True)
-            passes.gradient(batch(workers.rank, passes=1))
+            passes.compute(batch(workers.rank, passes=1))
             counts.append(len(_world.pg_map))
         counts.append(len(_world.pg_map))
     return counts
@@ -180,4 +180,4 @@ def work(workers: Workers) -> int:
 
 if __name__ == "__main__":
     workers = Workers()
-    sys.exit(workers.finish(lambda: work(workers)))
+    sys.exit(workers.run(lambda: work(workers)))

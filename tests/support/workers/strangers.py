@@ -29,7 +29,7 @@ def averaged(model, **options):
     return AveragedGradients(torch.optim.AdamW(model.parameters(), lr=LR), **options)
 
 
-# What builds an optimizer of the last rank, and of the others; what is told of it.
+# What builds an optimizer of the last rank, and of the others; what is said of it.
 DIFFERENT = {
     "w2s": (lambda m: EF21Muon(m.parameters()), lambda m: EF21Muon(m.parameters(), w2s=TopK(0.2))),
     "s2w": (
@@ -53,7 +53,7 @@ DIFFERENT = {
         lambda m: EF21Muon(m.parameters(), server="rank0"),
         lambda m: EF21Muon(m.parameters(), server="sharded"),
     ),
-    "missing": (
+    "missing_grad": (
         lambda m: EF21Muon(m.parameters(), missing_grad="zero"),
         lambda m: EF21Muon(m.parameters()),
     ),
@@ -61,7 +61,7 @@ DIFFERENT = {
         lambda m: EF21Muon(m.parameters(), momentum_init="zero"),
         lambda m: EF21Muon(m.parameters()),
     ),
-    "every": (lambda m: local(m, sync_every=3), lambda m: local(m, sync_every=4)),
+    "sync_every": (lambda m: local(m, sync_every=3), lambda m: local(m, sync_every=4)),
     "outer_lr": (lambda m: local(m, outer_lr=0.7), lambda m: local(m)),
     "method": (lambda m: EF21Muon(m.parameters()), averaged),
 }
@@ -81,7 +81,7 @@ def parameters_of(model):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def told(error, do):
+def error_of(error, do):
     try:
         do()
     except error as raised:
@@ -90,9 +90,9 @@ def told(error, do):
 
 
 def different(name):
-    """What is told where the last rank builds another optimizer."""
+    """The error where the last rank builds another optimizer."""
     one, other = DIFFERENT[name]
-    return told(ValueError, lambda: (one if dist.get_rank() == 0 else other)(new_model()))
+    return error_of(ValueError, lambda: (one if dist.get_rank() == 0 else other)(new_model()))
 
 
 def mixed(rest, matrices=()):
@@ -117,12 +117,12 @@ def mixed(rest, matrices=()):
 
 
 def branches(missing):
-    """Rank 1 takes another branch than rank 0 in odd steps: parameters, or what is told."""
+    """Rank 1 takes another branch than rank 0 in odd steps: parameters, or the error."""
     model = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
-    optimizer = EF21Muon(model.parameters(), lr=LR, norm=Spectral("svd"), missing=missing)
+    optimizer = EF21Muon(model.parameters(), lr=LR, norm=Spectral("svd"), missing_grad=missing)
     for step in range(4):
         optimizer.zero_grad()
         branch = dist.get_rank() if step % 2 else 0
@@ -139,14 +139,14 @@ def rates():
     optimizer = EF21Muon(model.parameters(), torch.tensor(0.5))
     loss_of(model, 0, dist.get_rank()).backward()
     optimizer.step()
-    said = [told(ValueError, optimizer.check_agreement)]
+    said = [error_of(ValueError, optimizer.check_agreement)]
     if dist.get_rank() == 1:
         optimizer.param_groups[0]["lr"].fill_(0.25)
-    return [*said, told(ValueError, optimizer.check_agreement)]
+    return [*said, error_of(ValueError, optimizer.check_agreement)]
 
 
 class Messages(logging.Handler):
-    """Keeps the lines, and tells the other ranks of them by a word in the store."""
+    """Keeps the lines, and informs the other ranks of them by a word in the store."""
 
     def __init__(self, word):
         super().__init__()
@@ -159,8 +159,8 @@ class Messages(logging.Handler):
 
 
 def alone_in_a_step(how):
-    """What rank 0 is told while rank 1 does not come to a step, until it comes after all."""
-    word = f"told {how}"
+    """What rank 0 reports while rank 1 does not come to a step, until it comes after all."""
+    word = f"waited {how}"
     messages = Messages(word)
     stragglers.log.addHandler(messages)
     model = new_model()
@@ -171,7 +171,7 @@ def alone_in_a_step(how):
         if step == 1 and dist.get_rank() == 1:
             if how == "refused":
                 gradient, model[1].weight.grad = model[1].weight.grad, None
-                told(RuntimeError, optimizer.step)
+                error_of(RuntimeError, optimizer.step)
                 model[1].weight.grad = gradient
             messages.store.wait([word])
         optimizer.step()
@@ -181,7 +181,7 @@ def alone_in_a_step(how):
 
 
 def left_alone():
-    """What rank 0 is told where rank 1 has ended."""
+    """What rank 0 reports where rank 1 has ended."""
     model = new_model()
     optimizer = EF21Muon(model.parameters())
     loss_of(model, 0, dist.get_rank()).backward()
@@ -198,7 +198,7 @@ def left_alone():
 def main(directory):
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    stragglers.NOTICE, stragglers.LOOK = 0.5, 0.2
+    stragglers.REPORT_AFTER, stragglers.CHECK_EVERY = 0.5, 0.2
     report = {f"different {name}": different(name) for name in DIFFERENT}
     report["mixed"] = mixed({})
     for server in ("rank0", "sharded", "replicated"):

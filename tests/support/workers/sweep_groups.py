@@ -44,4 +44,4 @@ def work(workers: Workers) -> int:
 
 if __name__ == "__main__":
     workers = Workers()
-    sys.exit(workers.finish(lambda: work(workers)))
+    sys.exit(workers.run(lambda: work(workers)))

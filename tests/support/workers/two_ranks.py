@@ -1,4 +1,4 @@
-"""What two ranks do with options that one rank alone would not tell apart.
+"""What two ranks do with options that one rank alone would not distinguish.
 
 Run by torchrun with a directory, rank r writes `rank<r>.json` there: what every function of CASES
 returns. See test_two_ranks.py.
@@ -20,7 +20,7 @@ from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
 from ef21_muon.compressors import Quantize, RankK, TopK
 from ef21_muon.norms import Sign
 from ef21_muon.transport import fixed
-from training.workers import leave
+from training.workers import exit_process
 
 COUNTS = ("w2s_bytes", "s2w_bytes", "received_bytes", "wire_tx_bytes")
 PLACEMENTS = ("sharded", "rank0", "replicated")
@@ -172,10 +172,10 @@ def back_to_workers(backend: str, method: str) -> dict:
     return {"found": found, "counts": counts, "received": received, "broadcasts": in_steps}
 
 
-def under_way(server: str, stagger: bool) -> str:
+def under_way(server: str, streaming: bool) -> str:
     """What check_agreement says of EF21 with a delay, after every step and at the end."""
     model = new_model()
-    options = {"w2s": FIRST, "feedback": "ef21", "server": server, "streaming": stagger}
+    options = {"w2s": FIRST, "feedback": "ef21", "server": server, "streaming": streaming}
     optimizer = LocalSteps(sgd(model.parameters()), sync_every=5, sync_delay=2, **options)
     late = []
     try:
@@ -206,9 +206,9 @@ CASES = {
         for backend in ("gloo", "nccl")
     },
     **{
-        f"under way {server} {stagger}": lambda s=server, t=stagger: under_way(s, t)
+        f"under way {server} {streaming}": lambda s=server, t=streaming: under_way(s, t)
         for server in PLACEMENTS
-        for stagger in (False, True)
+        for streaming in (False, True)
     },
 }
 
@@ -222,4 +222,4 @@ def main(directory):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    leave(0)
+    exit_process(0)

@@ -35,19 +35,19 @@ FORMATS = (
     *("normal2", "normal4@tensor", "normal6", "sign", "sign@8blocks", "rowcol4", "statistical4"),
 )
 COMPRESSORS = {
-    "dense": Quantize,
+    "quantize": Quantize,
     "topk": lambda values: TopK(0.1, values),
     "randk": lambda values: RandK(0.1, values),
     "chunk_topk": lambda values: ChunkTopK(32, 32, values),
     "top_columns": lambda values: TopColumns(0.3, values),
     "damping": lambda values: Scaled(TopK(0.3, values), 0.7),
-    "dropout": lambda values: Bernoulli(Quantize(values), 0.9),
+    "bernoulli": lambda values: Bernoulli(Quantize(values), 0.9),
 }
 LOW_RANK = {
     "rank": lambda values: RankK(0.5, values),
     "quantized_rank": lambda values: QuantizedRank(0.5, values),
     "top_singular": lambda values: TopSingular(0.5, values),
-    "damped rank": lambda values: Scaled(RankK(0.5, values), 0.7),
+    "scaled rank": lambda values: Scaled(RankK(0.5, values), 0.7),
 }
 SHAPES = [(96, 80), (200, 1)]
 NESTEROV = {"sync_every": 2, "outer_lr": 0.7, "outer_momentum": 0.6}
@@ -76,7 +76,7 @@ OPTIMIZERS = {
     "muon sharded": lambda p: EF21Muon(p, w2s=RANK, server="sharded"),
     "muon rank0": lambda p: EF21Muon(p, w2s=RANK, server="rank0"),
     "muon s2w": lambda p: EF21Muon(p, w2s=TOP, s2w=RANK, server="sharded"),
-    "muon s2w dense": lambda p: EF21Muon(p, w2s=RANK, s2w=Quantize("normal4"), server="sharded"),
+    "muon s2w quantize": lambda p: EF21Muon(p, w2s=RANK, s2w=Quantize("normal4"), server="sharded"),
     "signs": lambda p: EF21Muon(
         p, w2s=TOP, norm=Sign(), weight_decay=0.3, server="replicated", momentum=0.7
     ),

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 
 from ef21_muon import EF21Muon
+from ef21_muon.channel import Channel
 from ef21_muon.communicating import Communicating
-from ef21_muon.layers import Channel
 from ef21_muon.transport.fixed import Transport
 from ef21_muon.values.base import BFloat16
 from scripts.verify import verify
-from training.workers import Workers, leave
+from training.workers import Workers, exit_process
 
 
 def break_rounds(patch: pytest.MonkeyPatch) -> None:
@@ -70,4 +70,4 @@ def verify_broken(workers: Workers) -> int:
 
 if __name__ == "__main__":
     workers = Workers()
-    leave(workers.finish(lambda: verify_broken(workers)))
+    exit_process(workers.run(lambda: verify_broken(workers)))

@@ -1,4 +1,4 @@
-"""Forward and backward passes of a run's model on this worker."""
+"""Losses and gradients of a run's model on this worker: forward and backward passes."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from baselines import AllReduced
-from ef21_muon.transport.mesh import clip
+from ef21_muon.transport.clipping import clip
 from ef21_muon.transport.shards import is_sharded
 from model import GPT
 from training.workers import RunError
@@ -20,17 +20,27 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 COMPILE = ("auto", True, False)
 
 
-class Passes:
-    """The losses and gradients of a model, as its optimizer needs them.
+class GradientComputation:
+    """Computes the losses and gradients of a model, as its optimizer needs them.
 
-    What is called, `model`, is `raw_model` behind DDP where the optimizer's gradients are
-    all-reduced. precision: of PRECISIONS, "bfloat16" by autocast; compiled: of COMPILE, whether by
-    torch.compile. "auto" is bfloat16 and compiled on a GPU, neither on CPUs. max_norm: of a
-    worker's gradient, which is clipped to it (of all-reduced ones, the mean is), or None.
-    `without_sync()`: within it gradients are neither all-reduced nor, of a sharded model, reduced
-    and scattered: a rank keeps them whole until they are. `twice`: whether the optimizer evaluates
-    every batch by itself, at two W; both gradients are clipped. Raises RunError where CPUs have no
-    compiler.
+    `model` is what is called: `raw_model`, behind DDP if the optimizer's gradients are all-reduced.
+    `needs_closure` says whether the optimizer itself evaluates every batch, at two W: then its
+    step takes `compute` as a closure, and both gradients are clipped. Inside `without_sync()`
+    gradients are not all-reduced, and those of a sharded model are not reduced and scattered: a
+    rank keeps them whole until a later pass does so.
+
+    Args:
+        raw_model: the model, whole or sharded.
+        optimizer: the optimizer that steps it.
+        device: the device of the model.
+        precision: one of PRECISIONS. "bfloat16" is by autocast; "auto" is bfloat16 on a GPU and
+            float32 on CPUs.
+        compiled: one of COMPILE, whether torch.compile is used. "auto" is True on a GPU alone.
+        max_norm: the norm to which a worker's gradient is clipped, or None. All-reduced gradients
+            are clipped after their mean has been taken.
+
+    Raises:
+        RunError: if CPUs have no compiler.
     """
 
     def __init__(
@@ -59,15 +69,22 @@ class Passes:
                 self.model = torch.compile(self.model, dynamic=False)
         in_half = on_cuda if precision == "auto" else precision == "bfloat16"
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=in_half)
-        # W is evaluated, where a worker's own parameters are apart from it.
+        # A worker's own parameters may differ from W, which is evaluated.
         self.global_params = optimizer.global_params
-        self.twice = optimizer.correction is not None
+        self.needs_closure = optimizer.correction is not None
         self.max_norm = max_norm
-        if optimizer.mesh:  # which averages over a worker's ranks first
+        if optimizer.mesh:  # the mesh averages over a worker's ranks first, then clips
             optimizer.mesh.max_norm, self.max_norm = max_norm, None
 
-    def gradient(self, batch: list[list[Tensor]]) -> Tensor:
-        """Leave the gradient of a batch, of passes of equal size, in `grad`; its mean loss, ()."""
+    def compute(self, batch: list[list[Tensor]]) -> Tensor:
+        """Compute the gradient of a batch, and leave it in `grad`.
+
+        Args:
+            batch: inputs and targets of every forward pass; all passes have equal size.
+
+        Returns:
+            The mean loss of the batch, of shape ().
+        """
         self.raw_model.zero_grad()
         passes = len(batch)
         total = torch.zeros((), device=self.device)
@@ -79,15 +96,19 @@ class Passes:
                 loss.backward()
                 total += loss.detach()
         if self.max_norm is not None:
-            of_all = (parameter.grad for parameter in self.raw_model.parameters())
-            clip([one for one in of_all if one is not None], self.max_norm)
+            gradients = (parameter.grad for parameter in self.raw_model.parameters())
+            clip([one for one in gradients if one is not None], self.max_norm)
         return total
 
     @torch.no_grad()
     def loss_sum(self, batches: Iterable[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, int]:
-        """The sum of W's losses over all tokens that count, (), and how many these are.
+        """The sum of W's losses over all tokens that count.
 
-        batches: inputs, targets, and how many tokens count.
+        Args:
+            batches: inputs, targets, and how many tokens of them count.
+
+        Returns:
+            The sum, of shape (), and the number of tokens that count.
         """
         total, tokens = torch.zeros((), dtype=torch.float64, device=self.device), 0
         with self.global_params():
@@ -100,7 +121,7 @@ class Passes:
 
 @contextmanager
 def _without_scatter(model: GPT) -> Iterator[None]:
-    """Within it a backward pass of a sharded model leaves its gradients for the next one."""
+    """Inside it, a backward pass of a sharded model leaves its gradients to the next pass."""
     try:
         model.set_requires_gradient_sync(False)
         model.set_is_last_backward(False)
@@ -111,9 +132,9 @@ def _without_scatter(model: GPT) -> Iterator[None]:
 
 
 def _compile_parts(model: GPT) -> None:
-    """Compile a sharded model in place, but for what fully_shard does before and after a module.
+    """Compile a sharded model in place, except what fully_shard does before and after a module.
 
-    Of that a graph would be cut in pieces. All blocks share one.
+    That would cut a graph into pieces. All blocks share one graph.
     """
     for module, name in (model, "embed"), (model, "head"), *((b, "forward") for b in model.blocks):
         setattr(module, name, torch.compile(getattr(module, name), dynamic=False))

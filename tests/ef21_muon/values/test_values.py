@@ -89,8 +89,8 @@ def test_integers_are_multiples_of_a_step():
     for bits in (2, 3, 4, 8):
         levels = 2 ** (bits - 1) - 1
         step = x.abs().amax(2, keepdim=True) / levels
-        for stochastic, off in ((True, 1.0), (False, 0.5)):
-            decoded = through(Integer(bits, stochastic), x)
+        for rounding, off in (("stochastic", 1.0), ("nearest", 0.5)):
+            decoded = through(Integer(bits, rounding), x)
             multiples = decoded / step
             assert torch.allclose(multiples, multiples.round(), atol=1e-4)
             assert multiples.abs().max() <= levels + 1e-4
@@ -101,7 +101,7 @@ def test_sign_is_the_mean_magnitude_of_its_block():
     x = torch.tensor([[[1.0, -2.0, 3.0], [0.5, 0.5, -0.5]]])
     by_row = torch.tensor([[[2.0, -2.0, 2.0], [0.5, 0.5, -0.5]]])
     assert torch.equal(through(SignScale(), x), by_row)
-    assert torch.equal(through(SignScale("message"), x).abs(), torch.full((1, 2, 3), 1.25))
+    assert torch.equal(through(SignScale("tensor"), x).abs(), torch.full((1, 2, 3), 1.25))
     last_of_four = through(SignScale(4), x)[0, 1, 1:].abs()  # padded with zeros to four values
     assert torch.equal(last_of_four, torch.full((2,), 0.25))
 
@@ -129,7 +129,7 @@ def test_blocks_do_not_see_one_another(kind):
         ("sign@tensor", 1, 4),
         ("int4@128", 4, 4 * 48),
         ("int4@8blocks", 4, 4 * 8),
-        *((f"smooth{b}", b, 4 * 64 + 2 * 96) for b in range(2, 9)),
+        *((f"rowcol{b}", b, 4 * 64 + 2 * 96) for b in range(2, 9)),
         ("natural4@64", 5, 96),
     ],
 )
@@ -142,8 +142,8 @@ def test_sizes(name, bits, scales):
 
 def test_formats_from_mappings():
     values = value_format({"format": "natural4", "rounding": "nearest", "block": 32})
-    assert (values.exponent_bits, values.stochastic, values.block) == (4, False, 32)
-    assert str(values) == "nearest natural4@32"
+    assert (values.exponent_bits, values.rounding, values.block) == (4, "nearest", 32)
+    assert str(values) == "natural4@32:nearest"
     assert value_format(values) is values
 
 
@@ -165,12 +165,12 @@ def test_formats_from_mappings():
             "int4@0blocks",
             "int4@blocks",
             "normal4@8blocks",
-            "smooth",
+            "rowcol",
             "rowcol1",
             "rowcol4@row",
         ),
         *({"format": "natural", "block": 3}, {"format": "float32", "bits": 4}, {"bits": 4}, None),
-        *("natural4@-1", "", 7, {"format": "sign", "stochastic": True}),
+        *("natural4@-1", "", 7, {"format": "sign", "rounding": "stochastic"}),
     ],
 )
 def test_what_is_no_format_is_refused_in_one_line(wrong):
@@ -189,7 +189,8 @@ def test_what_is_no_format_is_refused_in_one_line(wrong):
 def test_pieces_do_not_show(monkeypatch, name):
     """Encoded eight blocks, or eight values, at a time: the same message."""
     formats = value_format(name)
-    formats.stochastic = False
+    if formats.rounding:
+        formats.set_rounding("nearest")
     for rows, columns in ((1, 45), (3, 7), (21, 5), (9, 16)):
         x = torch.randn(2, rows, columns, generator=seeded())
         whole = formats.encode(x)

@@ -7,8 +7,8 @@ from compression import ALWAYS_THE_SAME
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ef21_muon.compressors import levels as module
 from ef21_muon.values import Integer, Normal
+from ef21_muon.values import levels as module
 from ef21_muon.values.base import AT_A_TIME
 from ef21_muon.values.levels import normal_levels, rotate_
 

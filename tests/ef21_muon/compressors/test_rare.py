@@ -21,30 +21,30 @@ from ef21_muon.compressors import (
     TopK,
     TopSingular,
 )
-from ef21_muon.compressors.sparse import index_bytes
+from ef21_muon.compressors.indices import index_bytes
 from ef21_muon.norms import Euclidean
 
-DAMPED = {
-    "dense int2": Scaled(Quantize("int2")),
-    "dense int4 by 0.3": Scaled(Quantize("int4"), 0.3),
+SCALED = {
+    "quantize int2": Scaled(Quantize("int2")),
+    "quantize int4 by 0.3": Scaled(Quantize("int4"), 0.3),
     "top int2": Scaled(TopK(0.3, "int2")),
     "random int2": Scaled(RandK(0.3, "int2")),
     "rank int3": Scaled(RankK(0.3, "int3")),
     "singular int3": Scaled(TopSingular(0.3, "int3")),
     "columns int2": Scaled(TopColumns(0.3, "int2")),
     "identity": Scaled(Identity(), 0.25),
-    "dense sign": Scaled(Quantize("sign"), 0.5),
+    "quantize sign": Scaled(Quantize("sign"), 0.5),
     "top nearest": Scaled(TopK(0.3, {"format": "int4", "rounding": "nearest"}), 0.5),
 }
 DROPPED = {
     "identity": Bernoulli(Identity(), 0.3),
     "natural": Bernoulli(Quantize("natural"), 0.7),
     "rank": Bernoulli(RankK(0.3, "natural"), 0.5),
-    "damped": Bernoulli(Scaled(Quantize("int2")), 0.5),
+    "scaled": Bernoulli(Scaled(Quantize("int2")), 0.5),
     "top": Bernoulli(TopK(0.3, "int4"), 0.2),
     "certain": Bernoulli(TopColumns(0.3), 1),
 }
-MODIFIED = {f"damped {name}": c for name, c in DAMPED.items()}
+MODIFIED = {f"scaled {name}": c for name, c in SCALED.items()}
 MODIFIED |= {f"dropped {name}": c for name, c in DROPPED.items()}
 
 every_modified = pytest.mark.parametrize("compressor", MODIFIED.values(), ids=MODIFIED)
@@ -235,12 +235,12 @@ def test_a_modified_compressor_stays_modified_where_the_other_is_dense(compresso
 
 @pytest.mark.parametrize("name", ["int2", "int3", "natural3"])
 def test_damping_makes_unbiased_formats_contract(name):
-    """Their alpha is 1 - omega; damped it is 1 / (1 + omega), the largest for any scale."""
+    """Their alpha is 1 - omega; scaled it is 1 / (1 + omega), the largest for any scale."""
     omega = Quantize(name).values.omega(16, 768)
-    damped = Scaled(Quantize(name))
-    assert damped.alpha(16, 768) == pytest.approx(1 / (1 + omega))
+    scaled = Scaled(Quantize(name))
+    assert scaled.alpha(16, 768) == pytest.approx(1 / (1 + omega))
     for scale in [0.01, 0.1, 0.3, 0.6, 1.0]:
-        assert Scaled(Quantize(name), scale).alpha(16, 768) <= damped.alpha(16, 768)
+        assert Scaled(Quantize(name), scale).alpha(16, 768) <= scaled.alpha(16, 768)
     assert Scaled(Quantize(name), 1.0).alpha(16, 768) == pytest.approx(1 - omega)
 
 
@@ -253,10 +253,10 @@ def test_int2_contracts_only_when_damped():
 
 def test_damping_the_identity_is_a_multiple_in_every_norm():
     x = spiked(torch.randn(3, 8, 11, generator=seeded()), 1)
-    damped = Scaled(Identity(), 0.25)
-    error = roundtrip(damped, x) - x
+    scaled = Scaled(Identity(), 0.25)
+    error = roundtrip(scaled, x) - x
     assert torch.equal(error, -0.75 * x)
-    assert damped.alpha(8, 11) == pytest.approx(1 - 0.75**2)
+    assert scaled.alpha(8, 11) == pytest.approx(1 - 0.75**2)
 
 
 def test_damping_sends_the_same_message():
@@ -266,7 +266,7 @@ def test_damping_sends_the_same_message():
         assert torch.equal(sent, compressor.encode(x, seeded(1)))
 
 
-def test_dropout_sends_a_layer_or_nothing():
+def test_bernoulli_sends_a_layer_or_nothing():
     x = torch.randn(4096, 3, 5, generator=seeded())
     decoded = roundtrip(Bernoulli(Identity(), 0.3), x, 1)
     sent = (decoded == x).all((1, 2))
@@ -281,7 +281,7 @@ def test_a_dropped_gradient_that_is_not_finite_is_dropped():
     assert 0 < decoded.isnan().sum() < decoded.numel()
 
 
-def test_dropout_contracts_at_its_rate_in_every_norm():
+def test_bernoulli_contracts_at_its_rate_in_every_norm():
     """||C(x) - x||^2 is 0 or ||x||^2 in any norm, so its mean is (1 - probability) ||x||^2."""
     assert Bernoulli(Identity(), 0.3).alpha(3, 5) == pytest.approx(0.3)
     assert Bernoulli(TopK(0.5), 0.3).alpha(4, 4) == pytest.approx(0.15)
@@ -326,21 +326,21 @@ def test_none_of_them_is_lossless():
 def test_titles():
     assert str(TopSingular(0.15, "natural")) == "singular 15% natural"
     assert str(TopColumns(0.15)) == "top columns 15%"
-    assert str(Scaled(Quantize("int2"))) == "damped dense int2"
-    assert str(Scaled(TopK(0.1), 0.5)) == "damped 0.5 top 10%"
+    assert str(Scaled(Quantize("int2"))) == "scaled quantize int2"
+    assert str(Scaled(TopK(0.1), 0.5)) == "scaled 0.5 top 10%"
     assert str(Bernoulli(RankK(0.15, "natural"), 0.9)) == "sent 90%, rank 15% natural"
 
 
 @pytest.mark.parametrize(
-    ("build", "told"),
+    ("build", "message"),
     [
-        (lambda: Scaled(Quantize("sign")), "no default scale for dense sign"),
+        (lambda: Scaled(Quantize("sign")), "no default scale for sign"),
         (lambda: Scaled(Quantize("natural"), 0), "scale=0: give a number above 0, at most 1"),
         (lambda: Scaled(Quantize("natural"), 1.5), "scale=1.5"),
         (lambda: Scaled(Quantize("natural"), float("nan")), "scale=nan"),
         (lambda: Scaled(Quantize("natural"), "0.5"), "scale=0.5: give a number"),
         (lambda: Scaled("natural"), "compressor='natural': give a Compressor"),
-        (lambda: Scaled(Bernoulli(Identity())), "damp the one inside it"),
+        (lambda: Scaled(Bernoulli(Identity())), "scale the one inside it"),
         (lambda: Bernoulli(None), "compressor=None: give a Compressor"),
         (lambda: Bernoulli(Identity(), 0), "probability=0: give a number above 0, at most 1"),
         (lambda: Bernoulli(Identity(), 1.1), "probability=1.1"),
@@ -349,6 +349,6 @@ def test_titles():
         (lambda: TopColumns(1.5), "TopColumns got fraction=1.5"),
     ],
 )
-def test_impossible_options_are_refused(build, told):
-    with pytest.raises(ValueError, match=told):
+def test_impossible_options_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
         build()

@@ -8,9 +8,7 @@ from compression import ALWAYS_THE_SAME, batches, lost, seeded
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ef21_muon.compressors import levels
-from ef21_muon.compressors.base import value_format
-from ef21_muon.values import Statistical
+from ef21_muon.values import Statistical, levels, value_format
 from ef21_muon.values.base import AT_A_TIME
 
 
@@ -28,7 +26,7 @@ def through(values, x):
 )
 def test_it_agrees_with_a_loop(bits, x, by_row, span, piece):
     """Where no entry is on the edge of a bin, to the rounding of float32; piece after piece."""
-    values = Statistical(bits, "row" if by_row else "message", span)
+    values = Statistical(bits, "row" if by_row else "tensor", span)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(AT_A_TIME, "cpu", piece)
         decoded = through(values, x).double().numpy()
@@ -118,7 +116,7 @@ def test_names_and_sizes(name, size):
 
 @pytest.mark.parametrize("name", ["statistical", "statistical1", "statistical9", "statistical4@7"])
 def test_other_formats_are_refused(name):
-    with pytest.raises(ValueError, match=r"statistical2 to|give 2 to 8|give row or message"):
+    with pytest.raises(ValueError, match=r"statistical2 to|give 2 to 8|give row or tensor"):
         value_format(name)
 
 

@@ -7,7 +7,7 @@ from silent import Silent
 
 from model import GPT, GPTConfig
 from training.config import compose, what_matters
-from training.passes import Passes
+from training.gradients import GradientComputation
 from training.workers import RunError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -18,7 +18,9 @@ def passes_of(precision="auto", compiled=False, device="cpu"):
     torch.manual_seed(0)
     for parameter in model.parameters():  # also of those that begin as zeros
         torch.nn.init.normal_(parameter, std=0.2)
-    return Passes(model.to(device), Silent(), torch.device(device), precision, compiled)
+    return GradientComputation(
+        model.to(device), Silent(), torch.device(device), precision, compiled
+    )
 
 
 def batch_on(device):
@@ -31,7 +33,7 @@ def loss_and_dtype(passes, device):
     seen = set()
     expand = passes.raw_model.blocks[0].mlp.expand
     handle = expand.register_forward_hook(lambda module, given, out: seen.add(out.dtype))
-    loss = passes.gradient(batch_on(device))
+    loss = passes.compute(batch_on(device))
     gradients = [parameter.grad for parameter in passes.raw_model.parameters()]
     windows = [(inputs, targets, targets.numel()) for inputs, targets in batch_on(device)]
     total, tokens = passes.loss_sum(windows)
@@ -77,7 +79,7 @@ def test_passes_are_compiled_where_asked_for(device, asked, compiled, monkeypatc
     monkeypatch.setattr(torch, "compile", traced)
     plain, other = passes_of("float32", device=device), passes_of("float32", asked, device)
     assert calls == [(other.raw_model, False)] * compiled
-    assert plain.gradient(batch_on(device)) == pytest.approx(other.gradient(batch_on(device)))
+    assert plain.compute(batch_on(device)) == pytest.approx(other.gradient(batch_on(device)))
 
 
 def test_cpus_without_a_compiler_are_told_before_training(monkeypatch):

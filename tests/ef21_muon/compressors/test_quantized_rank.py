@@ -88,13 +88,13 @@ def test_sizes_names_and_refusals():
     compressor = QuantizedRank(0.12)
     assert compressor.payload_bytes(512, 128) == 4 + 512 * 15 // 4 + 128 * 15 // 2 + 30 * 2
     assert compressor.payload_bytes(128, 512) == compressor.payload_bytes(512, 128)
-    assert str(compressor) == "fitted rank 12% normal2 x normal4"
-    assert str(QuantizedRank(0.1, "float32")) == "fitted rank 10% normal2 x float32"
-    with pytest.raises(ValueError, match="Scaled has no default scale for fitted rank 10%"):
+    assert str(compressor) == "quantized rank 12% normal2 x normal4"
+    assert str(QuantizedRank(0.1, "float32")) == "quantized rank 10% normal2 x float32"
+    with pytest.raises(ValueError, match="Scaled has no default scale for quantized rank 10%"):
         Scaled(QuantizedRank(0.1, "natural"))
     assert isinstance(compressor.basis, Normal)
     assert compressor.alpha(64, 32) == 0
     with pytest.raises(ValueError, match="normal got bits=9: give 1 to 6"):
         QuantizedRank(0.1, basis="normal9")
-    with pytest.raises(ValueError, match=r"7 bytes.*fitted rank 12%"):
+    with pytest.raises(ValueError, match=r"7 bytes.*quantized rank 12%"):
         compressor.decode(torch.zeros(1, 7, dtype=torch.uint8), 12, 20)
