@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ef21_muon import inspection, state
+from ef21_muon import inspection, views
 from ef21_muon.arithmetic import Results, of_decoding, where_bits_agree
 from ef21_muon.compressors import Compressor, from_spec
 from ef21_muon.compressors.base import new_generator
@@ -20,6 +20,8 @@ from ef21_muon.identity import described, settings_of
 from ef21_muon.layers import AUTO, Batch, Layer, form_batches, layers_of
 from ef21_muon.renamed import ATTRIBUTES
 from ef21_muon.settings import check_compressors, choice, refuse_compressed_shifts
+from ef21_muon.state import HOOKS
+from ef21_muon.stateful import Stateful
 from ef21_muon.transport.agreement import (
     UNEQUAL,
     require_equal_parameters,
@@ -34,7 +36,7 @@ from ef21_muon.transport.shards import require_whole
 from ef21_muon.transport.stragglers import StragglerMonitor
 
 
-class Communicating(torch.optim.Optimizer):
+class Communicating(Stateful):
     """An optimizer whose `step()` after `loss.backward()` sends messages, on all workers together.
 
     Gradients are local: do not wrap the model in DistributedDataParallel. With an initialised
@@ -72,7 +74,7 @@ class Communicating(torch.optim.Optimizer):
     RULE: tuple[str, ...] = ()  # entries of a parameter group that are objects, not numbers
     BROKEN = "the gradient of {} was not finite at step {}"
     # A method that schedulers wrap, parts of this process, and torch's hooks, as torch has it.
-    NOT_COPIED = ("step", "stragglers", "unsent", *state.HOOKS)
+    NOT_COPIED = ("step", "stragglers", "unsent", *HOOKS)
     inner: Sequence[torch.optim.Optimizer] = ()
     wrapped = None  # of `ef21_muon.inner`, where there are inner optimizers
     rules: Sequence[dict] = ()
@@ -160,8 +162,8 @@ class Communicating(torch.optim.Optimizer):
             ValueError: for parameters or settings that differ between ranks.
         """
         self.batches = batches
-        self.show_groups()
-        self.show_state()
+        views.show_groups(self)
+        views.show_state(self)
         layers = layers_of(batches, self.missing_grad) if layers is None else layers
         if self.mesh:
             self.mesh.name(layers)
@@ -170,19 +172,6 @@ class Communicating(torch.optim.Optimizer):
         self._built_as = settings_of(self)
         require_equal_settings(self._built_as, self.device, self.process_group)
         require_equal_parameters(self._shared(), self.process_group, UNEQUAL)
-
-    def show_groups(self) -> None:
-        """Have in `param_groups` the groups that are stepped, with the model's own parameters."""
-        if self.wrapped:
-            self.param_groups = self.wrapped.param_groups
-        if self.mesh:
-            self.param_groups = self.mesh.as_given(self.param_groups)
-
-    def show_state(self) -> None:
-        """Have in `state` views of the batches' tables, by the model's own parameters."""
-        for batch in self.batches:
-            for parameter, tables in batch.parameter_state().items():
-                self.state[self.mesh.given(parameter) if self.mesh else parameter] = tables
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group while the optimizer is built.
@@ -368,44 +357,6 @@ class Communicating(torch.optim.Optimizer):
                 f"{call} within global_params(): the parameters are W there, leave it first"
             )
 
-    def state_dict(self) -> dict:
-        """A copy of this rank's state, with that of inner optimizers: later steps do not change it.
-
-        Ranks differ in what they remember, and in what they serve: `full_state_dict` has the state
-        of all. What is an object in a group, as norms and compressors, is named in `of` alone;
-        build the optimizer with the same ones to load it. Takes as much memory as the state.
-        Raises RuntimeError where the parameters are W, as within `global_params()`.
-        """
-        saved = state.save(self)
-        if self.unsent:
-            self.unsent.steps = 0
-        return saved
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Continue exactly from a `state_dict` of the same rank, parameters and options.
-
-        Or from this rank's part of a `full_state_dict`. The model's own state has to be loaded
-        beside it. The state is copied, so it can be loaded again. Options of groups are then those
-        of the state, as with torch's optimizers; the learning rate, `missing_grad` and `buckets` may
-        differ from those here. Raises ValueError when it does not fit, before anything changes,
-        and RuntimeError where the parameters are W, as within `global_params()`.
-        """
-        state.load(self, state_dict)
-
-    def full_state_dict(self) -> dict | None:
-        """The state of all ranks for one file, on rank 0, and None on the others.
-
-        To be called on all ranks; `load_state_dict` takes it on all of them.
-        """
-        mine = self.state_dict()
-        rank, ranks = place_in(self.everyone)
-        if ranks == 1:
-            return {"ranks": [mine]}
-        states = [None] * ranks if rank == 0 else None
-        dist.gather_object(mine, states, group=self.everyone, group_dst=0)
-        return {"ranks": states} if rank == 0 else None
-
     def resume_after(self, steps: int) -> None:
         """Count on from as many steps, with a state that was loaded or copied."""
         self.steps, self.begun = steps, steps > 0
@@ -434,7 +385,7 @@ class Communicating(torch.optim.Optimizer):
 
     def __setstate__(self, values: dict) -> None:
         super().__setstate__(values)
-        self.show_state()  # a pickle has made tensors of their own of views of tables
+        views.show_state(self)  # a pickle has made tensors of their own of views of tables
         self.guards = Guards(self, self.guards.layers)
         self.resume_after(self.steps)
         if self.wrapped:

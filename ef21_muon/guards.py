@@ -21,6 +21,7 @@ from ef21_muon.transport.buffers import instances, warn_of_statistics
 from ef21_muon.transport.fixed import place_in
 from ef21_muon.transport.shards import is_sharded
 from ef21_muon.transport.stragglers import StragglerMonitor
+from ef21_muon.views import show_groups
 
 FIXED = ("w2s", "s2w")  # entries of a parameter group that may not be replaced
 log = logging.getLogger("ef21_muon")
@@ -97,7 +98,7 @@ class Guards:
             GradientError: if a gradient is missing or does not fit.
         """
         if optimizer.wrapped:
-            optimizer.show_groups()
+            show_groups(optimizer)
         _, now = place_in(optimizer.process_group)
         if now != self.ranks:
             raise RuntimeError(

@@ -12,14 +12,16 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from itertools import count
+from types import FrameType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ef21_muon.arithmetic import first_state
-from ef21_muon.identity import described, differences, require_layout, without_free
+from ef21_muon.identity import described, require_identity, require_layout, state_identity
 from ef21_muon.transport.fixed import Traffic, place_in
+from ef21_muon.views import show_groups
 
 HOOKS = tuple(
     f"_optimizer_{when}_hooks"
@@ -48,12 +50,13 @@ def save(optimizer) -> dict:
         for parameter, own in optimizer.state.items()
     }
     first = next((one for n in sorted(tables) for one in tables[n].values()), None)
-    if first is None and _asked_for("flatten_optimizer_state_dict"):
-        raise ValueError(  # torch finds again what is under the name of a table alone
-            "flatten_optimizer_state_dict=True is not allowed where a rank remembers nothing of its "
-            "layers: leave it out, or give server='replicated'"
-        )
-    first = tables.setdefault(0, {}).setdefault("none", {}) if first is None else first
+    if first is None:  # when a state is flattened, torch finds the names of tables alone
+        if _asked_for("flatten_optimizer_state_dict"):
+            raise ValueError(
+                "flatten_optimizer_state_dict=True is not allowed where a rank remembers nothing "
+                "of its layers: leave it out, or give server='replicated'"
+            )
+        first = tables.setdefault(0, {}).setdefault("none", {})
     first[holder + REST] = _rest(optimizer)
     groups = [
         {key: described(one) if key in optimizer.RULE else one for key, one in group.items()}
@@ -89,7 +92,7 @@ def load(optimizer, state_dict: dict | None) -> None:
     for inner, its in zip(optimizer.inner, saved["inner"], strict=True):
         inner.load_state_dict(copy.deepcopy(its))
     if optimizer.wrapped:
-        optimizer.show_groups()
+        show_groups(optimizer)
     for tensor, its in pairs:
         tensor.copy_(its)
     for group, values in zip(optimizer.param_groups, saved["param_groups"], strict=True):
@@ -104,7 +107,7 @@ def load(optimizer, state_dict: dict | None) -> None:
 
 def _rest(optimizer) -> dict:
     """Return what there is beside tables and groups."""
-    text = json.dumps(_identity(optimizer)).encode()
+    text = json.dumps(state_identity(optimizer)).encode()
     text += b" " * (-len(text) % PAGE)
     device = optimizer.device
     rest = {
@@ -152,13 +155,6 @@ def _numbers(optimizer, group: Mapping) -> dict:
     return found
 
 
-def _identity(optimizer) -> dict:
-    """Return what a state is of: the place of this rank, the method, and all options when built."""
-    rank, ranks = place_in(optimizer.everyone)
-    own = {"method": type(optimizer).__name__, "rank": rank, "ranks": ranks}
-    return own | without_free(optimizer._built_as)
-
-
 def _checked(optimizer, state_dict: Mapping) -> tuple[dict, list[tuple[Tensor, Tensor]]]:
     """Return this rank's state, and every tensor beside the saved one.
 
@@ -177,11 +173,12 @@ def _checked(optimizer, state_dict: Mapping) -> tuple[dict, list[tuple[Tensor, T
 
 def _part_of(optimizer, state_dict: Mapping) -> dict:
     """Return this rank's state, without the names of ranks. Raises ValueError if it has none."""
-    mine = _identity(optimizer)
+    mine = state_identity(optimizer)
     states = state_dict.get("ranks", [state_dict])
-    state_dict = states[min(mine["rank"], len(states) - 1)]
-    tables = [one for own in state_dict["state"].values() for one in own.values()]
-    names = [key for one in tables if isinstance(one, Mapping) for key in one if key.endswith(REST)]
+    state_dict = states[min(place_in(optimizer.everyone)[0], len(states) - 1)]
+    held = [one for own in state_dict["state"].values() for one in own.values()]
+    tables = [one for one in held if isinstance(one, Mapping)]
+    names = [key for one in tables for key in one if key.endswith(REST)]
     if not names:
         raise ValueError(
             "the state lacks what it is of, its counters and its random numbers: load what "
@@ -189,7 +186,7 @@ def _part_of(optimizer, state_dict: Mapping) -> dict:
         )
     name = own if (own := _holder() + REST) in names else names[0]
     holder, rest = name.removesuffix(REST), next(one[name] for one in tables if name in one)
-    _require_identity(mine, json.loads(bytes(rest["of"].tolist())))
+    require_identity(mine, json.loads(bytes(rest["of"].tolist())))
     groups = _groups(optimizer, state_dict["param_groups"], rest.get("groups"))
     numbers = [number for group in groups for number in group["params"]]
     steps, *traffic = rest["counters"].tolist()
@@ -198,7 +195,7 @@ def _part_of(optimizer, state_dict: Mapping) -> dict:
             {
                 key: one[holder]
                 for key, one in state_dict["state"].get(number, {}).items()
-                if holder in one
+                if isinstance(one, Mapping) and holder in one
             }
             for number in numbers
         ],
@@ -213,28 +210,10 @@ def _part_of(optimizer, state_dict: Mapping) -> dict:
     }
 
 
-def _require_identity(mine: dict, of: Mapping) -> None:
-    """Raise ValueError for a state of something else."""
-    if differing := differences(mine, of, "{key} {theirs!r} (here {mine!r})"):
-        if mine["ranks"] != of.get("ranks"):
-            advice = "start as many ranks as it was saved on"
-        elif mine["rank"] != of.get("rank"):
-            advice = (
-                "load it where it was saved, on every rank its own, or save full_state_dict() "
-                "and load that on all"
-            )
-        else:
-            advice = (
-                "build the optimizer as that one was, load, and then change in param_groups "
-                "what is to change"
-            )
-        raise ValueError(f"the state is of {differing}: {advice}")
-
-
 def _groups(optimizer, saved: list[Mapping], numbers: Mapping | None) -> list[dict]:
-    """Return the groups with saved values, without what is an object. ValueError for others.
+    """Return the groups with saved values and without objects. Raises ValueError for other groups.
 
-    numbers: this rank's own, which count where torch has found its groups by names of parameters.
+    numbers: this rank's own, for workers of several ranks. torch saves the groups of one rank only.
     """
     named = any(isinstance(name, str) for group in saved for name in group["params"])
     layout, saved_layout = (
@@ -260,11 +239,11 @@ def _groups(optimizer, saved: list[Mapping], numbers: Mapping | None) -> list[di
 
 def _inner_states(optimizer, groups: list[dict], saved: Mapping) -> Iterator[dict]:
     """Yield the states of inner optimizers as these load them, whose groups are those of all."""
-    groups = iter(groups)
+    remaining = iter(groups)
     for place, inner in enumerate(optimizer.inner):
         its, numbers = saved[str(place)], count()
         its_groups = [
-            {**group, **next(groups), "params": [next(numbers) for _ in group["params"]]}
+            {**group, **next(remaining), "params": [next(numbers) for _ in group["params"]]}
             for group in inner.param_groups
         ]
         state = {int(number): own for number, own in its["state"].items()}
@@ -279,10 +258,7 @@ def _inner_states(optimizer, groups: list[dict], saved: Mapping) -> Iterator[dic
 
 
 def _fitting(optimizer, saved: dict) -> list[tuple[Tensor, Tensor]]:
-    """Return every tensor of the state with the saved one. Raises ValueError if they do not fit.
-
-    And for counters and random numbers that could not be loaded.
-    """
+    """Return every tensor of the state with the saved one. ValueError for other shapes."""
     if not (type(saved["steps"]) is int and saved["steps"] >= 0):
         raise ValueError(
             f"the state is after {saved['steps']!r} steps: give a whole number, at least 0"
@@ -333,12 +309,9 @@ def _refuse_full(optimizer) -> None:
 
 
 def _asked_for(option: str) -> bool:
-    """Whether torch.distributed.checkpoint.state_dict calls, with an option set.
-
-    Its functions drop and change parts of a state by options which they do not hand on.
-    """
-    frame = sys._getframe()
-    while frame := frame.f_back:
+    """Return whether torch's checkpoint functions call, with this option, which they keep."""
+    frame: FrameType | None = sys._getframe()
+    while frame := frame and frame.f_back:
         if frame.f_globals.get("__name__") == CALLER and "info" in frame.f_locals:
             return getattr(frame.f_locals["info"], option, False)
     return False

@@ -7,8 +7,8 @@ result to its worker. So the ranks of a worker share work and traffic, and no me
 network between workers twice.
 """
 
-from collections import UserDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from datetime import timedelta
@@ -167,7 +167,6 @@ class WorkerMesh:
             for p, owner in zip(self.parameters, owners, strict=True)
             if owner == self._place
         }
-        self._given = {stepped: parameter for parameter, stepped in self.own.items()}
         self._buckets = self._in_buckets(owners)
         self._written: list[tuple[int, ...]] = []
         self.gather_parameters()
@@ -231,17 +230,6 @@ class WorkerMesh:
             name, parameter = one if isinstance(one, tuple) else (None, one)
             if (stepped := self.own.get(parameter)) is not None:
                 yield stepped if name is None else (name, stepped)
-
-    def given(self, stepped: Tensor) -> Tensor:
-        """The parameter of the model of which this is what an optimizer steps."""
-        return self._given.get(stepped, stepped)
-
-    def as_given(self, groups: Sequence[dict]) -> list[dict]:
-        """Groups of what is stepped as groups of the model's own parameters, with the same values.
-
-        Where layers are not sharded, they are that already.
-        """
-        return [_Given(group, self) for group in groups] if self.sharded else list(groups)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -393,16 +381,6 @@ class WorkerMesh:
         for group in (self.peers, self.worker) if self._made else ():
             dist.destroy_process_group(group)
         self._made = False
-
-
-class _Given(UserDict):
-    """A parameter group with the model's own parameters, whose other entries are the group's."""
-
-    def __init__(self, group: dict, mesh: WorkerMesh):
-        self.data, self.params = group, [mesh.given(one) for one in group["params"]]
-
-    def __getitem__(self, key: str):
-        return self.params if key == "params" else self.data[key]
 
 
 def _gradient(parameter: Tensor) -> Tensor:
