@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from ef21_muon.arithmetic import of_inner
 from ef21_muon.channel import still_where_broken
 from ef21_muon.communicating import Communicating
-from ef21_muon.compressors import Compressor, from_spec
+from ef21_muon.compressors import Compressor
 from ef21_muon.guards import gradients_of, guarded_step
 from ef21_muon.inner import Wrapped
 from ef21_muon.layers import (
@@ -25,6 +25,7 @@ from ef21_muon.settings import (
     Compressors,
     check_number,
     choice,
+    compressor_of,
     refuse_unused_decays,
     whole_number,
 )
@@ -127,7 +128,7 @@ class AveragedGradients(Communicating):
         self.buckets = in_buckets(batches, buckets)
 
     def exchange_compressor(self, w2s: Compressor | str, group: str | None = None) -> None:
-        w2s = from_spec(w2s)
+        w2s = compressor_of("w2s", w2s)
         if self.forgetful and not w2s.lossless:
             raise ValueError(
                 f"w2s={w2s} is not allowed after lossless messages, which leave no feedback state: "

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ef21_muon import inspection, views
 from ef21_muon.arithmetic import Results, of_decoding, where_bits_agree
-from ef21_muon.compressors import Compressor, from_spec
+from ef21_muon.compressors import Compressor
 from ef21_muon.compressors.base import new_generator
 from ef21_muon.guards import Guards, Notice, PhaseTimer, UnsentSteps, broken_at
 from ef21_muon.identity import described, settings_of
 from ef21_muon.layers import AUTO, Batch, Layer, form_batches, layers_of
 from ef21_muon.renamed import ATTRIBUTES
-from ef21_muon.settings import check_compressors, choice, refuse_compressed_shifts
+from ef21_muon.settings import choice, compressor_of, refuse_compressed_shifts
 from ef21_muon.state import HOOKS
 from ef21_muon.stateful import Stateful
 from ef21_muon.transport.agreement import (
@@ -203,7 +203,7 @@ class Communicating(Stateful):
         Example:
             optimizer.exchange_compressor("topk:0.01", group="hidden")
         """
-        w2s = from_spec(w2s)
+        w2s = compressor_of("w2s", w2s)
         chosen = [i for i, rule in enumerate(self.rules) if group in (None, rule.get("name"))]
         if not (self.mesh.total(len(chosen))[0] if self.mesh else chosen):
             names = ", ".join(str(rule.get("name")) for rule in self.rules)
@@ -213,8 +213,6 @@ class Communicating(Stateful):
                 "a compressor is not exchanged with a sync_delay: build the optimizer anew"
             )
         rules = [r | {"w2s": w2s} if i in chosen else r for i, r in enumerate(self.rules)]
-        for rule in rules:
-            check_compressors(rule)
         place = self.device, self.process_group
         require_equal_settings({f"w2s of group {i}": described(w2s) for i in chosen}, *place)
         where_bits_agree([self.server], partial(of_decoding, rules), *place)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ef21_muon.channel import finite, mark
 from ef21_muon.communicating import Communicating
-from ef21_muon.compressors import Compressor, from_spec
+from ef21_muon.compressors import Compressor
 from ef21_muon.compressors.base import add_mean_over_senders, require_marks
 from ef21_muon.guards import UnsentSteps, evaluate, in_step, overflowed
 from ef21_muon.inner import Wrapped
@@ -29,6 +29,7 @@ from ef21_muon.settings import (
     check_mean,
     check_number,
     choice,
+    compressor_of,
     flag,
     refuse_unused_decays,
     whole_number,
@@ -36,13 +37,7 @@ from ef21_muon.settings import (
 from ef21_muon.transport.fixed import ALONE, Transport, run
 from ef21_muon.transport.host import require_host
 from ef21_muon.transport.mesh import WorkerMesh, together
-from ef21_muon.transport.schedule import (
-    RESEND_TO_SERVERS,
-    RESEND_TO_WORKERS,
-    WHOLE,
-    Rounds,
-    SyncSchedule,
-)
+from ef21_muon.transport.schedule import Rounds, Start, SyncSchedule
 
 
 class LocalSteps(Communicating):
@@ -197,7 +192,7 @@ class LocalSteps(Communicating):
                 f"a compressor is not exchanged after step {self.steps}, in a round in which some "
                 "layers were sent: do so after its last step"
             )
-        w2s = from_spec(w2s)
+        w2s = compressor_of("w2s", w2s)
         if self.mean == "senders":
             for batch in self.batches:
                 require_marks(w2s.fit(*batch.shape), *batch.shape)
@@ -251,19 +246,20 @@ class LocalSteps(Communicating):
             self.unsent.steps = self.schedule.unsent(self.steps)
         return loss
 
-    def _round(self, batches: Sequence[Batch], start: int = WHOLE) -> Generator:
+    def _round(self, batches: Sequence[Batch], start: Start = Start.WHOLE) -> Generator:
         """A round of one bucket of layers: worker, server, worker.
 
         Args:
             batches: layers of the bucket.
-            start: WHOLE, or the message that a checkpoint held under way, which is sent again.
+            start: whole, or the message that it begins with resending: one that was on its way
+                to the servers, or back, when a checkpoint was written.
         """
         resend, to_servers = self.transport.resend, self.transport.to_servers
-        if start == RESEND_TO_WORKERS:
+        if start is Start.TO_WORKERS:
             payloads = [batch.state["server_message"] for batch in batches]
             to_workers = partial(resend, self.transport.to_workers)
             return self._at_workers(batches, (yield to_workers, batches, payloads))
-        if start == RESEND_TO_SERVERS:
+        if start is Start.TO_SERVERS:
             payloads = (batch.state["message"][:, : batch.up.size] for batch in batches)
             to_servers = partial(resend, to_servers)
         else:

@@ -88,7 +88,7 @@ class SharedState:
             if batch.up.buffer is not None:
                 batch.up.buffer.zero_()
             torch._foreach_copy_(batch.params, batch.as_parameters(batch.state["global_params"]))
-        self.optimizer.go_on_after(state["steps"])
+        self.optimizer.resume_after(state["steps"])
         for reset in self._reset_inner:
             reset()
 

@@ -395,5 +395,5 @@ def _copy(targets: ByRank, sources: ByRank) -> None:
 
 
 def together(mesh: WorkerMesh | None) -> AbstractContextManager[None]:
-    """Within it an error of one rank of a worker is raised on all its ranks."""
+    """A context in which an error on one rank of a worker is raised on all, if there is a mesh."""
     return mesh.together() if mesh else nullcontext()

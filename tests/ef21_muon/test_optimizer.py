@@ -228,7 +228,7 @@ def test_a_state_that_does_not_fit_is_refused(saved, other):
     [
         *(("lr", value) for value in (-1e-9, float("nan"))),
         *(("radius", value) for value in (0, -1.0, float("nan"))),
-        *(("momentum", value) for value in (0, -0.1, 1.001, float("nan"))),
+        *(("momentum", value) for value in (1, -0.1, 1.001, float("nan"))),
         *(("norm", value) for value in ("spectral", Spectral, TopK(0.1))),
         *(("w2s", value) for value in ("topk", TopK, Natural(), 0.1)),
         *(("s2w", value) for value in ("topk", TopK, Natural(), 0.1)),
