@@ -8,6 +8,7 @@ was said of wrong calls.
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,7 +30,6 @@ from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps, WorkerMesh
 from ef21_muon.compressors import RandK, TopK
 from ef21_muon.norms import Sign, Spectral
 
-WIDTHS = (6, 9, 8, 8, 5)
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 BEFORE, AFTER = 7, 4  # steps, of which the first end while a message travels
 
@@ -75,31 +75,32 @@ CASES = {
         adamw(shared(g, mesh)), mesh=mesh, server="rank0"
     ),
 }
-# torch finds again what is under the name of a table, and a rank has none here.
-NOT_FLAT = ("averaged, lossless",)
+# What is saved flattened, too, and through full_state_dict().
+ALSO_FLAT, ALSO_FULL = ("sharded", "local, under way"), ("rank0", "local")
+NO_TABLE = "averaged, lossless"  # on ranks that serve nothing
+
+
+def new_model() -> nn.Module:
+    """Its large layer is all that the first rank of a worker steps."""
+    return nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 60), nn.Linear(60, 5))
+
+
+def groups_of(model: nn.Module) -> list[dict]:
+    named = [*model.named_parameters()]
+    bias = {"params": named[1::2], "norm": Sign(), "lr": 0.003, "betas": (0.8, 0.9)}
+    return [{"name": "bias", **bias}, {"name": "weight", "params": named[::2], "norm": Spectral()}]
 
 
 class Training:
     def __init__(self, case: str):
         size = int(sys.argv[2])
         torch.manual_seed(0)
-        layers = [nn.Linear(m, n) for m, n in zip(WIDTHS[:-1], WIDTHS[1:], strict=True)]
-        self.model, device_mesh = nn.Sequential(*layers), None
+        self.model, device_mesh = new_model(), None
         if "sharded" in sys.argv[3:]:
             shape = dist.get_world_size() // size, size
             device_mesh = init_device_mesh("cpu", shape, mesh_dim_names=("worker", "rank"))
             fully_shard(self.model, mesh=device_mesh["rank"], reshard_after_forward=True)
-        named = [*self.model.named_parameters()]
-        groups = [
-            {
-                "name": "odd",
-                "params": named[1::2],
-                "norm": Sign(),
-                "lr": 0.003,
-                "betas": (0.8, 0.9),
-            },
-            {"name": "even", "params": named[::2], "norm": Spectral()},
-        ]
+        groups = groups_of(self.model)
         self.worker, self.mesh = dist.get_rank() // size, None
         parameters = self.model.parameters()
         if device_mesh:
@@ -112,7 +113,7 @@ class Training:
         for step in range(first, first + steps):
             generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
             self.model.zero_grad()
-            self.model(torch.randn(16, WIDTHS[0], generator=generator)).square().mean().backward()
+            self.model(torch.randn(16, 6, generator=generator)).square().mean().backward()
             for group in self.optimizer.param_groups:
                 group["lr"] *= 0.9
             self.optimizer.step()
@@ -162,30 +163,46 @@ def same(one, other) -> bool:
     return torch.equal(one, other) if isinstance(one, Tensor) else one == other
 
 
-def through_folder(case: str, folder: Path, options: StateDictOptions | None) -> dict:
+def resumed(case: str, load: Callable[[Training, Training], None]) -> dict:
+    """How a training, and another one that loads its state, differ before and after, and later."""
     one, other = Training(case), Training(case)
     one.take(0, BEFORE)
-    dcp.save(one.state(options), checkpoint_id=folder)
-    read = other.state(options)
-    dcp.load(read, checkpoint_id=folder)
-    other.set(read, options)
+    before = differing(one, other)
+    load(one, other)
     loaded = differing(one, other)
     one.take(BEFORE, AFTER)
     other.take(BEFORE, AFTER)
-    return {"loaded": loaded, "end": differing(one, other), "steps": other.optimizer.steps}
+    return {
+        "before": len(before),
+        "loaded": loaded,
+        "end": differing(one, other),
+        "steps": other.optimizer.steps,
+        "groups": [group["name"] for group in other.optimizer.param_groups],
+        "is the model's": is_of_the_model(other),
+    }
 
 
-def through_full(case: str) -> dict:
-    one, other = Training(case), Training(case)
-    one.take(0, BEFORE)
+def is_of_the_model(training: Training) -> bool:
+    own = set(training.model.parameters())
+    shown = [p for group in training.optimizer.param_groups for p in group["params"]]
+    return own.issuperset(shown) and own.issuperset(training.optimizer.state)
+
+
+def through_folder(folder: Path, options: StateDictOptions | None = None):
+    def load(one: Training, other: Training) -> None:
+        dcp.save(one.state(options), checkpoint_id=folder)
+        read = other.state(options)
+        dcp.load(read, checkpoint_id=folder)
+        other.set(read, options)
+
+    return load
+
+
+def through_full(one: Training, other: Training) -> None:
     box = [one.optimizer.full_state_dict()]
     dist.broadcast_object_list(box)
     set_model_state_dict(other.model, get_model_state_dict(one.model))
     other.optimizer.load_state_dict(box[0])
-    loaded = differing(one, other)
-    one.take(BEFORE, AFTER)
-    other.take(BEFORE, AFTER)
-    return {"loaded": loaded, "end": differing(one, other), "steps": other.optimizer.steps}
 
 
 def said(call) -> str:
@@ -215,7 +232,7 @@ def refusals() -> dict[str, str]:
         "of the next rank": said(
             lambda: one.optimizer.load_state_dict(of_ranks[dist.get_rank() - 1])
         ),
-        "flat without tables": said(lambda: Training(NOT_FLAT[0]).state(FLAT)),
+        "flat without tables": said(lambda: Training(NO_TABLE).state(FLAT)),
     }
     assert str(one.flat()) == before, "nothing has changed"
     return result
@@ -225,11 +242,11 @@ def main():
     dist.init_process_group("gloo")
     directory, result = Path(sys.argv[1]), {}
     for case in CASES:
-        for way, options in (("", None), (", flat", FLAT)):
-            if not (options and case in NOT_FLAT):
-                folder = directory / f"{case}{way}"
-                result[f"{case}{way}"] = through_folder(case, folder, options)
-        result[f"{case}, full"] = through_full(case)
+        result[case] = resumed(case, through_folder(directory / case))
+    for case in ALSO_FLAT:
+        result[f"{case}, flat"] = resumed(case, through_folder(directory / f"{case}, flat", FLAT))
+    for case in ALSO_FULL:
+        result[f"{case}, full"] = resumed(case, through_full)
     result["refusals"] = refusals()
     torch.save(result, directory / f"rank{dist.get_rank()}.pt")
     dist.barrier()
