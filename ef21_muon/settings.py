@@ -206,7 +206,7 @@ def check_mean(mean: str, feedback: str) -> str:
     return mean
 
 
-def refuse_compressed_shifts(groups: list[dict]) -> None:
+def refuse_compressed_shifts(groups: Iterable[dict]) -> None:
     """Raise ValueError for an s2w compressor with server="replicated", which sends nothing back."""
     for group in groups:
         if not group["s2w"].lossless:

@@ -9,19 +9,22 @@ optimizers, in tensors whose sizes stay the same while a training goes on.
 
 import copy
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from itertools import count
-from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ef21_muon.arithmetic import first_state
 from ef21_muon.identity import described, require_identity, require_layout, state_identity
 from ef21_muon.transport.fixed import Traffic, place_in
-from ef21_muon.views import show_groups
+from ef21_muon.views import asked_for, show_groups
+
+if TYPE_CHECKING:
+    from ef21_muon.communicating import Communicating
 
 HOOKS = tuple(
     f"_optimizer_{when}_hooks"
@@ -33,10 +36,9 @@ HOOKS = tuple(
 REST = "_rest"
 PAGE = 4096  # bytes that the text of an identity fills a multiple of
 NO_TEXT = json.JSONDecodeError, UnicodeDecodeError
-CALLER = "torch.distributed.checkpoint.state_dict"
 
 
-def save(optimizer) -> dict:
+def save(optimizer: "Communicating") -> dict:
     """Return a copy of the state; see `Communicating.state_dict`."""
     optimizer.require_own_parameters("state_dict()")
     _refuse_full(optimizer)
@@ -51,7 +53,7 @@ def save(optimizer) -> dict:
     }
     first = next((one for n in sorted(tables) for one in tables[n].values()), None)
     if first is None:  # when a state is flattened, torch finds the names of tables alone
-        if _asked_for("flatten_optimizer_state_dict"):
+        if asked_for("flatten_optimizer_state_dict"):
             raise ValueError(
                 "flatten_optimizer_state_dict=True is not allowed where a rank remembers nothing "
                 "of its layers: leave it out, or give server='replicated'"
@@ -64,13 +66,13 @@ def save(optimizer) -> dict:
         for group in optimizer.param_groups
     ]
     state = {"state": tables, "param_groups": copy.deepcopy(groups)}
-    for hook in optimizer._optimizer_state_dict_post_hooks.values():
-        changed = hook(optimizer, state)
+    for after in optimizer._optimizer_state_dict_post_hooks.values():
+        changed = after(optimizer, state)
         state = state if changed is None else changed
     return state
 
 
-def load(optimizer, state_dict: dict | None) -> None:
+def load(optimizer: "Communicating", state_dict: dict | None) -> None:
     """Continue from a state; see `Communicating.load_state_dict`."""
     optimizer.require_own_parameters("load_state_dict()")
     _refuse_full(optimizer)
@@ -101,11 +103,11 @@ def load(optimizer, state_dict: dict | None) -> None:
     optimizer.resume_after(saved["steps"])
     for purpose, generator in optimizer.generators.items():
         generator.set_state(saved["generators"][purpose].cpu())
-    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        hook(optimizer)
+    for after in optimizer._optimizer_load_state_dict_post_hooks.values():
+        after(optimizer)
 
 
-def _rest(optimizer) -> dict:
+def _rest(optimizer: "Communicating") -> dict:
     """Return what there is beside tables and groups."""
     text = json.dumps(state_identity(optimizer)).encode()
     text += b" " * (-len(text) % PAGE)
@@ -124,14 +126,14 @@ def _rest(optimizer) -> dict:
     return rest
 
 
-def _inner(optimizer, inner) -> dict:
+def _inner(optimizer: "Communicating", inner: Optimizer) -> dict:
     """Return an inner optimizer's state by parameter.
 
     It also has what a first step would make, so that a checkpoint can be read into it; `entries`
     has how many of each parameter are real, and -1 where there was no step.
     """
     state = copy.deepcopy(inner.state_dict()["state"])
-    if inner in optimizer.wrapped.ours:
+    if optimizer.wrapped and optimizer.wrapped.communicating(inner):
         return {"state": {str(number): own for number, own in state.items()}}
     numbers = range(sum(len(group["params"]) for group in inner.param_groups))
     entries = [len(state[number]) if number in state else -1 for number in numbers]
@@ -143,7 +145,7 @@ def _inner(optimizer, inner) -> dict:
     }
 
 
-def _numbers(optimizer, group: Mapping) -> dict:
+def _numbers(optimizer: "Communicating", group: Mapping) -> dict:
     """Return the numbers of a parameter group; a sequence of them becomes {"0": number, ...}."""
     found = {}
     for key, value in group.items():
@@ -155,7 +157,9 @@ def _numbers(optimizer, group: Mapping) -> dict:
     return found
 
 
-def _checked(optimizer, state_dict: Mapping) -> tuple[dict, list[tuple[Tensor, Tensor]]]:
+def _checked(
+    optimizer: "Communicating", state_dict: Mapping
+) -> tuple[dict, list[tuple[Tensor, Tensor]]]:
     """Return this rank's state, and every tensor beside the saved one.
 
     Raises:
@@ -171,7 +175,7 @@ def _checked(optimizer, state_dict: Mapping) -> tuple[dict, list[tuple[Tensor, T
         ) from error
 
 
-def _part_of(optimizer, state_dict: Mapping) -> dict:
+def _part_of(optimizer: "Communicating", state_dict: Mapping) -> dict:
     """Return this rank's state, without the names of ranks. Raises ValueError if it has none."""
     mine = state_identity(optimizer)
     states = state_dict.get("ranks", [state_dict])
@@ -210,7 +214,9 @@ def _part_of(optimizer, state_dict: Mapping) -> dict:
     }
 
 
-def _groups(optimizer, saved: list[Mapping], numbers: Mapping | None) -> list[dict]:
+def _groups(
+    optimizer: "Communicating", saved: list[Mapping], numbers: Mapping | None
+) -> list[dict]:
     """Return the groups with saved values and without objects. Raises ValueError for other groups.
 
     numbers: this rank's own, for workers of several ranks. torch saves the groups of one rank only.
@@ -237,7 +243,7 @@ def _groups(optimizer, saved: list[Mapping], numbers: Mapping | None) -> list[di
     return found
 
 
-def _inner_states(optimizer, groups: list[dict], saved: Mapping) -> Iterator[dict]:
+def _inner_states(optimizer: "Communicating", groups: list[dict], saved: Mapping) -> Iterator[dict]:
     """Yield the states of inner optimizers as these load them, whose groups are those of all."""
     remaining = iter(groups)
     for place, inner in enumerate(optimizer.inner):
@@ -257,38 +263,39 @@ def _inner_states(optimizer, groups: list[dict], saved: Mapping) -> Iterator[dic
         yield {"state": state, "param_groups": its_groups}
 
 
-def _fitting(optimizer, saved: dict) -> list[tuple[Tensor, Tensor]]:
+def _fitting(optimizer: "Communicating", saved: dict) -> list[tuple[Tensor, Tensor]]:
     """Return every tensor of the state with the saved one. ValueError for other shapes."""
     if not (type(saved["steps"]) is int and saved["steps"] >= 0):
         raise ValueError(
             f"the state is after {saved['steps']!r} steps: give a whole number, at least 0"
         )
     for purpose, generator in optimizer.generators.items():
-        its, here = saved["generators"][purpose], generator.get_state()
-        if its.shape != here.shape:
+        its, now = saved["generators"][purpose], generator.get_state()
+        if its.shape != now.shape:
             raise ValueError(
                 f"the state holds {len(its)} bytes of random numbers where this device has "
-                f"{len(here)}: load it on the kind of device that it was saved on"
+                f"{len(now)}: load it on the kind of device that it was saved on"
             )
     optimizer.buffers.require_fit(saved["buffers"])
     for inner, its in zip(optimizer.inner, saved["inner"], strict=True):
-        if inner in optimizer.wrapped.ours:
-            _checked(inner, its)
-        else:
+        own = optimizer.wrapped.communicating(inner) if optimizer.wrapped else None
+        if own is None:
             require_layout(inner, its)
+        else:
+            _checked(own, its)
     pairs = []
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter, its in zip(parameters, saved["state"], strict=True):
-        own = optimizer.state[parameter]
+        here = optimizer.state[parameter]
         shapes, saved_shapes = (
-            {key: tuple(tensor.shape) for key, tensor in sorted(one.items())} for one in (own, its)
+            {key: tuple(tensor.shape) for key, tensor in sorted(one.items())} for one in (here, its)
         )
         if shapes != saved_shapes:
             raise ValueError(
                 f"the state holds {saved_shapes} where this optimizer needs {shapes}: build it "
                 "from the same groups and options, and load on the same rank"
             )
-        pairs += [(own[key], its[key]) for key in own]
+        pairs += [(here[key], its[key]) for key in here]
     return pairs
 
 
@@ -297,21 +304,12 @@ def _holder() -> str:
     return f"rank{dist.get_rank() if dist.is_initialized() else 0}"
 
 
-def _refuse_full(optimizer) -> None:
+def _refuse_full(optimizer: "Communicating") -> None:
     """Raise ValueError where torch would keep one rank's state alone."""
     _, ranks = place_in(optimizer.everyone)
-    if ranks > 1 and _asked_for("full_state_dict"):
+    if ranks > 1 and asked_for("full_state_dict"):
         raise ValueError(
             f"full_state_dict=True keeps the state of rank 0 alone, and each of {ranks} ranks has "
             "its own: leave it out and save on all ranks by torch.distributed.checkpoint, or save "
             f"{type(optimizer).__name__}.full_state_dict()"
         )
-
-
-def _asked_for(option: str) -> bool:
-    """Return whether torch's checkpoint functions call, with this option, which they keep."""
-    frame: FrameType | None = sys._getframe()
-    while frame := frame and frame.f_back:
-        if frame.f_globals.get("__name__") == CALLER and "info" in frame.f_locals:
-            return getattr(frame.f_locals["info"], option, False)
-    return False

@@ -19,6 +19,20 @@ class Stateful(torch.optim.Optimizer):
     everyone: Group
     unsent: UnsentSteps | None = None
 
+    def require_own_parameters(self, call: str) -> None:
+        """Refuse a call that would take W for this worker's own parameters.
+
+        Args:
+            call: what was called, for the error.
+
+        Raises:
+            RuntimeError: within `global_params()`.
+        """
+        if self._swapped:
+            raise RuntimeError(
+                f"{call} within global_params(): the parameters are W there, leave it first"
+            )
+
     def state_dict(self) -> dict:
         """Return a copy of what this rank remembers, that later steps do not change.
 

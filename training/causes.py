@@ -77,7 +77,8 @@ def _place(error: BaseException) -> str | None:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith("<frozen") and not _of_hydra(frame.filename)
+        if not (frame.filename.startswith("<frozen") or _of_hydra(frame.filename))
+        and frame.name != "__getattr__"  # the attribute was asked for one frame before
     ]
     written_here = [frame for frame in frames if not is_installed(frame.filename)]
     if not frames:

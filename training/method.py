@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from baselines import AllReduced
 from ef21_muon import EF21Muon, LocalSteps, WorkerMesh, param_groups
 from ef21_muon.communicating import Communicating
+from ef21_muon.compressors import from_spec
 from ef21_muon.transport.fixed import Transport
 from ef21_muon.transport.schedule import Rounds
 from training.causes import explained
@@ -219,7 +220,7 @@ def run_label(
         return optimizer.title
     local = isinstance(optimizer, LocalSteps)
     w2s, s2w = (
-        optimizer.rules[0][direction] if local else optimizer.defaults[direction]
+        from_spec(optimizer.rules[0][direction] if local else optimizer.defaults[direction])
         for direction in ("w2s", "s2w")
     )
     sent = [one for of_rank in gather(_sent(optimizer)) for one in of_rank]
@@ -274,7 +275,8 @@ def _local_label(optimizer: LocalSteps) -> str:
     if optimizer.mean == "senders":
         options.append("mean over senders")
     if optimizer.outer_lr != 1 or optimizer.outer_momentum:
-        options.append(f"outer lr {optimizer.outer_lr:g} momentum {optimizer.outer_momentum:g}")
+        options.append(f"outer lr {optimizer.outer_lr:g}")
+        options.append(f"outer momentum {optimizer.outer_momentum:g}")
     if optimizer.sync_delay:
         options.append(f"sync delay {optimizer.sync_delay}")
     return ", ".join(options)

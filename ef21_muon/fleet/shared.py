@@ -115,7 +115,7 @@ class SharedState:
     @torch.no_grad()
     def broken(self) -> list[str]:
         """The names of layers whose parameters or state are not finite. Waits for the device."""
-        broken = []
+        broken: list[str] = []
         for batch in self.optimizer.batches:
             tables = [batch.models().float(), *batch.state.values()]
             fine = torch.stack([*map(finite, tables)]).all(0).tolist()

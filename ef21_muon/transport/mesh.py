@@ -195,7 +195,7 @@ class WorkerMesh:
             parts = [slice(first, first + step) for first in range(0, len(p), step)]
         return [(p, part, [part] * ranks) for part in parts]
 
-    def name(self, own: list[Layer]) -> None:
+    def name(self, own: Iterable[Layer]) -> None:
         """Enter in `layers` what an optimizer of this rank calls its layers and asks of them.
 
         The other ranks of the worker receive it at the end of `together`.

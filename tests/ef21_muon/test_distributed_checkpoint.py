@@ -28,6 +28,7 @@ from workers.checkpoint_folders import (
 
 from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
 from ef21_muon.compressors import RandK, TopK
+from ef21_muon.norms import Spectral
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 OFFLOAD = StateDictOptions(cpu_offload=True)
@@ -239,8 +240,8 @@ def test_a_state_is_not_read_while_the_parameters_are_w():
 @pytest.mark.parametrize("kind", ["muon", "local muon", "local adamw", "averaged"])
 def test_a_pickled_state_is_as_large_as_its_tensors(kind):
     """Not as the tables that its layers are rows of."""
-    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(47)), nn.Linear(64, 60))
-    muon = EF21Muon(model, process_group=ALONE)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(48)))
+    muon = EF21Muon(model.parameters(), process_group=ALONE, norm=Spectral())
     adamw = torch.optim.AdamW(model.parameters())
     optimizer = {
         "muon": lambda: muon,

@@ -8,7 +8,7 @@ from one_worker import SHAPES, build, copies, set_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ef21_muon import EF21Muon, WorkerMesh
-from ef21_muon.compressors import Identity, Quantize, QuantizedRank, RankK, TopK, sparse
+from ef21_muon.compressors import Identity, Quantize, QuantizedRank, RankK, TopK, selection
 from ef21_muon.norms import L1, AdaptiveRadius, ColumnNorm, Sign, Spectral
 from ef21_muon.values import Natural
 
@@ -303,7 +303,7 @@ def test_no_option_makes_a_step_wait_for_the_device(options):
 
 
 def test_nor_does_the_selection_in_large_layers(monkeypatch):
-    monkeypatch.setattr(sparse, "SORTED_BELOW", 0)
+    monkeypatch.setattr(selection, "SORTED_BELOW", 0)
     steps_without_waiting(*build(w2s=TopK(0.2, "natural"), s2w=TopK(0.2)))
 
 

@@ -1,4 +1,4 @@
-"""In place of an optimizer: what passes ask of one, of a worker of one rank that times nothing."""
+"""Stands in for an optimizer: what GradientComputation needs of one, with no timer and no mesh."""
 
 from contextlib import nullcontext
 

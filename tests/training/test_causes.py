@@ -9,7 +9,7 @@ from training.config import build, compose
 from training.method import build_optimizer
 from training.workers import RunError
 
-TOP = "from ef21_muon import TopK\n\n\nclass Mine(TopK):\n"
+TOP = "from ef21_muon.compressors import TopK\n\n\nclass Mine(TopK):\n"
 MUON = "from ef21_muon import EF21Muon\n\n\nclass Mine(EF21Muon):\n"
 ADAMW = "from torch.optim import AdamW\n\n\nclass Mine(AdamW):\n"
 INIT = "    def __init__(self, *args, **options):\n        {}\n"

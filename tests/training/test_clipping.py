@@ -19,7 +19,7 @@ MAX_NORM = 0.1
 METHODS = {
     "ef21": lambda named: EF21Muon(named, w2s=TopK(0.2)),
     **{
-        kind: lambda named, kind=kind: EF21Muon(named, w2s=TopK(0.2), momentum=kind, gamma=0.5)
+        kind: lambda named, kind=kind: EF21Muon(named, w2s=TopK(0.2), momentum_kind=kind, gamma=0.5)
         for kind in ("mvr", "hessian")
     },
     "local adamw": lambda named: LocalSteps(torch.optim.AdamW(named), sync_every=2, w2s=TopK(0.2)),
@@ -32,7 +32,7 @@ METHODS = {
     "dion": Dion,
     "muon": Muon,
     "adamw": AdamW,
-    "greedylore": partial(Muon, hook="greedylore", rank=2, sync_every=2),
+    "greedylore": partial(Muon, hook="greedylore", rank=2, refresh_every=2),
 }
 
 
@@ -50,7 +50,7 @@ def batch_of(step, passes=2):
     return [(part[:, :-1], part[:, 1:]) for part in tokens]
 
 
-def passes_of(optimizer, model, max_norm=None):
+def computation_of(optimizer, model, max_norm=None):
     return GradientComputation(model, optimizer, torch.device("cpu"), "float32", False, max_norm)
 
 
@@ -65,7 +65,7 @@ def test_steps_are_those_of_gradients_that_torch_clips(process_group, method):
     for max_norm in (MAX_NORM, None):
         model = new_model()
         optimizer = METHODS[method]([{"params": list(model.named_parameters()), "name": "hidden"}])
-        passes, norms = passes_of(optimizer, model, max_norm), []
+        passes, norms = computation_of(optimizer, model, max_norm), []
 
         def gradient(batch, passes=passes, clips=max_norm is None, norms=norms):
             loss = passes.compute(batch)
@@ -98,8 +98,8 @@ def flat(model):
 @pytest.mark.parametrize("passes", [1, 3])
 def test_the_gradient_of_all_passes_is_clipped_once(max_norm, passes):
     model, reference = new_model(), new_model()
-    passes_of(Silent(), model, max_norm).compute(batch_of(0, passes))
-    passes_of(Silent(), reference).compute(batch_of(0, passes))
+    computation_of(Silent(), model, max_norm).compute(batch_of(0, passes))
+    computation_of(Silent(), reference).compute(batch_of(0, passes))
     if max_norm == 1e9:
         assert all(map(torch.equal, gradients_of(model), gradients_of(reference)))
     clip_grad_norm_(reference.parameters(), max_norm)
@@ -113,8 +113,8 @@ def test_a_gradient_that_is_not_finite_is_left_to_be_named(value):
     name = "blocks.0.mlp.expand.weight"
     handle = model.get_parameter(name).register_hook(lambda grad: torch.full_like(grad, value))
     optimizer = EF21Muon(model.named_parameters())
-    passes_of(optimizer, model, MAX_NORM).compute(batch_of(0, 1))
-    passes_of(Silent(), reference).compute(batch_of(0, 1))
+    computation_of(optimizer, model, MAX_NORM).compute(batch_of(0, 1))
+    computation_of(Silent(), reference).compute(batch_of(0, 1))
     handle.remove()
     for (own, parameter), its in zip(
         model.named_parameters(), gradients_of(reference), strict=True
@@ -131,13 +131,13 @@ def test_a_rank_of_several_does_not_clip_its_own_part():
     """Their mesh does, once it has averaged over them: tests/ef21_muon/test_hierarchy."""
     optimizer = Silent(mesh=SimpleNamespace(max_norm=None))
     model, reference = new_model(), new_model()
-    passes_of(optimizer, model, MAX_NORM).compute(batch_of(0))
-    passes_of(Silent(), reference).compute(batch_of(0))
+    computation_of(optimizer, model, MAX_NORM).compute(batch_of(0))
+    computation_of(Silent(), reference).compute(batch_of(0))
     assert optimizer.mesh.max_norm == MAX_NORM
     assert all(map(torch.equal, gradients_of(model), gradients_of(reference)))
 
 
 def test_it_does_not_wait_for_the_device():
-    passes, batch = passes_of(Silent(), new_model(), MAX_NORM), batch_of(0)
+    passes, batch = computation_of(Silent(), new_model(), MAX_NORM), batch_of(0)
     with NoHostSync():
         passes.compute(batch)

@@ -20,18 +20,18 @@ def test_more_workers_than_windows():
 
 def test_workers_must_divide_the_batch(small):
     config = compose((*small, "batch.global_size=3")).config
-    with pytest.raises(RunError, match=r"batch\.sequences=3 cannot be split over 2 workers"):
+    with pytest.raises(RunError, match=r"batch\.global_size=3 cannot be split over 2 workers"):
         share_of_batch(config, 2)
 
 
 @pytest.mark.parametrize(
-    ("sequences", "per_forward", "workers", "expected"),
+    ("global_size", "micro_size", "workers", "expected"),
     [(16, 8, 2, 8), (16, 8, 1, 8), (12, 4, 2, 3), (256, 16, 8, 16), (2, 8, 2, 1), (14, 4, 2, 1)],
 )
 def test_forward_passes_are_equal_and_as_large_as_allowed(
-    small, sequences, per_forward, workers, expected
+    small, global_size, micro_size, workers, expected
 ):
-    overrides = (f"batch.global_size={sequences}", f"batch.micro_size={per_forward}")
+    overrides = (f"batch.global_size={global_size}", f"batch.micro_size={micro_size}")
     assert share_of_batch(compose((*small, *overrides)).config, workers) == expected
 
 

@@ -13,7 +13,7 @@ from training.workers import RunError
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
-def passes_of(precision="auto", compiled=False, device="cpu"):
+def computation_of(precision="auto", compiled=False, device="cpu"):
     model = GPT(GPTConfig(layers=1, width=32, heads=2, context=16, vocab_size=64))
     torch.manual_seed(0)
     for parameter in model.parameters():  # also of those that begin as zeros
@@ -28,15 +28,15 @@ def batch_on(device):
     return [(part[:, :-1], part[:, 1:]) for part in tokens]
 
 
-def loss_and_dtype(passes, device):
+def loss_and_dtype(computation, device):
     """The loss of a batch, its gradients, and of what dtypes a linear map's outputs were."""
     seen = set()
-    expand = passes.raw_model.blocks[0].mlp.expand
+    expand = computation.raw_model.blocks[0].mlp.expand
     handle = expand.register_forward_hook(lambda module, given, out: seen.add(out.dtype))
-    loss = passes.compute(batch_on(device))
-    gradients = [parameter.grad for parameter in passes.raw_model.parameters()]
+    loss = computation.compute(batch_on(device))
+    gradients = [parameter.grad for parameter in computation.raw_model.parameters()]
     windows = [(inputs, targets, targets.numel()) for inputs, targets in batch_on(device)]
-    total, tokens = passes.loss_sum(windows)
+    total, tokens = computation.loss_sum(windows)
     handle.remove()
     torch.testing.assert_close(total.float() / tokens, loss)
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
@@ -49,8 +49,8 @@ def test_linear_maps_have_the_precision_asked_for(device):
     losses, gradients = {}, {}
     kinds = {"auto": default, "float32": torch.float32, "bfloat16": torch.bfloat16}
     for precision, dtype in kinds.items():
-        passes = passes_of(precision, device=device)
-        losses[precision], gradients[precision], seen = loss_and_dtype(passes, device)
+        computation = computation_of(precision, device=device)
+        losses[precision], gradients[precision], seen = loss_and_dtype(computation, device)
         assert seen == {dtype}
     same, other = ("bfloat16", "float32") if device == "cuda" else ("float32", "bfloat16")
     assert losses["auto"] == losses[same] != losses[other]
@@ -77,16 +77,19 @@ def test_passes_are_compiled_where_asked_for(device, asked, compiled, monkeypatc
         return own(model, dynamic=dynamic, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", traced)
-    plain, other = passes_of("float32", device=device), passes_of("float32", asked, device)
+    plain, other = (
+        computation_of("float32", device=device),
+        computation_of("float32", asked, device),
+    )
     assert calls == [(other.raw_model, False)] * compiled
-    assert plain.compute(batch_on(device)) == pytest.approx(other.gradient(batch_on(device)))
+    assert plain.compute(batch_on(device)) == pytest.approx(other.compute(batch_on(device)))
 
 
 def test_cpus_without_a_compiler_are_told_before_training(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RunError, match=r"no-such-compiler was not found: .* or give compile=false"):
-        passes_of(compiled=True)
-    passes_of(compiled="auto")
+        computation_of(compiled=True)
+    computation_of(compiled="auto")
 
 
 def test_only_what_changes_numbers_is_told_apart(small):

@@ -85,7 +85,7 @@ def test_the_shortest_step_is_what_the_messages_of_all_others_take(at_this_link)
         for workers in WORKERS:
             row = found[setting.name, workers]
             size = (workers - 1) * sent
-            assert row["bytes a round"] == f"{size:,}"
+            assert row["bytes per round"] == f"{size:,}"
             for link, rate in LINKS.items():
                 waits, _, seconds = row[link].rpartition(" ")
                 steps = max(1, EVERY[setting.name] - 1)
@@ -100,7 +100,7 @@ def test_placements_are_those_that_auto_takes(at_this_link):
         for column, workers in enumerate(WORKERS):
             rows = [re.split("  +", line)[3 * column + 1 :] for line in placements.splitlines()[2:]]
             size, *_ = min(rows, key=lambda row: weight(*row[:2]))
-            assert found[setting.name, workers]["bytes a round"] == size
+            assert found[setting.name, workers]["bytes per round"] == size
 
 
 def weight(size, multiplications):
@@ -135,10 +135,10 @@ def test_a_message_arrives_before_its_delay_ends(at_this_link):
     sizes = by_setting(at_this_link[5])
     seen = set()
     for (name, workers), row in by_setting(at_this_link[7]).items():
-        one_way = 8 * int(sizes[name, workers]["bytes a round"].replace(",", "")) / RATE + LATENCY
+        one_way = 8 * int(sizes[name, workers]["bytes per round"].replace(",", "")) / RATE + LATENCY
         ways = 2 if "-back" in name or name == "identity" else 1
         seconds = one_way + (ways - 1) * LATENCY
-        assert float(row["s a round"]) == pytest.approx(seconds, rel=0.01)
+        assert float(row["s per round"]) == pytest.approx(seconds, rel=0.01)
         share = 100 * seconds / (seconds + EVERY[name] * STEP)
         assert float(row["waits"].rstrip("%")) == pytest.approx(share, abs=0.06)
         longest = (EVERY[name] - 1) // ways
@@ -164,23 +164,23 @@ def test_the_answer_is_hidden_and_of_the_lowest_loss(at_this_link):
     over = {setting.name: setting.over for setting in MAP}
     for answer, workers in zip(at_this_link[9:], WORKERS[:2], strict=False):
         assert answer.startswith(f"{workers} workers: ")
-        told, line = answer.splitlines()
-        named = [setting for setting in MAP if f" {setting.words} (" in told]
+        setting_line, line = answer.splitlines()
+        named = [setting for setting in MAP if f" {setting.words} (" in setting_line]
         assert len(named) == 1
         (setting,) = named
         delay = hidden[setting.name, workers]["hidden with"]
         for name in over:
             if hidden[name, workers]["hidden with"] != "nothing" and workers in over[name]:
                 assert over[setting.name][workers] <= over[name][workers]
-        assert f"({over[setting.name][workers]:+.1f} %)" in told
+        assert f"({over[setting.name][workers]:+.1f} %)" in setting_line
         assert shlex.split(line) == [*setting.overrides(compose(TINY).config), delay]
-        assert new_optimizer(setting, delay).delay == int(delay.partition("=")[2])
+        assert new_optimizer(setting, delay).sync_delay == int(delay.partition("=")[2])
 
 
-def test_of_workers_that_have_not_run_the_next_fewer_are_told(monkeypatch):
+def test_for_workers_that_have_not_run_the_next_fewer_are_named(monkeypatch):
     monkeypatch.setattr("training.study.OVER", {"local10-signs": {2: 1.19}, "local30-signs": {}})
-    told = planned("plan.step_seconds=10", "plan.mbit=100")[-1]
-    assert told.startswith(
+    answer = planned("plan.step_seconds=10", "plan.mbit=100")[-1]
+    assert answer.startswith(
         "8 workers: signs of all entries, every 10 steps (+1.2 % with 2 workers, not run with "
         "8):\noptimizer=local_signs "
     )

@@ -32,12 +32,12 @@ def test_bytes_are_those_of_the_optimizer(server):
     config = compose(overrides).config
     optimizer = build_optimizer(config, GPT(build(config.model, "model")))
     found = row(plan(config), 4)
-    assert number(found["w2s a round"]) == a_round(optimizer).w2s_bytes
+    assert number(found["w2s per round"]) == a_round(optimizer).w2s_bytes
     s2w = 0 if server == "replicated" else a_round(optimizer).s2w_bytes
-    assert number(found["s2w a round"]) == s2w
-    assert number(found["w2s a run"]) == 7 * a_round(optimizer).w2s_bytes
+    assert number(found["s2w per round"]) == s2w
+    assert number(found["w2s per run"]) == 7 * a_round(optimizer).w2s_bytes
     for workers in (2, 4, 8):
-        seconds = 8 * busiest(optimizer, server, workers) / 1e8
+        seconds = 8 * most_sent(optimizer, server, workers) / 1e8
         found = row(plan(config), workers)
         assert number(found["s at 10 Mbit/s"]) == pytest.approx(10 * seconds, rel=0.01)
         assert number(found["s at 100 Mbit/s"]) == pytest.approx(seconds, rel=0.01)
@@ -51,8 +51,8 @@ def test_facts_and_shares_are_those_of_the_run():
         re.split("  +", line, maxsplit=1) for line in plan(config).split("\n\n")[0].splitlines()[2:]
     )
     assert facts["parameters"] == "819,200" and facts["steps"] == "7"
-    assert facts["tokens a step"] == "4,096" and facts["tokens"] == "28,672"
-    assert facts["tokens a parameter"] == "0.035"
+    assert facts["tokens per step"] == "4,096" and facts["tokens"] == "28,672"
+    assert facts["tokens per parameter"] == "0.035"
     assert number(row(plan(config), 2)["of float32"]) == pytest.approx(100 * 9 / 32, abs=0.01)
 
 
@@ -67,7 +67,7 @@ def test_a_placements_time_is_shared_by_the_steps_of_a_round(method):
             size, _, seconds = rows[server][3 * column : 3 * column + 3]
             every = 1 if method == "ef21_muon" else 3
             assert float(seconds) == pytest.approx(8 * number(size) / 1e7 / every, rel=0.01)
-            assert rows["servers"][3 * column] == f"busiest rank, {workers} workers"
+            assert rows["servers"][3 * column] == f"max bytes per rank, {workers} workers"
 
 
 ROLE = ("+compressor@norm.embedding.w2s=topk", "+compressor@norm.embedding.s2w=sign")
@@ -78,14 +78,12 @@ def test_a_role_may_have_compressors_of_its_own():
     optimizer = build_optimizer(config, GPT(build(config.model, "model")))
     of_role = {group["name"]: group for group in optimizer.param_groups}
     assert str(of_role["embedding"]["w2s"]) == "top 50% natural"
-    default = "fitted rank 30% normal2 x normal4"
+    default = "quantized rank 30% normal2 x normal4"
     assert str(of_role["hidden"]["w2s"]) == default
-    assert run_label(optimizer) == (
-        f"{default}, embedding top 50% natural, embedding back dense sign"
-    )
+    assert run_label(optimizer) == (f"{default}, embedding top 50% natural, embedding back sign")
     found = row(plan(config), 4)
-    assert number(found["w2s a round"]) == a_round(optimizer).w2s_bytes
-    assert number(found["s2w a round"]) == a_round(optimizer).s2w_bytes
+    assert number(found["w2s per round"]) == a_round(optimizer).w2s_bytes
+    assert number(found["s2w per round"]) == a_round(optimizer).s2w_bytes
 
 
 def test_a_baseline_takes_no_roles_compressor(process_group):
@@ -96,8 +94,8 @@ def test_a_baseline_takes_no_roles_compressor(process_group):
             assert getattr(group.get("s2w"), "lossless", None) is lossless
 
 
-def busiest(optimizer, server, ranks):
-    """Bytes that the busiest of the ranks sends to others, by whose layers they are."""
+def most_sent(optimizer, server, ranks):
+    """The most bytes that a rank sends to others, by the owners of the layers."""
     groups = optimizer.param_groups
     batches = form_batches(groups, lmo_costs(groups), server, 0, ranks)
     sent = [0] * ranks
@@ -118,7 +116,7 @@ def test_memory_is_that_of_the_state():
     state = sum(t.nbytes for s in optimizer.state.values() for t in s.values())
     whole = 4 * sum(p.numel() for p in model.parameters())
     assert state == 3 * whole
-    found = number(row(plan(config), 2)["GB a rank"])
+    found = number(row(plan(config), 2)["GB per rank"])
     assert found == pytest.approx((2 * whole + state) / 1e9, abs=0.005)
 
 
@@ -134,7 +132,7 @@ def test_memory_is_that_of_the_state():
 )
 def test_memory_of_124m_is_so_many_copies(overrides, copies):
     config = compose(("model=gpt2-124m", "optimizer.server=replicated", *overrides)).config
-    found = number(row(plan(config), 2)["GB a rank"])
+    found = number(row(plan(config), 2)["GB per rank"])
     assert found == pytest.approx(copies * 4 * 123_568_128 / 1e9, abs=0.006)
 
 

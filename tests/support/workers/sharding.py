@@ -71,7 +71,7 @@ def batch(rank: int, passes: int, sequences: int = 4) -> list[list[torch.Tensor]
     return [[one[:, :-1], one[:, 1:]] for one in tokens]
 
 
-def passes_of(workers: Workers, sharded: bool, compiled: bool = False) -> GradientComputation:
+def computation_of(workers: Workers, sharded: bool, compiled: bool = False) -> GradientComputation:
     model = new_model(SMALL, workers, sharded)
     with torch.no_grad():
         for parameter in model.parameters():  # also of those that begin as zeros
@@ -104,7 +104,7 @@ def scatters(passes: GradientComputation, rank: int) -> int:
 
 def messages(workers: Workers) -> dict:
     """Of several passes: gradients, and how often they are reduced and scattered."""
-    sharded, every, whole = (passes_of(workers, kind) for kind in (True, True, False))
+    sharded, every, whole = (computation_of(workers, kind) for kind in (True, True, False))
     every.without_sync = nullcontext
     found = {
         "scatters": scatters(sharded, workers.rank),
@@ -141,7 +141,7 @@ def graphs(workers: Workers) -> dict:
         results = []
         for compiled in (False, True):
             with counted() as of_step:
-                passes = passes_of(workers, sharded, compiled)
+                passes = computation_of(workers, sharded, compiled)
                 loss = passes.compute(batch(workers.rank, passes=2))
                 found[name] = list(of_step)
                 passes.compute(batch(workers.rank + 8, passes=2))
@@ -162,7 +162,7 @@ def groups(workers: Workers) -> list[int]:
     counts = []
     for _ in range(3):
         with groups_of_a_job(workers):
-            passes = passes_of(workers, sharded=True)
+            passes = computation_of(workers, sharded=True)
             passes.compute(batch(workers.rank, passes=1))
             counts.append(len(_world.pg_map))
         counts.append(len(_world.pg_map))
