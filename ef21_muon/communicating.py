@@ -59,8 +59,7 @@ class Communicating(torch.optim.Optimizer):
         ValueError: for parameters and settings that differ between ranks.
     """
 
-    # torch.amp.GradScaler leaves it to `step` to skip, by `found_inf` and `grad_scale`.
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = True  # torch's GradScaler leaves it to `step` to skip
     RULE: tuple[str, ...] = ()  # entries of a parameter group that are objects, not numbers
     BROKEN = "the gradient of {} was not finite at step {}"
     inner: Sequence[torch.optim.Optimizer] = ()
@@ -179,15 +178,12 @@ class Communicating(torch.optim.Optimizer):
         """Send with another compressor from the next round on; on all ranks, between rounds.
 
         Args:
-            w2s: compressor, or its spec.
+            w2s: compressor, or its spec, as "topk:0.01".
             group: name of the parameter groups that it is for; by default all groups.
 
         Raises:
             ValueError: for an unknown compressor or group, with a sync_delay, and where ranks
                 decode to other bits.
-
-        Example:
-            optimizer.exchange_compressor("topk:0.01", group="hidden")
         """
         exchange(self, w2s, group)
 

@@ -123,16 +123,25 @@ def param_groups(
         if parameter in turned:
             new["transposed"] = True
         convolution = convolutions.get(parameter)
-        norm, blocks = new.get("norm", Spectral()), None
-        if convolution and convolution.groups > 1 and isinstance(norm, Spectral):
-            # The groups of a matrix (d_out, d_in) are in d_in where the convolution is transposed.
-            blocks = (convolution.groups, isinstance(convolution, DECONVOLUTIONS))
-            new["norm"] = Blocks(norm, *blocks)
+        blocks = _take_blocks(new, convolution) if convolution else None
         group = groups.setdefault((role, parameter in turned, blocks), new)
         group["params"].append((name, parameter))
         if convolution and role == "hidden" and preset == "scion":
             group["conv_scaling"] = True
     return list(groups.values())
+
+
+def _take_blocks(
+    group: dict, convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d
+) -> tuple[int, bool] | None:
+    """Give a grouped convolution the steps of its convolutions, if they are spectral."""
+    norm = group.get("norm", Spectral())
+    if convolution.groups == 1 or not isinstance(norm, Spectral):
+        return None
+    # The blocks of a matrix (d_out, d_in) are in d_in where the convolution is transposed.
+    blocks = (convolution.groups, isinstance(convolution, DECONVOLUTIONS))
+    group["norm"] = Blocks(norm, *blocks)
+    return blocks
 
 
 def groups_of(
