@@ -33,9 +33,9 @@ class GreedyLore:
     of which that would be no less than all, are averaged whole.
 
     The algorithm is as public code of it has it (github.com/yiran529/GreedyLore); of the paper the
-    abstract was at hand. Departures from that code: it sends G_j alone every
-    `refresh_every` steps and drops E_j there, where nothing is dropped here; it sends everything whole for 1000 steps first,
-    and embeddings and heads always.
+    abstract was at hand. Departures from that code: it sends G_j alone every `refresh_every` steps
+    and drops E_j there, where nothing is dropped here; it sends everything whole for the first 1000
+    steps, and embeddings and heads always.
 
     optimizer: of parameters in the same order on all ranks; E_j and U are entries of its state, so
     that they are in its checkpoints. mean: of float32 tensors over all workers, by an all-reduce.

@@ -7,7 +7,7 @@ heads, tied or not) and "vector" (biases, gains). configs/norm has the same pres
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -162,7 +162,12 @@ def groups_of(
                 "their own: give param_groups(model, {role: {'norm': ..., 'radius': ...}})"
             )
         return param_groups(params)
-    listed: list = list(params)
+    listed: list = [  # an iterator is read but once
+        {**one, "params": list(one["params"])}
+        if isinstance(one, dict) and isinstance(one.get("params"), Iterator)
+        else one
+        for one in params
+    ]
     if norm is None and rank == 0 and (odd := _not_hidden(listed)):
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         warnings.warn(
@@ -179,7 +184,6 @@ def _not_hidden(params: Sequence) -> list[str]:
     found, number = [], 0
     for group in params:
         members = group["params"] if isinstance(group, dict) else [group]
-        members = [members] if isinstance(members, Tensor) else list(members)
         for one in members:
             name, parameter = one if isinstance(one, tuple) else (f"parameter {number}", one)
             number += 1
@@ -266,8 +270,9 @@ class _Layers:
             more = f" (and of {len(unclear) - 1} more)" if len(unclear) > 1 else ""
             raise ValueError(
                 f"the role of {name} {shape} is unclear{more}: give param_groups "
-                f"roles={{{name!r}: 'hidden'}}, or 'embedding' for a table or an output head, and if its dimensions are not "
-                f"(d_out, d_in) as torch.nn.Linear has them, transposed=[{name!r}] too"
+                f"roles={{{name!r}: 'hidden'}}, or 'embedding' for a table or an output head, "
+                "and if its dimensions are not (d_out, d_in) as torch.nn.Linear has them, "
+                f"transposed=[{name!r}] too"
             )
         return {parameter: role for parameter, role in found.items() if role is not None}
 

@@ -16,7 +16,7 @@ from training.log import completed
 from training.records import LOG_NAME
 
 TIMEOUT = 8  # train.py's: seconds that a worker waits for another
-TELLING = r"(?:error: |ignored a damaged checkpoint|stopped as asked|going on from)[^\r\n]*"
+TELLING = r"(?:error: |ignored a damaged checkpoint|stopped as asked|resuming from)[^\r\n]*"
 KINDS = ("kill", "hang", "pause", "preempt", "slow", "cut", "fill", "corrupt")
 
 

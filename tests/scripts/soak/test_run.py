@@ -65,7 +65,7 @@ def test_a_run_with_five_faults_equals_the_one_without(start, tmp_path):
     assert any(record["record"] == "round" for record in records)
     assert end["equal"] and end["faults"] == 5
     said = " ".join(line for fault in faults for line in fault["said"])
-    for effect in ("No space left", "ignored a damaged checkpoint", "going on from"):
+    for effect in ("No space left", "ignored a damaged checkpoint", "resuming from"):
         assert effect in said
     assert "**yes**" in (tmp_path / "README.md").read_text()
     assert not left_behind(process, tmp_path)
