@@ -37,7 +37,7 @@ def test_the_layer_stands_still_and_others_continue(reports, name):
     found, without = (reports[0][f"{name} {faulty}"]["models"] for faulty in (1, 0))
     before = BROKEN - 1
     assert found[:before] == without[:before]
-    # The inner optimizer of gradients continues by its own momentum, W to X where less is sent back,
+    # The inner optimizer of gradients continues by its own momentum, W moves to X if s2w is lossy,
     # a Muon inside of local steps has left the gradient out itself, and DeMo steps by signs.
     if not name.startswith("averaged") and name not in ("rank0", "local, muon", "demo"):
         assert found[before][LAYER] == found[before - 1][LAYER]
