@@ -43,8 +43,8 @@ class AllReduced(Optimizer):
     process_group=ALONE; `param_groups` and `state` are its own. hook: "float32" is the plain
     all-reduce, "float16" and "bfloat16" (NCCL alone) halve it, and "powersgd" (Vogels et al.,
     arXiv:1905.13727) sends factors of rank `rank`, in float32, from the third step on. "greedylore"
-    (baselines.greedylore) sends gradients whole every `refresh_every` steps, the first included, and at
-    rank `rank` in the steps between. Raises ValueError for a hook that there is not, and without a
+    (baselines.greedylore) sends gradients whole every `refresh_every` steps, the first included,
+    and at rank `rank` in the steps between. Raises ValueError for an unknown hook, and without a
     process group.
     """
 

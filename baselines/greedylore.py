@@ -19,7 +19,7 @@ class GreedyLore:
     first, and all share the orthonormal basis U (m, m). In step t, counted from 0,
 
         B_j = G_j + E_j                                   error feedback
-        if t is a multiple of `every`:
+        if t is a multiple of `refresh_every`:
             B = mean_j B_j, sent whole;  E_j = 0
             U = left singular vectors of B
         else:
@@ -33,9 +33,9 @@ class GreedyLore:
     of which that would be no less than all, are averaged whole.
 
     The algorithm is as public code of it has it (github.com/yiran529/GreedyLore); of the paper the
-    abstract was at hand. Departures from that code: it sends G_j alone every `every` steps and
-    drops E_j there, where nothing is dropped here; it sends everything whole for 1000 steps first,
-    and embeddings and heads always.
+    abstract was at hand. Departures from that code: it sends G_j alone every `refresh_every` steps
+    and drops E_j there, where nothing is dropped here; it sends everything whole for the first 1000
+    steps, and embeddings and heads always.
 
     optimizer: of parameters in the same order on all ranks; E_j and U are entries of its state, so
     that they are in its checkpoints. mean: of float32 tensors over all workers, by an all-reduce.
@@ -45,10 +45,11 @@ class GreedyLore:
         self,
         optimizer: Optimizer,
         rank: int,
-        every: int,
+        refresh_every: int,
         mean: Callable[[list[Tensor]], list[Tensor]],
     ):
-        self.optimizer, self.rank, self.refresh_every, self.mean = optimizer, rank, every, mean
+        self.optimizer, self.rank, self.mean = optimizer, rank, mean
+        self.refresh_every = refresh_every
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.places = {parameter: place for place, parameter in enumerate(parameters)}
         for parameter in parameters:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,7 +18,7 @@ from ef21_muon.compressors.base import numbers
 from ef21_muon.layers import named_layers
 from ef21_muon.norms.lmo import AdaptiveRadius, along
 from ef21_muon.transport.agreement import fingerprint, first_difference
-from ef21_muon.transport.fixed import place_in
+from ef21_muon.transport.fixed import Group, place_in
 
 SIDE = 512  # the largest side of a matrix that is tried; larger ones are cut to it
 
@@ -43,7 +42,7 @@ Results = Iterator[tuple[str, Tensor]]
 log = logging.getLogger("ef21_muon")
 
 
-def of_messages(entry: str, rules: list[dict]) -> Results:
+def of_messages(entry: str, rules: Sequence[dict]) -> Results:
     """Yield what a sample message decodes to, for every compressor and shape of layers.
 
     Args:
@@ -60,7 +59,7 @@ def of_messages(entry: str, rules: list[dict]) -> Results:
             yield name, compressor.decode(compressor.sample(m, n).to(parameter.device), m, n)
 
 
-def of_decoding(rules: list[dict], server: str) -> Results:
+def of_decoding(rules: Sequence[dict], server: str) -> Results:
     """Yield what every rank decodes: s2w messages, and w2s messages if server="replicated"."""
     yield from of_messages("s2w", rules)
     if server == "replicated":
@@ -130,12 +129,10 @@ def _stepped(optimizer: Optimizer, group: dict) -> Tensor:
 
 def digests(results: Results) -> dict[str, int]:
     """Return the fingerprint of each result by its name. Waits for the device."""
-    return {name: fingerprint(result).item() for name, result in results}
+    return {name: int(fingerprint(result).item()) for name, result in results}
 
 
-def unlike(
-    results: Results, device: torch.device, group: dist.ProcessGroup | None
-) -> tuple[str, int] | None:
+def unlike(results: Results, device: torch.device, group: Group) -> tuple[str, int] | None:
     """Return the name of the first result whose bits differ between ranks, and such a rank.
 
     Returns:
@@ -149,7 +146,7 @@ def where_bits_agree(
     allowed: Sequence[str],
     computed: Callable[[str], Results],
     device: torch.device,
-    group: dist.ProcessGroup | str | None,
+    group: Group,
 ) -> str:
     """Return the first placement in which ranks compute the same bits.
 

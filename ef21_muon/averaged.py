@@ -1,16 +1,16 @@
 """Any torch optimizer on the mean of the workers' gradients, for parameters that take no LMO."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from ef21_muon.arithmetic import of_inner
 from ef21_muon.channel import still_where_broken
 from ef21_muon.communicating import Communicating
-from ef21_muon.compressors import Compressor, from_spec
+from ef21_muon.compressors import Compressor
 from ef21_muon.guards import gradients_of, guarded_step
 from ef21_muon.inner import Wrapped
 from ef21_muon.layers import (
@@ -25,10 +25,11 @@ from ef21_muon.settings import (
     Compressors,
     check_number,
     choice,
+    compressor_of,
     refuse_unused_decays,
     whole_number,
 )
-from ef21_muon.transport.fixed import run
+from ef21_muon.transport.fixed import Group, Stages, run
 from ef21_muon.transport.mesh import WorkerMesh, together
 
 
@@ -82,6 +83,8 @@ class AveragedGradients(Communicating):
         EF21: Richtarik et al., arXiv:2106.05203.
     """
 
+    wrapped: Wrapped
+
     @refuses_renamed
     def __init__(
         self,
@@ -96,7 +99,7 @@ class AveragedGradients(Communicating):
         buffers: nn.Module | None = None,
         seed: int = 0,
         mesh: WorkerMesh | None = None,
-        process_group: dist.ProcessGroup | str | None = None,
+        process_group: Group = None,
     ):
         whole_number("buckets", buckets, least=1)
         choice("feedback", feedback, FEEDBACK)
@@ -127,7 +130,7 @@ class AveragedGradients(Communicating):
         self.buckets = in_buckets(batches, buckets)
 
     def exchange_compressor(self, w2s: Compressor | str, group: str | None = None) -> None:
-        w2s = from_spec(w2s)
+        w2s = compressor_of("w2s", w2s)
         if self.forgetful and not w2s.lossless:
             raise ValueError(
                 f"w2s={w2s} is not allowed after lossless messages, which leave no feedback state: "
@@ -135,7 +138,7 @@ class AveragedGradients(Communicating):
             )
         super().exchange_compressor(w2s, group)
 
-    def step(self, closure: Callable | None = None):
+    def step(self, closure: Callable | None = None) -> Any:
         """Take one round and one step of the inner optimizer, on all workers together.
 
         Args:
@@ -163,7 +166,7 @@ class AveragedGradients(Communicating):
         if self.mesh:
             self.mesh.share_parameters()
 
-    def _round(self, batches: Sequence[Batch]) -> Generator:
+    def _round(self, batches: Sequence[Batch]) -> Stages:
         """EF21 for one bucket of layers, whose mean gradients replace the gradients."""
         self.timer.phase("encode")
         payloads = []
@@ -187,5 +190,6 @@ class AveragedGradients(Communicating):
         self.timer.phase("decode")
         for batch, payload in zip(batches, means, strict=True):
             of_layers = batch.as_parameters(batch.down.decode(payload))
-            for parameter, mean in zip(batch.params, of_layers, strict=True):
-                parameter.grad.copy_(mean)
+            held = [p.grad for p in batch.params if p.grad is not None]  # all have one
+            for gradient, mean in zip(held, of_layers, strict=True):
+                gradient.copy_(mean)

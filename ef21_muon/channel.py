@@ -115,7 +115,7 @@ class Channel:
             else:
                 self.buffer.copy_(difference).sub_(sent)
         if self.recording:
-            known = self.buffer if self.feedback == "ef21" else sent
+            known = self.buffer if self.feedback == "ef21" and self.buffer is not None else sent
             self.contraction = 1 - relative_error(sent, difference).square_()
             self.estimator_error = relative_error(known, target)
         return message

@@ -5,33 +5,38 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from ef21_muon import inspection, state
 from ef21_muon.arithmetic import Results, of_decoding, where_bits_agree
-from ef21_muon.compressors import Compressor, from_spec
+from ef21_muon.compressors import Compressor
 from ef21_muon.compressors.base import new_generator
 from ef21_muon.guards import Guards, Notice, PhaseTimer, UnsentSteps, broken_at
 from ef21_muon.identity import described, settings_of
 from ef21_muon.layers import AUTO, Batch, Layer, form_batches, layers_of
 from ef21_muon.renamed import ATTRIBUTES
-from ef21_muon.settings import check_compressors, choice, refuse_compressed_shifts
+from ef21_muon.settings import choice, compressor_of, refuse_compressed_shifts
 from ef21_muon.transport.agreement import (
     UNEQUAL,
     require_equal_parameters,
     require_equal_settings,
 )
 from ef21_muon.transport.buffers import Buffers
-from ef21_muon.transport.fixed import Traffic, Transport, place_in
+from ef21_muon.transport.fixed import ALONE, Group, Traffic, Transport, place_in
 from ef21_muon.transport.load import Load, loads
 from ef21_muon.transport.mesh import WorkerMesh
 from ef21_muon.transport.schedule import Rounds
 from ef21_muon.transport.shards import require_whole
 from ef21_muon.transport.stragglers import StragglerMonitor
+
+if TYPE_CHECKING:
+    from ef21_muon.correction import Correction
+    from ef21_muon.inner import Wrapped
 
 
 class Communicating(torch.optim.Optimizer):
@@ -74,24 +79,22 @@ class Communicating(torch.optim.Optimizer):
     # A method that schedulers wrap, parts of this process, and torch's hooks, as torch has it.
     NOT_COPIED = ("step", "stragglers", "unsent", *state.HOOKS)
     inner: Sequence[torch.optim.Optimizer] = ()
-    wrapped = None  # of `ef21_muon.inner`, where there are inner optimizers
+    wrapped: "Wrapped | None" = None  # where there are inner optimizers
     rules: Sequence[dict] = ()
-    batches: Sequence[Batch] | None = None
+    batches: Sequence[Batch] = ()
     stragglers: StragglerMonitor | None = None  # from the first step on, among other workers
     server: str | None = None  # the placement
-    under_way: Sequence[Batch] = ()  # layers whose messages have not arrived at the servers
     rounds = Rounds(1)  # one step each; local steps have others
-    correction = None  # of gradients, by a second gradient per batch
+    correction: "Correction | None" = None  # of gradients, by a second gradient per batch
     unsent: UnsentSteps | None = None  # of local steps
-    _swapped = False  # whether parameters and W have changed places
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         defaults: dict,
         *,
         seed: int,
-        process_group: dist.ProcessGroup | str | None,
+        process_group: Group,
         mesh: WorkerMesh | None = None,
         transport: Transport | None = None,
         missing_grad: str = "error",
@@ -177,7 +180,7 @@ class Communicating(torch.optim.Optimizer):
         Raises:
             RuntimeError: later, since layers are batched once.
         """
-        if self.batches is not None:
+        if self.batches:
             raise RuntimeError(
                 f"{type(self).__name__} forms its batches once: pass all groups when it is built"
             )
@@ -201,7 +204,7 @@ class Communicating(torch.optim.Optimizer):
         Example:
             optimizer.exchange_compressor("topk:0.01", group="hidden")
         """
-        w2s = from_spec(w2s)
+        w2s = compressor_of("w2s", w2s)
         chosen = [i for i, rule in enumerate(self.rules) if group in (None, rule.get("name"))]
         if not (self.mesh.total(len(chosen))[0] if self.mesh else chosen):
             names = ", ".join(str(rule.get("name")) for rule in self.rules)
@@ -211,11 +214,9 @@ class Communicating(torch.optim.Optimizer):
                 "a compressor is not exchanged with a sync_delay: build the optimizer anew"
             )
         rules = [r | {"w2s": w2s} if i in chosen else r for i, r in enumerate(self.rules)]
-        for rule in rules:
-            check_compressors(rule)
         place = self.device, self.process_group
         require_equal_settings({f"w2s of group {i}": described(w2s) for i in chosen}, *place)
-        where_bits_agree([self.server], partial(of_decoding, rules), *place)
+        where_bits_agree([self.server or ""], partial(of_decoding, rules), *place)
         for index in chosen:
             self.rules[index]["w2s"] = w2s
         for batch in self.batches:
@@ -224,10 +225,22 @@ class Communicating(torch.optim.Optimizer):
         self.guards = Guards(self, self.guards.layers)
         self._built_as = settings_of(self)
 
-    def __getattr__(self, name: str) -> NoReturn:
-        """Refuse names of earlier versions, and unknown ones."""
-        new = f": it has been renamed, give {ATTRIBUTES[name]}" if name in ATTRIBUTES else ""
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{new}")
+    @property
+    def under_way(self) -> Sequence[Batch]:
+        """Batches of layers whose messages have not arrived at the servers."""
+        return ()
+
+    @property
+    def _swapped(self) -> bool:
+        """Whether parameters and W have changed places."""
+        return False
+
+    if not TYPE_CHECKING:  # which would take any name for an attribute
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Refuse names of earlier versions, and unknown ones."""
+            new = f": it has been renamed, give {ATTRIBUTES[name]}" if name in ATTRIBUTES else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{new}")
 
     @property
     def round(self) -> int:
@@ -238,8 +251,9 @@ class Communicating(torch.optim.Optimizer):
         """Send what was not sent at the end of training: only `LocalSteps` has something left."""
 
     def global_params(self) -> AbstractContextManager[None]:
-        """Within it the parameters are W, on which all workers agree: only with `LocalSteps` they
-        are not W anyway.
+        """Return a context in which the parameters are W, on which all workers agree.
+
+        Only with `LocalSteps` they are not W outside of it.
 
         Example:
             with optimizer.global_params():
@@ -264,8 +278,9 @@ class Communicating(torch.optim.Optimizer):
 
     @property
     def received_bytes(self) -> int:
-        """Bytes that this rank has received so far: `s2w_bytes`, or, with replicated servers, the
-        messages of all other workers.
+        """Bytes of messages that this rank has received so far.
+
+        They are `s2w_bytes` or, with replicated servers, the messages of all other workers.
         """
         return self.traffic.received_bytes
 
@@ -387,9 +402,9 @@ class Communicating(torch.optim.Optimizer):
         """
         mine = self.state_dict()
         rank, ranks = place_in(self.everyone)
-        if ranks == 1:
+        if self.everyone == ALONE or ranks == 1:
             return {"ranks": [mine]}
-        states = [None] * ranks if rank == 0 else None
+        states: list[dict] | None = [{}] * ranks if rank == 0 else None
         dist.gather_object(mine, states, group=self.everyone, group_dst=0)
         return {"ranks": states} if rank == 0 else None
 

@@ -11,6 +11,7 @@ corrected gradient like any other.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from ef21_muon.guards import GradientError
 
 # The part of the way from W^k back to W^{k-1} over which gradients are differenced.
+# (parameter, its W^{k-1} in float32, its momentum) per layer.
+Layers: TypeAlias = Sequence[tuple[Tensor, Tensor, float]]
 PARTS = {"mvr": 1.0, "hessian": 0.1}
 
 
@@ -58,8 +61,8 @@ class Correction:
         gamma: the factor of d, at least 0.
 
     Example:
-        >>> optimizer = EF21Muon(model, momentum_kind="mvr")  # doctest: +SKIP
-        >>> loss = optimizer.step(closure)  # doctest: +SKIP
+        optimizer = EF21Muon(model, momentum_kind="mvr")
+        loss = optimizer.step(closure)
 
     References:
         "mvr" is STORM's; for LMOs it is from arXiv:2512.16598. "hessian" is from arXiv:2512.13227.
@@ -71,7 +74,7 @@ class Correction:
     def corrected(
         self,
         closure: Callable | None,
-        layers: Sequence[tuple[Tensor, Tensor, float]],
+        layers: Layers,
         bring: Callable,
         first: bool,
     ) -> Callable:
@@ -110,10 +113,12 @@ class Correction:
         return evaluate
 
     @torch.no_grad()
-    def _correct(self, closure: Callable, layers, models: list[Tensor], bring: Callable) -> None:
+    def _correct(
+        self, closure: Callable, layers: Layers, models: list[Tensor], bring: Callable
+    ) -> None:
         """Evaluate the batch again on the way back to W^{k-1}, and correct the gradients."""
         part = PARTS[self.kind]
-        gradients = [parameter.grad.clone() for parameter, _, _ in layers]
+        gradients = [gradient.clone() for gradient in _gradients(layers)]
         # Writes to `.data` do not count as changes of a parameter from outside.
         for (parameter, before, _), model in zip(layers, models, strict=True):
             parameter.data.copy_(torch.lerp(model, before.to(model.dtype), part))
@@ -124,7 +129,15 @@ class Correction:
         finally:
             for (parameter, _, _), model in zip(layers, models, strict=True):
                 parameter.data.copy_(model)
-        for (parameter, _, momentum), gradient in zip(layers, gradients, strict=True):
-            d = (gradient - parameter.grad.to(gradient.dtype)) / part
+        others = _gradients(layers)
+        for (parameter, _, momentum), gradient, other in zip(
+            layers, gradients, others, strict=True
+        ):
+            d = (gradient - other.to(gradient.dtype)) / part
             weight = self.gamma * momentum / (1 - momentum)
             parameter.grad = torch.add(gradient, d, alpha=weight)
+
+
+def _gradients(layers: Layers) -> list[Tensor]:
+    """Return the gradients of layers, all of which have one."""
+    return [parameter.grad for parameter, _, _ in layers if parameter.grad is not None]

@@ -9,6 +9,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from operator import attrgetter, is_
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 from ef21_muon.channel import mark
 from ef21_muon.layers import Batch, Layer
 from ef21_muon.transport.buffers import instances, warn_of_statistics
-from ef21_muon.transport.fixed import place_in
+from ef21_muon.transport.fixed import ALONE, Group, place_in
 from ef21_muon.transport.shards import is_sharded
 from ef21_muon.transport.stragglers import StragglerMonitor
+
+if TYPE_CHECKING:
+    from ef21_muon.communicating import Communicating
 
 FIXED = ("w2s", "s2w")  # entries of a parameter group that may not be replaced
 log = logging.getLogger("ef21_muon")
@@ -31,7 +35,9 @@ class GradientError(RuntimeError, ValueError):
     """A gradient is missing or does not fit its parameter."""
 
 
-def guarded_step(optimizer, closure: Callable | None, take: Callable[[], None]):
+def guarded_step(
+    optimizer: "Communicating", closure: Callable | None, take: Callable[[], None]
+) -> Any:
     """Take a step on all workers together, after all checks that could refuse it.
 
     Args:
@@ -55,15 +61,15 @@ def guarded_step(optimizer, closure: Callable | None, take: Callable[[], None]):
     return loss
 
 
-def evaluate(closure: Callable | None):
+def evaluate(closure: Callable | None) -> Any:
     """Return the loss that the closure of `step` computes, or None if there is no closure."""
     with torch.enable_grad():
         return closure() if closure else None
 
 
-def in_step(optimizer) -> AbstractContextManager[None]:
+def in_step(optimizer: "Communicating") -> AbstractContextManager[None]:
     """Return a context in which a rank that waits for others in a step logs for whom it waits."""
-    if place_in(optimizer.everyone)[1] == 1:
+    if optimizer.everyone == ALONE or place_in(optimizer.everyone)[1] == 1:
         return nullcontext()
     optimizer.stragglers = optimizer.stragglers or StragglerMonitor(optimizer.everyone)
     return optimizer.stragglers.step(optimizer.steps)
@@ -77,17 +83,19 @@ class Guards:
         layers: the layers whose gradients this worker needs for a step, on all of its ranks.
     """
 
-    def __init__(self, optimizer, layers: Sequence[Layer]):
+    def __init__(self, optimizer: "Communicating", layers: Sequence[Layer]):
         self.layers, self.ranks = layers, optimizer.ranks
         # Inner optimizers check their own.
         self.fixed = [one for one in FIXED if one in optimizer.RULE and not optimizer.inner]
-        self.formed = [(list(g["params"]), *map(g.get, self.fixed)) for g in optimizer.param_groups]
+        self.formed: list[tuple[Any, ...]] = [
+            (list(g["params"]), *map(g.get, self.fixed)) for g in optimizer.param_groups
+        ]
         state = optimizer.state.items()
         self.views = [(p, key, table) for p, own in state for key, table in own.items()]
         self.flags = [at for batch in optimizer.batches for at in broken_at(batch)]
         self.notice = Notice()
 
-    def before_step(self, optimizer) -> None:
+    def before_step(self, optimizer: "Communicating") -> None:
         """Check groups, state, ranks and gradients, and set missing gradients to zero if so asked.
 
         A gradient or message that was not finite in an earlier step is logged, once.
@@ -187,7 +195,7 @@ def bring_gradients(layers: Sequence[Layer], optimizer: str) -> None:
         elif layer.missing_grad != "skip":
             fits = gradient.shape == parameter.shape and gradient.numel() == layer.entries
             if not (fits and gradient.is_floating_point() and gradient.layout == torch.strided):
-                _refuse_unfit(layer, optimizer)
+                _refuse_unfit(layer, gradient, optimizer)
     if zero and missing == len(layers):
         raise GradientError(
             f"none of the parameters of {optimizer} has a gradient, {layers[0].name} the first: "
@@ -207,9 +215,8 @@ def _refuse_missing(layer: Layer, optimizer: str) -> None:
     )
 
 
-def _refuse_unfit(layer: Layer, optimizer: str) -> None:
+def _refuse_unfit(layer: Layer, gradient: Tensor, optimizer: str) -> None:
     """Raise GradientError for a gradient whose layout, shape or dtype does not fit."""
-    gradient = layer.parameter.grad
     if gradient.layout != torch.strided:
         raise GradientError(
             f"the gradient of {layer.name} is sparse ({gradient.layout}): {optimizer} takes whole "
@@ -229,7 +236,7 @@ def _how_to_bring(layer: Layer) -> str:
     return "call loss.backward() before step()"
 
 
-def overflowed(optimizer, group: dist.ProcessGroup | str | None) -> bool:
+def overflowed(optimizer: "Communicating", group: Group) -> bool:
     """Undo a GradScaler's scale, and return whether a gradient on any rank of the group overflowed.
 
     If one did, no rank may step, or the ranks would be in different rounds. It waits for the
@@ -252,7 +259,7 @@ def overflowed(optimizer, group: dist.ProcessGroup | str | None) -> bool:
     if mesh:  # the scaler has seen only the gradients of this rank
         norms = torch.stack(torch._foreach_norm(gradients, float("inf")))
         found_inf = (~norms.isfinite()).any().float()
-    if place_in(group)[1] > 1:
+    if group != ALONE and place_in(group)[1] > 1:
         found_inf = found_inf.clone()
         dist.all_reduce(found_inf, group=group)
     if mesh and found_inf:  # a step would have released them too
@@ -343,7 +350,7 @@ class PhaseTimer:
 
     def __init__(self, device: torch.device | None):
         self.device = device
-        self._open: tuple[str, float | torch.cuda.Event] | None = None
+        self._open: tuple[str, Any] | None = None  # since an event or, on the CPU, a time
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=10_000)
 
@@ -355,7 +362,7 @@ class PhaseTimer:
         if self.device is None:
             return
         on_cuda = self.device.type == "cuda"
-        now = torch.cuda.Event(enable_timing=True) if on_cuda else time.perf_counter()
+        now: Any = torch.cuda.Event(enable_timing=True) if on_cuda else time.perf_counter()
         if on_cuda:
             now.record()
         if self._open:
@@ -364,7 +371,7 @@ class PhaseTimer:
                 self._events.append((before, since, now))
             else:
                 self._seconds[before] += now - since
-        self._open = name and (name, now)
+        self._open = (name, now) if name else None
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

@@ -2,13 +2,17 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
-from numbers import Number
+from numbers import Real
 from types import FunctionType
+from typing import TYPE_CHECKING
 
 from torch import Tensor, dtype
 from torch.optim import Optimizer
 
 from ef21_muon.transport.fixed import place_in
+
+if TYPE_CHECKING:
+    from ef21_muon.communicating import Communicating
 
 # Entries of a parameter group that do not change a step, or that schedulers change.
 LEFT_OUT = {
@@ -33,7 +37,7 @@ def described(value: object, depth: int = 0) -> object:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, Number):  # a number of NumPy
+    if isinstance(value, Real):  # a number of NumPy
         return float(value)
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else f"{tuple(value.shape)} {value.dtype}"
@@ -85,21 +89,23 @@ def identity_of(inner: Optimizer) -> dict[str, object]:
     """Return the class and the current options of an optimizer of any library, as plain values."""
     kind = type(inner)
     entries = ("name", *inner.defaults)
-    identity = {"method": f"{kind.__module__}.{kind.__qualname__}"}
+    identity: dict[str, object] = {"method": f"{kind.__module__}.{kind.__qualname__}"}
     for name in signature(kind).parameters.keys() - inner.defaults.keys() - {"params"}:
         if isinstance(value := vars(inner).get(name), bool | int | float | str):
             identity[name] = value
     return dict(sorted(identity.items())) | options_of(inner.param_groups, entries)
 
 
-def settings_of(optimizer) -> dict[str, object]:
+def settings_of(optimizer: "Communicating") -> dict[str, object]:
     """Return all options of a `Communicating` as plain values; all ranks have to have the same.
 
     These are attributes with the names of its constructor's parameters, entries of its groups,
     compressors, and the options of inner optimizers.
     """
     named = {
-        name for kind in type(optimizer).__mro__ for name in signature(kind.__init__).parameters
+        name
+        for kind in type(optimizer).__mro__
+        for name in signature(kind.__init__).parameters  # type: ignore[misc]  # of a class
     }
     values = vars(optimizer)
     own = {name: described(values[name]) for name in sorted((named - NO_OPTIONS) & values.keys())}
@@ -114,7 +120,8 @@ def settings_of(optimizer) -> dict[str, object]:
         for direction in ("w2s", "s2w"):
             settings[f"{direction} of group {index}"] = described(rule[direction])
     for place, inner in enumerate(optimizer.inner):
-        its = settings_of(inner) if inner in optimizer.wrapped.ours else identity_of(inner)
+        ours = optimizer.wrapped.communicating(inner) if optimizer.wrapped else None
+        its = identity_of(inner) if ours is None else settings_of(ours)
         settings |= {f"{key} of inner {place}": value for key, value in its.items()}
     if optimizer.inner:
         settings["number of inner optimizers"] = len(optimizer.inner)

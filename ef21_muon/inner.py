@@ -35,6 +35,10 @@ class Wrapped:
         self.ours = [one for one in self.optimizers if isinstance(one, Communicating)]
         self._checked = False
 
+    def communicating(self, inner: Optimizer) -> Communicating | None:
+        """Return one of the inner optimizers if it is of this library."""
+        return next((one for one in self.ours if one is inner), None)
+
     @property
     def param_groups(self) -> list[dict]:
         """The groups of all inner optimizers; their load_state_dict replaces them by new ones."""
@@ -115,12 +119,12 @@ class Wrapped:
 def _require_inner(optimizer: Optimizer) -> None:
     """Raise ValueError for an optimizer that cannot be an inner one."""
     name = type(optimizer).__name__
-    ours = isinstance(optimizer, Communicating)
-    if not isinstance(optimizer, Optimizer) or (ours and optimizer.inner):
+    ours = optimizer if isinstance(optimizer, Communicating) else None
+    if not isinstance(optimizer, Optimizer) or (ours and ours.inner):
         raise ValueError(
             f"inner={name} is not allowed: give a torch optimizer, which takes the steps"
         )
-    if ours and place_in(optimizer.process_group)[1] > 1:
+    if ours and place_in(ours.process_group)[1] > 1:
         raise ValueError(
             f"inner={name} sends messages itself: build it with process_group=ALONE "
             "(from ef21_muon import ALONE)"

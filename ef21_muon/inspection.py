@@ -1,6 +1,7 @@
 """Checks of a running optimizer: the loss of its messages, finite steps, agreement of workers."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -15,6 +16,9 @@ from ef21_muon.transport.agreement import (
     require_mean_estimate,
 )
 
+if TYPE_CHECKING:
+    from ef21_muon.communicating import Communicating
+
 
 def losses(batches: Sequence[Batch]) -> dict[str, dict[str, float]]:
     """Report what compression did to each layer, as `Communicating.diagnostics` has it.
@@ -24,6 +28,8 @@ def losses(batches: Sequence[Batch]) -> dict[str, dict[str, float]]:
     """
     result = {}
     for batch in batches:
+        if batch.up.contraction is None or batch.up.estimator_error is None:
+            continue  # not recorded
         columns = batch.up.contraction.tolist(), batch.up.estimator_error.tolist()
         for name, contraction, error in zip(batch.names, *columns, strict=True):
             result[name] = {"w2s_contraction": contraction, "estimator_error": error}
@@ -56,7 +62,7 @@ def require_finite_steps(batches: Sequence[Batch], broken_gradient: str) -> None
 
 
 def require_agreement(
-    optimizer, shared: Sequence[tuple[str, Tensor]], problem: str | None = None
+    optimizer: "Communicating", shared: Sequence[tuple[str, Tensor]], problem: str | None = None
 ) -> None:
     """Raise an error, on all ranks, unless workers hold alike what they have to.
 

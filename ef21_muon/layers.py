@@ -115,7 +115,7 @@ class Batch:
 
     def parameter_state(self) -> dict[Tensor, dict[str, Tensor]]:
         """Return views of each parameter's part of the state."""
-        state = {parameter: {} for parameter in self.params}
+        state: dict[Tensor, dict[str, Tensor]] = {parameter: {} for parameter in self.params}
         for name, table in self.state.items():
             for row, parameter in enumerate(self.params[self.layers_of(name)]):
                 state[parameter][name] = table[row]
@@ -243,7 +243,8 @@ def owned_layers(assigned: list[int], server: str, ranks: int) -> list[slice]:
 
 def cut(sizes: list[int], parts: int) -> list[range]:
     """Cut a sequence into at most `parts` runs, each with about the same sum of sizes."""
-    ends, total, done = [], sum(sizes), 0
+    ends: list[int] = []
+    total, done = sum(sizes), 0
     for place, size in enumerate(sizes, 1):
         done += size
         if done * parts >= total * (len(ends) + 1):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from ef21_muon.inner import Wrapped
 from ef21_muon.layers import Batch
 from ef21_muon.transport.buffers import Buffers
 from ef21_muon.transport.mesh import WorkerMesh
+
+if TYPE_CHECKING:
+    from ef21_muon.local_steps import LocalSteps
 
 
 class GlobalParams:
@@ -76,7 +80,7 @@ class GlobalParams:
         self.wrapped.take_over(changed=False)
 
 
-def move(optimizer, batch: Batch, message: Tensor) -> None:
+def move(optimizer: "LocalSteps", batch: Batch, message: Tensor) -> None:
     """W = W - S;  x_j = W, and keep the steps that x_j took since its message was made.
 
     A single worker with lossless messages and plain averages has W = x_j instead, where x_j is
@@ -102,7 +106,7 @@ def move(optimizer, batch: Batch, message: Tensor) -> None:
         torch._foreach_add_(batch.params, batch.as_parameters(model - departure))
 
 
-def make_room(optimizer, batch: Batch) -> None:
+def make_room(optimizer: "LocalSteps", batch: Batch) -> None:
     """Make room for W and e_j or G_j, and on the owner ranks for V, EF21's G and e_s.
 
     Args:

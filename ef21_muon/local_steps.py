@@ -1,17 +1,17 @@
 """Local steps: workers step by themselves, and average their changes in rounds."""
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ef21_muon.channel import finite, mark
 from ef21_muon.communicating import Communicating
-from ef21_muon.compressors import Compressor, from_spec
+from ef21_muon.compressors import Compressor
 from ef21_muon.compressors.base import add_mean_over_senders, require_marks
 from ef21_muon.guards import UnsentSteps, evaluate, in_step, overflowed
 from ef21_muon.inner import Wrapped
@@ -29,20 +29,15 @@ from ef21_muon.settings import (
     check_mean,
     check_number,
     choice,
+    compressor_of,
     flag,
     refuse_unused_decays,
     whole_number,
 )
-from ef21_muon.transport.fixed import ALONE, Transport, run
+from ef21_muon.transport.fixed import ALONE, Group, Stages, Transport, run
 from ef21_muon.transport.host import require_host
 from ef21_muon.transport.mesh import WorkerMesh, together
-from ef21_muon.transport.schedule import (
-    RESEND_TO_SERVERS,
-    RESEND_TO_WORKERS,
-    WHOLE,
-    Rounds,
-    SyncSchedule,
-)
+from ef21_muon.transport.schedule import Rounds, Start, SyncSchedule
 
 
 class LocalSteps(Communicating):
@@ -125,6 +120,8 @@ class LocalSteps(Communicating):
         arXiv:2508.15706. Streaming DiLoCo: arXiv:2501.18512.
     """
 
+    wrapped: Wrapped
+    unsent: UnsentSteps
     BROKEN = "{} is not finite after step {}"
 
     @refuses_renamed
@@ -149,7 +146,7 @@ class LocalSteps(Communicating):
         buffers: nn.Module | None = None,
         mesh: WorkerMesh | None = None,
         transport: Transport | None = None,
-        process_group: dist.ProcessGroup | str | None = None,
+        process_group: Group = None,
     ):
         self.rounds = Rounds(sync_every)
         self.sync_delay = whole_number("sync_delay", sync_delay, least=0)
@@ -162,16 +159,13 @@ class LocalSteps(Communicating):
         refuse_unused_decays([{"error_decay": self.error_decay, "server_momentum": 0}], feedback)
         self.mean = check_mean(mean, feedback)
         if transport:
-            late = {"streaming": streaming, "sync_delay": sync_delay}
-            server = transport.require_options(
-                server=server, feedback=feedback, buffers=buffers, **late
-            )
-        place = {"process_group": process_group, "mesh": mesh, "transport": transport}
+            server = transport.require_options(server, streaming, sync_delay, feedback, buffers)
+        place: dict[str, Any] = dict(process_group=process_group, mesh=mesh, transport=transport)
         with together(mesh):
             self.wrapped = Wrapped(inner)
             self.inner = self.wrapped.optimizers
             super().__init__(self.wrapped.param_groups, {}, seed=seed, buffers=buffers, **place)
-            if sync_delay and self.ranks > 1:
+            if sync_delay and self.process_group != ALONE and self.ranks > 1:
                 require_host(self.process_group, self.device, f"sync_delay={sync_delay}")
             self.rules = self.wrapped.take(self, w2s, s2w)
             batches = self.new_batches(server, entry_counts(self.rules))
@@ -197,7 +191,7 @@ class LocalSteps(Communicating):
                 f"a compressor is not exchanged after step {self.steps}, in a round in which some "
                 "layers were sent: do so after its last step"
             )
-        w2s = from_spec(w2s)
+        w2s = compressor_of("w2s", w2s)
         if self.mean == "senders":
             for batch in self.batches:
                 require_marks(w2s.fit(*batch.shape), *batch.shape)
@@ -210,7 +204,7 @@ class LocalSteps(Communicating):
         return self.schedule.undelivered(self.steps)
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None):
+    def step(self, closure: Callable | None = None) -> Any:
         """Take a step of the inner optimizer, and the part of a round that is due after it.
 
         Args:
@@ -251,27 +245,28 @@ class LocalSteps(Communicating):
             self.unsent.steps = self.schedule.unsent(self.steps)
         return loss
 
-    def _round(self, batches: Sequence[Batch], start: int = WHOLE) -> Generator:
+    def _round(self, batches: Sequence[Batch], start: Start = Start.WHOLE) -> Stages:
         """A round of one bucket of layers: worker, server, worker.
 
         Args:
             batches: layers of the bucket.
-            start: WHOLE, or the message that a checkpoint held under way, which is sent again.
+            start: whole, or the message that a checkpoint held under way, which is sent again.
         """
         resend, to_servers = self.transport.resend, self.transport.to_servers
-        if start == RESEND_TO_WORKERS:
-            payloads = [batch.state["server_message"] for batch in batches]
+        if start is Start.TO_WORKERS:
+            back = [batch.state["server_message"] for batch in batches]
             to_workers = partial(resend, self.transport.to_workers)
-            return self._at_workers(batches, (yield to_workers, batches, payloads))
-        if start == RESEND_TO_SERVERS:
-            payloads = (batch.state["message"][:, : batch.up.size] for batch in batches)
+            self._at_workers(batches, (yield to_workers, batches, back))
+            return
+        if start is Start.TO_SERVERS:
+            payloads = iter([batch.state["message"][:, : batch.up.size] for batch in batches])
             to_servers = partial(resend, to_servers)
         else:
             self.timer.phase("encode")
             payloads = map(self._worker_message, batches)
         yield from self._at_servers(batches, (yield to_servers, batches, [*payloads]))
 
-    def _at_servers(self, batches: Sequence[Batch], from_workers: list) -> Generator:
+    def _at_servers(self, batches: Sequence[Batch], from_workers: list) -> Stages:
         """The rest of a round; a message is freed as soon as it is in the mean."""
         payloads = (self._server_message(batch, from_workers.pop(0)) for batch in batches)
         self._at_workers(batches, (yield self.transport.to_workers, batches, [*payloads]))

@@ -1,10 +1,10 @@
 """EF21-Muon (Gruntkowska et al., arXiv:2510.00643), Algorithm 1, as a torch optimizer."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
@@ -12,7 +12,7 @@ from ef21_muon.arithmetic import Results, of_norms
 from ef21_muon.channel import still_where_broken
 from ef21_muon.communicating import Communicating
 from ef21_muon.compressors import Compressor, Identity
-from ef21_muon.correction import PARTS, correction_of
+from ef21_muon.correction import PARTS, Correction, correction_of
 from ef21_muon.guards import bring_gradients, gradients_of, guarded_step
 from ef21_muon.layers import (
     FEEDBACK,
@@ -37,7 +37,7 @@ from ef21_muon.settings import (
     refuse_unused_decays,
     whole_number,
 )
-from ef21_muon.transport.fixed import Transport, place_in, run
+from ef21_muon.transport.fixed import Group, Stages, Transport, place_in, run
 from ef21_muon.transport.mesh import WorkerMesh, together
 
 GAMMA = {"gamma": ("of at least 0", lambda gamma: gamma >= 0)}
@@ -173,7 +173,7 @@ class EF21Muon(Communicating):
         seed: int = 0,
         mesh: WorkerMesh | None = None,
         transport: Transport | None = None,
-        process_group: dist.ProcessGroup | str | None = None,
+        process_group: Group = None,
     ):
         defaults = {
             "lr": lr,
@@ -198,7 +198,7 @@ class EF21Muon(Communicating):
         self.correction = correction_of(momentum_kind, self.gamma, mesh)
         self.momentum_init = choice("momentum_init", momentum_init, ("gradient", "zero"))
         self.first_message = choice("first_message", first_message, ("compressed", "full"))
-        place = {"process_group": process_group, "mesh": mesh, "transport": transport}
+        place: dict[str, Any] = dict(process_group=process_group, mesh=mesh, transport=transport)
         with together(mesh):
             params = groups_of(params, norm, radius, place_in(process_group)[0])
             params = mesh.share(params) if mesh else params
@@ -255,7 +255,7 @@ class EF21Muon(Communicating):
         if server == "replicated" and self.lmo == "servers":
             yield from of_norms(self.param_groups)
 
-    def step(self, closure: Callable | None = None):
+    def step(self, closure: Callable | None = None) -> Any:
         """Take one round, on all workers together.
 
         Args:
@@ -270,7 +270,7 @@ class EF21Muon(Communicating):
             RuntimeError: for a gradient that is missing or does not fit, on all workers.
         """
         if self.correction:
-            closure = self._corrected(closure)
+            closure = self._corrected(self.correction, closure)
         loss = guarded_step(self, closure, self._take_step)
         if self.steps == 1:
             self._choose_compressors()
@@ -292,7 +292,7 @@ class EF21Muon(Communicating):
             self.timer.phase("exchange")
             self.mesh.share_parameters()
 
-    def _round(self, batches: Sequence[Batch]) -> Generator:
+    def _round(self, batches: Sequence[Batch]) -> Stages:
         """Algorithm 1 for one bucket of layers, line by line; yields where messages travel."""
         self.timer.phase("encode")
         payloads = map(self._worker_message, batches)  # lines 9 to 11
@@ -352,7 +352,7 @@ class EF21Muon(Communicating):
             step -= lr * group["weight_decay"] * model  # not fused, as some processors would
         return still_where_broken(step, source)
 
-    def _corrected(self, closure: Callable | None) -> Callable:
+    def _corrected(self, correction: Correction, closure: Callable | None) -> Callable:
         """Make of the closure one that leaves corrected gradients."""
         layers = [
             (parameter, before, self.param_groups[batch.group]["momentum"])
@@ -362,7 +362,7 @@ class EF21Muon(Communicating):
             )
         ]
         bring = partial(bring_gradients, self.guards.layers, type(self).__name__)
-        return self.correction.corrected(closure, layers, bring, first=not self.begun)
+        return correction.corrected(closure, layers, bring, first=not self.begun)
 
     def resume_after(self, steps: int) -> None:
         super().resume_after(steps)

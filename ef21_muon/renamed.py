@@ -82,8 +82,9 @@ def _in_new_words(name: str, value: object) -> str:
     """Return an argument of an earlier version in today's words: "momentum=0.9"."""
     new = ARGUMENTS[name]
     if name == "beta":
-        known = isinstance(value, float | int)
-        return f"momentum={1 - value:g}, which is 1 - beta" if known else "momentum, 1 - beta"
+        if isinstance(value, float | int):
+            return f"momentum={1 - value:g}, which is 1 - beta"
+        return "momentum, 1 - beta"
     if name == "stochastic":
         return f"rounding={'stochastic' if value else 'nearest'!r}"
     if isinstance(value, str) and (new, value) in VALUES:

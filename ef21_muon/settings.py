@@ -1,9 +1,9 @@
-"""Options of optimizers: their ranges, and the compressors of parameter groups."""
+"""Checks of the optimizers' options: their ranges, and the compressors of parameter groups."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from math import isfinite
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 from torch import Tensor
 
@@ -11,10 +11,12 @@ from ef21_muon.compressors import Compressor, from_spec
 from ef21_muon.norms.lmo import AdaptiveRadius, Norm
 from ef21_muon.renamed import refuse_renamed, renamed_value
 
-# One for all parameter groups, or one for each by its name.
+# One for all parameter groups, or one per group by the group's name.
 Compressors: TypeAlias = Compressor | str | Mapping[str, Compressor | str]
 
-NUMBERS = {
+# By the option's name, the range in words and whether a number is in it.
+Ranges: TypeAlias = dict[str, tuple[str, Callable[[float], bool]]]
+NUMBERS: Ranges = {
     "lr": ("of at least 0", lambda lr: lr >= 0),
     "radius": ("above 0, or an AdaptiveRadius", lambda radius: radius > 0),
     "momentum": ("of at least 0, below 1", lambda momentum: 0 <= momentum < 1),
@@ -22,7 +24,7 @@ NUMBERS = {
     "server_momentum": ("of at least 0, below 1", lambda momentum: 0 <= momentum < 1),
     "weight_decay": ("of at least 0", lambda weight_decay: weight_decay >= 0),
 }
-OUTER_NUMBERS = {
+OUTER_NUMBERS: Ranges = {
     "outer_lr": ("above 0", lambda outer_lr: outer_lr > 0),
     "outer_momentum": ("of at least 0, below 1", lambda momentum: 0 <= momentum < 1),
     "error_decay": NUMBERS["error_decay"],
@@ -30,9 +32,9 @@ OUTER_NUMBERS = {
 
 
 def plain(value: object) -> object:
-    """The number of Python's that a tensor with one entry, or a number of NumPy's, holds.
+    """Convert a tensor with one entry, or a NumPy number, to a Python number.
 
-    Anything else as it is. Waits for the device of a tensor.
+    Anything else is returned as it is. Waits for the device of a tensor.
     """
     if hasattr(value, "item"):
         with suppress(RuntimeError, TypeError, ValueError):  # of many entries, or without values
@@ -40,50 +42,95 @@ def plain(value: object) -> object:
     return value
 
 
-def is_number(value: object) -> bool:
-    """Whether it is a finite number; True and False are none."""
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number; True and False are not."""
     return isinstance(value, float | int) and not isinstance(value, bool) and isfinite(value)
 
 
-def choice(name: str, value: str, allowed) -> str:
-    """The value, or ValueError if it is not among those allowed."""
+def choice(name: str, value: str, allowed: Iterable[str]) -> str:
+    """Check that an option has one of the values that are allowed.
+
+    Args:
+        name: of the option, for the error.
+        value: that was given.
+        allowed: the values that are allowed.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: for any other value.
+    """
+    allowed = [*allowed]
     if value not in allowed:
         hint = renamed_value(name, value) or f"choose {', '.join(allowed)}"
         raise ValueError(f"{name}={value!r} is not allowed: {hint}")
     return value
 
 
-def check_number(name: str, value: float, ranges: dict, where: str = "") -> float:
-    """The value as `plain` has it, or ValueError unless it is a finite number in its range."""
+def check_number(name: str, value: object, ranges: Ranges, where: str = "") -> float:
+    """Check that an option is a finite number in its range.
+
+    Args:
+        name: of the option.
+        value: that was given, which may be a tensor with one entry.
+        ranges: of the options, by name.
+        where: the parameter group, for the error.
+
+    Returns:
+        The number, as `plain` converts it.
+
+    Raises:
+        ValueError: for any other value.
+    """
     range_, holds = ranges[name]
-    value = plain(value)
-    if not (is_number(value) and holds(value)):
-        given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else value
-        hint = renamed_value(name, value) or f"give a number {range_}{where}"
-        raise ValueError(f"{name}={given} is not allowed: {hint}")
-    return value
+    number = plain(value)
+    if is_number(number) and holds(number):
+        return number
+    given = f"a tensor of shape {tuple(number.shape)}" if isinstance(number, Tensor) else number
+    hint = renamed_value(name, number) or f"give a number {range_}{where}"
+    raise ValueError(f"{name}={given} is not allowed: {hint}")
 
 
-def whole_number(name: str, value: int, least: int) -> int:
-    """The value as `plain` has it, or ValueError unless it is a whole number from `least` on."""
-    value = plain(value)
-    if not (type(value) is int and value >= least):
-        range_ = "above 0" if least == 1 else f"of at least {least}"
-        raise ValueError(f"{name}={value} is not allowed: give a whole number {range_}")
-    return value
+def whole_number(name: str, value: object, least: int) -> int:
+    """Check that an option is a whole number of at least `least`.
+
+    Args:
+        name: of the option, for the error.
+        value: that was given, which may be a tensor with one entry.
+        least: the smallest number that is allowed.
+
+    Returns:
+        The number, as `plain` converts it.
+
+    Raises:
+        ValueError: for any other value.
+    """
+    number = plain(value)
+    if type(number) is int and number >= least:
+        return number
+    range_ = "above 0" if least == 1 else f"of at least {least}"
+    raise ValueError(f"{name}={number} is not allowed: give a whole number {range_}")
 
 
 def flag(name: str, value: bool) -> bool:
-    """The value, or ValueError unless it is True or False."""
+    """Return the value; raise ValueError unless it is True or False."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} is not allowed: give True or False")
     return value
 
 
 def check_group(group: dict) -> None:
-    """Raise ValueError for an entry of a parameter group that is out of range.
+    """Check a parameter group of EF21Muon, and convert its numbers and compressors in place.
 
-    Its numbers are plain from here on, but for an lr that is a tensor, which others may write into.
+    Numbers become Python numbers, except an lr that is a tensor, since schedulers may write into
+    it. Specs of compressors become compressors.
+
+    Args:
+        group: the parameter group, with all entries.
+
+    Raises:
+        ValueError: for an entry that is out of its range.
     """
     refuse_renamed(f"a parameter group{_where(group)}", group)
     for name in NUMBERS:
@@ -98,28 +145,39 @@ def check_group(group: dict) -> None:
             f"radius={group['radius']} is not allowed with lmo_feedback=True, whose steps are as "
             f"long as gradients are: give a number{_where(group)}"
         )
-    _require_kind("norm", group, Norm)
+    _require_kind("norm", group["norm"], Norm, _where(group))
     check_compressors(group)
 
 
 def check_compressors(group: dict) -> None:
-    """Have compressors in place of specs. Raises ValueError where a w2s or s2w is neither."""
+    """Replace the specs of compressors in a parameter group by compressors.
+
+    Args:
+        group: with the entries "w2s" and "s2w".
+
+    Raises:
+        ValueError: for an entry that is neither a compressor nor a spec of one.
+    """
     for way in ("w2s", "s2w"):
-        if isinstance(group[way], str):
-            try:
-                group[way] = from_spec(group[way])
-            except ValueError as error:
-                raise ValueError(f"{way}={error}{_where(group)}") from None
-        _require_kind(way, group, Compressor)
+        group[way] = compressor_of(way, group[way], _where(group))
 
 
-def _require_kind(name: str, group: dict, *kinds: type) -> None:
-    if not isinstance(group[name], kinds):
-        names = " or ".join(kind.__name__ for kind in kinds)
-        module = "norms" if Norm in kinds else "compressors"
+def compressor_of(name: str, given: Compressor | str, where: str = "") -> Compressor:
+    """The compressor that is given, or whose spec is. Raises ValueError for anything else."""
+    if isinstance(given, str):
+        try:
+            return from_spec(given)
+        except ValueError as error:
+            raise ValueError(f"{name}={error}{where}") from None
+    _require_kind(name, given, Compressor, where)
+    return given
+
+
+def _require_kind(name: str, given: object, kind: type, where: str) -> None:
+    if not isinstance(given, kind):
+        module = "norms" if kind is Norm else "compressors"
         raise ValueError(
-            f"{name}={group[name]!r} is not allowed: give a {names} of ef21_muon.{module}"
-            f"{_where(group)}"
+            f"{name}={given!r} is not allowed: give a {kind.__name__} of ef21_muon.{module}{where}"
         )
 
 
@@ -128,7 +186,18 @@ def _where(group: dict) -> str:
 
 
 def check_mean(mean: str, feedback: str) -> str:
-    """The value, or ValueError for one that is unknown or does not go with the feedback."""
+    """Check the `mean` of LocalSteps.
+
+    Args:
+        mean: "all" or "senders".
+        feedback: "ef21", "ef14" or "none".
+
+    Returns:
+        `mean`.
+
+    Raises:
+        ValueError: for any other `mean`, or for one that does not go with the feedback.
+    """
     if choice("mean", mean, ("all", "senders")) == "senders" and feedback == "ef21":
         raise ValueError(
             f"mean={mean!r} is not allowed with feedback={feedback!r}, whose servers add up means "
@@ -137,8 +206,8 @@ def check_mean(mean: str, feedback: str) -> str:
     return mean
 
 
-def refuse_compressed_shifts(groups: list[dict]) -> None:
-    """Raise ValueError for an s2w compressor where the servers send nothing back."""
+def refuse_compressed_shifts(groups: Iterable[dict]) -> None:
+    """Raise ValueError for an s2w compressor with server="replicated", which sends nothing back."""
     for group in groups:
         if not group["s2w"].lossless:
             raise ValueError(
@@ -148,7 +217,12 @@ def refuse_compressed_shifts(groups: list[dict]) -> None:
 
 
 def refuse_unused_decays(groups: list[dict], feedback: str) -> None:
-    """Raise ValueError for a decay of what this kind of feedback does not have."""
+    """Raise ValueError for an error decay or server momentum that the feedback does not use.
+
+    Args:
+        groups: parameter groups with the entries "error_decay" and "server_momentum".
+        feedback: "ef21", "ef14" or "none".
+    """
     unused = {"ef21": {"error_decay": 1, "server_momentum": 0}, "none": {"error_decay": 1}}
     for name, neutral in unused.get(feedback, {}).items():
         for group in groups:
@@ -160,7 +234,20 @@ def refuse_unused_decays(groups: list[dict], feedback: str) -> None:
 
 
 def rule_of(group: dict, w2s: Compressors, s2w: Compressors) -> dict:
-    """The compressors of a parameter group, beside its parameters."""
+    """A parameter group's parameters and compressors.
+
+    Args:
+        group: the parameter group.
+        w2s: the compressors to the servers.
+        s2w: the compressors back.
+
+    Returns:
+        A group with the entries "params", "w2s", "s2w" and, if there are any, "param_names",
+        "name" and "transposed".
+
+    Raises:
+        ValueError: if there is no compressor for this group, or if it is none.
+    """
     entries = ("params", "param_names", "name", "transposed")
     rule = {key: group[key] for key in entries if key in group}
     for direction, given in (("w2s", w2s), ("s2w", s2w)):

@@ -1,12 +1,16 @@
 """What an optimizer remembers: saved and loaded."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ef21_muon.identity import differences, require_layout, without_free
 from ef21_muon.transport.fixed import Traffic, place_in
+
+if TYPE_CHECKING:
+    from ef21_muon.communicating import Communicating
 
 HOOKS = tuple(
     f"_optimizer_{when}_hooks"
@@ -19,7 +23,7 @@ HOOKS = tuple(
 PARTS = ("state", "param_groups", "round", "steps", "traffic", "generators")
 
 
-def save(optimizer) -> dict:
+def save(optimizer: "Communicating") -> dict:
     """A copy of the state; see `Communicating.state_dict`."""
     optimizer.require_own_parameters("state_dict()")
     for hook in optimizer._optimizer_state_dict_pre_hooks.values():
@@ -47,13 +51,13 @@ def save(optimizer) -> dict:
         state["buffers"] = shared
     if optimizer.inner:
         state["inner"] = [copy.deepcopy(one.state_dict()) for one in optimizer.inner]
-    for hook in optimizer._optimizer_state_dict_post_hooks.values():
-        changed = hook(optimizer, state)
+    for after in optimizer._optimizer_state_dict_post_hooks.values():
+        changed = after(optimizer, state)
         state = state if changed is None else changed
     return state
 
 
-def load(optimizer, state_dict: dict | None) -> None:
+def load(optimizer: "Communicating", state_dict: dict | None) -> None:
     """Go on from a state; see `Communicating.load_state_dict`."""
     optimizer.require_own_parameters("load_state_dict()")
     if state_dict is None:
@@ -90,18 +94,18 @@ def load(optimizer, state_dict: dict | None) -> None:
     optimizer.resume_after(state_dict["steps"])
     for purpose, generator in optimizer.generators.items():
         generator.set_state(state_dict["generators"][purpose].cpu())
-    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
-        hook(optimizer)
+    for after in optimizer._optimizer_load_state_dict_post_hooks.values():
+        after(optimizer)
 
 
-def _identity(optimizer) -> dict:
+def _identity(optimizer: "Communicating") -> dict:
     """What a state is of: the place of this rank, the method, and all options when built."""
     rank, ranks = place_in(optimizer.everyone)
     own = {"method": type(optimizer).__name__, "rank": rank, "ranks": ranks}
     return own | without_free(optimizer._built_as)
 
 
-def _part_of(optimizer, state_dict: dict) -> dict:
+def _part_of(optimizer: "Communicating", state_dict: dict) -> dict:
     """This rank's state. Raises ValueError for one that is of something else."""
     mine = _identity(optimizer)
     states = state_dict.get("ranks", [state_dict])
@@ -130,7 +134,7 @@ def _part_of(optimizer, state_dict: dict) -> dict:
     return state_dict
 
 
-def _fitting(optimizer, state_dict: dict) -> list[tuple[Tensor, Tensor]]:
+def _fitting(optimizer: "Communicating", state_dict: dict) -> list[tuple[Tensor, Tensor]]:
     """Every tensor of the state and the saved one. Raises ValueError if they do not fit.
 
     And for counters and random numbers that could not be loaded.
@@ -176,14 +180,15 @@ def _fitting(optimizer, state_dict: dict) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
-def _require_inner(optimizer, saved_inner) -> None:
+def _require_inner(optimizer: "Communicating", saved_inner: Sequence[dict]) -> None:
     if len(saved_inner) != len(optimizer.inner):
         raise ValueError(
             f"the state holds {len(saved_inner)} inner optimizers, this one has "
             f"{len(optimizer.inner)}: load what state_dict() gave"
         )
     for inner, saved in zip(optimizer.inner, saved_inner, strict=True):
-        if inner in optimizer.wrapped.ours:
-            _fitting(inner, _part_of(inner, saved))
-        else:
+        own = optimizer.wrapped.communicating(inner) if optimizer.wrapped else None
+        if own is None:
             require_layout(inner, saved)
+        else:
+            _fitting(own, _part_of(own, saved))

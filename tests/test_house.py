@@ -18,7 +18,10 @@ LEFT_OUT = ("runs", "build", "wandb")  # and what is hidden
 LIBRARIES = ("ef21_muon", "baselines", "data", "model")
 DIRECTIONS = {
     "ef21_muon": (),
-    "ef21_muon.compressors": ("ef21_muon.norms.newton_schulz",),
+    "ef21_muon.values": ("ef21_muon.renamed",),
+    "ef21_muon.compressors": (
+        *("ef21_muon.values", "ef21_muon.norms.newton_schulz", "ef21_muon.renamed"),
+    ),
     "ef21_muon.norms": (),
     "ef21_muon.norms.presets": ("ef21_muon.compressors.base",),
     "ef21_muon.transport": ("ef21_muon.layers", "ef21_muon.settings"),
@@ -174,7 +177,7 @@ FAULTS = [
         imports_downwards,
         "data/up.py",
         "from ef21_muon import L1",
-        "data.up imports ef21_muon.norms.L1",
+        "data.up imports ef21_muon.L1",
     ),
     (imports_downwards, "scripts/a/b.py", "import scripts.c.d", "scripts.a.b imports scripts.c.d"),
     (imports_downwards, "other/a.py", "", "other.a has no place among the directions"),
@@ -186,8 +189,8 @@ FAULTS = [
     ),
     (
         imports_downwards,
-        "ef21_muon/messages/beside.py",
-        "from ef21_muon.norms import norms, newton_schulz",
+        "ef21_muon/compressors/beside.py",
+        "from ef21_muon.norms import lmo, newton_schulz",
         "ef21_muon.compressors.beside imports ef21_muon.norms.lmo",
     ),
     (checks_without_assert, "data/a.py", "def f():\n    assert 1", "data.a asserts in line 2"),

@@ -23,11 +23,17 @@ def test_the_loop_runs_as_printed(capsys):
     assert scope["loss"] < 4  # log(64) = 4.16 at the start
 
 
-def test_two_optimizers_run_as_printed():
+SENT = "rank 15% natural"
+
+
+def test_groups_and_two_optimizers_run_as_printed():
     model = torch.nn.Sequential(torch.nn.Embedding(64, 32), torch.nn.Linear(32, 48))
     model.append(torch.nn.Linear(48, 10))
     scope = {"model": model}
-    exec(blocks("py")[0], scope)
+    groups, two, *_ = blocks("py")
+    exec(groups, scope)
+    assert [str(group["w2s"]) for group in scope["optimizer"].param_groups] == 2 * [SENT]
+    exec(two, scope)
     before = [parameter.clone() for parameter in model.parameters()]
     model(torch.arange(8)).square().mean().backward()
     for optimizer in scope["optimizers"]:
@@ -40,17 +46,17 @@ def test_two_optimizers_run_as_printed():
 def test_local_steps_run_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     local, *_ = blocks("python")
-    scope = {"model": torch.nn.Linear(3, 2)}
+    scope = {"model": torch.nn.Sequential(torch.nn.Embedding(4, 2), torch.nn.Linear(2, 4))}
     with torch.no_grad():
-        start = scope["model"].weight.clone()
+        start = scope["model"][1].weight.clone()
     made, used = local.split("# optimizer.step()")
     exec(made, scope)
     for _ in range(3):
-        scope["model"](torch.ones(1, 3)).sum().backward()
+        scope["model"](torch.arange(3)).sum().backward()
         scope["optimizer"].step()
     exec("# " + used, scope)
-    assert torch.equal(torch.load("model.pt")["weight"], start)  # no round has been
-    assert not torch.equal(scope["model"].weight, start)
+    assert torch.equal(torch.load("model.pt")["1.weight"], start)  # no round has been
+    assert not torch.equal(scope["model"][1].weight, start)
 
 
 def test_the_compressor_is_one(monkeypatch):

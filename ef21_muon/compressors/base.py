@@ -31,6 +31,10 @@ class Compressor(Codec):
         values: the value format of the numbers that are sent, an object of `ef21_muon.values` or
             its spec, such as "natural" or "int4@128"; default "float32".
 
+    Attributes:
+        lossless: whether C(x) = x, bit for bit.
+        sends_all: whether every message has all entries.
+
     Raises:
         ValueError: if `values` is not a value format.
 
@@ -75,8 +79,9 @@ class Compressor(Codec):
         Raises:
             NotImplementedError: if the class does not implement it; mean="senders" needs it.
         """
-        if not self.sends_all:
-            raise NotImplementedError
+        if self.sends_all:
+            return None
+        raise NotImplementedError
 
     def sample(self, m: int, n: int) -> Tensor:
         """Return a message for one m x n matrix, on the CPU, with the same bits on all processors.
@@ -135,7 +140,7 @@ class Quantize(Compressor):
         148992
     """
 
-    spec = ("quantize", "values")
+    spec: tuple[str, ...] = ("quantize", "values")
     sends_all = True
     lossless = property(lambda self: isinstance(self.values, Float32))
 
@@ -244,5 +249,6 @@ def numbers(*shape: int, below: int = 1 << 23) -> Tensor:
         shape: the shape of the tensor, on the CPU.
         below: the bound on magnitudes, default 2^23.
     """
-    options = {"generator": fixed_generator(), "dtype": torch.float32, "device": "cpu"}
-    return torch.randint(-below, below, shape, **options)
+    return torch.randint(
+        -below, below, shape, generator=fixed_generator(), dtype=torch.float32, device="cpu"
+    )

@@ -52,7 +52,7 @@ class RankK(Fraction):
     """
 
     kind = "rank"
-    spec = ("rank", "fraction", "values")
+    spec: tuple[str, ...] = ("rank", "fraction", "values")
     sends_all = True
     scale_bytes = 0  # the bytes of s, which come before the factors
 

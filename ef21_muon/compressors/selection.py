@@ -69,17 +69,17 @@ def kth_by_histograms(pieces: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor]
     magnitudes that have the high bits of the k-th largest.
     """
     rows, device = len(pieces[0]), pieces[0].device
-    missing, kth = torch.full((rows, 1), k, device=device), None
-    for _ in range(2):
+    missing = torch.full((rows, 1), k, device=device)
+    kth = torch.zeros(rows, 1, dtype=torch.int32, device=device)  # its bits so far
+    for low in (False, True):
         counts = torch.zeros(rows, 1 << LOW_BITS, dtype=torch.int32, device=device)
         for piece in pieces:
             high = (piece & MAGNITUDE) >> LOW_BITS
-            numbers = high if kth is None else piece & (1 << LOW_BITS) - 1
-            counted = torch.ones_like(high) if kth is None else (high == kth).to(torch.int32)
+            numbers = piece & (1 << LOW_BITS) - 1 if low else high
+            counted = (high == kth).to(torch.int32) if low else torch.ones_like(high)
             counts.scatter_add_(1, numbers.to(torch.int64), counted)
         at_least = counts.flip(1).cumsum(1).flip(1)
         found = (at_least >= missing).sum(1, keepdim=True) - 1
         missing = missing - at_least.gather(1, found) + counts.gather(1, found)
-        found = found.to(torch.int32)
-        kth = found if kth is None else kth << LOW_BITS | found
+        kth = kth << LOW_BITS | found.to(torch.int32)
     return kth, missing

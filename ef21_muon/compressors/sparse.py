@@ -61,6 +61,12 @@ class Entries(Compressor):
     flat matrix, int64 (L, k) and all different, for uint8 (L, bytes).
     """
 
+    def _layout(self, m: int, n: int) -> tuple[int, int, int]:
+        raise NotImplementedError
+
+    def _positions(self, places: Tensor, m: int, n: int) -> Tensor:
+        raise NotImplementedError
+
     def payload_bytes(self, m: int, n: int) -> int:
         places, rows, columns = self._layout(m, n)
         return places + self.values.payload_bytes(rows, columns)
@@ -161,9 +167,8 @@ class RandK(Fraction, Entries):
 
     def encode(self, x: Tensor, generator: Generator | None = None) -> Tensor:
         x = x.flatten(1)
-        options = {"generator": generator, "device": x.device}
-        start = torch.randint(x.shape[1], (len(x), 1), **options)
-        stride = torch.randint(256, (len(x), 1), **options)
+        start = torch.randint(x.shape[1], (len(x), 1), generator=generator, device=x.device)
+        stride = torch.randint(256, (len(x), 1), generator=generator, device=x.device)
         values = x.gather(1, self._walk(start, stride, x.shape[1]))[:, None]
         seed = [stride.to(torch.uint8), start.view(torch.uint8)]
         return torch.cat([*seed, self.values.encode(values, generator)], 1)

@@ -1,7 +1,7 @@
 """Compressors by their specs, as "rank:0.15:natural", which their repr gives back."""
 
 from inspect import Parameter, signature
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from ef21_muon.compressors.base import Compressor, Identity, Quantize
 from ef21_muon.compressors.low_rank import QuantizedRank, RankK
@@ -63,7 +63,7 @@ def from_spec(spec: Compressor | str) -> Compressor:
         if NAME.fullmatch(name):
             return Quantize(str(spec))
         raise ValueError(f"{spec!r} is not a compressor: {_hint(name)}")
-    arguments: dict[str, Argument] = {}
+    arguments: dict[str, Any] = {}
     taken = signature(kind).parameters
     for parameter in kind.spec[1:]:
         if (given := _take(words, parameter)) is not None:

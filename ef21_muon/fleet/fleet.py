@@ -109,7 +109,6 @@ class Fleet(Transport):
 
     def require_options(
         self,
-        *,
         server: str,
         streaming: bool,
         sync_delay: int,

@@ -88,7 +88,7 @@ class SharedState:
             if batch.up.buffer is not None:
                 batch.up.buffer.zero_()
             torch._foreach_copy_(batch.params, batch.as_parameters(batch.state["global_params"]))
-        self.optimizer.go_on_after(state["steps"])
+        self.optimizer.resume_after(state["steps"])
         for reset in self._reset_inner:
             reset()
 
@@ -115,7 +115,7 @@ class SharedState:
     @torch.no_grad()
     def broken(self) -> list[str]:
         """The names of layers whose parameters or state are not finite. Waits for the device."""
-        broken = []
+        broken: list[str] = []
         for batch in self.optimizer.batches:
             tables = [batch.models().float(), *batch.state.values()]
             fine = torch.stack([*map(finite, tables)]).all(0).tolist()

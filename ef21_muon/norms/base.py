@@ -15,10 +15,8 @@ from torch import Generator, Tensor
 class Norm:
     """The base class of norms on matrices of d_out rows and d_in columns.
 
-    Subclasses implement `aligned(gradient)`, a new tensor (..., d_out, d_in) that maximises
-    <gradient, Z> over the unit ball, and `dual_norm(gradient)`, which returns (...). They set
-    `cost_per_entry`, or override `cost`, where the LMO takes another number of multiplications.
-    Both methods are those of the unscaled norm, s = 1.
+    Subclasses implement `aligned` and `dual_norm` for the unscaled norm, s = 1. They set
+    `cost_per_entry`, the multiplications of the LMO per entry, or override `cost`.
 
     Args:
         scaling: a key of the class attribute `scalings`, a dictionary of functions s(d_out, d_in).
@@ -46,6 +44,20 @@ class Norm:
         if self.scaling not in self.scalings:
             known = ", ".join(self.scalings)
             raise ValueError(f"{type(self).__name__} got scaling={scaling!r}: choose {known}")
+
+    def aligned(self, gradient: Tensor) -> Tensor:
+        """Return the maximiser of <gradient, Z> over ||Z|| <= 1 for s = 1, a new tensor.
+
+        Subclasses implement it for gradients (..., d_out, d_in).
+        """
+        raise NotImplementedError
+
+    def dual_norm(self, gradient: Tensor) -> Tensor:
+        """Return the dual norm for s = 1, (...) for a gradient (..., d_out, d_in).
+
+        Subclasses implement it.
+        """
+        raise NotImplementedError
 
     def lmo(self, gradient: Tensor) -> Tensor:
         """Return the linear minimisation oracle, argmin of <gradient, Z> over ||Z|| <= 1.
@@ -106,8 +118,9 @@ class Norm:
         References:
             Pethick et al., Scion (arXiv:2502.07529).
         """
-        like = {"dtype": torch.float32, "device": weight.device}
-        gaussian = torch.randn(weight.shape, generator=generator, **like)
+        gaussian = torch.randn(
+            weight.shape, generator=generator, dtype=torch.float32, device=weight.device
+        )
         return weight.copy_(self.exact().lmo(gaussian).neg_())
 
     def exact(self) -> "Norm":

@@ -7,7 +7,7 @@ heads, tied or not) and "vector" (biases, gains). configs/norm has the same pres
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ def param_groups(
     found = layers.roles(roles or {})
     turned = layers.turned(transposed)
     convolutions = {m.weight: m for m in model.modules() if isinstance(m, CONVOLUTIONS)}
-    groups = {}
+    groups: dict[tuple, dict] = {}
     for parameter, role in found.items():
         name = layers.names[parameter][0]
         if role not in rules:
@@ -162,8 +162,13 @@ def groups_of(
                 "their own: give param_groups(model, {role: {'norm': ..., 'radius': ...}})"
             )
         return param_groups(params)
-    params = list(params)
-    if norm is None and rank == 0 and (odd := _not_hidden(params)):
+    listed: list = [  # an iterator is read but once
+        {**one, "params": list(one["params"])}
+        if isinstance(one, dict) and isinstance(one.get("params"), Iterator)
+        else one
+        for one in params
+    ]
+    if norm is None and rank == 0 and (odd := _not_hidden(listed)):
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         warnings.warn(
             f"no norm is given, and {', '.join(odd[:3])}{more} would take Spectral() steps, which "
@@ -171,7 +176,7 @@ def groups_of(
             "norm=Spectral() if it is meant",
             stacklevel=4,
         )
-    return params
+    return listed
 
 
 def _not_hidden(params: Sequence) -> list[str]:
@@ -179,7 +184,6 @@ def _not_hidden(params: Sequence) -> list[str]:
     found, number = [], 0
     for group in params:
         members = group["params"] if isinstance(group, dict) else [group]
-        members = [members] if isinstance(members, Tensor) else list(members)
         for one in members:
             name, parameter = one if isinstance(one, tuple) else (f"parameter {number}", one)
             number += 1
@@ -203,21 +207,24 @@ class _Layers:
     """The trained parameters of a model, by all of their names, and their roles by module type."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.names = model, defaultdict(list)  # tied parameters have several
+        self.model = model
+        self.names: defaultdict[Tensor, list[str]] = defaultdict(list)  # several of tied ones
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if parameter.requires_grad:
                 self.names[parameter].append(name)
 
     def weights(self, *kinds: type) -> dict[Tensor, None]:
         """Of the modules of these kinds, in order."""
-        return dict.fromkeys(m.weight for m in self.model.modules() if isinstance(m, kinds))
+        found = (m.weight for m in self.model.modules() if isinstance(m, kinds))
+        return {weight: None for weight in found if isinstance(weight, Tensor)}
 
     def stored_transposed(self) -> set[Tensor]:
         """Weights of transposed convolutions, and of transformers' Conv1D or others so named."""
         modules = self.model.modules()
         named = [m for m in modules if "Conv1D" in {kind.__name__ for kind in type(m).__mro__}]
-        weights = {getattr(module, "weight", None) for module in named} - {None}
-        return {*self.weights(*DECONVOLUTIONS), *(w for w in weights if w.ndim == 2)}
+        weights = [getattr(module, "weight", None) for module in named]
+        matrices = {w for w in weights if isinstance(w, Tensor) and w.ndim == 2}
+        return {*self.weights(*DECONVOLUTIONS), *matrices}
 
     def turned(self, patterns: Sequence[str]) -> set[Tensor]:
         """Weights that are stored as (d_in, d_out), by type or by `patterns`."""
@@ -236,7 +243,8 @@ class _Layers:
 
     def roles(self, patterns: Mapping[str, str]) -> dict[Tensor, str]:
         """The role of every parameter, by `patterns` for its names first, then by type."""
-        by_type, given = self.roles_by_type(), {}
+        by_type = self.roles_by_type()
+        given: dict[Tensor, str] = {}
         for pattern, role in patterns.items():
             matching = self.matching(pattern, "roles")
             new = [p for p in matching if p not in given]
@@ -246,7 +254,9 @@ class _Layers:
                     "first that matches counts, put it before them"
                 )
             by_wildcard = [p for p in new if pattern not in self.names[p]]
-            if wrong := [p for p in by_wildcard if role in NOT_BY_WILDCARD.get(by_type[p], ())]:
+            if wrong := [
+                p for p in by_wildcard if role in NOT_BY_WILDCARD.get(by_type[p] or "", ())
+            ]:
                 its_role, its_name = by_type[wrong[0]], self.names[wrong[0]][0]
                 raise ValueError(
                     f"roles has {pattern!r}: {role!r}, which takes {self.described(wrong)} too, by "
@@ -260,10 +270,11 @@ class _Layers:
             more = f" (and of {len(unclear) - 1} more)" if len(unclear) > 1 else ""
             raise ValueError(
                 f"the role of {name} {shape} is unclear{more}: give param_groups "
-                f"roles={{{name!r}: 'hidden'}}, or 'embedding' for a table or an output head, and if its dimensions are not "
-                f"(d_out, d_in) as torch.nn.Linear has them, transposed=[{name!r}] too"
+                f"roles={{{name!r}: 'hidden'}}, or 'embedding' for a table or an output head, "
+                "and if its dimensions are not (d_out, d_in) as torch.nn.Linear has them, "
+                f"transposed=[{name!r}] too"
             )
-        return found
+        return {parameter: role for parameter, role in found.items() if role is not None}
 
     def roles_by_type(self) -> dict[Tensor, str | None]:
         """The role of each parameter by its type; None where the type does not decide."""
@@ -273,8 +284,12 @@ class _Layers:
         norms = [module for module in self.model.modules() if isinstance(module, NORMALISATIONS)]
         gains = {gain for norm in norms for gain in norm.parameters(recurse=False)}
         vectors = gains | {parameter for parameter in self.names if parameter.ndim < 2}
-        found = dict.fromkeys(self.names)  # to the last role of these
-        kinds = {"hidden": hidden, "embedding": {*tables, *heads}, "vector": vectors}
+        found: dict[Tensor, str | None] = dict.fromkeys(self.names)  # to the last role of these
+        kinds: dict[str, Collection[Tensor]] = {
+            "hidden": hidden,
+            "embedding": {*tables, *heads},
+            "vector": vectors,
+        }
         for role, kind in kinds.items():
             found |= {parameter: role for parameter in self.names if parameter in kind}
         return found

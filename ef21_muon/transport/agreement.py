@@ -26,7 +26,7 @@ CHUNK = 1 << 20  # entries
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def require_equal_parameters(named: list[tuple[str, Tensor]], group: Group, why: str) -> None:
+def require_equal_parameters(named: Sequence[tuple[str, Tensor]], group: Group, why: str) -> None:
     """Check that all ranks hold the same parameters; to be called on all of them.
 
     Args:

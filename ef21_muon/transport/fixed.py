@@ -165,7 +165,6 @@ class Transport:
 
     def require_options(
         self,
-        *,
         server: str,
         streaming: bool,
         sync_delay: int,

@@ -195,7 +195,7 @@ class WorkerMesh:
             parts = [slice(first, first + step) for first in range(0, len(p), step)]
         return [(p, part, [part] * ranks) for part in parts]
 
-    def name(self, own: list[Layer]) -> None:
+    def name(self, own: Iterable[Layer]) -> None:
         """Enter in `layers` what an optimizer of this rank calls its layers and asks of them.
 
         The other ranks of the worker receive it at the end of `together`.
@@ -395,5 +395,5 @@ def _copy(targets: ByRank, sources: ByRank) -> None:
 
 
 def together(mesh: WorkerMesh | None) -> AbstractContextManager[None]:
-    """Within it an error of one rank of a worker is raised on all its ranks."""
+    """A context in which an error on one rank of a worker is raised on all, if there is a mesh."""
     return mesh.together() if mesh else nullcontext()

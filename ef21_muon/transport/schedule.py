@@ -5,6 +5,7 @@ A round is `sync_every` steps and one exchange of messages. Steps and rounds cou
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from itertools import accumulate, pairwise
 from math import ceil
 from operator import itemgetter
@@ -66,9 +67,16 @@ class Rounds:
         return ", ".join([str(first), *changes])
 
 
-# Makes the stages of a bucket's round; its second argument is one of the following.
-NewRound: TypeAlias = Callable[[Sequence[Batch], int], Stages]
-WHOLE, RESEND_TO_SERVERS, RESEND_TO_WORKERS = 0, 1, 2
+class Start(Enum):
+    """Where a bucket's round begins: after a restart, with the message that was in flight."""
+
+    WHOLE = "whole"
+    TO_SERVERS = "resend to servers"
+    TO_WORKERS = "resend to workers"
+
+
+# Makes the stages of a bucket's round.
+NewRound: TypeAlias = Callable[[Sequence[Batch], Start], Stages]
 
 
 class SyncSchedule:
@@ -81,7 +89,7 @@ class SyncSchedule:
     server of all layers, nothing is sent back.
 
     Several methods take `new_round`, which makes the stages of a bucket's round. It is asked for a
-    `WHOLE` round or, after a restart from a checkpoint, for one that begins with resending the
+    whole round or, after a restart from a checkpoint, for one that begins with resending the
     message that was in flight.
 
     Args:
@@ -125,7 +133,9 @@ class SyncSchedule:
     def after_step(self, step: int, new_round: NewRound, timer: Timer) -> None:
         """Send the messages that are due after a step, and receive those that arrive with it."""
         for bucket in self.due(step):
-            self._in_flight[bucket] = RoundInFlight(new_round(self.buckets[bucket], WHOLE), timer)
+            self._in_flight[bucket] = RoundInFlight(
+                new_round(self.buckets[bucket], Start.WHOLE), timer
+            )
         self._receive(step, step, new_round, timer)
 
     def flush(self, step: int, new_round: NewRound, timer: Timer) -> None:
@@ -134,15 +144,15 @@ class SyncSchedule:
             self._receive(later, step, new_round, timer)
         just_sent = self.due(step)
         left = [bucket for number, bucket in enumerate(self.buckets) if number not in just_sent]
-        run((new_round(bucket, WHOLE) for bucket in left), timer)
+        run((new_round(bucket, Start.WHOLE) for bucket in left), timer)
         self._flushed = step
 
     def _receive(self, step: int, last: int, new_round: NewRound, timer: Timer) -> None:
         """Receive what arrives with a step, of all that was sent up to step `last`."""
         back = step - self.directions * self.sync_delay
         for resend, sent in (
-            (RESEND_TO_SERVERS, step - self.sync_delay),
-            (RESEND_TO_WORKERS, back),
+            (Start.TO_SERVERS, step - self.sync_delay),
+            (Start.TO_WORKERS, back),
         ):
             for bucket in self.due(sent) if self._flushed < sent <= last else ():
                 one = self._in_flight.pop(bucket, None)
@@ -165,14 +175,12 @@ class SyncSchedule:
         return [batch for bucket in buckets for batch in self.buckets[bucket]]
 
     def unsent(self, steps: int) -> int:
-        """How many of the last steps W is without.
-
-        Args:
-            steps: number of steps taken so far.
-        """
+        """How many of the last steps W does not contain, after so many steps."""
         if self._flushed == steps - 1:
             return 0
-        return self.rounds.of(steps)[1] or len(self._in_flight)
+        place = self.rounds.of(steps)[1]
+        in_flight = self.rounds.of(steps - place - 1)[2] if self._in_flight else 0
+        return place + in_flight
 
     def discard(self) -> None:
         """Drop what is in flight, once it has arrived: else the next messages would be mixed up."""

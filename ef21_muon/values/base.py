@@ -233,8 +233,9 @@ def carry(bits: Tensor, stochastic: bool, generator: Generator | None) -> Tensor
     23-bit number carries with probability f; the constant one half rounds to nearest.
     """
     if stochastic:
-        options = {"generator": generator, "dtype": torch.int32, "device": bits.device}
-        return torch.randint(MANTISSA, bits.shape, **options)
+        return torch.randint(
+            MANTISSA, bits.shape, generator=generator, dtype=torch.int32, device=bits.device
+        )
     return torch.full_like(bits, MANTISSA // 2)
 
 

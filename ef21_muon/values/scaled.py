@@ -92,6 +92,15 @@ class Blockwise(ValueFormat):
         values = self._restore(scales, codes.view(-1, blocks, length))
         return self._turned(values, back=True).flatten(1)[:, :count].reshape(-1, rows, columns)
 
+    def _scale(self, blocks: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _quantise(self, values: Tensor, scale: Tensor, generator: Generator | None) -> Tensor:
+        raise NotImplementedError
+
+    def _restore(self, scales: Tensor, codes: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def _turned(self, values: Tensor, back: bool = False) -> Tensor:
         """Transform blocks (L, blocks, length) before they are coded, or, in place, `back`."""
         return values

@@ -50,7 +50,7 @@ def value_format(values: ValueFormat | str | Mapping) -> ValueFormat:
     refuse_renamed("values", options)
     match = NAME.fullmatch(name)
     kind, bits, block = match.groups() if match else (None, "", None)
-    format_ = (OF_BITS if bits else FORMATS).get(kind)
+    format_ = (OF_BITS if bits else FORMATS).get(kind or "")
     if format_ is None or block == "message":
         hint = renamed_format(name) or f"choose from {NAMES}"
         raise ValueError(f"values={name} is not a value format: {hint}")

@@ -4,7 +4,7 @@ import re
 
 from scripts.soak.memory import WARM_UP
 
-RESUMED = "resuming from", "going on from"  # the second in earlier records
+RESUMED = ("going on from", "resuming from")  # as earlier versions say it, and today's
 
 
 def report(records: list[dict]) -> str:
@@ -35,7 +35,10 @@ def report(records: list[dict]) -> str:
     ]
     for fault in faults:
         resumed = [line[-8:] for line in fault["said"] if line.startswith(RESUMED)]
-        said = [re.sub(r": (see|go on|start) .*|; earlier .*", "", line) for line in fault["said"]]
+        said = [
+            re.sub(r": (see|go on|resume|start) .*|; earlier .*", "", line)
+            for line in fault["said"]
+        ]
         said = [line for line in said if not line.startswith(RESUMED)]
         cells = [fault["seconds"], fault["round"], fault["kind"], fault["rank"]]
         cells += [", ".join(names) or "-" for names in (fault["newest"], resumed, said)]

@@ -63,7 +63,7 @@ def test_in_the_study_the_embedding_is_sent_whole():
     config = compose((*IN_THE_STUDY, "optimizer.feedback=ef21")).config
     model = GPT(build(config.model, "model"))
     optimizer = build_optimizer(config, model)
-    assert run_label(optimizer) == "EF21-SignMuon, quantize sign@tensor, embedding identity"
+    assert run_label(optimizer) == "EF21-SignMuon, sign@tensor, embedding identity"
     named = dict(model.named_parameters())
     hidden = [parameter for name, parameter in named.items() if name.startswith("blocks")]
     whole = sum(p.numel() for p in named.values()) - sum(p.numel() for p in hidden)

@@ -129,7 +129,7 @@ ALL_LOSSLESS = (lambda p: AveragedGradients(sgd(p)), 2)
 REFUSED = {  # how it is built, the steps before, what is given, and what is said
     "no compressor": (
         *(lambda p: EF21Muon(p, w2s=FIRST), 2, ("topk",)),
-        r"^w2s='topk' is not allowed: give a Compressor of ef21_muon",
+        r"^w2s='topk' lacks its fraction: write topk:FRACTION",
     ),
     "no group": (
         *(lambda p: EF21Muon([{"params": p, "name": "all"}], w2s=FIRST), 2, (TopK(0.1), "head")),
@@ -137,7 +137,7 @@ REFUSED = {  # how it is built, the steps before, what is given, and what is sai
     ),
     "with a delay": (
         *(lambda p: LocalSteps(sgd(p), sync_every=3, w2s=FIRST, sync_delay=1), 3, (TopK(0.1),)),
-        r"^a compressor is not exchanged with a delay: build the optimizer anew$",
+        r"^a compressor is not exchanged with a sync_delay: build the optimizer anew$",
     ),
     "within a round": (
         *(lambda p: LocalSteps(sgd(p), sync_every=3, w2s=FIRST, streaming=True), 4, (TopK(0.1),)),
@@ -145,7 +145,7 @@ REFUSED = {  # how it is built, the steps before, what is given, and what is sai
     ),
     "without feedback": (
         *ALL_LOSSLESS,
-        *((TopK(0.1),), r"^w2s=top 10% is not allowed after messages that lost nothing, of which"),
+        *((TopK(0.1),), r"^w2s=top 10% is not allowed after lossless messages, which leave no fe"),
     ),
     "no compressor, without feedback": (*ALL_LOSSLESS, (None,), r"^w2s=None is not allowed: give"),
     "mute": (

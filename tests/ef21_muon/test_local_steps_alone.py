@@ -45,10 +45,10 @@ def build(inner="sgd", **options):
     return model, LocalSteps(INNER[inner](model.named_parameters()), **options)
 
 
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("sync_every", [1, 3])
 @pytest.mark.parametrize("inner", INNER)
-def test_a_worker_alone_is_its_inner_optimizer_bit_for_bit(inner, every):
-    model, optimizer = build(inner, sync_every=every)
+def test_a_worker_alone_is_its_inner_optimizer_bit_for_bit(inner, sync_every):
+    model, optimizer = build(inner, sync_every=sync_every)
     expected = new_model()
     for found, its in zip(
         train(model, optimizer, 30),
@@ -61,11 +61,12 @@ def test_a_worker_alone_is_its_inner_optimizer_bit_for_bit(inner, every):
 
 
 @pytest.mark.parametrize(
-    ("every", "lengths"), [(5, [5, 5, 5, 5]), ({0: 8, 16: 2}, [8, 8, 2, 2]), ({0: 1, 1: 6}, [1, 6])]
+    ("sync_every", "lengths"),
+    [(5, [5, 5, 5, 5]), ({0: 8, 16: 2}, [8, 8, 2, 2]), ({0: 1, 1: 6}, [1, 6])],
 )
-def test_lookahead_of_a_worker_alone(every, lengths):
+def test_lookahead_of_a_worker_alone(sync_every, lengths):
     """Momentum outside, K = 1 of MuLoCo: torch.optim.SGD with Nesterov on W - x."""
-    model, optimizer = build("adamw", sync_every=every, outer_lr=0.7, outer_momentum=0.6)
+    model, optimizer = build("adamw", sync_every=sync_every, outer_lr=0.7, outer_momentum=0.6)
     expected, its_inner = new_model(), None
     its_inner = INNER["adamw"](expected.named_parameters())
     outer_model = copy.deepcopy(expected)

@@ -8,7 +8,7 @@ from one_worker import SHAPES, build, copies, set_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ef21_muon import EF21Muon, WorkerMesh
-from ef21_muon.compressors import Identity, Quantize, QuantizedRank, RankK, TopK, sparse
+from ef21_muon.compressors import Identity, Quantize, QuantizedRank, RankK, TopK, selection
 from ef21_muon.norms import L1, AdaptiveRadius, ColumnNorm, Sign, Spectral
 from ef21_muon.values import Natural
 
@@ -228,7 +228,7 @@ def test_a_state_that_does_not_fit_is_refused(saved, other):
     [
         *(("lr", value) for value in (-1e-9, float("nan"))),
         *(("radius", value) for value in (0, -1.0, float("nan"))),
-        *(("momentum", value) for value in (0, -0.1, 1.001, float("nan"))),
+        *(("momentum", value) for value in (1, -0.1, 1.001, float("nan"))),
         *(("norm", value) for value in ("spectral", Spectral, TopK(0.1))),
         *(("w2s", value) for value in ("topk", TopK, Natural(), 0.1)),
         *(("s2w", value) for value in ("topk", TopK, Natural(), 0.1)),
@@ -303,7 +303,7 @@ def test_no_option_makes_a_step_wait_for_the_device(options):
 
 
 def test_nor_does_the_selection_in_large_layers(monkeypatch):
-    monkeypatch.setattr(sparse, "SORTED_BELOW", 0)
+    monkeypatch.setattr(selection, "SORTED_BELOW", 0)
     steps_without_waiting(*build(w2s=TopK(0.2, "natural"), s2w=TopK(0.2)))
 
 

@@ -33,7 +33,9 @@ def test_with_exact_messages_all_count_and_nobody_heals(reports, name):
     rounds = [[WORKERS, False, 0]] * unlike_fleet.ROUNDS
     assert first["quorums"][1:] == second["quorums"][1:] == rounds  # after they joined
     assert first["state"] == second["state"]
-    assert first["synced_steps"] == WORKERS * unlike_fleet.ROUNDS * unlike_fleet.NESTEROV["every"]
+    assert (
+        first["synced_steps"] == WORKERS * unlike_fleet.ROUNDS * unlike_fleet.NESTEROV["sync_every"]
+    )
 
 
 @pytest.mark.parametrize("name", ["rank", "fitted rank"])

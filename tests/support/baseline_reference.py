@@ -152,13 +152,14 @@ class GreedyLore:
     estimate that was taken and the next.
     """
 
-    def __init__(self, workers, shape, rank, every):
+    def __init__(self, workers, shape, rank, refresh_every):
         self.errors = [np.zeros(shape) for _ in range(workers)]
-        self.rank, self.every, self.basis, self.step, self.gap = rank, every, None, 0, np.inf
+        self.rank, self.refresh_every = rank, refresh_every
+        self.basis, self.step, self.gap = None, 0, np.inf
 
     def average(self, gradients, probe):
         wanted = [g + e for g, e in zip(gradients, self.errors, strict=True)]
-        whole, self.step = self.step % self.every == 0, self.step + 1
+        whole, self.step = self.step % self.refresh_every == 0, self.step + 1
         if whole:
             mean = sum(wanted) / len(wanted)
             self.errors = [np.zeros(mean.shape) for _ in wanted]

@@ -135,7 +135,8 @@ def test_other_layers_can_be_said_to_be_transposed():
     with pytest.raises(ValueError) as error:
         param_groups(model)
     assert str(error.value) == (
-        "the role of up (4, 16) is unclear: give param_groups roles={'up': 'hidden'}, or 'embedding' for a table"
+        "the role of up (4, 16) is unclear: give param_groups roles={'up': 'hidden'}, or "
+        "'embedding' for a table"
         " or an output head, and if its dimensions are not (d_out, d_in) as torch.nn.Linear has "
         "them, transposed=['up'] too"
     )

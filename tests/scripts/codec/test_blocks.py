@@ -17,12 +17,12 @@ LOST = {
 }
 
 
-def told():
+def page():
     return (FOLDER / "blocks.md").read_text()
 
 
 def test_the_page_is_that_of_the_records():
-    assert blocks.report(RECORDS) == told()
+    assert blocks.report(RECORDS) == page()
     assert RECORDS[0]["parameters"] == sum(m * n * layers for (m, n), layers in SHAPES.items())
 
 
@@ -58,16 +58,16 @@ def test_the_headline_is_in_the_records():
     ratios = [
         LOST["noise", "int4@1blocks"] / LOST["noise", "int4@1024blocks"],
         LOST["momentum", "int4@1blocks"] / LOST["momentum", "int4@1024blocks"],
-        LOST["momentum", "int4"] / LOST["momentum", "rowcol4"],
-        LOST["momentum", "int4@112"] / LOST["momentum", "rowcol4"],
+        LOST["momentum", "int4"] / LOST["momentum", "smooth4"],
+        LOST["momentum", "int4@112"] / LOST["momentum", "smooth4"],
     ]
-    words = " ".join(told().split())
+    words = " ".join(page().split())
     for ratio, after in zip(
         ratios, (" times less, since", " times less. A", *2 * [" times"]), strict=True
     ):
         assert f" {ratio:.1f}{after}" in words
     bits = {one["format"]: one["bits_a_value"] for one in RECORDS if one["record"] == "format"}
-    assert abs(bits["rowcol4"] - bits["int4@112"]) < 0.01
+    assert abs(bits["smooth4"] - bits["int4@112"]) < 0.01
 
 
 def test_the_formula_is_the_sum_over_neighbours():
@@ -93,5 +93,5 @@ def test_the_formula_is_the_sum_over_neighbours():
 def test_redrawing_changes_nothing(tmp_path):
     (tmp_path / "blocks.jsonl").write_bytes((FOLDER / "blocks.jsonl").read_bytes())
     assert blocks.main(["--redraw", "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "blocks.md").read_text() == told()
+    assert (tmp_path / "blocks.md").read_text() == page()
     assert (tmp_path / "blocks.png").exists()

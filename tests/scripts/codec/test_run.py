@@ -29,9 +29,7 @@ def test_records_follow_from_payloads(directory):
         assert record["alpha"] <= 1
         if record["input"] == "noise":
             assert record["alpha"] <= record["alpha_bound"] + 0.02  # 20,480 values are a sample
-    natural = next(
-        r for r in records if (r["compressor"], r["input"]) == ("dense natural", "noise")
-    )
+    natural = next(r for r in records if (r["compressor"], r["input"]) == ("natural", "noise"))
     assert natural["bits_per_parameter"] == 9
     assert natural["alpha"] == pytest.approx(expected_natural_alpha(), abs=0.005)
 

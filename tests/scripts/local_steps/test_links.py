@@ -17,7 +17,7 @@ def test_the_readme_tells_how_long_training_waits():
     for record in map(json.loads, lines):
         share = 100 * min(record["waiting"]) / record["seconds"]
         shares[record["rate"], record["method"]] = share
-    told = " ".join(README.split())
+    text = " ".join(README.split())
     plain, delayed, both, each = (
         shares["10mbit", name]
         for name in (
@@ -29,7 +29,7 @@ def test_the_readme_tells_how_long_training_waits():
     )
     assert (
         f"training waits for {plain:.1f} % of its time, with the delay for {delayed:.1f} %, with "
-        f"both for {both:.1f} %; one message a step waits for {each:.1f} %."
-    ) in told
+        f"both for {both:.1f} %; with a sync every step it waits for {each:.1f} %."
+    ) in text
     assert all(share < 2 for (_, method), share in shares.items() if "delay" in method)
     assert {rate for rate, _ in shares} == {"10mbit", "100mbit", "1gbit", "unlimited"}

@@ -46,7 +46,7 @@ def write(directory, losses):
             write_study_log(directory / f"{name}-seed{seed}.jsonl", [3.0, loss])
 
 
-def test_the_best_radius_is_that_of_seed_0_and_is_told_by_its_seeds(tmp_path):
+def test_the_best_radius_is_that_of_seed_0_and_is_judged_by_its_seeds(tmp_path):
     radii = {15: [1.9], 60: [1.7], 250: [1.8], 1000: [1.65, 1.55, 1.75]}
     losses = {f"muon_feedback/with-radius{radius}": seeds for radius, seeds in radii.items()}
     write(tmp_path, {"muon_feedback/without": [1.5, 1.6, 1.7]})
@@ -54,25 +54,32 @@ def test_the_best_radius_is_that_of_seed_0_and_is_told_by_its_seeds(tmp_path):
     write(tmp_path, losses)
     found = read_settings(tmp_path, FEEDBACK_SETTINGS)
     assert best(found).setting.name == "muon_feedback/with-radius1000"
-    told = " ".join(muon_feedback(found).split())
+    section = " ".join(muon_feedback(found).split())
     gap = 100 * ((1.65 + 1.55 + 1.75) / (1.5 + 1.6 + 1.7) - 1)
     assert (
-        f"radius, 1000 (an end of the grid), Muon with feedback ends {gap:+.1f} % over Muon" in told
+        "radius, 1000 (an end of the grid), Muon with feedback has a final loss "
+        f"{gap:+.1f} % from Muon's" in section
     )
-    assert "higher with 2 of 3 seeds: the claim does not hold here." in told
-    assert f"| with feedback | 15 | 1 | 1.9000 | {100 * (1.9 / 1.5 - 1):+.1f} % |" in told
+    assert "a higher one with 2 of 3 seeds: the claim does not hold here." in section
+    assert f"| with feedback | 15 | 1 | 1.9000 | {100 * (1.9 / 1.5 - 1):+.1f} % |" in section
 
 
-def test_signs_are_told_against_the_work_whose_claim_it_is(tmp_path):
+def test_signs_stand_beside_the_work_whose_claim_it_is(tmp_path):
     write(tmp_path, {"muon_feedback/without": [1.5]})
     muon = read_settings(tmp_path, FEEDBACK_SETTINGS)["muon_feedback/without"]
     assert signs_section({}, muon, []) == ""
     ends = {"before-ef21": 1.8, "before-none": 1.6, "after-ef21": 1.7, "after-none": 1.65}
     write(tmp_path, {f"signs/{rule}": [loss] for rule, loss in ends.items()})
     found = read_settings(tmp_path, SIGN_SETTINGS)
-    told = signs_text(found)
-    assert "before the LMO EF21 ends +12.5 % over no feedback, as there (+0.7 %)" in told
-    assert "after the LMO EF21 ends +3.0 % over no feedback, unlike there (-0.1 %)" in told
+    sentence = signs_text(found)
+    assert (
+        "before the LMO the final loss with EF21 is +12.5 % from that without feedback, as there "
+        "(+0.7 %)" in sentence
+    )
+    assert (
+        "after the LMO the final loss with EF21 is +3.0 % from that without feedback, unlike there "
+        "(-0.1 %)" in sentence
+    )
     section = signs_section(found, muon, [])
     row = "| before the LMO | EF21 | 1.8000 | +20.0 % | EF21-MuonUSign | 3.3203 | +1.3 % |"
     assert row in section
@@ -96,13 +103,13 @@ def test_a_replay_is_what_the_rules_say(rule):
     """20 rounds in float64, of which the 15th and the 20th are measured."""
     beta, gradients = 0.3, np.random.default_rng(0).normal(size=(20, 6, 10))
     place, feedback = rule.split("-")
-    momentum, known, told = gradients[0], np.zeros((6, 10)), np.zeros((6, 10))
+    momentum, known, wanted = gradients[0], np.zeros((6, 10)), np.zeros((6, 10))
     measured = []
     for k, gradient in enumerate(gradients, 1):
         momentum = (1 - beta) * momentum + beta * gradient
-        before, told = told, (momentum if place == "before" else -polar(momentum))
-        wanted = told - known if feedback == "ef21" else told
-        signs = np.abs(wanted).mean() * np.sign(wanted)
+        before, wanted = wanted, (momentum if place == "before" else -polar(momentum))
+        to_send = wanted - known if feedback == "ef21" else wanted
+        signs = np.abs(to_send).mean() * np.sign(to_send)
         known = known + signs if feedback == "ef21" else signs
         step = -polar(known) if place == "before" else known
         if k in (15, 20):
@@ -111,8 +118,8 @@ def test_a_replay_is_what_the_rules_say(rule):
                 np.sum(step * other) / np.linalg.norm(step) / np.linalg.norm(other)
                 for other in (muon, -gradient)
             ]
-            of_told = np.linalg.norm(told)
-            errors = [np.linalg.norm(told - other) / of_told for other in (known, before)]
+            length = np.linalg.norm(wanted)
+            errors = [np.linalg.norm(wanted - other) / length for other in (known, before)]
             measured.append([*errors, *cosines])
     found = replay([torch.from_numpy(one).float() for one in gradients], rule, beta)
     names = ("error", "turn", "alignment", "descent")

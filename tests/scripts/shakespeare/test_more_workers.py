@@ -14,6 +14,7 @@ from scripts.shakespeare.results import read, read_settings, read_workers
 from scripts.shakespeare.settings import Setting
 from scripts.shakespeare.sizes import longer
 from scripts.shakespeare.workers import workers_table
+from training.renamed import modern_label
 
 
 def ends(name):
@@ -87,7 +88,7 @@ def test_losses_and_bytes_of_larger_models_are_those_of_the_logs():
         assert run["world_size"] == 2
         evals = [one for one in records if one["record"] == "eval"]
         last, size = evals[-1], 4 * run["parameters"]
-        sent = run["label"].replace("top 30% sign", "dense sign")  # which it was
+        sent = modern_label(run["label"]).replace("top 30% sign", "sign")  # which it was
         machine = {"cuda": "GPU", "cpu": "CPU"}[run["device"]]
         begins = [f"{run['parameters']:,}", sent, machine, f"{last['test_loss']:.4f}"]
         (cells,) = (row[4:] for row in rows if row[:4] == begins)
@@ -139,7 +140,7 @@ def test_more_tokens_a_parameter_stand_beside_the_runs_of_the_study(tmp_path):
     assert longer(of_sizes, results) == []
 
 
-def test_what_may_help_eight_workers_and_a_gpu_is_told_by_the_logs():
+def test_what_may_help_eight_workers_and_a_gpu_is_as_in_the_logs():
     workers = " ".join(PAGE.split("## With more workers?\n")[1].split("\n## ")[0].split())
     for name in ("identity", "local4-signs", "local30-signs"):
         (end,) = (last["test_loss"] for last, *_ in ends(f"workers/8-{name}-gpu"))
@@ -152,11 +153,11 @@ def test_what_may_help_eight_workers_and_a_gpu_is_told_by_the_logs():
     assert bool(tried) == ("What was tried for 8 workers" in workers) and len(plain) == 1
     for (last, size, *_), *_ in tried:
         over = 100 * (last["test_loss"] / plain[0][0]["test_loss"] - 1)
-        told = f"| {last['test_loss']:.4f} | {over:+.1f} % | {moved(last, size):.3g} |"
-        assert told in workers
+        cells = f"| {last['test_loss']:.4f} | {over:+.1f} % | {moved(last, size):.3g} |"
+        assert cells in workers
 
 
-def test_unlike_text_is_told_by_the_logs():
+def test_unlike_text_is_as_in_the_logs():
     for order in ("apart", "mixed"):
         plain = ends(f"genres/{order}-identity")
         assert len(plain) == len(ends(f"genres/{order}-local30-signs")) == 1

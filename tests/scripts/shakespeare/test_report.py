@@ -75,14 +75,14 @@ def test_the_readme_has_the_headline():
     assert where_others_are_ahead(results) in readme
 
 
-def test_findings_are_told_where_their_runs_are_done():
+def test_findings_are_written_where_their_runs_are_done():
     results = read(study.RESULTS)
     target, replayed = study_results.target_loss(results["identity"]), read_replay(study.RESULTS)
-    told = findings(results, target, replayed)
-    assert told.count("**") == 2 * len(told.split("\n\n"))
-    assert all(len(line) <= 100 for line in told.splitlines())
+    written = findings(results, target, replayed)
+    assert written.count("**") == 2 * len(written.split("\n\n"))
+    assert all(len(line) <= 100 for line in written.splitlines())
     of_ranks = "rank 20, 15, 10 and 5 % save"
-    assert of_ranks in " ".join(told.split())
+    assert of_ranks in " ".join(written.split())
     without = {name: result for name, result in results.items() if name != "rank20"}
     assert of_ranks not in " ".join(findings(without, target, {}).split())
 

@@ -32,7 +32,7 @@ def runs():
         for one in (one for one in records if one["record"] == "eval"):
             if "received_bytes" in one:
                 back = one["received_bytes"]
-            elif config["s2w"]["_target_"] == "ef21_muon.compressors.Identity":
+            elif config["s2w"]["_target_"].endswith(".Identity"):
                 back = one["w2s_bytes"]  # of the other worker
             else:
                 back = one["s2w_bytes"]
@@ -80,12 +80,15 @@ def test_the_headline_is_what_the_logs_say():
     few = [name for name in with_seeds if 100 * whole[name] <= whole["identity"]]
     near = min(few, key=end)
     assert closest(results).setting.name == near
-    told = headline(results, target)
+    sentence = headline(results, target)
     times = sizes_to_target("identity") / reached[fewest]
-    assert f" takes {times:,.0f} times fewer bytes, sent and received; " in told
+    assert f" takes {times:,.0f} times fewer bytes, sent and received; " in sentence
     over = 100 * (end(near) / end("identity") - 1)
     fewer = whole["identity"] / whole[near]
-    assert told.endswith(f"ends at {over:+.2f} % in test loss with {fewer:.0f} times fewer.")
+    assert sentence.endswith(
+        f"has a final test loss {over:+.2f} % from the uncompressed run's "
+        f"with {fewer:.0f} times fewer."
+    )
     for name in (fewest, near):
         assert len(RUNS[name]) == 3, "seeds for what is claimed"
 
@@ -120,29 +123,29 @@ def test_no_other_method_is_ahead_but_where_it_is_said():
         assert re.search(family, said, re.IGNORECASE), (family, said)
 
 
-def test_the_readme_tells_what_rounds_of_signs_cost():
-    told = " ".join(README.split())
+def test_the_readme_says_what_rounds_of_signs_cost():
+    text = " ".join(README.split())
     names = [f"local{every}-signs" for every in (4, 10, 30)]
     gaps = [f"{100 * (end(name) / end('identity') - 1):+.1f} %" for name in names]
     whole = RUNS["identity"][0][0][-1][0]
     fewer = [f"{whole / RUNS[name][0][0][-1][0]:.0f}" for name in names]
     gaps, fewer = (f"{first}, {second} and {third}" for first, second, third in (gaps, fewer))
     assert (
-        f"a round every 4, 10 and 30 steps ends at {gaps} over the uncompressed run's loss with "
+        f"a sync every 4, 10 and 30 steps has a final loss {gaps} from the uncompressed run's with "
         f"{fewer} times fewer bytes sent and received."
-    ) in told
+    ) in text
     for name, said in (
         (
             "local30-roles",
-            "values=normal2`) a round every 30 steps ends at {} with {} times fewer.",
+            "values=normal2`) a sync every 30 steps has a gap of {} with {} times fewer.",
         ),
         (
             "local4-signs-message",
-            "but in the embedding, a round every 4 steps ends at {} with {} times fewer:",
+            "but in the embedding, a sync every 4 steps has a gap of {} with {} times fewer:",
         ),
     ):
         gap = f"{100 * (end(name) / end('identity') - 1):+.1f} %"
-        assert said.format(gap, f"{whole / sizes_of(name):.0f}") in told
+        assert said.format(gap, f"{whole / sizes_of(name):.0f}") in text
 
 
 def test_the_readme_counts_what_has_seeds():
@@ -210,8 +213,8 @@ def over(name, plain):
     return f"{100 * (last_of(name)[0]['test_loss'] / last_of(plain)[0]['test_loss'] - 1):+.1f} %"
 
 
-def test_the_readme_tells_of_a_larger_model_and_of_more_workers():
-    told = " ".join(README.split())
+def test_the_readme_has_numbers_of_a_larger_model_and_of_more_workers():
+    text = " ".join(README.split())
     every_4, every_30 = (
         [over(f"sizes/{size}-1-local{every}-signs", f"sizes/{size}-1-identity") for size in LARGER]
         for every in (4, 30)
@@ -223,23 +226,25 @@ def test_the_readme_tells_of_a_larger_model_and_of_more_workers():
     ]
     millions = [f"{last_of(f'sizes/{size}-1-identity')[1] / 4e6:.1f}" for size in LARGER]
     assert (
-        "With a scale a row in place of one a layer models of {} and {} M parameters end at {} and "
-        "{} with {} and {} times fewer, and with a round every 30 steps at {} and {} where 0.8 M "
-        "end at {}, all with a token a parameter.".format(
+        "With a scale per row in place of one per layer, models of {} and {} M parameters have "
+        "loss gaps of {} and {} to their uncompressed runs with {} and {} times fewer bytes, and "
+        "with a sync every 30 steps of {} and {} where 0.8 M has {}, all with one token per "
+        "parameter."
+        "".format(
             *millions,
             *every_4,
             *fewer,
             *every_30,
             over("sizes/0.8M-1-local30-signs", "sizes/0.8M-1-identity"),
         )
-    ) in told
+    ) in text
     of_eight = [over(f"workers/8-local{n}-signs", "workers/8-identity") for n in (4, 10, 30)]
     more = [over(f"workers/8-local{n}-outer6", "workers/8-identity") for n in (10, 30)]
     assert (
-        "Eight workers, who share the batch of two, end so at {}, {} and {} with a round every 4, "
-        "10 and 30 steps, with an outer momentum of 0.6 at {} and {} every 10 and 30; where "
+        "Eight workers, who share the batch of two, have gaps of {}, {} and {} with a sync every "
+        "4, 10 and 30 steps, with an outer momentum of 0.6 of {} and {} every 10 and 30; where "
         "servers send back 2 bits, ".format(*of_eight, *more)
-    ) in told
+    ) in text
     names = ("local4-back", "local10-back6")
     back = [over(f"workers/8-{name}", "workers/8-identity") for name in names]
     fewer = [
@@ -247,12 +252,12 @@ def test_the_readme_tells_of_a_larger_model_and_of_more_workers():
         for name in names
     ]
     assert (
-        f"at {back[0]} every 4, and with 0.6 at {back[1]} every 10, with {fewer[0]} and {fewer[1]} "
-        "times fewer."
-    ) in told
+        f"{back[0]} every 4, and with 0.6 {back[1]} every 10, with {fewer[0]} and {fewer[1]} "
+        "times fewer bytes."
+    ) in text
 
 
-def test_differences_are_told_as_they_were_measured():
+def test_differences_are_reported_as_they_were_measured():
     records = list(map(json.loads, (study.RESULTS / "differences.jsonl").open()))
     steps = sorted({one["every"] for one in records})
     assert steps[0] == 1 and len(steps) >= 4
@@ -264,5 +269,5 @@ def test_differences_are_told_as_they_were_measured():
     cosines = [
         mean(one["cosine"] for one in hidden if one["every"] == every) for every in (steps[0], 30)
     ]
-    told = " ".join((study.RESULTS.parent / "README.md").read_text().split())
-    assert "from {:.2f} after a step to {:.2f} after 30".format(*cosines) in told
+    text = " ".join((study.RESULTS.parent / "README.md").read_text().split())
+    assert "from {:.2f} after a step to {:.2f} after 30".format(*cosines) in text

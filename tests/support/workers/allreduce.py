@@ -24,12 +24,14 @@ METHODS = {
     "muon float16": lambda params: Muon(params, lr=0.02, hook="float16"),
     "muon powersgd": lambda params: Muon(params, lr=0.02, hook="powersgd", rank=3),
     "muon greedylore": lambda params: Muon(
-        params, lr=0.02, hook="greedylore", rank=3, sync_every=4
+        params, lr=0.02, hook="greedylore", rank=3, refresh_every=4
     ),
     "adamw greedylore": lambda params: AdamW(
-        params, lr=0.01, hook="greedylore", rank=3, sync_every=4
+        params, lr=0.01, hook="greedylore", rank=3, refresh_every=4
     ),
-    "adamw whole": lambda params: AdamW(params, lr=0.01, hook="greedylore", rank=3, sync_every=1),
+    "adamw whole": lambda params: AdamW(
+        params, lr=0.01, hook="greedylore", rank=3, refresh_every=1
+    ),
     "ef21": lambda params: EF21Muon(params, lr=0.02),
 }
 
