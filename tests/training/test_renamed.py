@@ -58,7 +58,7 @@ RENAMED = [
     (
         "compressor@w2s=rank",
         "w2s.values={format: int5, stochastic: false}",
-        "w2s.values={format: int5, rounding:nearest}",
+        "w2s.values={format: int5, rounding: nearest}",
     ),
     (
         "compressor@w2s=rank",
