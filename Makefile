@@ -55,7 +55,7 @@ test: setup
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/python -m mypy ef21_muon
+	.venv/bin/python -m mypy ef21_muon tests/typed_user.py
 
 setup: .venv/installed
 

@@ -11,6 +11,8 @@ torch optimizer, and averaged gradients, as a library that depends on torch alon
     norms, compressors, values      what these optimizers are built from
 """
 
+from typing import TYPE_CHECKING
+
 from ef21_muon import compressors, norms, values
 from ef21_muon.averaged import AveragedGradients
 from ef21_muon.local_steps import LocalSteps
@@ -35,10 +37,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """Refuse names of earlier versions, by an ImportError, and unknown ones."""
-    new = {one: f"{m.__name__}.{one}" for m in (compressors, norms, values) for one in m.__all__}
-    new |= {old: f"ef21_muon.{one}" for old, one in CLASSES.items()}
-    if name in new:
-        raise ImportError(f"ef21_muon.{name} has been renamed, give {new[name]}")
-    raise AttributeError(f"module 'ef21_muon' has no attribute {name!r}")
+if not TYPE_CHECKING:  # which would take any name for an attribute
+
+    def __getattr__(name: str) -> object:
+        """Refuse names of earlier versions, by an ImportError, and unknown ones."""
+        new = {
+            one: f"{m.__name__}.{one}" for m in (compressors, norms, values) for one in m.__all__
+        }
+        new |= {old: f"ef21_muon.{one}" for old, one in CLASSES.items()}
+        if name in new:
+            raise ImportError(f"ef21_muon.{name} has been renamed, give {new[name]}")
+        raise AttributeError(f"module 'ef21_muon' has no attribute {name!r}")

@@ -160,18 +160,11 @@ class LocalSteps(Communicating):
         self.mean = check_mean(mean, feedback)
         if transport:
             server = transport.require_options(server, streaming, sync_delay, feedback, buffers)
+        place: dict[str, Any] = dict(process_group=process_group, mesh=mesh, transport=transport)
         with together(mesh):
             self.wrapped = Wrapped(inner)
             self.inner = self.wrapped.optimizers
-            super().__init__(
-                self.wrapped.param_groups,
-                {},
-                seed=seed,
-                buffers=buffers,
-                process_group=process_group,
-                mesh=mesh,
-                transport=transport,
-            )
+            super().__init__(self.wrapped.param_groups, {}, seed=seed, buffers=buffers, **place)
             if sync_delay and self.process_group != ALONE and self.ranks > 1:
                 require_host(self.process_group, self.device, f"sync_delay={sync_delay}")
             self.rules = self.wrapped.take(self, w2s, s2w)

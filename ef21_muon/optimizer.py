@@ -198,18 +198,12 @@ class EF21Muon(Communicating):
         self.correction = correction_of(momentum_kind, self.gamma, mesh)
         self.momentum_init = choice("momentum_init", momentum_init, ("gradient", "zero"))
         self.first_message = choice("first_message", first_message, ("compressed", "full"))
+        place: dict[str, Any] = dict(process_group=process_group, mesh=mesh, transport=transport)
         with together(mesh):
             params = groups_of(params, norm, radius, place_in(process_group)[0])
             params = mesh.share(params) if mesh else params
             super().__init__(
-                params,
-                defaults,
-                seed=seed,
-                missing_grad=missing_grad,
-                buffers=buffers,
-                process_group=process_group,
-                mesh=mesh,
-                transport=transport,
+                params, defaults, seed=seed, missing_grad=missing_grad, buffers=buffers, **place
             )
             self.rules = self.param_groups
             refuse_unused_decays(self.param_groups, feedback)

@@ -77,8 +77,11 @@ def test_logged_bytes_are_the_sum_of_the_payloads(two_workers):
         assert record["w2s_bytes"] == record["step"] * up
         assert record["s2w_bytes"] == record["step"] * down
         assert 0 < record["wire_tx_bytes"] < record["step"] * (up + down)
-    assert f"{4 * up:,}" in stdout
-    assert f"{4 * 4 * (256 * 32 + 12 * 32 * 32):,}" in stdout
+    sent, received = 4 * up, records(runs, "end")[0]["received_bytes"]
+    uncompressed = 4 * 2 * 4 * (256 * 32 + 12 * 32 * 32)  # 4 steps, both ways, 4 bytes
+    for size in (sent, received, uncompressed):
+        assert f"{size:,} bytes" in stdout
+    assert f"{uncompressed / (sent + received):.1f}x less\n" in stdout
 
 
 def test_a_run_leaves_its_configuration_and_pictures(two_workers):
@@ -111,10 +114,10 @@ def test_a_sweep_is_one_launch_that_can_be_continued(small, tmp_path):
     result = launch(2, *arguments, expect=1)
     finished = sorted(path.parent for path in tmp_path.glob("*/test_loss.png"))
     assert [p.name.split("w2s=")[1].split(",")[0] for p in finished] == ["identity", "rank", "topk"]
-    assert "job 3 of 3" in result.stdout  # those that cannot be built are told before
+    assert "job 3 of 3" in result.stdout  # those that cannot be built are named before
     assert result.stdout.count("already completed: skipped") == 0
     assert result.stderr.count("passed over") == 3
-    assert "3 jobs failed" in result.stderr and "beta=7 is not allowed" in result.stderr
+    assert "3 jobs failed" in result.stderr and "momentum=7 is not allowed" in result.stderr
     assert "Traceback" not in before_torchrun(result.stderr)
 
     log = finished[0] / "metrics.jsonl"
@@ -139,7 +142,7 @@ def test_a_failing_job_stops_the_sweep(small, tmp_path):
     assert "error: the gradient of" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_on_many_workers_a_mistake_is_told_once(small, tmp_path):
+def test_on_many_workers_a_mistake_is_printed_once(small, tmp_path):
     result = launch(2, *small, "w2s.fraction=2", f"runs={tmp_path}", expect=1)
     assert result.stderr.count("error: w2s: QuantizedRank got fraction=2") == 1
     assert "Traceback" not in before_torchrun(result.stderr)

@@ -25,9 +25,9 @@ def both_ways(sent: int) -> int:
     return 2 * sent
 
 
-def megabytes(size: int) -> str:
-    """A number of bytes in MB, 10^6 bytes."""
-    return f"{size / 1e6:,.1f} MB"
+def megabytes(size: int, exactly: bool = False) -> str:
+    """A number of bytes in MB, which are 10^6 bytes; exactly: with the number of bytes."""
+    return f"{size / 1e6:,.1f} MB" + (f" ({size:,} bytes)" if exactly else "")
 
 
 def ratio(record: dict, uncompressed: int) -> str:

@@ -159,9 +159,9 @@ def result_table(end: dict) -> str:
             ["result", ""],
             ["test loss", f"{end['test_loss']:.4f}"],
             ["tokens", f"{end['tokens']:,}"],
-            ["sent per worker", megabytes(end["w2s_bytes"])],
-            ["received per worker", megabytes(end["received_bytes"])],
-            ["uncompressed float32, both ways", megabytes(uncompressed)],
+            ["sent per worker", megabytes(end["w2s_bytes"], exactly=True)],
+            ["received per worker", megabytes(end["received_bytes"], exactly=True)],
+            ["uncompressed float32, both ways", megabytes(uncompressed, exactly=True)],
             ["ratio, both ways", ratio(end, uncompressed)],
             ["training time", f"{end['seconds']:.0f} s, {end['optimizer_share']:.0%} optimizer"],
         ]

@@ -113,7 +113,7 @@ class Group(ProcessGroupGloo):
         store.set(f"card/{rank}", json.dumps(asdict(self.card())))
         received = [json.loads(store.get(f"card/{one}")) for one in range(size)]
         cards = [Card(**one | {"place": Place(**one["place"])}) for one in received]
-        if [card.worker for card in cards] != [*self.workers]:  # the lighthouse counts anew
+        if [card.worker for card in cards] != [*self.workers]:  # the lighthouse counts from 0 again
             raise FleetError("a card of an earlier quorum of this number")
         return cards
 

@@ -63,7 +63,7 @@ class Members:
         healed: whether this worker adopted the others' state in the last gather.
         longest: the longest time that a gather took, in seconds.
         waited: the time that all gathers took, in seconds.
-        counters: the fleet's counters at the start, which torchft's manager goes on counting from.
+        counters: the fleet's counters at the start, from which torchft's manager counts on.
         manager: torchft's Manager, whose package has no types; None before the first gather.
     """
 

@@ -92,7 +92,9 @@ def cut_log(checkpoint: Path) -> None:
     os.truncate(checkpoint.parent.parent / "metrics.jsonl", 10)
 
 
-NOT_WHOLE = "no checkpoint in SCENE/killed/checkpoints is whole: remove it to start anew"
+NOT_WHOLE = (
+    "every checkpoint in SCENE/killed/checkpoints is damaged: remove the folder to start anew"
+)
 CHECKPOINTS = {  # what is done to the only one of SCENE/killed, and other overrides
     **{
         f"without {name}": (
@@ -139,7 +141,7 @@ CHECKPOINTS = {  # what is done to the only one of SCENE/killed, and other overr
     "of another compressor": (
         lambda path: None,
         "compressor@w2s=identity",
-        "w2s._target_='ef21_muon.compressors.Identity' (it has 'ef21_muon.compressors.QuantizedRank') ... give the same",
+        "w2s._target_='ef21_muon.compressors.Identity' (it has 'ef21_muon. ... give the same",
     ),
     "with other tensors": (
         other_tensors,
@@ -185,7 +187,7 @@ FILES = {  # what is done to SCENE, and overrides
     "nothing": (
         config_file(b""),
         "compressor@w2s=mine",
-        "w2s describes no class: give compressor@",
+        "w2s describes no class: give w2s=SPEC",
     ),
     "a list": (config_file(b"[1, 2]"), "compressor@w2s=mine", "w2s describes no class: give "),
     "an unheard class": (

@@ -1,6 +1,6 @@
-"""Bad command lines, each with what it is answered, for test_bad_input.py.
+"""Bad command lines, each with its error, for test_bad_input.py.
 
-An answer is one line; " ... " stands for text that is left out. SCENE is as in bad_inputs.py.
+An error is one line; " ... " stands for text that is left out. SCENE is as in bad_inputs.py.
 """
 
 COMMAND_LINES = {
@@ -31,8 +31,8 @@ KEYS = {
     "+model.depth=3": "model: ... unexpected keyword argument 'depth': give what that class takes",
     "~model.layers": "model: ... missing 1 required positional argument: 'layers': give what",
     "optimizer.unheard=1": "optimizer.unheard is not a key of this configuration: optimizer has lr",
-    "optimizer=adamw optimizer.momentum=0": "optimizer.beta is not a key of ... mean optimizer.betas?",
-    "+optimizer.seed=1": "optimizer.seed is not allowed: EF21Muon has beta, buckets, error_decay",
+    "optimizer=adamw optimizer.momentum=0": "optimizer.momentum is not a key ... has lr, betas",
+    "+optimizer.seed=1": "optimizer.seed is not allowed: EF21Muon has buckets, error_decay",
     "w2s.fractoin=0.1": "w2s.fractoin is not a key of ... : did you mean w2s.fraction?",
     "s2w.fraction=0.1": "s2w.fraction is not a key of this ... did you mean w2s.fraction?",
     "compressor@w2s=natural w2s.fraction=0.1": "w2s.fraction is not a key of ... w2s has values;",
@@ -41,8 +41,8 @@ KEYS = {
     "norm.hidden.norm.method=svd": "is not a key ... has steps; ... +norm.hidden.norm.method=VALUE",
     "+norm.other.radius=1": "norm.other lacks a norm or a radius: give norm.other.norm and",
     "+norm.hidden.lr=1": "norm.hidden.lr is not allowed: a role has norm, radius, lmo_feedback, w2",
-    "+norm.hidden.w2s=topk": "norm.hidden.w2s describes no class: give +compressor@norm.hid",
-    "+norm.hidden.s2w.fraction=0.5": "norm.hidden.s2w describes no class: give +compressor@nor",
+    "+norm.hidden.w2s=topk": "norm.hidden.w2s='topk' lacks its fraction: write topk:FRACTION",
+    "+norm.hidden.s2w.fraction=0.5": "norm.hidden.s2w describes no class: give +norm.hidden.s2w=",
     "+compressor@norm.hidden.w2s=topk norm.hidden.w2s.fracton=1": "mean norm.hidden.w2s.fraction?",
     "~norm.hidden": "the role 'hidden' of blocks.0 ... has no rule in the preset: it has embedding",
 }
@@ -78,8 +78,8 @@ TYPES = {
     "norm.hidden.norm=null": "norm.hidden.norm describes no class: give norm.hidden.norm._target_=",
     "norm.hidden.radius=null": "radius=None is not allowed: give a number above 0 ... group hidden",
     "w2s.fraction=many": "w2s: QuantizedRank got fraction=many: give a number above 0, at most 1",
-    "w2s=topk": "w2s describes no class: give compressor@w2s=NAME, one of chunk_topk, damp",
-    "s2w=null": "s2w describes no class: give compressor@s2w=NAME, one of chunk_topk, damp",
+    "w2s=3": "w2s describes no class: give w2s=SPEC, such as rank:0.15:natural, or compressor@w2s=",
+    "s2w=null": "s2w describes no class: give s2w=SPEC ... or compressor@s2w=NAME, one of bern",
     "~optimizer._target_": "optimizer describes no class: give optimizer=NAME, one of adamw, demo",
     "optimizer=null": "Config group override must be a string ... see ... optimizer=null)",
     "steps=${nope}": "Interpolation key 'nope' not found: see train.py ... steps=${nope})",
@@ -124,37 +124,37 @@ RANGES = {
     "model.vocab_size=255": "smaller than the 256 tokens of data=shakespeare: set model.vocab",
     "data.vocab_size=8": "train.bin: token ... is outside the vocabulary of 8; rebuild with",
     "optimizer=local optimizer.sync_every=0": "every=0 is not allowed: give a whole number above 0",
-    "optimizer=local optimizer.sync_every=2.5": "every=2.5 is not allowed: give a whole number above 0",
-    "optimizer=local optimizer.sync_delay=30": "delay=30 is not allowed with sync_every=30: ... at most",
+    "optimizer=local optimizer.sync_every=2.5": "every=2.5 is not allowed: give a whole number",
+    "optimizer=local optimizer.sync_delay=30": "delay=30 is not allowed with sync_every=30: give",
     "optimizer=local optimizer.sync_delay=-1": "delay=-1 is not allowed: give a whole number of at",
     "optimizer=local optimizer.outer_lr=0": "outer_lr=0 is not allowed: give a number above 0",
     "optimizer=local optimizer.outer_momentum=1": "outer_momentum=1 is not allowed: give a number",
     "optimizer=local optimizer.error_decay=2": "error_decay=2 is not allowed: give a number of",
-    "optimizer=local optimizer.streaming=1": "stagger=1 is not allowed: give True or False",
+    "optimizer=local optimizer.streaming=1": "streaming=1 is not allowed: give True or False",
     "optimizer=local optimizer.feedback=ef22": "feedback='ef22' is not allowed: choose ef21, ef14",
     "optimizer=local optimizer.inner.lr=-1": "optimizer.inner: lr=-1 is not allowed: give a number",
     "optimizer=local optimizer.inner=null": "optimizer.inner describes no optimizer: give",
     "optimizer=diloco optimizer.inner.lr=-1": "optimizer.inner: Invalid learning rate: -1",
     "optimizer=diloco optimizer.inner._target_=torch.optim.LBFGS": "optimizer.inner: LBFGS",
     "optimizer=local optimizer.server=replicated compressor@s2w=topk": "sends nothing back to",
-    "optimizer=local resume=elastic directory=x optimizer.sync_delay=1": "resume=elastic is not allowed",
+    "optimizer=local resume=elastic directory=x optimizer.sync_delay=1": "=elastic is not allowed",
     f"{FLEET} membership.worker=2": "membership.worker=2 is not allowed: give one of 0 to 1, each",
     f"{FLEET} membership.workers=0": "membership.workers=0 is not allowed: give a whole number of",
     f"{FLEET} resume=none": "resume=none is not allowed with membership=torchft: a worker that",
-    f"{FLEET} optimizer=muon": "membership=torchft needs local steps, Muon cannot go on without a",
-    f"{FLEET} optimizer=ef21_muon": "membership=torchft needs local steps, EF21Muon cannot go on",
+    f"{FLEET} optimizer=muon": "membership=torchft needs local steps, Muon cannot continue without",
+    f"{FLEET} optimizer=ef21_muon": "membership=torchft needs local steps, EF21Muon cannot",
     f"{FLEET} optimizer.sync_delay=1": "delay=1 is not allowed for workers that come and go: they",
     f"{FLEET} optimizer.server=rank0": "server='rank0' is not allowed for workers that come and",
     f"{FLEET} optimizer.feedback=ef21": "feedback='ef21' is not allowed for workers that come and",
     f"{FLEET} compressor@s2w=topk": "sends nothing back to",
     f"{FLEET} batch.global_size=3": "batch.global_size=3 cannot be split over 2 workers: give a",
-    f"{FLEET} ranks_per_worker=2": "membership=torchft has a torchrun for each worker, of ranks_per_worker=2",
+    f"{FLEET} ranks_per_worker=2": "has a torchrun for each worker, of ranks_per_worker=2",
     "membership=torchft": "membership.workers has no value: give membership.workers=VALUE",
     "membership.worker=1": "membership.worker=1 is not allowed with membership=fixed: workers",
     "optimizer.buckets=0": "buckets=0 is not allowed: give a whole number above 0",
     "optimizer.lr=-1": "lr=-1 is not allowed: give a number of at least 0",
     "optimizer.lr=nan": "lr=nan is not allowed: give a number of at least 0",
-    "optimizer.momentum=1": "beta=0 is not allowed: give a number above 0, at most 1",
+    "optimizer.momentum=1": "momentum=1 is not allowed: give a number of at least 0, below 1",
     "optimizer.weight_decay=-1": "weight_decay=-1 is not allowed: give a number of at least 0",
     "norm.hidden.radius=0": "radius=0 is not allowed: give a number above 0 ... group hidden",
     "norm.hidden.norm.steps=0": "norm.hidden.norm: Spectral got steps=0: give at least 1",
@@ -169,18 +169,18 @@ RANGES = {
 CHOICES = {
     "optimizer=sgd": "Could not find 'optimizer/sgd': choose from adamw, demo, diloco, dion",
     "model=large": "Could not find 'model/large': choose from gpt2-124m, tiny",
-    "compressor@w2s=unheard": "choose from chunk_topk, damping, dense, dropout",
+    "compressor@w2s=unheard": "choose from bernoulli, chunk_topk, identity, natural",
     "compressor=topk": "Could not override 'compressor'. Did you mean ... compressor@s2w, compress",
     "experiment=thesis": "Could not find 'experiment/thesis': choose from paper",
     "fsdp=true": "fsdp=true needs workers of several ranks: give ranks_per_worker=2 or more",
-    "exchange=nccl": "exchange=nccl is not allowed: choose device or host",
+    "transport=nccl": "transport=nccl is not allowed: choose device or host",
     "schedule.shape=linear": "schedule.shape=linear is not allowed: choose trapezoid or cosine",
     "resume=yes": "resume=yes is not allowed: choose none, auto or elastic",
     "wandb.mode=on": "wandb.mode=on is not allowed: choose disabled, offline or online",
     "data.train=/nowhere/*.bin": "/nowhere/*.bin: 0 matching files, expected 1; rebuild",
     "data.train_shards=2": "train.bin: 1 matching files, expected 2; rebuild with: python data/",
     "w2s.values=float8": "values=float8 is not a value format: choose from float32, bfloat16",
-    "w2s.values=int4@0": "w2s: Integer got block=0: give row, message, a number of values above 0",
+    "w2s.values=int4@0": "w2s: Integer got block=0: give row, tensor, a number of values above 0",
     "optimizer.server=moon": "server='moon' is not a placement: choose auto, rank0, sharded",
     "optimizer.feedback=ef22": "feedback='ef22' is not allowed: choose ef21, ef14, none",
     "+norm.hidden.norm.method=qr": "norm.hidden.norm: Spectral got method='qr': choose jordan",
@@ -188,35 +188,56 @@ CHOICES = {
     "optimizer._target_=torch.optim.SGD": "SGD is not allowed: give ef21_muon.EF21Muon, a class of",
 }
 
+SPECS = {
+    "w2s=topk": "w2s='topk' lacks its fraction: write topk:FRACTION[:VALUES]",
+    "w2s=rnk:0.1": "w2s='rnk:0.1' is not a compressor: choose from identity, quantize",
+    "s2w=topk:2": "s2w=topk:2: TopK got fraction=2.0: give a number above 0, at most 1",
+    "w2s=topk:0.1:float9": "w2s=topk:0.1:float9: values=float9 is not a value format: choose from",
+    "w2s=rank:0.1:natural:4": "w2s='rank:0.1:natural:4' has '4' left over: write rank:FRACTION",
+    "optimizer=local optimizer.sync_every=2 w2s=nothing": "w2s='nothing' is not a compressor",
+    "dry_run=true w2s=topk:0": "w2s=topk:0: TopK got fraction=0.0: give a number above 0",
+    "-m w2s=sign,topk:7": "w2s=topk:7: TopK got fraction=7.0: give ... (in w2s=topk:7 ",
+    "+norm.embedding.w2s=randk": "norm.embedding.w2s='randk' lacks its fraction: write randk:FRACT",
+    "norm.embedding.w2s=sign": "norm.embedding.w2s is not a key ... write +norm.embedding.w2s=SPEC",
+    **{
+        f"{first} {second}": f"{other} is not allowed beside w2s=topk:0.1, which describes the"
+        for other in ("w2s.fraction=0.3", "+w2s.values=int4", "compressor@w2s=topk")
+        for first, second in ((other, "w2s=topk:0.1"), ("w2s=topk:0.1", other))
+    },
+    "+norm.hidden.w2s=sign norm.hidden.w2s.values=int4": (
+        "norm.hidden.w2s.values=int4 is not allowed beside norm.hidden.w2s=sign, which describes"
+    ),
+}
+
 CONTRADICTIONS = {
     "schedule.shape=cosine schedule.cooldown=0.2": (
         "schedule.cooldown=0.2 has no effect with schedule.shape=cosine, which falls from the end"
     ),
-    "+optimizer.mean=senders": "optimizer.mean is not allowed: EF21Muon has beta, buckets",
+    "+optimizer.mean=senders": "optimizer.mean is not allowed: EF21Muon has buckets",
     "optimizer.server=replicated compressor@s2w=topk": (
         "server='replicated' sends nothing back to compress with s2w=top 15% natural: use s2w="
     ),
     "-m directory=SCENE/new seed=0,1": "directory= names a single run: use runs= for the folder of",
     "-m seed=0,1 steps=0": "steps=0 is not allowed: give a whole number ... (in seed=0 model",
-    "directory=SCENE/completed": "SCENE/completed exists already: go on with resume=auto, or give",
+    "directory=SCENE/completed": "SCENE/completed exists already: resume with resume=auto, or give",
     "directory=SCENE/completed resume=auto optimizer.lr=1": (
         "SCENE/completed was made with another configuration: optimizer.lr=1 (it has 0.02); give"
     ),
-    "resume=elastic": "resume=elastic needs directory=: say which run goes on",
+    "resume=elastic": "resume=elastic needs directory=: say which run to resume",
     "resume=elastic directory=SCENE/new optimizer.feedback=ef14": (
-        "resume=elastic is not allowed for fitted rank 30% ... EF14: it needs optimizer=ef21_muon"
+        "resume=elastic is not allowed for quantized rank 30% ... EF14: it needs optimizer="
     ),
     "diagnostics_every=5": "diagnostics_every=5 is longer than steps=4, which leaves no record of",
-    "optimizer=diloco": "optimizer.sync_every=500 is longer than steps=4: give optimizer.sync_every=4",
-    "optimizer=local": "optimizer.sync_every=30 is longer than steps=4: give optimizer.sync_every=4",
-    "optimizer=muloco optimizer.sync_every=5": "every=5 is longer than steps=4: ... or steps=5 or more",
+    "optimizer=diloco": "optimizer.sync_every=500 is longer than steps=4: give optimizer.",
+    "optimizer=local": "optimizer.sync_every=30 is longer than steps=4: give optimizer.",
+    "optimizer=muloco optimizer.sync_every=5": "every=5 is longer than steps=4: ... steps=5 or",
     "optimizer=local optimizer.sync_every=400 dry_run=true": "every=400 is longer than steps=4",
-    "optimizer=local optimizer.sync_every=9 optimizer.sync_delay=2": "every=9 is longer than steps=4",
+    "optimizer=local optimizer.sync_every=9 optimizer.sync_delay=2": "every=9 is longer than",
     "optimizer=local optimizer.sync_every={0:2,2:600}": (
         "has rounds of 600 steps from step 3 on, where steps=4 leaves 2: give rounds of 2"
     ),
-    "optimizer=local optimizer.sync_every={0:1,3:2}": "of 2 steps from step 4 on, where steps=4 lea",
-    "optimizer=local optimizer.sync_every={0:1,4:2}": "from step 5 on, which steps=4 does not reach",
+    "optimizer=local optimizer.sync_every={0:1,3:2}": "of 2 steps from step 4 on, where steps=4 ",
+    "optimizer=local optimizer.sync_every={0:1,4:2}": "from step 5 on, which steps=4 does not",
     f"{FLEET} optimizer.sync_every=5": "optimizer.sync_every=5 is longer than steps=4: give",
     "ranks_per_worker=2": "ranks_per_worker=2 needs a process group: use torchrun",
     "optimizer.error_decay=0.9 optimizer.feedback=none": (
@@ -226,7 +247,7 @@ CONTRADICTIONS = {
         "server_momentum=0.7 is not allowed with feedback='ef21': leave it at 0, or use feedback="
     ),
     "plan.mbit=100": "plan.mbit=100 needs plan.step_seconds: give a step's seconds and the link's",
-    "plan.step_seconds=1 plan.mbit=9": "plan.step_seconds=1 plan.mbit=9 is of dry_run=true alone",
+    "plan.step_seconds=1 plan.mbit=9": "plan.step_seconds=1 plan.mbit=9 needs dry_run=true: add it",
     "plan.latency_ms=50": "plan.latency_ms=50 needs plan.step_seconds and plan.mbit: give a step's",
     "dry_run=true optimizer=adamw": "dry_run=true plans EF21-Muon and local steps: give",
     "data=fineweb10b": "model.vocab_size=256 is smaller than the 50257 ... set model.vocab_size to",
@@ -235,11 +256,11 @@ CONTRADICTIONS = {
 }
 
 IN_A_PROCESS_GROUP = {  # of one process
-    "optimizer=adamw ranks_per_worker=2": "ranks_per_worker=2 needs optimizer=ef21_muon or local: set",
+    "optimizer=adamw ranks_per_worker=2": "ranks_per_worker=2 needs optimizer=ef21_muon or loc",
     "ranks_per_worker=2": "ranks_per_worker=2 does not divide 1 ranks: give a divisor",
     "optimizer=dion diagnostics_every=1": "diagnostics_every=1 needs optimizer=ef21_muon or local",
     "optimizer=muon_powersgd": "checkpoint.every=100 is not allowed with hook=powersgd: ... to 0",
-    "optimizer=muon_greedylore optimizer.refresh_every=0": "every=0 is not allowed: give a whole number",
+    "optimizer=muon_greedylore optimizer.refresh_every=0": "every=0 is not allowed: give a whole",
     "optimizer=adamw optimizer.hook=bfloat16": "hook='bfloat16' is not allowed on gloo: use float",
     "optimizer=adamw optimizer.hook=zip": "hook='zip' is not allowed: choose float32, float16",
     "optimizer=adamw optimizer.lr=fast": "lr=fast is not allowed: give a number of at least 0",

@@ -157,6 +157,7 @@ OVERRIDES = (
     | bad_overrides.TYPES
     | bad_overrides.RANGES
     | bad_overrides.CHOICES
+    | bad_overrides.SPECS
     | bad_overrides.CONTRADICTIONS
 )
 

@@ -145,7 +145,9 @@ def test_if_all_are_damaged_it_is_an_error(tmp_path, capsys):
     saved(tmp_path, 1, 2)
     for name in (FIRST, SECOND):
         flip(tmp_path / name / "__0_0.distcp", 0.3)
-    with pytest.raises(RunError, match=f"no checkpoint in {tmp_path} is whole: remove it to start"):
+    with pytest.raises(
+        RunError, match=f"every checkpoint in {tmp_path} is damaged: remove the folder"
+    ):
         newest(tmp_path)
     assert capsys.readouterr().err.count("ignored a damaged checkpoint") == 2
 
@@ -177,7 +179,7 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_one(small, tmp_path, capsys
     assert repeatable(tmp_path) == whole
     told = capsys.readouterr()
     assert "step-00000004/__0_0.distcp is not what was written" in told.err
-    assert f"going on from {tmp_path}/checkpoints/{THIRD}\n" in told.out
+    assert f"resuming from {tmp_path}/checkpoints/{THIRD}\n" in told.out
 
 
 # Asynchronous saving

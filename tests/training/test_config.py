@@ -42,6 +42,10 @@ def test_sweep_is_the_product_in_order():
         ("compressor@w2s=topk", "seed=0", "steps=5"),
         ("compressor@w2s=topk", "seed=1", "steps=5"),
     ]
+    assert sweep(["w2s=sign,rank:0.1:int4"], multirun=True) == [
+        ("w2s=sign",),
+        ("w2s=rank:0.1:int4",),
+    ]
     assert sweep(["seed=range(0,3)"], multirun=True) == [("seed=0",), ("seed=1",), ("seed=2",)]
 
 
@@ -52,6 +56,7 @@ def test_names_tell_overrides_and_tell_configurations_apart(small):
     overrides = ("compressor@w2s=topk", "w2s.fraction=0.05")
     assert re.fullmatch(r"w2s=topk,w2s\.fraction=0\.05-[0-9a-f]{8}", name(*overrides))
     assert name(*overrides) == name(*overrides)
+    assert re.fullmatch(r"w2s=topk-0\.05-int4-[0-9a-f]{8}", name("w2s=topk:0.05:int4"))
     assert name(*overrides) != name(*overrides, workers=4)
     assert name("seed=1") != name("seed=2")
     assert name("runs=elsewhere", "wandb.mode=offline", "log_every=5") == name()
@@ -70,6 +75,28 @@ def test_every_compressor_composes(compressor, direction):
     config = compose((f"compressor@{direction}={compressor}",)).config
     alpha = build(config[direction], direction).alpha(64, 32)
     assert alpha == 0 if compressor in PROMISE_NOTHING else 0 < alpha <= 1
+
+
+@pytest.mark.parametrize("compressor", sorted(COMPRESSORS))
+def test_every_compressors_file_names_the_spec_of_the_same_compressor(compressor):
+    first = (CONFIGS / "compressor" / f"{compressor}.yaml").read_text().splitlines()[0]
+    spec = re.fullmatch(r"# .*\. Spec: (\S+)", first)[1]
+    chosen = compose((f"compressor@w2s={compressor}",)).config.w2s
+    assert repr(build(chosen, "w2s")) == repr(build(compose((f"w2s={spec}",)).config.w2s, "w2s"))
+
+
+def test_every_configuration_says_first_what_it_is():
+    for path in CONFIGS.rglob("*.yaml"):
+        first, second, *_ = [*path.read_text().splitlines(), ""]
+        assert (second if first == "# @package _global_" else first).startswith("# "), path
+
+
+def test_sign_muons_file_names_overrides_that_compose():
+    comment = (CONFIGS / "optimizer" / "sign_muon.yaml").read_text()
+    overrides = ("w2s=sign@tensor", "+norm.embedding.w2s=identity")
+    assert " ".join(overrides) in comment
+    config = compose(("optimizer=sign_muon", *overrides)).config
+    assert (config.w2s, config.norm.embedding.w2s) == ("sign@tensor", "identity")
 
 
 def test_the_papers_setting_composes():

@@ -42,7 +42,7 @@ def test_on_a_full_disk_the_run_stops_and_can_go_on_later(small, disk):
     assert errors == [
         "error: the checkpoint step-00000004 could not be written: [Errno 28] No space left on "
         f"device; earlier ones in {folder}/run/checkpoints are as they were: see to the disk, and "
-        "go on with resume=auto"
+        "resume with resume=auto"
     ]
     assert "Traceback" not in before_torchrun(result.stderr)
     assert names(folder / "run" / "checkpoints") == [SECOND]

@@ -236,7 +236,7 @@ def test_a_run_that_was_cut_off_in_a_checkpoint_says_so_when_it_is_resumed(small
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))  # it was killed
     (tmp_path / "checkpoints" / "step-00000003.partial").mkdir()
     run_alone(tmp_path, *small, "resume=auto")
-    told = "the last start was cut off while it wrote step-00000003: going on from "
+    told = "the last start was cut off while it wrote step-00000003: resuming from "
     assert f"{told}{tmp_path}/checkpoints/step-00000002\n" in capsys.readouterr().out
 
 

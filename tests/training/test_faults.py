@@ -81,7 +81,7 @@ def last_record(run: Path) -> dict:
 
 
 def resumed_from(output: str) -> list[int]:
-    return [int(step) for step in re.findall(r"going on from .*step-(\d+)", output)]
+    return [int(step) for step in re.findall(r"resuming from .*step-(\d+)", output)]
 
 
 def test_killed_workers_are_restarted_and_leave_no_trace(launch, undisturbed, tmp_path):
@@ -119,7 +119,7 @@ def test_sigterm_stops_all_workers_with_a_checkpoint(launch, undisturbed, tmp_pa
     run = tmp_path / "run"
     status, output = launch(2, "2:exchange:1:SIGTERM")
     assert status == 0, output
-    assert "stopped as asked: go on with resume=auto" in output
+    assert "stopped as asked: resume with resume=auto" in output
     stopped = last_record(run)
     assert stopped == {"record": "end", "status": "stopped", "step": 3}
     assert (run / "checkpoints" / "step-00000003").is_dir()

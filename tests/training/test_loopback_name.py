@@ -86,7 +86,9 @@ def test_membership_host_suffices(start, small, tmp_path):
             workers.append(start(number, "train.py", *worker_overrides(options, number)))
         for number, (found, told) in enumerate(ends(workers)):
             assert found == status, told
-            own = f"error: worker {number} cannot go on: worker {number} on node{number} (process"
+            own = (
+                f"error: worker {number} cannot continue: worker {number} on node{number} (process"
+            )
             assert status == 0 or (own in told and REFUSED in told)
         lighthouse.terminate()
 

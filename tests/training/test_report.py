@@ -148,9 +148,9 @@ def test_the_result_has_both_ways_and_their_ratio():
     assert dict(re.split("  +", line, maxsplit=1) for line in lines[2:]) == {
         "test loss": "2.5000",
         "tokens": "12,345",
-        "sent per worker": "12.5 MB",
-        "received per worker": "47.5 MB",
-        "uncompressed float32, both ways": "480.0 MB",
+        "sent per worker": "12.5 MB (12,500,000 bytes)",
+        "received per worker": "47.5 MB (47,500,000 bytes)",
+        "uncompressed float32, both ways": "480.0 MB (480,000,000 bytes)",
         "ratio, both ways": "8.0x less",
         "training time": "10 s, 25% optimizer",
     }
