@@ -116,15 +116,45 @@ def _stepped(optimizer: Optimizer, group: dict) -> Tensor:
     """
     like = group["params"][0]
     parameter = (numbers(48, 64) / (1 << 23)).to(like).requires_grad_()
-    other = object.__new__(type(optimizer))
-    vars(other).update(vars(optimizer), state=defaultdict(dict))
-    vars(other).update({key: OrderedDict() for key in vars(other) if key.endswith("_hooks")})
-    other.param_groups = [{**group, "params": [parameter]}]
+    other = _like(optimizer, [{**group, "params": [parameter]}])
     for _ in range(2):
         parameter.grad = parameter.detach() * parameter.detach()
         type(optimizer).step(other)
     own = [one for one in other.state[parameter].values() if isinstance(one, Tensor)]
     return torch.cat([tensor.detach().flatten().float() for tensor in (parameter, *own)])
+
+
+def _like(optimizer: Optimizer, groups: list[dict]) -> Optimizer:
+    """A copy of other parameters, without state and hooks."""
+    other = object.__new__(type(optimizer))
+    vars(other).update(vars(optimizer), state=defaultdict(dict))
+    vars(other).update({key: OrderedDict() for key in vars(other) if key.endswith("_hooks")})
+    other.param_groups = groups
+    return other
+
+
+@torch.no_grad()
+def first_state(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
+    """What the first step of an optimizer of torch makes, zero, by the parameter's number.
+
+    Empty for an optimizer that is not torch's own, or does not step on zeros.
+    """
+    groups = [
+        {**group, "params": [torch.zeros_like(p).requires_grad_() for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    other = _like(optimizer, groups)
+    if type(optimizer).__module__.startswith("torch.optim"):
+        with suppress(RuntimeError):
+            type(optimizer).step(other)
+    return {
+        number: {key: torch.zeros_like(one) for key, one in other.state[parameter].items()}
+        for number, parameter in enumerate(parameters)
+        if parameter in other.state
+    }
 
 
 def digests(results: Results) -> dict[str, int]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from ef21_muon import inspection, state
+from ef21_muon import inspection, views
 from ef21_muon.arithmetic import Results, of_decoding, where_bits_agree
 from ef21_muon.compressors import Compressor
 from ef21_muon.compressors.base import new_generator
@@ -21,13 +21,15 @@ from ef21_muon.identity import described, settings_of
 from ef21_muon.layers import AUTO, Batch, Layer, form_batches, layers_of
 from ef21_muon.renamed import ATTRIBUTES
 from ef21_muon.settings import choice, compressor_of, refuse_compressed_shifts
+from ef21_muon.state import HOOKS
+from ef21_muon.stateful import Stateful
 from ef21_muon.transport.agreement import (
     UNEQUAL,
     require_equal_parameters,
     require_equal_settings,
 )
 from ef21_muon.transport.buffers import Buffers
-from ef21_muon.transport.fixed import ALONE, Group, Traffic, Transport, place_in
+from ef21_muon.transport.fixed import Group, Traffic, Transport, place_in
 from ef21_muon.transport.load import Load, loads
 from ef21_muon.transport.mesh import WorkerMesh
 from ef21_muon.transport.schedule import Rounds
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from ef21_muon.inner import Wrapped
 
 
-class Communicating(torch.optim.Optimizer):
+class Communicating(Stateful):
     """An optimizer whose `step()` after `loss.backward()` sends messages, on all workers together.
 
     Gradients are local: do not wrap the model in DistributedDataParallel. With an initialised
@@ -77,7 +79,7 @@ class Communicating(torch.optim.Optimizer):
     RULE: tuple[str, ...] = ()  # entries of a parameter group that are objects, not numbers
     BROKEN = "the gradient of {} was not finite at step {}"
     # A method that schedulers wrap, parts of this process, and torch's hooks, as torch has it.
-    NOT_COPIED = ("step", "stragglers", "unsent", *state.HOOKS)
+    NOT_COPIED = ("step", "stragglers", "unsent", *HOOKS)
     inner: Sequence[torch.optim.Optimizer] = ()
     wrapped: "Wrapped | None" = None  # where there are inner optimizers
     rules: Sequence[dict] = ()
@@ -163,8 +165,8 @@ class Communicating(torch.optim.Optimizer):
             ValueError: for parameters or settings that differ between ranks.
         """
         self.batches = batches
-        for batch in batches:
-            self.state.update(batch.parameter_state())
+        views.show_groups(self)
+        views.show_state(self)
         layers = layers_of(batches, self.missing_grad) if layers is None else layers
         if self.mesh:
             self.mesh.name(layers)
@@ -356,58 +358,6 @@ class Communicating(torch.optim.Optimizer):
             problem = str(error)
         inspection.require_agreement(self, self._shared(), problem)
 
-    def require_own_parameters(self, call: str) -> None:
-        """Refuse a call that would take W for this worker's own parameters.
-
-        Args:
-            call: what was called, for the error.
-
-        Raises:
-            RuntimeError: within `global_params()`.
-        """
-        if self._swapped:
-            raise RuntimeError(
-                f"{call} within global_params(): the parameters are W there, leave it first"
-            )
-
-    def state_dict(self) -> dict:
-        """A copy of this rank's state, with that of inner optimizers: later steps do not change it.
-
-        Ranks differ in what they remember, and in what they serve: `full_state_dict` has the state
-        of all. What is an object in a group, as norms and compressors, is named in `of` alone;
-        build the optimizer with the same ones to load it. Takes as much memory as the state.
-        Raises RuntimeError where the parameters are W, as within `global_params()`.
-        """
-        saved = state.save(self)
-        if self.unsent:
-            self.unsent.steps = 0
-        return saved
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Continue exactly from a `state_dict` of the same rank, parameters and options.
-
-        Or from this rank's part of a `full_state_dict`. The model's own state has to be loaded
-        beside it. The state is copied, so it can be loaded again. Options of groups are then those
-        of the state, as with torch's optimizers; the learning rate, `missing_grad` and `buckets` may
-        differ from those here. Raises ValueError when it does not fit, before anything changes,
-        and RuntimeError where the parameters are W, as within `global_params()`.
-        """
-        state.load(self, state_dict)
-
-    def full_state_dict(self) -> dict | None:
-        """The state of all ranks for one file, on rank 0, and None on the others.
-
-        To be called on all ranks; `load_state_dict` takes it on all of them.
-        """
-        mine = self.state_dict()
-        rank, ranks = place_in(self.everyone)
-        if self.everyone == ALONE or ranks == 1:
-            return {"ranks": [mine]}
-        states: list[dict] | None = [{}] * ranks if rank == 0 else None
-        dist.gather_object(mine, states, group=self.everyone, group_dst=0)
-        return {"ranks": states} if rank == 0 else None
-
     def resume_after(self, steps: int) -> None:
         """Count on from as many steps, with a state that was loaded or copied."""
         self.steps, self.begun = steps, steps > 0
@@ -436,8 +386,7 @@ class Communicating(torch.optim.Optimizer):
 
     def __setstate__(self, values: dict) -> None:
         super().__setstate__(values)
-        for batch in self.batches:  # whose tables' views a pickle made tensors of their own
-            self.state.update(batch.parameter_state())
+        views.show_state(self)  # a pickle has made tensors of their own of views of tables
         self.guards = Guards(self, self.guards.layers)
         self.resume_after(self.steps)
         if self.wrapped:

@@ -22,6 +22,7 @@ from ef21_muon.transport.buffers import instances, warn_of_statistics
 from ef21_muon.transport.fixed import ALONE, Group, place_in
 from ef21_muon.transport.shards import is_sharded
 from ef21_muon.transport.stragglers import StragglerMonitor
+from ef21_muon.views import show_groups
 
 if TYPE_CHECKING:
     from ef21_muon.communicating import Communicating
@@ -105,7 +106,7 @@ class Guards:
             GradientError: if a gradient is missing or does not fit.
         """
         if optimizer.wrapped:
-            optimizer.param_groups = optimizer.wrapped.param_groups
+            show_groups(optimizer)
         _, now = place_in(optimizer.process_group)
         if now != self.ranks:
             raise RuntimeError(

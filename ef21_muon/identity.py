@@ -156,6 +156,32 @@ def differences(mine: Mapping, theirs: Mapping, text: str, most: int = NAMED) ->
     return ", ".join([*found[:most], *([f"and {more} more"] if more > 0 else [])])
 
 
+def state_identity(optimizer: "Communicating") -> dict[str, object]:
+    """Return what a state is of: the place of this rank, the method, and all options when built."""
+    rank, ranks = place_in(optimizer.everyone)
+    own = {"method": type(optimizer).__name__, "rank": rank, "ranks": ranks}
+    return own | without_free(optimizer._built_as)
+
+
+def require_identity(mine: Mapping, of: Mapping) -> None:
+    """Raise ValueError for a state of something else."""
+    differing = differences(mine, of, "{key} {theirs!r} (here {mine!r})")
+    if not differing:
+        return
+    advice = (
+        "build the optimizer as that one was, load, and then change in param_groups what is to "
+        "change"
+    )
+    if mine["ranks"] != of.get("ranks"):
+        advice = "start as many ranks as it was saved on"
+    elif mine["rank"] != of.get("rank"):
+        advice = (
+            "load it where it was saved, on every rank its own, or save full_state_dict() and load "
+            "that on all"
+        )
+    raise ValueError(f"the state is of {differing}: {advice}")
+
+
 def require_layout(inner: Optimizer, saved: Mapping) -> None:
     """Raise ValueError if a saved state belongs to other groups or parameters.
 

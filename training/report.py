@@ -114,7 +114,7 @@ def _layers(optimizer: Communicating) -> list[list[str]]:
                 group["name"],
                 str(layers),
                 "x".join(map(str, batch.shape)),
-                str(group["norm"]) if "norm" in group else _inner(optimizer, group),
+                str(group["norm"]) if "norm" in group else _inner(optimizer, batch.group),
                 _radius(group["radius"]) if "radius" in group else "",
                 f"{group['lr']:g}",
                 _fitted(fitted, rule["w2s"]),
@@ -137,13 +137,10 @@ def _radius(radius: float | AdaptiveRadius) -> str:
     return str(radius) if isinstance(radius, AdaptiveRadius) else f"{radius:g}"
 
 
-def _inner(optimizer: LocalSteps, group: dict) -> str:
+def _inner(optimizer: LocalSteps, group: int) -> str:
     """The name of the inner optimizer that steps a group without a norm."""
-    return next(
-        type(inner).__name__
-        for inner in optimizer.inner
-        if any(own is group for own in inner.param_groups)
-    )
+    of_groups = [inner for inner in optimizer.inner for _ in inner.param_groups]
+    return type(of_groups[group]).__name__
 
 
 def _fitted(used: Compressor, chosen: Compressor) -> str:

@@ -169,12 +169,13 @@ def _tensors(run) -> dict[str, Tensor]:
         else:
             tensors[f"parameter.{name}"] = parameter.detach()
     names = {parameter: name for name, parameter in _stepped(run).items()}
+    names |= {parameter: name for name, parameter in run.raw_model.named_parameters()}
     for parameter, state in run.optimizer.state.items():
         for key, tensor in state.items():
             holder = "server" if key.startswith(SERVER) else worker
             name = f"{holder}.{names[parameter]}.{key}"
             if key == "global_params":
-                name, tensor = f"parameter.{names[parameter]}", tensor.view_as(parameter)
+                name, tensor = f"parameter.{names[parameter]}", tensor.view(parameter.shape)
             tensors[name] = tensor
     for parameter, key, tensor in inner_tensors(run.optimizer):
         tensors[f"{worker}.{names[parameter]}.inner.{key}"] = tensor

@@ -57,10 +57,8 @@ def test_a_copy_with_its_model_goes_on_alike_and_apart(name, duplicate):
     take(model, optimizer, 5)
     assert torch.equal(parameters_of(model), parameters_of(other_model))
     assert not torch.equal(parameters_of(model), before)
-    state, its = optimizer.state_dict()["state"], other_optimizer.state_dict()["state"]
-    assert state.keys() == its.keys() and any(map(len, state.values()))
-    for number, own in state.items():
-        assert all(torch.equal(tensor, its[number][key]) for key, tensor in own.items())
+    state, its = str(optimizer.state_dict()), str(other_optimizer.state_dict())
+    assert state == its
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from one_layer import everything, layer, take_steps
+from one_layer import everything, layer, rest, take_steps
 
 from ef21_muon import LocalSteps
 from ef21_muon.compressors import TopK
@@ -14,22 +14,44 @@ def without(state, *path):
     del state[path[-1]]
 
 
+def update(state, *path, **values):
+    for key in path:
+        state = state[key]
+    state.update(values)
+
+
+def table(state):
+    return next(iter(state["state"][1].values()))
+
+
 DAMAGE = {
-    "a generator": lambda s: without(s, "generators", "w2s"),
-    "random numbers of another device": lambda s: s["generators"].update(w2s=torch.zeros(16)),
-    "no random numbers": lambda s: s["generators"].update(w2s=None),
-    "steps": lambda s: s.update(steps="7"),
-    "steps below zero": lambda s: s.update(steps=-5),
-    "traffic": lambda s: s.update(traffic=None),
-    "a parameter": lambda s: without(s, "state", 0),
-    "a shape": lambda s: s["state"][0].update(dict.fromkeys(s["state"][0], torch.zeros(2, 2))),
+    "a generator": lambda s: without(rest(s), "generators", "w2s"),
+    "random numbers of another device": lambda s: update(
+        rest(s), "generators", w2s=torch.zeros(16)
+    ),
+    "no random numbers": lambda s: update(rest(s), "generators", w2s=None),
+    "steps": lambda s: rest(s).update(counters=rest(s)["counters"].double()),
+    "steps below zero": lambda s: rest(s)["counters"].neg_(),
+    "traffic": lambda s: rest(s).update(counters=rest(s)["counters"][:3]),
+    "a count without a denominator": lambda s: rest(s)["counters"][1:].zero_(),
+    "no counters": lambda s: rest(s).update(counters=None),
+    "a parameter": lambda s: without(s, "state", 1),
+    "a shape": lambda s: table(s).update(rank0=torch.zeros(2, 2)),
+    "a table as others have it": lambda s: s["state"][1].update(error=torch.zeros(8, 1)),
+    "a table of another rank": lambda s: table(s).update(rank1=table(s).pop("rank0")),
     "a group": lambda s: s["param_groups"].clear(),
-    "what it is of": lambda s: s.update(of=None),
-    "the inner state": lambda s: s.update(inner=None),
-    "an inner optimizer": lambda s: s["inner"].clear(),
-    "inner groups": lambda s: s["inner"][0]["param_groups"].clear(),
-    "an entry of the inner state": lambda s: without(s, "inner", 0, "state", 0, "exp_avg"),
-    "an inner shape": lambda s: s["inner"][0]["state"][0].update(exp_avg=torch.zeros(2)),
+    "what it is of": lambda s: rest(s).update(of=None),
+    "no text": lambda s: rest(s)["of"].fill_(200),
+    "no JSON": lambda s: rest(s)["of"].fill_(70),
+    "the inner state": lambda s: rest(s).update(inner=None),
+    "an inner optimizer": lambda s: rest(s)["inner"].clear(),
+    "all of the inner state": lambda s: rest(s)["inner"]["0"]["state"].clear(),
+    "an entry of the inner state": lambda s: without(
+        rest(s), "inner", "0", "state", "0", "exp_avg"
+    ),
+    "an inner shape": lambda s: update(
+        rest(s), "inner", "0", "state", "0", exp_avg=torch.zeros(2)
+    ),
 }
 
 

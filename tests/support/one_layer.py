@@ -17,6 +17,18 @@ def take_steps(model, optimizer, steps, first=0):
         optimizer.step()
 
 
+def tables(optimizer):
+    """Of a state every parameter's tensors by table, without the names of ranks."""
+    state = optimizer.state_dict()["state"]
+    return {n: {key: one["rank0"] for key, one in own.items()} for n, own in state.items()}
+
+
+def rest(state):
+    """What a state has beside tables and groups."""
+    held = [one for own in state["state"].values() for one in own.values()]
+    return next(one["rank0_rest"] for one in held if "rank0_rest" in one)
+
+
 def everything(optimizer):
     """All that it and its inner optimizers remember, and the options of their groups, as text."""
     nested = [optimizer, *optimizer.inner]

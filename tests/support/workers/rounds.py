@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from ef21_muon import EF21Muon
 from ef21_muon.compressors import Identity, Quantize, QuantizedRank, RankK, TopK
@@ -226,7 +225,8 @@ def go_on_from_states():
     box = [optimizer.full_state_dict()]
     dist.broadcast_object_list(box)
     said = []
-    for state in (box[0]["ranks"][0], get_optimizer_state_dict(Layers(others), other)):
+    a_part = {key: one for key, one in other.state_dict().items() if key == "param_groups"}
+    for state in (box[0]["ranks"][0], a_part | {"state": {}}):
         before = other.state_dict()
         try:
             other.load_state_dict(state)
