@@ -11,7 +11,7 @@
 PYTHON ?= python3
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c GPU)
 NPROC ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
-# One thread a worker: what torchrun would choose too, without its warning.
+# One thread per worker: what torchrun would choose too, without its warning.
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: train fleet verify study gpu figures test lint setup data

@@ -93,7 +93,7 @@ def check_launch(workers: Workers, interface: Path, steps: int) -> None:
 
 
 def count_table(rows: list[dict]) -> str:
-    """What ranks sent in MB a step, one line each; the last column leaves headers out."""
+    """What ranks sent in MB per step, one line each; the last column leaves headers out."""
     lines = [["server", "rank", "log", "kernel", "difference", "received", "payload alone"]]
     for row in rows:
         log, sent, received = row["log_bytes"], row["kernel_bytes"], row["kernel_received_bytes"]
@@ -131,7 +131,7 @@ def count_all(options: argparse.Namespace, workers: Workers) -> int:
         server = getattr(run.optimizer, "server", "all-reduce")
         own = {"server": server} | count(run, interface, options.steps)
         rows += of_nodes(workers.gather(own), ranks_per_node)
-    workers.say(f"MB a step on {workers.count} nodes\n\n{count_table(rows)}")
+    workers.say(f"MB per step on {workers.count} nodes\n\n{count_table(rows)}")
     if options.json and workers.first:
         facts = {"nodes": workers.count, "interface": options.interface, "steps": options.steps}
         options.json.write_text(json.dumps(facts | {"rows": rows}) + "\n")

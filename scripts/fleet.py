@@ -9,7 +9,7 @@ On several, the lighthouse on one of them, and a worker on each, with the same o
     python scripts/fleet.py lighthouse --workers 3
     python scripts/fleet.py worker --number 0 --workers 3 --lighthouse http://FIRST:29510 [...]
 
-A worker is `--ranks` processes, which scripts/supervise.py starts again when they crash; it goes on
+A worker is `--ranks` processes, which scripts/supervise.py starts again when they crash; it resumes
 from where the others are. What no restart can mend, as a wrong configuration, ends it for good. The
 lighthouse asks for a majority, so that no two parts of the fleet train apart. No timeout has to be
 chosen: a worker is gone when it was not heard of for 5 seconds, and one that hangs ends itself, by
@@ -48,12 +48,12 @@ PORT = 29510
 HEARTBEAT_SECONDS = 5  # without one a worker is gone
 JOIN_SECONDS = 24 * 3600  # for a worker that lives and is on its way; one that hangs ends itself
 AFTER_THE_FIRST = 120  # seconds for workers to end once one has completed
-OF_TOO_FEW = 10  # seconds for workers to end by themselves where fewer than a majority can go on
+OF_TOO_FEW = 10  # seconds for workers to end by themselves where fewer than a majority are left
 RESOLVER_SECONDS = 5.0  # for it to answer, before workers start
 
 
 def majority(workers: int) -> int:
-    """The least number of workers that may go on without the others."""
+    """The least number of workers that may continue without the others."""
     return workers // 2 + 1
 
 
@@ -62,7 +62,7 @@ def new_lighthouse(workers: int, port: int):
 
     Raises RunError where there is no torchft, and for a port that cannot be used.
     """
-    os.environ.setdefault("RUST_LOG", "warn")  # or it says several lines a round
+    os.environ.setdefault("RUST_LOG", "warn")  # or it says several lines per round
     try:
         from torchft.coordination import LighthouseServer
     except ImportError as error:
@@ -131,7 +131,7 @@ def start(options: argparse.Namespace) -> int:
         print("error: fewer than a majority of the workers are left: all stop", file=sys.stderr)
         return 1
     for number, status in enumerate(statuses):
-        if status and status != FINAL:  # of which it has said why
+        if status and status != FINAL:  # it has said why
             print(f"error: worker {number} did not complete: see its log", file=sys.stderr)
     if all(status == FINAL for status in statuses):
         return FINAL

@@ -31,7 +31,7 @@ def time_steps(run: Run, steps: int, after_each: Callable = lambda: None) -> tup
 
 
 def markdown(rows: list[list[str]], text_columns: int) -> str:
-    """A table of rows of text, of which the first is the heading."""
+    """A table of rows of text; the first is the heading."""
     heading, *body = rows
     rule = ["---"] * text_columns + ["---:"] * (len(heading) - text_columns)
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, rule, *body))

@@ -54,7 +54,7 @@ class JobError(RuntimeError):
 class Network:
     """`nodes` namespaces on one switch, for as long as the context lasts.
 
-    nodes: 1 to 100; rate: of what a node sends, as in "100mbit" (bits a second; kept up to about
+    nodes: 1 to 100; rate: of what a node sends, as in "100mbit" (bits per second; kept up to about
     1gbit), unlimited without; delay: one way, from one node to another, as in "1ms" (also us and
     s): a ping takes twice as long; mtu: bytes of a frame without its Ethernet header. `names` are
     the namespaces, `addresses` those of eth0.
@@ -71,7 +71,7 @@ class Network:
         if not 1280 <= mtu <= 65_535:
             raise ValueError(f"mtu={mtu} is not allowed: give bytes from 1280 to 65535")
         if rate is not None and not re.fullmatch(r"\d+(\.\d+)?[kmg]?bit", rate):
-            raise ValueError(f"rate={rate} is not allowed: give bits a second, as in 100mbit")
+            raise ValueError(f"rate={rate} is not allowed: give bits per second, as in 100mbit")
         if delay is not None and not re.fullmatch(r"\d+(\.\d+)?(us|ms|s)", delay):
             raise ValueError(f"delay={delay} is not allowed: give a time, as in 1ms")
         self.rate, self.delay, self.mtu = rate, delay, mtu
@@ -311,7 +311,7 @@ def _require_success(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--nodes", type=int, required=True, help="1 to 100")
-    parser.add_argument("--rate", help="of what a node sends, bits a second: 100mbit")
+    parser.add_argument("--rate", help="of what a node sends, bits per second: 100mbit")
     parser.add_argument("--delay", help="one way, from one node to another: 1ms")
     parser.add_argument(
         "--mtu", type=int, default=MTU, help="bytes of a frame (default %(default)s)"

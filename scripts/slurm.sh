@@ -1,12 +1,12 @@
 #!/bin/bash
-# Train on several nodes under SLURM, one process a GPU (or NPROC processes a node without GPUs):
+# Train on several nodes under SLURM, one process per GPU (or NPROC processes per node without GPUs):
 #
 #   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-task=64 scripts/slurm.sh experiment=paper \
 #       ranks_per_worker=8
 #
 # All processes of a node are one task of SLURM's: --cpus-per-task is the number of cores of a node.
 # Arguments are Hydra overrides. The run directory lies in the folder that sbatch was called from,
-# on a file system that all nodes share. A node that fails is waited for, and the run goes on from
+# on a file system that all nodes share. A node that fails is waited for, and the run resumes from
 # its newest checkpoint; so does a job that is requeued, when it is preempted. SLURM asks it to stop
 # 120 s before it ends; for the step at hand and a checkpoint torchrun gives it 110 s of these.
 #SBATCH --job-name=ef21-muon

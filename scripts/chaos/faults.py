@@ -49,7 +49,7 @@ def preempt(crew: Crew, worker: int, lasts: float) -> None:
 
 
 def stop(crew: Crew, worker: int, lasts: float) -> None:
-    """The process stands still, and goes on where it was."""
+    """The process stands still, and resumes where it was."""
     crew.send(worker, signal.SIGSTOP)
     time.sleep(lasts)
     crew.send(worker, signal.SIGCONT)

@@ -1,4 +1,4 @@
-"""Workers that come and go over slow links: one is cut off twice, and the others go on.
+"""Workers that come and go over slow links: one is cut off twice, and the others continue.
 
     sudo python scripts/chaos/link.py [KEY=VALUE ...]
 

@@ -1,4 +1,4 @@
-"""Chaos: workers die, hang, stop, part and come back at random times, and the run goes on.
+"""Chaos: workers die, hang, stop, part and come back at random times, and the run continues.
 
     python scripts/chaos/run.py [--faults 60] [--workers 4] [--seed 0] [KEY=VALUE ...]
 

@@ -2,7 +2,7 @@
 
     python scripts/codec/blocks.py [--out DIR] [--redraw] [KEY=VALUE ...]
 
-The relative variance E ||Q(x) - x||^2 / ||x||^2 of integers with B scales a message, and of
+The relative variance E ||Q(x) - x||^2 / ||x||^2 of integers with B scales per message, and of
 `RowColumn`: predicted for these very numbers by a formula,
 
     x in steps of its block's scale has the variance share (1 - share) step^2, share what is over a
@@ -206,7 +206,7 @@ what is small in a column that is small would be written as finely as what is la
 `python scripts/codec/blocks.py`, a minute (torch {run["torch"]}). What dithered integers lose,
 E ||Q(x) - x||^2 / ||x||^2: of the momentum difference of a worker of the study
 ({run["parameters"]:,} parameters, after {run["rounds"]} rounds), of Gaussian noise, and of numbers
-of which one has size 1 and the others 1 / sqrt(N), for which one scale is worst. Bounds are of the
+where one has size 1 and the others 1 / sqrt(N), for which one scale is worst. Bounds are of the
 shape that has the largest.
 
 ![Relative variance against the number of blocks, and against bits](blocks.png)

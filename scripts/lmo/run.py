@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "results" / "lmo")
-    parser.add_argument("--quick", action="store_true", help="0.1 seconds a line, small ones")
+    parser.add_argument("--quick", action="store_true", help="0.1 seconds per line, small ones")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)

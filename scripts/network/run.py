@@ -56,14 +56,14 @@ METHODS = {
 
 
 def overrides(options: argparse.Namespace, *method: str) -> tuple[str, ...]:
-    """One sequence a worker, and no fewer steps than are taken: DDP warms up and is timed twice."""
+    """One sequence per worker, and as many steps as are taken: DDP warms up and is timed twice."""
     steps = WARM_UP + 2 * options.steps
     return (*MODEL, f"batch.global_size={options.nodes}", f"steps={steps}",
             *options.overrides, *method)  # fmt: skip
 
 
 def time_ef21(options: argparse.Namespace, workers: Workers, method: list[str]) -> dict:
-    """Seconds and bytes a step of EF21-Muon."""
+    """Seconds and bytes per step of EF21-Muon."""
     run = Run(compose(overrides(options, *method)).config, workers)
     run.step()
     run.optimizer.timer.read()
@@ -82,7 +82,7 @@ def time_ef21(options: argparse.Namespace, workers: Workers, method: list[str]) 
 
 
 def time_ddp(options: argparse.Namespace, workers: Workers, method: list[str]) -> dict:
-    """Seconds and bytes a step of a baseline behind DDP."""
+    """Seconds and bytes per step of a baseline behind DDP."""
     run = Run(compose(overrides(options, *method)).config, workers)
     for _ in range(WARM_UP):
         run.step()
@@ -109,7 +109,7 @@ def job(options: argparse.Namespace, workers: Workers) -> int:
         # The rank that comes last to a step waits least: its time is the network's.
         of_step = [min(ranks) for ranks in zip(*every, strict=True)]
         record["communication"] = sum(of_step) / len(of_step)
-        workers.say(f"{options.rates:>8}  {name:<48} {record['seconds']:.2f} s a step, "
+        workers.say(f"{options.rates:>8}  {name:<48} {record['seconds']:.2f} s per step, "
                     f"{record['communication']:.2f} s of it communicating")  # fmt: skip
         if workers.first:
             with (options.out / "network.jsonl").open("a") as log:
@@ -126,7 +126,8 @@ def write_table(records: list[dict], directory: Path) -> None:
     text = [
         "# Step times over slow links\n",
         "`sudo python scripts/network/run.py`: nodes are network namespaces of one machine, one",
-        "worker of one thread each; 9.7 M parameters, a sequence of 256 tokens a worker and step.",
+        "worker of one thread each; 9.7 M parameters, a sequence of 256 tokens per worker "
+        "and step.",
         "Communicating: the exchange of EF21-Muon, on the rank that waits least in each step, or",
         "what a DDP step takes beyond the same step under `no_sync`. MB are what a rank hands to",
         "the network (DDP: of a ring all-reduce). DDP's time is a difference of two measurements",
@@ -137,7 +138,8 @@ def write_table(records: list[dict], directory: Path) -> None:
         base = of_rate[0]["communication"]
         text += [
             f"## {rate}, {of_rate[0]['nodes']} nodes\n",
-            "| method | MB a step | s a step | communicating | less than DDP + Muon | tokens/s |",
+            "| method | MB per step | s per step | communicating | less than DDP + Muon "
+            "| tokens/s |",
             "| --- | ---: | ---: | ---: | ---: | ---: |",
             *(
                 f"| {r['method']} | {r['bytes'] / 1e6:.2f} | {r['seconds']:.2f} | "
@@ -168,7 +170,7 @@ def draw(records: list[dict], directory: Path) -> None:
             waiting = [max(0, record["seconds"] - record["compute"]) for record in of_rate]
             axes.barh(names, compute, color=COLOURS[6], label="computing")
             axes.barh(names, waiting, left=compute, color=COLOURS[1], label="communicating")
-            axes.set(title=rate, xlabel="seconds a step", axisbelow=True)
+            axes.set(title=rate, xlabel="seconds per step", axisbelow=True)
             axes.grid(axis="y", visible=False)
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower right", ncols=2, frameon=False)

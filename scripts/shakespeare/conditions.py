@@ -42,7 +42,7 @@ REMEDIES = {
     "back": f"{SIGNS} optimizer.{OUTER} optimizer.{HALF} {DENSE_BACK}",
     "back6": f"{SIGNS} optimizer.outer_momentum=0.6 optimizer.{HALF} {DENSE_BACK}",
 }
-REMEDIES_EVERY = {  # so many steps a round
+REMEDIES_EVERY = {  # so many steps per round
     2: ("back",),
     4: ("back", "back6"),
     10: ("dense2", "beta1", "outer6", "back", "back6"),
@@ -75,19 +75,20 @@ GPU_SETTINGS = [
 ]
 
 
-# Layers, width, heads, and the steps of a token a parameter, in twelfths of which it is evaluated.
+# Layers, width, heads, and the steps of one token per parameter; a twelfth of them is between two
+# evaluations.
 SIZES = {
     "0.8M": (4, 128, 4, 204),
     "3M": (4, 256, 4, 780),
     "10M": (6, 384, 6, 2616),
 }
-MIDDLE = "3M"  # of it also whether radii transfer, and with more tokens a parameter
-LONGER = 3  # tokens a parameter, of the smallest size those of the study itself
+MIDDLE = "3M"  # of it also whether radii transfer, and with more tokens per parameter
+LONGER = 3  # tokens per parameter, of the smallest size those of the study itself
 OF_LONGER = ("identity", "local4-signs", "local30-signs", "local60-signs")
 
 
 def of_size(size: str, name: str, overrides: str, tokens: int = 1) -> Setting:
-    """A setting in a model of this size, with so many tokens a parameter."""
+    """A setting in a model of this size, with so many tokens per parameter."""
     layers, width, heads, steps = SIZES[size]
     steps *= tokens
     model = f"model.layers={layers} model.width={width} model.heads={heads}"

@@ -7,7 +7,7 @@ from scripts.shakespeare.findings import listed
 from scripts.shakespeare.results import Result
 
 MESSAGES = ("identity", "fitted9")
-# Take two gradients a batch; of the second the correction has a tenth of its weight.
+# Take two gradients per batch; of the second the correction has a tenth of its weight.
 TWICE = {"mvr": "mvr", "mvr0.1": "mvr, gamma 0.1", "hessian": "hessian"}
 
 

@@ -5,7 +5,7 @@
 Two nodes are network namespaces (scripts/netns.py; root on Linux, iproute2, /dev/net/tun), a worker
 of one thread each, 50 ms from one another. Every setting is trained for some steps of whole rounds
 at every rate, then without a limit and a delay, and so on for every repeat; the mean time of a step
-is added to results/shakespeare/network.jsonl, of which the page takes medians. EF21-Muon is timed
+is added to results/shakespeare/network.jsonl; the page takes their medians. EF21-Muon is timed
 with its servers on every rank, where nothing is sent back: placements take the same steps bit for
 bit, so the study's losses are theirs too.
 """
@@ -52,7 +52,7 @@ def job(options: argparse.Namespace, workers: Workers) -> int:
         round_steps = max(run.optimizer.rounds.lengths)
         seconds, sent = time_steps(run, round_steps * ceil(options.steps / round_steps))
         record = {"rate": options.rate, "name": setting.name, "seconds": seconds, "bytes": sent}
-        workers.say(f"{options.rate:>8}  {setting.name:<24} {seconds:.3f} s a step")
+        workers.say(f"{options.rate:>8}  {setting.name:<24} {seconds:.3f} s per step")
         if workers.first:
             with options.to.open("a") as log:
                 log.write(json.dumps(record) + "\n")

@@ -106,7 +106,7 @@ def _in_name(key: str, value: float) -> str:
 
 EMBEDDING_FITTED = "+compressor@norm.embedding.w2s=quantized_rank norm.embedding.w2s.fraction"
 EMBEDDING_DENSE = "+compressor@norm.embedding.w2s=quantize norm.embedding.w2s.values"
-INT5 = "{format:int5,rounding:nearest}"  # rounded to nearest, a scale a row
+INT5 = "{format:int5,rounding:nearest}"  # rounded to nearest, a scale per row
 IDENTITY = "compressor@w2s=identity"
 HIDDEN, EMBEDDING = "norm.hidden.radius=1", "norm.embedding.radius=60"
 BETA = "optimizer.momentum=0.9"
@@ -114,7 +114,7 @@ LOW_RATE = f"{fitted(4)} {EMBEDDING}"
 LOCAL = "optimizer=local norm.hidden.radius=2"
 # Rounds that get shorter as the lr falls, which it does from 60 % of the steps on.
 SHORTER, SIGNS = "{0:120,360:60}", "compressor@w2s=sign"
-# A scale a layer, but of the embedding a scale a row: bytes differ in how often they come.
+# A scale per layer, but of the embedding a scale per row: bytes differ in how often they come.
 SIGN_A_LAYER = f"{SIGNS} w2s.values=sign@tensor"
 SIGNS_BY_MESSAGE = f"{SIGN_A_LAYER} +compressor@norm.embedding.w2s=sign"
 OF_HIDDEN = {"message": SIGN_A_LAYER, "normal1": f"{dense(1)}@tensor"}  # rotated or not
@@ -130,7 +130,7 @@ BEST_OF_PEERS = {  # of the grids below
     "MuLoCo": f"{MULOCO} optimizer.outer_momentum=0.3",
     "SparseLoCo": f"{SPARSELOCO} optimizer.inner.lr=0.004",
 }
-DISTRO = "optimizer=demo optimizer.values=sign optimizer.k=4"  # 0.02 bits a parameter and step
+DISTRO = "optimizer=demo optimizer.values=sign optimizer.k=4"  # 0.02 bits per parameter and step
 DENSE_BACK = "compressor@s2w=sign s2w.values=normal2"
 POWERSGD = "optimizer=muon_powersgd checkpoint.every=0"  # torch keeps its state to itself
 DION = "optimizer=dion optimizer.values=natural optimizer.weight_decay=0"
@@ -140,7 +140,7 @@ DEMO = "optimizer=demo optimizer.values=int8"
 # server the radii alone.
 RADII = "norm.hidden.radius=2 norm.embedding.radius=60"
 TUNED = f"{RADII} optimizer.momentum=0.8"
-ONE_SIGN = (  # an entry, and a scale a layer
+ONE_SIGN = (  # per entry, and a scale per layer
     "compressor@w2s=sign w2s.values=sign@tensor +compressor@norm.embedding.w2s=identity"
 )
 SERVED = "optimizer.feedback=ef14 optimizer.momentum=0 optimizer.server_momentum=0.7"
@@ -343,7 +343,7 @@ SETTINGS += [
     *grid("muloco", MULOCO, optimizer__outer_momentum=(0.3, 0.8)),
     *grid("sparseloco", SPARSELOCO, optimizer__inner__lr=(0.004, 0.008)),
 ]
-# Two gradients a batch, so that half the steps take as many.
+# Two gradients per batch, so that half the steps take as many.
 MOMENTUM_SETTINGS = [
     setting(
         f"momentum/{kind}-{name}",

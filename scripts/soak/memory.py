@@ -1,6 +1,6 @@
 """train.py, with rank 0's memory after every step: torchrun's `memory.py FILE KEY=VALUE ...`.
 
-FILE gets a JSON list of resident KiB, one number a step.
+FILE gets a JSON list of resident KiB, one number per step.
 """
 
 import json
@@ -24,7 +24,7 @@ STUDENT_95 = 2.306  # the two-sided 95 % quantile for BLOCKS - 2 degrees of free
 
 
 def measure(network: Network, folder: Path, overrides: list[str]) -> dict:
-    """The slope of rank 0's memory in KiB a step, with the half width of its 95 % interval.
+    """The slope of rank 0's memory in KiB per step, with the half width of its 95 % interval.
 
     It is that of a line through the means of BLOCKS blocks of the last STEPS steps: unlike single
     steps, blocks hardly depend on each other. The run leaves its directory in `folder`.

@@ -27,7 +27,7 @@ def report(records: list[dict]) -> str:
             f"Memory of rank 0 in an undisturbed run: {kib[0]:,} KiB after the first step, "
             f"{kib[WARM_UP]:,} KiB after {WARM_UP}, {kib[-1]:,} KiB after {len(kib)}. Slope over "
             f"the last {len(kib) - WARM_UP} steps: {one['slope_kib']:.3f} +- "
-            f"{one['slope_95_kib']:.3f} KiB a step (95 %).\n"
+            f"{one['slope_95_kib']:.3f} KiB per step (95 %).\n"
         )
     text += [
         "| s | round | fault | rank | newest checkpoint | resumed from | what the workers said |",

@@ -1,7 +1,7 @@
 """Algorithm 1 on `scripts.theory.problems`: simulated, and by EF21Muon on real workers.
 
 `simulate` plays the server and all workers in one process, with the norms and compressors of the
-library; tests hold it against `train`, which is EF21Muon on one process a worker. Both return the
+library; tests hold it against `train`, which is EF21Muon on one process per worker. Both return the
 servers' iterates X^0, ..., X^K.
 """
 
@@ -82,7 +82,7 @@ def train(problem, setting: Setting, rounds: int, replicas: int = 1, seed: int =
     optimizer = EF21Muon(
         parameters,
         lr=1.0,
-        beta=setting.beta,
+        momentum=1 - setting.beta,
         norm=setting.norm,
         radius=setting.radius,
         w2s=setting.w2s,
@@ -99,8 +99,10 @@ def train(problem, setting: Setting, rounds: int, replicas: int = 1, seed: int =
             parameter.grad = gradient
         optimizer.step()
         states = [optimizer.state[parameter] for parameter in parameters]
-        served = "server_model" in states[0]
-        models.append(torch.stack([s["server_model"] for s in states]) if served else shift.clone())
+        at_server = "server_model" in states[0]
+        models.append(
+            torch.stack([s["server_model"] for s in states]) if at_server else shift.clone()
+        )
     return torch.stack(models)
 
 

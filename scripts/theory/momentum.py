@@ -54,7 +54,11 @@ def mean_gradient_norm(kind: str, rounds: int, seed: int = 0) -> float:
     place, function = geometry("spectral", SIDE, SIDE), problem()
     layers = [torch.nn.Parameter(torch.zeros(SIDE, SIDE)) for _ in range(REPLICAS)]
     optimizer = EF21Muon(
-        layers, lr=ETA * rounds**-of_step, beta=rounds**-of_beta, norm=place.norm, momentum=kind
+        layers,
+        lr=ETA * rounds**-of_step,
+        momentum=1 - rounds**-of_beta,
+        momentum_kind=kind,
+        norm=place.norm,
     )
     random = torch.Generator().manual_seed(seed)
     models = []
@@ -99,7 +103,7 @@ def report(records: Sequence[dict]) -> str:
 
 `python scripts/theory/momentum.py`, two minutes. The mean of ||grad f(X^k)||_* over k < K, means of
 {REPLICAS} replicas; the slope is that of log against log K over all horizons. The corrected ones
-take two gradients a step.
+take two gradients per step.
 
 ![Gradient norms against the horizon](momentum.png)
 

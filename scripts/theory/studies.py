@@ -180,14 +180,14 @@ def two_workers() -> Quadratic:
 def feedback(problem, kept: int, step_size: float, rounds: int) -> dict[str, list[float]]:
     """||grad f(X^k)||_2 of gradient descent on the top `kept` entries of every worker's gradient.
 
-    By variant of error feedback, k = 0, ..., rounds; to be called on one process a worker.
+    By variant of error feedback, k = 0, ..., rounds; to be called on one process per worker.
     """
     result = {}
     for variant in VARIANTS:
         setting = Setting(
             norm=Euclidean(),
             w2s=TopK(kept / problem.start.numel()),
-            momentum=0,
+            beta=1.0,
             radius=AdaptiveRadius(1 / step_size, 0.0),
             s2w=Identity(),
             first_message="compressed",

@@ -31,7 +31,7 @@ ROLES = {
     "biases": {"bias": (15,)},
 }
 SHAPES = {name: shape for layers in ROLES.values() for name, shape in layers.items()}
-# Layers of one shape are a batch, of which every server has a part. A product of a part of a batch
+# Layers of one shape are a batch, and every server has a part of it. A product of a part of a batch
 # of matrices may be rounded otherwise than that of all, so where bits are compared only heads have
 # a shape in common, and an LMO that works entry by entry.
 NORMS = {"hidden": Spectral(dtype=torch.float32), "heads": Sign(), "biases": BiasRMS()}

@@ -19,7 +19,7 @@ MISSING = requirements_missing()
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 SCRIPTS = ROOT / "scripts"
-# 1.3 million parameters: every rank sends over 1 MB a step, whatever the placement.
+# 1.3 million parameters: every rank sends over 1 MB per step, whatever the placement.
 WIDENED = ["model.layers=4", "model.width=160", "compressor@w2s=natural"]
 SLEEP = (
     f"import os, time; print('ready', os.environ.get('RANK'), flush=True); time.sleep({PATIENCE})"
@@ -36,7 +36,7 @@ SHOW_LINK = "import os; os.execlp('ip', 'ip', 'link', 'show', 'eth0')"
     ],
 )
 def test_kernel_confirms_the_log(nodes, every, method, small, tmp_path, nothing_left):
-    """Within 3 % for what a rank sends, where that is over 1 MB a round.
+    """Within 3 % for what a rank sends, where that is over 1 MB per round.
 
     Acknowledgements of what a rank receives count as sent. A rank that receives many times what it
     sends would miss the bar by them; here the worst is `rank0`, where a worker receives 3.6 times.
@@ -181,7 +181,7 @@ def test_a_process_that_does_not_end_is_named(tmp_path, monkeypatch, nothing_lef
     ("arguments", "message"),
     [
         (["--nodes=0", "SCRIPT"], "nodes=0 is not allowed: give a whole number from 1 to 100"),
-        (["--nodes=2", "--rate=fast", "SCRIPT"], "rate=fast is not allowed: give bits a second"),
+        (["--nodes=2", "--rate=fast", "SCRIPT"], "rate=fast is not allowed: give bits per second"),
         (["--nodes=2", "--delay=1", "SCRIPT"], "delay=1 is not allowed: give a time, as in 1ms"),
         (["--nodes=2", "--mtu=64", "SCRIPT"], "mtu=64 is not allowed: give bytes from 1280"),
         (["--nodes=2", "nowhere.py"], "nowhere.py is not a file: give a Python script"),

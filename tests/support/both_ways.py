@@ -14,7 +14,7 @@ def compared(place):
     setting = Setting(
         norm=geometry(place, 4, 4).norm,
         w2s=TopK(0.25),
-        momentum=0.5,
+        beta=0.5,
         radius=AdaptiveRadius(20.0, 0.0) if place == "spectral" else 0.01,
         s2w=Scaled(Identity(), 0.5) if place == "spectral" else Identity(),
         first_message="full" if place == "spectral" else "compressed",
