@@ -131,9 +131,7 @@ def param_groups(
     return list(groups.values())
 
 
-def _take_blocks(
-    group: dict, convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d
-) -> tuple[int, bool] | None:
+def _take_blocks(group: dict, convolution: _ConvNd) -> tuple[int, bool] | None:
     """Give a grouped convolution the steps of its convolutions, if they are spectral."""
     norm = group.get("norm", Spectral())
     if convolution.groups == 1 or not isinstance(norm, Spectral):
