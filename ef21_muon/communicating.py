@@ -232,11 +232,6 @@ class Communicating(Stateful):
         """Batches of layers whose messages have not arrived at the servers."""
         return ()
 
-    @property
-    def _swapped(self) -> bool:
-        """Whether parameters and W have changed places."""
-        return False
-
     if not TYPE_CHECKING:  # which would take any name for an attribute
 
         def __getattr__(self, name: str) -> NoReturn:

@@ -1,11 +1,16 @@
 """The state methods of optimizers that send messages, as torch's optimizers have them."""
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 import torch.distributed as dist
 
 from ef21_muon import state
 from ef21_muon.guards import UnsentSteps
 from ef21_muon.transport.fixed import Group, place_in
+
+if TYPE_CHECKING:
+    from ef21_muon.communicating import Communicating
 
 
 class Stateful(torch.optim.Optimizer):
@@ -18,6 +23,11 @@ class Stateful(torch.optim.Optimizer):
 
     everyone: Group
     unsent: UnsentSteps | None = None
+
+    @property
+    def _swapped(self) -> bool:
+        """Whether parameters and W have changed places."""
+        return False
 
     def require_own_parameters(self, call: str) -> None:
         """Refuse a call that would take W for this worker's own parameters.
@@ -72,7 +82,7 @@ class Stateful(torch.optim.Optimizer):
             ...     model, optimizer, model_state_dict=model_state, optim_state_dict=optim_state
             ... )
         """
-        saved = state.save(self)
+        saved = state.save(cast("Communicating", self))
         if self.unsent:
             self.unsent.steps = 0
         return saved
@@ -99,7 +109,7 @@ class Stateful(torch.optim.Optimizer):
             >>> model.load_state_dict(saved["model"])
             >>> optimizer.load_state_dict(saved["optimizer"])
         """
-        state.load(self, state_dict)
+        state.load(cast("Communicating", self), state_dict)
 
     def full_state_dict(self) -> dict | None:
         """Return what all ranks remember, on rank 0. To be called on all ranks together.
