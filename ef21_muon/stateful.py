@@ -71,16 +71,17 @@ class Stateful(torch.optim.Optimizer):
             workers differ in their parameters between rounds, so name the model after the worker,
             as f"model{rank}".
 
-            >>> import torch.distributed.checkpoint as dcp
-            >>> from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-            >>> model_state, optim_state = get_state_dict(model, optimizer)
-            >>> dcp.save({"model": model_state, "optim": optim_state}, checkpoint_id="step-100")
+            import torch.distributed.checkpoint as dcp
+            from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-            >>> model_state, optim_state = get_state_dict(model, optimizer)  # of new ones
-            >>> dcp.load({"model": model_state, "optim": optim_state}, checkpoint_id="step-100")
-            >>> set_state_dict(
-            ...     model, optimizer, model_state_dict=model_state, optim_state_dict=optim_state
-            ... )
+            model_state, optim_state = get_state_dict(model, optimizer)
+            dcp.save({"model": model_state, "optim": optim_state}, checkpoint_id="step-100")
+
+            model_state, optim_state = get_state_dict(model, optimizer)  # of the new ones
+            dcp.load({"model": model_state, "optim": optim_state}, checkpoint_id="step-100")
+            set_state_dict(
+                model, optimizer, model_state_dict=model_state, optim_state_dict=optim_state
+            )
         """
         saved = state.save(cast("Communicating", self))
         if self.unsent:
@@ -105,9 +106,9 @@ class Stateful(torch.optim.Optimizer):
             RuntimeError: within `global_params()`, where the parameters are W.
 
         Example:
-            >>> saved = torch.load(f"rank{rank}.pt", weights_only=True)
-            >>> model.load_state_dict(saved["model"])
-            >>> optimizer.load_state_dict(saved["optimizer"])
+            saved = torch.load(f"rank{rank}.pt", weights_only=True)
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
         """
         state.load(cast("Communicating", self), state_dict)
 
@@ -122,10 +123,10 @@ class Stateful(torch.optim.Optimizer):
             RuntimeError: within `global_params()`, where the parameters are W.
 
         Example:
-            >>> saved = optimizer.full_state_dict()
-            >>> if dist.get_rank() == 0:
-            ...     torch.save(saved, "optimizer.pt")
-            >>> optimizer.load_state_dict(torch.load("optimizer.pt", weights_only=True))
+            saved = optimizer.full_state_dict()
+            if dist.get_rank() == 0:
+                torch.save(saved, "optimizer.pt")
+            optimizer.load_state_dict(torch.load("optimizer.pt", weights_only=True))
         """
         mine = self.state_dict()
         rank, ranks = place_in(self.everyone)
