@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.optim.optimizer import ParamsT
 
 from ef21_muon.compressors.base import Identity
