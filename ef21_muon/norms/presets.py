@@ -50,7 +50,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *DECONVOLUTIONS)
 # sides whose ratio no hidden matrix of a transformer has (a fused gate and up projection has 5.4).
 TABLE_WORDS = {"emb", "embd", "embed", "embedding", "embeddings", "wte", "wpe", "head", "vocab"}
 TABLE_RATIO = 8
-NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm)  # of which gains may have several dimensions
+NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm)  # their gains may have several dimensions
 # By role that follows from the type: roles that a pattern with wildcards may not give it.
 NOT_BY_WILDCARD = {
     "vector": ("hidden", "embedding"),
@@ -303,7 +303,7 @@ class _Layers:
         return found
 
     def matching(self, pattern: str, option: str) -> list[Tensor]:
-        """Parameters of which any name matches. Raises ValueError where none does."""
+        """Find parameters with a matching name. Raises ValueError where there is none."""
         found = [p for p, own in self.names.items() if any(fnmatchcase(n, pattern) for n in own)]
         if not found:
             raise ValueError(
