@@ -111,7 +111,7 @@ LOGS = {
     ),
     "muloco-seed0": (
         "quantize statistical2, sync every 30, AdamW, error decay 0.9, outer lr 0.9, "
-        "outer momentum 0.8"
+        "outer momentum 0.3"
     ),
 }
 
