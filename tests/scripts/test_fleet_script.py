@@ -52,7 +52,7 @@ def test_what_workers_are_called_with():
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ([], "the following arguments are required: part"),
         (["stop"], "argument part: invalid choice: 'stop'"),
@@ -98,11 +98,11 @@ def test_what_workers_are_called_with():
         ([*WORKER, "http://localhost:1", "--number=3"], "membership.worker=3 is not allowed: give"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_starts(given, told, capsys, monkeypatch):
+def test_what_cannot_work_is_refused_before_anything_starts(given, message, capsys, monkeypatch):
     monkeypatch.setattr(fleet, "RESOLVER_SECONDS", 0.0)
     assert fleet.main(given) == FINAL
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and told in error, error
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
 
 
 START = ["start", "--workers=3", *LOCAL]
@@ -110,7 +110,7 @@ ONE = [*WORKER, "http://localhost:1"]
 
 
 @pytest.mark.parametrize(
-    ("given", "override", "told"),
+    ("given", "override", "message"),
     [
         (START, "membership.workers=2", "give --workers 2"),
         (ONE, "membership.workers=2", "give --workers 2"),
@@ -144,9 +144,9 @@ ONE = [*WORKER, "http://localhost:1"]
         ([*ONE, "--ranks=2"], "~ranks_per_worker", "leave it out"),
     ],
 )
-def test_an_override_of_what_an_option_says_is_refused(given, override, told, capsys):
+def test_an_override_of_what_an_option_says_is_refused(given, override, message, capsys):
     assert fleet.main([*given, override]) == FINAL
-    assert capsys.readouterr().err == f"error: {override} is not allowed here: {told}\n"
+    assert capsys.readouterr().err == f"error: {override} is not allowed here: {message}\n"
 
 
 @pytest.mark.parametrize(
@@ -253,9 +253,11 @@ TOO_FEW = "error: fewer than a majority of the workers are left: all stop"
     ],
 )
 def test_one_table_one_result_and_every_error_once(start, workers, status, output, errors):
-    ended, shown, told = start(*workers)
-    told = [line.replace(line[:9], "worker W:") if "W:" in str(errors) else line for line in told]
-    assert (ended, shown, told) == (status, output, errors)
+    ended, shown, message = start(*workers)
+    message = [
+        line.replace(line[:9], "worker W:") if "W:" in str(errors) else line for line in message
+    ]
+    assert (ended, shown, message) == (status, output, errors)
 
 
 def test_a_fleet_that_was_asked_to_stop_has_not_completed(start):

@@ -47,5 +47,5 @@ def test_torchrun_takes_what_it_is_given(tmp_path, given, cores):
 def test_a_wrong_configuration_is_not_started(tmp_path):
     result = sbatch(tmp_path, "steeps=1", WRONG="78")
     assert result.returncode == 78 and result.stdout == ""
-    told = "error: train.py directory=runs/slurm-12345 resume=auto steeps=1 --cfg\n"
-    assert result.stderr == told
+    message = "error: train.py directory=runs/slurm-12345 resume=auto steeps=1 --cfg\n"
+    assert result.stderr == message

@@ -54,7 +54,7 @@ def start(folder: Path, deeds: str, *options: str) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize(
-    ("deeds", "status", "starts", "told"),
+    ("deeds", "status", "starts", "message"),
     [
         ("0", 0, 1, ""),
         ("78", FINAL, 1, ""),
@@ -64,10 +64,10 @@ def start(folder: Path, deeds: str, *options: str) -> subprocess.Popen:
         ("SIGSEGV,78", FINAL, 2, "ended with SIGSEGV after 0 s: starting again in 1 s"),
     ],
 )
-def test_what_is_started_again(tmp_path, deeds, status, starts, told):
+def test_what_is_started_again(tmp_path, deeds, status, starts, message):
     process = start(tmp_path, deeds)
     _, errors = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, errors.strip()) == (status, told)
+    assert (process.returncode, errors.strip()) == (status, message)
     assert len((tmp_path / "0").read_text()) == starts
 
 

@@ -80,7 +80,7 @@ def test_methods_were_tuned_alike_and_inside_their_grids(records):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_net_learns_bars_that_differ_by_place(method):
-    """A row of eight is bright, and which one tells the digit."""
+    """A row of eight is bright, and which one is the digit's."""
     torch.manual_seed(0)
     digits = torch.arange(160) % 8
     pixels = torch.rand(160, 1, 8, 8) / 4

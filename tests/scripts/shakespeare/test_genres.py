@@ -1,4 +1,4 @@
-"""Histories and comedies as shards: what is where, and that nothing is lost or told twice."""
+"""Histories and comedies as shards: what is where, and that nothing is lost or doubled."""
 
 import io
 import zipfile

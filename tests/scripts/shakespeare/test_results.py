@@ -106,7 +106,7 @@ def test_labels_tell_what_was_sent():
         shapes = ((256, width), (width, width), (4 * width, width), (width, 4 * width))
         sent = {str(asked.fit(*shape)) for shape in shapes}
         name = str(asked) if str(asked) in sent else sent.pop()
-        told = rf"(^|, )(\w+ )?{re.escape(name)}(,|$)"  # of all, or of a role
-        assert re.search(told, result.label), (name, result.label)
+        pattern = rf"(^|, )(\w+ )?{re.escape(name)}(,|$)"  # of all, or of a role
+        assert re.search(pattern, result.label), (name, result.label)
         gave_way += name != str(asked)
     assert gave_way >= 10

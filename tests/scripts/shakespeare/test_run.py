@@ -134,8 +134,8 @@ def test_what_is_of_a_gpu_is_left_out_without_one(tmp_path, monkeypatch, capsys)
     for there in (False, True):
         monkeypatch.setattr(study.torch.cuda, "is_available", lambda there=there: there)
         assert study.main([]) == 0
-        told = capsys.readouterr().out
-        assert ("left for a machine with a GPU: a" in told) == (not there)
+        printed = capsys.readouterr().out
+        assert ("left for a machine with a GPU: a" in printed) == (not there)
     names = [word[10:] for command in begun for word in command if word.startswith("directory=")]
     assert [name.rpartition("/")[2] for name in names] == ["b", "a", "b"]
 

@@ -20,8 +20,8 @@ def test_steps_over_a_slow_link_are_compared_within_a_repeat():
         seconds[record["name"], record["rate"]].append(record["seconds"])
     text = (study.RESULTS.parent / "README.md").read_text()
     section = text.split("## Time to the target")[1].split("\n## ")[0]
-    told = " ".join(section.split("|")[0].split()).rpartition("or more: ")[2]
-    close = told.removesuffix(".").split("; ")
+    listed = " ".join(section.split("|")[0].split()).rpartition("or more: ")[2]
+    close = listed.removesuffix(".").split("; ")
     labels = {name: result.label for name, result in read(study.RESULTS).items()}
     compared = 0
     for (name, rate), over in seconds.items():
