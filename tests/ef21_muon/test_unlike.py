@@ -71,7 +71,7 @@ def test_who_diverges_later_is_shown_why(reports):
     (line,) = lines
     assert " differs between rank 0 and rank 1: all workers hold the same parameters; they " in line
     assert "they compute other bits: give server=sharded or rank0, give compressors " in line
-    assert line.endswith("else one was changed or damaged: go on from a checkpoint")
+    assert line.endswith("else one was changed or damaged: resume from a checkpoint")
 
 
 @pytest.mark.parametrize("name, server", TRAIN.items(), ids=TRAIN)
