@@ -16,6 +16,7 @@ from training.config import ROOT, Job
 from training.console import Display, write_line
 from training.mirror import Mirror, NoMirror
 from training.records import LOG_NAME, SCHEMA, traffic
+from training.renamed import modern_config
 from training.workers import RunError
 
 GIT_SECONDS = 10.0  # for git to say which commit it is
@@ -182,7 +183,8 @@ def completed(directory: Path) -> dict | None:
     try:
         records = path.read_bytes().splitlines()
         run, end = json.loads(records[0]), json.loads(records[-1])
-        return run["config"] if (end["record"], end["status"]) == ("end", "completed") else None
+        completed_it = (end["record"], end["status"]) == ("end", "completed")
+        return modern_config(run["config"]) if completed_it else None
     except (ValueError, LookupError, TypeError):  # it was cut off, or damaged
         return None
 

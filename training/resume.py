@@ -25,6 +25,7 @@ from training.config import AS_BEFORE, what_matters
 from training.fleet import comes_and_goes
 from training.local_steps import inner_tensors
 from training.records import LOG_NAME
+from training.renamed import modern_config
 from training.schedule import new_scheduler
 from training.workers import RunError
 
@@ -94,17 +95,17 @@ def resume_exactly(run, path: Path) -> dict:
 
     Returns its facts. Raises RunError with the keys that differ.
     """
-    facts = read_facts(path)
+    facts = _facts_of(path)
     require_same_config(run.config, facts["config"], path)
     if facts["workers"] != run.workers.count:
         raise RunError(
             f"{path} is of {facts['workers']} workers, this run has {run.workers.count}: start as "
             "many, or give resume=elastic"
         )
-    shards = facts["config"].get("shard", False)
-    if isinstance(run.optimizer, LocalSteps) and shards != run.config.fsdp:
+    fsdp = facts["config"].get("fsdp", False)
+    if isinstance(run.optimizer, LocalSteps) and fsdp != run.config.fsdp:
         raise RunError(
-            f"{path} has each rank's own model with shard={str(shards).lower()}: give the same"
+            f"{path} has each rank's own model with fsdp={str(fsdp).lower()}: give the same"
         )
     _make_inner_state(run, path, run.workers.rank)
     states = _generator_states(run)
@@ -126,7 +127,7 @@ def resume_elastic(run, path: Path) -> dict:
     Returns the facts, with `resync_bytes`: the bytes that a worker needs for it. Raises RunError if
     the configuration differs.
     """
-    facts = read_facts(path)
+    facts = _facts_of(path)
     require_same_config(run.config, facts["config"], path, free=("optimizer.server",))
     _make_inner_state(run, path, worker=0)
     tensors = _tensors(run)
@@ -145,6 +146,12 @@ def resume_elastic(run, path: Path) -> dict:
     run.batch_source.batches.restart(facts["position"]["step"])
     _continue(run, facts)
     return facts | {"resync_bytes": resync_bytes}
+
+
+def _facts_of(path: Path) -> dict:
+    """A checkpoint's facts, with the configuration in today's names."""
+    facts = read_facts(path)
+    return facts | {"config": modern_config(facts["config"])}
 
 
 def _load_mean(path: Path, names: list[str], tensor: Tensor) -> None:
@@ -261,7 +268,7 @@ def position_left(config, directory: Path) -> dict | None:
         lines.pop()
     if not any(record.get("step") for record in map(json.loads, reversed(lines))):
         return None
-    require_same_config(config, json.loads(lines[0])["config"], directory)
+    require_same_config(config, modern_config(json.loads(lines[0])["config"]), directory)
     position = next(
         (
             record

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from model import GPT
 from training.config import build, compose, what_matters
+from training.log import completed
 from training.method import build_optimizer, run_label
 from training.records import read_log
 from training.renamed import modern_label, modern_overrides, modern_run
@@ -144,3 +145,11 @@ def test_all_logs_of_the_study_are_read_in_todays_words_again_and_again():
         read = read_log(path).run
         assert modern_run(read) == read, path.name
         assert modern_overrides(read["overrides"]) == read["overrides"], path.name
+
+
+def test_a_completed_run_of_an_older_version_is_found_in_todays_names(tmp_path):
+    """So that a sweep skips it, and a run that resumes compares it."""
+    (tmp_path / "metrics.jsonl").write_bytes((RESULTS / "local30-signs-seed0.jsonl").read_bytes())
+    found = completed(tmp_path)
+    assert "every" not in found["optimizer"] and found["optimizer"]["sync_every"] == 30
+    assert found == modern_run(run_record("local30-signs-seed0"))["config"]

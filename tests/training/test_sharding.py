@@ -23,7 +23,7 @@ def test_a_sharded_model_has_the_same_losses_bytes_and_checkpoint(small, tmp_pat
     runs = {}
     for shard in ("false", "true"):
         directory, again = tmp_path / shard, f"model.activation_checkpointing={shard}"
-        place = f"shard={shard}", f"directory={directory}"
+        place = f"fsdp={shard}", f"directory={directory}"
         result = launch(4, *small, *OVERRIDES, *place, again)
         assert "2 workers of 2 ranks on cpu, " in result.stdout
         runs[shard] = repeatable(directory)

@@ -53,7 +53,7 @@ def test_code_in_the_metadata_is_not_run(tmp_path):
     saved(tmp_path / "run", 1)
     path, proof = tmp_path / "run" / FIRST, tmp_path / "proof"
     forge(path, lambda metadata: setattr(metadata, "planner_data", Touch(proof)))
-    assert "posix.system has no place in a checkpoint" in refused(tmp_path / "run")
+    assert "posix.system does not belong in a checkpoint" in refused(tmp_path / "run")
     assert not proof.exists()
     FileSystemReader(path).read_metadata()
     assert proof.exists()  # so the metadata was dangerous
@@ -79,7 +79,7 @@ def test_code_in_a_tensor_s_place_is_not_run(tmp_path):
             metadata.state_dict_metadata[name] = BytesStorageMetadata()
 
     forge(path, make_bytes)
-    assert "BytesStorageMetadata has no place in a checkpoint" in refused(tmp_path / "run")
+    assert "BytesStorageMetadata does not belong in a checkpoint" in refused(tmp_path / "run")
     assert not proof.exists()
 
 

@@ -19,7 +19,7 @@ LR, BETA, L0, COOLDOWN = 0.5, 0.3, 5.0, 0.4
 SETTINGS = [
     *("model.layers=2", "norm=gluon", "compressor@w2s=identity", "+norm.hidden.norm.method=svd"),
     *(f"norm.{role}.radius.l0={L0}" for role in ("hidden", "embedding")),
-    *("norm.embedding.radius.l1=1", f"optimizer.lr={LR}", f"optimizer.beta={BETA}"),
+    *("norm.embedding.radius.l1=1", f"optimizer.lr={LR}", f"optimizer.momentum={1 - BETA}"),
     *(f"steps={STEPS}", f"batch.global_size={SEQUENCES}", "batch.micro_size=2"),
     *(f"eval.tokens={TEST_TOKENS}", "eval.every=2", "log_every=2", "checkpoint.every=0"),
 ]
