@@ -1,28 +1,24 @@
 """What the optimizers that send messages share: the parts that they hold, and public calls."""
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from ef21_muon import inspection, views
+from ef21_muon import copies, inspection, state, views
 from ef21_muon.arithmetic import Results, of_decoding, where_bits_agree
 from ef21_muon.compressors import Compressor
 from ef21_muon.compressors.base import new_generator
+from ef21_muon.exchange import exchange
 from ef21_muon.guards import Guards, Notice, PhaseTimer, UnsentSteps, broken_at
-from ef21_muon.identity import described, settings_of
+from ef21_muon.identity import settings_of
 from ef21_muon.layers import AUTO, Batch, Layer, form_batches, layers_of
 from ef21_muon.renamed import ATTRIBUTES
-from ef21_muon.settings import choice, compressor_of, refuse_compressed_shifts
-from ef21_muon.state import HOOKS
-from ef21_muon.stateful import Stateful
+from ef21_muon.settings import choice, refuse_compressed_shifts
 from ef21_muon.transport.agreement import (
     UNEQUAL,
     require_equal_parameters,
@@ -41,7 +37,7 @@ if TYPE_CHECKING:
     from ef21_muon.inner import Wrapped
 
 
-class Communicating(Stateful):
+class Communicating(torch.optim.Optimizer):
     """An optimizer whose `step()` after `loss.backward()` sends messages, on all workers together.
 
     Gradients are local: do not wrap the model in DistributedDataParallel. With an initialised
@@ -59,27 +55,13 @@ class Communicating(Stateful):
         inner: optimizers that this one is around; none in EF21Muon.
         steps: steps taken so far.
 
-    Args:
-        params: parameters or groups, as torch's optimizers take them.
-        defaults: options of groups that do not have them.
-        seed: of random numbers in messages; the same on all ranks.
-        process_group: of all workers; torch's default group if it is None.
-        mesh: of workers of several ranks; its peers then take the place of the process group.
-        transport: carries the messages; by default the process group.
-        missing_grad: "error" or "zero", for parameters without a gradient.
-        buffers: the model whose floating-point buffers are averaged.
-        purposes: names of random streams.
-
     Raises:
         ValueError: for parameters and settings that differ between ranks.
     """
 
-    # torch.amp.GradScaler leaves it to `step` to skip, by `found_inf` and `grad_scale`.
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = True  # torch's GradScaler leaves it to `step` to skip
     RULE: tuple[str, ...] = ()  # entries of a parameter group that are objects, not numbers
     BROKEN = "the gradient of {} was not finite at step {}"
-    # A method that schedulers wrap, parts of this process, and torch's hooks, as torch has it.
-    NOT_COPIED = ("step", "stragglers", "unsent", *HOOKS)
     inner: Sequence[torch.optim.Optimizer] = ()
     wrapped: "Wrapped | None" = None  # where there are inner optimizers
     rules: Sequence[dict] = ()
@@ -196,36 +178,14 @@ class Communicating(Stateful):
         """Send with another compressor from the next round on; on all ranks, between rounds.
 
         Args:
-            w2s: compressor, or its spec.
+            w2s: compressor, or its spec, as "topk:0.01".
             group: name of the parameter groups that it is for; by default all groups.
 
         Raises:
             ValueError: for an unknown compressor or group, with a sync_delay, and where ranks
                 decode to other bits.
-
-        Example:
-            optimizer.exchange_compressor("topk:0.01", group="hidden")
         """
-        w2s = compressor_of("w2s", w2s)
-        chosen = [i for i, rule in enumerate(self.rules) if group in (None, rule.get("name"))]
-        if not (self.mesh.total(len(chosen))[0] if self.mesh else chosen):
-            names = ", ".join(str(rule.get("name")) for rule in self.rules)
-            raise ValueError(f"group={group!r} is not a group of this optimizer: it has {names}")
-        if any("message" in batch.state for batch in self.batches):
-            raise ValueError(
-                "a compressor is not exchanged with a sync_delay: build the optimizer anew"
-            )
-        rules = [r | {"w2s": w2s} if i in chosen else r for i, r in enumerate(self.rules)]
-        place = self.device, self.process_group
-        require_equal_settings({f"w2s of group {i}": described(w2s) for i in chosen}, *place)
-        where_bits_agree([self.server or ""], partial(of_decoding, rules), *place)
-        for index in chosen:
-            self.rules[index]["w2s"] = w2s
-        for batch in self.batches:
-            if batch.group in chosen:
-                batch.up.use(w2s)
-        self.guards = Guards(self, self.guards.layers)
-        self._built_as = settings_of(self)
+        exchange(self, w2s, group)
 
     @property
     def under_way(self) -> Sequence[Batch]:
@@ -358,6 +318,60 @@ class Communicating(Stateful):
             problem = str(error)
         inspection.require_agreement(self, self._shared(), problem)
 
+    def require_own_parameters(self, call: str) -> None:
+        """Refuse a call, by a RuntimeError, that would take W for this worker's own parameters."""
+        if self._swapped:
+            raise RuntimeError(
+                f"{call} within global_params(): the parameters are W there, leave it first"
+            )
+
+    def state_dict(self) -> dict:
+        """Return a copy of what this rank remembers, that later steps do not change.
+
+        Ranks remember different things, so every rank saves its own state, or all ranks call
+        `full_state_dict`, or save into one folder by torch.distributed.checkpoint, whose functions
+        `get_optimizer_state_dict` and `set_optimizer_state_dict` work with and without
+        `fully_shard` (`ef21_muon.state` has the form and an example).
+
+        Returns:
+            "param_groups", in which objects, as norms, are text; and "state", by parameter and
+            table, with {"rank0": tensor} of this rank.
+
+        Raises:
+            RuntimeError: within `global_params()`, where the parameters are W.
+            ValueError: where torch asks with full_state_dict=True on several ranks.
+        """
+        return state.save(self)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Continue exactly from a state of the same rank, parameters and options.
+
+        The model's own state has to be loaded beside it. The state is copied. Options of groups
+        become those of the state, as with torch's optimizers; the lr, missing_grad, buckets and
+        seed may differ from those here.
+
+        Args:
+            state_dict: what `state_dict` of this rank or `full_state_dict` returned.
+
+        Raises:
+            ValueError: if the state does not fit; nothing has changed then.
+            RuntimeError: within `global_params()`, where the parameters are W.
+        """
+        state.load(self, state_dict)
+
+    def full_state_dict(self) -> dict | None:
+        """Return what all ranks remember, on rank 0, and None on others; to be called on all ranks.
+
+        Every rank loads it by `load_state_dict`.
+
+        Example:
+            saved = optimizer.full_state_dict()
+            if dist.get_rank() == 0:
+                torch.save(saved, "optimizer.pt")
+        """
+        return state.gather(self)
+
     def resume_after(self, steps: int) -> None:
         """Count on from as many steps, with a state that was loaded or copied."""
         self.steps, self.begun = steps, steps > 0
@@ -372,25 +386,14 @@ class Communicating(Stateful):
             optimizer.resume_after(steps)
 
     def __deepcopy__(self, memo: dict) -> "Communicating":
-        """Of these parameters, or of their copies where they are copied with it; sends as this."""
-        holders = self, self.transport, self.buffers
-        held = [value for holder in holders for value in vars(holder).values()]
-        memo |= {id(group): group for group in held if isinstance(group, dist.ProcessGroup)}
-        other = memo[id(self)] = object.__new__(type(self))
-        other.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return other
+        return copies.deepcopy_of(self, memo)
 
     def __getstate__(self) -> dict:
-        self.require_own_parameters("a copy")
-        return {name: value for name, value in vars(self).items() if name not in self.NOT_COPIED}
+        return copies.values_of(self)
 
     def __setstate__(self, values: dict) -> None:
         super().__setstate__(values)
-        views.show_state(self)  # a pickle has made tensors of their own of views of tables
-        self.guards = Guards(self, self.guards.layers)
-        self.resume_after(self.steps)
-        if self.wrapped:
-            self.wrapped.guard(self)
+        copies.restore(self)
 
     def _shared(self) -> list[tuple[str, Tensor]]:
         """What all workers hold alike, by name."""

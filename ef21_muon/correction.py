@@ -40,7 +40,7 @@ def correction_of(kind: str, gamma: float, mesh: object | None) -> "Correction |
         return None
     if mesh:
         raise ValueError(
-            f"momentum_kind={kind!r} is not allowed with workers of several ranks, of which each "
+            f"momentum_kind={kind!r} is not allowed with workers of several ranks, where each "
             "has a part of W: leave it at 'polyak', or give every worker one rank"
         )
     return Correction(kind, gamma)
@@ -139,5 +139,5 @@ class Correction:
 
 
 def _gradients(layers: Layers) -> list[Tensor]:
-    """Return the gradients of layers, all of which have one."""
+    """Return the gradients of layers; every layer has one."""
     return [parameter.grad for parameter, _, _ in layers if parameter.grad is not None]

@@ -4,7 +4,22 @@ A state has two entries, as those of torch's optimizers, so that torch.distribut
 all of it. "param_groups" is one. "state" is the other: it has {"rank0": tensor} by parameter and
 table, named after the rank that holds the tensor, since ranks remember different things. Beside the
 first tensor, "rank0_rest" has the rest: identity, counters, random numbers, buffers and inner
-optimizers, in tensors whose sizes stay the same while a training goes on.
+optimizers, in tensors whose sizes stay the same throughout a training. A checkpoint of all ranks in
+one folder, and how to continue from it in a new process:
+
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model_state, optim_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optim": optim_state}, checkpoint_id="step-100")
+
+    model_state, optim_state = get_state_dict(model, optimizer)  # of new ones
+    dcp.load({"model": model_state, "optim": optim_state}, checkpoint_id="step-100")
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optim_state)
+
+With local steps the workers' parameters differ between rounds: name the model after the worker, as
+f"model{rank}". Torch's options cpu_offload and flatten_optimizer_state_dict work; full_state_dict
+is refused on several ranks, since it would keep the state of rank 0 alone.
 """
 
 import copy
@@ -69,7 +84,20 @@ def save(optimizer: "Communicating") -> dict:
     for after in optimizer._optimizer_state_dict_post_hooks.values():
         changed = after(optimizer, state)
         state = state if changed is None else changed
+    if optimizer.unsent:
+        optimizer.unsent.steps = 0
     return state
+
+
+def gather(optimizer: "Communicating") -> dict | None:
+    """Return the states of all ranks on rank 0; see `Communicating.full_state_dict`."""
+    mine = optimizer.state_dict()
+    rank, ranks = place_in(optimizer.everyone)
+    if ranks == 1 or isinstance(optimizer.everyone, str):
+        return {"ranks": [mine]}
+    states: list[dict] | None = [{}] * ranks if rank == 0 else None
+    dist.gather_object(mine, states, group=optimizer.everyone, group_dst=0)
+    return {"ranks": states} if rank == 0 else None
 
 
 def load(optimizer: "Communicating", state_dict: dict | None) -> None:

@@ -24,7 +24,7 @@ class OwnGroup(UserDict):
     def __init__(self, group: dict, models: Mapping[Tensor, Tensor]):
         self.data, self.params = group, [models[stepped] for stepped in group["params"]]
 
-    def __getitem__(self, key: str):
+    def __getitem__(self, key: str) -> object:
         return self.params if key == "params" else self.data[key]
 
 

@@ -29,8 +29,8 @@ OVERRIDES: dict[str, New] = {
     rf"(compressor@[\w.]+=)({COMPRESSORS})\b": lambda m: m[1] + renamed.SPECS[m[2]],
     r"(.*\bvalues=.*)@message": r"\1@tensor",
     r"(.*\bvalues=.*)smooth(\d)": r"\1rowcol\2",
-    r"(.*)stochastic: ?false": r"\1rounding:nearest",
-    r"(.*)stochastic: ?true": r"\1rounding:stochastic",
+    r"(.*)stochastic:( ?)false": r"\1rounding:\2nearest",
+    r"(.*)stochastic:( ?)true": r"\1rounding:\2stochastic",
 }
 # GreedyLore has an interval of its own.
 OF_GREEDYLORE: dict[str, New] = {r"optimizer\.every=": "optimizer.refresh_every="}

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.optim.optimizer import ParamsT
 
 from ef21_muon.compressors.base import Identity
@@ -49,7 +50,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *DECONVOLUTIONS)
 # sides whose ratio no hidden matrix of a transformer has (a fused gate and up projection has 5.4).
 TABLE_WORDS = {"emb", "embd", "embed", "embedding", "embeddings", "wte", "wpe", "head", "vocab"}
 TABLE_RATIO = 8
-NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm)  # of which gains may have several dimensions
+NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm)  # their gains may have several dimensions
 # By role that follows from the type: roles that a pattern with wildcards may not give it.
 NOT_BY_WILDCARD = {
     "vector": ("hidden", "embedding"),
@@ -123,16 +124,23 @@ def param_groups(
         if parameter in turned:
             new["transposed"] = True
         convolution = convolutions.get(parameter)
-        norm, blocks = new.get("norm", Spectral()), None
-        if convolution and convolution.groups > 1 and isinstance(norm, Spectral):
-            # The groups of a matrix (d_out, d_in) are in d_in where the convolution is transposed.
-            blocks = (convolution.groups, isinstance(convolution, DECONVOLUTIONS))
-            new["norm"] = Blocks(norm, *blocks)
+        blocks = _take_blocks(new, convolution) if convolution else None
         group = groups.setdefault((role, parameter in turned, blocks), new)
         group["params"].append((name, parameter))
         if convolution and role == "hidden" and preset == "scion":
             group["conv_scaling"] = True
     return list(groups.values())
+
+
+def _take_blocks(group: dict, convolution: _ConvNd) -> tuple[int, bool] | None:
+    """Give a grouped convolution the steps of its convolutions, if they are spectral."""
+    norm = group.get("norm", Spectral())
+    if convolution.groups == 1 or not isinstance(norm, Spectral):
+        return None
+    # The blocks of a matrix (d_out, d_in) are in d_in where the convolution is transposed.
+    blocks = (convolution.groups, isinstance(convolution, DECONVOLUTIONS))
+    group["norm"] = Blocks(norm, *blocks)
+    return blocks
 
 
 def groups_of(
@@ -295,7 +303,7 @@ class _Layers:
         return found
 
     def matching(self, pattern: str, option: str) -> list[Tensor]:
-        """Parameters of which any name matches. Raises ValueError where none does."""
+        """Find parameters with a matching name. Raises ValueError where there is none."""
         found = [p for p, own in self.names.items() if any(fnmatchcase(n, pattern) for n in own)]
         if not found:
             raise ValueError(

@@ -54,7 +54,7 @@ def first_difference(
     """Find the first value that differs between rank 0 and another rank; the same on all ranks.
 
     Args:
-        mine: values by name, of which the text is compared.
+        mine: values by name, whose text is compared.
         device: where the group's collectives take tensors.
         group: the ranks.
         only_common: whether to compare the names alone that both ranks have.

@@ -138,7 +138,7 @@ def start(baseline):
 
 
 @pytest.mark.parametrize("baseline", [AdamW, Muon])
-def test_a_state_goes_on_exactly(baseline, process_group):
+def test_a_state_resumes_exactly(baseline, process_group):
     first, second = start(baseline), start(baseline)
     descend(*first, range(2))
     second[0].load_state_dict(first[0].state_dict())
@@ -175,7 +175,7 @@ def test_any_optimizer_is_behind_ddp(process_group):
 
 
 @pytest.mark.parametrize(("baseline", "named"), [(AdamW, "a parameter"), (Muon, "the gradient")])
-def test_what_is_not_finite_is_told(baseline, named, process_group):
+def test_what_is_not_finite_is_reported(baseline, named, process_group):
     model, optimizer = start(baseline)
     optimizer.check_finite()
     for parameter in model.parameters():

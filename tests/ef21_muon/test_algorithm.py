@@ -232,7 +232,7 @@ def test_parameters_that_differ_between_ranks_are_refused(recordings, workers, d
     ],
 )
 @pytest.mark.parametrize("workers", [2, 3])
-def test_other_processes_than_it_was_built_for_are_told_by_every_rank(
+def test_other_processes_than_it_was_built_for_are_reported_by_every_rank(
     recordings, workers, habit, message
 ):
     for errors in recordings[workers][2]:
@@ -252,14 +252,14 @@ def test_all_workers_skip_the_step_in_which_one_gradient_overflows(recordings, w
 
 @pytest.mark.parametrize("entry", rounds.OTHER_GROUPS)
 @pytest.mark.parametrize("workers", [2, 3])
-def test_numbers_of_groups_that_differ_between_ranks_are_told(recordings, workers, entry):
+def test_numbers_of_groups_that_differ_between_ranks_are_reported(recordings, workers, entry):
     for errors in recordings[workers][2]:
         found = errors[entry]
         assert found.startswith(f"{entry} of group 0 is ") and f"on rank {workers - 1}: " in found
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_the_state_of_all_ranks_goes_on_from_one_file(recordings, workers):
+def test_the_state_of_all_ranks_resumes_from_one_file(recordings, workers):
     for of_rank in recordings[workers][0]:
         np.testing.assert_array_equal(of_rank["went on"], of_rank["loaded"])
 

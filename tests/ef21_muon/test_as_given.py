@@ -99,7 +99,7 @@ def drop_parameter(model, optimizer):
 
 @pytest.mark.parametrize("change", [replace_parameter, drop_parameter])
 @pytest.mark.parametrize("method", MAKE)
-def test_a_parameter_that_was_replaced_is_told(method, change):
+def test_a_parameter_that_was_replaced_is_reported(method, change):
     model = new_model()
     optimizer = MAKE[method](model)
     take(model, optimizer)
@@ -109,7 +109,7 @@ def test_a_parameter_that_was_replaced_is_told(method, change):
 
 
 @pytest.mark.parametrize("name", ["w2s", "s2w"])
-def test_a_compressor_that_was_replaced_is_told(name):
+def test_a_compressor_that_was_replaced_is_reported(name):
     model = new_model()
     optimizer = MAKE["ef21_muon"](model, server="sharded")
     take(model, optimizer)

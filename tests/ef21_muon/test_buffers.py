@@ -59,7 +59,7 @@ def test_their_bytes_count(reports, name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_who_does_not_average_them_is_told_once(reports, name):
+def test_who_does_not_average_them_is_warned_once(reports, name):
     (line,) = reports[0][f"{name} False"]["lines"]
     assert line.startswith("the running statistics of 1 (and 1 more) ") and "buffers=model" in line
     assert " (and 1 more) stay each worker's own" in line
@@ -68,7 +68,7 @@ def test_who_does_not_average_them_is_told_once(reports, name):
 
 
 @pytest.mark.parametrize("at", [4, 6])
-def test_a_resumed_training_goes_on_with_them(reports, at):
+def test_a_resumed_training_continues_with_them(reports, at):
     for report in reports:
         assert report[f"resumed {at}"]["shared"] == report["local True"]["shared"]
         assert report[f"resumed {at}"]["own"] == report["local True"]["own"]

@@ -48,7 +48,7 @@ def parameters_of(model):
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_copy_with_its_model_goes_on_alike_and_apart(name, duplicate):
+def test_a_copy_with_its_model_continues_alike_and_apart(name, duplicate):
     model, optimizer = trained(OPTIMIZERS[name])
     other_model, other_optimizer = duplicate((model, optimizer))
     before = parameters_of(model).clone()

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.cuda
 COMPRESSORS = {
     "identity": Identity(),
     "chunks": ChunkTopK(8, 8, "statistical2"),
-    "damping": Scaled(Quantize("int4")),
+    "scaled": Scaled(Quantize("int4")),
     "natural": Quantize("natural"),
     "natural4": Quantize("natural4"),
     "normal2": Quantize("normal2"),
@@ -36,7 +36,7 @@ COMPRESSORS = {
     "bfloat16": Quantize("bfloat16"),
     "statistical": Quantize("statistical4"),
     "bernoulli": Bernoulli(TopK(0.3), 0.5),
-    "fitted": QuantizedRank(0.3),
+    "quantized rank": QuantizedRank(0.3),
     "randk": RandK(0.3, "natural4"),
     "rank": RankK(0.3, "int4"),
     "columns": TopColumns(0.3),
@@ -112,7 +112,7 @@ def test_no_step_makes_the_host_wait(name):
         torch.cuda.set_sync_debug_mode("default")
 
 
-EXACT = [name for name in COMPRESSORS if name not in ("fitted", "rank")]
+EXACT = [name for name in COMPRESSORS if name not in ("quantized rank", "rank")]
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -22,10 +22,10 @@ from ef21_muon.norms import Sign, Spectral
 
 COMPRESSORS = {
     "chunks": ChunkTopK(8, 8, "statistical2"),
-    "damping": Scaled(Quantize("int4")),
+    "scaled": Scaled(Quantize("int4")),
     "quantize": Quantize("normal2"),
     "bernoulli": Bernoulli(TopK(0.3), 0.5),
-    "fitted": QuantizedRank(0.3),
+    "quantized rank": QuantizedRank(0.3),
     "randk": RandK(0.3, "natural4"),
     "rank": RankK(0.3, "int4"),
     "statistical": Quantize("statistical4"),

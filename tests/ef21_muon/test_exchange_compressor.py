@@ -55,7 +55,7 @@ BUILT_ANEW = [
 
 
 @pytest.mark.parametrize(("method", "later"), BUILT_ANEW)
-def test_it_goes_on_as_one_that_was_built_with_it_and_takes_over_the_state(method, later):
+def test_it_continues_as_one_that_was_built_with_it_and_takes_over_the_state(method, later):
     exchanged, last = (rounds * EVERY.get(method, 1) for rounds in (2, 5))
     model, optimizer = trained(method, exchanged)
     remembered = everything(model, optimizer)
@@ -156,7 +156,7 @@ REFUSED = {  # how it is built, the steps before, what is given, and what is sai
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_go_on_is_refused_and_nothing_changes(case):
+def test_what_cannot_continue_is_refused_and_nothing_changes(case):
     make, steps, given, message = REFUSED[case]
     model = layer()
     optimizer = make(list(model.parameters()))

@@ -94,7 +94,7 @@ def test_what_a_round_takes_is_counted():
             assert optimizer.wire_tx_bytes == met * 2 * (size + HEADER.size)
 
 
-def test_they_go_on_without_one_and_one_joins_them():
+def test_they_continue_without_one_and_one_joins_them():
     gone, back = threading.Event(), threading.Event()
 
     def wait_for_the_joiner(worker):
@@ -196,7 +196,7 @@ def test_a_worker_that_is_built_otherwise_is_refused():
         assert "outer_lr=0.7 (theirs 1.0)" in str(other.error)
 
 
-def test_a_whole_fleet_goes_on_from_the_newest_round_of_any():
+def test_a_whole_fleet_resumes_from_the_newest_round_of_any():
     states = {}
 
     def keep(worker):
@@ -337,7 +337,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("options, message", REFUSED.values(), ids=REFUSED)
-def test_what_cannot_go_on_without_a_member_is_refused(options, message):
+def test_what_cannot_continue_without_a_member_is_refused(options, message):
     inner = torch.optim.SGD(new_model().parameters(), lr=0.1)
     with pytest.raises(ValueError, match=message):
         LocalSteps(inner, **options, transport=Fleet(0, "http://localhost:1"))

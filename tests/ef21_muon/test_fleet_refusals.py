@@ -100,7 +100,7 @@ def test_it_ends_after_the_third_time_in_a_row_and_the_others_do_not():
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_of_two_histories_that_of_finite_numbers_goes_on(number):
+def test_of_two_histories_that_of_finite_numbers_continues(number):
     """Whatever their digests, which decide between two workers else."""
 
     def how(worker):
@@ -184,7 +184,7 @@ NEWCOMERS = {
 
 
 @pytest.mark.parametrize(("newcomer", "reason"), NEWCOMERS.values(), ids=NEWCOMERS)
-def test_who_does_not_belong_is_told_why_and_costs_the_others_one_quorum(newcomer, reason):
+def test_who_does_not_belong_is_shown_why_and_costs_the_others_one_quorum(newcomer, reason):
     come, reported = threading.Event(), threading.Event()
 
     def wait(worker):

@@ -65,7 +65,7 @@ def test_a_missing_gradient_is_named_and_nothing_changes(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_missing_gradient_is_zero_where_that_was_asked_for(method):
-    """As if it were given; and the step goes on where the other branch is taken."""
+    """As if it were given; and training continues where the other branch is taken."""
     results = []
     for given in (True, False):
         model = new_model()

@@ -135,7 +135,7 @@ def test_what_one_rank_of_a_worker_refuses_all_ranks_refuse(runs):
         ]
 
 
-def test_workers_that_have_parted_are_told_by_a_check(runs, sharded):
+def test_a_check_reports_workers_that_have_diverged(runs, sharded):
     for rank in (*runs[0], *sharded[2]):
         assert "differs between rank 0 and rank 1: all workers hold the same" in str(
             rank["diverged"]
@@ -155,7 +155,7 @@ def test_missing_gradients_are_named_or_zero_on_all_ranks(runs, sharded, shard, 
         for nothing in ("nothing", "unreduced"):
             assert said[nothing].startswith(f"none of the parameters of {method} has a gradient, ")
             assert ("set_requires_gradient_sync(True)" in said[nothing]) == shard
-        assert said["goes on"] == " ".join(SHAPES)
+        assert said["continues"] == " ".join(SHAPES)
 
 
 def test_an_overflow_in_a_layer_of_another_rank_is_skipped_by_all(runs, sharded):

@@ -92,7 +92,7 @@ def test_where_nothing_is_wanted_nothing_moves():
     assert not parameter.any()
 
 
-def test_it_goes_on_bit_for_bit_from_its_state():
+def test_it_resumes_bit_for_bit_from_its_state():
     parameter, optimizer = build()
     for k in range(3):
         step(parameter, optimizer, k)

@@ -44,21 +44,21 @@ def gradient(model, worker):
     return result
 
 
-def turns(layout, every, streaming):
+def turns(layout, sync_every, streaming):
     """Of every layer the step in a round by which the bytes up to its own are due."""
     sizes = [len(names) * size for names, size in layout]
     result = {}
     for place, (names, _) in enumerate(layout):
         share = sum(sizes[: place + 1]) / sum(sizes)
-        turn = next(step for step in range(every) if (step + 1) / every >= share - 1e-12)
-        result |= dict.fromkeys(names, turn if streaming else every - 1)
+        turn = next(step for step in range(sync_every) if (step + 1) / sync_every >= share - 1e-12)
+        result |= dict.fromkeys(names, turn if streaming else sync_every - 1)
     return result
 
 
 def simulate(case, layout, workers, steps=STEPS):
     """x_j and W after every step, and after the end of an unfinished round."""
     options = dict(CASES[case])
-    every, streaming = options.pop("sync_every", EVERY), options.pop("streaming", False)
+    sync_every, streaming = options.pop("sync_every", EVERY), options.pop("streaming", False)
     replicated = options.pop("server", "sharded") == "replicated" or workers == 1
     inner = INNER[options.pop("inner", "sgd")]
     if options.pop("mean", "all") == "senders":
@@ -70,8 +70,8 @@ def simulate(case, layout, workers, steps=STEPS):
         workers,
         gradient,
         inner,
-        every,
-        turns(layout, every, streaming),
+        sync_every,
+        turns(layout, sync_every, streaming),
         ways=1 if replicated else 2,
         **options,
     )
@@ -125,7 +125,7 @@ def test_all_workers_agree_on_w_bit_for_bit_and_step_apart(recordings, workers):
     for name in first:
         if name.endswith("global"):
             assert all(np.array_equal(first[name], other[name]) for other in others), name
-        if name.endswith("local") and "every 1" not in name:
+        if name.endswith("local") and "sync every 1" not in name:
             assert not any(np.array_equal(first[name], other[name]) for other in others), name
 
 
@@ -140,7 +140,7 @@ def test_the_mean_over_senders_is_bit_for_bit_that_of_any_placement(recordings, 
 
 @pytest.mark.parametrize("case", RESUMED)
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_loaded_state_goes_on_bit_for_bit_from_the_middle_of_a_round(recordings, workers, case):
+def test_a_loaded_state_resumes_bit_for_bit_from_the_middle_of_a_round(recordings, workers, case):
     """Also with messages under way, which are sent again and counted once."""
     for of_rank in recordings[workers][0]:
         for kind in ("local", "global", "bytes"):

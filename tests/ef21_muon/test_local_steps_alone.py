@@ -131,7 +131,7 @@ def test_global_params_swaps_w_in_and_x_back(options, dtype):
 
 @pytest.mark.parametrize("inner", INNER)
 @pytest.mark.parametrize("steps", [0, 3, 4, 6])
-def test_a_saved_state_goes_on_bit_for_bit(inner, steps):
+def test_a_saved_state_resumes_bit_for_bit(inner, steps):
     options = {
         "sync_every": 4,
         "w2s": TopK(0.3, "natural"),
@@ -238,7 +238,7 @@ def test_groups_may_have_compressors_of_their_own():
         LocalSteps(torch.optim.SGD(groups, lr=0.1), w2s={"first": TopK(0.2)})
 
 
-def test_watched_messages_are_told_when_all_have_gone():
+def test_watched_messages_are_known_when_all_are_sent():
     model, optimizer = build(sync_every=4, w2s=TopK(0.3), s2w=Quantize("normal2"), streaming=True)
     optimizer.watch = True
     watched = []

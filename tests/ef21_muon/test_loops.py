@@ -13,7 +13,7 @@ def reports(tmp_path_factory):
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_nanogpts_loop_goes_on_from_a_checkpoint_of_all_ranks(reports):
+def test_nanogpts_loop_resumes_from_a_checkpoint_of_all_ranks(reports):
     (first, *_), (second, *_) = (report["nanogpt"] for report in reports)
     assert first == second, "workers agree"
     for report in reports:
@@ -36,7 +36,7 @@ def test_accelerate_prepares_all_but_the_model(reports):
     assert first[3] != second[3], "and they are different ones"
 
 
-def test_transformers_trainer_is_told_of_its_distributed_mode(reports):
+def test_transformers_trainer_is_given_its_distributed_mode(reports):
     for report in reports:
         assert report["trainer"].startswith("the model is in DistributedDataParallel, which sends")
 

@@ -171,7 +171,7 @@ def test_a_missing_gradient_is_refused_before_another_inner_optimizer_steps():
 
 
 def test_what_finish_has_brought_does_not_arrive_again():
-    """Where a training goes on after it, by steps that change nothing."""
+    """Where a training continues after it, by steps that change nothing."""
     parameter = nn.Parameter(torch.zeros(4, 4))
     optimizer = LocalSteps(torch.optim.SGD([parameter], lr=1.0), 3, sync_delay=1, outer_lr=0.5)
     found = []

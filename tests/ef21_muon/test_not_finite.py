@@ -32,12 +32,12 @@ def test_w_stays_finite_and_the_same_on_all(reports, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_layer_stands_still_and_others_go_on(reports, name):
+def test_the_layer_stands_still_and_others_continue(reports, name):
     """As if nothing had happened, bit for bit where nothing random is sent."""
     found, without = (reports[0][f"{name} {faulty}"]["models"] for faulty in (1, 0))
     before = BROKEN - 1
     assert found[:before] == without[:before]
-    # The inner optimizer of gradients goes on by its own momentum, W to X where less is sent back,
+    # The inner optimizer of gradients continues by its own momentum, W moves to X if s2w is lossy,
     # a Muon inside of local steps has left the gradient out itself, and DeMo steps by signs.
     if not name.startswith("averaged") and name not in ("rank0", "local, muon", "demo"):
         assert found[before][LAYER] == found[before - 1][LAYER]
@@ -90,7 +90,7 @@ def test_w_of_a_worker_alone_stays_finite_too(value):
 
 
 @pytest.mark.parametrize("local", [False, True])
-def test_a_training_goes_on_from_a_state_before(local):
+def test_a_training_resumes_from_a_state_before(local):
     def build():
         torch.manual_seed(0)
         model = nn.Linear(3, 3)
@@ -122,7 +122,7 @@ def test_a_training_goes_on_from_a_state_before(local):
 
 
 @pytest.mark.parametrize("local", [False, True])
-def test_who_does_not_ask_is_told_once_some_steps_later(local, caplog):
+def test_who_does_not_ask_is_warned_once_some_steps_later(local, caplog):
     model = nn.Linear(3, 3)
     if local:
         optimizer = LocalSteps(torch.optim.SGD(model.parameters(), 0.1), sync_every=1)

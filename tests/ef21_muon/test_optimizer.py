@@ -21,7 +21,7 @@ COMPRESSORS = {
     "topk natural": TopK(0.2, "natural"),
     "rank": RankK(0.2),
     "rank natural": RankK(0.2, "natural"),
-    "fitted": QuantizedRank(0.2),
+    "quantized rank": QuantizedRank(0.2),
 }
 every_compressor = pytest.mark.parametrize("compressor", COMPRESSORS.values(), ids=COMPRESSORS)
 

@@ -53,16 +53,16 @@ def assert_close(found, expected, tolerance=1e-5):
 @pytest.mark.parametrize(
     ("feedback", "gradient_of"),
     [
-        ("ef21", lambda memory, message: memory + message),
-        ("ef14", lambda memory, message: message),
-        ("none", lambda memory, message: message),
+        ("ef21", lambda error, message: error + message),
+        ("ef14", lambda error, message: message),
+        ("none", lambda error, message: message),
     ],
 )
 def test_feedback_follows_its_recursion(feedback, gradient_of):
     """The server's gradient after every round, against each method's own recursion."""
     beta = 0.3
     parameters, optimizer = build(momentum=1 - beta, w2s=TopK(FRACTION), feedback=feedback)
-    memory = {name: np.zeros(shape) for name, shape in SHAPES.items()}
+    errors = {name: np.zeros(shape) for name, shape in SHAPES.items()}
     momentum = None
     for seed in range(1, 8):
         gradients = step(parameters, optimizer, seed)
@@ -71,13 +71,13 @@ def test_feedback_follows_its_recursion(feedback, gradient_of):
         expected = {}
         for name in SHAPES:
             target = {
-                "ef21": momentum[name] - memory[name],
-                "ef14": momentum[name] + memory[name],
+                "ef21": momentum[name] - errors[name],
+                "ef14": momentum[name] + errors[name],
                 "none": momentum[name],
             }[feedback]
             message = TOP(target, None)
-            expected[name] = gradient_of(memory[name], message)
-            memory[name] = expected[name] if feedback == "ef21" else target - message
+            expected[name] = gradient_of(errors[name], message)
+            errors[name] = expected[name] if feedback == "ef21" else target - message
         assert_close(state(parameters, optimizer, "server_gradient"), expected)
 
 
@@ -238,15 +238,15 @@ def test_diagnostics_are_what_the_state_says(feedback):
     parameters, optimizer = build(w2s=TopK(FRACTION), s2w=RankK(0.1), momentum=0, feedback=feedback)
     step(parameters, optimizer, 1)
     step(parameters, optimizer, 2)
-    memory = None if feedback == "none" else state(parameters, optimizer, "gradient_estimate")
+    buffer = None if feedback == "none" else state(parameters, optimizer, "gradient_estimate")
     optimizer.watch = True
     gradients = step(parameters, optimizer, 3)
     for name, found in optimizer.diagnostics().items():
         gradient = gradients[name]
         sign = {"ef21": -1, "ef14": 1, "none": 0}[feedback]
-        difference = gradient + sign * memory[name] if memory else gradient
+        difference = gradient + sign * buffer[name] if buffer else gradient
         message = TOP(difference, None)
-        estimate = memory[name] + message if feedback == "ef21" else message
+        estimate = buffer[name] + message if feedback == "ef21" else message
         lost = relative(message - difference, difference) ** 2
         assert found["w2s_contraction"] == pytest.approx(1 - lost, rel=1e-4)
         assert found["w2s_contraction"] >= FRACTION

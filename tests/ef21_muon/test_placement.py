@@ -1,4 +1,4 @@
-"""Who serves what: the spread of layers, their owners, and the cut into buckets."""
+"""Who serves what: the assignment of layers, their owner ranks, and the cut into buckets."""
 
 from types import SimpleNamespace
 
@@ -79,9 +79,9 @@ def test_buckets_are_consecutive_and_not_too_many(sizes, parts):
     ],
 )
 def test_what_goes_over_the_wire(server, to_servers, back):
-    """Of three ranks, by hand: 3 layers of 10 bytes and 4 back, spread over ranks 0, 0, 1; and
+    """Of three ranks, by hand: 3 layers of 10 bytes and 4 back, assigned to ranks 0, 0, 1; and
 
-    4 layers of 20 bytes and none back, spread over 0, 1, 2, 2. To the servers goes all that is not
+    4 layers of 20 bytes and none back, assigned to 0, 1, 2, 2. To the servers goes all that is not
     to oneself; back go two copies of what is one's own.
     """
     sizes = ((10, 4), [0, 0, 1]), ((20, 0), [0, 1, 2, 2])

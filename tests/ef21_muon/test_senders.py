@@ -157,7 +157,7 @@ def test_a_compressor_that_does_not_say_what_it_sent_is_refused_at_once(compress
     assert "\n" not in str(error.value)
 
 
-def test_it_is_told_apart_from_the_mean_over_all():
+def test_it_is_distinguished_from_the_mean_over_all():
     of_all, of_senders = (
         LocalSteps(torch.optim.SGD(nn.Linear(24, 16).parameters(), lr=0.1), mean=mean)
         for mean in ("all", "senders")

@@ -101,7 +101,7 @@ def test_a_missing_gradient_is_zero_where_that_was_asked_for(reports):
 
 
 @pytest.mark.parametrize("how", ["late", "refused", "local"])
-def test_who_waits_in_a_step_says_for_whom_and_goes_on_when_it_comes(reports, how):
+def test_who_waits_in_a_step_says_for_whom_and_continues_when_it_comes(reports, how):
     assert reports[1][how] == []
     (line,) = reports[0][how]
     assert line.startswith("rank 0 has waited for ") and " s in step 2 for rank 1" in line
@@ -110,12 +110,12 @@ def test_who_waits_in_a_step_says_for_whom_and_goes_on_when_it_comes(reports, ho
     assert refused == (how == "refused")
 
 
-def test_who_is_left_alone_in_a_step_is_told_what_to_do(reports):
+def test_who_is_left_alone_in_a_step_is_advised(reports):
     (note,) = reports[0]["left"]
     assert note.startswith("another rank has ended, or failed first, while this one waited")
 
 
-def test_learning_rates_that_part_as_tensors_are_told(reports):
+def test_learning_rates_that_diverge_as_tensors_are_reported(reports):
     line = "lr of group 0 is 0.5 on rank 0 and 0.25 on rank 1: give all workers the same groups, "
     for report in reports:
         assert report["rates"] == ["no error", f"{line}and schedules"]

@@ -118,7 +118,7 @@ def test_a_rate_on_another_device_is_multiplied_there(method, monkeypatch):
         torch.testing.assert_close(trained(method, RATE), expected, rtol=0, atol=1e-6)
 
 
-def test_a_state_goes_on_with_the_rate_and_apart():
+def test_a_state_resumes_with_the_rate_and_apart():
     model = new_model()
     optimizer = EF21Muon(model.parameters(), lr=torch.tensor(RATE))
     train(model, optimizer)

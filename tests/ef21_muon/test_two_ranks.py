@@ -19,7 +19,7 @@ def reports(tmp_path_factory):
 
 @pytest.mark.parametrize("server", PLACEMENTS)
 @pytest.mark.parametrize("method", EXCHANGING)
-def test_an_exchanged_compressor_goes_on_as_one_that_was_built_with_it(reports, method, server):
+def test_an_exchanged_compressor_continues_as_one_that_was_built_with_it(reports, method, server):
     ends = [report[f"exchanged {method} {server}"] for report in reports]
     for end in ends:
         assert end["found"] == end["built"]
@@ -27,7 +27,7 @@ def test_an_exchanged_compressor_goes_on_as_one_that_was_built_with_it(reports, 
     assert first == other  # W
 
 
-def test_ranks_that_exchange_it_for_different_ones_are_told(reports):
+def test_ranks_that_exchange_it_for_different_ones_are_refused(reports):
     (line,) = {report["exchanged apart"] for report in reports}
     assert line.startswith("w2s of group 0 is TopK(fraction=0.1, ") and "\n" not in line
     assert line.endswith("on rank 1: give all workers the same optimizer")

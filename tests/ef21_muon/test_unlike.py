@@ -65,7 +65,7 @@ def test_every_optimizer_is_in_a_table():
     assert unlike.OPTIMIZERS.keys() == TRAIN.keys() | REFUSED.keys() | {"unseen"}
 
 
-def test_who_parts_later_is_told_why(reports):
+def test_who_diverges_later_is_shown_why(reports):
     lines = {report["unseen"]["error"] for report in reports[0]}
     assert len(lines) == 1, "on all ranks alike"
     (line,) = lines

@@ -38,7 +38,7 @@ def test_with_exact_messages_all_count_and_nobody_heals(reports, name):
     )
 
 
-@pytest.mark.parametrize("name", ["rank", "fitted rank"])
+@pytest.mark.parametrize("name", ["rank", "quantized rank"])
 def test_with_low_rank_one_is_refused_and_the_other_trains(reports, name):
     (error,) = [report[name]["error"] for report in reports if "error" in report[name]]
     assert error.startswith("this worker gets other bits of w2s=") and "\n" not in error

@@ -107,17 +107,17 @@ class LocalRounds:
     """n workers that step by themselves, and whose differences from W are averaged.
 
     turns: of every layer the step in a round, from 0, after which it is sent; a message takes
-    `delay` steps, `ways` of them until W moves. gradient(model, worker) gives a worker's gradients.
+    `sync_delay` steps, `ways` of them until W moves. gradient(model, worker) gives a worker's gradients.
     kept: of what a worker sends, 1 for the entries that its message has, so that a mean is over
     the workers that sent an entry; without it over all.
     """
 
-    def __init__(self, start, workers, gradient, new_inner, every, turns, **options):
-        self.every, self.turns, self.gradient = every, turns, gradient
+    def __init__(self, start, workers, gradient, new_inner, sync_every, turns, **options):
+        self.sync_every, self.turns, self.gradient = sync_every, turns, gradient
         self.shared = {name: layer.astype(np.float64) for name, layer in start.items()}  # W
         self.models = [dict(self.shared) for _ in range(workers)]  # x_j
         self.inner = [new_inner() for _ in range(workers)]
-        self.memories = [dict.fromkeys(start, 0.0) for _ in range(workers)]  # e_j, or G_j
+        self.errors = [dict.fromkeys(start, 0.0) for _ in range(workers)]  # e_j, or G_j
         self.velocity = dict.fromkeys(start, 0.0)  # V
         self.mean_estimate = dict.fromkeys(start, 0.0)  # G
         self.server_error = dict.fromkeys(start, 0.0)  # e_s
@@ -131,14 +131,16 @@ class LocalRounds:
         for worker, model in enumerate(self.models):
             self.inner[worker].step(model, self.gradient(model, worker))
         for layer, turn in self.turns.items():
-            if self.steps % self.every == turn:
+            if self.steps % self.sync_every == turn:
                 self.send(layer)
         self.arrive(self.steps)
         self.steps += 1
 
     def final_sync(self):
         """What is under way arrives, and then all that was done since is sent, at once."""
-        just_sent = [n for n, turn in self.turns.items() if (self.steps - 1) % self.every == turn]
+        just_sent = [
+            n for n, turn in self.turns.items() if (self.steps - 1) % self.sync_every == turn
+        ]
         for later in range(self.steps, self.steps + self.ways * self.sync_delay):
             self.arrive(later)
         for layer in self.turns.keys() - set(just_sent):
@@ -148,16 +150,16 @@ class LocalRounds:
     def send(self, layer):
         """The layer's turn: every worker's message is on its way."""
         messages, departures = [], []
-        for model, memory in zip(self.models, self.memories, strict=True):
+        for model, error in zip(self.models, self.errors, strict=True):
             target = self.shared[layer] - model[layer]
             departures.append(model[layer])
             if self.feedback == "ef14":
-                target = target + self.error_decay * memory[layer]
+                target = target + self.error_decay * error[layer]
                 sent = self.w2s(target)
-                memory[layer] = target - sent
+                error[layer] = target - sent
             elif self.feedback == "ef21":
-                sent = self.w2s(target - memory[layer])
-                memory[layer] = memory[layer] + sent
+                sent = self.w2s(target - error[layer])
+                error[layer] = error[layer] + sent
             else:
                 sent = self.w2s(target)
             messages.append((sent, self.kept(target) if self.kept else 1))

@@ -58,7 +58,7 @@ RENAMED = [
     (
         "compressor@w2s=rank",
         "w2s.values={format: int5, stochastic: false}",
-        "w2s.values={format: int5, rounding:nearest}",
+        "w2s.values={format: int5, rounding: nearest}",
     ),
     (
         "compressor@w2s=rank",
@@ -111,7 +111,7 @@ LOGS = {
     ),
     "muloco-seed0": (
         "quantize statistical2, sync every 30, AdamW, error decay 0.9, outer lr 0.9, "
-        "outer momentum 0.8"
+        "outer momentum 0.3"
     ),
 }
 

@@ -15,7 +15,7 @@ LOCAL = ("optimizer=local", "optimizer.sync_every=2")
 # Specs, and the same compressors by their configurations.
 PAIRS = {
     "ef21_muon": (
-        "w2s=topk:0.1:int4 s2w=rank:0.5",
+        "w2s=topk:0.1:int4 s2w=rank:0.5:natural",
         "compressor@w2s=topk w2s.fraction=0.1 w2s.values=int4 compressor@s2w=rank s2w.fraction=0.5",
     ),
     "local": (
@@ -23,7 +23,7 @@ PAIRS = {
         "optimizer=local optimizer.sync_every=2 compressor@w2s=sign w2s.values=sign@tensor",
     ),
     "a role": (
-        "w2s=sign +norm.embedding.w2s=topk:0.2",
+        "w2s=sign +norm.embedding.w2s=topk:0.2:natural",
         "compressor@w2s=sign +compressor@norm.embedding.w2s=topk norm.embedding.w2s.fraction=0.2",
     ),
 }

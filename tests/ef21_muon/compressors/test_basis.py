@@ -91,8 +91,8 @@ def test_rounding_of_long_columns_leaves_a_basis(monkeypatch):
 def test_an_embeddings_gradient_on_a_gpu():
     x = few_large_rows(50_304, 768).cuda()
     generator = torch.Generator("cuda").manual_seed(0)
-    fitted = QuantizedRank(0.3)
-    sent = fitted.decode(fitted.encode(x, generator), 50_304, 768)
+    compressor = QuantizedRank(0.3)
+    sent = compressor.decode(compressor.encode(x, generator), 50_304, 768)
     assert sent.isfinite().all()
     assert (x - sent).norm() < 0.5 * x.norm()
 

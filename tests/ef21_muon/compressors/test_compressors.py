@@ -65,7 +65,7 @@ for format_name, values in FORMATS.items():
         COMPRESSORS[f"random {fraction} {format_name}"] = RandK(fraction, values)
         COMPRESSORS[f"columns {fraction} {format_name}"] = TopColumns(fraction, values)
         COMPRESSORS[f"singular {fraction} {format_name}"] = TopSingular(fraction, values)
-        COMPRESSORS[f"fitted {fraction} {format_name}"] = QuantizedRank(fraction, values)
+        COMPRESSORS[f"quantized rank {fraction} {format_name}"] = QuantizedRank(fraction, values)
 
 COMPRESSORS["quantize int4@3blocks"] = Quantize("int4@3blocks")
 COMPRESSORS["quantize rowcol4"] = Quantize("rowcol4")

@@ -1,4 +1,4 @@
-"""Low rank with a rough basis and fitted rows."""
+"""Low rank with a coarse basis and rows that are fitted to it."""
 
 import numpy as np
 import pytest

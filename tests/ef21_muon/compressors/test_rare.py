@@ -219,7 +219,7 @@ def test_a_modified_payload_of_another_length_is_refused(compressor, shape, exce
 
 @every_modified
 @pytest.mark.parametrize("shape", [(1, 1), (9, 1), (64, 64), (768, 768)])
-def test_a_modified_compressor_stays_modified_where_the_other_is_dense(compressor, shape):
+def test_a_modified_compressor_stays_modified_where_the_other_is_quantize(compressor, shape):
     unfitted = compressor.compressor
     fitted, inner = compressor.fit(*shape), unfitted.fit(*shape)
     assert compressor.compressor is unfitted

@@ -113,15 +113,15 @@ def test_a_layer_that_is_stored_transposed_takes_the_steps_of_a_linear_one(name,
 
 def test_what_workers_agree_on_is_stored_as_the_model_stores_it():
     linear, other = twins(Conv1D)
-    agreed = []
+    shared = []
     for model in (linear, other):
         optimizer = local(groups(model))
         train(model, optimizer, steps=5)
         own = model.expand.weight.detach().clone()
         with optimizer.global_params():
-            agreed.append(model.expand.weight.detach().clone())
-        assert torch.equal(own, model.expand.weight) and not torch.equal(own, agreed[-1])
-    torch.testing.assert_close(agreed[1].T, agreed[0], rtol=0, atol=1e-3)
+            shared.append(model.expand.weight.detach().clone())
+        assert torch.equal(own, model.expand.weight) and not torch.equal(own, shared[-1])
+    torch.testing.assert_close(shared[1].T, shared[0], rtol=0, atol=1e-3)
 
 
 def test_other_layers_can_be_said_to_be_transposed():
@@ -204,9 +204,9 @@ def test_a_grouped_convolution_takes_the_step_of_the_linear_map_that_it_is(
     gradient = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(0))
     exact = {"norm": Spectral("svd", scaling="muon" if preset == "muon" else "scion")}
     rules = {**PRESETS[preset], "hidden": PRESETS[preset]["hidden"] | exact}
-    kernels = {"conv_scaling": preset == "scion"}
-    found = step_of(layer, gradient, rules, **kernels)
-    expected = step_of(whole, blocks(gradient, groups), rules, **kernels)
+    scaling = {"conv_scaling": preset == "scion"}
+    found = step_of(layer, gradient, rules, **scaling)
+    expected = step_of(whole, blocks(gradient, groups), rules, **scaling)
     assert found.norm() > 0
     torch.testing.assert_close(blocks(found, groups), expected)
     assert step_of(layer, gradient, preset).norm().item() == pytest.approx(

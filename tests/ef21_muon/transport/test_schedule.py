@@ -19,7 +19,7 @@ def test_the_round_of_a_step_is_as_by_counting(stretches):
             counted += [(len(firsts) - 1, place, length) for place in range(length)]
     rounds = Rounds(sync_every)
     assert [rounds.of(step) for step in range(len(counted))] == counted
-    assert rounds.of(len(counted) + 3 * length)[0] == len(firsts) + 3, "the last stretch goes on"
+    assert rounds.of(len(counted) + 3 * length)[0] == len(firsts) + 3, "the last stretch continues"
     assert rounds.lengths == [length for _, length in stretches]
 
 

@@ -220,7 +220,7 @@ def overflow(size: int) -> list[int]:
     return [optimizer.round, sum(parameter.grad is not None for parameter in model.values())]
 
 
-MISSING = ("named", "zero", "nothing", "unreduced", "goes on")
+MISSING = ("named", "zero", "nothing", "unreduced", "continues")
 
 
 def missing(shard: bool, local: bool) -> list[str]:

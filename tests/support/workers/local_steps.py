@@ -43,7 +43,7 @@ INNER = {
     "adamw": lambda named: torch.optim.AdamW(named, **ADAMW),
     "muon": muon,
 }
-MOVED = 6  # steps after which a case of RESUMED goes on in other objects
+MOVED = 6  # steps after which a case of RESUMED resumes in other objects
 FRACTION = 0.3
 K, CHUNK = 8, 8  # 8 of 8 x 8
 COMPRESSORS = {
@@ -57,7 +57,7 @@ NESTEROV = {"outer_lr": 0.7, "outer_momentum": 0.6}
 BOTH = {"w2s": "topk", "s2w": "nearest"}
 CASES = {
     "average": {},
-    "every 1": {"sync_every": 1},
+    "sync every 1": {"sync_every": 1},
     "topk": {"w2s": "topk"},
     "both": BOTH,
     "decay": BOTH | {"error_decay": 0.8, "server": "rank0"},
@@ -107,7 +107,7 @@ def new(case):
 
 
 def moved(case, parameters, optimizer):
-    """Other objects that go on from there."""
+    """Other objects that resume from there."""
     others, other_optimizer = new(case)
     with torch.no_grad():
         for name, other in others.items():

@@ -46,7 +46,7 @@ COMPRESSORS = {
     "rank nearest": RankK(FRACTION, NEAREST),
     "natural": Quantize("natural"),
     "rank natural": RankK(FRACTION, "natural"),
-    "fitted": QuantizedRank(FRACTION),
+    "quantized": QuantizedRank(FRACTION),
 }
 PAIRS = [  # w2s, s2w
     ("identity", "identity"),
@@ -58,7 +58,7 @@ PAIRS = [  # w2s, s2w
     ("rank", "topk"),
     ("rank", "topk nearest"),
 ]
-STOCHASTIC_PAIRS = [(name, "identity") for name in ("natural", "rank natural", "fitted")]
+STOCHASTIC_PAIRS = [(name, "identity") for name in ("natural", "rank natural", "quantized")]
 SETUPS = {server: {"server": server} for server in PLACEMENTS}
 SETUPS["unbucketed"] = {"server": "sharded", "buckets": 1}
 SERVED = {"error_decay": 0.9, "server_momentum": 0.7}

@@ -40,7 +40,7 @@ COMPRESSORS = {
     "randk": lambda values: RandK(0.1, values),
     "chunk_topk": lambda values: ChunkTopK(32, 32, values),
     "top_columns": lambda values: TopColumns(0.3, values),
-    "damping": lambda values: Scaled(TopK(0.3, values), 0.7),
+    "scaled": lambda values: Scaled(TopK(0.3, values), 0.7),
     "bernoulli": lambda values: Bernoulli(Quantize(values), 0.9),
 }
 LOW_RANK = {

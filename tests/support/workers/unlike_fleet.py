@@ -20,7 +20,7 @@ FLEETS = {  # all but the last train with both workers
     "normal2": Quantize("normal2"),
     "sign": Quantize("sign"),
     "rank": RANK,
-    "fitted rank": QuantizedRank(0.4),
+    "quantized rank": QuantizedRank(0.4),
 }
 TOGETHER = ("normal2", "sign")
 ROUNDS = 6
