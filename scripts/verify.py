@@ -108,7 +108,7 @@ def equals_muon(workers: Workers) -> Measurement:
         return EF21Muon(
             matrices(parameters),
             lr=trials.LR,
-            momentum=0 - defaults["momentum"],
+            momentum=defaults["momentum"],
             norm=Spectral(scaling="muon", dtype=torch.bfloat16),
             nesterov=defaults["nesterov"],
             weight_decay=defaults["weight_decay"],

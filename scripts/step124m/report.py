@@ -41,11 +41,11 @@ them.
 ## Whole steps
 
 State: bytes per parameter that stay allocated after the first step, beyond parameters and
-gradients. EF21-Muon keeps 8 on every rank, M_j and G_j, and 4 in all ranks together, G; where messages to the
-workers are compressed, another 4 in all, X. Servers are placed so that their LMOs take equally
-long, and no layer is split, so that ranks differ. torch's optimizers step alone, with this worker's
-gradients; `torch.optim.Muon` steps one block of {facts["blocks"]}, and its time is multiplied. It
-does not take embeddings.
+gradients. EF21-Muon keeps 8 on every rank, M_j and G_j, and 4 in all ranks together, G; where
+messages to the workers are compressed, another 4 in all, X. Servers are placed so that their LMOs
+take equally long, and no layer is split, so that ranks differ. torch's optimizers step alone, with
+this worker's gradients; `torch.optim.Muon` steps one block of {facts["blocks"]}, and its time is
+multiplied. It does not take embeddings.
 
 {step_table(records)}
 """

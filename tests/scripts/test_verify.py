@@ -6,7 +6,7 @@ import pytest
 import torch
 from run import ROOT, torchrun
 
-from ef21_muon import EF21Muon, LocalSteps, layers
+from ef21_muon import EF21Muon, layers, local_steps
 from ef21_muon.channel import Channel
 from ef21_muon.compressors import TopK
 from ef21_muon.norms import Spectral
@@ -47,7 +47,7 @@ def always_to_nearest(patch):
     patch.setattr(scaled, "carry", lambda bits, stochastic, generator: carry(bits, False, None))
 
 
-def forget_the_steps(self, batch, received):
+def forget_the_steps(optimizer, batch, message):
     """A round that starts from the old W again."""
     torch._foreach_copy_(batch.params, batch.as_parameters(batch.state["global_params"]))
 
@@ -64,7 +64,7 @@ def remember_as_ef14(patch):
 BROKEN_ALONE = {
     "identity equals Muon": lambda patch: patch.setitem(Spectral.scalings, "muon", math.hypot),
     "identity equals Scion": lambda patch: patch.setitem(BiasRMS.scalings, "scion", math.hypot),
-    "local steps alone": lambda patch: patch.setattr(LocalSteps, "_update", forget_the_steps),
+    "local steps alone": lambda patch: patch.setattr(local_steps, "move", forget_the_steps),
     "buckets agree": lambda patch: wrap(patch, layers, "cut", lambda ranges: ranges[::-1]),
     "the servers' G": lambda patch: patch.setattr(Transport, "to_servers", lose_all),
     "error feedback contracts": remember_as_ef14,

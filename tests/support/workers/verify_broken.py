@@ -22,7 +22,7 @@ def break_rounds(patch: pytest.MonkeyPatch) -> None:
 
     def forgetful_encode(self, *arguments, **options):
         if self.feedback == "ef21":
-            self.memory.zero_()
+            self.buffer.zero_()
         return encode(self, *arguments, **options)
 
     def of_rank0(self, batches, payloads):
