@@ -37,8 +37,8 @@ class AveragedGradients(Communicating):
     """Any torch optimizer on the mean of the workers' gradients, sent in compressed messages.
 
     Muon is for hidden matrices, and often AdamW is for the rest: this is that AdamW on many
-    workers. All workers take the same steps of `inner`. A step is one round of EF21, without a
-    momentum of its own:
+    workers, beside EF21Muon(hidden). All workers take the same steps of `inner`. A step is one
+    round of EF21, without a momentum of its own:
 
         worker:   R_j = C_j(grad_j - G_j);  G_j = G_j + R_j
         server:   G = G + mean of R_j, sent back in float32
@@ -52,7 +52,8 @@ class AveragedGradients(Communicating):
         inner: optimizer, or several of different parameters, that send nothing, as torch's own.
             `param_groups` are theirs, so schedulers act on their lr.
         w2s: compressor of messages to the servers, or its spec, as in `EF21Muon`; or a mapping from
-            the names of parameter groups to compressors. By default gradients are sent in float32.
+            the names of parameter groups, their entry "name", to compressors, with one for every
+            group. By default gradients are sent in float32.
         feedback: error feedback: "ef21" as above; "ef14", which sends C_j(grad_j + error_decay e_j)
             with e_j for what was lost; or "none".
         error_decay: share of "ef14"'s error that is kept per round, in [0, 1].
@@ -63,7 +64,7 @@ class AveragedGradients(Communicating):
         missing_grad: what a parameter without a gradient is: an "error", or "zero" on this worker.
         buffers: the model, whose floating-point buffers become the mean of all workers' in every
             step; by default each worker keeps its own.
-        seed: of random numbers in compressors; the same on all ranks.
+        seed: of random numbers in compressors, in which all ranks differ anyway.
         mesh: `WorkerMesh` of workers with several ranks; `inner` then holds `mesh.share(groups)`.
         process_group: of all workers, one rank each; by default torch's default group.
 
@@ -148,7 +149,8 @@ class AveragedGradients(Communicating):
             The closure's loss, None without a closure.
 
         Raises:
-            RuntimeError: for a gradient that is missing or does not fit, on all workers.
+            RuntimeError: on the rank whose gradient is missing or does not fit. Others wait, and
+                report for whom: end the run, rather than skip a batch on one rank.
         """
         return guarded_step(self, closure, self._take_step)
 

@@ -179,7 +179,7 @@ class Communicating(torch.optim.Optimizer):
 
         Args:
             w2s: compressor, or its spec, as "topk:0.01".
-            group: name of the parameter groups that it is for; by default all groups.
+            group: name of the parameter groups that it is for; by default all, vectors too.
 
         Raises:
             ValueError: for an unknown compressor or group, with a sync_delay, and where ranks
@@ -206,7 +206,7 @@ class Communicating(torch.optim.Optimizer):
 
     @property
     def round(self) -> int:
-        """Whole rounds taken so far."""
+        """Whole rounds taken so far, without the shorter one of `final_sync`."""
         return self.rounds.of(self.steps)[0]
 
     def final_sync(self) -> None:
@@ -230,7 +230,7 @@ class Communicating(torch.optim.Optimizer):
 
     @property
     def w2s_bytes(self) -> int:
-        """Bytes of messages that this rank has sent to the servers, or to collectives, so far."""
+        """Bytes that this rank has sent to the servers, also to itself, or to collectives."""
         return self.traffic.w2s_bytes
 
     @property
@@ -301,10 +301,10 @@ class Communicating(torch.optim.Optimizer):
         inspection.require_finite_steps(self.batches, self.BROKEN)
 
     def check_agreement(self) -> None:
-        """Check that all workers hold the same W, buffers and options, and that G is mean G_j.
+        """Check that all workers hold this optimizer's W, buffers and options alike, and G.
 
-        To be called on all ranks together. Sends a few bytes per layer; EF21's G is compared by
-        random projections. Waits for the device.
+        To be called on all ranks together. Sends a few bytes per layer; EF21's G is compared with
+        the mean of G_j by random projections. Waits for the device.
 
         Raises:
             ValueError: names the rank, and the layer or group, that differs.
@@ -347,9 +347,9 @@ class Communicating(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Continue exactly from a state of the same rank, parameters and options.
 
-        The model's own state has to be loaded beside it. The state is copied. Options of groups
-        become those of the state, as with torch's optimizers; the lr, missing_grad, buckets and
-        seed may differ from those here.
+        Load the model's state too, which is not checked; with `LocalSteps` that of the same rank,
+        since x_j differ between workers. The state is copied. Options of groups become those of the
+        state, as with torch's optimizers; lr, missing_grad, buckets and seed may differ from here.
 
         Args:
             state_dict: what `state_dict` of this rank or `full_state_dict` returned.

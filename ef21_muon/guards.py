@@ -211,8 +211,8 @@ def _refuse_missing(layer: Layer, optimizer: str) -> None:
     """Raise GradientError for a missing gradient."""
     raise GradientError(
         f"{layer.name} has no gradient: every parameter given to {optimizer} takes part in every "
-        f"step; {_how_to_bring(layer)}, leave out those that the loss does not reach (EF21Muon "
-        "and AveragedGradients take missing_grad='zero' for those that it reaches at times)"
+        f"step; {_how_to_bring(layer)}, leave out parameters that the loss never reaches, and give "
+        "EF21Muon or AveragedGradients missing_grad='zero' for those that only some batches reach"
     )
 
 

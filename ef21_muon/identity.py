@@ -169,8 +169,8 @@ def require_identity(mine: Mapping, of: Mapping) -> None:
     if not differing:
         return
     advice = (
-        "build the optimizer as that one was, load, and then change in param_groups what is to "
-        "change"
+        "build the optimizer as that one was, load, and then change numbers in param_groups, and "
+        "compressors by exchange_compressor"
     )
     if mine["ranks"] != of.get("ranks"):
         advice = "start as many ranks as it was saved on"

@@ -1,11 +1,12 @@
 """Inner optimizers: what an optimizer around them asks of them, and how they start afresh."""
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from inspect import Parameter, signature
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ef21_muon.communicating import Communicating
@@ -29,6 +30,11 @@ class Wrapped:
     """
 
     def __init__(self, inner: Optimizer | Sequence[Optimizer]):
+        if isinstance(inner, nn.Module):
+            raise ValueError(
+                f"inner={type(inner).__name__} is a model: give an optimizer of its parameters, as "
+                "torch.optim.AdamW(model.parameters())"
+            )
         self.optimizers = [inner] if isinstance(inner, Optimizer) else [*inner]
         for optimizer in self.optimizers:
             _require_inner(optimizer)
@@ -133,6 +139,12 @@ def _require_inner(optimizer: Optimizer) -> None:
         raise ValueError(
             f"inner={name} with momentum_kind={optimizer.momentum_kind!r} needs a closure in "
             "every step: give momentum_kind='polyak'"
+        )
+    if ours and (lossy := [r["w2s"] for r in ours.rules if not r["w2s"].lossless]):
+        warnings.warn(
+            f"inner={name} compresses its own gradients with w2s={lossy[0]!r}, which saves no "
+            "bytes: give w2s to the optimizer around it",
+            stacklevel=5,
         )
     closure = signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is Parameter.empty:

@@ -62,12 +62,13 @@ class LocalSteps(Communicating):
 
     Args:
         inner: optimizer, or several of different parameters, that send nothing: torch's own, or
-            `EF21Muon(..., process_group=ALONE)`. `param_groups` are theirs, so schedulers act on
-            their lr.
+            `EF21Muon(..., process_group=ef21_muon.ALONE)` with w2s and s2w left at "identity".
+            `param_groups` are theirs, so schedulers act on their lr.
         sync_every: local steps per round, at least 1; or {first step: steps per round} where it
             changes, as {0: 120, 360: 60}.
         w2s: compressor of messages to the servers, or its spec, as "sign"; or a mapping from the
-            names of parameter groups to compressors. By default messages are float32.
+            names of parameter groups, their entry "name", to compressors, with one for every group.
+            By default messages are float32.
         s2w: compressor of messages to the workers, likewise.
         outer_lr: factor of the mean pseudo-gradient, above 0.
         outer_momentum: weight of earlier rounds in V, in [0, 1).
@@ -83,9 +84,8 @@ class LocalSteps(Communicating):
         streaming: True gives every batch of layers its own turn within the round, so that the link
             is used evenly (Streaming DiLoCo).
         sync_delay: steps that a message travels each way while training continues; at least 0. x_j
-            then moves by what W moved and keeps the steps taken since. For gloo, or messages
-            through the host: NCCL would hold the GPU.
-        seed: of random numbers in compressors; the same on all ranks.
+            then moves by what W moved and keeps the steps taken since. Not with NCCL.
+        seed: of random numbers in compressors, in which all ranks differ anyway.
         buffers: the model, whose floating-point buffers become the mean of all workers' in every
             round; within `global_params()` they are those of the last round.
         mesh: `WorkerMesh` of workers with several ranks: gradients are averaged within a worker in

@@ -63,9 +63,10 @@ class EF21Muon(Communicating):
     workers; G estimates the mean of M_j. Servers are roles of the same ranks, not other processes.
 
     Gradients are local: do not wrap the model in DistributedDataParallel. Every rank of an
-    initialised process group is a worker; without a process group there is one worker, and nothing
-    is sent. A parameter with one dimension is an (n, 1) matrix; one with more than two is flattened
-    to (d_0, rest).
+    initialised process group is a worker; without one there is a single worker, which compresses as
+    if it sent. A second optimizer for other parameters does not average them: write
+    AveragedGradients(torch.optim.AdamW(rest)), or the workers drift apart unnoticed. A parameter
+    with one dimension is an (n, 1) matrix; one with more than two is flattened to (d_0, rest).
 
     Args:
         params: the model, whose layers take the norms of their roles (`param_groups`, preset
@@ -75,16 +76,17 @@ class EF21Muon(Communicating):
             transposed=True (weights are stored as (d_in, d_out), unlike torch.nn.Linear's) and
             conv_scaling=True (steps of convolutions with kernels of k entries are divided by
             sqrt(k), which makes them Scion's).
-        lr: step length t^k in the layer's norm, divided by `radius`; at least 0. Schedulers act on
-            it. A tensor with one entry stays a tensor and is read in every step.
+        lr: step length t^k in the layer's norm, divided by `radius`; at least 0. With preset
+            "scion" an entry of a 768 x 768 matrix moves by 0.036 lr per step; 0.02, falling to 0 at
+            the end, suits GPTs. A tensor with one entry stays a tensor, which schedulers may write.
         momentum: weight of the old momentum, in [0, 1), as in torch.optim; 0 is no momentum. The
             paper's beta is 1 - momentum.
         norm: gives the LMO; `Spectral()` by default. Not with a model, whose roles have norms.
         radius: of the norm's ball, above 0, or an `AdaptiveRadius` that follows each layer's dual
             norm (Gluon); 1 by default. Not with a model.
         w2s: compressor of messages from workers to servers: an object of `ef21_muon.compressors`,
-            or its spec, as "rank:0.15:natural", "topk:0.05" or "sign". By default nothing is
-            compressed.
+            or its spec, as "rank:0.15:natural" (15 % of the rank), "topk:0.05" (5 % of the entries)
+            or "sign". By default nothing is compressed. With a model, vectors stay in float32.
         s2w: compressor of messages from servers to workers, likewise.
         nesterov: workers send (1 - momentum) grad_j + momentum M_j in place of M_j.
         weight_decay: the step also subtracts lr weight_decay X; at least 0. With 1, X stays in the
@@ -117,19 +119,20 @@ class EF21Muon(Communicating):
             as for an expert that got no token. A step without any gradient is an error.
         buffers: the model, whose floating-point buffers, as the statistics of BatchNorm, become the
             mean of all workers' in every step, and are sent. By default each worker keeps its own.
-        seed: of random numbers in compressors; the same on all ranks. Streams of ranks differ.
+        seed: of random numbers in compressors, in which all ranks differ anyway.
         mesh: `WorkerMesh` of workers with several ranks, whole or sharded by `fully_shard`; all
             ranks give the groups of the whole model, as (name, parameter) pairs.
         transport: carries the messages; by default the process group.
-        process_group: of all workers, one rank each; by default torch's default group. With `ALONE`
-            this process is a single worker, as an optimizer inside `LocalSteps` is.
+        process_group: of all workers, one rank each; by default torch's default group. With
+            `ef21_muon.ALONE` this process is a single worker, as inside `LocalSteps`.
 
     Raises:
         ValueError: for options out of range, names of earlier versions, parameters or settings that
             differ between ranks, and ranks that compute other bits where all have to be alike.
         RuntimeError: from `step`, for a gradient that is missing or does not fit.
 
-    A gradient or message that is not finite leaves W as it is; `check_finite` names it.
+    A layer whose gradient or message is not finite stands still from then on, and the others go
+    on: call `check_finite`, which names it, where the loss is read.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Embedding(64, 8), torch.nn.Linear(8, 64))
@@ -267,7 +270,8 @@ class EF21Muon(Communicating):
             The closure's loss, None without a closure.
 
         Raises:
-            RuntimeError: for a gradient that is missing or does not fit, on all workers.
+            RuntimeError: on the rank whose gradient is missing or does not fit. Others wait, and
+                report for whom: end the run, rather than skip a batch on one rank.
         """
         if self.correction:
             closure = self._corrected(self.correction, closure)

@@ -17,6 +17,15 @@ ARGUMENTS = {
     "stochastic": "rounding",  # "stochastic" or "nearest"
     "worker_size": "ranks_per_worker",
 }
+# Arguments of other optimizers, and what they are here.
+FOREIGN = {
+    "betas": "momentum, and AveragedGradients(torch.optim.AdamW(...)) for AdamW's steps",
+    "H": "sync_every",
+    "ns_steps": "norm=Spectral(steps=...)",
+    "rank": "w2s='rank:FRACTION'",
+    "compressor": "w2s, and s2w for the way back",
+    "optimizer": "inner",
+}
 # Values of arguments.
 VALUES = {
     ("first_message", "exact"): "first_message='full'",
@@ -58,7 +67,7 @@ Result = TypeVar("Result")
 
 
 class RenamedError(TypeError, ValueError):
-    """A name of an earlier version was given.
+    """A name of an earlier version, or of another optimizer, was given.
 
     It is a TypeError, as for any unknown argument, and a ValueError, as for any option that is
     refused.
@@ -76,6 +85,8 @@ def refuse_renamed(where: str, given: Mapping[str, object]) -> None:
         if name in ARGUMENTS:
             new = _in_new_words(name, value)
             raise RenamedError(f"{where}: {name}={value} has been renamed, give {new}")
+        if name in FOREIGN:
+            raise RenamedError(f"{where} has no {name}: give {FOREIGN[name]}")
 
 
 def _in_new_words(name: str, value: object) -> str:

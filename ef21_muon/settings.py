@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from difflib import get_close_matches
 from math import isfinite
 from typing import TypeAlias, TypeGuard
 
@@ -24,6 +25,9 @@ NUMBERS: Ranges = {
     "server_momentum": ("of at least 0, below 1", lambda momentum: 0 <= momentum < 1),
     "weight_decay": ("of at least 0", lambda weight_decay: weight_decay >= 0),
 }
+FLAGS = ("nesterov", "transposed", "conv_scaling", "lmo_feedback")
+# What a parameter group may have; other entries are the user's own, unless they look like these.
+OPTIONS = {"params", "param_names", "name", "norm", "w2s", "s2w", "initial_lr", *NUMBERS, *FLAGS}
 OUTER_NUMBERS: Ranges = {
     "outer_lr": ("above 0", lambda outer_lr: outer_lr > 0),
     "outer_momentum": ("of at least 0, below 1", lambda momentum: 0 <= momentum < 1),
@@ -88,6 +92,7 @@ def check_number(name: str, value: object, ranges: Ranges, where: str = "") -> f
     if is_number(number) and holds(number):
         return number
     given = f"a tensor of shape {tuple(number.shape)}" if isinstance(number, Tensor) else number
+    given = repr(number) if isinstance(number, str) else given
     hint = renamed_value(name, number) or f"give a number {range_}{where}"
     raise ValueError(f"{name}={given} is not allowed: {hint}")
 
@@ -110,7 +115,8 @@ def whole_number(name: str, value: object, least: int) -> int:
     if type(number) is int and number >= least:
         return number
     range_ = "above 0" if least == 1 else f"of at least {least}"
-    raise ValueError(f"{name}={number} is not allowed: give a whole number {range_}")
+    given = repr(number) if isinstance(number, str) else number
+    raise ValueError(f"{name}={given} is not allowed: give a whole number {range_}")
 
 
 def flag(name: str, value: bool) -> bool:
@@ -133,12 +139,15 @@ def check_group(group: dict) -> None:
         ValueError: for an entry that is out of its range.
     """
     refuse_renamed(f"a parameter group{_where(group)}", group)
+    for entry in group.keys() - OPTIONS:
+        if near := get_close_matches(entry, OPTIONS, n=1, cutoff=0.75):
+            raise ValueError(f"a group has no {entry!r}: did you mean {near[0]!r}?{_where(group)}")
     for name in NUMBERS:
         if not (name == "radius" and isinstance(group[name], AdaptiveRadius)):
             number = check_number(name, group[name], NUMBERS, _where(group))
             if not (name == "lr" and isinstance(group[name], Tensor)):
                 group[name] = number
-    for name in ("nesterov", "transposed", "conv_scaling", "lmo_feedback"):
+    for name in FLAGS:
         flag(name, group[name])
     if group["lmo_feedback"] and isinstance(group["radius"], AdaptiveRadius):
         raise ValueError(
@@ -176,8 +185,9 @@ def compressor_of(name: str, given: Compressor | str, where: str = "") -> Compre
 def _require_kind(name: str, given: object, kind: type, where: str) -> None:
     if not isinstance(given, kind):
         module = "norms" if kind is Norm else "compressors"
+        spec = ", or a spec as 'topk:0.05'" if kind is Compressor else ""
         raise ValueError(
-            f"{name}={given!r} is not allowed: give a {kind.__name__} of ef21_muon.{module}{where}"
+            f"{name}={given!r} is not allowed: give an object of ef21_muon.{module}{spec}{where}"
         )
 
 
@@ -253,9 +263,12 @@ def rule_of(group: dict, w2s: Compressors, s2w: Compressors) -> dict:
     for direction, given in (("w2s", w2s), ("s2w", s2w)):
         if isinstance(given, Mapping):
             if group.get("name") not in given:
+                which = (
+                    f"the group {group['name']!r}" if "name" in group else "a group without name"
+                )
                 raise ValueError(
-                    f"{direction} has compressors for {', '.join(given)}, and none for the group "
-                    f"{group.get('name')!r}: give one for the name of every group"
+                    f"{direction} has compressors for {', '.join(given)}, and none for {which}: "
+                    "give every group an entry 'name', and a compressor for it"
                 )
             given = given[group["name"]]
         rule[direction] = given

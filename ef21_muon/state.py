@@ -10,15 +10,15 @@ one folder, and how to continue from it in a new process:
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+    name = f"model{dist.get_rank()}"  # LocalSteps: workers' models differ; else "model" will do
     model_state, optim_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optim": optim_state}, checkpoint_id="step-100")
+    dcp.save({name: model_state, "optim": optim_state}, checkpoint_id="step-100")
 
     model_state, optim_state = get_state_dict(model, optimizer)  # of new ones
-    dcp.load({"model": model_state, "optim": optim_state}, checkpoint_id="step-100")
+    dcp.load({name: model_state, "optim": optim_state}, checkpoint_id="step-100")
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optim_state)
 
-With local steps the workers' parameters differ between rounds: name the model after the worker, as
-f"model{rank}". Torch's options cpu_offload and flatten_optimizer_state_dict work; full_state_dict
+Torch's options cpu_offload and flatten_optimizer_state_dict work; full_state_dict
 is refused on several ranks, since it would keep the state of rank 0 alone.
 """
 

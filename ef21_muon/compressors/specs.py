@@ -72,7 +72,10 @@ def from_spec(spec: Compressor | str) -> Compressor:
             raise ValueError(f"{spec!r} lacks its {parameter}: write {_form(kind)}")
     if words:
         raise ValueError(f"{spec!r} has {':'.join(words)!r} left over: write {_form(kind)}")
-    return kind(**arguments)
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{spec!r} is not allowed: {error}") from None
 
 
 def _take(words: list[str], parameter: str) -> Argument | None:

@@ -78,9 +78,10 @@ def param_groups(
     Args:
         model: whose parameters that require a gradient are sorted, each under the first of its
             names.
-        preset: "scion", "muon", "gluon" or "euclidean"; or a rule for each role, {"hidden":
-            {"norm": Spectral(), "radius": 1.0}, ...}, with w2s, s2w and whatever else a group of
-            `EF21Muon` takes. What a rule leaves out is the optimizer's default, but vectors are
+        preset: "scion" (hidden: Spectral() of radius 1, embedding: Sign() of 60, vector: BiasRMS()
+            of 1), "muon" (Spectral("muon")), "gluon" (adaptive radii) or "euclidean"; or a rule for
+            each role, {"hidden": {"norm": Spectral(), "radius": 1.0}, ...}, with w2s, s2w and what
+            else groups of `EF21Muon` take. What a rule leaves out is the default, but vectors are
             not compressed.
         roles: name patterns (fnmatch) to roles. They go before types, and the first that matches
             counts. They are needed for other parameters of two or more dimensions, for linear
@@ -109,6 +110,8 @@ def param_groups(
     if rules is None:
         known = f"{', '.join(PRESETS)}, or give a rule for each role"
         raise ValueError(f"preset={preset!r} is not known: choose {known}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={type(model).__name__} is not allowed: give the torch.nn.Module")
     layers = _Layers(model)
     found = layers.roles(roles or {})
     turned = layers.turned(transposed)
@@ -179,8 +182,8 @@ def groups_of(
     if norm is None and rank == 0 and (odd := _not_hidden(listed)):
         more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
         warnings.warn(
-            f"no norm is given, and {', '.join(odd[:3])}{more} would take Spectral() steps, which "
-            "are for hidden matrices: give EF21Muon(model), groups of param_groups(model), or "
+            f"no norm is given, and {', '.join(odd[:3])}{more} take Spectral() steps, which are "
+            "for hidden matrices: give EF21Muon(model), groups of param_groups(model), or "
             "norm=Spectral() if it is meant",
             stacklevel=4,
         )

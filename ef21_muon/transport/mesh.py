@@ -204,6 +204,12 @@ class WorkerMesh:
             own: the optimizer's layers, whose parameters are those of `own`.
         """
         stepped = [id(self.own.get(p)) for p in self.parameters]
+        for one in own:
+            if id(one.parameter) not in stepped:
+                raise ValueError(
+                    f"{one.name} {tuple(one.parameter.shape)} is not of this rank, another rank of "
+                    "the worker steps it: build the optimizer of mesh.share(groups)"
+                )
         self._named = [
             (stepped.index(id(one.parameter)), one.name, one.missing_grad) for one in own
         ]
