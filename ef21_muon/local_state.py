@@ -92,6 +92,7 @@ def move(optimizer: "LocalSteps", batch: Batch, message: Tensor) -> None:
         message: S, encoded.
     """
     model, departure = batch.state["global_params"], batch.state.get("departure")
+    shift = batch.down.decode(message)
     lossless = batch.up.compressor.lossless and batch.down.compressor.lossless
     average = optimizer.outer_lr == 1 and not optimizer.outer_momentum
     alone = optimizer.transport.ranks == 1 and not optimizer.transport.heals
@@ -99,7 +100,7 @@ def move(optimizer: "LocalSteps", batch: Batch, message: Tensor) -> None:
         sent = batch.models() if departure is None else departure
         model.copy_(torch.where(~finite(sent)[:, None, None], model, sent))
         return
-    model -= batch.down.decode(message)
+    model -= shift
     if departure is None:
         torch._foreach_copy_(batch.params, batch.as_parameters(model))
     else:
