@@ -114,7 +114,7 @@ def test_a_rate_on_another_device_is_multiplied_there(method, monkeypatch):
     expected = trained(method, RATE)
     for dtype in (torch.float32, torch.float64):
         rate = torch.tensor(RATE, dtype=dtype)
-        monkeypatch.setattr(module, "_lr", lambda batch, group, rate=rate: rate)
+        monkeypatch.setattr(module, "lr_of", lambda group, device, rate=rate: rate)
         torch.testing.assert_close(trained(method, RATE), expected, rtol=0, atol=1e-6)
 
 
