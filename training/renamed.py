@@ -110,9 +110,10 @@ def modern_label(label: str) -> str:
 
 def modern_config(config: dict) -> dict:
     """A run's configuration in today's names."""
-    return {ENTRIES.get(key, key): _modern_node(key, node) for key, node in config.items()} | {
-        "optimizer": _modern_optimizer(config["optimizer"])
-    }
+    new = {ENTRIES.get(key, key): _modern_node(key, node) for key, node in config.items()}
+    if "optimizer" in config:
+        new["optimizer"] = _modern_optimizer(config["optimizer"])
+    return new
 
 
 def _modern_optimizer(node: dict) -> dict:

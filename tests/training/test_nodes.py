@@ -11,7 +11,7 @@ from run import torchrun
 from data.loader import SAMPLE_TOKENS, SAMPLES, TokenStream
 from data.shards import write_shard
 
-MINE = "from ef21_muon import TopK\n\n\nclass Mine(TopK):\n    pass\n"
+MINE = "from ef21_muon.compressors import TopK\n\n\nclass Mine(TopK):\n    pass\n"
 
 
 @pytest.fixture(scope="module")
