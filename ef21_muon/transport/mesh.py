@@ -82,8 +82,7 @@ def new_mesh(
 class WorkerMesh:
     """Workers of several ranks: this rank's place, and the owner rank of every layer.
 
-    The optimizers of this library take it as `mesh`. To be built on all ranks together.
-
+    The optimizers of this library take it as `mesh`. Build it on all ranks together.
     The parameters are whole on all ranks, or all of them are sharded over the ranks of a worker by
     torch's `fully_shard`, with a mesh that is made first (see `new_mesh`). Then the root has to be
     resharded after the forward pass too (`reshard_after_forward=True`): else it would compute with
@@ -97,7 +96,7 @@ class WorkerMesh:
         mesh: from `new_mesh`, or torch's `init_device_mesh` over all ranks with the dimensions
             ("worker", "rank").
         timeout: that of `new_mesh`; only without `mesh`.
-        backend: that of `new_mesh`; only without `mesh`.
+        backend: likewise.
 
     Attributes:
         worker: the process group of this worker's ranks.
@@ -117,9 +116,6 @@ class WorkerMesh:
         >>> mesh = WorkerMesh(model.parameters(), ranks_per_worker=2)
         >>> optimizer = EF21Muon(param_groups(model), mesh=mesh)  # or, with local steps:
         >>> optimizer = LocalSteps(torch.optim.AdamW(mesh.share(model.parameters())), mesh=mesh)
-
-    References:
-        Graham, Bounds on multiprocessing timing anomalies, SIAM J. Appl. Math. 17 (1969): LPT.
     """
 
     def __init__(
@@ -204,12 +200,11 @@ class WorkerMesh:
             own: the optimizer's layers, whose parameters are those of `own`.
         """
         stepped = [id(self.own.get(p)) for p in self.parameters]
-        for one in own:
-            if id(one.parameter) not in stepped:
-                raise ValueError(
-                    f"{one.name} {tuple(one.parameter.shape)} is not of this rank, another rank of "
-                    "the worker steps it: build the optimizer of mesh.share(groups)"
-                )
+        if strange := [one for one in own if id(one.parameter) not in stepped]:
+            raise ValueError(
+                f"{strange[0].name} {tuple(strange[0].parameter.shape)} is stepped by another rank "
+                "of this worker: build the optimizer of mesh.share(groups)"
+            )
         self._named = [
             (stepped.index(id(one.parameter)), one.name, one.missing_grad) for one in own
         ]

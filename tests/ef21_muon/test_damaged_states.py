@@ -49,9 +49,7 @@ DAMAGE = {
     "an entry of the inner state": lambda s: without(
         rest(s), "inner", "0", "state", "0", "exp_avg"
     ),
-    "an inner shape": lambda s: update(
-        rest(s), "inner", "0", "state", "0", exp_avg=torch.zeros(2)
-    ),
+    "an inner shape": lambda s: update(rest(s), "inner", "0", "state", "0", exp_avg=torch.zeros(2)),
 }
 
 

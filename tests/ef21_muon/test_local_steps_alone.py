@@ -395,8 +395,6 @@ def test_two_lines_make_a_checkpoint_that_resumes(tmp_path):
         torch.save(model.state_dict(), tmp_path / "model.pt")
     torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "worker0.pt")
     others, other = build("adamw", sync_every=4, w2s=TopK(0.3), outer_momentum=0.5)
-    weights, state = torch.load(tmp_path / "worker0.pt")
-    others.load_state_dict(weights)
-    other.load_state_dict(state)
-    found, its = train(others, other, 7, first=6), train(model, optimizer, 7, first=6)
-    assert all(map(torch.equal, found, its))
+    for target, saved in zip((others, other), torch.load(tmp_path / "worker0.pt"), strict=True):
+        target.load_state_dict(saved)
+    assert all(map(torch.equal, train(others, other, 7, 6), train(model, optimizer, 7, 6)))

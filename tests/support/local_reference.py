@@ -107,7 +107,8 @@ class LocalRounds:
     """n workers that step by themselves, and whose differences from W are averaged.
 
     turns: of every layer the step in a round, from 0, after which it is sent; a message takes
-    `sync_delay` steps, `ways` of them until W moves. gradient(model, worker) gives a worker's gradients.
+    `sync_delay` steps, `ways` of them until W moves. gradient(model, worker) gives a worker's
+    gradients.
     kept: of what a worker sends, 1 for the entries that its message has, so that a mean is over
     the workers that sent an entry; without it over all.
     """

@@ -8,10 +8,10 @@ from omegaconf import OmegaConf
 from run import ROOT
 from torch import nn
 
-from ef21_muon import EF21Muon
+from ef21_muon import EF21Muon, param_groups
 from ef21_muon.compressors import Identity, RankK
 from ef21_muon.norms import AdaptiveRadius, BiasRMS, Sign, Spectral
-from ef21_muon.norms.presets import PRESETS, param_groups
+from ef21_muon.norms.presets import PRESETS
 from model import GPT, GPTConfig
 
 CONFIGS = ROOT / "configs"
@@ -395,7 +395,6 @@ def test_steps_are_of_the_size_of_scions(preset):
 
 def test_gluons_radii_are_the_published_ones_over_70():
     """1/70 and 1/1.3 are the steps of its theory, for NanoGPT (arXiv:2505.13416)."""
-    dual = torch.tensor([1e-3, 1.0, 1e3])
-    rules = PRESETS["gluon"]
+    dual, rules = torch.tensor([1e-3, 1.0, 1e3]), PRESETS["gluon"]
     assert torch.allclose(rules["hidden"]["radius"](dual) / 70, torch.full((3,), 1 / 70))
     assert torch.allclose(rules["embedding"]["radius"](dual) / 70, torch.full((3,), 1 / 1.3), 2e-3)
