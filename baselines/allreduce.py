@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 from baselines.collectives import Collectives
 from baselines.greedylore import GreedyLore
 from baselines.numbers import check_number
+from ef21_muon.checks.guards import PhaseTimer
+from ef21_muon.checks.settings import choice, whole_number
 from ef21_muon.communicating import Communicating
-from ef21_muon.guards import PhaseTimer
 from ef21_muon.layers import named_layers
 from ef21_muon.optimizer import EF21Muon
-from ef21_muon.settings import choice, whole_number
 from ef21_muon.transport.agreement import DIVERGED, require_equal_parameters
 from ef21_muon.transport.fixed import ALONE
 from ef21_muon.transport.schedule import Rounds

@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch import Generator, Tensor
 
 from baselines.collectives import Collectives, check_numbers, move, new_batches
+from ef21_muon.checks.guards import gradients_of, guarded_step
+from ef21_muon.checks.settings import whole_number
 from ef21_muon.communicating import Communicating
 from ef21_muon.compressors.base import value_format
 from ef21_muon.compressors.sparse import ChunkPlaces
-from ef21_muon.guards import gradients_of, guarded_step
-from ef21_muon.settings import whole_number
 from ef21_muon.values.base import Float32, ValueFormat
 
 

@@ -10,13 +10,13 @@ from torch import Generator, Tensor
 
 from baselines.collectives import Collectives, check_numbers, move, new_batches
 from baselines.numbers import check_number
+from ef21_muon.checks.guards import gradients_of, guarded_step
+from ef21_muon.checks.settings import choice
 from ef21_muon.communicating import Communicating
 from ef21_muon.compressors.base import value_format
 from ef21_muon.compressors.low_rank import orthonormal
-from ef21_muon.guards import gradients_of, guarded_step
 from ef21_muon.layers import Batch
 from ef21_muon.norms.newton_schulz import unit_largest
-from ef21_muon.settings import choice
 from ef21_muon.values.base import Float32, ValueFormat
 
 EPSILON = 1e-8  # added to the norms of columns, as in the authors' code

@@ -1,6 +1,6 @@
 """The ranges of hyperparameters, told and checked."""
 
-from ef21_muon import settings as checks
+from ef21_muon.checks import settings as checks
 
 AT_LEAST_0 = "of at least 0", lambda value: value >= 0
 BELOW_1 = "of at least 0, below 1", lambda value: 0 <= value < 1

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 from ef21_muon import compressors, norms, values
 from ef21_muon.averaged import AveragedGradients
+from ef21_muon.checks.renamed import CLASSES
 from ef21_muon.local_steps import LocalSteps
 from ef21_muon.norms.presets import param_groups
 from ef21_muon.optimizer import EF21Muon
-from ef21_muon.renamed import CLASSES
 from ef21_muon.transport.fixed import ALONE
 from ef21_muon.transport.mesh import WorkerMesh, new_mesh
 

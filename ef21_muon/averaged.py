@@ -7,20 +7,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ef21_muon.arithmetic import of_inner
 from ef21_muon.channel import still_where_broken
-from ef21_muon.communicating import Communicating
-from ef21_muon.compressors import Compressor
-from ef21_muon.guards import gradients_of, guarded_step
-from ef21_muon.inner import Wrapped
-from ef21_muon.layers import (
-    FEEDBACK,
-    Batch,
-    entry_counts,
-    in_buckets,
-)
-from ef21_muon.renamed import refuses_renamed
-from ef21_muon.settings import (
+from ef21_muon.checks.arithmetic import of_inner
+from ef21_muon.checks.guards import gradients_of, guarded_step
+from ef21_muon.checks.renamed import refuses_renamed
+from ef21_muon.checks.settings import (
     OUTER_NUMBERS,
     Compressors,
     check_number,
@@ -28,6 +19,15 @@ from ef21_muon.settings import (
     compressor_of,
     refuse_unused_decays,
     whole_number,
+)
+from ef21_muon.communicating import Communicating
+from ef21_muon.compressors import Compressor
+from ef21_muon.inner import Wrapped
+from ef21_muon.layers import (
+    FEEDBACK,
+    Batch,
+    entry_counts,
+    in_buckets,
 )
 from ef21_muon.transport.fixed import Group, Stages, run
 from ef21_muon.transport.mesh import WorkerMesh, together

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from ef21_muon import copies, inspection, state, views
-from ef21_muon.arithmetic import Results, of_decoding, where_bits_agree
+from ef21_muon import copies, state, views
+from ef21_muon.checks import inspection
+from ef21_muon.checks.arithmetic import Results, of_decoding, where_bits_agree
+from ef21_muon.checks.guards import Guards, Notice, PhaseTimer, UnsentSteps, broken_at
+from ef21_muon.checks.identity import settings_of
+from ef21_muon.checks.renamed import ATTRIBUTES
+from ef21_muon.checks.settings import choice, refuse_compressed_shifts
 from ef21_muon.compressors import Compressor
 from ef21_muon.compressors.base import new_generator
 from ef21_muon.exchange import exchange
-from ef21_muon.guards import Guards, Notice, PhaseTimer, UnsentSteps, broken_at
-from ef21_muon.identity import settings_of
 from ef21_muon.layers import AUTO, Batch, Layer, form_batches, layers_of
-from ef21_muon.renamed import ATTRIBUTES
-from ef21_muon.settings import choice, refuse_compressed_shifts
 from ef21_muon.transport.agreement import (
     UNEQUAL,
     require_equal_parameters,
@@ -269,8 +270,6 @@ class Communicating(torch.optim.Optimizer):
     @torch.no_grad()
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """Report what compression did to each layer in the last recorded messages.
-
-        Waits for the device.
 
         Returns:
             By layer's name: w2s_contraction, 1 - ||C_j(x) - x||^2 / ||x||^2 of this worker's

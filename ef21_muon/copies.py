@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from ef21_muon import views
-from ef21_muon.guards import Guards
+from ef21_muon.checks.guards import Guards
 from ef21_muon.state import HOOKS
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ef21_muon.guards import GradientError
+from ef21_muon.checks.guards import GradientError
 
 # The part of the way from W^k back to W^{k-1} over which gradients are differenced.
 # (parameter, its W^{k-1} in float32, its momentum) per layer.

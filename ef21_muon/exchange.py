@@ -3,11 +3,11 @@
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ef21_muon.arithmetic import of_decoding, where_bits_agree
+from ef21_muon.checks.arithmetic import of_decoding, where_bits_agree
+from ef21_muon.checks.guards import Guards
+from ef21_muon.checks.identity import described, settings_of
+from ef21_muon.checks.settings import compressor_of
 from ef21_muon.compressors import Compressor
-from ef21_muon.guards import Guards
-from ef21_muon.identity import described, settings_of
-from ef21_muon.settings import compressor_of
 from ef21_muon.transport.agreement import require_equal_settings
 
 if TYPE_CHECKING:

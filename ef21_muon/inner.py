@@ -9,11 +9,11 @@ from inspect import Parameter, signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ef21_muon.checks.guards import PhaseTimer
+from ef21_muon.checks.settings import Compressors, rule_of
 from ef21_muon.communicating import Communicating
-from ef21_muon.guards import PhaseTimer
 from ef21_muon.layers import Batch, Layer, layers_of
 from ef21_muon.optimizer import EF21Muon
-from ef21_muon.settings import Compressors, rule_of
 from ef21_muon.state import HOOKS
 from ef21_muon.transport.fixed import place_in
 

@@ -10,20 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ef21_muon.channel import finite, mark
-from ef21_muon.communicating import Communicating
-from ef21_muon.compressors import Compressor
-from ef21_muon.compressors.base import add_mean_over_senders, require_marks
-from ef21_muon.guards import UnsentSteps, evaluate, in_step, overflowed
-from ef21_muon.inner import Wrapped
-from ef21_muon.layers import (
-    FEEDBACK,
-    Batch,
-    entry_counts,
-    in_buckets,
-)
-from ef21_muon.local_state import GlobalParams, keep_messages, make_room, move
-from ef21_muon.renamed import refuses_renamed
-from ef21_muon.settings import (
+from ef21_muon.checks.guards import UnsentSteps, evaluate, in_step, overflowed
+from ef21_muon.checks.renamed import refuses_renamed
+from ef21_muon.checks.settings import (
     OUTER_NUMBERS,
     Compressors,
     check_mean,
@@ -34,6 +23,17 @@ from ef21_muon.settings import (
     refuse_unused_decays,
     whole_number,
 )
+from ef21_muon.communicating import Communicating
+from ef21_muon.compressors import Compressor
+from ef21_muon.compressors.base import add_mean_over_senders, require_marks
+from ef21_muon.inner import Wrapped
+from ef21_muon.layers import (
+    FEEDBACK,
+    Batch,
+    entry_counts,
+    in_buckets,
+)
+from ef21_muon.local_state import GlobalParams, keep_messages, make_room, move
 from ef21_muon.transport.fixed import ALONE, Group, Stages, Transport, run
 from ef21_muon.transport.host import require_host
 from ef21_muon.transport.mesh import WorkerMesh, together

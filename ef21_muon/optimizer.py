@@ -8,12 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from ef21_muon.arithmetic import Results, of_norms
 from ef21_muon.channel import still_where_broken
+from ef21_muon.checks.arithmetic import Results, of_norms
+from ef21_muon.checks.guards import bring_gradients, gradients_of, guarded_step
+from ef21_muon.checks.renamed import refuses_renamed
+from ef21_muon.checks.settings import (
+    check_group,
+    check_number,
+    choice,
+    refuse_unused_decays,
+    whole_number,
+)
 from ef21_muon.communicating import Communicating
 from ef21_muon.compressors import Compressor, Identity
 from ef21_muon.correction import PARTS, Correction, correction_of
-from ef21_muon.guards import bring_gradients, gradients_of, guarded_step
 from ef21_muon.layers import (
     FEEDBACK,
     Batch,
@@ -29,14 +37,6 @@ from ef21_muon.norms.lmo import (
     step_with_feedback,
 )
 from ef21_muon.norms.presets import groups_of
-from ef21_muon.renamed import refuses_renamed
-from ef21_muon.settings import (
-    check_group,
-    check_number,
-    choice,
-    refuse_unused_decays,
-    whole_number,
-)
 from ef21_muon.transport.fixed import Group, Stages, Transport, place_in, run
 from ef21_muon.transport.mesh import WorkerMesh, together
 

@@ -33,8 +33,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ef21_muon.arithmetic import first_state
-from ef21_muon.identity import described, require_identity, require_layout, state_identity
+from ef21_muon.checks.arithmetic import first_state
+from ef21_muon.checks.identity import described, require_identity, require_layout, state_identity
 from ef21_muon.transport.fixed import Traffic, place_in
 from ef21_muon.views import asked_for, show_groups
 

@@ -18,13 +18,14 @@ LEFT_OUT = ("runs", "build", "wandb")  # and what is hidden
 LIBRARIES = ("ef21_muon", "baselines", "data", "model")
 DIRECTIONS = {
     "ef21_muon": (),
-    "ef21_muon.values": ("ef21_muon.renamed",),
+    "ef21_muon.values": ("ef21_muon.checks.renamed",),
     "ef21_muon.compressors": (
-        *("ef21_muon.values", "ef21_muon.norms.newton_schulz", "ef21_muon.renamed"),
+        *("ef21_muon.values", "ef21_muon.norms.newton_schulz", "ef21_muon.checks.renamed"),
     ),
     "ef21_muon.norms": (),
     "ef21_muon.norms.presets": ("ef21_muon.compressors.base",),
-    "ef21_muon.transport": ("ef21_muon.layers", "ef21_muon.settings"),
+    "ef21_muon.transport": ("ef21_muon.layers", "ef21_muon.checks.settings"),
+    "ef21_muon.checks": ("ef21_muon",),
     "ef21_muon.fleet": ("ef21_muon",),
     "baselines": ("ef21_muon",),
     "data": (),

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import TypeAlias
 
-from ef21_muon import compressors, norms, renamed, values
+from ef21_muon import compressors, norms, values
+from ef21_muon.checks import renamed
 from training.workers import RunError
 
 COMPRESSORS = "|".join(renamed.SPECS)

@@ -3,11 +3,11 @@
 from inspect import Parameter, signature
 from typing import Any, TypeAlias
 
+from ef21_muon.checks.renamed import SPECS, renamed_format
 from ef21_muon.compressors.base import Compressor, Identity, Quantize
 from ef21_muon.compressors.low_rank import QuantizedRank, RankK
 from ef21_muon.compressors.rare import Bernoulli, Scaled, TopColumns, TopSingular
 from ef21_muon.compressors.sparse import ChunkTopK, RandK, TopK
-from ef21_muon.renamed import SPECS, renamed_format
 from ef21_muon.values.specs import NAME, is_option
 
 CLASSES: dict[str, type[Compressor]] = {

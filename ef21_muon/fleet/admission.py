@@ -6,7 +6,7 @@ All workers reach the same result, since all apply these rules to the same cards
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ef21_muon.identity import differences
+from ef21_muon.checks.identity import differences
 from ef21_muon.transport.reach import INTERFACE, Place, cut_off
 
 FEW = 6  # differences, at most, that an error names

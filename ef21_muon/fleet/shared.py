@@ -7,8 +7,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ef21_muon.arithmetic import WHY, digests, of_messages
 from ef21_muon.channel import finite
+from ef21_muon.checks.arithmetic import WHY, digests, of_messages
 from ef21_muon.fleet.admission import FleetRefused, differing_from
 from ef21_muon.fleet.verdict import INSTEAD
 from ef21_muon.inner import beginner

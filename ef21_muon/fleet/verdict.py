@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ef21_muon.arithmetic import SAFE, WHY
+from ef21_muon.checks.arithmetic import SAFE, WHY
 from ef21_muon.fleet.admission import FleetRefused
 from ef21_muon.transport.fixed import Traffic
 

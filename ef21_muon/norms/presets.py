@@ -106,13 +106,9 @@ def param_groups(
     References:
         Scion: arXiv:2502.07529. Gluon: arXiv:2505.13416.
     """
-    rules = preset if isinstance(preset, Mapping) else PRESETS.get(preset)
-    if rules is None:
-        known = f"{', '.join(PRESETS)}, or give a rule for each role"
-        raise ValueError(f"preset={preset!r} is not known: choose {known}")
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={type(model).__name__} is not allowed: give the torch.nn.Module")
-    layers = _Layers(model)
+    rules, layers = _rules_of(preset), _Layers(model)
     found = layers.roles(roles or {})
     turned = layers.turned(transposed)
     convolutions = {m.weight: m for m in model.modules() if isinstance(m, CONVOLUTIONS)}
@@ -133,6 +129,14 @@ def param_groups(
         if convolution and role == "hidden" and preset == "scion":
             group["conv_scaling"] = True
     return list(groups.values())
+
+
+def _rules_of(preset: str | Mapping[str, Mapping]) -> Mapping[str, Mapping]:
+    rules = preset if isinstance(preset, Mapping) else PRESETS.get(preset)
+    if rules is None:
+        known = f"{', '.join(PRESETS)}, or give a rule for each role"
+        raise ValueError(f"preset={preset!r} is not known: choose {known}")
+    return rules
 
 
 def _take_blocks(group: dict, convolution: _ConvNd) -> tuple[int, bool] | None:

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ef21_muon.checks.settings import plain
 from ef21_muon.layers import Batch
-from ef21_muon.settings import plain
 from ef21_muon.transport.fixed import ALONE, Group, gathered, place_in
 
 # Why parameters differ between ranks, at the start and later, and what to do.

@@ -11,8 +11,8 @@ from math import ceil
 from operator import itemgetter
 from typing import TypeAlias
 
+from ef21_muon.checks.settings import whole_number
 from ef21_muon.layers import Batch
-from ef21_muon.settings import whole_number
 from ef21_muon.transport.fixed import RoundInFlight, Stages, Timer, run
 
 

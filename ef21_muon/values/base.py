@@ -13,7 +13,7 @@ from numbers import Real
 import torch
 from torch import Generator, Tensor
 
-from ef21_muon.renamed import refuses_renamed, renamed_value
+from ef21_muon.checks.renamed import refuses_renamed, renamed_value
 
 ROUNDINGS = ("stochastic", "nearest")
 MANTISSA = 1 << 23  # a float32 is a sign, 8 bits of exponent and 23 bits of mantissa

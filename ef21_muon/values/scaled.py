@@ -6,7 +6,7 @@ from math import sqrt
 import torch
 from torch import Generator, Tensor
 
-from ef21_muon.renamed import refuses_renamed
+from ef21_muon.checks.renamed import refuses_renamed
 from ef21_muon.values.base import (
     MANTISSA,
     ValueFormat,

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from ef21_muon.renamed import refuse_renamed, renamed_format
+from ef21_muon.checks.renamed import refuse_renamed, renamed_format
 from ef21_muon.values.base import BFloat16, Float32, Natural, ValueFormat
 from ef21_muon.values.levels import Normal, Statistical
 from ef21_muon.values.scaled import Integer, NaturalWindow, RowColumn, SignScale

@@ -1,6 +1,6 @@
 """README.md of scripts/gpu/run.py, from its records alone."""
 
-from ef21_muon import renamed
+from ef21_muon.checks import renamed
 from scripts.gpu.run import RUNS
 from scripts.measuring import markdown
 from training.renamed import modern_label

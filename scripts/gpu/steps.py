@@ -21,7 +21,7 @@ if not __package__:
 import torch
 from omegaconf import DictConfig
 
-from ef21_muon.guards import PhaseTimer
+from ef21_muon.checks.guards import PhaseTimer
 from model import GPT
 from training.config import CONFIGS, build, compose
 from training.method import build_optimizer

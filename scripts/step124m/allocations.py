@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ef21_muon.guards import PhaseTimer
+from ef21_muon.checks.guards import PhaseTimer
 
 
 class Phases(PhaseTimer):

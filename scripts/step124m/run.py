@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from data.loader import WorkerBatches
-from ef21_muon.guards import PhaseTimer
+from ef21_muon.checks.guards import PhaseTimer
 from ef21_muon.transport.agreement import UNEQUAL, require_equal_parameters
 from model import GPT
 from scripts.measuring import processor

@@ -4,7 +4,7 @@ import pytest
 import torch
 from workers.unlike import COMPRESSORS, FORMATS, LOW_RANK
 
-from ef21_muon.arithmetic import SIDE, digests, of_inner, of_messages, of_norms
+from ef21_muon.checks.arithmetic import SIDE, digests, of_inner, of_messages, of_norms
 from ef21_muon.compressors import Identity, RankK, TopK
 from ef21_muon.compressors.base import numbers
 from ef21_muon.norms import AdaptiveRadius, Spectral

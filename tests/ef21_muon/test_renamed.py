@@ -7,9 +7,9 @@ import torch
 
 import ef21_muon
 from ef21_muon import AveragedGradients, EF21Muon, LocalSteps, param_groups
+from ef21_muon.checks.renamed import ARGUMENTS, ATTRIBUTES, CLASSES, SPECS, VALUES
 from ef21_muon.compressors import Quantize, TopK, from_spec
 from ef21_muon.norms import Spectral
-from ef21_muon.renamed import ARGUMENTS, ATTRIBUTES, CLASSES, SPECS, VALUES
 from ef21_muon.values import (
     Integer,
     Natural,

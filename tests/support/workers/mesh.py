@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import Parameter
 
-from ef21_muon.guards import bring_gradients
+from ef21_muon.checks.guards import bring_gradients
 from ef21_muon.layers import Layer
 from ef21_muon.transport import mesh as meshes
 from ef21_muon.transport.mesh import WorkerMesh, new_mesh

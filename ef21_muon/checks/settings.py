@@ -8,9 +8,9 @@ from typing import TypeAlias, TypeGuard
 
 from torch import Tensor
 
+from ef21_muon.checks.renamed import refuse_renamed, renamed_value
 from ef21_muon.compressors import Compressor, from_spec
 from ef21_muon.norms.lmo import AdaptiveRadius, Norm
-from ef21_muon.renamed import refuse_renamed, renamed_value
 
 # One for all parameter groups, or one per group by the group's name.
 Compressors: TypeAlias = Compressor | str | Mapping[str, Compressor | str]

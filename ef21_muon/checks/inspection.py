@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ef21_muon.arithmetic import SAFE
-from ef21_muon.guards import broken_at
+from ef21_muon.checks.arithmetic import SAFE
+from ef21_muon.checks.guards import broken_at
 from ef21_muon.layers import Batch
 from ef21_muon.transport.agreement import (
     DIVERGED,
