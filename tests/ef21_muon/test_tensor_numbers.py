@@ -183,7 +183,7 @@ def test_numbers_of_local_steps_and_of_what_they_send(wrap):
         (torch.tensor(0.1j), "lr=0.1"),
         (np.bool_(True), "lr=True is not allowed: give a number of at least 0"),
         (True, "lr=True is not allowed: give a number of at least 0"),
-        ("0.1", "lr=0.1 is not allowed: give a number of at least 0"),
+        ("0.1", "lr='0.1' is not allowed: give a number of at least 0"),
     ],
 )
 def test_what_is_no_number_is_refused_in_one_line(value, message):
