@@ -125,7 +125,7 @@ RANGES = {
     "data.vocab_size=8": "train.bin: token ... is outside the vocabulary of 8; rebuild with",
     "optimizer=local optimizer.sync_every=0": "every=0 is not allowed: give a whole number above 0",
     "optimizer=local optimizer.sync_every=2.5": "every=2.5 is not allowed: give a whole number",
-    "optimizer=local optimizer.sync_delay=30": "delay=30 is not allowed with sync_every=30: give",
+    "optimizer=local optimizer.sync_delay=30": "delay=30 is not allowed with sync_every=30: ... ",
     "optimizer=local optimizer.sync_delay=-1": "delay=-1 is not allowed: give a whole number of at",
     "optimizer=local optimizer.outer_lr=0": "outer_lr=0 is not allowed: give a number above 0",
     "optimizer=local optimizer.outer_momentum=1": "outer_momentum=1 is not allowed: give a number",
