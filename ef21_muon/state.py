@@ -137,14 +137,15 @@ def load(optimizer: "Communicating", state_dict: dict | None) -> None:
 
 def _rest(optimizer: "Communicating") -> dict:
     """Return what there is beside tables and groups."""
-    text = json.dumps(state_identity(optimizer)).encode()
+    buffers = optimizer.buffers.state()
+    text = json.dumps(state_identity(optimizer) | {"buffer names": [*buffers]}).encode()
     text += b" " * (-len(text) % PAGE)
     device = optimizer.device
     rest = {
         "of": torch.tensor(list(text), dtype=torch.uint8, device=device),
         "counters": torch.tensor([optimizer.steps, *optimizer.traffic.state()], device=device),
         "generators": {key: g.get_state().to(device) for key, g in optimizer.generators.items()},
-        "buffers": {str(n): one for n, one in enumerate(optimizer.buffers.state().values())},
+        "buffers": {str(n): one for n, one in enumerate(buffers.values())},
         "inner": {str(n): _inner(optimizer, one) for n, one in enumerate(optimizer.inner)},
     }
     if optimizer.mesh:  # torch keeps the groups of one rank, and those of others differ
@@ -218,7 +219,9 @@ def _part_of(optimizer: "Communicating", state_dict: Mapping) -> dict:
         )
     name = own if (own := _holder() + REST) in names else names[0]
     holder, rest = name.removesuffix(REST), next(one[name] for one in tables if name in one)
-    require_identity(mine, json.loads(bytes(rest["of"].tolist())))
+    of = json.loads(bytes(rest["of"].tolist()))
+    buffers = of.pop("buffer names", ())
+    require_identity(mine, of)
     groups = _groups(optimizer, state_dict["param_groups"], rest.get("groups"))
     numbers = [number for group in groups for number in group["params"]]
     steps, *traffic = rest["counters"].tolist()
@@ -235,9 +238,7 @@ def _part_of(optimizer: "Communicating", state_dict: Mapping) -> dict:
         "steps": steps,
         "traffic": Traffic.from_state(traffic),
         "generators": rest["generators"],
-        "buffers": {
-            name: rest["buffers"][str(n)] for n, name in enumerate(optimizer.buffers.shared)
-        },
+        "buffers": {name: rest["buffers"][str(n)] for n, name in enumerate(buffers)},
         "inner": [*_inner_states(optimizer, groups, rest.get("inner", {}))],
     }
 

@@ -199,7 +199,7 @@ def _not_hidden(params: Sequence) -> list[str]:
     found, number = [], 0
     for group in params:
         members = group["params"] if isinstance(group, dict) else [group]
-        for one in members:
+        for one in [members] if isinstance(members, Tensor) else members:
             name, parameter = one if isinstance(one, tuple) else (f"parameter {number}", one)
             number += 1
             if isinstance(group, dict) and "norm" in group:

@@ -130,8 +130,8 @@ def test_what_one_rank_of_a_worker_refuses_all_ranks_refuse(runs):
             "ranks_per_worker=3 does not divide 4 ranks: give a divisor",
             "ranks_per_worker=0 does not divide 4 ranks: give a divisor",
             "w2s='topk' lacks its fraction: write topk:FRACTION[:VALUES] (group head)",
-            "w2s has compressors for hidden, and none for the group 'head': give one for the name "
-            "of every group",
+            "w2s has compressors for hidden, and none for the group 'head': give every group an "
+            "entry 'name', and a compressor for it",
         ]
 
 

@@ -244,7 +244,7 @@ def test_impossible_options_are_refused(option, value):
 def test_options_of_a_group_are_checked(option):
     build(lr=0.0, radius=1e-9, momentum=0)  # the edges are allowed
     for wrong in (-1.0, "0.1"):
-        with pytest.raises(ValueError, match=f"{option}={wrong}"):
+        with pytest.raises(ValueError, match=f"{option}={wrong!r}"):
             EF21Muon([{"params": [torch.nn.Parameter(torch.ones(3))], option: wrong}])
 
 

@@ -302,7 +302,7 @@ def other_parameter(parameter: torch.nn.Parameter) -> None:
 
 NAME = "blocks.0.mlp.expand.weight"
 NOT_FINITE = f"the gradient of {NAME} was not finite at step 2: lower the learning rate or look at"
-LEFT_OUT = f"rank 0: {NAME} has no gradient: every parameter given to ... leave out those that"
+LEFT_OUT = f"rank 0: {NAME} has no gradient: every parameter given to ... leave out parameters that"
 NO_FIT = f"rank 0: the gradient of {NAME} has shape ... and type torch.float32: give ... the shape"
 GRADIENTS = {
     "NaN": (nan, "", NOT_FINITE),
