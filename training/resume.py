@@ -33,6 +33,8 @@ from training.workers import RunError
 def checkpoint_of(run) -> tuple[dict[str, Tensor], dict]:
     """The tensors and the facts of a train.Run's checkpoint. To be called after a whole step."""
     config = OmegaConf.to_container(run.config, resolve=True)
+    if isinstance(run.optimizer, LocalSteps):
+        run.optimizer.unsent.steps = 0  # a checkpoint holds steps that were not sent
     facts = {
         "config": config,
         "config_hash": _hash(config),

@@ -1,10 +1,12 @@
 """Who may write a run's directory, and how runs end: stopped, diverged, or refused before."""
 
+import gc
 import json
 import os
 import re
 import shlex
 import signal
+import warnings
 
 import pytest
 from run import launch
@@ -71,6 +73,25 @@ def test_a_stopped_run_leaves_no_trace_in_the_log(small, tmp_path, request, numb
         run(stopped)
     assert records(stopped)[-1] == {"record": "end", "status": "stopped", "step": 4}
     assert run(stopped, "resume=auto") == whole
+
+
+def test_local_steps_that_a_checkpoint_holds_are_not_warned_of(small, tmp_path):
+    """A run that stops in the middle of a round sends its local steps after it resumes."""
+    overrides = (*small, "optimizer=local", "optimizer.sync_every=4", "steps=4")
+
+    def ask(run, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with around_steps(before=ask), pytest.raises(AssertionError):
+            run_alone(tmp_path, *overrides)
+        gc.collect()
+        run_alone(tmp_path, *overrides, "resume=auto")
+        gc.collect()
+    assert not [one for one in warned if "never sent" in str(one.message)]
+    assert records(tmp_path)[-1]["status"] == "completed"
 
 
 def test_under_nohup_sighup_does_nothing(small, tmp_path):
