@@ -317,9 +317,8 @@ class LocalSteps(Communicating):
             momentum.mul_(self.outer_momentum).add_(mean)
             direction = momentum
             if self.nesterov:
-                direction = (
-                    mean + self.outer_momentum * momentum
-                )  # not fused, as some processors would
+                # Not in one operation, which some processors would round only once.
+                direction = mean + self.outer_momentum * momentum
         message = batch.down.encode(self.outer_lr * direction, generator, source=direction)
         if (kept := batch.state.get("server_message")) is not None:
             kept.copy_(message)

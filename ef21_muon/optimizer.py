@@ -16,6 +16,7 @@ from ef21_muon.checks.settings import (
     check_group,
     check_number,
     choice,
+    compressor_of,
     refuse_unused_decays,
     whole_number,
 )
@@ -185,8 +186,8 @@ class EF21Muon(Communicating):
             "server_momentum": server_momentum,
             "norm": norm or Spectral(),
             "radius": 1.0 if radius is None else radius,
-            "w2s": w2s,
-            "s2w": s2w,
+            "w2s": compressor_of("w2s", w2s),
+            "s2w": compressor_of("s2w", s2w),
             "nesterov": nesterov,
             "weight_decay": weight_decay,
             "lmo_feedback": lmo_feedback,

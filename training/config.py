@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
-from ef21_muon.compressors import from_spec
+from ef21_muon.checks.settings import compressor_of
 from training.causes import cause_of
 from training.links import check_plan
 from training.membership import check_membership
@@ -192,10 +192,9 @@ def build(node: DictConfig | str, key: str, **options):
     """
     if isinstance(node, str):
         try:
-            return from_spec(node)
+            return compressor_of(key, node)
         except ValueError as error:
-            what = "" if str(error).startswith(repr(node)) else f"{node}: "
-            raise RunError(f"{key}={what}{error}") from error
+            raise RunError(str(error)) from error
     try:
         return hydra.utils.instantiate(node, **options)
     except InstantiationException as error:

@@ -13,7 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from baselines import AllReduced
 from ef21_muon import EF21Muon, LocalSteps, WorkerMesh, param_groups
 from ef21_muon.communicating import Communicating
-from ef21_muon.compressors import from_spec
 from ef21_muon.transport.fixed import Transport
 from ef21_muon.transport.schedule import Rounds
 from training.causes import explained
@@ -220,7 +219,7 @@ def run_label(
         return optimizer.title
     local = isinstance(optimizer, LocalSteps)
     w2s, s2w = (
-        from_spec(optimizer.rules[0][direction] if local else optimizer.defaults[direction])
+        optimizer.rules[0][direction] if local else optimizer.defaults[direction]
         for direction in ("w2s", "s2w")
     )
     sent = [one for of_rank in gather(_sent(optimizer)) for one in of_rank]

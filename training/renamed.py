@@ -54,19 +54,16 @@ LABELS = {
 }
 # Entries of a configuration, by the last part of their dotted key.
 ENTRIES = {
-    "momentum_start": "momentum_init",
-    "stagger": "streaming",
-    "delay": "sync_delay",
+    **{
+        old: renamed.ARGUMENTS[old] for old in ("momentum_start", "stagger", "delay", "worker_size")
+    },
     "checkpoint_blocks": "activation_checkpointing",
     "sequences": "global_size",
     "per_forward": "micro_size",
-    "worker_size": "ranks_per_worker",
     "shard": "fsdp",
     "exchange": "transport",
 }
-
-
-CLASSES = {
+CLASSES = {  # by their full names
     **{
         f"ef21_muon.{name}": f"{module.__name__}.{name}"
         for module in (compressors, norms, values)
@@ -121,7 +118,7 @@ def _modern_optimizer(node: dict) -> dict:
     """An optimizer's, and its inner optimizers'."""
     new, baseline = {}, str(node.get("_target_")).startswith("baselines.")
     for key, value in node.items():
-        if isinstance(value, dict) and key != "sync_every" and key != "every":
+        if isinstance(value, dict) and key not in ("every", "sync_every"):
             new[key] = _modern_optimizer(value)
         elif key == "beta":
             new["momentum"] = float(_less_than_one(value))
@@ -145,7 +142,7 @@ def _modern_node(key: str, node: object) -> object:
     if key == "_target_":
         return CLASSES.get(node, node)
     if key in ("values", "basis", "format"):
-        return re.sub("^smooth", "rowcol", str(node)).replace("@message", "@tensor")
+        return renamed.modern_format(str(node))
     return node
 
 

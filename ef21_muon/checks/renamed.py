@@ -122,5 +122,10 @@ def renamed_value(name: str, value: object) -> str:
 
 def renamed_format(name: str) -> str:
     """Return what replaces a value format of an earlier version; empty if it is not one."""
-    new = re.sub("^smooth", "rowcol", name).replace("@message", "@tensor")
+    new = modern_format(name)
     return f"it has been renamed, give {new}" if new != name else ""
+
+
+def modern_format(name: str) -> str:
+    """Return the name of a value format of any version as it is today."""
+    return re.sub("^smooth", "rowcol", name).replace("@message", "@tensor")

@@ -150,9 +150,7 @@ class Quantize(Compressor):
     def __repr__(self) -> str:
         if self.lossless:
             return "identity"
-        named = isinstance(
-            self.values, Natural | SignScale
-        )  # their specs are those of the value format
+        named = isinstance(self.values, Natural | SignScale)  # the format's name is the spec
         return str(self.values) if named else super().__repr__()
 
     def __str__(self) -> str:

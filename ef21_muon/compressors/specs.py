@@ -59,9 +59,9 @@ def from_spec(spec: Compressor | str) -> Compressor:
         return spec
     name, *words = str(spec).split(":")
     kind = CLASSES.get(name)
+    if kind is None and NAME.fullmatch(name):
+        kind, words = Quantize, [name, *words]
     if kind is None:
-        if NAME.fullmatch(name):
-            return Quantize(str(spec))
         raise ValueError(f"{spec!r} is not a compressor: {_hint(name)}")
     arguments: dict[str, Any] = {}
     taken = signature(kind).parameters
