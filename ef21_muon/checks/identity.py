@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, dtype
 from torch.optim import Optimizer
 
+from ef21_muon.checks.settings import SCHEDULED
 from ef21_muon.transport.fixed import place_in
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 # Entries of a parameter group that do not change a step, or that schedulers change.
 LEFT_OUT = {
     *("params", "param_names", "foreach", "fused", "capturable", "differentiable"),
-    *("initial_lr", "max_lr", "min_lr"),
+    *SCHEDULED,
 }
 # Parameters of constructors that do not change the method.
 NO_OPTIONS = {

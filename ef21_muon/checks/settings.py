@@ -27,7 +27,8 @@ NUMBERS: Ranges = {
 }
 FLAGS = ("nesterov", "transposed", "conv_scaling", "lmo_feedback")
 # What a parameter group may have; other entries are the user's own, unless they look like these.
-OPTIONS = {"params", "param_names", "name", "norm", "w2s", "s2w", "initial_lr", *NUMBERS, *FLAGS}
+SCHEDULED = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")  # of schedulers
+OPTIONS = {"params", "param_names", "name", "norm", "w2s", "s2w", *NUMBERS, *FLAGS, *SCHEDULED}
 OUTER_NUMBERS: Ranges = {
     "outer_lr": ("above 0", lambda outer_lr: outer_lr > 0),
     "outer_momentum": ("of at least 0, below 1", lambda momentum: 0 <= momentum < 1),

@@ -151,6 +151,16 @@ def test_schedulers_of_torch_cycle_the_momentum():
     assert min(seen) == pytest.approx(0.85) and max(seen) <= 0.95
 
 
+def test_groups_that_a_scheduler_has_written_into_build_another_optimizer():
+    layer = nn.Linear(8, 8, bias=False)
+    optimizer = EF21Muon(layer.parameters(), lr=0.1, momentum=0.9)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=10)
+    EF21Muon(optimizer.param_groups)
+    wrong = [{"params": layer.parameters(), "momentun": 0.5}]
+    with pytest.raises(ValueError, match=r"a group has no 'momentun': did you mean 'momentum'\?"):
+        EF21Muon(wrong)
+
+
 def local(steps, **options):
     layer = nn.Linear(4, 4)
     inner = torch.optim.SGD(layer.parameters(), lr=0.1)
