@@ -1,4 +1,4 @@
-"""What the folders of results/ are made with: logs, tables, pages from templates, a command line."""
+"""What folders of results/ are made with: logs, tables, pages of templates, a command line."""
 
 import argparse
 import json
