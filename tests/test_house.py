@@ -38,9 +38,14 @@ DIRECTIONS = {
         "scripts.netns",
         "scripts.fleet",
         "scripts.measuring",
+        "scripts.studies",
         "train",
         "training",
         *LIBRARIES,
+    ),
+    "scripts.probes": (  # of the study
+        *("scripts.netns", "scripts.measuring", "scripts.studies", "scripts.shakespeare"),
+        *("train", "training", *LIBRARIES),
     ),
     "tests": ("*",),
 }

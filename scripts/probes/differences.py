@@ -1,4 +1,4 @@
-"""What workers' local steps have in common: `python scripts/shakespeare/differences.py`.
+"""Why rare rounds cost little: what workers' local steps have in common.
 
 The uncompressed run of the study is trained in one process up to its cooldown. From there two
 workers train by themselves, each on its own part of the text, for a round that is not measured, are
@@ -8,41 +8,48 @@ numbers of steps, are measured
     cosine       of D_1 and D_2: 1 where both are signal, 0 where both are noise of a worker
     stable_rank  ||D_1||^2 / ||D_1||_2^2 over the smaller side: 1 where all directions are alike
     kept         the share of ||D_1||^2 in its best approximation of a tenth of the rank
-
-They go to results/shakespeare/differences.jsonl; scripts/shakespeare/figures.py draws them.
 """
 
-import argparse
 import copy
-import json
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from data.loader import WorkerBatches
-from scripts.shakespeare.replay import WORKERS, train, training_of
-from scripts.shakespeare.results import DIFFERENCES_LOG, RESULTS
-from scripts.shakespeare.settings import SETTINGS
-from training.config import compose
+from scripts.probes.trainings import WORKERS, config_of, cosine, train, training_of
 
 STEPS = 360  # to the cooldown
 EVERY = (1, 3, 10, 30, 60)
 KEPT_RANK = 0.1
 
 
+def records() -> Iterator[dict]:
+    """By steps per round and layer."""
+    config = config_of("identity")
+    model, optimizer, workers = training_of(config)
+    for _ in train(config, model, optimizer, workers, STEPS):
+        pass
+    share = config.batch.global_size // WORKERS
+    for every in EVERY:
+        trainings = [copy.deepcopy((model, optimizer)) for _ in workers]
+        models = [own for own, _ in trainings]
+        for one, windows in zip(trainings, workers, strict=True):
+            local_steps(*one, windows, every, share)
+        average(models)
+        shared = copy.deepcopy(models[0])
+        for one, windows in zip(trainings, workers, strict=True):
+            local_steps(*one, windows, every, share)
+        for (name, layer), *of_workers in zip(
+            shared.named_parameters(), *(own.parameters() for own in models), strict=True
+        ):
+            found = measured(*(layer.detach() - own.detach() for own in of_workers))
+            yield {"every": every, "layer": name, **found}
+
+
 def local_steps(
-    model: nn.Module,
-    optimizer: Optimizer,
-    windows: WorkerBatches,
-    steps: int,
-    share: int,
+    model: nn.Module, optimizer: Optimizer, windows: WorkerBatches, steps: int, share: int
 ) -> None:
     """Steps of one worker by itself, with its share of a batch."""
     for _ in range(steps):
@@ -65,41 +72,7 @@ def measured(first: Tensor, second: Tensor) -> dict[str, float]:
     squares = torch.linalg.svdvals(first).square()
     rank = max(1, round(KEPT_RANK * len(squares)))
     return {
-        "cosine": float(nn.functional.cosine_similarity(first.flatten(), second.flatten(), dim=0)),
+        "cosine": cosine(first, second),
         "stable_rank": float(squares.sum() / squares[0] / len(squares)),
         "kept": float(squares[:rank].sum() / squares.sum()),
     }
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    identity = next(setting for setting in SETTINGS if setting.name == "identity")
-    config = compose(("experiment=shakespeare", *identity.overrides)).config
-    model, optimizer, workers = training_of(config)
-    for _ in train(config, model, optimizer, workers, STEPS):
-        pass
-    share = config.batch.global_size // WORKERS
-    lines = []
-    for every in EVERY:
-        trainings = [copy.deepcopy((model, optimizer)) for _ in workers]
-        models = [own for own, _ in trainings]
-        for one, windows in zip(trainings, workers, strict=True):
-            local_steps(*one, windows, every, share)
-        average(models)
-        shared = copy.deepcopy(models[0])
-        for one, windows in zip(trainings, workers, strict=True):
-            local_steps(*one, windows, every, share)
-        for (name, layer), *of_workers in zip(
-            shared.named_parameters(), *(own.parameters() for own in models), strict=True
-        ):
-            found = measured(*(layer.detach() - own.detach() for own in of_workers))
-            print(f"every {every:<3} {name:<36} {found}", flush=True)
-            lines.append(json.dumps({"every": every, "layer": name, **found}) + "\n")
-    (RESULTS / DIFFERENCES_LOG).write_text("".join(lines))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,11 @@
 """Time a step of settings of the study over slow and far links.
 
-    sudo python scripts/shakespeare/network.py [--steps 12] [--repeats 1] [--only NAME ...]
+    sudo python scripts/probes/network.py [--steps 12] [--repeats 1] [--only NAME ...]
 
 Two nodes are network namespaces (scripts/netns.py; root on Linux, iproute2, /dev/net/tun), a worker
 of one thread each, 50 ms from one another. Every setting is trained for some steps of whole rounds
 at every rate, then without a limit and a delay, and so on for every repeat; the mean time of a step
-is added to results/shakespeare/network.jsonl; the page takes their medians. EF21-Muon is timed
+is added to results/probes/network.jsonl; the page takes their medians. EF21-Muon is timed
 with its servers on every rank, where nothing is sent back: placements take the same steps bit for
 bit, so the study's losses are theirs too.
 """
@@ -22,13 +22,14 @@ if not __package__:
 
 from scripts.measuring import WARM_UP, time_steps
 from scripts.netns import Network, requirements_missing
-from scripts.shakespeare.results import NETWORK_LOG, RESULTS, UNLIMITED
-from scripts.shakespeare.settings import SETTINGS, Setting
+from scripts.probes.times import LINKS, UNLIMITED
+from scripts.shakespeare.runs import SETTINGS
 from train import Run
 from training.config import compose
 from training.workers import Workers, exit_process
 
-RATES, DELAY = ("10mbit", "100mbit", "1gbit", UNLIMITED), "50ms"
+LOG = Path(__file__).resolve().parents[2] / "results" / "probes" / "network.jsonl"
+DELAY = "50ms"
 TIMED = (
     *("identity", "muon", "powersgd16", "muloco", "served6", "rank40-int5"),
     *(f"local{every}-signs" for every in (4, 10, 30, 60)),
@@ -36,23 +37,24 @@ TIMED = (
 )
 
 
-def overrides(setting: Setting) -> tuple[str, ...]:
+def overrides(name: str) -> tuple[str, ...]:
     """The setting's own, with the servers where nothing is sent back."""
-    ours = not any(override.startswith("optimizer=") for override in setting.overrides)
+    own = SETTINGS[name].overrides.split()
+    ours = not any(override.startswith("optimizer=") for override in own)
     placement = ("optimizer.server=replicated",) if ours else ()
-    return ("experiment=shakespeare", *setting.overrides, *placement)
+    return ("experiment=shakespeare", *own, *placement)
 
 
 def job(options: argparse.Namespace, workers: Workers) -> int:
     """On every node: time all settings; rank 0 writes them."""
-    for setting in (one for one in SETTINGS if one.name in options.only):
-        run = Run(compose(overrides(setting)).config, workers)
+    for name in options.only:
+        run = Run(compose(overrides(name)).config, workers)
         for _ in range(WARM_UP):
             run.step()
         round_steps = max(run.optimizer.rounds.lengths)
         seconds, sent = time_steps(run, round_steps * ceil(options.steps / round_steps))
-        record = {"rate": options.rate, "name": setting.name, "seconds": seconds, "bytes": sent}
-        workers.say(f"{options.rate:>8}  {setting.name:<24} {seconds:.3f} s per step")
+        record = {"rate": options.rate, "name": name, "seconds": seconds, "bytes": sent}
+        workers.say(f"{options.rate:>8}  {name:<24} {seconds:.3f} s per step")
         if workers.first:
             with options.to.open("a") as log:
                 log.write(json.dumps(record) + "\n")
@@ -64,9 +66,9 @@ def main() -> int:
     parser.add_argument("--rate", help=argparse.SUPPRESS)  # of this process's link
     parser.add_argument("--steps", type=int, default=12, help="timed steps (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="of all (default %(default)s)")
-    parser.add_argument("--rates", nargs="+", choices=RATES, default=RATES, metavar="RATE")
+    parser.add_argument("--rates", nargs="+", choices=LINKS, default=LINKS, metavar="RATE")
     parser.add_argument("--only", nargs="+", choices=TIMED, default=TIMED, metavar="NAME")
-    parser.add_argument("--to", type=Path, default=RESULTS / NETWORK_LOG, help=argparse.SUPPRESS)
+    parser.add_argument("--to", type=Path, default=LOG, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if "RANK" in os.environ:
         workers = Workers()

@@ -402,8 +402,9 @@ FIGURES: dict[str, Callable[[Results], Figure]] = {
 
 
 def summary(results: Results) -> str:
-    """The loss gap of every setting, percent, by name."""
-    gaps = {name: round(one.gap, 3) for name, one in results.items()}
+    """The loss gap of every setting but those of grids, in percent, by name."""
+    kept = {name: one for name, one in results.items() if one.setting.family != "grid"}
+    gaps = {name: round(one.gap, 3) for name, one in kept.items()}
     return json.dumps({"loss_gap_percent": gaps}, indent=1) + "\n"
 
 

@@ -7,7 +7,7 @@ from scripts.shakespeare import results as study
 from scripts.shakespeare.results import BOTH, SENT, Result, Results
 from scripts.shakespeare.runs import STUDY
 from scripts.shakespeare.tables import THEIRS, over_muon, tables
-from scripts.studies import fill
+from scripts.studies import fill, wrapped
 
 TEXT = Path(__file__).with_name("page.md")
 
@@ -99,9 +99,9 @@ def sentences(results: Results) -> dict[str, str]:
     ]
     return {
         "more": f"{study.MORE - 1:.0%}",
-        "ahead": where_others_are_ahead(results),
+        "ahead": wrapped(where_others_are_ahead(results)),
         "lossless": "; ".join(lossless) or "none",
-        "missing": missing(results),
+        "missing": wrapped(missing(results)),
     }
 
 

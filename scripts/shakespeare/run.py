@@ -134,8 +134,8 @@ def missing_of(runs: Sequence[StudyRun]) -> list[StudyRun]:
     made = {log: made_with(log) for log in dict.fromkeys(run.log for run in runs)}
     missing = []
     for run in runs:
-        if config := made[run.log].get(run.name):
-            require_same(run, config)
+        if run.name in made[run.log]:
+            require_same(run, made[run.log][run.name])
         else:
             missing.append(run)
     return missing

@@ -371,3 +371,4 @@ STUDY["genres"] = [
     for genres in ("apart", "mixed")
     for name in ("identity", "local4-signs", "local30-signs")
 ]
+SETTINGS = {one.name: one for settings in STUDY.values() for one in settings}

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data import genres
 from data.loader import TokenStream, WorkerBatches
 from data.shards import open_shard
-from scripts.shakespeare import genres
 
 PASSAGE = genres.PASSAGE
 
