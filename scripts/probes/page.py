@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import correlation, mean
 
-from scripts.probes.sign_replay import BETAS, MEASURED, RULES
+from scripts.probes.steps import steps
 from scripts.probes.times import CLOSE, ENOUGH, LINKS, Times, times
-from scripts.shakespeare.figures import LOSS_GAP, bars, by_family, legend_outside, panels
+from scripts.shakespeare.axes import LOSS_GAP, bars, by_family, legend_outside, panels
 from scripts.shakespeare.results import Results, read
-from scripts.shakespeare.tables import END, SETTING, THEIRS, of, table
+from scripts.shakespeare.tables import SETTING, of, table
 from scripts.studies import fill, read_records
 from training import picture
 from training.drawing import Figure, NullLocator, matplotlib
@@ -16,7 +16,6 @@ from training.picture import COLOURS, line_look, ticks_alone
 
 PROBES = Path(__file__).resolve().parents[2] / "results" / "probes"
 TEXT = Path(__file__).with_name("page.md")
-BETA, SLOW = BETAS
 KINDS = {
     "cosine": "cosine of two workers' differences",
     "stable_rank": "stable rank / smaller side",
@@ -36,7 +35,8 @@ def draw(directory: Path) -> list[Path]:
         **of_replay(results, replayed),
         **of_differences(records["differences"]),
         **of_changes(records["changes"]),
-        **of_signs(results, records["sign_replay"]),
+        **steps(results, {(one["rule"], one["beta"]): one for one in records["sign_replay"]}),
+        "label": lambda name: results[name].label,
         **of_times(results, found),
     }
     (directory / "README.md").write_text(fill(TEXT.read_text(), values))
@@ -89,31 +89,6 @@ def of_changes(records: Records) -> dict[str, str]:
     return {
         "change": f"{mean(one['size'] for one in hidden(records)):.1f}",
         "change_cosine": f"{mean(one['cosine'] for one in hidden(records)):.2f}",
-    }
-
-
-def of_signs(results: Results, records: Records) -> dict:
-    """A table of the study's momentum, and numbers of rules; SLOW's too."""
-    of_rules = {(one["rule"], one["beta"]): one for one in records}
-    names = {"muon": "muon_feedback/without"}
-    rows = [
-        (results[name], *THEIRS[name][:2], rule)
-        for rule in RULES
-        for name in [names.get(rule, f"signs/{rule}")]
-    ]
-    columns = [of(1, ("signs", str)), of(2, ("feedback", str)), of(0, END, "final loss")]
-    columns += [
-        (key, lambda row, key=key: f"{of_rules[row[3], BETA][key]:.2f}") for key in MEASURED
-    ]
-    of_study = {key: lambda rule, key=key: f"{of_rules[rule, BETA][key]:.2f}" for key in MEASURED}
-    slow = {
-        f"slow_{key}": lambda rule, key=key: f"{of_rules[rule, SLOW][key]:.2f}" for key in MEASURED
-    }
-    return {
-        "signs": table(columns, rows, text_columns=2),
-        "slow": f"{1 - SLOW:g}",
-        **of_study,
-        **slow,
     }
 
 

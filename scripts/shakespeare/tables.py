@@ -1,7 +1,6 @@
 """The tables of results/README.md: what a row is of, and a function for every column."""
 
 from collections.abc import Callable, Iterable, Sequence
-from statistics import mean
 from typing import Any
 
 from scripts.shakespeare import results as study
@@ -24,26 +23,11 @@ CHANGED = {  # for eight workers
     "back": "and back in 2 bits, of the mean of all",
     "back6": "and back in 2 bits, with an outer momentum of 0.6",
 }
-# Signs, and of arXiv:2607.29674 names and losses at 124 M parameters, one run each (the file
-# results/nanogpt/SUMMARY.md of intsystems/SignMuon).
-THEIRS = {
-    "muon_feedback/without": ("none: Muon", "", "Muon", 3.2785),
-    "signs/before-ef21": ("before the LMO", "EF21", "EF21-MuonUSign", 3.3203),
-    "signs/before-none": ("before the LMO", "none", "MuonUSign", 3.2959),
-    "signs/after-ef21": ("after the LMO", "EF21", "EF21-SignMuon", 3.2860),
-    "signs/after-none": ("after the LMO", "none", "SignMuon", 3.2881),
-    "signs/after-none-radius1": ("after the LMO, half the radius", "none", "", None),
-}
 
 
 def in_figures(sizes: float) -> str:
     """Three figures, without an exponent."""
     return f"{sizes:,.0f}" if sizes >= 100 else f"{sizes:.3g}"
-
-
-def over_muon(one: Result) -> float:
-    """Percent of the loss, over those of Muon's seeds that it has too."""
-    return 100 * (one.loss / mean(one.baseline.ends[: len(one.ends)]) - 1)
 
 
 def sizes_to_target(one: Result) -> str:
@@ -137,9 +121,6 @@ def tables(results: Results) -> dict[str, str]:
         "genres": side_by_side(genres, genres["apart"], LOSS, GAP),
         "larger_models": table(OF_A_SIZE, one_token, text_columns=3),
         "longer": table(OF_A_SIZE, longer, text_columns=3),
-        "momenta": momenta_table(results),
-        "muon_feedback": feedback_table(results),
-        "signs": signs_table(results),
         "grids": grids_table(results),
     }
 
@@ -220,61 +201,6 @@ def remedies_table(points: dict[str, Result]) -> str:
     gap = ("loss gap", lambda one: f"{one.gap:+.1f} %")
     columns = [what, of(1, END, "final loss"), of(1, gap), of(1, MOVED)]
     return table(columns, [(name, points[name]) for name in names])
-
-
-def momenta_table(results: Results) -> str:
-    """The final loss of every kind and message, by steps and by gradients of a batch."""
-
-    def kind(name: str) -> str:
-        return name.removeprefix("momentum/").partition("-")[0].replace("mvr0", "mvr, gamma 0")
-
-    rows = [
-        (results[message], "polyak" if name == message else kind(name), one)
-        for message in ("identity", "fitted9")
-        for name, one in results.items()
-        if name == message or (one.setting.family == "momentum" and name.endswith(f"-{message}"))
-    ]
-    columns = [
-        of(0, SETTING, "message"),
-        of(1, ("momentum", str)),
-        of(2, ("steps", lambda one: str(one.last["step"]))),
-        ("gradients", lambda row: str((1 if row[1] == "polyak" else 2) * row[2].last["step"])),
-        of(2, LOSS),
-    ]
-    return table(columns, rows, text_columns=2)
-
-
-def over_muon_text(one: Result) -> str:
-    return "" if one.is_baseline else f"{over_muon(one):+.1f} %"
-
-
-def feedback_table(results: Results) -> str:
-    """Of Muon with feedback of its steps the final loss of every radius."""
-    columns = [
-        ("hidden layers", lambda one: "Muon" if one.is_baseline else "with feedback"),
-        ("radius", lambda one: one.setting.name.partition("-radius")[2] or "2"),
-        *(SEEDS, ("final loss", END[1]), ("over Muon", over_muon_text)),
-    ]
-    return table(columns, study.of_families(results, "muon feedback"))
-
-
-def signs_table(results: Results) -> str:
-    """Losses here, and those of the work whose claim it is."""
-    muon = THEIRS["muon_feedback/without"][-1]
-
-    def their_gap(row: tuple) -> str:
-        return f"{100 * (row[4] / muon - 1):+.1f} %" if row[4] not in (muon, None) else ""
-
-    columns = [
-        of(1, ("signs", str)),
-        of(2, ("feedback", str)),
-        of(0, END, "final loss"),
-        of(0, ("over Muon", over_muon_text)),
-        of(3, ("at 124 M: name", str)),
-        of(4, ("final loss", "{:.4f}".format)),
-        ("over Muon", their_gap),
-    ]
-    return table(columns, [(results[name], *theirs) for name, theirs in THEIRS.items()], 2)
 
 
 def grids_table(results: Results) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pictures import drawn_as_committed
 from run import ROOT
-from study_page import end, first_table, logs, section
+from study_page import end, first_table, logs, section, table_after
 
 from data.loader import WorkerBatches
 from ef21_muon.compressors import Identity, QuantizedRank, TopK
@@ -174,12 +174,9 @@ def test_signs_are_in_the_order_of_their_losses():
     assert sorted(rules, key=lambda rule: end(f"signs/{rule}")) == sorted(
         rules, key=lambda rule: -of[rule]["descent"]
     )
-    for rule, row in zip(
-        of, first_table(section("Why feedback of signs hurts", PAGE))[1], strict=True
-    ):
-        assert row[3:] == [
-            f"{of[rule][key]:.2f}" for key in ("error", "turn", "alignment", "descent")
-        ]
+    _, rows = table_after("Signs before and after the LMO", PAGE)
+    for one, row in zip(of.values(), rows, strict=False):
+        assert row[-4:] == [f"{one[key]:.2f}" for key in sign_replay.MEASURED]
 
 
 def test_time_to_the_target_is_steps_times_a_steps_time():
