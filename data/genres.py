@@ -1,4 +1,4 @@
-"""Histories and comedies as training shards: `python scripts/shakespeare/genres.py`.
+"""Histories and comedies as training shards: `python data/genres.py`.
 
 As much of the ones as of the others, so that of two workers the first has histories alone and the
 second comedies (`apart`); or both in passages of 1,024 bytes, in random order (`mixed`). The test

@@ -41,20 +41,11 @@ from scripts.shakespeare.results import (
 from scripts.shakespeare.runs import OF_WORKERS, SIZES
 from training import picture
 from training.drawing import EngFormatter, Figure, matplotlib
-from training.picture import COLOURS, line_look, plain_losses, plain_sizes, ticks_alone
+from training.picture import COLOURS, plain_losses, plain_sizes, ticks_alone
 
 PANELS = {  # the paper's family in its first two panels, and in its last two
     "rank": ("identity", "natural", "rank20", "rank15", "rank10", "rank5", "rank15-natural"),
     "top": ("identity", "natural", "top20", "top15", "top10", "top5", "top15-natural"),
-}
-BARS = {  # by family
-    "identity": "EF21-Muon, uncompressed",
-    "quantized rank": "EF21-Muon, quantized rank",
-    "quantized rank, server momentum": "EF14, quantized rank, server momentum",
-    **{
-        name: name
-        for name in ("Muon", "AdamW", "Muon + PowerSGD", "Muon + GreedyLore", "Dion", "DeMo")
-    },
 }
 # Of the lines of METHODS: a colour, how many points right and up of its end the name is, a style.
 LOOKS = {
@@ -85,8 +76,6 @@ POINTS_OF_SIZES = {
     "local60-signs": "signs, sync every 60",
     "muloco": "MuLoCo, sync every 30",
 }
-
-SIZES_SENT = "x model size (fp32), sent to the servers per worker"
 
 
 def paper_figure(results: Results) -> Figure:
@@ -214,7 +203,12 @@ def bytes_figure(results: Results) -> Figure:
             last = one.sizes(one.last[SENT])
             axes.annotate(f" {one.setting.level}", (last, one.loss), fontsize=6)
     level(axes, results["identity"].target())
-    axes.set(xlabel=SIZES_SENT, ylabel=LOSS, xscale="log", yscale="log")
+    axes.set(
+        xlabel="x model size (fp32), sent to the servers per worker",
+        ylabel=LOSS,
+        xscale="log",
+        yscale="log",
+    )
     axes.set_ylim(0.97 * min(min(one.ends) for ones in shown.values() for one in ones), 2.6)
     plain_sizes(axes)
     plain_losses(axes)
@@ -234,32 +228,6 @@ def rate_figure(results: Results) -> Figure:
     axes.set_xlabel("bits sent to the servers per parameter and step")
     gaps_upwards(axes)
     legend_outside(figure, axes)
-    return figure
-
-
-def methods_figure(results: Results) -> Figure:
-    """Bytes to an early loss and to the target: of each method the level that takes the fewest."""
-    figure, of_shares = panels(10, 3.6, 2)
-    families = by_family(results)
-    colours = {family: line_look(index)["color"] for index, family in enumerate(families)}
-    for share, axes in zip((0.5, study.TARGET_SHARE), of_shares, strict=True):
-        for place, family in enumerate(BARS):
-            sent = [
-                (size, one.setting.level)
-                for one in families[family]
-                if (size := one.sizes_to_target(SENT, share))
-            ]
-            size, name = min(sent, default=(0, "not reached"))
-            axes.barh(place, size, color=colours[family])
-            text = f" {size:.3g}  {name}" if size else f" {name}"
-            axes.annotate(text, (size or 1, place), va="center", fontsize=8)
-        axes.set_yticks(range(len(BARS)), BARS.values())
-        axes.invert_yaxis()
-        target = results["identity"].target(share)
-        axes.set(xscale="log", xlim=(1, 1000), title=f"to loss {target:.3f}")
-        axes.set_axisbelow(True)
-        axes.set_xlabel(SIZES_SENT)
-        plain_sizes(axes)
     return figure
 
 
@@ -342,7 +310,6 @@ FIGURES: dict[str, Callable[[Results], Figure]] = {
     "ends": ends_figure,
     "bytes": bytes_figure,
     "rate": rate_figure,
-    "methods": methods_figure,
     "directions": directions_figure,
     "workers": workers_figure,
     "sizes": sizes_figure,

@@ -16,12 +16,15 @@ RESULTS = Path(__file__).resolve().parents[2] / "results" / "shakespeare"
 LOGS = RESULTS / "logs"
 TARGET_SHARE = 0.75  # of the uncompressed run's tokens
 MORE = 1.01  # times what another method sends, that ours may send beside it
+UNCOMPRESSED_BITS = 32  # per parameter and step
 FEWER = 100  # times fewer bytes, of what ends closest to the uncompressed run
 # Bytes of evaluations: to the servers and back, and all that a worker sends and receives.
 SENT, BACK, BOTH = "w2s_bytes", "s2w_bytes", "both_bytes"
-LOCAL, PEERS = "local steps", ("DiLoCo", "MuLoCo", "SparseLoCo")
-OF_ONE_STEP = ("Muon + PowerSGD", "Muon + GreedyLore", "Dion", "Dion float32", "DeMo")
-OTHERS = ("Muon", "AdamW", *OF_ONE_STEP, *PEERS)  # families that are not ours
+LOCAL = "local steps"
+# Families that are not ours: those that sync every step, and those of local steps.
+EVERY_STEP = tuple(dict.fromkeys(one.family for one in STUDY["baselines"]))
+PEERS = tuple(dict.fromkeys(one.family for one in STUDY["peers"] if one.family not in EVERY_STEP))
+OTHERS = EVERY_STEP + PEERS
 # Lines of the envelopes, and their families; the last one is of all of ours that compress.
 METHODS: dict[str, tuple[str, ...]] = {
     "AdamW + DDP": ("AdamW",),
@@ -168,7 +171,7 @@ class Result:
 Results = dict[str, Result]
 
 
-def read(directory: Path = LOGS) -> dict[str, Result]:
+def read(directory: Path = LOGS) -> Results:
     """The settings that have run, by name, in the study's order.
 
     Raises ValueError where one has run and its baseline has not.
@@ -186,10 +189,9 @@ def read(directory: Path = LOGS) -> dict[str, Result]:
                 f"{directory} lacks {one.setting.baseline}, with which {one.setting.name} is "
                 "compared: run scripts/shakespeare/run.py"
             )
+    baselines = {one.setting.baseline for one in found.values()}
     return {
-        name: one
-        if one.setting.baseline == name
-        else replace(one, compared_with=found[one.setting.baseline])
+        name: one if name in baselines else replace(one, compared_with=found[one.setting.baseline])
         for name, one in found.items()
     }
 
@@ -237,7 +239,7 @@ def reach(log: Log, target: float, key: str) -> float | None:
     return None
 
 
-def of_condition(results: Results, condition: str) -> dict[str, Result]:
+def of_condition(results: Results, condition: str) -> Results:
     """What has run under a condition, by the rest of its name, but for runs on a GPU alone."""
     begins = f"{condition}-"
     return {
@@ -247,7 +249,7 @@ def of_condition(results: Results, condition: str) -> dict[str, Result]:
     }
 
 
-def by_workers(results: Results) -> dict[int, dict[str, Result]]:
+def by_workers(results: Results) -> dict[int, Results]:
     """Ours and the uncompressed run, by the number of workers and the point."""
     of_two = {one.setting.name: one for one in (results["identity"], *ours(results))}
     return {2: of_two} | {n: of_condition(results, f"workers/{n}") for n in (4, 8)}
@@ -301,9 +303,9 @@ def rivals(
 
 
 def at_their_rate(results: Results) -> list[tuple[Result, Result]]:
-    """Methods that sync every step, by bits to the servers."""
-    of_ours = [results["identity"], *compressed(results)]
-    return rivals(of_families(results, *OF_ONE_STEP), of_ours, lambda one: one.bits)
+    """Methods that sync every step and compress, by bits to the servers."""
+    others = [one for one in of_families(results, *EVERY_STEP) if one.bits < UNCOMPRESSED_BITS]
+    return rivals(others, [results["identity"], *compressed(results)], lambda one: one.bits)
 
 
 def at_their_bytes(results: Results) -> list[tuple[Result, Result]]:

@@ -84,12 +84,6 @@ RUNS = [
 ]
 
 
-def made_with(log: Path) -> dict[str, dict]:
-    """The configurations of the runs of a file, by name."""
-    runs = (record for record in read_records(log) if record["record"] == "run")
-    return {run["name"]: run["config"] for run in runs}
-
-
 def require_same(run: StudyRun, config: dict) -> None:
     """Raise ValueError if the run's log is of another configuration."""
     made = as_sent(what_matters(modern_config(config)))
@@ -131,14 +125,12 @@ def as_sent(config: dict) -> dict:
 
 def missing_of(runs: Sequence[StudyRun]) -> list[StudyRun]:
     """Those without a log. Raises ValueError if a log is of another configuration."""
-    made = {log: made_with(log) for log in dict.fromkeys(run.log for run in runs)}
-    missing = []
-    for run in runs:
-        if run.name in made[run.log]:
-            require_same(run, made[run.log][run.name])
-        else:
-            missing.append(run)
-    return missing
+    logs = dict.fromkeys(run.log for run in runs)
+    records = (record for log in logs for record in read_records(log))
+    made = {one["name"]: one["config"] for one in records if one["record"] == "run"}
+    for run in (run for run in runs if run.name in made):
+        require_same(run, made[run.name])
+    return [run for run in runs if run.name not in made]
 
 
 def start(run: StudyRun, output: IO | None = None) -> subprocess.Popen:

@@ -30,33 +30,9 @@ def in_figures(sizes: float) -> str:
     return f"{sizes:,.0f}" if sizes >= 100 else f"{sizes:.3g}"
 
 
-def sizes_to_target(one: Result) -> str:
-    reached = one.sizes_to_target(BOTH)
-    return in_figures(reached) if reached else "not reached"
-
-
-def times_to_target(one: Result) -> str:
-    times = one.times_to_target(BOTH)
-    return f"{times:,.0f}x" if times else ""
-
-
-def loss_and_gap(one: Result) -> str:
-    return f"{one.loss:.4f}" + ("" if one.is_baseline else f", {one.gap:+.1f} %")
-
-
-def tokens_to_target(one: Result) -> str:
-    reached = one.to_target("tokens")
-    return f"{reached / 1e6:.2f} M" if reached else "not reached"
-
-
-def sent_to_target(one: Result) -> str:
-    reached = one.sizes_to_target(SENT)
-    return f"{reached:.2f}" if reached else ""
-
-
-def fewer_sent(one: Result) -> str:
-    times = one.times_to_target(SENT)
-    return f"{times:.1f}x" if times else ""
+def reached(value: float | None, say: Callable[[float], str], never: str = "") -> str:
+    """What is said of what a run takes to the target, if it gets there."""
+    return never if value is None else say(value)
 
 
 SETTING: Column = ("setting", lambda one: one.label)
@@ -64,11 +40,29 @@ SEEDS: Column = ("seeds", lambda one: str(len(one.logs)))
 END: Column = ("final test loss", lambda one: one.loss_text)
 LOSS: Column = ("final loss", lambda one: f"{one.loss:.4f}")
 GAP: Column = ("loss gap", lambda one: f"{one.gap:+.2f} %")
+LOSS_AND_GAP: Column = (
+    "final loss (gap)",
+    lambda one: f"{one.loss:.4f}" + ("" if one.is_baseline else f", {one.gap:+.1f} %"),
+)
 BITS: Column = ("bits", lambda one: f"{one.bits:.3g}")
 MOVED: Column = ("x model size", lambda one: in_figures(one.moved))
-TO_TARGET: Column = ("x model size to target", sizes_to_target)
-FEWER: Column = ("fewer than uncompressed", times_to_target)
-END_AND_GAP: Column = ("final loss (gap)", loss_and_gap)
+TO_TARGET: Column = (
+    "x model size to target",
+    lambda one: reached(one.sizes_to_target(BOTH), in_figures, "not reached"),
+)
+FEWER: Column = (
+    "fewer than uncompressed",
+    lambda one: reached(one.times_to_target(BOTH), "{:,.0f}x".format),
+)
+# Of what is sent to the servers alone.
+OF_SENT: list[Column] = [
+    (
+        "tokens to target",
+        lambda one: reached(one.to_target("tokens"), lambda n: f"{n / 1e6:.2f} M", "not reached"),
+    ),
+    ("x model size to target", lambda one: reached(one.sizes_to_target(SENT), "{:.2f}".format)),
+    ("fewer than uncompressed", lambda one: reached(one.times_to_target(SENT), "{:.1f}x".format)),
+]
 OF_A_SIZE: list[Column] = [
     ("parameters", lambda one: f"{one.run['parameters']:,}"),
     SETTING,
@@ -88,9 +82,7 @@ def of(place: int, column: Column, heading: str = "", none: str = "") -> Column:
     return heading or own, lambda row: none if row[place] is None else cell(row[place])
 
 
-def side_by_side(
-    conditions: dict[str, dict[str, Result]], names: Iterable[str], *columns: Column
-) -> str:
+def side_by_side(conditions: dict[str, Results], names: Iterable[str], *columns: Column) -> str:
     """The same settings under several conditions."""
     rows = [[points[name] for points in conditions.values()] for name in names]
     of_each = [
@@ -115,7 +107,7 @@ def tables(results: Results) -> dict[str, str]:
         "rounds": rounds_table(results),
         "settings": settings_table(results),
         "ends": ends_table(results),
-        "workers": side_by_side(conditions, OF_WORKERS, END_AND_GAP, MOVED),
+        "workers": side_by_side(conditions, OF_WORKERS, LOSS_AND_GAP, MOVED),
         "budgets": budgets_table(workers),
         "remedies": remedies_table(workers[8]),
         "genres": side_by_side(genres, genres["apart"], LOSS, GAP),
@@ -143,64 +135,54 @@ def rounds_table(results: Results) -> str:
 
 def settings_table(results: Results) -> str:
     """All that sync every step: the rate, the final loss, and what it takes to the target."""
-    columns = [
-        *(SETTING, SEEDS),
-        ("bits per parameter and step", BITS[1]),
-        *(END, GAP),
-        ("tokens to target", tokens_to_target),
-        ("x model size to target", sent_to_target),
-        ("fewer than uncompressed", fewer_sent),
-    ]
+    columns = [SETTING, SEEDS, ("bits per parameter and step", BITS[1]), END, GAP, *OF_SENT]
     shown = [one for name, one in results.items() if "/" not in name]
     return table(columns, [one for one in shown if one.setting.family not in (LOCAL, *PEERS)])
+
+
+def best_within(
+    limits: Sequence[float],
+    groups: Sequence[Sequence[Result]],
+    fits: Callable[[Result, float], bool],
+) -> list[list]:
+    """For every limit, what in each group has the lowest final loss within it."""
+    return [
+        [limit, *(study.lowest(one for one in group if fits(one, limit)) for group in groups)]
+        for limit in limits
+    ]
 
 
 def ends_table(results: Results) -> str:
     """By how many times fewer bytes, the lowest final losses of ours and of all others."""
     both = study.ours(results), study.of_families(results, *OTHERS)
-    rows = [
-        [
-            times,
-            *(study.lowest(one for one in members if one.times_fewer >= times) for members in both),
-        ]
-        for times in TIMES_FEWER
-    ]
+    rows = best_within(TIMES_FEWER, both, lambda one, times: one.times_fewer >= times)
     other = of(2, ("other methods", lambda one: one.short), none="none")
     columns = [of(0, ("times fewer", "{:,}".format)), of(1, SETTING, "ours", "none"), of(1, GAP)]
     return table([*columns, other, of(2, GAP)], rows)
 
 
-def budgets_table(workers: dict[int, dict[str, Result]]) -> str:
+def budgets_table(workers: dict[int, Results]) -> str:
     """For every number of workers and amount sent, ours with the lowest final loss."""
     compressed = [[one for name, one in p.items() if name != "identity"] for p in workers.values()]
-    rows = [
-        [
-            budget,
-            *(
-                study.lowest(one for one in members if one.moved <= budget)
-                for members in compressed
-            ),
-        ]
-        for budget in BUDGETS
-    ]
+    rows = best_within(BUDGETS, compressed, lambda one, budget: one.moved <= budget)
     best = ("", lambda one: f"{one.label} ({one.loss:.4f})")
     columns = [of(0, ("x model size at most", str))]
     columns += [of(place, best, f"{n} workers", "none") for place, n in enumerate(workers, 1)]
     return table(columns, rows, text_columns=len(columns))
 
 
-def remedies_table(points: dict[str, Result]) -> str:
+def remedies_table(points: Results) -> str:
     """What was tried for eight workers, beside what it was to help."""
 
-    def in_order(name: str) -> tuple[int, bool]:
-        every, _, what = name.removeprefix("local").partition("-")
-        return int(every), what != "signs"
-
-    names = sorted((name for name in points if name.startswith("local")), key=in_order)
-    what = ("sync every", lambda row: f"{in_order(row[0])[0]}, {CHANGED[row[0].partition('-')[2]]}")
+    tried = [
+        (*name.removeprefix("local").split("-"), one)
+        for name, one in points.items()
+        if name.startswith("local")
+    ]
+    tried.sort(key=lambda row: (int(row[0]), row[1] != "signs"))
+    what = ("sync every", lambda row: f"{row[0]}, {CHANGED.get(row[1], row[1])}")
     gap = ("loss gap", lambda one: f"{one.gap:+.1f} %")
-    columns = [what, of(1, END, "final loss"), of(1, gap), of(1, MOVED)]
-    return table(columns, [(name, points[name]) for name in names])
+    return table([what, of(2, END, "final loss"), of(2, gap), of(2, MOVED)], tried)
 
 
 def grids_table(results: Results) -> str:

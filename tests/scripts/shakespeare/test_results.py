@@ -14,6 +14,7 @@ from scripts.shakespeare.results import (
     BACK,
     BOTH,
     METHODS,
+    OTHERS,
     SENT,
     ahead,
     at_their_rate,
@@ -149,6 +150,7 @@ def test_an_envelope_is_the_best_of_all_lines_at_their_points():
 def test_every_method_of_the_picture_reaches_the_best_loss_of_its_runs(results):
     found = envelopes(results)
     assert len(METHODS) == len(found) == 11
+    assert {family for families in METHODS.values() for family in families} == {"identity", *OTHERS}
     for method, line in found.items():
         runs = [one.by_both for one in of_method(results, method)]
         assert line[-1][1] == min(loss for run in runs for _, loss in run)

@@ -193,8 +193,6 @@ def test_only_the_missing_is_run_and_no_other_line_is_lost(tmp_path, monkeypatch
     monkeypatch.setattr(study, "RUNS", runs)
     write(runs[0].log, runs[0], study_records([2.0], config={}))
     before = runs[0].log.read_text()
-    monkeypatch.setattr(study, "require_same", lambda run, config: None)
-    monkeypatch.setattr(study, "made_with", lambda log: {"a-seed0": {"seed": 0}})
     assert study.main([]) == 0
     (command,) = trained.commands
     assert command[-6:] == [
