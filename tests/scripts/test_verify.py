@@ -8,11 +8,9 @@ from run import ROOT, torchrun
 
 from ef21_muon import EF21Muon, layers, local_steps
 from ef21_muon.channel import Channel
-from ef21_muon.compressors import TopK
 from ef21_muon.norms import Spectral
 from ef21_muon.norms.lmo import BiasRMS
 from ef21_muon.transport.fixed import Transport
-from ef21_muon.values import scaled
 from scripts import verify
 from training.workers import Workers
 
@@ -24,7 +22,6 @@ BROKEN_ROUNDS = [
     "n workers equal one",
     "a round of local steps",
     "the servers' G",
-    "error feedback contracts",
     "error feedback converges",
 ]
 BROKEN_AGREEMENT = [
@@ -40,11 +37,6 @@ def wrap(patch, owner, name, change):
     """Change what a function returns."""
     original = getattr(owner, name)
     patch.setattr(owner, name, lambda *arguments: change(original(*arguments)))
-
-
-def always_to_nearest(patch):
-    carry = scaled.carry
-    patch.setattr(scaled, "carry", lambda bits, stochastic, generator: carry(bits, False, None))
 
 
 def forget_the_steps(optimizer, batch, message):
@@ -67,11 +59,8 @@ BROKEN_ALONE = {
     "local steps alone": lambda patch: patch.setattr(local_steps, "move", forget_the_steps),
     "buckets agree": lambda patch: wrap(patch, layers, "cut", lambda ranges: ranges[::-1]),
     "the servers' G": lambda patch: patch.setattr(Transport, "to_servers", lose_all),
-    "error feedback contracts": remember_as_ef14,
     "error feedback converges": remember_as_ef14,
-    "messages are": lambda patch: wrap(patch, TopK, "payload_bytes", lambda size: size + 1),
     "w2s_bytes": lambda patch: patch.setattr(EF21Muon, "w2s_bytes", 1),
-    "unbiased": always_to_nearest,
 }
 
 
