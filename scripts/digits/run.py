@@ -9,7 +9,6 @@ README.md and digits.png (--redraw).
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 from math import inf, isfinite, sqrt
 from pathlib import Path
@@ -42,13 +41,7 @@ SMALL, LARGE = (0.5, 1.0, 2.0, 4.0, 8.0), (16.0, 32.0, 64.0, 128.0, 256.0)
 RADII = {"without": SMALL, "with": LARGE, "gradient descent": LARGE}  # of hidden layers
 TUNING_SEEDS, SEEDS = (0, 1), range(10, 40)
 
-
-@dataclass(frozen=True)
-class Images:
-    """Pixels (N, 1, 8, 8) from 0 to 1, and which digit each is (N,)."""
-
-    pixels: Tensor
-    digits: Tensor
+Images = tuple[Tensor, Tensor]  # pixels (N, 1, 8, 8) from 0 to 1, and which digit each is (N,)
 
 
 def net() -> nn.Sequential:
@@ -86,16 +79,16 @@ def train(
     torch.manual_seed(seed)
     model = net()
     optimizer = build(model, method, radius, beta)
-    images, curve = parts["train"], []
+    (pixels, digits), curve = parts["train"], []
     order = torch.empty(0, dtype=torch.int64)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LR * (1 - step / steps)
         if len(order) < BATCH:
-            order = torch.randperm(len(images.digits), generator=random)
+            order = torch.randperm(len(digits), generator=random)
         chosen, order = order.split([BATCH, len(order) - BATCH])
         optimizer.zero_grad()
-        functional.cross_entropy(model(images.pixels[chosen]), images.digits[chosen]).backward()
+        functional.cross_entropy(model(pixels[chosen]), digits[chosen]).backward()
         optimizer.step()
         if (step + 1) % (steps // 10) == 0:
             curve.append(measured(model, parts["test"])[0])
@@ -108,9 +101,10 @@ def train(
 @torch.no_grad()
 def measured(model: nn.Module, images: Images) -> tuple[float | None, float]:
     """The mean loss in nats per image, None if it is not finite, and the accuracy."""
-    scores = model(images.pixels)
-    accuracy = (scores.argmax(1) == images.digits).float().mean()
-    loss = float(functional.cross_entropy(scores, images.digits))
+    pixels, digits = images
+    scores = model(pixels)
+    accuracy = (scores.argmax(1) == digits).float().mean()
+    loss = float(functional.cross_entropy(scores, digits))
     return loss if isfinite(loss) else None, float(accuracy)
 
 
@@ -129,7 +123,7 @@ def read_images() -> dict[str, Images]:
     digits = torch.from_numpy(data.target)[order]
     sizes = list(PARTS.values())
     parts = zip(pixels.split(sizes), digits.split(sizes), strict=True)
-    return dict(zip(PARTS, (Images(*part) for part in parts), strict=True))
+    return dict(zip(PARTS, parts, strict=True))
 
 
 def all_records(parts: dict[str, Images]) -> Iterator[dict]:

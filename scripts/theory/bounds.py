@@ -10,10 +10,9 @@ without proofs. Its constants, with f = (1/n) sum_j f_j over n workers:
     E ||grad f_j(X; xi) - grad f_j(X)||_2^2 <= sigma^2
     delta0 = f(X^0) - f^*
 
-Readings of the poster (`results/theory/README.md` says why): sigma bounds the noise in the
-Euclidean norm, where the poster's A5 has the dual one; a bound sigma_* in the dual norm gives
-sigma = sigma_* / rho. The step of the first theorem is t^k = gamma ||G^k||_*, its X^k are those of
-the servers, and its L_bar^0 is L_bar. The explicit constants of the first bound are derived here.
+How the poster is read is in `results/theory/README.md`: sigma bounds the noise in the Euclidean
+norm, so that a bound sigma_* in the dual norm gives sigma = sigma_* / rho, and the X^k of the first
+theorem are those of the servers.
 """
 
 from dataclasses import dataclass

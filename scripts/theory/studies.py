@@ -79,18 +79,16 @@ class Case:
 
     def options(self, rounds: int) -> dict:
         """What the theorem prescribes for K = `rounds`."""
-        numbers = self.numbers
-        first = self.theorem == "L-smooth"
-        return {
+        options = {
             "norm": geometry(self.geometry, SIDE, SIDE).norm,
             "w2s": COMPRESSORS[self.w2s],
-            "s2w": DAMPING if first else Identity(),
-            "momentum": 1 - numbers.beta(rounds),
-            "radius": AdaptiveRadius(1 / numbers.gamma(rounds), 0)
-            if first
-            else numbers.radius(rounds),
-            "first_message": "full" if first else "compressed",
+            "momentum": 1 - self.numbers.beta(rounds),
         }
+        if self.theorem == "L-smooth":
+            radius = AdaptiveRadius(1 / self.numbers.gamma(rounds), 0)
+            return options | {"radius": radius, "s2w": DAMPING, "first_message": "full"}
+        radius = self.numbers.radius(rounds)
+        return options | {"radius": radius, "s2w": Identity(), "first_message": "compressed"}
 
     def bounded(self, norms: Tensor) -> float:
         """What the theorem bounds, of ||grad f(X^k)||_* (K + 1, replicas), as a gradient norm.

@@ -1,10 +1,12 @@
 """Every claim of scripts/verify.py holds, and is seen to fail where what it claims is broken."""
 
 import math
+from itertools import chain
 
 import pytest
 import torch
 from run import ROOT, torchrun
+from workers.verify_broken import BROKEN
 
 from ef21_muon import EF21Muon, layers, local_steps
 from ef21_muon.channel import Channel
@@ -15,22 +17,6 @@ from scripts import verify
 from training.workers import Workers
 
 OF_SEVERAL = {claim.text for claim in verify.CLAIMS if claim.of_several}
-# What fails on two workers, for each way of tests/support/workers/verify_broken.py.
-BROKEN_ROUNDS = [
-    "identity equals Muon",
-    "identity equals Scion",
-    "n workers equal one",
-    "a round of local steps",
-    "the servers' G",
-    "error feedback converges",
-]
-BROKEN_AGREEMENT = [
-    "placements agree",
-    "all workers hold the same parameters",
-    "w2s_bytes",
-    "wire_tx_bytes",
-    "messages decode alike",
-]
 
 
 def wrap(patch, owner, name, change):
@@ -99,9 +85,8 @@ def test_two_workers_that_break_claims_fail():
     with pytest.raises(AssertionError, match="claims fail") as failure:
         torchrun("verify_broken.py", ranks=2)
     rounds, agreement, _ = map(results, str(failure.value).split("claims fail"))
-    for found, starts in ((rounds, BROKEN_ROUNDS), (agreement, BROKEN_AGREEMENT)):
-        failed = {text for text, result in found.items() if result == "FAIL"}
-        assert failed == {find(start).text for start in starts}
+    for found, starts in zip((rounds, agreement), BROKEN.values(), strict=True):
+        assert found == {find(start).text: "FAIL" for start in starts}
 
 
 @pytest.mark.parametrize("start", BROKEN_ALONE)
@@ -111,7 +96,7 @@ def test_one_worker_that_breaks_a_claim_fails(monkeypatch, start):
 
 
 def test_every_claim_is_seen_to_fail():
-    starts = [*BROKEN_ALONE, *BROKEN_ROUNDS, *BROKEN_AGREEMENT]
+    starts = [*BROKEN_ALONE, *chain.from_iterable(BROKEN.values())]
     assert {find(start).text for start in starts} == {claim.text for claim in verify.CLAIMS}
 
 

@@ -85,7 +85,7 @@ def test_the_net_learns_bars_that_differ_by_place(method):
     digits = torch.arange(160) % 8
     pixels = torch.rand(160, 1, 8, 8) / 4
     pixels[torch.arange(160), 0, digits] += 0.75
-    parts = dict.fromkeys(study.PARTS, study.Images(pixels, digits))
+    parts = dict.fromkeys(study.PARTS, (pixels, digits))
     radius = {"without": 4.0}.get(method, 64.0)
     found = study.train(parts, method, radius, 0.5, seed=0, steps=40)
     assert len(found["curve"]) == 10
