@@ -39,8 +39,6 @@ figures: setup
 	.venv/bin/python scripts/codec/blocks.py --redraw
 	.venv/bin/python scripts/network/run.py --redraw
 	.venv/bin/python scripts/theory/run.py --redraw
-	.venv/bin/python scripts/theory/momentum.py --redraw
-	.venv/bin/python scripts/theory/tight.py --redraw
 	.venv/bin/python scripts/digits/run.py --redraw
 	.venv/bin/python scripts/soak/run.py --redraw
 	.venv/bin/python scripts/chaos/run.py --redraw

@@ -28,6 +28,11 @@ def write_records(path: Path, records: Iterable[dict]) -> None:
             file.flush()
 
 
+def select(records: Iterable[dict], **fields) -> list[dict]:
+    """The records with these fields."""
+    return [record for record in records if fields.items() <= record.items()]
+
+
 def markdown(rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     """A Markdown table of rows of text, whose first is the heading; numbers stand to the right."""
     heading, *body = rows
@@ -35,11 +40,11 @@ def markdown(rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, rule, *body))
 
 
-def fill(template: str, values: Mapping[str, str | Callable[..., str]]) -> str:
+def fill(template: str, values: Mapping[str, object]) -> str:
     """The template with a value in every place, its paragraphs wrapped where a place stood in them.
 
-    A place is {word}, for a text, or {word name name ...}, for what a function says of each name,
-    as a sentence lists it: "a, b and c".
+    A place is {word}, for a text or a number, or {word name name ...}, for what a function says of
+    each name, as a sentence lists it: "a, b and c".
 
     Raises:
         ValueError: A place has a word that `values` lacks.
@@ -54,7 +59,7 @@ def fill(template: str, values: Mapping[str, str | Callable[..., str]]) -> str:
         if word not in values:
             raise ValueError(f"{place[0]} of the template is none of {', '.join(sorted(values))}")
         found = values[word]
-        return listed(list(map(found, names))) if callable(found) else found
+        return listed(list(map(found, names))) if callable(found) else str(found)
 
     return "\n\n".join(
         wrapped(PLACE.sub(value, part)) if is_prose(part) else PLACE.sub(value, part)

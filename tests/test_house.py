@@ -38,6 +38,7 @@ DIRECTIONS = {
         "scripts.netns",
         "scripts.fleet",
         "scripts.measuring",
+        "scripts.studies",
         "train",
         "training",
         *LIBRARIES,
