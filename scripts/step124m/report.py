@@ -1,34 +1,32 @@
 """README.md of scripts/step124m/run.py, from its records alone."""
 
-import argparse
 import shlex
 
-from scripts.measuring import markdown
+from scripts.studies import markdown
+from training.renamed import modern_overrides
 
 # How records and tables name what is not a step of EF21-Muon.
 GRADIENT = "gradient"
 ADAMW, MUON = "`torch.optim.AdamW`", "`torch.optim.Muon`, one block"
 
 
-def report(records: list[dict], options: argparse.Namespace) -> str:
-    """README.md."""
+def report(records: list[dict]) -> str:
     facts = records[0]
-    launch = "torchrun", "--standalone", f"--nproc_per_node={facts['workers']}"
-    script = "scripts/step124m/run.py", f"--steps={options.steps}"
-    command = shlex.join([*launch, *script, *options.overrides])
+    script = f"scripts/step124m/run.py --steps={facts['steps']}"
+    overrides = shlex.join(modern_overrides(facts["overrides"]))
     return f"""# Time and memory of a step
 
-`{command}`
+`torchrun --standalone --nproc_per_node={facts["workers"]} {script} {overrides}`
 
 {facts["workers"]} workers, threads each: {facts["threads"]}; {facts["processor"]}, cores in all:
 {facts["cores"]}, shared with other programs; torch {facts["torch"]}. The model has
 {facts["parameters"]:,} parameters, its largest layer {facts["largest_layer"]:,}. A worker's
 gradient is of one sequence of {facts["context"]} tokens, and every method steps with the same
-gradients. What was measured on each rank is in [{log_name(options)}]({log_name(options)}).
+gradients. What was measured on each rank is in [step124m.jsonl](step124m.jsonl).
 
 ## Phases
 
-Seconds are the least of {options.steps} steps, on the slower rank; of the exchange on the one that
+Seconds are the least of {facts["steps"]} steps, on the slower rank; of the exchange on the one that
 waits less. Peak is the most that torch's allocator has handed out, in MB beyond what is there
 before the step (parameters, and of optimizers gradients and state): temporaries, and what earlier
 phases leave for later ones, as messages. Largest is the largest single tensor, those inside of
@@ -49,10 +47,6 @@ multiplied. It does not take embeddings.
 
 {step_table(records)}
 """
-
-
-def log_name(options: argparse.Namespace) -> str:
-    return f"{options.out.resolve().name}.jsonl"
 
 
 def by_phase(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
@@ -111,4 +105,4 @@ def step_table(records: list[dict]) -> str:
                 *(f"{number:.2f}" for number in (*state, sum(state) / len(state))),
             ]
         )
-    return markdown(rows, text_columns=1)
+    return markdown(rows)

@@ -4,12 +4,15 @@ import json
 import statistics
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 from run import PATIENCE, ROOT
 
-from scripts.chaos.faults import FAULTS, bound, draws
+from scripts.chaos.faults import FAULTS, bound
 from scripts.chaos.report import report
+from scripts.chaos.run import details
+from scripts.faults import draws
 from training.fleet import FACTOR, MARGIN
 
 COMMITTED = ROOT / "results" / "chaos"
@@ -50,10 +53,11 @@ def test_all_kinds_of_faults(tmp_path, small):
 
 
 def test_every_kind_comes_as_often_as_any_other():
-    drawn = draws(3 * len(FAULTS), list(FAULTS), 4, seed=1)
+    given = Namespace(faults=3 * len(FAULTS), kinds=",".join(FAULTS), seed=1)
+    drawn, again = (draws(given, lambda generator: details(generator, 4)) for _ in range(2))
     kinds = [one["kind"] for one in drawn]
     assert all(kinds.count(kind) == 3 for kind in FAULTS)
-    assert drawn == draws(3 * len(FAULTS), list(FAULTS), 4, seed=1)
+    assert drawn == again
     assert {one["worker"] for one in drawn} == {0, 1, 2, 3}
 
 

@@ -8,7 +8,7 @@ import time
 from run import PATIENCE, ROOT
 
 from scripts.gpu.report import report
-from scripts.gpu.run import Session, environment
+from scripts.gpu.run import RUNS, Session, environment
 
 FACTS = {"record": "facts", "device": "H100", "torch": "2.9.0", "cores": 8, "cuda": "13.0"}
 
@@ -33,10 +33,9 @@ def test_what_does_not_end_in_time_is_ended_with_its_workers(tmp_path):
     script = tmp_path / "sleeps.py"
     script.write_text(f"import time\ntime.sleep({PATIENCE})\n")
     start = time.monotonic()
-    session = Session(tmp_path, start + 8, environment(None, str(tmp_path)))
-    status, _ = session.torchrun("sleep", 2, script)
-    assert status is None and time.monotonic() - start < PATIENCE / 4
-    (record,) = map(json.loads, session.log.read_text().splitlines())
+    session = Session(start + 8, environment(None, str(tmp_path)))
+    record, _ = session.torchrun("sleep", script)
+    assert time.monotonic() - start < PATIENCE / 4
     assert record["part"] == "sleep" and record["status"] is None
 
 
@@ -45,7 +44,8 @@ def test_a_wait_for_the_device_and_what_did_not_end_are_reported():
     step |= {"peak_bytes": 3e6, "waits": "called a synchronizing CUDA operation", "tokens": 8}
     train = {"record": "training", "run": "uncompressed", "of": "train"}
     text = report(
-        [FACTS, {"record": "part", "part": "steps", "status": None, "seconds": 9}, step, train]
+        [FACTS, {"record": "part", "part": "steps", "status": None, "seconds": 9}, step, train],
+        RUNS,
     )
     assert "| topk | 2.00 | 1.50 |  |  |  | 3 | called a synchronizing CUDA operation |" in text
     assert "steps 9 (time was up)" in text
@@ -62,12 +62,12 @@ def test_milliseconds_of_a_run_are_those_of_its_second_half():
         lines.append({"record": "training", "run": "uncompressed", "of": "train", "step": step,
                       "seconds": seconds, "phases": phases})  # fmt: skip
     end = {"record": "training", "run": "uncompressed", "of": "end", "test_loss": 3.25}
-    text = report([FACTS, *lines, end | {"w2s_bytes": 4000}])
+    text = report([FACTS, *lines, end | {"w2s_bytes": 4000}], RUNS)
     assert "| uncompressed | 3.2500 | 4,000 | 50.0 | 0.0 | 25.0 | 0.0 | 0.0 | 0.0 |" in text
 
 
 def test_the_committed_report_is_that_of_the_committed_records():
     folder = ROOT / "results/gpu"
     records = [json.loads(line) for line in (folder / "gpu.jsonl").read_text().splitlines()]
-    assert report(records) == (folder / "README.md").read_text()
-    assert "| none |" in report(records) and "synchroniz" not in report(records)
+    assert report(records, RUNS) == (folder / "README.md").read_text()
+    assert "| none |" in report(records, RUNS) and "synchroniz" not in report(records, RUNS)

@@ -1,6 +1,6 @@
 """The table and the picture of the network benchmark, from given records."""
 
-from scripts.network.run import draw, write_table
+from scripts.network.run import draw
 
 RECORDS = [
     {
@@ -22,7 +22,7 @@ RECORDS = [
 
 
 def test_the_table_tells_rates_ratios_and_speeds(tmp_path):
-    write_table(RECORDS, tmp_path)
+    draw(RECORDS, tmp_path)
     lines = (tmp_path / "README.md").read_text().splitlines()
     assert [line for line in lines if line.startswith("## ")] == [
         "## 100mbit, 2 nodes",

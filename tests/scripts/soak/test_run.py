@@ -5,18 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from run import PATIENCE, ROOT, SUPPORT
 from waiting import wait_until
 
+from scripts.faults import draws, outcome
 from scripts.netns import requirements_missing
-from scripts.soak import disk
-from scripts.soak.faults import KINDS, draws
-from scripts.soak.outcome import outcome
+from scripts.soak.rounds import KINDS, disk_missing
+from scripts.soak.run import details
 
-MISSING = requirements_missing() or disk.requirements_missing()
+MISSING = requirements_missing() or disk_missing()
 needs_root = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 SOAK = ROOT / "scripts" / "soak" / "run.py"
@@ -84,8 +85,12 @@ def test_an_interrupted_soak_leaves_nothing(start, tmp_path):
 
 
 def test_a_seed_gives_a_schedule_with_every_kind():
-    schedule = draws(2 * len(KINDS), KINDS, 5)
-    assert schedule == draws(2 * len(KINDS), KINDS, 5) != draws(2 * len(KINDS), KINDS, 6)
+    def schedule_of(seed: int) -> list[dict]:
+        given = Namespace(faults=2 * len(KINDS), kinds=",".join(KINDS), seed=seed)
+        return draws(given, details)
+
+    schedule = schedule_of(5)
+    assert schedule == schedule_of(5) != schedule_of(6)
     assert sorted(draw["kind"] for draw in schedule) == sorted(2 * KINDS)
 
 
