@@ -49,6 +49,7 @@ HEARTBEAT_SECONDS = 5  # without one a worker is gone
 JOIN_SECONDS = 24 * 3600  # for a worker that lives and is on its way; one that hangs ends itself
 AFTER_THE_FIRST = 120  # seconds for workers to end once one has completed
 OF_TOO_FEW = 10  # seconds for workers to end by themselves where fewer than a majority are left
+TICK = 0.5  # seconds between looks at the workers
 RESOLVER_SECONDS = 5.0  # for it to answer, before workers start
 
 
@@ -144,7 +145,7 @@ def _wait(workers: list[subprocess.Popen], asked: Request, console: Console) -> 
     One that ends with another status than 0 has ended for good, as scripts/supervise.py has it.
     """
     until = math.inf
-    while any(worker.poll() is None for worker in workers) and not asked.wait(0.5):
+    while any(worker.poll() is None for worker in workers) and not asked.wait(TICK):
         statuses = [worker.poll() for worker in workers]
         hopeful = [number for number, status in enumerate(statuses) if not status]
         if hopeful:
@@ -197,10 +198,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         )
     if part != "lighthouse":
         ending = "for a worker to end that was asked to stop (%(default)g)"
-        time = {"type": seconds, "metavar": "SECONDS"}
+        span = {"type": seconds, "metavar": "SECONDS"}
         add("--ranks", type=whole(1), default=1, help="processes of a worker (%(default)s)")
-        add("--timeout", **time, help="as that of train.py (600)")
-        add("--shutdown-timeout", **time, default=GRACE, help=ending)
+        add("--timeout", **span, help="as that of train.py (600)")
+        add("--shutdown-timeout", **span, default=GRACE, help=ending)
         add("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     options = parser.parse_intermixed_args(arguments[1:])
     if part == "start":

@@ -95,17 +95,17 @@ class Network:
 
     def _build(self) -> None:
         for name in self.names:
-            output_of("ip", "netns", "add", name)
+            _ip(f"netns add {name}")
         if self.delay:
             self._join_by_process()
         else:
             self._join_by_bridge()
         for name, address in zip(self.names, self.addresses, strict=True):
-            output_of("ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0")
+            _ip(f"-n {name} address add {address}/24 dev eth0")
             # Segmentation offload off: with it the kernel counts one header for up to 64 KiB, but
             # on a wire every frame has its own, and the counter is to say what a wire carries.
-            _link(name, "set eth0 gso_max_segs 1 up")
-            _link(name, "set lo up")
+            _ip(f"-n {name} link set eth0 gso_max_segs 1 up")
+            _ip(f"-n {name} link set lo up")
             if self.rate:
                 self._limit(name)
         for name in self._made():
@@ -116,13 +116,13 @@ class Network:
         return output_of("ip", "netns", "exec", self.names[node], *command)
 
     def _join_by_bridge(self) -> None:
-        output_of("ip", "netns", "add", self._switch)
-        _link(self._switch, "add bridge type bridge")
-        _link(self._switch, "set bridge up")
+        _ip(f"netns add {self._switch}")
+        _ip(f"-n {self._switch} link add bridge type bridge")
+        _ip(f"-n {self._switch} link set bridge up")
         for node, name in enumerate(self.names):
             peer = f"peer name eth0 mtu {MTU} netns {name}"
-            _link(self._switch, f"add port{node} mtu {MTU} type veth {peer}")
-            _link(self._switch, f"set port{node} master bridge up")
+            _ip(f"-n {self._switch} link add port{node} mtu {MTU} type veth {peer}")
+            _ip(f"-n {self._switch} link set port{node} master bridge up")
 
     def _join_by_process(self) -> None:
         number, unit = re.fullmatch(r"([\d.]+)(\w+)", self.delay).groups()
@@ -140,7 +140,7 @@ class Network:
                 "load the kernel's module tun, or give no delay"
             )
         for name in self.names:
-            _link(name, f"set eth0 mtu {MTU} txqueuelen {QUEUE}")
+            _ip(f"-n {name} link set eth0 mtu {MTU} txqueuelen {QUEUE}")
 
     def _limit(self, name: str) -> None:
         # A burst is what an idle link lets through at once: as little as keeps the rate.
@@ -153,7 +153,7 @@ class Network:
 
     def _made(self) -> set[str]:
         """The namespaces of this network that there are now."""
-        there = {line.split()[0] for line in output_of("ip", "netns", "list").splitlines()}
+        there = {line.split()[0] for line in _ip("netns list").splitlines()}
         return there.intersection([*self.names, self._switch])
 
     def _remove(self) -> None:
@@ -167,7 +167,7 @@ class Network:
                 _kill_processes(made)
             finally:
                 for name in made:
-                    output_of("ip", "netns", "delete", name)
+                    _ip(f"netns delete {name}")
         finally:
             self._directory.cleanup()
             if self._handler is not None:
@@ -221,24 +221,17 @@ class Job:
         timeout: float = math.inf,
         ranks_per_node: int = 1,
     ):
-        self._network, self._script = network, command[0]
+        self._network, self._script, self._agents = network, command[0], []
         self._end = time.monotonic() + timeout
-        # What NCCL would refuse are nodes that share a GPU.
-        own = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        env = os.environ | own | {"TMPDIR": network.directory} | environment
-        self._agents = []
+        own = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "TMPDIR": network.directory}
+        own["CUDA_VISIBLE_DEVICES"] = ""  # NCCL refuses nodes that share a GPU
+        settings = {"env": os.environ | own | environment, "stdin": subprocess.DEVNULL}
+        settings["start_new_session"] = True  # Ctrl-C is for this process, which then cleans up
         for node, output in enumerate(outputs):
+            agent = [*_agent(network, node, ranks_per_node), *command]
             with open(output or os.devnull, "a") as file:
-                self._agents.append(
-                    subprocess.Popen(
-                        [*_agent(network, node, ranks_per_node), *command],
-                        env=env,
-                        stdin=subprocess.DEVNULL,
-                        stdout=file if output else None,
-                        stderr=file if output else None,
-                        start_new_session=True,  # Ctrl-C is for this process, which then cleans up
-                    )
-                )
+                places = {"stdout": file, "stderr": file} if output else {}
+                self._agents.append(subprocess.Popen(agent, **settings, **places))
 
     @property
     def statuses(self) -> list[int | None]:
@@ -318,8 +311,8 @@ def output_of(*command: str) -> str:
     return result.stdout
 
 
-def _link(namespace: str, command: str) -> None:
-    output_of("ip", "-n", namespace, "link", *command.split())
+def _ip(command: str) -> str:
+    return output_of("ip", *command.split())
 
 
 def send(processes: Iterable[int], number: signal.Signals) -> bool:
@@ -333,9 +326,7 @@ def send(processes: Iterable[int], number: signal.Signals) -> bool:
 
 
 def _processes(*namespaces: str) -> list[int]:
-    return [
-        int(pid) for name in namespaces for pid in output_of("ip", "netns", "pids", name).split()
-    ]
+    return [int(pid) for name in namespaces for pid in _ip(f"netns pids {name}").split()]
 
 
 def _kill_processes(namespaces: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ also by SIGINT and SIGTERM. Exits with 1 if a round differs or fewer faults happ
 """
 
 import argparse
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,10 +23,9 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts import faults
-from scripts.faults import TINY, draws, outcome
+from scripts.faults import TINY, answer, draws, hand_in, outcome
 from scripts.netns import Network, requirements_missing
-from scripts.soak.memory import measure
-from scripts.soak.report import draw
+from scripts.soak.memory import WARM_UP, measure
 from scripts.soak.rounds import KINDS, TIMEOUT, Soak, disk_missing, new_disk
 from scripts.studies import command
 from training.config import ROOT
@@ -46,6 +46,10 @@ RUN = [
     *("steps=120", "eval.every=20", "log_every=1", "check_every=20"),
     *("checkpoint.every=4", "checkpoint.keep=3", "resume=auto"),
 ]
+
+
+RESUMED = ("going on from", "resuming from")  # as earlier versions say it, and today's
+ADVICE = re.compile(r": (see|go on|resume|start) .*|; earlier .*")  # of what workers say
 
 
 def details(generator: Random) -> dict:
@@ -86,6 +90,47 @@ def soak(options: argparse.Namespace) -> Iterator[dict]:
             f"{len(run.records)} of {options.faults} faults happened in {options.minutes:g} "
             "minutes: give more --minutes, or --redraw for a page of these"
         )
+
+
+def draw(records: list[dict], folder: Path) -> str:
+    return hand_in(report(records), records[-1]["equal"], folder)
+
+
+def report(records: list[dict]) -> str:
+    """What happened in sentences, and a table of the faults."""
+    end = records[-1]
+    rounds = sum(record["record"] == "round" for record in records)
+    memory = "".join(_memory(record) for record in records if record["record"] == "memory")
+    faults = "\n".join(_fault(record) for record in records if record["record"] == "fault")
+    return f"""# Soak
+
+`sudo python scripts/soak/run.py --faults {end["faults"]} --seed {end["seed"]}`: \
+{end["faults"]} faults in {rounds} rounds of a run of two workers on two nodes, \
+{end["launches"]} launches, {end["seconds"]:.0f} s. Log and last checkpoint of every \
+round equal those of the run without faults, bit for bit: {answer(end["equal"])}.
+
+{memory}| s | round | fault | rank | newest checkpoint | resumed from | what the workers said |
+| ---: | ---: | --- | ---: | ---: | ---: | --- |
+{faults}
+"""
+
+
+def _memory(record: dict) -> str:
+    kib = record["kib"]
+    return f"""Memory of rank 0 in an undisturbed run: {kib[0]:,} KiB after the first step, \
+{kib[WARM_UP]:,} KiB after {WARM_UP}, {kib[-1]:,} KiB after {len(kib)}. Slope over \
+the last {len(kib) - WARM_UP} steps: {record["slope_kib"]:.3f} +- \
+{record["slope_95_kib"]:.3f} KiB per step (95 %).
+
+"""
+
+
+def _fault(record: dict) -> str:
+    resumed = [line[-8:] for line in record["said"] if line.startswith(RESUMED)]
+    said = [ADVICE.sub("", line) for line in record["said"] if not line.startswith(RESUMED)]
+    lists = (", ".join(names) or "-" for names in (record["newest"], resumed, said))
+    cells = (record["seconds"], record["round"], record["kind"], record["rank"], *lists)
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> int:

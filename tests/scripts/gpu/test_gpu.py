@@ -4,15 +4,19 @@ import json
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
+import pytest
 from run import PATIENCE, ROOT
 
+from scripts.gpu import run
 from scripts.gpu.report import report
 from scripts.gpu.run import RUNS, Session, environment
 
 FACTS = {"record": "facts", "device": "H100", "torch": "2.9.0", "cores": 8, "cuda": "13.0"}
 
 
+@pytest.mark.slow
 def test_every_part_runs_without_a_gpu_and_says_what_that_proves(tmp_path, small):
     data = [override for override in small if override.startswith("data.")]
     command = [sys.executable, "scripts/gpu/run.py", "--out", tmp_path, "--minutes=20", *data]
@@ -23,6 +27,25 @@ def test_every_part_runs_without_a_gpu_and_says_what_that_proves(tmp_path, small
     assert "prove nothing about GPUs" in text and "0 of 16 claims fail" in text
     assert [part["status"] for part in records if part["record"] == "part"] == [0] * 7
     assert "did not end" not in text and "not run" not in text
+    assert_steps_are_measured(records)
+
+
+def test_a_run_and_the_steps_are_measured_without_a_gpu(small, monkeypatch):
+    """What scripts/verify.py and tests marked `cuda` say here, others test."""
+    data = [override for override in small if override.startswith("data.")]
+    names = [*RUNS][:1]
+    monkeypatch.setattr(run, "RUNS", {name: RUNS[name] for name in names})
+    parts = ["steps", "training"]
+    options = Namespace(parts=parts, minutes=20, wheels=None, overrides=data)
+    records = [json.loads(json.dumps(record)) for record in run.measure(options)]
+    text = run.report(records, names)
+    assert [part["status"] for part in records if part["record"] == "part"] == [0, 0]
+    assert "prove nothing about GPUs" in text and "Tests marked `cuda`: not run." in text
+    assert f"| {names[0]} | " in text and "did not end" not in text
+    assert_steps_are_measured(records)
+
+
+def assert_steps_are_measured(records: list[dict]) -> None:
     methods = {record["method"]: record for record in records if record["record"] == "step"}
     assert {"identity", "rank", "topk", "torch.optim.AdamW", "forward and backward"} < set(methods)
     assert set(methods["rank"]["phases_ms"]) == {"encode", "exchange", "decode", "server"}
@@ -33,7 +56,7 @@ def test_what_does_not_end_in_time_is_ended_with_its_workers(tmp_path):
     script = tmp_path / "sleeps.py"
     script.write_text(f"import time\ntime.sleep({PATIENCE})\n")
     start = time.monotonic()
-    session = Session(start + 8, environment(None, str(tmp_path)))
+    session = Session(start + 5, environment(None, str(tmp_path)))
     record, _ = session.torchrun("sleep", script)
     assert time.monotonic() - start < PATIENCE / 4
     assert record["part"] == "sleep" and record["status"] is None

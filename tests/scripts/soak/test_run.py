@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from waiting import wait_until
 
 from scripts.faults import draws, outcome
 from scripts.netns import requirements_missing
-from scripts.soak.rounds import KINDS, disk_missing
+from scripts.soak.rounds import KINDS, disk_missing, full, new_disk
 from scripts.soak.run import details
 
 MISSING = requirements_missing() or disk_missing()
@@ -56,15 +57,24 @@ def left_behind(process: subprocess.Popen, tmp_path: Path) -> list[str]:
 
 
 @needs_root
-def test_a_run_with_five_faults_equals_the_one_without(start, tmp_path):
-    process = start(PATIENT_SOAK, "--faults=5", "--kinds=kill,pause,slow,fill,corrupt", "--seed=4")
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ["corrupt", "fill"],
+        pytest.param(["corrupt", "fill", "kill", "pause", "slow"], marks=pytest.mark.slow),
+    ],
+    ids=len,
+)
+def test_a_run_with_faults_equals_the_one_without(kinds, start, tmp_path):
+    options = [f"--faults={len(kinds)}", f"--kinds={','.join(kinds)}", "--seed=4"]
+    process = start(PATIENT_SOAK, *options)
     output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     *records, end = [json.loads(line) for line in (tmp_path / "soak.jsonl").open()]
     faults = [record for record in records if record["record"] == "fault"]
-    assert sorted(fault["kind"] for fault in faults) == ["corrupt", "fill", "kill", "pause", "slow"]
+    assert sorted(fault["kind"] for fault in faults) == kinds
     assert any(record["record"] == "round" for record in records)
-    assert end["equal"] and end["faults"] == 5
+    assert end["equal"] and end["faults"] == len(kinds)
     said = " ".join(line for fault in faults for line in fault["said"])
     for effect in ("No space left", "ignored a damaged checkpoint", "resuming from"):
         assert effect in said
@@ -73,6 +83,7 @@ def test_a_run_with_five_faults_equals_the_one_without(start, tmp_path):
 
 
 @needs_root
+@pytest.mark.slow
 def test_an_interrupted_soak_leaves_nothing(start, tmp_path):
     """So many faults that it does not end by itself before."""
     process, log = start(SOAK, "--faults=99"), "tmp/*/mounted/run/metrics.jsonl"
@@ -82,6 +93,18 @@ def test_an_interrupted_soak_leaves_nothing(start, tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=PATIENCE)
     assert not left_behind(process, tmp_path)
+
+
+@needs_root
+def test_a_disk_is_filled_and_freed_and_removed_after_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(ZeroDivisionError), new_disk() as disk:
+        (disk / "file").write_bytes(bytes(100_000))
+        with full(disk), pytest.raises(OSError, match="No space left"):
+            (disk / "other").write_bytes(bytes(100_000))
+        (disk / "other").write_bytes(bytes(100_000))
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir()) and str(tmp_path) not in Path("/proc/mounts").read_text()
 
 
 def test_a_seed_gives_a_schedule_with_every_kind():
