@@ -5,8 +5,8 @@
 Needs root on Linux and iproute2 (scripts/netns.py). Every node is a namespace with one worker of
 one thread. The model is the tiny one widened to 9.7 M parameters; a method's time to communicate is
 what a step takes beyond the same step without the network: for EF21-Muon the time in its exchange,
-for DDP the step time less that of the same steps under `no_sync`. `--redraw` draws the picture and
-the table again from network.jsonl.
+for DDP the step time less that of the same steps under `no_sync`. Writes
+results/network/network.jsonl and README.md beside it, which --redraw makes of it anew.
 """
 
 import argparse
@@ -19,11 +19,9 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.measuring import WARM_UP, job, over_links, time_steps
-from scripts.studies import OVERRIDES, command, markdown
+from scripts.studies import OVERRIDES, command, markdown, page
 from train import Run
 from training.config import ROOT, compose
-from training.drawing import Figure, matplotlib
-from training.picture import COLOURS, STYLE, save
 from training.workers import Workers, exit_process
 
 LOG = ROOT / "results" / "network" / "network.jsonl"
@@ -106,18 +104,10 @@ def time_ddp(run: Run, steps: int) -> tuple[float, float, float, list[float]]:
     return seconds, sent, compute, [seconds - compute]
 
 
-def draw(records: list[dict], folder: Path) -> str:
-    """README.md, with a table per rate, and network.png and .svg."""
+def report(records: list[dict]) -> str:
     by_rate: dict[str, list[dict]] = {}
     for record in records:
         by_rate.setdefault(record["rate"], []).append(record)
-    text = report(by_rate)
-    (folder / "README.md").write_text(text)
-    save(picture(by_rate), folder / "network")
-    return text
-
-
-def report(by_rate: dict[str, list[dict]]) -> str:
     text = """# Step times over slow links
 
 `sudo python scripts/network/run.py`: nodes are network namespaces of one machine, one
@@ -151,26 +141,10 @@ def ratio(base: float, seconds: float) -> str:
     return f"{base / seconds:.1f}x" if seconds > 0.001 else "-"
 
 
-def picture(by_rate: dict[str, list[dict]]) -> Figure:
-    """A bar per method and rate, computing and communicating."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 4.2), layout="constrained")
-        all_axes = figure.subplots(1, len(by_rate), sharey=True, squeeze=False)[0]
-        for axes, (rate, records) in zip(all_axes, by_rate.items(), strict=True):
-            names = [one["method"] for one in records[::-1]]
-            compute = [one["compute"] for one in records[::-1]]
-            waiting = [max(0, one["seconds"] - one["compute"]) for one in records[::-1]]
-            axes.barh(names, compute, color=COLOURS[6], label="computing")
-            axes.barh(names, waiting, left=compute, color=COLOURS[1], label="communicating")
-            axes.set(title=rate, xlabel="seconds per step", axisbelow=True)
-            axes.grid(axis="y", visible=False)
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower right", ncols=2, frameon=False)
-    return figure
-
-
 def main() -> int:
-    return job(measure) if "RANK" in os.environ else command(__doc__, LOG, launch, draw, OPTIONS)
+    if "RANK" in os.environ:
+        return job(measure)
+    return command(__doc__, LOG, launch, page(report), OPTIONS)
 
 
 if __name__ == "__main__":

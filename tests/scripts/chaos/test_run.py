@@ -30,7 +30,7 @@ def chaos(tmp_path, small, *options) -> list[dict]:
 
 def test_the_run_goes_on_with_one_w(tmp_path, small):
     options = ["--faults=2", "--kinds=kill,part", "--workers=3", "--calm=10"]
-    records = chaos(tmp_path, small, *options, "--steps=900", "--pace=0.03", "batch.global_size=3")
+    records = chaos(tmp_path, small, *options, "--steps=450", "--pace=0.06", "batch.global_size=3")
     faults, rounds = ([r for r in records if r["record"] == kind] for kind in ("fault", "round"))
     assert {one["kind"] for one in faults} == {"kill", "part"}
     assert all(one["longest_wait"] <= one["promised"] for one in faults)
@@ -39,7 +39,7 @@ def test_the_run_goes_on_with_one_w(tmp_path, small):
     assert sum(one["had_another_history"] for one in rounds) == 1
     calm = next(one for one in records if one["record"] == "calm")
     # In runs of so few steps one that starts a little later misses some of them.
-    assert calm["tokens"] == pytest.approx(rounds[0]["tokens"], rel=0.1)
+    assert calm["tokens"] == pytest.approx(rounds[0]["tokens"], rel=0.25)
 
 
 @pytest.mark.slow
