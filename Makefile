@@ -42,7 +42,7 @@ figures: setup
 	.venv/bin/python scripts/digits/run.py --redraw
 	.venv/bin/python scripts/soak/run.py --redraw
 	.venv/bin/python scripts/chaos/run.py --redraw
-	.venv/bin/python scripts/step124m/run.py --redraw model=gpt2-124m
+	.venv/bin/python scripts/step124m/run.py --redraw
 	.venv/bin/python scripts/step124m/sharded.py --redraw
 	.venv/bin/python scripts/local_steps/links.py --redraw
 	.venv/bin/python scripts/gpu/run.py --redraw

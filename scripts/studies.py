@@ -12,11 +12,14 @@ from pathlib import Path
 from training.workers import RunError
 
 PLACE = re.compile(r"\{(\w+)([^{}]*)\}")
+# An option of `command`, for studies that take overrides as train.py does.
+OVERRIDES = {"overrides": {"nargs": "*", "metavar": "KEY=VALUE", "help": "Hydra overrides"}}
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of a JSONL file, in order; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The whole records of a JSONL file, in order; none if there is no such file."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def write_records(path: Path, records: Iterable[dict]) -> None:
@@ -83,6 +86,17 @@ def listed(parts: Sequence[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+def page(report: Callable[[list[dict]], str], name: str = "README.md") -> Callable:
+    """What `command` takes to draw one page, by a function that gives its text."""
+
+    def draw(records: list[dict], folder: Path) -> str:
+        text = report(records)
+        (folder / name).write_text(text)
+        return text
+
+    return draw
+
+
 def command(
     description: str,
     log: Path,
@@ -104,7 +118,10 @@ def command(
     Returns:
         The exit status: 1 after an error, which is printed in one line.
     """
-    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=description.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     for name, given in (options or {}).items():
         parser.add_argument(name, **given)
     parser.add_argument("--out", metavar="DIR", type=Path, default=log.parent, help="folder")

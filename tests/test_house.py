@@ -35,10 +35,8 @@ DIRECTIONS = {
     "sample": ("training", "data", "model"),
     "scripts": ("train", "training", *LIBRARIES),
     "scripts.*.*": (
-        "scripts.netns",
-        "scripts.fleet",
-        "scripts.measuring",
-        "scripts.studies",
+        *("scripts.faults", "scripts.fleet", "scripts.measuring", "scripts.netns"),
+        *("scripts.studies", "scripts.supervise"),
         "train",
         "training",
         *LIBRARIES,

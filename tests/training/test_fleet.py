@@ -8,7 +8,6 @@ from collections import deque
 from types import SimpleNamespace
 
 import pytest
-from bad_inputs import free_port
 from omegaconf import OmegaConf
 from run import launch, script
 
@@ -204,8 +203,7 @@ def test_a_worker_of_two_ranks_is_gone_as_a_whole_and_comes_back(small, tmp_path
     own = [one for one in small if not one.startswith(("steps", "batch.global_size"))]
     told = ["optimizer=local", "optimizer.sync_every=5", "steps=800", "batch.global_size=6"]
     overrides = [*own, *told, "eval.every=800", "checkpoint.every=200"]
-    crew = Crew(3, free_port(), tmp_path / "run", overrides, 0.05, ranks=2)
-    try:
+    with Crew(3, tmp_path / "run", overrides, 0.05, ranks=2) as crew:
         assert crew.wait_until_all_meet(20)
         os.kill(crew.children(1)[1], signal.SIGKILL)
         assert crew.wait_until_all_meet(crew.last_step() + 60)
@@ -216,8 +214,6 @@ def test_a_worker_of_two_ranks_is_gone_as_a_whole_and_comes_back(small, tmp_path
         assert [0, 2] in [one["workers"] for one in met]
         told = [one["why"] for one in crew.records(1) if one["record"] == "membership"]
         assert ["took over the others' state"] in told
-    finally:
-        crew.close()
 
 
 @pytest.mark.slow
@@ -225,8 +221,7 @@ def test_who_does_not_belong_to_a_run_ends_at_its_start_and_the_run_goes_on(smal
     own = [one for one in small if not one.startswith(("steps", "batch.global_size"))]
     told = ["optimizer=local", "optimizer.sync_every=5", "steps=800", "batch.global_size=6"]
     overrides = [*own, *told, "eval.every=800", "checkpoint.every=0"]
-    crew = Crew(2, free_port(), tmp_path / "run", overrides, 0.05)
-    try:
+    with Crew(2, tmp_path / "run", overrides, 0.05) as crew:
         assert crew.wait_until_all_meet(20)
         for change, reason in (
             ([], "error: worker 0 cannot continue: there is worker 0 on localhost (process "),
@@ -241,5 +236,3 @@ def test_who_does_not_belong_to_a_run_ends_at_its_start_and_the_run_goes_on(smal
         assert len({one["state"] for one in ends}) == 1 and ends[0]["step"] == 800
         met = [one for one in crew.records(0) if one["record"] == "membership"]
         assert sum(one["tries"] - 1 for one in met) == 2
-    finally:
-        crew.close()
