@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from training.workers import RunError
@@ -36,10 +36,14 @@ def select(records: Iterable[dict], **fields) -> list[dict]:
     return [record for record in records if fields.items() <= record.items()]
 
 
-def markdown(rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
-    """A Markdown table of rows of text, whose first is the heading; numbers stand to the right."""
+def markdown(rows: Sequence[Sequence[str]], text_columns: int | Container[int] = 1) -> str:
+    """A Markdown table of rows of text, whose first is the heading; numbers stand to the right.
+
+    text_columns: how many of the first columns are text, or which columns are.
+    """
     heading, *body = rows
-    rule = ["---"] * text_columns + ["---:"] * (len(heading) - text_columns)
+    text = range(text_columns) if isinstance(text_columns, int) else text_columns
+    rule = ["---" if place in text else "---:" for place in range(len(heading))]
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, rule, *body))
 
 

@@ -41,6 +41,10 @@ DIRECTIONS = {
         "training",
         *LIBRARIES,
     ),
+    "scripts.probes": (  # of the study
+        *("scripts.netns", "scripts.measuring", "scripts.studies", "scripts.shakespeare"),
+        *("train", "training", *LIBRARIES),
+    ),
     "tests": ("*",),
 }
 ROOMS = {name.partition(".")[0] for name in DIRECTIONS}

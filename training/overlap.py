@@ -18,10 +18,14 @@ from training.config import build, compose
 from training.links import LINKS
 from training.method import longer_than
 from training.report import table
-from training.study import MAP, WORKERS, Setting
+from training.study import MAP, SUMMARY, WORKERS, Setting
 from training.traffic import groups_of, loads_by_placement, rounds_of_method
 
 NOT_RUN = "not run"
+NO_SUMMARY = (
+    "The study's settings are left out: results/shakespeare/summary.json is missing; "
+    "python scripts/shakespeare/figures.py writes it."
+)
 NOTE = """\
 The settings of the study, for this model. Messages are hidden if they travel while the training
 continues: with local steps and optimizer.sync_delay=D they have D steps, each way. The table has
@@ -83,8 +87,10 @@ def overlap(config: DictConfig, model: GPT) -> list[str]:
 
     The model may be on the meta device. Only the configuration's model, length of the run, schedule
     and `plan` matter: settings have their own optimizer, norms and compressors. Settings whose
-    rounds are longer than the run are left out.
+    rounds are longer than the run are left out. Without the study's summary there is no map.
     """
+    if not SUMMARY.exists():
+        return [NO_SUMMARY]
     exchanges = list(_exchanges(config, model))
     parts = [NOTE, _shortest_steps(exchanges)]
     if config.plan.step_seconds is not None:

@@ -1,15 +1,19 @@
-"""The map of the study in results/: settings from one round per step to one per 120, with losses.
+"""The map of the study in results/: settings from one round per step to one per 120 steps.
 
-The numbers are those of the logs in results/shakespeare. If they differ, as after new runs,
-tests/training/test_study.py prints what OVER has to be.
+Their loss gaps are in results/shakespeare/summary.json, which scripts/shakespeare/figures.py writes
+from the logs of the study.
 """
 
+import json
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from omegaconf import DictConfig
 
 from training.schedule import cooldown_steps
 
+SUMMARY = Path(__file__).resolve().parents[1] / "results" / "shakespeare" / "summary.json"
 WORKERS = (2, 4, 8)
 DENSE = "compressor@w2s=quantize w2s.values=normal2"
 BACK = "compressor@s2w=quantize s2w.values=normal2"
@@ -17,26 +21,15 @@ LOCAL = "optimizer=local norm.hidden.radius=2"
 SIGNS = "optimizer=local_signs norm.hidden.radius=2"
 RADII = "norm.hidden.radius=2 norm.embedding.radius=60"
 LONG, SHORT = 120, 60  # steps per round, before the lr falls and after
-# The loss gap in percent, by setting and number of workers: the final test loss over that of as
-# many workers without compression. Two workers have run all settings except those that help eight:
-# messages of 2 bits from the servers, and more outer momentum.
-OVER = {
-    "identity": {2: 0.0, 4: 0.0, 8: 0.0},
-    "served6": {2: 6.754, 4: 5.515, 8: 5.79},
-    "local4-signs": {2: -0.144, 4: 0.27, 8: 2.468},
-    "local10-signs": {2: 1.189, 4: 2.978, 8: 6.761},
-    "local30-signs": {2: 3.707, 4: 8.024, 8: 16.305},
-    "local60-signs": {2: 6.14},
-    "local120-60-signs": {2: 7.347},
-    "local10-dense2": {2: 1.575, 8: 9.055},
-    "local30-dense2": {2: 3.864, 8: 17.397},
-    "local60-dense2": {2: 5.006},
-    "local2-back": {8: 2.062},
-    "local4-back": {8: 2.784},
-    "local10-back6": {8: 5.795},
-    "local10-outer6": {8: 4.854},
-    "local30-outer6": {8: 13.077},
-}
+
+
+@cache
+def loss_gaps() -> dict[str, float]:
+    """The loss gap in percent by the name of the study's setting.
+
+    That is the final test loss over that of as many workers without compression.
+    """
+    return json.loads(SUMMARY.read_text())["loss_gap_percent"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +40,23 @@ class Setting:
     words: str
     template: str
 
+    def name_in_study(self, workers: int) -> str:
+        """What the study calls it with so many workers; for two, 2 bits go without saying."""
+        return (
+            self.name.removesuffix("-dense2") if workers == 2 else f"workers/{workers}-{self.name}"
+        )
+
     @property
     def over(self) -> dict[int, float]:
-        """The loss gap in percent by number of workers, for those that have run."""
-        return OVER.get(self.name, {})
+        """The loss gap in percent by number of workers, for those that have run.
+
+        Two workers have run all settings except those that help eight: messages of 2 bits from the
+        servers, and more outer momentum.
+        """
+        names = {workers: self.name_in_study(workers) for workers in WORKERS}
+        return {
+            workers: loss_gaps()[name] for workers, name in names.items() if name in loss_gaps()
+        }
 
     def overrides(self, config: DictConfig) -> tuple[str, ...]:
         """The overrides for a run of the configuration's length and schedule."""

@@ -1,52 +1,82 @@
-"""What the logs of results/shakespeare say: final losses, the target, and what it takes to it."""
+"""What the logs of the study say: final losses, the target, what it takes, and who is ahead."""
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 
-from scripts.shakespeare.conditions import WORKER_SETTINGS
-from scripts.shakespeare.settings import MOMENTUM_SETTINGS, SEEDS, SETTINGS, Setting
-from training.records import BYTES_PER_PARAMETER, Log, read_log
+import numpy as np
+
+from scripts.shakespeare.runs import SEEDS, STUDY, Setting
+from scripts.studies import read_records
+from training.records import BYTES_PER_PARAMETER, Log
+from training.renamed import modern_run
 
 RESULTS = Path(__file__).resolve().parents[2] / "results" / "shakespeare"
+LOGS = RESULTS / "logs"
 TARGET_SHARE = 0.75  # of the uncompressed run's tokens
-OTHERS = (  # families not ours
-    *("Muon", "AdamW", "Muon + PowerSGD", "Muon + GreedyLore", "Dion", "Dion float32", "DeMo"),
-)
-LOCAL = ("local steps",)  # ours, of rounds of several steps
-PEERS = ("DiLoCo", "MuLoCo", "SparseLoCo")  # not ours, likewise
-NETWORK_LOG, REPLAY_LOG = "network.jsonl", "replay.jsonl"
-UNLIMITED = "no limit, no delay"  # of links
-DIFFERENCES_LOG, CHANGES_LOG = "differences.jsonl", "changes.jsonl"
-SIGN_REPLAY_LOG = "sign_replay.jsonl"
+MORE = 1.01  # times what another method sends, that ours may send beside it
+UNCOMPRESSED_BITS = 32  # per parameter and step
+FEWER = 100  # times fewer bytes, of what ends closest to the uncompressed run
+# Bytes of evaluations: to the servers and back, and all that a worker sends and receives.
+SENT, BACK, BOTH = "w2s_bytes", "s2w_bytes", "both_bytes"
+LOCAL = "local steps"
+# Families that are not ours: those that sync every step, and those of local steps.
+EVERY_STEP = tuple(dict.fromkeys(one.family for one in STUDY["baselines"]))
+PEERS = tuple(dict.fromkeys(one.family for one in STUDY["peers"] if one.family not in EVERY_STEP))
+OTHERS = EVERY_STEP + PEERS
+# Lines of the envelopes, and their families; the last one is of all of ours that compress.
+METHODS: dict[str, tuple[str, ...]] = {
+    "AdamW + DDP": ("AdamW",),
+    "Dion": ("Dion", "Dion float32"),
+    "Muon +\nPowerSGD": ("Muon + PowerSGD",),
+    "Muon +\nGreedyLore": ("Muon + GreedyLore",),
+    "EF21-Muon,\nuncompressed": ("identity",),
+    "Muon + DDP": ("Muon",),
+    "DeMo": ("DeMo",),
+    "DiLoCo": ("DiLoCo",),
+    "MuLoCo": ("MuLoCo",),
+    "SparseLoCo": ("SparseLoCo",),
+    "EF21-Muon and local steps, compressed": (),
+}
+UNCOMPRESSED, OURS = "EF21-Muon,\nuncompressed", "EF21-Muon and local steps, compressed"
 # The first runs of signs asked for the largest 30 %. With their places these are more bytes than
 # the signs of all entries, which were therefore sent.
-ASKED_FOR, SENT = "top 30% sign", "sign"
-
-
-@dataclass(frozen=True)
-class Point:
-    """Where a run is: tokens, bytes sent to and back from the servers, and sent and received."""
-
-    tokens: float
-    w2s: float
-    s2w: float
-    both: float
+ASKED_FOR, GAVE_WAY = "top 30% sign", "sign"
+BETWEEN = 200  # places at which lines are compared, beside their own points
+Line = Sequence[tuple[float, float]]  # (bytes, test loss), from few bytes to many
 
 
 @dataclass(frozen=True)
 class Result:
-    """A setting and the logs of those of its seeds that have run."""
+    """A setting and the logs of those of its seeds that have run, beside its baseline."""
 
     setting: Setting
     logs: tuple[Log, ...]
+    compared_with: "Result | None" = None  # None for a baseline itself
+
+    @property
+    def baseline(self) -> "Result":
+        return self.compared_with or self
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.compared_with is None
+
+    @property
+    def run(self) -> dict:
+        """The run record of its first seed."""
+        return self.logs[0].run
+
+    @property
+    def last(self) -> dict:
+        """The last evaluation of its first seed."""
+        return self.logs[0].evals[-1]
 
     @property
     def label(self) -> str:
         """What it sends: logs do not say where that is not what was asked for."""
-        return self.logs[0].run["label"].replace(ASKED_FOR, SENT)
+        return self.run["label"].replace(ASKED_FOR, GAVE_WAY)
 
     @property
     def short(self) -> str:
@@ -54,15 +84,25 @@ class Result:
         return f"{self.setting.family} {self.setting.level}".strip()
 
     @property
-    def final(self) -> list[float]:
+    def ends(self) -> list[float]:
         """The final test loss of every seed."""
         return [log.evals[-1]["test_loss"] for log in self.logs]
 
     @property
-    def final_text(self) -> str:
+    def loss(self) -> float:
+        """The mean of the final test losses."""
+        return mean(self.ends)
+
+    @property
+    def loss_text(self) -> str:
         """Their mean, and one standard deviation where there are several."""
-        spread = f" ± {stdev(self.final):.4f}" if len(self.final) > 1 else ""
-        return f"{mean(self.final):.4f}{spread}"
+        spread = f" ± {stdev(self.ends):.4f}" if len(self.ends) > 1 else ""
+        return f"{self.loss:.4f}{spread}"
+
+    @property
+    def gap(self) -> float:
+        """The loss gap: its final test loss over its baseline's, percent, by means of seeds."""
+        return 100 * (self.loss / self.baseline.loss - 1)
 
     @property
     def has_seeds(self) -> bool:
@@ -72,130 +112,107 @@ class Result:
     @property
     def bits(self) -> float:
         """Bits sent to the servers for a parameter in a step, on average."""
-        log = self.logs[0]
-        last = log.evals[-1]
-        return 8 * last["w2s_bytes"] / last["step"] / log.run["parameters"]
+        return 8 * self.last["w2s_bytes"] / self.last["step"] / self.run["parameters"]
 
     def sizes(self, sent: float) -> float:
         """Bytes as a multiple of the model's size in float32."""
-        return sent / (BYTES_PER_PARAMETER * self.logs[0].run["parameters"])
+        return sent / (BYTES_PER_PARAMETER * self.run["parameters"])
 
     @property
-    def by_both(self) -> list[tuple[float, float]]:
+    def by_both(self) -> Line:
         """What is sent and received, x model size, above 0, and the test loss then: means."""
         rows = zip(*(log.evals for log in self.logs), strict=True)
         return [
-            (self.sizes(sent), mean(record["test_loss"] for record in row))
+            (self.sizes(row[0][BOTH]), mean(record["test_loss"] for record in row))
             for row in rows
-            if (sent := both_ways(self.logs[0], row[0]))
+            if row[0][BOTH]
         ]
 
-    def over(self, identity: "Result") -> float:
-        """The loss gap: final test loss over the uncompressed run's, percent, by means of seeds."""
-        return 100 * (mean(self.final) / mean(identity.final) - 1)
+    @property
+    def moved(self) -> float:
+        """What is sent and received in the whole run, x model size."""
+        return self.sizes(self.last[BOTH])
 
-    def reach(self, target: float) -> list[Point | None]:
-        """Where each seed reaches the target loss; None for one that does not."""
-        return [reach(log, target) for log in self.logs]
+    @property
+    def times_fewer(self) -> float:
+        """How many times fewer bytes it sends and receives in the whole run than its baseline."""
+        return self.baseline.moved / self.moved
 
-    def sent(self, target: float) -> float | None:
-        """What is sent to the servers up to the target loss, x model size; mean of the seeds."""
-        points = self.reach(target)
-        return self.sizes(mean(point.w2s for point in points)) if all(points) else None
+    def target(self, share: float = TARGET_SHARE) -> float:
+        """The baseline's test loss at a share of its tokens, mean of its seeds."""
+        losses = []
+        for log in self.baseline.logs:
+            tokens = share * log.evals[-1]["tokens"]
+            losses += [record["test_loss"] for record in log.evals if record["tokens"] == tokens]
+        if len(losses) < len(self.baseline.logs):
+            name = self.baseline.setting.name
+            raise ValueError(f"{name} has no evaluation at {share:.0%} of its tokens")
+        return mean(losses)
 
-    def both(self, target: float) -> float | None:
-        """What is sent and received up to the target loss, x model size; mean of the seeds."""
-        points = self.reach(target)
-        return self.sizes(mean(point.both for point in points)) if all(points) else None
+    def to_target(self, key: str, share: float = TARGET_SHARE) -> float | None:
+        """The tokens, or bytes, at which the target is reached: mean of the seeds.
 
+        None if one of them does not reach it.
+        """
+        reached = [reach(log, self.target(share), key) for log in self.logs]
+        return None if None in reached else mean(reached)
 
-def read(directory: Path, settings: Sequence[Setting] = SETTINGS) -> dict[str, Result]:
-    """The settings that have run, by name. Raises ValueError for a log that is not as it should."""
-    results = read_settings(directory, settings)
-    if "identity" not in results:
-        raise ValueError(
-            f"{directory} lacks identity-seed0.jsonl: run scripts/shakespeare/run.py first"
-        )
-    return results
+    def times_to_target(self, key: str) -> float | None:
+        """How many times fewer bytes than its baseline it takes to the target."""
+        reached = self.to_target(key)
+        return reached and self.baseline.to_target(key) / reached
 
-
-def read_workers(directory: Path, of_two: dict[str, Result]) -> dict[int, dict[str, Result]]:
-    """What has run with more workers, by their number and by the point, and ours of two."""
-    found = {2: {one.setting.name: one for one in (of_two["identity"], *ours(of_two))}}
-    for result in read_settings(directory, WORKER_SETTINGS).values():
-        name = result.setting.name.partition("-")[2]
-        found.setdefault(result.setting.workers, {})[name] = result
-    return found
-
-
-def read_momentum(directory: Path) -> dict[str, Result]:
-    """Those of MOMENTUM_SETTINGS that have run, by name."""
-    return read_settings(directory, MOMENTUM_SETTINGS)
+    def sizes_to_target(self, key: str, share: float = TARGET_SHARE) -> float | None:
+        """The bytes as multiples of the model's size."""
+        reached = self.to_target(key, share)
+        return reached and self.sizes(reached)
 
 
-def read_settings(directory: Path, settings: Sequence[Setting]) -> dict[str, Result]:
-    """Those that have run, by name."""
-    results = {}
-    for setting in settings:
-        paths = [directory / f"{setting.name}-seed{seed}.jsonl" for seed in setting.seeds]
-        if logs := tuple(read_log(path) for path in paths if path.exists()):
-            results[setting.name] = Result(setting, logs)
-    return results
+Results = dict[str, Result]
 
 
-def lowest(results: Iterable[Result]) -> Result | None:
-    """The one with the lowest final loss; None of none."""
-    return min(results, key=lambda one: mean(one.final), default=None)
+def read(directory: Path = LOGS) -> Results:
+    """The settings that have run, by name, in the study's order.
 
-
-def of_condition(found: dict[str, Result], condition: str) -> dict[str, Result]:
-    """Those whose names begin so, by the rest of their names."""
-    begins = f"{condition}-"
+    Raises ValueError where one has run and its baseline has not.
+    """
+    found: dict[str, Result] = {}
+    for log, settings in STUDY.items():
+        runs = read_runs(directory / f"{log}.jsonl")
+        for one in settings:
+            names = [f"{one.name}-seed{seed}" for seed in one.seeds]
+            if logs := tuple(runs[name] for name in names if name in runs):
+                found[one.name] = Result(one, logs)
+    for one in found.values():
+        if one.setting.baseline not in found:
+            raise ValueError(
+                f"{directory} lacks {one.setting.baseline}, with which {one.setting.name} is "
+                "compared: run scripts/shakespeare/run.py"
+            )
+    baselines = {one.setting.baseline for one in found.values()}
     return {
-        name.removeprefix(begins): result
-        for name, result in found.items()
-        if name.startswith(begins)
+        name: one if name in baselines else replace(one, compared_with=found[one.setting.baseline])
+        for name, one in found.items()
     }
 
 
-def read_replay(directory: Path) -> dict[str, dict]:
-    """What scripts/shakespeare/replay.py measured, by setting; nothing where it has not run."""
-    path = directory / REPLAY_LOG
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {record["name"]: record for record in map(json.loads, lines)}
+def read_runs(path: Path) -> dict[str, Log]:
+    """The logs of a file by the names of runs, in today's words; evaluations have BOTH too."""
+    found: dict[str, list[dict]] = {}
+    for record in read_records(path):
+        found.setdefault(record["name"], []).append(record)
+    return {
+        name: Log(
+            modern_run(run),
+            [],
+            [one | {BOTH: both_ways(run, one)} for one in records if one["record"] == "eval"],
+            records[-1],
+        )
+        for name, (run, *records) in found.items()
+    }
 
 
-def read_differences(directory: Path) -> list[dict]:
-    """What scripts/shakespeare/differences.py measured; nothing where it has not run."""
-    return _lines(directory / DIFFERENCES_LOG)
-
-
-def read_changes(directory: Path) -> list[dict]:
-    """What scripts/shakespeare/changes.py measured; nothing where it has not run."""
-    return _lines(directory / CHANGES_LOG)
-
-
-def read_sign_replay(directory: Path) -> list[dict]:
-    """What scripts/shakespeare/sign_replay.py measured; nothing where it has not run."""
-    return _lines(directory / SIGN_REPLAY_LOG)
-
-
-def _lines(path: Path) -> list[dict]:
-    return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
-
-
-def target_loss(identity: Result, share: float = TARGET_SHARE) -> float:
-    """The uncompressed run's test loss at a share of its tokens, mean of its seeds."""
-    losses = []
-    for log in identity.logs:
-        tokens = share * log.evals[-1]["tokens"]
-        losses += [record["test_loss"] for record in log.evals if record["tokens"] == tokens]
-    if len(losses) < len(identity.logs):
-        raise ValueError(f"identity has no evaluation at {share:.0%} of its tokens")
-    return mean(losses)
-
-
-def both_ways(log: Log, record: dict) -> int:
+def both_ways(run: dict, record: dict) -> int:
     """Bytes that a worker had sent and received at a record.
 
     Logs from before `received_bytes` have runs with sharded servers, which send the model back
@@ -204,83 +221,137 @@ def both_ways(log: Log, record: dict) -> int:
     sent, back = record["w2s_bytes"], record["s2w_bytes"]
     if "received_bytes" in record:
         return sent + record["received_bytes"]
-    config = log.run.get("config", {})
-    if config.get("s2w", {}).get("_target_", "").endswith("Identity"):
-        of_others = (log.run["world_size"] - 1) * sent
+    if run.get("config", {}).get("s2w", {}).get("_target_", "").endswith("Identity"):
+        of_others = (run["world_size"] - 1) * sent
         back = min(back, of_others) if back else of_others
     return sent + back
 
 
-def reach(log: Log, target: float) -> Point | None:
-    """Where the test loss first is at most `target`, between two evaluations on a straight line."""
-    before = {"tokens": 0, "w2s_bytes": 0, "s2w_bytes": 0, "both": 0, "test_loss": float("inf")}
-    for record in ({**record, "both": both_ways(log, record)} for record in log.evals):
+def reach(log: Log, target: float, key: str) -> float | None:
+    """What the test loss first is at most `target` at, between two evaluations on a line."""
+    before = {key: 0, "test_loss": float("inf")}
+    for record in log.evals:
         if record["test_loss"] <= target:
             gap = before["test_loss"] - record["test_loss"]
             share = (before["test_loss"] - target) / gap if gap < float("inf") else 1.0
-            return Point(
-                *(
-                    before[key] + share * (record[key] - before[key])
-                    for key in ("tokens", "w2s_bytes", "s2w_bytes", "both")
-                )
-            )
+            return before[key] + share * (record[key] - before[key])
         before = record
     return None
 
 
-def savings(results: dict[str, Result], target: float) -> dict[str, float]:
-    """How many times fewer bytes than the uncompressed run each setting sends to the target.
-
-    By the means over seeds; a setting is left out where one of its seeds does not reach it.
-    """
-    sent = {
-        name: mean(point.w2s for point in points)
-        for name, result in results.items()
-        if result.setting.family != "grid" and all(points := result.reach(target))
+def of_condition(results: Results, condition: str) -> Results:
+    """What has run under a condition, by the rest of its name, but for runs on a GPU alone."""
+    begins = f"{condition}-"
+    return {
+        name.removeprefix(begins): one
+        for name, one in results.items()
+        if name.startswith(begins) and one.setting.device != "cuda"
     }
-    return {name: sent["identity"] / one for name, one in sent.items()}
 
 
-def compressed(results: dict[str, Result]) -> list[Result]:
+def by_workers(results: Results) -> dict[int, Results]:
+    """Ours and the uncompressed run, by the number of workers and the point."""
+    of_two = {one.setting.name: one for one in (results["identity"], *ours(results))}
+    return {2: of_two} | {n: of_condition(results, f"workers/{n}") for n in (4, 8)}
+
+
+def lowest(results: Iterable[Result]) -> Result | None:
+    """The one with the lowest final loss; None of none."""
+    return min(results, key=lambda one: one.loss, default=None)
+
+
+def of_families(results: Results, *families: str) -> list[Result]:
+    """Those of these families, in the study's order."""
+    return [one for one in results.values() if one.setting.family in families]
+
+
+def compressed(results: Results) -> list[Result]:
     """Our settings that compress and sync every step, in the study's order."""
-    not_these = ("grid", "identity", *OTHERS, *LOCAL, *PEERS)
-    return [result for result in results.values() if result.setting.family not in not_these]
+    not_these = ("identity", LOCAL, *OTHERS)
+    return [
+        one
+        for name, one in results.items()
+        if "/" not in name and one.setting.family not in not_these
+    ]
 
 
-def ours(results: dict[str, Result]) -> list[Result]:
+def ours(results: Results) -> list[Result]:
     """All of ours that compress, of any number of steps per round."""
-    return compressed(results) + [r for r in results.values() if r.setting.family in LOCAL]
+    return compressed(results) + of_families(results, LOCAL)
 
 
-def step_times(log: Path) -> dict[tuple[str, str], list[float]]:
-    """Seconds of a step by rate and setting, all that scripts/shakespeare/network.py measured."""
-    measured: dict[tuple[str, str], list[float]] = {}
-    for record in _lines(log):
-        measured.setdefault((record["rate"], record["name"]), []).append(record["seconds"])
-    return measured
+def closest(results: Results) -> Result:
+    """Of ours with seeds that move FEWER times fewer bytes, the one with the lowest final loss."""
+    return lowest(one for one in ours(results) if one.has_seeds and one.times_fewer >= FEWER)
 
 
-def slowdowns(log: Path) -> dict[tuple[str, str], list[float]]:
-    """By rate and setting a step's seconds over those without a network, next in the repeat."""
-    found: dict[tuple[str, str], list[float]] = {}
-    waiting: dict[str, dict[str, float]] = {}  # by setting and rate
-    for record in _lines(log):
-        rate, name, seconds = record["rate"], record["name"], record["seconds"]
-        if rate != UNLIMITED:
-            waiting.setdefault(name, {})[rate] = seconds
-            continue
-        for slow, longer in waiting.pop(name, {}).items():
-            found.setdefault((slow, name), []).append(longer / seconds)
-    return found
+def fewest(results: Results) -> Result:
+    """Of ours with seeds the one that reaches the target with the fewest bytes both ways."""
+    reached = [one for one in ours(results) if one.has_seeds and one.to_target(BOTH)]
+    return min(reached, key=lambda one: one.to_target(BOTH))
 
 
-def times(results: dict[str, Result], target: float, log: Path) -> dict[str, dict[str, float]]:
-    """Seconds to the target by rate and setting: steps to it, times the median step."""
-    found: dict[str, dict[str, float]] = {}
-    for (rate, name), seconds in step_times(log).items():
-        result = results.get(name)
-        if result and all(points := result.reach(target)):
-            last = result.logs[0].evals[-1]
-            steps = mean(point.tokens for point in points) * last["step"] / last["tokens"]
-            found.setdefault(rate, {})[name] = steps * median(seconds)
+def rivals(
+    others: Iterable[Result], of_ours: list[Result], amount: Callable[[Result], float]
+) -> list[tuple[Result, Result]]:
+    """Beside every other one the best of ours that sends MORE times as much at most."""
+    pairs = [
+        (other, lowest(one for one in of_ours if amount(one) <= MORE * amount(other)))
+        for other in others
+    ]
+    return [(other, best) for other, best in pairs if best]
+
+
+def at_their_rate(results: Results) -> list[tuple[Result, Result]]:
+    """Methods that sync every step and compress, by bits to the servers."""
+    others = [one for one in of_families(results, *EVERY_STEP) if one.bits < UNCOMPRESSED_BITS]
+    return rivals(others, [results["identity"], *compressed(results)], lambda one: one.bits)
+
+
+def at_their_bytes(results: Results) -> list[tuple[Result, Result]]:
+    """Methods of local steps and DeMo, by what is sent and received."""
+    others = of_families(results, *PEERS, "DeMo")
+    return rivals(others, ours(results), lambda one: one.moved)
+
+
+def of_method(results: Results, method: str) -> list[Result]:
+    """The settings that a line of METHODS is of."""
+    families = METHODS[method]
+    return of_families(results, *families) if families else ours(results)
+
+
+def envelope(lines: Sequence[Line]) -> Line:
+    """The lowest loss that any line has reached with at most so many bytes; it ends at the lowest.
+
+    Between its points a line is straight over the logarithm of bytes, which are above 0.
+    """
+    own = {size for line in lines for size, _ in line}
+    between = np.geomspace(min(own), max(own), BETWEEN + 2)[1:-1]
+    sizes = np.array(sorted(own | set(between.tolist())))
+    reached = []
+    for line in lines:
+        of_line, losses = np.array(line).T
+        reached.append(np.interp(np.log(sizes), np.log(of_line), losses, left=np.inf))
+    lowest_so_far = np.minimum.accumulate(np.min(reached, axis=0))
+    end = int(lowest_so_far.argmin()) + 1
+    return list(zip(sizes[:end].tolist(), lowest_so_far[:end].tolist(), strict=True))
+
+
+def envelopes(results: Results) -> dict[str, Line]:
+    """Of every method that has run, by bytes sent and received."""
+    members = {method: of_method(results, method) for method in METHODS}
+    return {method: envelope([one.by_both for one in m]) for method, m in members.items() if m}
+
+
+def ahead(results: Results) -> list[tuple[str, float, float]]:
+    """Where another method's envelope is below ours: its name, and from which size to which."""
+    lines = envelopes(results)
+    sizes, losses = np.array(lines.pop(OURS)).T
+    lines.pop(UNCOMPRESSED)
+    found = []
+    for method, line in lines.items():
+        own, its = np.array(line).T
+        ours_there = np.interp(np.log(own), np.log(sizes), losses, left=np.inf)
+        if len(lower := own[its < ours_there]):
+            found.append((method.replace("\n", " "), lower[0], lower[-1]))
     return found

@@ -4,10 +4,10 @@
 
 With torchrun, on two workers but where more are studied; one training at a time, or as many as have
 N processes in all, on a GPU that they share. Runs that are of a GPU are left out without one, and
-others do not use it, but for those of larger models, which are in bfloat16 on either. A run whose
-log is in results/shakespeare is skipped; one that was interrupted resumes from its checkpoint. Logs
-are cut to the records that figures need, and are not edited. The runs and their overrides are in
-settings.py and conditions.py beside this file.
+others do not use it, but for those of larger models, which are in bfloat16 on either. A run that is
+in results/shakespeare/logs is skipped; one that was interrupted resumes from its checkpoint. Logs
+are cut to what is used, and not edited. The runs and their overrides are in runs.py beside this
+file.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -27,9 +28,11 @@ from omegaconf import OmegaConf
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.shakespeare.genres import SHARDS, prepare
-from scripts.shakespeare.results import RESULTS
-from scripts.shakespeare.runs import RUNS, StudyRun
+from data.files import whole_file
+from data.genres import SHARDS, prepare
+from scripts.shakespeare.results import LOGS
+from scripts.shakespeare.runs import SEEDS, STUDY, Setting
+from scripts.studies import read_records
 from training.config import AS_BEFORE, ROOT, compose, what_matters
 from training.records import LOG_NAME
 from training.renamed import modern_config
@@ -37,28 +40,54 @@ from training.renamed import modern_config
 PRINTED = "printed.txt"  # in a run's directory
 POLL = 0.2  # seconds
 TOP_30 = {"_target_": "ef21_muon.compressors.TopK", "fraction": 0.3, "values": "sign"}
-KEPT = ("run", "eval", "diagnostics", "end")  # of the records of a log
+KEPT = ("run", "eval", "end")  # of the records of a log
+OF_EVALS = (  # of their fields
+    *("record", "step", "tokens", "w2s_bytes", "s2w_bytes", "received_bytes", "test_loss"),
+)
 
 
-def log_of(run: StudyRun) -> Path:
-    """Where the run's log is kept."""
-    return RESULTS / f"{run.name}.jsonl"
+@dataclass(frozen=True)
+class StudyRun:
+    """A setting with one of its seeds, and the file that its log is kept in."""
+
+    setting: Setting
+    seed: int
+    file: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting.name}-seed{self.seed}"
+
+    @property
+    def log(self) -> Path:
+        return LOGS / f"{self.file}.jsonl"
+
+    @property
+    def directory(self) -> Path:
+        """Where it trains."""
+        return ROOT / "runs" / "shakespeare" / self.name
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """All that its command line overrides."""
+        place = (f"directory=runs/shakespeare/{self.name}", "resume=auto")
+        own = self.setting.overrides.split()
+        return ("experiment=shakespeare", *own, f"seed={self.seed}", *place)
 
 
-def overrides(run: StudyRun) -> tuple[str, ...]:
-    """All that the run's command line overrides."""
-    place = (f"directory=runs/shakespeare/{run.name}", "resume=auto")
-    return ("experiment=shakespeare", *run.overrides, *place)
+RUNS = [
+    StudyRun(setting, seed, file)
+    for seed in SEEDS
+    for file, settings in STUDY.items()
+    for setting in settings
+    if seed in setting.seeds
+]
 
 
-def is_done(run: StudyRun) -> bool:
-    """Whether the run's log is there. Raises ValueError if it is of another configuration."""
-    path = log_of(run)
-    if not path.exists():
-        return False
-    with path.open() as file:
-        made_with = as_sent(what_matters(modern_config(json.loads(file.readline())["config"])))
-    asked = what_matters(OmegaConf.to_container(compose(overrides(run)).config, resolve=True))
+def require_same(run: StudyRun, config: dict) -> None:
+    """Raise ValueError if the run's log is of another configuration."""
+    made = as_sent(what_matters(modern_config(config)))
+    asked = what_matters(OmegaConf.to_container(compose(run.overrides).config, resolve=True))
     for key in ("optimizer.server", "compile"):  # they take the same steps
         asked.pop(key, None)
     # A later version may have other keys, but a role's compressor is there where it was asked for,
@@ -66,17 +95,18 @@ def is_done(run: StudyRun) -> bool:
     # default precision.
     chosen = {
         key
-        for key in asked.keys() | made_with.keys()
+        for key in asked.keys() | made.keys()
         if key.startswith("norm.") or key.rpartition(".")[2] in AS_BEFORE.keys() - {"precision"}
     }
     differing = [
-        f"{key}={asked.get(key)!r} (the log has {made_with.get(key)!r})"
-        for key in sorted(asked.keys() & made_with.keys() | chosen)
-        if asked.get(key) != made_with.get(key)
+        f"{key}={asked.get(key)!r} (the log has {made.get(key)!r})"
+        for key in sorted(asked.keys() & made.keys() | chosen)
+        if asked.get(key) != made.get(key)
     ]
     if differing:
-        raise ValueError(f"{path}: {', '.join(differing)}; remove it, or mend settings.py")
-    return True
+        raise ValueError(
+            f"{run.name} in {run.log}: {', '.join(differing)}; remove its lines, or mend runs.py"
+        )
 
 
 def as_sent(config: dict) -> dict:
@@ -93,32 +123,51 @@ def as_sent(config: dict) -> dict:
     return kept | {"w2s._target_": "ef21_muon.compressors.Quantize", "w2s.values": "sign"}
 
 
-def directory_of(run: StudyRun) -> Path:
-    """Where the run trains."""
-    return ROOT / "runs" / "shakespeare" / run.name
+def missing_of(runs: Sequence[StudyRun]) -> list[StudyRun]:
+    """Those without a log. Raises ValueError if a log is of another configuration."""
+    logs = dict.fromkeys(run.log for run in runs)
+    records = (record for log in logs for record in read_records(log))
+    made = {one["name"]: one["config"] for one in records if one["record"] == "run"}
+    for run in (run for run in runs if run.name in made):
+        require_same(run, made[run.name])
+    return [run for run in runs if run.name not in made]
 
 
 def start(run: StudyRun, output: IO | None = None) -> subprocess.Popen:
     """Its training, begun. Raises RuntimeError where its text cannot be fetched."""
-    if any(override.startswith(f"data.train=data/{SHARDS.name}/") for override in run.overrides):
+    if f"data.train=data/{SHARDS.name}/" in run.setting.overrides:
         prepare(SHARDS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={run.workers}", "train.py", *overrides(run)]
-    devices = {**os.environ, "CUDA_VISIBLE_DEVICES": ""} if run.device == "cpu" else os.environ
-    return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=devices)
+    command += [f"--nproc_per_node={run.setting.workers}", "train.py", *run.overrides]
+    devices = {"CUDA_VISIBLE_DEVICES": ""} if run.setting.device == "cpu" else {}
+    environment = os.environ | devices
+    return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=environment)
 
 
 def finish(run: StudyRun, training: subprocess.Popen) -> None:
-    """Wait for its training, and keep the log.
+    """Wait for its training, and keep the log in place of what its file has of the run.
 
     Raises CalledProcessError when the training failed, ValueError if it was stopped.
     """
     if status := training.wait():
         raise subprocess.CalledProcessError(status, training.args)
-    directory = directory_of(run)
-    log_of(run).parent.mkdir(parents=True, exist_ok=True)
-    log_of(run).write_text(cut((directory / LOG_NAME).read_text()))
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    records = cut(run.name, read_records(run.directory / LOG_NAME))
+    others = [record for record in read_records(run.log) if record["name"] != run.name]
+    run.log.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(run.log, "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in others + records)
+    shutil.rmtree(run.directory / "checkpoints", ignore_errors=True)
+
+
+def cut(name: str, records: Sequence[dict]) -> list[dict]:
+    """What is used of a log, with the run's name. Raises ValueError if it has no end."""
+    if records[-1]["record"] != "end" or records[-1]["status"] != "completed":
+        raise ValueError("the run was stopped: start the study again to resume")
+    return [
+        {"name": name} | {k: v for k, v in one.items() if k in OF_EVALS or one["record"] != "eval"}
+        for one in records
+        if one["record"] in KEPT
+    ]
 
 
 def train_at_once(runs: Sequence[StudyRun], processes: int) -> None:
@@ -129,11 +178,11 @@ def train_at_once(runs: Sequence[StudyRun], processes: int) -> None:
     waiting, training, failed = list(runs), {}, None
     while waiting or training:
         for run in list(waiting):
-            busy = sum(run.workers for run in training)
-            if not training or busy + run.workers <= processes:
+            busy = sum(run.setting.workers for run in training)
+            if not training or busy + run.setting.workers <= processes:
                 waiting.remove(run)
-                directory_of(run).mkdir(parents=True, exist_ok=True)
-                with (directory_of(run) / PRINTED).open("a") as output:
+                run.directory.mkdir(parents=True, exist_ok=True)
+                with (run.directory / PRINTED).open("a") as output:
                     training[run] = start(run, output)
         time.sleep(POLL)
         for run in [run for run, process in training.items() if process.poll() is not None]:
@@ -141,20 +190,11 @@ def train_at_once(runs: Sequence[StudyRun], processes: int) -> None:
                 finish(run, training.pop(run))
             except (ValueError, OSError, subprocess.CalledProcessError) as error:
                 failed = error
-                print(f"{run.name}: failed, see {directory_of(run) / PRINTED}", flush=True)
+                print(f"{run.name}: failed, see {run.directory / PRINTED}", flush=True)
             else:
                 print(f"{run.name}: done", flush=True)
     if failed:
         raise failed
-
-
-def cut(log: str) -> str:
-    """The lines of a log that figures need, as they are. Raises ValueError if it has no end."""
-    lines = log.splitlines(keepends=True)
-    kinds = [json.loads(line)["record"] for line in lines]
-    if kinds[-1] != "end" or json.loads(lines[-1])["status"] != "completed":
-        raise ValueError("the run was stopped: start the study again to resume")
-    return "".join(line for kind, line in zip(kinds, lines, strict=True) if kind in KEPT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -165,17 +205,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, metavar="N", help="workers at once, of all runs")
     parser.add_argument("--list", action="store_true", help="say what is done and what is missing")
     options = parser.parse_args(arguments)
+    chosen = list(dict.fromkeys(r for text in options.only for r in RUNS if text in r.name))
     try:
-        chosen = [run for text in options.only for run in RUNS if text in run.name]
-        chosen = list(dict.fromkeys(chosen))
-        missing = [run for run in chosen if not is_done(run)]
+        missing = missing_of(chosen)
         if options.list:
             for run in chosen:
                 print(f"{'missing' if run in missing else 'done   '}  {run.name}")
             return 0
         if not torch.cuda.is_available():
-            left = [run.name for run in missing if run.device == "cuda"]
-            missing = [run for run in missing if run.device != "cuda"]
+            left = [run.name for run in missing if run.setting.device == "cuda"]
+            missing = [run for run in missing if run.setting.device != "cuda"]
             if left:
                 print(f"left for a machine with a GPU: {', '.join(left)}")
         if options.processes:

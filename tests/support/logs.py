@@ -40,15 +40,23 @@ def write_log(directory, *records, tail=""):
     return path
 
 
-def write_study_log(path, losses, bytes_a_step=40, **first):
+def study_records(losses, bytes_a_step=40, **first):
     """A log with an evaluation every 10 steps of 5 tokens."""
     records = [{"record": "run", "schema": 1, "label": "x", "parameters": 100} | first]
     for place, loss in enumerate(losses, 1):
         step = 10 * place
         facts = {"step": step, "tokens": 5 * step, "w2s_bytes": bytes_a_step * step}
-        facts |= {"s2w_bytes": 2 * bytes_a_step * step, "test_loss": loss}
+        facts |= {"s2w_bytes": 2 * bytes_a_step * step, "test_loss": loss, "seconds": 1.5}
         records += [{"record": "train", "step": step}, {"record": "eval", **facts}]
-    records.append({"record": "end", "status": "completed"})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+    return [*records, {"record": "end", "status": "completed"}]
+
+
+def write_study(directory, runs):
+    """Logs as scripts/shakespeare/run.py keeps them, of {name of a run: records}."""
+    from scripts.shakespeare.run import RUNS, cut
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for run in (run for run in RUNS if run.name in runs):
+        with (directory / f"{run.file}.jsonl").open("a") as file:
+            file.writelines(json.dumps(one) + "\n" for one in cut(run.name, runs[run.name]))
+    return directory

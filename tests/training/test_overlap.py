@@ -178,12 +178,19 @@ def test_the_answer_is_hidden_and_of_the_lowest_loss(at_this_link):
 
 
 def test_for_workers_that_have_not_run_the_next_fewer_are_named(monkeypatch):
-    monkeypatch.setattr("training.study.OVER", {"local10-signs": {2: 1.19}, "local30-signs": {}})
+    monkeypatch.setattr("training.study.loss_gaps", lambda: {"local10-signs": 1.19})
     answer = planned("plan.step_seconds=10", "plan.mbit=100")[-1]
     assert answer.startswith(
         "8 workers: signs of all entries, every 10 steps (+1.2 % with 2 workers, not run with "
         "8):\noptimizer=local_signs "
     )
+
+
+def test_without_the_studys_summary_one_line_says_so(tmp_path, monkeypatch, at_this_link):
+    monkeypatch.setattr("training.overlap.SUMMARY", tmp_path / "summary.json")
+    *plan_alone, note = planned(*LINK)
+    assert plan_alone == at_this_link[: len(plan_alone)]
+    assert "results/shakespeare/summary.json is missing" in note and "\n" not in note
 
 
 def test_nothing_is_hidden_behind_steps_that_are_too_short():

@@ -1,10 +1,9 @@
 """Names of earlier versions: overrides are refused with today's, older logs are read in them."""
 
-import json
-from pathlib import Path
-
 import pytest
+from logs import END, write_log
 from omegaconf import OmegaConf
+from study_page import logs
 
 from model import GPT
 from training.config import build, compose, what_matters
@@ -14,7 +13,6 @@ from training.records import read_log
 from training.renamed import modern_label, modern_overrides, modern_run
 from training.workers import RunError
 
-RESULTS = Path(__file__).resolve().parents[2] / "results" / "shakespeare"
 # Overrides of earlier versions beside which the refused one stands, the refused one, and today's.
 RENAMED = [
     ("", "worker_size=2", "ranks_per_worker=2"),
@@ -88,7 +86,7 @@ def test_todays_names_are_not_refused(override):
     assert compose((override,)).overrides == (override,)
 
 
-# Logs of an older version in results/shakespeare, and their labels today.
+# Runs of an older version in results/shakespeare, and their labels today.
 LOGS = {
     "identity-seed0": "identity",
     "local30-signs-seed0": (
@@ -117,16 +115,12 @@ LOGS = {
 }
 
 
-def run_record(name):
-    with (RESULTS / f"{name}.jsonl").open() as file:
-        return json.loads(file.readline())
-
-
 @pytest.mark.parametrize("name", LOGS)
 def test_an_older_log_is_read_in_todays_words(name):
     """As a run of today with the same overrides, but for options that there were not."""
-    old, read = run_record(name), read_log(RESULTS / f"{name}.jsonl").run
-    assert read == modern_run(old) == modern_run(read)
+    old, _ = logs()[name]
+    read = modern_run(old)
+    assert read == modern_run(read)
     assert read["config"] != old["config"]
     today = compose(tuple(read["overrides"])).config
     matters = what_matters(OmegaConf.to_container(today, resolve=True))
@@ -141,15 +135,16 @@ def test_an_older_log_is_read_in_todays_words(name):
 
 
 def test_all_logs_of_the_study_are_read_in_todays_words_again_and_again():
-    for path in sorted(RESULTS.glob("*-seed*.jsonl")):
-        read = read_log(path).run
-        assert modern_run(read) == read, path.name
-        assert modern_overrides(read["overrides"]) == read["overrides"], path.name
+    for name, (run, _) in logs().items():
+        read = modern_run(run)
+        assert modern_run(read) == read, name
+        assert modern_overrides(read["overrides"]) == read["overrides"], name
 
 
 def test_a_completed_run_of_an_older_version_is_found_in_todays_names(tmp_path):
     """So that a sweep skips it, and a run that resumes compares it."""
-    (tmp_path / "metrics.jsonl").write_bytes((RESULTS / "local30-signs-seed0.jsonl").read_bytes())
+    run, evals = logs()["local30-signs-seed0"]
+    write_log(tmp_path, run, *evals, END)
     found = completed(tmp_path)
     assert "every" not in found["optimizer"] and found["optimizer"]["sync_every"] == 30
-    assert found == modern_run(run_record("local30-signs-seed0"))["config"]
+    assert found == modern_run(run)["config"] == read_log(tmp_path / "metrics.jsonl").run["config"]

@@ -1,53 +1,53 @@
-"""The map of training/study.py against the study's settings and logs."""
+"""The map of training/study.py against the study's runs, and its summary against the logs."""
 
 import json
-from statistics import mean
 
 import pytest
-from run import ROOT
+from study_page import gap, seeds_of
 
-from scripts.shakespeare.conditions import WORKER_SETTINGS
-from scripts.shakespeare.settings import SETTINGS
+from scripts.shakespeare.runs import SETTINGS
 from training.config import compose
-from training.study import MAP, OVER, WORKERS
+from training.study import MAP, SUMMARY, WORKERS
 
-LOGS = ROOT / "results" / "shakespeare"
 FOR_EIGHT = ("-back", "-back6", "-outer6")
 
 
-def name_in_study(name, workers):
-    """The name of its logs and of its setting; 2 bits were what every local step had at first."""
-    return name.removesuffix("-dense2") if workers == 2 else f"workers/{workers}-{name}"
+def names_in_study(name):
+    """By workers; 2 bits were what every local step had at first."""
+    others = {workers: f"workers/{workers}-{name}" for workers in WORKERS}
+    return {**others, 2: name.removesuffix("-dense2")}
 
 
-def last_loss(path):
-    evals = [record for record in map(json.loads, path.open()) if record["record"] == "eval"]
-    return evals[-1]["test_loss"]
-
-
-def loss(name, workers):
-    """At the end, mean over seeds; None where no log is."""
-    paths = sorted(LOGS.glob(f"{name_in_study(name, workers)}-seed?.jsonl"))
-    return mean(map(last_loss, paths)) if paths else None
-
-
-def over_uncompressed():
-    found = {}
-    for setting in MAP:
-        found[setting.name] = {}
-        for workers in WORKERS:
-            end, uncompressed = loss(setting.name, workers), loss("identity", workers)
-            if end is not None and uncompressed is not None:
-                found[setting.name][workers] = round(100 * (end / uncompressed - 1), 3)
-    return found
-
-
-def test_losses_are_those_of_the_logs():
-    found = over_uncompressed()
-    rows = "".join(f'    "{name}": {over},\n' for name, over in found.items())
-    assert found == OVER, (
-        f"the logs say otherwise, in training/study.py should be\nOVER = {{\n{rows}}}"
+def plain(name):
+    """What a setting is compared with."""
+    folder, _, rest = name.rpartition("/")
+    if folder in ("muon_feedback", "signs"):
+        return "muon_feedback/without"
+    if folder == "momentum":
+        return f"momentum/polyak-{rest.rpartition('-')[2]}"
+    return next(
+        (
+            one
+            for one in SETTINGS
+            if folder and one.endswith("-identity") and name.startswith(one[:-8])
+        ),
+        "identity",
     )
+
+
+def test_the_summary_is_what_the_logs_say():
+    gaps = json.loads(SUMMARY.read_text())["loss_gap_percent"]
+    done = [name for name in SETTINGS if seeds_of(name) and not name.startswith("grid/")]
+    assert gaps == {name: round(gap(name, plain(name)), 3) for name in done}
+
+
+def test_the_map_has_the_losses_of_the_logs():
+    for one in MAP:
+        found = {
+            workers: name for workers, name in names_in_study(one.name).items() if seeds_of(name)
+        }
+        of_workers = {2: "identity", 4: "workers/4-identity", 8: "workers/8-identity"}
+        assert one.over == {n: round(gap(name, of_workers[n]), 3) for n, name in found.items()}
 
 
 def test_two_workers_have_run_all_but_what_helps_eight():
@@ -60,11 +60,11 @@ OF_600_STEPS = compose(("experiment=shakespeare",)).config
 
 @pytest.mark.parametrize("setting", MAP, ids=lambda one: one.name)
 def test_overrides_are_those_of_the_study(setting):
-    of_study = {one.name: one.overrides for one in (*SETTINGS, *WORKER_SETTINGS)}
-    names = [name_in_study(setting.name, workers) for workers in WORKERS]
-    found = [compose(of_study[name]).config for name in names if name in of_study]
+    names = [name for name in names_in_study(setting.name).values() if name in SETTINGS]
+    of_study = {SETTINGS[name].overrides for name in names}
+    (overrides,) = of_study  # for every number of workers
     mine = compose(setting.overrides(OF_600_STEPS)).config
-    assert found and all(other == mine for other in found)
+    assert compose(tuple(overrides.split())).config == mine
 
 
 @pytest.mark.parametrize(
