@@ -56,10 +56,15 @@ def run(folder, small, tmp_path, monkeypatch):
     monkeypatch.setattr("training.picture.draw", lambda *_: ["no picture"])
 
     def run(command: str) -> tuple[dict, dict]:
-        overrides = [*small, *shlex.split(command), f"directory={tmp_path}"]
+        overrides = [
+            *small,
+            *shlex.split(command),
+            "checkpoint.every=0",
+            f"directory={tmp_path}/run",
+        ]
         monkeypatch.setattr("sys.argv", ["train.py", *overrides])
         assert train.main() == 0
-        records = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        records = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
         return json.loads(records[0]), json.loads(records[-1])
 
     yield run
@@ -79,7 +84,7 @@ def test_every_recipe_has_its_files_and_its_command():
 
 @pytest.mark.parametrize(
     ("command", "label"),
-    zip(COMMANDS, ["top rows 10% natural", "quantized rank", "signSGD"], strict=True),
+    [*zip(COMMANDS, ["top rows 10% natural", "quantized rank", "signSGD"], strict=True)],
 )
 def test_a_run_with_the_recipe(run, command, label):
     first, last = run(command)
