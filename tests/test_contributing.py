@@ -17,6 +17,7 @@ import baselines
 import train
 from ef21_muon import compressors, norms
 from ef21_muon.checks import renamed
+from scripts.shakespeare import runs as study
 from training.renamed import OVERRIDES
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
@@ -90,6 +91,15 @@ def test_a_run_with_the_recipe(run, command, label):
     first, last = run(command)
     assert first["label"].startswith(label) and last["status"] == "completed"
     assert 0 < last["w2s_bytes"] < last["uncompressed_bytes"]
+
+
+def test_the_row_is_of_a_run_of_the_study(run):
+    (row,) = re.findall(r"```python\n# a row of .*\n(.*),\n```", CONTRIBUTING)
+    setting = eval(row, vars(study))
+    assert setting.name not in study.SETTINGS
+    first, last = run(f"experiment=shakespeare {setting.overrides}")
+    assert first["label"].startswith("top rows 10%") and last["status"] == "completed"
+    assert first["config"]["norm"]["hidden"]["radius"] == 2  # is tuned
 
 
 def test_the_compressor_is_one(folder):
