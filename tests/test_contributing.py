@@ -94,7 +94,7 @@ def test_a_run_with_the_recipe(run, command, label):
 
 
 def test_the_row_is_of_a_run_of_the_study(run):
-    (row,) = re.findall(r"```python\n# a row of .*\n(.*),\n```", CONTRIBUTING)
+    (row,) = re.findall(r"```python\n# a row of .*\n(.*)\n```", CONTRIBUTING)
     setting = eval(row, vars(study))
     assert setting.name not in study.SETTINGS
     first, last = run(f"experiment=shakespeare {setting.overrides}")
