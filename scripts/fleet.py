@@ -69,7 +69,7 @@ def new_lighthouse(workers: int, port: int):
     except ImportError as error:
         raise RunError(
             f"a lighthouse needs torchft ({one_line(error)}): pip install 'ef21-muon[fleet]', on "
-            "Linux on x86-64"
+            "Linux on x86-64 with Python 3.13 or older"
         ) from error
     everywhere = "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"
     try:

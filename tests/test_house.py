@@ -46,6 +46,7 @@ DIRECTIONS = {
         *("train", "training", *LIBRARIES),
     ),
     "tests": ("*",),
+    "noxfile": (),
 }
 ROOMS = {name.partition(".")[0] for name in DIRECTIONS}
 HELPERS = {path.stem for path in SUPPORT.iterdir()}  # of tests, by which they import them
