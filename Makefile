@@ -6,7 +6,7 @@
 # make figures redraw figures and tables of results/ from their logs
 # make test    set up and run the whole test suite, two files at a time (ARGS go to pytest; FRESH=1
 #              starts every process of a launch anew: see tests/support/preloaded.py)
-# make lint    ruff, check and format, and mypy
+# make lint    ruff, check and format, mypy, and the links in Markdown
 
 PYTHON ?= python3
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c GPU)
@@ -40,12 +40,10 @@ figures: setup
 	.venv/bin/python scripts/codec/blocks.py --redraw
 	.venv/bin/python scripts/network/run.py --redraw
 	.venv/bin/python scripts/theory/run.py --redraw
-	.venv/bin/python scripts/theory/momentum.py --redraw
-	.venv/bin/python scripts/theory/tight.py --redraw
 	.venv/bin/python scripts/digits/run.py --redraw
 	.venv/bin/python scripts/soak/run.py --redraw
 	.venv/bin/python scripts/chaos/run.py --redraw
-	.venv/bin/python scripts/step124m/run.py --redraw model=gpt2-124m
+	.venv/bin/python scripts/step124m/run.py --redraw
 	.venv/bin/python scripts/step124m/sharded.py --redraw
 	.venv/bin/python scripts/local_steps/links.py --redraw
 	.venv/bin/python scripts/gpu/run.py --redraw
@@ -57,6 +55,7 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m mypy ef21_muon tests/typed_user.py
+	.venv/bin/python scripts/check_links.py
 
 setup: .venv/installed
 

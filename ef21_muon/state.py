@@ -18,8 +18,9 @@ one folder, and how to continue from it in a new process:
     dcp.load({name: model_state, "optim": optim_state}, checkpoint_id="step-100")
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optim_state)
 
-Torch's options cpu_offload and flatten_optimizer_state_dict work; full_state_dict
-is refused on several ranks, since it would keep the state of rank 0 alone.
+Torch's options cpu_offload and flatten_optimizer_state_dict work, the latter where torch flattens
+dictionaries in a state, which 2.9 does not; full_state_dict is refused on several ranks, since it
+would keep the state of rank 0 alone.
 """
 
 import copy

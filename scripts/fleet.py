@@ -26,7 +26,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if not __package__:
@@ -49,6 +49,7 @@ HEARTBEAT_SECONDS = 5  # without one a worker is gone
 JOIN_SECONDS = 24 * 3600  # for a worker that lives and is on its way; one that hangs ends itself
 AFTER_THE_FIRST = 120  # seconds for workers to end once one has completed
 OF_TOO_FEW = 10  # seconds for workers to end by themselves where fewer than a majority are left
+TICK = 0.5  # seconds between looks at the workers
 RESOLVER_SECONDS = 5.0  # for it to answer, before workers start
 
 
@@ -68,7 +69,7 @@ def new_lighthouse(workers: int, port: int):
     except ImportError as error:
         raise RunError(
             f"a lighthouse needs torchft ({one_line(error)}): pip install 'ef21-muon[fleet]', on "
-            "Linux on x86-64"
+            "Linux on x86-64 with Python 3.13 or older"
         ) from error
     everywhere = "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"
     try:
@@ -144,7 +145,7 @@ def _wait(workers: list[subprocess.Popen], asked: Request, console: Console) -> 
     One that ends with another status than 0 has ended for good, as scripts/supervise.py has it.
     """
     until = math.inf
-    while any(worker.poll() is None for worker in workers) and not asked.wait(0.5):
+    while any(worker.poll() is None for worker in workers) and not asked.wait(TICK):
         statuses = [worker.poll() for worker in workers]
         hopeful = [number for number, status in enumerate(statuses) if not status]
         if hopeful:
@@ -186,51 +187,40 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("part", choices=PARTS, help="what to start; options come after it")
     part = parser.parse_args(arguments[:1]).part
     parser = Parser(prog=f"{prog} {part}", description=PARTS[part].__doc__)
-    parser.add_argument(
-        "--workers", type=_at_least_one, required=True, help="that there may be at once"
-    )
-    if part != "worker":
-        parser.add_argument(
-            "--port", type=_port, default=PORT, help="of the lighthouse (%(default)s)"
-        )
+    add = parser.add_argument
+    add("--workers", type=whole(1), required=True, help="that there may be at once")
     if part == "worker":
-        parser.add_argument("--number", type=int, required=True, help="of this worker, from 0")
-        parser.add_argument("--lighthouse", required=True, metavar="URL")
+        add("--number", type=int, required=True, help="of this worker, from 0")
+        add("--lighthouse", required=True, metavar="URL")
+    else:
+        add(
+            "--port", type=whole(1, 2**16 - 1), default=PORT, help="of the lighthouse (%(default)s)"
+        )
     if part != "lighthouse":
-        parser.add_argument(
-            "--ranks", type=_at_least_one, default=1, help="processes of a worker (%(default)s)"
-        )
-        parser.add_argument(
-            "--timeout", type=seconds, metavar="SECONDS", help="as that of train.py (600)"
-        )
-        parser.add_argument(
-            "--shutdown-timeout",
-            type=seconds,
-            default=GRACE,
-            metavar="SECONDS",
-            help="for a worker to end that was asked to stop (%(default)g)",
-        )
-        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
+        ending = "for a worker to end that was asked to stop (%(default)g)"
+        span = {"type": seconds, "metavar": "SECONDS"}
+        add("--ranks", type=whole(1), default=1, help="processes of a worker (%(default)s)")
+        add("--timeout", **span, help="as that of train.py (600)")
+        add("--shutdown-timeout", **span, default=GRACE, help=ending)
+        add("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     options = parser.parse_intermixed_args(arguments[1:])
     if part == "start":
         options.lighthouse = f"http://localhost:{options.port}"
     return argparse.Namespace(part=part, **vars(options))
 
 
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(
-            f"{text} is not allowed: give a whole number of at least 1"
-        )
-    return int(text)
+def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """A type of arguments: a whole number within bounds."""
+    allowed = f"at least {least}" if most == math.inf else f"{least} to {most}"
 
+    def read(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text} is not allowed: give a whole number of {allowed}"
+            )
+        return int(text)
 
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 2**16:
-        raise argparse.ArgumentTypeError(
-            f"{text} is not allowed: give a whole number of 1 to {2**16 - 1}"
-        )
-    return int(text)
+    return read
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -1,16 +1,26 @@
-"""What several benchmarks measure and report with."""
+"""What several benchmarks measure with: steps, the ranks of a launch, links of given rates."""
 
+import argparse
+import json
 import platform
 import re
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
+from scripts.netns import Network, requirements_missing
+from scripts.studies import markdown as markdown  # for folders that still take it from here
+from scripts.studies import read_records, write_records
 from train import Run
+from training.workers import RunError, Workers, exit_process
 
 WARM_UP = 4  # steps before DDP is timed: the PowerSGD hook starts to compress in the third
+UNLIMITED = "unlimited"  # in place of a link's rate
+PATIENCE = 3600  # seconds for a job over links
 
 
 def processor() -> str:
@@ -20,7 +30,7 @@ def processor() -> str:
 
 
 def time_steps(run: Run, steps: int, after_each: Callable = lambda: None) -> tuple[float, float]:
-    """Seconds and bytes handed to the network, a step."""
+    """Seconds and bytes handed to the network, per step."""
     dist.barrier()
     start, sent = time.perf_counter(), run.optimizer.wire_tx_bytes
     for _ in range(steps):
@@ -30,8 +40,64 @@ def time_steps(run: Run, steps: int, after_each: Callable = lambda: None) -> tup
     return seconds / steps, (run.optimizer.wire_tx_bytes - sent) / steps
 
 
-def markdown(rows: list[list[str]], text_columns: int) -> str:
-    """A table of rows of text; the first is the heading."""
-    heading, *body = rows
-    rule = ["---"] * text_columns + ["---:"] * (len(heading) - text_columns)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (heading, rule, *body))
+def by_ranks(measure: Callable[[argparse.Namespace, Workers], Iterable[dict]]) -> Callable:
+    """What `studies.command` takes to measure by all ranks that torchrun has started.
+
+    `measure` gives the records on every rank. The first rank goes on with them; for the others, and
+    after an error, the process ends here.
+    """
+
+    def measured(options: argparse.Namespace) -> list[dict]:
+        workers, records = Workers(), []
+        status = workers.run(lambda: records.extend(measure(options, workers)) or 0)
+        if status or not workers.first:
+            exit_process(status)
+        return records
+
+    return measured
+
+
+def over_links(
+    script: str, nodes: int, rates: Sequence[str], delay: str | None, **given: object
+) -> Iterator[dict]:
+    """The records of a script that calls `job`, launched once per rate on nodes joined by links.
+
+    A node has one worker of one thread. What is given is for `measure` of the job. Needs root.
+
+    Raises:
+        RunError: There can be no such links here, or a job has failed.
+    """
+    if missing := requirements_missing():
+        raise RunError(missing)
+    for rate in rates:
+        limits = (None, None) if rate == UNLIMITED else (rate, delay)
+        with tempfile.TemporaryDirectory() as folder, Network(nodes, *limits) as network:
+            path = Path(folder, "records.jsonl")
+            options = json.dumps(given | {"rate": rate, "delay": limits[1]})
+            try:
+                network.torchrun(script, path, options, show=True, timeout=PATIENCE)
+            except RuntimeError as error:
+                raise RunError(str(error)) from error
+            finally:
+                yield from read_records(path)
+
+
+def job(measure: Callable[[argparse.Namespace, Workers], Iterator[dict]]) -> int:
+    """The main program of every rank of `over_links`, which all have to measure the same things."""
+    path, options = Path(sys.argv[1]), argparse.Namespace(**json.loads(sys.argv[2]))
+    workers = Workers()
+
+    def records() -> Iterator[dict]:
+        for record in measure(options, workers):
+            workers.say(json.dumps(record))
+            yield {"rate": options.rate, "delay": options.delay} | record
+
+    def work() -> int:
+        if workers.first:
+            write_records(path, records())
+        else:
+            for _ in records():
+                pass
+        return 0
+
+    return workers.run(work)

@@ -10,6 +10,7 @@ SIGTERM.
 """
 
 import argparse
+import math
 import os
 import re
 import secrets
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -56,25 +57,20 @@ class Network:
 
     nodes: 1 to 100; rate: of what a node sends, as in "100mbit" (bits per second; kept up to about
     1gbit), unlimited without; delay: one way, from one node to another, as in "1ms" (also us and
-    s): a ping takes twice as long; mtu: bytes of a frame without its Ethernet header. `names` are
-    the namespaces, `addresses` those of eth0.
+    s): a ping takes twice as long. `names` are the namespaces, `addresses` those of eth0.
 
     Raises ValueError for values out of range; on entry, RuntimeError for what the system refuses: a
     delay needs /dev/net/tun.
     """
 
-    def __init__(
-        self, nodes: int, rate: str | None = None, delay: str | None = None, mtu: int = MTU
-    ):
+    def __init__(self, nodes: int, rate: str | None = None, delay: str | None = None):
         if not 1 <= nodes <= 100:
             raise ValueError(f"nodes={nodes} is not allowed: give a whole number from 1 to 100")
-        if not 1280 <= mtu <= 65_535:
-            raise ValueError(f"mtu={mtu} is not allowed: give bytes from 1280 to 65535")
         if rate is not None and not re.fullmatch(r"\d+(\.\d+)?[kmg]?bit", rate):
             raise ValueError(f"rate={rate} is not allowed: give bits per second, as in 100mbit")
         if delay is not None and not re.fullmatch(r"\d+(\.\d+)?(us|ms|s)", delay):
             raise ValueError(f"delay={delay} is not allowed: give a time, as in 1ms")
-        self.rate, self.delay, self.mtu = rate, delay, mtu
+        self.rate, self.delay = rate, delay
         prefix = f"ef21-{os.getpid()}-{secrets.token_hex(3)}"
         self._switch = f"{prefix}-switch"
         self.names = [f"{prefix}-node{node}" for node in range(nodes)]
@@ -86,6 +82,7 @@ class Network:
         if threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGTERM, _exit)
         self._directory = tempfile.TemporaryDirectory(prefix="ef21-netns-")
+        self.directory = self._directory.name
         try:
             self._build()
             return self
@@ -98,30 +95,34 @@ class Network:
 
     def _build(self) -> None:
         for name in self.names:
-            _run("ip", "netns", "add", name)
+            _ip(f"netns add {name}")
         if self.delay:
             self._join_by_process()
         else:
             self._join_by_bridge()
         for name, address in zip(self.names, self.addresses, strict=True):
-            _run("ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0")
+            _ip(f"-n {name} address add {address}/24 dev eth0")
             # Segmentation offload off: with it the kernel counts one header for up to 64 KiB, but
             # on a wire every frame has its own, and the counter is to say what a wire carries.
-            _link(name, "set eth0 gso_max_segs 1 up")
-            _link(name, "set lo up")
+            _ip(f"-n {name} link set eth0 gso_max_segs 1 up")
+            _ip(f"-n {name} link set lo up")
             if self.rate:
                 self._limit(name)
         for name in self._made():
-            _run("ip", "netns", "exec", name, "sh", "-c", KEEP_ORDER)
+            output_of("ip", "netns", "exec", name, "sh", "-c", KEEP_ORDER)
+
+    def run(self, node: int, *command: str) -> str:
+        """What a command prints in a node. Raises RuntimeError if it fails."""
+        return output_of("ip", "netns", "exec", self.names[node], *command)
 
     def _join_by_bridge(self) -> None:
-        _run("ip", "netns", "add", self._switch)
-        _link(self._switch, "add bridge type bridge")
-        _link(self._switch, "set bridge up")
+        _ip(f"netns add {self._switch}")
+        _ip(f"-n {self._switch} link add bridge type bridge")
+        _ip(f"-n {self._switch} link set bridge up")
         for node, name in enumerate(self.names):
-            peer = f"peer name eth0 mtu {self.mtu} netns {name}"
-            _link(self._switch, f"add port{node} mtu {self.mtu} type veth {peer}")
-            _link(self._switch, f"set port{node} master bridge up")
+            peer = f"peer name eth0 mtu {MTU} netns {name}"
+            _ip(f"-n {self._switch} link add port{node} mtu {MTU} type veth {peer}")
+            _ip(f"-n {self._switch} link set port{node} master bridge up")
 
     def _join_by_process(self) -> None:
         number, unit = re.fullmatch(r"([\d.]+)(\w+)", self.delay).groups()
@@ -139,20 +140,20 @@ class Network:
                 "load the kernel's module tun, or give no delay"
             )
         for name in self.names:
-            _link(name, f"set eth0 mtu {self.mtu} txqueuelen {QUEUE}")
+            _ip(f"-n {name} link set eth0 mtu {MTU} txqueuelen {QUEUE}")
 
     def _limit(self, name: str) -> None:
         # A burst is what an idle link lets through at once: as little as keeps the rate.
-        burst = 4 * (self.mtu + ETHERNET_HEADER)
+        burst = 4 * (MTU + ETHERNET_HEADER)
         discipline = f"tbf rate {self.rate} burst {burst} latency 200ms"
         try:
-            _run(*f"tc -n {name} qdisc add dev eth0 root {discipline}".split())
+            output_of(*f"tc -n {name} qdisc add dev eth0 root {discipline}".split())
         except RuntimeError as error:
             raise RuntimeError(f"{error} (needs sch_tbf in the kernel)") from error
 
     def _made(self) -> set[str]:
         """The namespaces of this network that there are now."""
-        there = {line.split()[0] for line in _run("ip", "netns", "list").splitlines()}
+        there = {line.split()[0] for line in _ip("netns list").splitlines()}
         return there.intersection([*self.names, self._switch])
 
     def _remove(self) -> None:
@@ -166,7 +167,7 @@ class Network:
                 _kill_processes(made)
             finally:
                 for name in made:
-                    _run("ip", "netns", "delete", name)
+                    _ip(f"netns delete {name}")
         finally:
             self._directory.cleanup()
             if self._handler is not None:
@@ -179,7 +180,7 @@ class Network:
         *arguments: object,
         ranks_per_node: int = 1,
         environment: dict[str, str] | None = None,
-        timeout: float | None = None,
+        timeout: float = math.inf,
         show: bool = False,
     ) -> list[str]:
         """Run `script` as one job over all nodes, on the CPU with gloo; returns each node's output.
@@ -189,48 +190,98 @@ class Network:
         Node i has the ranks from i * ranks_per_node. All processes in the nodes are killed when the
         job ends. Raises JobError if a node fails or the time is over.
         """
-        logs = [Path(self._directory.name, f"{name}.log") for name in self.names]
-        agents = []
+        logs = [Path(self.directory, f"{name}.log") for name in self.names]
+        for log in logs:
+            log.write_bytes(b"")
+        outputs = [None if show and log == logs[0] else log for log in logs]
+        command = [str(script), *map(str, arguments)]
+        job = Job(self, command, outputs, environment or {}, timeout, ranks_per_node)
         try:
-            for node, log in enumerate(logs):
-                command = [*self._agent(node, ranks_per_node), str(script), *map(str, arguments)]
-                with log.open("w") as file:
-                    agent = subprocess.Popen(
-                        command,
-                        env=os.environ | self._environment | (environment or {}),
-                        stdin=subprocess.DEVNULL,
-                        stdout=None if show and node == 0 else file,
-                        stderr=None if show and node == 0 else subprocess.STDOUT,
-                        start_new_session=True,  # Ctrl-C is for this process, which then cleans up
-                    )
-                agents.append(agent)
-            statuses = _wait(agents, timeout)
+            job.wait()
+            statuses = job.statuses
         finally:
-            _kill_processes(self.names)
-            for agent in agents:
-                agent.wait()
-        outputs = [log.read_text(errors="replace") for log in logs]
-        _require_success(Path(script).name, statuses, outputs, timeout)
-        return outputs
+            job.kill()
+        texts = [log.read_text(errors="replace") for log in logs]
+        _require_success(Path(script).name, statuses, texts, timeout)
+        return texts
 
-    def _agent(self, node: int, ranks_per_node: int) -> list[str]:
-        return [
-            *("ip", "netns", "exec", self.names[node]),
-            *(sys.executable, "-m", "torch.distributed.run"),
-            *(f"--nnodes={len(self.names)}", f"--nproc_per_node={ranks_per_node}"),
-            *("--rdzv_backend=c10d", f"--rdzv_endpoint={self.addresses[0]}:{PORT}", "--rdzv_id=0"),
-            # All nodes have this machine's host name: say who hosts, and under which address.
-            *(f"--rdzv_conf=is_host={int(node == 0)}", f"--local_addr={self.addresses[node]}"),
-        ]
+
+class Job:
+    """A script under torchrun on all nodes of a network, with the parameters of Network.torchrun.
+
+    What a node writes is added to its one of `outputs`; None is this process's output and error.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        command: list[str],
+        outputs: Sequence[Path | None],
+        environment: dict[str, str],
+        timeout: float = math.inf,
+        ranks_per_node: int = 1,
+    ):
+        self._network, self._script, self._agents = network, command[0], []
+        self._end = time.monotonic() + timeout
+        own = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "TMPDIR": network.directory}
+        own["CUDA_VISIBLE_DEVICES"] = ""  # NCCL refuses nodes that share a GPU
+        settings = {"env": os.environ | own | environment, "stdin": subprocess.DEVNULL}
+        settings["start_new_session"] = True  # Ctrl-C is for this process, which then cleans up
+        for node, output in enumerate(outputs):
+            agent = [*_agent(network, node, ranks_per_node), *command]
+            with open(output or os.devnull, "a") as file:
+                places = {"stdout": file, "stderr": file} if output else {}
+                self._agents.append(subprocess.Popen(agent, **settings, **places))
 
     @property
-    def _environment(self) -> dict[str, str]:
-        return {
-            "GLOO_SOCKET_IFNAME": "eth0",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",  # NCCL refuses nodes that share a GPU
-            "TMPDIR": self._directory.name,
-        }
+    def statuses(self) -> list[int | None]:
+        return [agent.poll() for agent in self._agents]
+
+    @property
+    def running(self) -> bool:
+        """Whether nodes have not ended, none has failed a while ago, and the time is not over."""
+        statuses = self.statuses
+        if any(statuses):
+            self._end = min(self._end, time.monotonic() + SECONDS_TO_FAIL_TOO)
+        return None in statuses and time.monotonic() < self._end
+
+    def wait(self, seconds: float = math.inf, until: Callable = lambda: False) -> bool:
+        """Until the job has ended, the time is over or `until()`; returns whether it still runs."""
+        end = time.monotonic() + seconds
+        while self.running and time.monotonic() < end and not until():
+            time.sleep(0.02)
+        return self.running
+
+    def workers(self, node: int) -> list[int]:
+        """The processes on a node that run the script."""
+        found = []
+        for process in _processes(self._network.names[node]):
+            with suppress(OSError):
+                command = Path(f"/proc/{process}/cmdline").read_bytes().decode()
+                if self._script in command and "torch.distributed.run" not in command:
+                    found.append(process)
+        return found
+
+    def send(self, node: int, number: signal.Signals) -> bool:
+        """A signal for the workers of a node; returns whether one was there."""
+        return send(self.workers(node), number)
+
+    def kill(self) -> None:
+        """End all processes of the nodes, as a loss of power does."""
+        _kill_processes(self._network.names)
+        for agent in self._agents:
+            agent.wait()
+
+
+def _agent(network: Network, node: int, ranks_per_node: int) -> list[str]:
+    return [
+        *("ip", "netns", "exec", network.names[node]),
+        *(sys.executable, "-m", "torch.distributed.run"),
+        *(f"--nnodes={len(network.names)}", f"--nproc_per_node={ranks_per_node}"),
+        *("--rdzv_backend=c10d", f"--rdzv_endpoint={network.addresses[0]}:{PORT}", "--rdzv_id=0"),
+        # All nodes have this machine's host name: say who hosts, and under which address.
+        *(f"--rdzv_conf=is_host={int(node == 0)}", f"--local_addr={network.addresses[node]}"),
+    ]
 
 
 def requirements_missing() -> str | None:
@@ -253,46 +304,43 @@ def _exit(number: int, _) -> None:
     raise SystemExit(128 + number)
 
 
-def _run(*command: str) -> str:
+def output_of(*command: str) -> str:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"`{' '.join(command)}` failed: {' '.join(result.stderr.split())}")
     return result.stdout
 
 
-def _link(namespace: str, command: str) -> None:
-    _run("ip", "-n", namespace, "link", *command.split())
+def _ip(command: str) -> str:
+    return output_of("ip", *command.split())
+
+
+def send(processes: Iterable[int], number: signal.Signals) -> bool:
+    """A signal for processes; returns whether one was there."""
+    there = False
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, number)
+            there = True
+    return there
+
+
+def _processes(*namespaces: str) -> list[int]:
+    return [int(pid) for name in namespaces for pid in _ip(f"netns pids {name}").split()]
 
 
 def _kill_processes(namespaces: Iterable[str]) -> None:
     deadline = time.monotonic() + SECONDS_TO_END
-    while processes := " ".join(_run("ip", "netns", "pids", name) for name in namespaces).split():
+    while processes := _processes(*namespaces):
         if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"killed processes have not ended in {SECONDS_TO_END} s: {' '.join(processes)}"
-            )
-        for process in processes:
-            with suppress(ProcessLookupError):
-                os.kill(int(process), signal.SIGKILL)
+            left = " ".join(map(str, processes))
+            raise RuntimeError(f"killed processes have not ended in {SECONDS_TO_END} s: {left}")
+        send(processes, signal.SIGKILL)
         time.sleep(0.01)
 
 
-def _wait(agents: list[subprocess.Popen], timeout: float | None) -> list[int | None]:
-    """The exit statuses when all have ended, one has failed or the time is over (then None)."""
-    deadline = float("inf") if timeout is None else time.monotonic() + timeout
-    failed = False
-    while None in (statuses := [agent.poll() for agent in agents]):
-        if not failed and any(statuses):
-            failed = True
-            deadline = min(deadline, time.monotonic() + SECONDS_TO_FAIL_TOO)
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.02)
-    return statuses
-
-
 def _require_success(
-    script: str, statuses: list[int | None], outputs: list[str], timeout: float | None
+    script: str, statuses: list[int | None], outputs: list[str], timeout: float
 ) -> None:
     failed = [node for node, status in enumerate(statuses) if status]
     late = [node for node, status in enumerate(statuses) if status is None]
@@ -313,9 +361,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--nodes", type=int, required=True, help="1 to 100")
     parser.add_argument("--rate", help="of what a node sends, bits per second: 100mbit")
     parser.add_argument("--delay", help="one way, from one node to another: 1ms")
-    parser.add_argument(
-        "--mtu", type=int, default=MTU, help="bytes of a frame (default %(default)s)"
-    )
     parser.add_argument("script", metavar="SCRIPT")
     parser.add_argument("arguments", metavar="ARG", nargs=argparse.REMAINDER)
     options = parser.parse_args(arguments)
@@ -324,7 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise RuntimeError(missing)
         if not Path(options.script).is_file():
             raise ValueError(f"{options.script} is not a file: give a Python script")
-        with Network(options.nodes, options.rate, options.delay, options.mtu) as network:
+        with Network(options.nodes, options.rate, options.delay) as network:
             network.torchrun(options.script, *options.arguments, show=True)
     except (ValueError, RuntimeError) as error:
         print(f"netns.py: {error}", file=sys.stderr)

@@ -12,11 +12,14 @@ from pathlib import Path
 from training.workers import RunError
 
 PLACE = re.compile(r"\{(\w+)([^{}]*)\}")
+# An option of `command`, for studies that take overrides as train.py does.
+OVERRIDES = {"overrides": {"nargs": "*", "metavar": "KEY=VALUE", "help": "Hydra overrides"}}
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of a JSONL file, in order; none if there is no such file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The whole records of a JSONL file, in order; none if there is no such file."""
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def write_records(path: Path, records: Iterable[dict]) -> None:
@@ -26,6 +29,11 @@ def write_records(path: Path, records: Iterable[dict]) -> None:
         for record in records:
             file.write(json.dumps(record) + "\n")
             file.flush()
+
+
+def select(records: Iterable[dict], **fields) -> list[dict]:
+    """The records with these fields."""
+    return [record for record in records if fields.items() <= record.items()]
 
 
 def markdown(rows: Sequence[Sequence[str]], text_columns: int | Container[int] = 1) -> str:
@@ -39,11 +47,11 @@ def markdown(rows: Sequence[Sequence[str]], text_columns: int | Container[int] =
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, rule, *body))
 
 
-def fill(template: str, values: Mapping[str, str | Callable[..., str]]) -> str:
+def fill(template: str, values: Mapping[str, object]) -> str:
     """The template with a value in every place, its paragraphs wrapped where a place stood in them.
 
-    A place is {word}, for a text, or {word name name ...}, for what a function says of each name,
-    as a sentence lists it: "a, b and c".
+    A place is {word}, for a text or a number, or {word name name ...}, for what a function says of
+    each name, as a sentence lists it: "a, b and c".
 
     Raises:
         ValueError: A place has a word that `values` lacks.
@@ -58,7 +66,7 @@ def fill(template: str, values: Mapping[str, str | Callable[..., str]]) -> str:
         if word not in values:
             raise ValueError(f"{place[0]} of the template is none of {', '.join(sorted(values))}")
         found = values[word]
-        return listed(list(map(found, names))) if callable(found) else found
+        return listed(list(map(found, names))) if callable(found) else str(found)
 
     return "\n\n".join(
         wrapped(PLACE.sub(value, part)) if is_prose(part) else PLACE.sub(value, part)
@@ -82,6 +90,17 @@ def listed(parts: Sequence[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+def page(report: Callable[[list[dict]], str], name: str = "README.md") -> Callable:
+    """What `command` takes to draw one page, by a function that gives its text."""
+
+    def draw(records: list[dict], folder: Path) -> str:
+        text = report(records)
+        (folder / name).write_text(text)
+        return text
+
+    return draw
+
+
 def command(
     description: str,
     log: Path,
@@ -103,7 +122,10 @@ def command(
     Returns:
         The exit status: 1 after an error, which is printed in one line.
     """
-    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=description.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     for name, given in (options or {}).items():
         parser.add_argument(name, **given)
     parser.add_argument("--out", metavar="DIR", type=Path, default=log.parent, help="folder")

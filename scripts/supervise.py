@@ -78,7 +78,7 @@ def run_once(command: list[str], ranks: int, asked: Event, grace: float) -> list
     A crash of one of them, or a request to stop, ends all.
     """
     common = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = []
     for rank in range(ranks):
         own = common | {"RANK": rank, "LOCAL_RANK": rank}
@@ -117,8 +117,8 @@ def _first_failure(statuses: list[int]) -> str:
     return signal.Signals(-status).name if status < 0 else f"status {status}"
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
         return server.getsockname()[1]
 
 

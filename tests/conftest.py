@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from composed import remembered
 from hypothesis import HealthCheck, settings
 from run import PATIENCE, SMALL
 
+import training.config
 from data.shards import write_shard
 
 torch.set_num_threads(1)
@@ -72,6 +74,14 @@ def small(tmp_path_factory) -> list[str]:
     return [*SMALL, f"data.train={directory}/train.bin", f"data.test={directory}/test.bin"]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compositions():
+    """Hydra's, remembered in this process: see composed.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.config._composed", remembered(training.config._composed))
+        yield
+
+
 @pytest.fixture
 def process_group(tmp_path):
     """Of this process alone."""
@@ -80,15 +90,18 @@ def process_group(tmp_path):
     dist.destroy_process_group()
 
 
-# Files of one long launch each: with two processes, the other one would wait for a late one.
-LONGEST = (
-    *("test_resume", "test_faults", "test_algorithm", "test_local_steps"),
-    *("soak/test_run", "gpu/test_gpu"),
-)
+STARTS = {"launch", "torchrun", "start", "subprocess"}  # what modules that start processes import
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from both_ends import BothEnds
+
+    return BothEnds(config, log)
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
-    items.sort(key=lambda item: not any(f"{name}.py" in str(item.path) for name in LONGEST))
+    items.sort(key=lambda item: STARTS.isdisjoint(vars(item.module)))  # launches first

@@ -1,15 +1,13 @@
 """What is done with a finished run: its model loaded, text sampled, its log mirrored to wandb."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from readme import blocks
-from run import ROOT, launch
+from run import launch, script
 
 import sample
 from data.loader import TestWindows
@@ -26,14 +24,6 @@ def run(small, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("after") / "run"
     launch(0, *small, "checkpoint.every=2", f"directory={directory}")
     return directory
-
-
-def script(*arguments, expect=0):
-    result = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode == expect, result.stderr
-    return result
 
 
 def test_the_loaded_model_is_the_trained_one(run, small):

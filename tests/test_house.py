@@ -35,10 +35,8 @@ DIRECTIONS = {
     "sample": ("training", "data", "model"),
     "scripts": ("train", "training", *LIBRARIES),
     "scripts.*.*": (
-        "scripts.netns",
-        "scripts.fleet",
-        "scripts.measuring",
-        "scripts.studies",
+        *("scripts.faults", "scripts.fleet", "scripts.measuring", "scripts.netns"),
+        *("scripts.studies", "scripts.supervise"),
         "train",
         "training",
         *LIBRARIES,
@@ -48,6 +46,7 @@ DIRECTIONS = {
         *("train", "training", *LIBRARIES),
     ),
     "tests": ("*",),
+    "noxfile": (),
 }
 ROOMS = {name.partition(".")[0] for name in DIRECTIONS}
 HELPERS = {path.stem for path in SUPPORT.iterdir()}  # of tests, by which they import them

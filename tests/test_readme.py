@@ -6,7 +6,6 @@ import shlex
 import pytest
 import torch
 from a_round import a_round
-from omegaconf import OmegaConf
 from readme import README, blocks
 from run import ROOT
 
@@ -14,7 +13,7 @@ from training.config import build, compose, sweep
 
 
 def test_the_loop_runs_as_printed(capsys):
-    _, _, loop, _ = blocks("python")
+    _, _, loop = blocks("python")
     scope = {}
     exec(loop, scope)
     sent = int(capsys.readouterr().out.split()[0])
@@ -57,21 +56,6 @@ def test_local_steps_run_as_printed(tmp_path, monkeypatch):
     exec("# " + used, scope)
     assert torch.equal(torch.load("model.pt")["1.weight"], start)  # no round has been
     assert not torch.equal(scope["model"][1].weight, start)
-
-
-def test_the_compressor_is_one(monkeypatch):
-    *_, code = blocks("python")
-    scope = {}
-    exec(code, scope)
-    node = OmegaConf.create(blocks("yaml")[0])
-    assert node.pop("_target_") == "my_module.TopRows"
-    compressor = scope["TopRows"](**node)
-    x = torch.randn(3, 16, 10, generator=torch.Generator().manual_seed(0))
-    payload = compressor.encode(x)
-    assert payload.shape == (3, compressor.payload_bytes(16, 10))
-    error = (compressor.decode(payload, 16, 10) - x).square().sum((1, 2))
-    assert (error <= (1 - compressor.alpha(16, 10)) * x.square().sum((1, 2))).all()
-    assert str(compressor) == "top rows 25% natural"
 
 
 OVERRIDES = [

@@ -11,7 +11,7 @@ PROGRAMS = [
     path
     for pattern in ("*.py", "data/*.py", "scripts/**/*.py")
     for path in sorted(ROOT.glob(pattern))
-    if '__name__ == "__main__"' in (text := path.read_text()) and re.search("[Pp]arse", text)
+    if '__name__ == "__main__"' in (text := path.read_text()) and re.search("[Pp]arse[r_]", text)
 ]
 
 

@@ -5,7 +5,8 @@ The same logs always give the same files.
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from data.files import whole_file
@@ -138,6 +139,18 @@ def draw(run_directories: Sequence[Path], output_directory: Path) -> list[Path]:
     output_directory = Path(output_directory)
     output_directory.mkdir(parents=True, exist_ok=True)
     return save(figure, output_directory / "test_loss")
+
+
+@contextmanager
+def panels(stem: Path, width: float, height: float, *grid: int, **shared) -> Iterator:
+    """One panel or a grid of them, in the style of all pictures, to draw in: then it is saved.
+
+    stem: of the two files; grid, shared: rows, columns and what else Figure.subplots takes.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure.subplots(*grid, **shared)
+    save(figure, stem)
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:

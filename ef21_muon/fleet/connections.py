@@ -31,7 +31,8 @@ try:
     from torchft.checkpointing.http_transport import HTTPTransport
 except ImportError as error:
     raise ImportError(
-        "workers that come and go need torchft, for Linux on x86-64: pip install 'ef21-muon[fleet]'"
+        "workers that come and go need torchft: pip install 'ef21-muon[fleet]', on Linux on x86-64 "
+        "with Python 3.13 or older"
     ) from error
 
 # This library reports what goes wrong between workers, in one line.

@@ -60,8 +60,12 @@ def loads(
             continue
         batches = form_batches(groups, costs, server, rank=0, ranks=ranks)
         max_traffic, max_multiplications = 0, 0
+        by_share: dict[tuple[int, ...], Traffic] = {}  # ranks with equal shares send as much
         for rank in range(ranks):
-            traffic = dry_round(batches, rank, ranks)
+            share = tuple(len(batch.params[batch.owned_by[rank]]) for batch in batches)
+            if share not in by_share:
+                by_share[share] = dry_round(batches, rank, ranks)
+            traffic = by_share[share]
             sent, received = int(traffic.wire_tx_bytes), int(traffic.wire_rx_bytes)
             max_traffic = max(max_traffic, sent, received)
             owned = (p for batch in batches for p in batch.params[batch.owned_by[rank]])

@@ -7,11 +7,12 @@ with fixed membership and with torchft's, in turns. Records go to results/chaos/
 README.md beside it.
 """
 
-import json
+import argparse
 import os
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -24,78 +25,71 @@ from torch import nn
 
 from ef21_muon import LocalSteps
 from ef21_muon.compressors import Quantize
+from scripts.chaos.report import LOG, draw
 from scripts.fleet import new_lighthouse
-from training.config import ROOT
+from scripts.studies import command
+from scripts.supervise import free_port
+from training.workers import RunError
 
-OUTPUT = ROOT / "results" / "chaos" / "cost.jsonl"
-WORKERS, PORT = 3, 29533
+WORKERS = 3
 WARM_UP, STEPS, TURNS = 10, 100, 3
 
 
-def build(kind: str, worker: int) -> tuple[nn.Module, LocalSteps]:
+def time_steps(kind: str, worker: int, port: int, medians) -> None:
+    """Put the median seconds of this worker's steps; whoever is first is not waited for."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(12)))
     inner = torch.optim.SGD(model.parameters(), lr=0.01)
     options = {"sync_every": 1, "w2s": Quantize("normal2"), "server": "replicated", "seed": 0}
-    if kind == "fixed":
-        dist.init_process_group("gloo")
-        return model, LocalSteps(inner, **options)
-    from ef21_muon.fleet import Fleet
 
-    fleet = Fleet(worker, f"http://localhost:{PORT}")
-    optimizer = LocalSteps(inner, transport=fleet, **options)
-    fleet.join()
-    while len(fleet.quorums[-1].workers) < WORKERS:  # until all are there
-        model(torch.ones(4, 256)).square().mean().backward()
-        optimizer.step()
-    return model, optimizer
-
-
-def measure(kind: str, worker: int) -> float:
-    """Seconds of a step, the median."""
-    model, optimizer = build(kind, worker)
-    times = []
-    for _ in range(WARM_UP + STEPS):
+    def step() -> float:
         model(torch.ones(4, 256)).square().mean().backward()
         start = time.perf_counter()
         optimizer.step()
-        times.append(time.perf_counter() - start)
-    return median(times[WARM_UP:])
+        return time.perf_counter() - start
+
+    if kind == "fixed":
+        meet = f"tcp://localhost:{port}"
+        dist.init_process_group("gloo", meet, world_size=WORKERS, rank=worker)
+        optimizer = LocalSteps(inner, **options)
+    else:
+        from ef21_muon.fleet import Fleet
+
+        fleet = Fleet(worker, f"http://localhost:{port}")
+        optimizer = LocalSteps(inner, transport=fleet, **options)
+        fleet.join()
+        while len(fleet.quorums[-1].workers) < WORKERS:  # until all are there
+            step()
+    medians.put(median([step() for _ in range(WARM_UP + STEPS)][WARM_UP:]))
+    os._exit(0)
 
 
-def run(kind: str) -> float:
-    """Of the worker that takes longest."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launches = [(3, 0)] if kind == "fixed" else [(1, worker) for worker in range(WORKERS)]
-    jobs = [
-        subprocess.Popen(
-            [*torchrun, f"--nproc_per_node={ranks}", __file__, kind, str(worker)],
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
-        for ranks, worker in launches
+def milliseconds(kind: str, port: int) -> float:
+    """Of a step, of the worker that takes longest."""
+    context = get_context("spawn")
+    medians = context.SimpleQueue()
+    workers = [
+        context.Process(target=time_steps, args=(kind, worker, port, medians))
+        for worker in range(WORKERS)
     ]
-    outputs = [job.communicate()[0] for job in jobs]
-    return max(float(line) for output in outputs for line in output.split())
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise RunError(f"a worker with {kind} membership has failed")
+    return round(1e3 * max(medians.get() for _ in workers), 2)
 
 
-def main() -> None:
-    if len(sys.argv) == 3:
-        seconds = measure(sys.argv[1], int(sys.argv[2]))
-        print(seconds, flush=True)
-        os._exit(0)  # whoever is first is not waited for
-    records = []
+def measure(_: argparse.Namespace) -> Iterator[dict]:
     for turn in range(TURNS):
-        server = new_lighthouse(WORKERS, PORT)
-        record = {"record": "cost", "turn": turn}
-        record |= {kind: round(1e3 * run(kind), 2) for kind in ("fixed", "torchft")}
+        port = free_port()
+        server = new_lighthouse(WORKERS, port)
+        fixed, torchft = milliseconds("fixed", free_port()), milliseconds("torchft", port)
         server.shutdown()
-        records.append(record)
-        print(json.dumps(record), flush=True)
-    OUTPUT.write_text("".join(json.dumps(record) + "\n" for record in records))
+        yield {"record": "cost", "turn": turn, "fixed": fixed, "torchft": torchft}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(__doc__, LOG.with_name("cost.jsonl"), measure, draw))

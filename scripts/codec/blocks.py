@@ -15,9 +15,7 @@ The records go to blocks.jsonl in DIR, and from them come blocks.md and blocks.p
 """
 
 import argparse
-import json
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -30,16 +28,14 @@ if not __package__:
 from ef21_muon.compressors.base import value_format
 from ef21_muon.values.base import ValueFormat
 from scripts.codec.run import momentum_difference
-from scripts.measuring import markdown
+from scripts.studies import command, fill, markdown, select
 from training.config import ROOT, compose
-from training.drawing import Figure, matplotlib
-from training.picture import COLOURS, STYLE, line_look, save
-from training.workers import RunError
+from training.picture import COLOURS, line_look, panels
 
+TEXT = Path(__file__).with_name("blocks.md")
 DEFAULTS = ("experiment=shakespeare", "steps=12", "batch.global_size=8")
 BLOCKS = tuple(2**power for power in range(0, 11, 2))
 BITS = (2, 3, 4, 8)
-DRAWN_BITS = 4  # in the first panel
 DRAWS = 16
 INPUTS = {"momentum": "momentum difference", "noise": "Gaussian noise", "spike": "one large number"}
 WAYS = {
@@ -60,12 +56,15 @@ def inputs(differences: list[Tensor]) -> dict[str, list[Tensor]]:
     return {"momentum": differences, "noise": noise, "spike": spikes}
 
 
-def variance(x: Tensor, bits: int, blocks: int, power: float = 0.0) -> float:
-    """Of integers of x D^(-1/2) times D^(1/2), by the formula; D = c^(2 power) of the columns."""
+def variance(x: Tensor, bits: int, blocks: int | None, power: float) -> float:
+    """Of integers of x D^(-1/2) times D^(1/2), by the formula; D = c^(2 power) of the columns.
+
+    blocks: of the whole message; None is one for every row.
+    """
     x = x.double()
     largest = x.abs().amax(1, keepdim=True)
     root = largest.masked_fill(largest == 0, 1) ** power
-    scaled = (x / root).view(len(x), blocks, -1)
+    scaled = (x / root).view(len(x), blocks or x.shape[1], -1)
     step = scaled.abs().amax(2, keepdim=True) / (2 ** (bits - 1) - 1)
     steps = scaled / step.masked_fill(step == 0, 1)
     share = steps - steps.floor()
@@ -84,23 +83,22 @@ def drawn(x: Tensor, values: ValueFormat) -> float:
     return sum(map(squares, draws)) / DRAWS
 
 
-def format_record(kind: str, batches: list[Tensor], name: str, predicted: float | None) -> dict:
+def measured(batches: list[Tensor], name: str) -> dict:
+    """What a format's record has of it."""
     values = value_format(name)
     sent = sum(len(x) * values.payload_bytes(*x.shape[1:]) for x in batches)
     return {
         "record": "format",
-        "input": kind,
-        "format": name,
         "bits_a_value": 8 * sent / sum(x.numel() for x in batches),
-        "predicted": predicted,
         "measured": sum(drawn(x, values) for x in batches) / sum(map(squares, batches)),
         "omega": max(values.omega(*x.shape[1:]) for x in batches),
     }
 
 
-def all_records(overrides: Sequence[str]) -> Iterator[dict]:
+def measure(options: argparse.Namespace) -> Iterator[dict]:
+    """A record for every input and format; the smoothness matrix's own power is predicted alone."""
     torch.set_num_threads(1)
-    config = compose((*DEFAULTS, *overrides)).config
+    config = compose((*DEFAULTS, *options.overrides)).config
     differences = momentum_difference(config)
     yield {
         "record": "run",
@@ -112,182 +110,107 @@ def all_records(overrides: Sequence[str]) -> Iterator[dict]:
     }
     for kind, batches in inputs(differences).items():
         whole = sum(map(squares, batches))
-
-        def predicted(bits, blocks=None, power=0.0, batches=batches, whole=whole) -> float:
-            """blocks: None has one for every row."""
-            of_batches = (variance(x, bits, blocks or x.shape[1], power) for x in batches)
-            return sum(of_batches) / whole
-
         for bits in BITS:
-            for blocks in BLOCKS:
-                name = f"int{bits}@{blocks}blocks"
-                yield format_record(kind, batches, name, predicted(bits, blocks))
-            yield format_record(kind, batches, f"int{bits}", predicted(bits))
-            yield format_record(kind, batches, f"int{bits}@112", None)
-            yield format_record(kind, batches, f"rowcol{bits}", predicted(bits, power=0.5))
-            own = predicted(bits, power=1.0)
+            formulas = {f"int{bits}@{blocks}blocks": (blocks, 0.0) for blocks in BLOCKS}
+            formulas |= {f"int{bits}": (None, 0.0), f"rowcol{bits}": (None, 0.5)}
+            for name, how in {**formulas, f"int{bits}@112": None}.items():
+                lost = how and sum(variance(x, bits, *how) for x in batches) / whole
+                yield {"input": kind, "format": name, "predicted": lost, **measured(batches, name)}
+            own = sum(variance(x, bits, None, 1.0) for x in batches) / whole
             yield {"record": "own power", "input": kind, "bits": bits, "predicted": own}
 
 
-def read(log_file: Path) -> list[dict]:
-    return [json.loads(line) for line in log_file.read_text().splitlines()]
-
-
-def of_formats(records: Sequence[dict]) -> dict[tuple[str, str], dict]:
-    """By input and format, which earlier records call smooth4 in place of rowcol4."""
-    return {
-        (r["input"], r["format"].replace("smooth", "rowcol")): r
-        for r in records
-        if r["record"] == "format"
-    }
-
-
-def gain(found: dict[tuple[str, str], dict], kind: str, one: str, other: str) -> float:
-    """How many times less the other format loses, as measured."""
-    return found[kind, one]["measured"] / found[kind, other]["measured"]
+def by_format(records: Sequence[dict]) -> dict[tuple[str, str], dict]:
+    """By input and format."""
+    return {(r["input"], r["format"]): r for r in select(records, record="format")}
 
 
 def blocks_table(records: Sequence[dict]) -> str:
-    found = of_formats(records)
-    rows = [
-        [
-            "blocks",
-            *(f"{what}, {i}" for i in INPUTS.values() for what in ("predicted", "measured")),
-            "bound",
-        ]
-    ]
+    """Of four bits."""
+    found, both = by_format(records), ("predicted", "measured")
+    rows = [["blocks", *(f"{what}, {i}" for i in INPUTS.values() for what in both), "bound"]]
     for blocks in BLOCKS:
-        name = f"int{DRAWN_BITS}@{blocks}blocks"
-        of_name = [found[kind, name] for kind in INPUTS]
-        cells = [f"{one[what]:.3g}" for one in of_name for what in ("predicted", "measured")]
-        rows.append([str(blocks), *cells, f"{of_name[0]['omega']:.3g}"])
+        of_inputs = [found[kind, f"int4@{blocks}blocks"] for kind in INPUTS]
+        lost = [f"{one[what]:.3g}" for one in of_inputs for what in both]
+        rows.append([str(blocks), *lost, f"{of_inputs[0]['omega']:.3g}"])
     return markdown(rows, text_columns=0)
 
 
 def ways_table(records: Sequence[dict]) -> str:
-    found = of_formats(records)
-    own = {(r["input"], r["bits"]): r["predicted"] for r in records if r["record"] == "own power"}
+    found = by_format(records)
     rows = [["integers of", "a scale for", "bits per value", *INPUTS.values(), "bound"]]
     for bits in BITS:
         for way, pattern in WAYS.items():
             of_way = [found[kind, pattern.format(bits)] for kind in INPUTS]
-            lost = [f"{one['measured']:.3g}" for one in of_way]
-            numbers = [f"{of_way[0]['bits_a_value']:.3f}", *lost, f"{of_way[0]['omega']:.3g}"]
-            rows.append([f"{bits} bits", way, *numbers])
-        lost = [f"{own[kind, bits]:.3g}" for kind in INPUTS]
-        rows.append([f"{bits} bits", "the same, c_j^2 (predicted)", "", *lost, ""])
+            row = [f"{bits} bits", way, f"{of_way[0]['bits_a_value']:.3f}"]
+            row += [f"{one['measured']:.3g}" for one in of_way]
+            rows.append([*row, f"{of_way[0]['omega']:.3g}"])
+        own = [f"{one['predicted']:.3g}" for one in select(records, record="own power", bits=bits)]
+        rows.append([f"{bits} bits", "the same, c_j^2 (predicted)", "", *own, ""])
     return markdown(rows, text_columns=2)
 
 
-def report(records: Sequence[dict]) -> str:
-    """blocks.md."""
-    run, found = records[0], of_formats(records)
-    most, name = BLOCKS[-1], f"int{DRAWN_BITS}"
-    fewer = {kind: gain(found, kind, f"{name}@1blocks", f"{name}@{most}blocks") for kind in INPUTS}
-    by_row = gain(found, "momentum", f"{name}@1blocks", name)
-    rowcol = f"rowcol{DRAWN_BITS}"
-    over = {ways: gain(found, "momentum", ways, rowcol) for ways in (name, f"{name}@112")}
-    bits = {what: found["momentum", what]["bits_a_value"] for what in (*over, rowcol)}
-    text = f"""In {DRAWN_BITS} bits, {most:,} blocks lose {fewer["spike"]:,.0f} times less than one
-of the worst numbers: there, n blocks save a factor O(n). (The bound falls as 1 / B where
-N / (4 s^2) is the smaller of its two, and as 1 / sqrt(B) before.) Of noise they lose
-{fewer["noise"]:.1f} times less, since the largest of many Gaussian numbers is little larger than
-that of few, and of the momentum difference {fewer["momentum"]:.1f} times less. A scale per row
-loses {by_row:.1f} times less than one.
+def draw(records: Sequence[dict], directory: Path) -> str:
+    """Write blocks.md, blocks.png and blocks.svg; returns the page."""
+    (run,), found = select(records, record="run"), by_format(records)
+    most = f"int4@{BLOCKS[-1]}blocks"
 
-`rowcol` has a scale for every row, and for every column the root of its largest magnitude. Of the
-momentum difference in {DRAWN_BITS} bits it loses {over[name]:.1f} times less than scales of rows
-alone, with {bits[rowcol]:.2f} bits per value for {bits[name]:.2f}, and at equal bits
-({bits[f"{name}@112"]:.2f}) {over[f"{name}@112"]:.1f} times less than a scale for 112 values. With
-the largest magnitudes themselves, which is the smoothness matrix's own power, more is lost again:
-what is small in a column that is small would be written as finely as what is large."""
-    return f"""# Blocks, and a diagonal geometry
+    def times(kind: str, one: str, other: str) -> float:
+        """How many times less the other format loses."""
+        return found[kind, one]["measured"] / found[kind, other]["measured"]
 
-`python scripts/codec/blocks.py`, a minute (torch {run["torch"]}). What dithered integers lose,
-E ||Q(x) - x||^2 / ||x||^2: of the momentum difference of a worker of the study
-({run["parameters"]:,} parameters, after {run["rounds"]} rounds), of Gaussian noise, and of numbers
-where one has size 1 and the others 1 / sqrt(N), for which one scale is worst. Bounds are of the
-shape that has the largest.
-
-![Relative variance against the number of blocks, and against bits](blocks.png)
-
-{blocks_table(records)}
-
-{paragraphs_of(text)}
-
-{ways_table(records)}
-
-That n blocks save a factor O(n) is from the abstract of "Theoretically Better and Numerically
-Faster Distributed Optimization with Smoothness-Aware Quantization Techniques" (arXiv:2106.03524),
-which alone was at hand; there n is the number of nodes as well, and what is saved is communication
-to a given accuracy, which is not measured here. Predictions and bounds are this library's own. Its
-smoothness matrices are of a convex problem's data and known to the server; here a message carries
-the
-diagonal, of itself.
-"""
+    page = fill(
+        TEXT.read_text(),
+        {
+            **{"torch": run["torch"], "rounds": str(run["rounds"]), "most": f"{BLOCKS[-1]:,}"},
+            "parameters": f"{run['parameters']:,}",
+            "spike": f"{times('spike', 'int4@1blocks', most):,.0f}",
+            "less": lambda kind: f"{times(kind, 'int4@1blocks', most):.1f}",
+            "rows": f"{times('momentum', 'int4@1blocks', 'int4'):.1f}",
+            "over_rows": f"{times('momentum', 'int4', 'rowcol4'):.1f}",
+            "over_values": f"{times('momentum', 'int4@112', 'rowcol4'):.1f}",
+            "bits_rowcol": f"{found['momentum', 'rowcol4']['bits_a_value']:.2f}",
+            "bits_rows": f"{found['momentum', 'int4']['bits_a_value']:.2f}",
+            "bits_values": f"{found['momentum', 'int4@112']['bits_a_value']:.2f}",
+            "blocks": blocks_table(records),
+            "ways": ways_table(records),
+        },
+    )
+    (directory / "blocks.md").write_text(page)
+    draw_variance(found, directory / "blocks")
+    return page
 
 
-def paragraphs_of(text: str) -> str:
-    return "\n\n".join(textwrap.fill(part, 100) for part in text.split("\n\n"))
-
-
-def figure(records: Sequence[dict]) -> Figure:
-    found = of_formats(records)
-    with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=(10, 4), layout="constrained")
-        by_blocks, by_bits = drawing.subplots(1, 2)
-        names = [f"int{DRAWN_BITS}@{blocks}blocks" for blocks in BLOCKS]
+def draw_variance(found: dict[tuple[str, str], dict], stem: Path) -> None:
+    """Relative variance against blocks in four bits, and against bits."""
+    with panels(stem, 10, 4, 1, 2) as (by_blocks, by_bits):
+        names = [f"int4@{blocks}blocks" for blocks in BLOCKS]
         for index, (kind, title) in enumerate(INPUTS.items()):
             of_kind = [found[kind, name] for name in names]
+            lost, expected = ([one[what] for one in of_kind] for what in ("measured", "predicted"))
             look = line_look(index)
-            by_blocks.plot(BLOCKS, [one["measured"] for one in of_kind], label=title, **look)
-            by_blocks.plot(
-                BLOCKS, [one["predicted"] for one in of_kind], color="#777777", linewidth=0.7
-            )
-            rowcol = found[kind, f"rowcol{DRAWN_BITS}"]["measured"]
+            by_blocks.plot(BLOCKS, lost, label=title, **look)
+            by_blocks.plot(BLOCKS, expected, color="#777777", linewidth=0.7)
+            rowcol = found[kind, "rowcol4"]["measured"]
             by_blocks.axhline(rowcol, color=look["color"], linestyle=":", linewidth=0.9)
         bounds = [found["noise", name]["omega"] for name in names]
         by_blocks.plot(BLOCKS, bounds, color="#777777", linestyle="--", label="bound")
-        by_blocks.set(
-            xscale="log",
-            yscale="log",
-            xlabel="blocks per message (dotted: a row and a column)",
-            ylabel="relative variance",
-            title=f"{DRAWN_BITS} bits",
-        )
+        label = "blocks per message (dotted: a row and a column)"
+        by_blocks.set(xscale="log", yscale="log", xlabel=label, ylabel="relative variance")
+        by_blocks.set_title("4 bits")
         by_blocks.legend(fontsize=7)
         for index, (way, pattern) in enumerate(WAYS.items()):
             points = [found["momentum", pattern.format(bits)] for bits in BITS]
-            by_bits.plot(
-                [one["bits_a_value"] for one in points],
-                [one["measured"] for one in points],
-                label=way,
-                **(line_look(index) | {"color": COLOURS[index]}),
-            )
+            sizes, lost = ([one[what] for one in points] for what in ("bits_a_value", "measured"))
+            by_bits.plot(sizes, lost, label=way, **(line_look(index) | {"color": COLOURS[index]}))
         by_bits.set(yscale="log", xlabel="bits per value", title="momentum difference")
         by_bits.legend(fontsize=7)
-    return drawing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the training run")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "results" / "codec")
-    parser.add_argument("--redraw", action="store_true", help="from DIR/blocks.jsonl, no measuring")
-    options = parser.parse_intermixed_args(arguments)
-    log_file = options.out / "blocks.jsonl"
-    try:
-        if not options.redraw:
-            lines = [json.dumps(record) + "\n" for record in all_records(options.overrides)]
-            log_file.write_text("".join(lines))
-        records = read(log_file)
-    except (RunError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    (options.out / "blocks.md").write_text(report(records))
-    save(figure(records), options.out / "blocks")
-    print(report(records))
-    return 0
+    overrides = {"nargs": "*", "metavar": "KEY=VALUE", "help": "of the training run"}
+    log = ROOT / "results" / "codec" / "blocks.jsonl"
+    return command(__doc__, log, measure, draw, {"overrides": overrides}, arguments)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,16 @@
 A small convolutional net learns the 1,797 digits of 8 x 8 pixels that scikit-learn ships (install
 `.[digits]`). Hidden layers take steps by one of METHODS, all others Scion's. Every method gets the
 same number of radii and momenta; of each the pair with the lowest validation loss, the mean of two
-seeds, is trained from ten others. The records go to digits.jsonl in --out, and from them come
+seeds, is trained from thirty others. The records go to digits.jsonl in --out, and from them come
 README.md and digits.png (--redraw).
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import isfinite
+from itertools import product
+from math import inf, isfinite, sqrt
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from torch import Tensor, nn
@@ -24,28 +23,25 @@ if not __package__:
 
 from ef21_muon import EF21Muon, param_groups
 from ef21_muon.norms import AdaptiveRadius, Euclidean
-from scripts.digits.report import draw, select, validation
+from scripts.studies import command, fill, markdown, select
 from training.config import ROOT
+from training.picture import COLOURS, panels
 
+TEXT = Path(__file__).with_name("report.md")
 STEPS, BATCH, LR = 300, 64, 0.02
 HEAD, BIASES = 20.0, 0.25  # the radii of what is not hidden, for all methods
 PARTS = {"train": 1077, "validation": 360, "test": 360}  # images
-BETAS = (0.1, 0.5)
-RADII = {  # of hidden layers
-    "without": (0.5, 1.0, 2.0, 4.0, 8.0),
-    "with": (16.0, 32.0, 64.0, 128.0, 256.0),
-    "gradient descent": (16.0, 32.0, 64.0, 128.0, 256.0),
+METHODS = {
+    "without": "Muon",
+    "with": "Muon with error feedback",
+    "gradient descent": "gradient descent with momentum",
 }
-METHODS = tuple(RADII)
-TUNING_SEEDS, SEEDS = (0, 1), tuple(range(10, 40))
+BETAS = (0.1, 0.5)
+SMALL, LARGE = (0.5, 1.0, 2.0, 4.0, 8.0), (16.0, 32.0, 64.0, 128.0, 256.0)
+RADII = {"without": SMALL, "with": LARGE, "gradient descent": LARGE}  # of hidden layers
+TUNING_SEEDS, SEEDS = (0, 1), range(10, 40)
 
-
-@dataclass(frozen=True)
-class Images:
-    """Pixels (N, 1, 8, 8) from 0 to 1, and which digit each is (N,)."""
-
-    pixels: Tensor
-    digits: Tensor
+Images = tuple[Tensor, Tensor]  # pixels (N, 1, 8, 8) from 0 to 1, and which digit each is (N,)
 
 
 def net() -> nn.Sequential:
@@ -64,19 +60,14 @@ def build(model: nn.Sequential, method: str, radius: float, beta: float) -> EF21
     "gradient descent" takes the step lr radius M, of which "with" takes the part along the LMO's
     direction and keeps the rest for later.
     """
+    plain = {"norm": Euclidean(), "radius": AdaptiveRadius(l0=1 / radius, l1=0)}
+    plain["conv_scaling"] = False
+    of_method = {"without": {}, "with": {"lmo_feedback": True}, "gradient descent": plain}[method]
     groups = param_groups(model, "scion", roles={"10.weight": "embedding"})
     for group in groups:
         group["radius"] = {"embedding": HEAD, "vector": BIASES}.get(group["name"], radius)
         if group["name"] == "hidden":
-            group |= {
-                "without": {},
-                "with": {"lmo_feedback": True},
-                "gradient descent": {
-                    "norm": Euclidean(),
-                    "radius": AdaptiveRadius(l0=1 / radius, l1=0),
-                    "conv_scaling": False,
-                },
-            }[method]
+            group |= of_method
     return EF21Muon(groups, lr=LR, momentum=1 - beta)
 
 
@@ -88,16 +79,16 @@ def train(
     torch.manual_seed(seed)
     model = net()
     optimizer = build(model, method, radius, beta)
-    images, curve = parts["train"], []
+    (pixels, digits), curve = parts["train"], []
     order = torch.empty(0, dtype=torch.int64)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = LR * (1 - step / steps)
         if len(order) < BATCH:
-            order = torch.randperm(len(images.digits), generator=random)
+            order = torch.randperm(len(digits), generator=random)
         chosen, order = order.split([BATCH, len(order) - BATCH])
         optimizer.zero_grad()
-        functional.cross_entropy(model(images.pixels[chosen]), images.digits[chosen]).backward()
+        functional.cross_entropy(model(pixels[chosen]), digits[chosen]).backward()
         optimizer.step()
         if (step + 1) % (steps // 10) == 0:
             curve.append(measured(model, parts["test"])[0])
@@ -110,9 +101,10 @@ def train(
 @torch.no_grad()
 def measured(model: nn.Module, images: Images) -> tuple[float | None, float]:
     """The mean loss in nats per image, None if it is not finite, and the accuracy."""
-    scores = model(images.pixels)
-    accuracy = (scores.argmax(1) == images.digits).float().mean()
-    loss = float(functional.cross_entropy(scores, images.digits))
+    pixels, digits = images
+    scores = model(pixels)
+    accuracy = (scores.argmax(1) == digits).float().mean()
+    loss = float(functional.cross_entropy(scores, digits))
     return loss if isfinite(loss) else None, float(accuracy)
 
 
@@ -131,55 +123,98 @@ def read_images() -> dict[str, Images]:
     digits = torch.from_numpy(data.target)[order]
     sizes = list(PARTS.values())
     parts = zip(pixels.split(sizes), digits.split(sizes), strict=True)
-    return dict(zip(PARTS, (Images(*part) for part in parts), strict=True))
-
-
-def best(records: Sequence[dict], method: str) -> tuple[float, float]:
-    """Of the grid, the radius and beta with the lowest mean validation loss."""
-    points = {(one["radius"], one["beta"]) for one in select(records, "grid", method)}
-    losses = {point: validation(records, method, *point) for point in sorted(points)}
-    return min((point for point in losses if losses[point] is not None), key=losses.get)
+    return dict(zip(PARTS, parts, strict=True))
 
 
 def all_records(parts: dict[str, Images]) -> Iterator[dict]:
     """The grid of every method, and then its best point from other seeds."""
-    for method in METHODS:
+    torch.set_num_threads(1)
+    for method, radii in RADII.items():
         grid = []
-        for radius in RADII[method]:
-            for beta in BETAS:
-                for seed in TUNING_SEEDS:
-                    found = train(parts, method, radius, beta, seed)
-                    grid.append({"stage": "grid", **found})
-                    yield grid[-1]
+        for radius, beta, seed in product(radii, BETAS, TUNING_SEEDS):
+            grid.append({"stage": "grid", **train(parts, method, radius, beta, seed)})
+            yield grid[-1]
+        best = min(product(radii, BETAS), key=lambda at, grid=grid: validation(grid, *at) or inf)
         for seed in SEEDS:
-            yield {"stage": "final", **train(parts, method, *best(grid, method), seed)}
+            yield {"stage": "final", **train(parts, method, *best, seed)}
 
 
-def read(log_file: Path) -> list[dict]:
-    """The records of a digits.jsonl."""
-    return [json.loads(line) for line in log_file.read_text().splitlines()]
+def validation(grid: Sequence[dict], radius: float, beta: float) -> float | None:
+    """The mean validation loss at a point of a method's grid; None where a seed diverged."""
+    losses = [one["validation_loss"] for one in select(grid, radius=radius, beta=beta)]
+    return None if None in losses else mean(losses)
+
+
+def draw(records: Sequence[dict], directory: Path) -> str:
+    """Write README.md and the picture; returns the page. Its words were written by the records."""
+    grids = {method: select(records, stage="grid", method=method) for method in METHODS}
+    finals = {method: select(records, stage="final", method=method) for method in METHODS}
+    values = {"finals": final_table(finals), "grid": grid_table(grids)}
+    page = fill(TEXT.read_text(), values | changes(finals["without"], finals["with"]))
+    (directory / "README.md").write_text(page)
+    draw_losses(grids, finals, directory / "digits")
+    return page
+
+
+def final_table(finals: dict[str, list[dict]]) -> str:
+    """Of every method its best point, and mean and standard deviation of its seeds at the end."""
+    rows = [["hidden layers", "radius", "momentum"]]
+    rows[0] += ["training loss", "test loss", "test accuracy, %"]
+    for method, runs in finals.items():
+        row = [METHODS[method], f"{runs[0]['radius']:g}", f"{1 - runs[0]['beta']:g}"]
+        for key in ("train_loss", "test_loss"):
+            losses = [one[key] for one in runs]
+            row.append(f"{mean(losses):.4f} ± {stdev(losses):.4f}")
+        percents = [100 * one["test_accuracy"] for one in runs]
+        rows.append([*row, f"{mean(percents):.2f} ± {stdev(percents):.2f}"])
+    return markdown(rows)
+
+
+def grid_table(grids: dict[str, list[dict]]) -> str:
+    """Validation losses, means over seeds."""
+    rows = [["hidden layers", "radius", *(f"momentum {1 - beta:g}" for beta in BETAS)]]
+    for method, grid in grids.items():
+        for radius in RADII[method]:
+            losses = [validation(grid, radius, beta) for beta in BETAS]
+            cells = ["diverged" if loss is None else f"{loss:.4f}" for loss in losses]
+            rows.append([METHODS[method], f"{radius:g}", *cells])
+    return markdown(rows)
+
+
+def changes(without: Sequence[dict], with_: Sequence[dict]) -> dict[str, str]:
+    """What feedback costs, or gains, from the same seeds; ± is the standard error over them."""
+
+    def change(key: str, scale: float, digits: int) -> str:
+        found = [scale * (b[key] - a[key]) for a, b in zip(without, with_, strict=True)]
+        error = stdev(found) / sqrt(len(found))
+        return f"{mean(found):+.{digits}f} ± {error:.{digits}f}"
+
+    losses, accuracies = change("test_loss", 1, 4), change("test_accuracy", 100, 2)
+    before, after = (mean(one["test_loss"] for one in runs) for runs in (without, with_))
+    share = f"{after / before - 1:+.0%}"
+    return {"loss": losses, "share": share, "accuracy": accuracies, "seeds": str(len(with_))}
+
+
+def draw_losses(grids: dict[str, list[dict]], finals: dict[str, list[dict]], stem: Path) -> None:
+    """Validation loss against radius, at each momentum, and test loss against steps."""
+    with panels(stem, 9, 3.6, 1, 2) as (left, right):
+        for (method, name), colour in zip(METHODS.items(), COLOURS, strict=False):
+            for beta, line in zip(BETAS, ("-", "--"), strict=True):
+                losses = [validation(grids[method], radius, beta) for radius in RADII[method]]
+                label = f"{name}, momentum {1 - beta:g}"
+                left.plot(RADII[method], losses, line, marker="o", color=colour, label=label)
+            curves = [one["curve"] for one in finals[method]]
+            means = [mean(values) for values in zip(*curves, strict=True)]
+            right.plot(range(10, 101, 10), means, marker="o", color=colour, label=name)
+        left.set(xscale="log", yscale="log", xlabel="radius", ylabel="validation loss, nats")
+        right.set(yscale="log", xlabel="% of the steps", ylabel="test loss, nats, mean of seeds")
+        left.legend(fontsize=7)
+        right.legend()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "results" / "digits")
-    parser.add_argument("--redraw", action="store_true", help="from DIR/digits.jsonl, no runs")
-    options = parser.parse_args(arguments)
-    log_file = options.out / "digits.jsonl"
-    torch.set_num_threads(1)
-    try:
-        if not options.redraw:
-            parts = read_images()
-            options.out.mkdir(parents=True, exist_ok=True)
-            with log_file.open("w") as file:
-                for record in all_records(parts):
-                    file.write(json.dumps(record) + "\n")
-                    file.flush()
-        draw(read(log_file), options.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    log = ROOT / "results" / "digits" / "digits.jsonl"
+    return command(__doc__, log, lambda _: all_records(read_images()), draw, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """README.md of scripts/gpu/run.py, from its records alone."""
 
+from collections.abc import Iterable
+
 from ef21_muon.checks import renamed
-from scripts.gpu.run import RUNS
-from scripts.measuring import markdown
+from scripts.studies import markdown
 from training.renamed import modern_label
 
 PHASES = ("forward_backward", "encode", "exchange", "decode", "server")
@@ -12,33 +13,35 @@ NOT_A_GPU = (
 )
 
 
-def report(records: list[dict]) -> str:
-    """README.md."""
-    records = [modern(record) for record in records]
-    (facts,) = of(records, "facts")
-    on_gpu = "cuda" in facts
+def report(records: list[dict], names: Iterable[str]) -> str:
+    """README.md. names: of the runs, in the order of the table."""
+    kinds = {kind: [] for kind in ("facts", "part", "tests", "verify", "step", "training")}
+    for record in map(modern, records):
+        kinds[record["record"]].append(record)
+    (facts,), steps = kinds["facts"], kinds["step"]
     what = f"{facts['device']}, torch {facts['torch']}, {facts['cores']} cores"
-    parts = "; ".join(f"{part['part']} {_end(part)}" for part in of(records, "part"))
+    parts = "; ".join(f"{part['part']} {_end(part)}" for part in kinds["part"])
+    tests = [line for one in kinds["tests"] for line in (one["summary"], *one["failed"])]
     return f"""# What a GPU has shown
 
 `make gpu` on one machine: {what}.
-{"" if on_gpu else NOT_A_GPU}
+{"" if "cuda" in facts else NOT_A_GPU}
 Parts and their seconds: {parts}.
 
 ## Tests and claims
 
-Tests marked `cuda`: {tests(records)}
+Tests marked `cuda`: {chr(10).join(tests) or "not run."}
 
-{claims(records)}
+{chr(10).join(map(claims, kinds["verify"])) or "Claims: not run."}
 
 ## A step
 
-One worker alone, gradients of {of(records, "step")[0]["tokens"] if of(records, "step") else 0}
+One worker alone, gradients of {steps[0]["tokens"] if steps else 0}
 tokens; medians, in ms, by events on the device. *ms* is the whole step on the host's clock, from
 idle to idle. State is what stays allocated of the optimizer, peak what a step allocates beyond.
 *Host waits* is what torch says of a step that waits for the device; none may.
 
-{step_table(records)}
+{step_table(steps)}
 
 ## Two workers on one GPU
 
@@ -47,9 +50,9 @@ GPT-2's tokens, and nothing is compiled. Milliseconds are of a step in the secon
 left out; phases are rank 0's, by events on the device, so that its waiting for a message is in the
 whole step alone.
 
-{training_table(records)}
+{training_table(kinds["training"], kinds["part"], names)}
 
-{commits(records)}
+{commits(kinds["training"])}
 """
 
 
@@ -61,54 +64,46 @@ def modern(record: dict) -> dict:
     return record | new
 
 
-def of(records: list[dict], kind: str) -> list[dict]:
-    return [record for record in records if record["record"] == kind]
-
-
 def _end(part: dict) -> str:
     failed = f" (exit {part['status']}: {part.get('error') or 'no line says why'})"
     why = {0: "", None: " (time was up)"}.get(part["status"], failed)
     return f"{part['seconds']:.0f}{why}"
 
 
-def tests(records: list[dict]) -> str:
-    lines = [line for one in of(records, "tests") for line in (one["summary"], *one["failed"])]
-    return "\n".join(lines) or "not run."
+def claims(record: dict) -> str:
+    failed = "".join(f" `{line}`" for line in record["failed"])
+    return f"`scripts/verify.py` with two workers that share the GPU: {record['summary']}.{failed}"
 
 
-def claims(records: list[dict]) -> str:
-    summaries = [
-        f"`scripts/verify.py` with two workers that share the GPU: {one['summary']}."
-        + "".join(f" `{line}`" for line in one["failed"])
-        for one in of(records, "verify")
-    ]
-    return "\n".join(summaries) or "Claims: not run."
-
-
-def step_table(records: list[dict]) -> str:
+def step_table(steps: list[dict]) -> str:
     rows = [["method", "ms", "encode", "decode", "server", "state MB", "peak MB", "host waits"]]
-    for one in of(records, "step"):
+    for one in steps:
         phases = one["phases_ms"]
         shown = [f"{phases[p]:.2f}" if p in phases else "" for p in ("encode", "decode", "server")]
-        rows.append(
-            [
-                one["method"],
-                f"{one['ms']:.2f}",
-                *shown,
-                f"{one['state_bytes'] / 1e6:.0f}" if "state_bytes" in one else "",
-                f"{one['peak_bytes'] / 1e6:.0f}",
-                one["waits"] or "none",
-            ]
-        )
-    return markdown(rows, text_columns=1)
+        state = f"{one['state_bytes'] / 1e6:.0f}" if "state_bytes" in one else ""
+        peak, waits = f"{one['peak_bytes'] / 1e6:.0f}", one["waits"] or "none"
+        rows.append([one["method"], f"{one['ms']:.2f}", *shown, state, peak, waits])
+    return markdown(rows)
 
 
-def commits(records: list[dict]) -> str:
-    """Which versions the runs are of."""
-    versions = {one["run"]: one["commit"] for one in of(records, "training") if "commit" in one}
-    runs = "; ".join(f"{run}: {commit}" for run, commit in versions.items())
-    joined = "Joined of several calls of `make gpu`, on machines alike. "
-    return f"{joined if len({*versions.values()}) > 1 else ''}{runs}"
+def training_table(records: list[dict], parts: list[dict], names: Iterable[str]) -> str:
+    heading = ["run", "test loss", "bytes sent", "ms per step"]
+    rows = [[*heading, *(phase.replace("_", ", ") for phase in PHASES)]]
+    for name in names:
+        of_run = [one for one in records if one["run"] == name]
+        trained = [one for one in of_run if one["of"] == "train"]
+        ends = [one for one in of_run if one["of"] == "end"]
+        if not ends or "test_loss" not in ends[-1]:
+            part = [one for one in parts if one["part"] == name]
+            rows.append([name, _why_not(trained, ends, part), *[""] * (len(rows[0]) - 2)])
+            continue
+        first, last = trained[(len(trained) - 1) // 2], trained[-1]
+        spent = [last["seconds"] - first["seconds"]]
+        spent += [last["phases"][phase] - first["phases"][phase] for phase in PHASES]
+        between = max(1, last["step"] - first["step"])
+        loss, sent = f"{ends[-1]['test_loss']:.4f}", f"{ends[-1]['w2s_bytes']:,}"
+        rows.append([name, loss, sent, *(f"{1000 * one / between:.1f}" for one in spent)])
+    return markdown(rows)
 
 
 def _why_not(trained: list[dict], ends: list[dict], part: list[dict]) -> str:
@@ -119,30 +114,9 @@ def _why_not(trained: list[dict], ends: list[dict], part: list[dict]) -> str:
     return "did not end" if trained or part else "not run"
 
 
-def training_table(records: list[dict]) -> str:
-    heading = ["run", "test loss", "bytes sent", "ms per step"]
-    rows = [[*heading, *(phase.replace("_", ", ") for phase in PHASES)]]
-    runs = {}
-    for one in of(records, "training"):
-        runs.setdefault(one["run"], []).append(one)
-    for name in RUNS:
-        lines = runs.get(name, [])
-        trained = [one for one in lines if one["of"] == "train"]
-        ends = [one for one in lines if one["of"] == "end"]
-        if not ends or "test_loss" not in ends[-1]:
-            part = [one for one in of(records, "part") if one["part"] == name]
-            rows.append([name, _why_not(trained, ends, part), *[""] * (len(rows[0]) - 2)])
-            continue
-        first, last = trained[(len(trained) - 1) // 2], trained[-1]
-        between = max(1, last["step"] - first["step"])
-        spent = [last["seconds"] - first["seconds"]]
-        spent += [last["phases"][phase] - first["phases"][phase] for phase in PHASES]
-        rows.append(
-            [
-                name,
-                f"{ends[-1]['test_loss']:.4f}",
-                f"{ends[-1]['w2s_bytes']:,}",
-                *(f"{1000 * seconds / between:.1f}" for seconds in spent),
-            ]
-        )
-    return markdown(rows, text_columns=1)
+def commits(records: list[dict]) -> str:
+    """Which versions the runs are of."""
+    versions = {one["run"]: one["commit"] for one in records if "commit" in one}
+    runs = "; ".join(f"{run}: {commit}" for run, commit in versions.items())
+    joined = "Joined of several calls of `make gpu`, on machines alike. "
+    return f"{joined if len({*versions.values()}) > 1 else ''}{runs}"

@@ -14,14 +14,15 @@ proves nothing about GPUs.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 if not __package__:
@@ -29,9 +30,11 @@ if not __package__:
 
 import torch
 
+from scripts.gpu.report import report
+from scripts.studies import OVERRIDES, command, page, read_records
+
 ROOT = Path(__file__).resolve().parents[2]
-OUTPUT = ROOT / "results" / "gpu"
-LOG = "gpu.jsonl"
+LOG = ROOT / "results" / "gpu" / "gpu.jsonl"
 # Of the runs of `training` the overrides, by name.
 RUNS = {
     "uncompressed": ["compressor@w2s=identity"],
@@ -42,43 +45,29 @@ RUNS = {
 # To compile the model twice takes longer than 300 steps save.
 LARGE = ["model=gpt2-124m", "data=shakespeare_gpt2", "steps=300", "compile=false"]
 SMALL = [
-    "model=tiny",
-    "model.layers=1",
-    "steps=30",  # a round of local steps
-    "eval.every=15",
-    "eval.tokens=1024",
-    "log_every=5",
-    "batch.micro_size=2",
-    "batch.global_size=4",
+    *("model=tiny", "model.layers=1", "batch.micro_size=2", "batch.global_size=4"),
+    *("steps=30", "eval.every=15", "eval.tokens=1024", "log_every=5"),  # a round of local steps
 ]
 KEPT = ("run", "train", "eval", "end")  # of a run's log
+LEFT_OUT = ("record", "config", "overrides")  # of a record of a run
 MARK = "mark.cuda"  # in what a file of tests says
 
 
 @dataclass
 class Session:
-    """Where records go, and until when there is time."""
+    """Until when there is time, and what all parts are started with."""
 
-    out: Path
     until: float
     environment: dict[str, str]
-    overrides: list[str] = field(default_factory=list)  # for the runs of `training`
-    on_gpu: bool = field(default_factory=torch.cuda.is_available)
+    overrides: tuple[str, ...] = ()  # for the runs of `training`
+    on_gpu: bool = torch.cuda.is_available()
 
-    @property
-    def log(self) -> Path:
-        return self.out / LOG
-
-    def write(self, record: dict) -> None:
-        with self.log.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def run(self, part: str, *command: str | Path) -> tuple[int | None, str]:
-        """The exit status of a Python command and what it printed; None if its time was up."""
-        print(f"-- {part}: {' '.join(map(str, command))}", flush=True)
+    def run(self, part: str, *arguments: str | Path) -> tuple[dict, str]:
+        """The record of a Python command and what it printed; no status if its time was up."""
+        print(f"-- {part}: {' '.join(map(str, arguments))}", flush=True)
         start = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, *arguments],
             cwd=ROOT,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -93,70 +82,74 @@ class Session:
             output, _ = process.communicate()
             status = None
         seconds = time.monotonic() - start
-        print("\n".join(output.splitlines()[-40:]), flush=True)
+        lines = output.splitlines()
+        print("\n".join(lines[-40:]), flush=True)
         record = {"record": "part", "part": part, "status": status, "seconds": round(seconds, 1)}
         if status:  # torchrun's own lines come after it
-            record["error"] = next((line for line in output.splitlines() if "rror: " in line), "")
-        self.write(record)
-        return status, output
+            record["error"] = next((line for line in lines if "rror: " in line), "")
+        return record, output
 
-    def torchrun(self, part: str, workers: int, *command: str | Path) -> tuple[int | None, str]:
-        launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={workers}")
-        return self.run(part, *launch, *command)
-
-
-def tests(session: Session) -> None:
-    marked = sorted(p for p in (ROOT / "tests").rglob("test_*.py") if MARK in p.read_text())
-    _, output = session.run("tests", "-m", "pytest", "-q", "-m", "cuda", *marked)
-    lines = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    summary = (output.splitlines() or ["nothing"])[-1].strip("= ")
-    session.write({"record": "tests", "summary": summary, "failed": lines})
+    def torchrun(self, part: str, *arguments: str | Path) -> tuple[dict, str]:
+        launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+        return self.run(part, *launch, *arguments)
 
 
-def verify(session: Session) -> None:
-    _, output = session.torchrun("verify", 2, "scripts/verify.py")
-    lines = [line for line in output.splitlines() if "claims fail" in line]
-    failed = [line for line in output.splitlines() if line.endswith("FAIL")]
-    session.write({"record": "verify", "summary": "".join(lines) or "not ended", "failed": failed})
-
-
-def steps(session: Session) -> None:
+def steps(session: Session) -> Iterator[dict]:
     model = ["model=gpt2-124m", "batch.micro_size=16"] if session.on_gpu else ["model=tiny"]
-    repeats = ["--steps=10"] if session.on_gpu else ["--steps=1"]
-    session.run("steps", "scripts/gpu/steps.py", "--out", session.log, *repeats, *model)
+    repeats = "--steps=10" if session.on_gpu else "--steps=1"
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "steps.jsonl")
+        part, _ = session.run("steps", "scripts/gpu/steps.py", "--out", log, repeats, *model)
+        yield from (*read_records(log), part)
 
 
-def training(session: Session) -> None:
+def tests(session: Session) -> Iterator[dict]:
+    marked = sorted(p for p in (ROOT / "tests").rglob("test_*.py") if MARK in p.read_text())
+    part, output = session.run("tests", "-m", "pytest", "-q", "-m", "cuda", *marked)
+    lines = output.splitlines() or ["nothing"]
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    yield part
+    yield {"record": "tests", "summary": lines[-1].strip("= "), "failed": failed}
+
+
+def verify(session: Session) -> Iterator[dict]:
+    part, output = session.torchrun("verify", "scripts/verify.py")
+    lines = output.splitlines()
+    summary = "".join(line for line in lines if "claims fail" in line) or "not ended"
+    failed = [line for line in lines if line.endswith("FAIL")]
+    yield part
+    yield {"record": "verify", "summary": summary, "failed": failed}
+
+
+def training(session: Session) -> Iterator[dict]:
     common = [*(LARGE if session.on_gpu else SMALL), "transport=host", "checkpoint.every=0"]
-    common += session.overrides
     for name, own in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
-            directory = Path(folder, "run")
-            session.torchrun(name, 2, "train.py", *common, *own, f"directory={directory}")
-            if not (log := directory / "metrics.jsonl").exists():
-                continue
-            for line in log.read_text().splitlines():
-                record = json.loads(line)
-                if record["record"] in KEPT:
-                    session.write({"record": "training", "run": name, "of": record["record"]}
-                                 | {key: value for key, value in record.items()
-                                    if key not in ("record", "config", "overrides")})  # fmt: skip
+            overrides = [*common, *session.overrides, *own, f"directory={folder}/run"]
+            part, _ = session.torchrun(name, "train.py", *overrides)
+            yield part
+            for one in read_records(Path(folder, "run", "metrics.jsonl")):
+                if one["record"] in KEPT:
+                    numbers = {key: value for key, value in one.items() if key not in LEFT_OUT}
+                    yield {"record": "training", "run": name, "of": one["record"]} | numbers
 
 
 PARTS = {"steps": steps, "tests": tests, "verify": verify, "training": training}
+OPTIONS = {
+    **OVERRIDES,
+    "--parts": {"nargs": "+", "choices": PARTS, "default": [*PARTS], "help": "in this order"},
+    "--wheels": {"type": Path, "metavar": "FOLDER", "help": "of wheels to take packages from"},
+    "--minutes": {"type": float, "default": 9, "help": "at most"},
+}
 
 
 def facts() -> dict:
-    found = {
-        "record": "facts",
-        "torch": torch.__version__,
-        "device": "CPU",
-        "cores": os.cpu_count(),
-    }
+    found = {"record": "facts", "torch": torch.__version__, "device": "CPU"}
+    found["cores"] = os.cpu_count()
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found |= {"device": properties.name, "memory_bytes": properties.total_memory}
-        found |= {"cuda": torch.version.cuda}
+        found["cuda"] = torch.version.cuda
     return found
 
 
@@ -169,36 +162,18 @@ def environment(wheels: Path | None, folder: str) -> dict[str, str]:
     paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
     own = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
     own["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "5"  # seconds, after which torchrun kills them
-    return {**os.environ, **own}
+    return os.environ | own
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for the training runs")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--out", type=Path, default=OUTPUT, help="folder (default %(default)s)")
-    parser.add_argument("--wheels", type=Path, help="folder of wheels to take packages from")
-    parser.add_argument("--minutes", type=float, default=9, help="at most (default %(default)s)")
-    parser.add_argument("--redraw", action="store_true", help="README.md from the records alone")
-    options = parser.parse_args()
+def measure(options: argparse.Namespace) -> Iterator[dict]:
     until = time.monotonic() + 60 * options.minutes
+    yield facts()
     with tempfile.TemporaryDirectory() as folder:
         where = environment(options.wheels, folder)
-        session = Session(options.out, until, where, options.overrides)
-        if not options.redraw:
-            options.out.mkdir(parents=True, exist_ok=True)
-            session.log.unlink(missing_ok=True)
-            session.write(facts())
-            for part in options.parts:
-                PARTS[part](session)
-        sys.path.insert(0, folder)
-        from scripts.gpu.report import report  # needs the wheels
-
-        records = [json.loads(line) for line in session.log.read_text().splitlines()]
-    text = report(records)
-    (options.out / "README.md").write_text(text)
-    print(text)
+        session = Session(until, where, options.overrides)
+        for part in options.parts:
+            yield from PARTS[part](session)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(__doc__, LOG, measure, page(partial(report, names=RUNS)), OPTIONS))

@@ -8,10 +8,9 @@ Phases are timed by events on the device; whether a step makes the host wait is 
 """
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
@@ -19,10 +18,10 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from omegaconf import DictConfig
 
 from ef21_muon.checks.guards import PhaseTimer
 from model import GPT
+from scripts.studies import write_records
 from training.config import CONFIGS, build, compose
 from training.method import build_optimizer
 
@@ -90,33 +89,28 @@ def measure(device: Device, step: Callable, timer: PhaseTimer, steps: int) -> di
         device.settle()
         seconds.append(time.perf_counter() - start)
         phases.append(timer.read())
+    medians = {phase: median(one[phase] for one in phases) for phase in phases[0]}
     return {
         "ms": round(1000 * median(seconds), 3),
-        "phases_ms": {
-            phase: round(1000 * median(one[phase] for one in phases), 3) for phase in phases[0]
-        },
+        "phases_ms": {phase: round(1000 * one, 3) for phase, one in medians.items()},
         "peak_bytes": peak,
         "waits": waits,
     }
 
 
-def measure_method(
-    device: Device, new: Callable[[], torch.optim.Optimizer], gradients: Callable, steps: int
-) -> dict:
+def measure_method(device: Device, new: Callable, put_back: Callable, steps: int) -> dict:
     """An optimizer's step with the gradients that are there, and the state that it keeps."""
     before = device.allocated()
     optimizer = new()
     timer = getattr(optimizer, "timer", PhaseTimer(device.device))
-    gradients()
+    put_back()
     numbers = measure(device, optimizer.step, timer, steps)
-    del timer
-    kept = device.allocated() - before
-    return numbers | {"state_bytes": kept}
+    return numbers | {"state_bytes": device.allocated() - before}
 
 
-def measure_all(config: DictConfig, overrides: list[str], steps: int, report: Callable) -> None:
-    """Report every method."""
-    device = Device()
+def measure_all(options: argparse.Namespace) -> Iterator[dict]:
+    """The records of all methods."""
+    config, device = compose(tuple(options.overrides)).config, Device()
     model = GPT(build(config.model, "model"), config.seed).to(device.device)
     compiled = torch.compile(model) if device.on_cuda else model
     shape = config.batch.micro_size, model.config.context
@@ -130,48 +124,41 @@ def measure_all(config: DictConfig, overrides: list[str], steps: int, report: Ca
                 loss = compiled(*tokens)
             loss.backward()
 
-    report(FORWARD, measure(device, forward_backward, timer, steps) | {"tokens": tokens[0].numel()})
-    of_step = [parameter.grad.clone() for parameter in model.parameters()]
+    measured = measure(device, forward_backward, timer, options.steps)
+    yield {"method": FORWARD, **measured, "tokens": tokens[0].numel()}
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
     start = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizers = {
+        ADAMW: lambda: torch.optim.AdamW(model.parameters(), fused=device.on_cuda),
+        MUON: lambda: torch.optim.Muon(model.blocks.parameters()),
+    }
+    for name, how in METHODS.items():
+        own = compose((*options.overrides, *how)).config
+        optimizers[name] = lambda own=own: build_optimizer(own, model)
 
     @torch.no_grad()
     def put_back() -> None:
-        for parameter, gradient, value in zip(model.parameters(), of_step, start, strict=True):
+        for parameter, gradient, value in zip(model.parameters(), gradients, start, strict=True):
             parameter.grad = gradient
             parameter.copy_(value)
 
-    def ours(how: list[str]) -> Callable:
-        return lambda: build_optimizer(compose((*overrides, *how)).config, model)
-
-    def adamw() -> torch.optim.Optimizer:
-        return torch.optim.AdamW(model.parameters(), fused=device.on_cuda)
-
-    def muon() -> torch.optim.Optimizer:
-        return torch.optim.Muon(model.blocks.parameters())
-
-    for name, new in {
-        ADAMW: adamw,
-        MUON: muon,
-        **{name: ours(how) for name, how in METHODS.items()},
-    }.items():
-        report(name, measure_method(device, new, put_back, steps))
+    for name, new in optimizers.items():
+        yield {"method": name} | measure_method(device, new, put_back, options.steps)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
     parser.add_argument("--steps", type=int, default=10, help="timed steps (default %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="records are added to this file")
+    parser.add_argument("--out", type=Path, required=True, help="file for the records")
     options = parser.parse_intermixed_args()
+    records = ({"record": "step"} | record for record in measure_all(options))
+    write_records(options.out, map(shown, records))
 
-    def report(method: str, numbers: dict) -> None:
-        record = {"record": "step", "method": method} | numbers
-        with options.out.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        print(f"{method}: {numbers['ms']:.1f} ms {numbers['phases_ms']}", flush=True)
 
-    config = compose(tuple(options.overrides)).config
-    measure_all(config, options.overrides, options.steps, report)
+def shown(record: dict) -> dict:
+    print(f"{record['method']}: {record['ms']:.1f} ms {record['phases_ms']}", flush=True)
+    return record
 
 
 if __name__ == "__main__":

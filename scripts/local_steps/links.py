@@ -10,15 +10,16 @@ results/local_steps/links.jsonl and README.md beside it, which --redraw makes of
 """
 
 import argparse
-import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.netns import Network, requirements_missing
+from scripts.measuring import UNLIMITED, job, over_links
+from scripts.studies import OVERRIDES, command, markdown, page
 from train import Run
 from training.checkpoint import Checkpoints
 from training.config import ROOT, compose
@@ -26,23 +27,28 @@ from training.log import NoLog
 from training.renamed import modern_label
 from training.workers import Workers, exit_process
 
-LINKS = ROOT / "results" / "local_steps" / "links.jsonl"
-NODES = 2
-UNLIMITED = "unlimited"
+LOG = ROOT / "results" / "local_steps" / "links.jsonl"
+OPTIONS = {
+    **OVERRIDES,
+    "--rates": {"default": "10mbit,100mbit,1gbit", "help": "of the links"},
+    "--delay": {"default": "50ms", "help": "one way"},
+}
 EVERY = 30
-MODEL = "model.width=448 model.heads=4 batch.micro_size=1 batch.global_size=2 schedule.cooldown=0"
-UNDISTURBED = "checkpoint.every=0 check_every=0 eval.every=1000 eval.tokens=256 log_every=5"
-LOCAL = f"optimizer=local optimizer.sync_every={EVERY}"
+COMMON = [
+    *("model.width=448", "model.heads=4", "batch.micro_size=1", "batch.global_size=2"),
+    *("schedule.cooldown=0", "checkpoint.every=0", "check_every=0", "eval.every=1000"),
+    *("eval.tokens=256", "log_every=5"),
+]
+LOCAL = ["optimizer=local", f"optimizer.sync_every={EVERY}"]
+STREAMING, DELAYED = "optimizer.streaming=true", "optimizer.sync_delay=2"
 WARM_UP = 5
 METHODS = {  # overrides, and how many steps are timed
-    "sync every step": ("optimizer=ef21_muon", 10),
+    "sync every step": (["optimizer=ef21_muon"], 10),
     f"sync every {EVERY}": (LOCAL, EVERY),
-    f"sync every {EVERY}, streaming": (f"{LOCAL} optimizer.streaming=true", EVERY),
-    f"sync every {EVERY}, sync delay 2": (f"{LOCAL} optimizer.sync_delay=2", EVERY),
-    f"sync every {EVERY}, streaming, sync delay 2":
-        (f"{LOCAL} optimizer.streaming=true optimizer.sync_delay=2", EVERY),
-}  # fmt: skip
-
+    f"sync every {EVERY}, streaming": ([*LOCAL, STREAMING], EVERY),
+    f"sync every {EVERY}, sync delay 2": ([*LOCAL, DELAYED], EVERY),
+    f"sync every {EVERY}, streaming, sync delay 2": ([*LOCAL, STREAMING, DELAYED], EVERY),
+}
 # Of earlier records; the rest as labels of runs.
 RENAMED = {"a message a step": "sync every step", "stagger": "streaming"}
 
@@ -58,7 +64,7 @@ class Records(NoLog):
 
 
 def time_training(overrides: list[str], steps: int, workers: Workers) -> dict:
-    """Of the steps after WARM_UP, a step: seconds, bytes, tokens, and the waiting of every rank.
+    """Of the steps after WARM_UP, per step: seconds, bytes, tokens, and the waiting of every rank.
 
     Training waits in the exchange, and for what else workers send each other, which is in no phase.
     """
@@ -67,54 +73,51 @@ def time_training(overrides: list[str], steps: int, workers: Workers) -> dict:
     records = Records()
     run.train(records, Checkpoints(Path(), workers, keep=1, asynchronous=False))
     start, end = records.of_step[WARM_UP], records.of_step[last]
-    seconds = end["seconds"] - start["seconds"]
-    phases = {phase: end["phases"][phase] - start["phases"][phase] for phase in end["phases"]}
-    working = sum(phases.values()) - phases["exchange"]
+    computing = sum(
+        end["phases"][phase] - start["phases"][phase]
+        for phase in end["phases"]
+        if phase != "exchange"
+    )
+    numbers = ("seconds", "w2s_bytes", "wire_tx_bytes", "tokens")
     return {
-        "seconds": seconds / steps,
-        "waiting": workers.gather((seconds - working) / steps),
-        "w2s_bytes": (end["w2s_bytes"] - start["w2s_bytes"]) / steps,
-        "wire_tx_bytes": (end["wire_tx_bytes"] - start["wire_tx_bytes"]) / steps,
-        "tokens": (end["tokens"] - start["tokens"]) / steps,
+        **{name: (end[name] - start[name]) / steps for name in numbers},
+        "waiting": workers.gather((end["seconds"] - start["seconds"] - computing) / steps),
         "placement": run.optimizer.server,
         "parameters": run.raw_model.config.parameter_count,
     }
 
 
-def job(options: argparse.Namespace, workers: Workers) -> int:
-    """On every node: train with all methods; rank 0 writes what was timed."""
+def launch(options: argparse.Namespace) -> Iterator[dict]:
+    rates = [*options.rates.split(","), UNLIMITED]
+    yield from over_links(__file__, 2, rates, options.delay, overrides=options.overrides)
+
+
+def measure(options: argparse.Namespace, workers: Workers) -> Iterator[dict]:
+    """The records of all methods, on every node."""
     for name, (overrides, steps) in METHODS.items():
-        all_overrides = [
-            *MODEL.split(),
-            *UNDISTURBED.split(),
-            *overrides.split(),
-            *options.overrides,
-        ]
-        record = {"rate": options.rates, "delay": options.delay, "method": name}
-        record |= time_training(all_overrides, steps, workers)
-        workers.say(json.dumps(record))
-        if workers.first:
-            with options.out.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-    return 0
+        all_overrides = [*COMMON, *overrides, *options.overrides]
+        yield {"method": name} | time_training(all_overrides, steps, workers)
 
 
-def report() -> str:
-    """README.md, of links.jsonl."""
-    records = [json.loads(line) for line in LINKS.read_text().splitlines()]
-    for record in records:
+def report(records: list[dict]) -> str:
+    rows = [["link", "method", "MB per step", "s per step", "waiting", "share", "tokens/s"]]
+    for one in records:
+        method, waiting = one["method"], min(one["waiting"])
         for old, new in RENAMED.items():
-            record["method"] = modern_label(record["method"].replace(old, new))
-    lines = ["| link | method | MB per step | s per step | waiting | share | tokens/s |"]
-    lines += ["| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
-    lines += [
-        f"| {r['rate']} | {r['method']} | {r['w2s_bytes'] / 1e6:.3f} | {r['seconds']:.3f} | "
-        f"{min(r['waiting']):.3f} | {min(r['waiting']) / r['seconds']:.1%} | "
-        f"{r['tokens'] / r['seconds']:.0f} |"
-        for r in records
-    ]
-    millions, placement = records[0]["parameters"] / 1e6, records[0]["placement"]
-    delay = next(record["delay"] for record in records if record["rate"] != UNLIMITED)
+            method = method.replace(old, new)
+        rows.append(
+            [
+                one["rate"],
+                modern_label(method),
+                f"{one['w2s_bytes'] / 1e6:.3f}",
+                f"{one['seconds']:.3f}",
+                f"{waiting:.3f}",
+                f"{waiting / one['seconds']:.1%}",
+                f"{one['tokens'] / one['seconds']:.0f}",
+            ]
+        )
+    delay, placement = records[0]["delay"], records[0]["placement"]
+    millions = records[0]["parameters"] / 1e6
     return f"""# Local steps over slow and far links
 
 What they send and what it costs in loss is in [results](../README.md).
@@ -126,38 +129,14 @@ seconds per step: in the exchange, and for what workers send each other beside i
 whether to stop). Where every step syncs, the message is the default one, whose encoding is most of
 what its steps take longer.
 
-{chr(10).join(lines)}
+{markdown(rows, text_columns=2)}
 """
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
-    parser.add_argument("--rates", default="10mbit,100mbit,1gbit", help="(default %(default)s)")
-    parser.add_argument("--delay", default="50ms", help="one way (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=LINKS, help="file (default %(default)s)")
-    parser.add_argument("--redraw", action="store_true", help="write README.md and measure nothing")
-    options = parser.parse_intermixed_args()
     if "RANK" in os.environ:
-        workers = Workers()
-        return workers.run(lambda: job(options, workers))
-    if options.redraw:
-        return write_report()
-    if missing := requirements_missing():
-        print(f"error: {missing}", file=sys.stderr)
-        return 1
-    options.out.unlink(missing_ok=True)
-    for rate in (*options.rates.split(","), UNLIMITED):
-        limits = {} if rate == UNLIMITED else {"rate": rate, "delay": options.delay}
-        own = [f"--rates={rate}", f"--delay={options.delay}", f"--out={options.out.resolve()}"]
-        with Network(NODES, **limits) as network:
-            network.torchrun(__file__, *own, *options.overrides, show=True, timeout=3600)
-    return write_report() if options.out == LINKS else 0
-
-
-def write_report() -> int:
-    LINKS.with_name("README.md").write_text(report())
-    return 0
+        return job(measure)
+    return command(__doc__, LOG, launch, page(report), OPTIONS)
 
 
 if __name__ == "__main__":

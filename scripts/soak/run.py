@@ -12,55 +12,67 @@ also by SIGINT and SIGTERM. Exits with 1 if a round differs or fewer faults happ
 """
 
 import argparse
-import json
+import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from random import Random
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from scripts import faults
+from scripts.faults import TINY, answer, draws, hand_in, outcome
 from scripts.netns import Network, requirements_missing
-from scripts.soak import disk
-from scripts.soak.disk import Disk
-from scripts.soak.faults import KINDS, Soak, draws
-from scripts.soak.memory import measure
-from scripts.soak.outcome import outcome
-from scripts.soak.report import report
+from scripts.soak.memory import WARM_UP, measure
+from scripts.soak.rounds import KINDS, TIMEOUT, Soak, disk_missing, new_disk
+from scripts.studies import command
 from training.config import ROOT
+from training.workers import RunError
 
-OUTPUT = ROOT / "results" / "soak"
-TINY = [
-    *("model.layers=1", "model.width=32", "model.heads=2", "model.context=32"),
-    *("batch.global_size=4", "batch.micro_size=1", "eval.tokens=320"),
+LOG = ROOT / "results" / "soak" / "soak.jsonl"
+OPTIONS = {
+    **faults.options(KINDS, faults=30, minutes=20),
+    "--memory": {
+        "action": argparse.BooleanOptionalAction,
+        "default": True,
+        "help": "measure it first",
+    },
+}
+RUN = [
+    *(*TINY, "batch.global_size=4", "batch.micro_size=1", "eval.tokens=320"),
     *("compressor@w2s=topk", "compressor@s2w=topk"),
-]
-ROUND = [
     *("steps=120", "eval.every=20", "log_every=1", "check_every=20"),
     *("checkpoint.every=4", "checkpoint.keep=3", "resume=auto"),
 ]
 
 
-def soak(options: argparse.Namespace, log: TextIO) -> list[dict]:
-    """All rounds; what came of them goes to the log, and is returned."""
-    records = []
+RESUMED = ("going on from", "resuming from")  # as earlier versions say it, and today's
+ADVICE = re.compile(r": (see|go on|resume|start) .*|; earlier .*")  # of what workers say
 
-    def write(*new: dict) -> None:
-        records.extend(new)
-        log.writelines(json.dumps(record) + "\n" for record in new)
-        log.flush()
 
+def details(generator: Random) -> dict:
+    return {
+        "rank": generator.randrange(2),
+        "early": generator.random() < 0.2,  # perhaps before the first step
+        "delay": round(generator.uniform(0, 4), 2),
+        "lasts": round(generator.uniform(0.5, TIMEOUT / 2), 2),
+        "place": generator.randrange(1 << 24),
+    }
+
+
+def soak(options: argparse.Namespace) -> Iterator[dict]:
+    """The records of all rounds."""
+    if missing := requirements_missing() or disk_missing():
+        raise RunError(missing)
+    arguments, all_equal = [*RUN, *options.overrides], True
     with tempfile.TemporaryDirectory(prefix="ef21-soak-") as folder, Network(2) as network:
         if options.memory:
-            often = "checkpoint.every=20"
-            write(measure(network, Path(folder), [*TINY, *ROUND, often, *options.overrides]))
-        output = Path(folder, "output")
-        output.touch()
-        faults = draws(options.faults, options.kinds.split(","), options.seed)
-        arguments = [*TINY, *ROUND, *options.overrides]
-        with Disk() as disk:
-            run = Soak(network, disk, output, arguments, faults, options.minutes)
+            yield measure(network, Path(folder), [*arguments, "checkpoint.every=20"])
+        with new_disk() as disk:
+            output, last_start = Path(folder, "output"), 60 * options.minutes
+            run = Soak(network, disk, output, arguments, draws(options, details), last_start)
             run.round(0)
             undisturbed, number = outcome(run.directory), 0
             while run.due():
@@ -68,38 +80,61 @@ def soak(options: argparse.Namespace, log: TextIO) -> list[dict]:
                 before = len(run.records)
                 run.round(number)
                 equal = outcome(run.directory) == undisturbed
-                write(*run.records[before:], {"record": "round", "round": number, "equal": equal})
-        facts = {"faults": len(run.records), "launches": run.launches, "seconds": run.seconds()}
-        equal = all(record["equal"] for record in records if record["record"] == "round")
-        write({"record": "end", "seed": options.seed, "equal": equal} | facts)
-    return records
+                all_equal = all_equal and equal
+                yield from run.records[before:]
+                yield {"record": "round", "round": number, "equal": equal}
+    came = {"faults": len(run.records), "launches": run.launches, "seconds": run.seconds()}
+    yield {"record": "end", "seed": options.seed, "equal": all_equal} | came
+    if len(run.records) < options.faults:
+        raise RunError(
+            f"{len(run.records)} of {options.faults} faults happened in {options.minutes:g} "
+            "minutes: give more --minutes, or --redraw for a page of these"
+        )
+
+
+def draw(records: list[dict], folder: Path) -> str:
+    return hand_in(report(records), records[-1]["equal"], folder)
+
+
+def report(records: list[dict]) -> str:
+    """What happened in sentences, and a table of the faults."""
+    end = records[-1]
+    rounds = sum(record["record"] == "round" for record in records)
+    memory = "".join(_memory(record) for record in records if record["record"] == "memory")
+    faults = "\n".join(_fault(record) for record in records if record["record"] == "fault")
+    return f"""# Soak
+
+`sudo python scripts/soak/run.py --faults {end["faults"]} --seed {end["seed"]}`: \
+{end["faults"]} faults in {rounds} rounds of a run of two workers on two nodes, \
+{end["launches"]} launches, {end["seconds"]:.0f} s. Log and last checkpoint of every \
+round equal those of the run without faults, bit for bit: {answer(end["equal"])}.
+
+{memory}| s | round | fault | rank | newest checkpoint | resumed from | what the workers said |
+| ---: | ---: | --- | ---: | ---: | ---: | --- |
+{faults}
+"""
+
+
+def _memory(record: dict) -> str:
+    kib = record["kib"]
+    return f"""Memory of rank 0 in an undisturbed run: {kib[0]:,} KiB after the first step, \
+{kib[WARM_UP]:,} KiB after {WARM_UP}, {kib[-1]:,} KiB after {len(kib)}. Slope over \
+the last {len(kib) - WARM_UP} steps: {record["slope_kib"]:.3f} +- \
+{record["slope_95_kib"]:.3f} KiB per step (95 %).
+
+"""
+
+
+def _fault(record: dict) -> str:
+    resumed = [line[-8:] for line in record["said"] if line.startswith(RESUMED)]
+    said = [ADVICE.sub("", line) for line in record["said"] if not line.startswith(RESUMED)]
+    lists = (", ".join(names) or "-" for names in (record["newest"], resumed, said))
+    cells = (record["seconds"], record["round"], record["kind"], record["rank"], *lists)
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
-    parser.add_argument("--faults", type=int, default=30, help="(default %(default)s)")
-    parser.add_argument("--minutes", type=float, default=20, help="at most, for faults to begin")
-    parser.add_argument("--seed", type=int, default=0, help="of the faults (default %(default)s)")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="(default %(default)s)")
-    parser.add_argument("--out", type=Path, default=OUTPUT, help="folder (default %(default)s)")
-    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--redraw", action="store_true", help="README.md from soak.jsonl alone")
-    options = parser.parse_intermixed_args()
-    if options.redraw:
-        lines = (options.out / "soak.jsonl").read_text().splitlines()
-        (options.out / "README.md").write_text(report([json.loads(line) for line in lines]))
-        return 0
-    if missing := requirements_missing() or disk.requirements_missing():
-        print(f"error: {missing}", file=sys.stderr)
-        return 1
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "soak.jsonl").open("w") as log:
-        records = soak(options, log)
-    (options.out / "README.md").write_text(report(records))
-    end = records[-1]
-    print(f"{end['faults']} faults in {end['seconds']:.0f} s, equal: {end['equal']}")
-    return 0 if end["equal"] and end["faults"] == options.faults else 1
+    return command(__doc__, LOG, soak, draw, OPTIONS)
 
 
 if __name__ == "__main__":

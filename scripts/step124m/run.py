@@ -11,11 +11,11 @@ and from them comes README.md.
 """
 
 import argparse
-import json
 import os
+import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if not __package__:
@@ -29,15 +29,20 @@ from data.loader import WorkerBatches
 from ef21_muon.checks.guards import PhaseTimer
 from ef21_muon.transport.agreement import UNEQUAL, require_equal_parameters
 from model import GPT
-from scripts.measuring import processor
+from scripts.measuring import by_ranks, processor
 from scripts.step124m.allocations import Allocations, Phases
-from scripts.step124m.report import ADAMW, GRADIENT, MUON, log_name, report
+from scripts.studies import OVERRIDES, command, markdown, page
 from training.config import ROOT, build, compose
 from training.data import open_data
 from training.method import build_optimizer
+from training.renamed import modern_overrides
 from training.workers import RunError, Workers, exit_process
 
-OUTPUT = ROOT / "results" / "step124m"
+LOG = ROOT / "results" / "step124m" / "step124m.jsonl"
+OPTIONS = {**OVERRIDES, "--steps": {"type": int, "default": 2, "help": "timed steps"}}
+# How records and tables name what is not a step of EF21-Muon.
+GRADIENT = "gradient"
+ADAMW, MUON = "`torch.optim.AdamW`", "`torch.optim.Muon`, one block"
 RANK = ["compressor@w2s=rank", "w2s.fraction=0.15"]
 METHODS = {
     "identity": ["compressor@w2s=identity"],
@@ -69,19 +74,10 @@ def measure(workers: Workers, timer: PhaseTimer, steps: int, step: Callable) -> 
     }
 
 
-def measure_state(parameters, build_and_step: Callable) -> tuple[object, dict]:
-    """An optimizer after its first step, and what it keeps beyond parameters and gradients."""
-    with Allocations() as allocations:
-        optimizer = build_and_step()
-    count = sum(parameter.numel() for parameter in parameters)
-    return optimizer, {"state": {"state_bytes": allocations.kept, "of_parameters": count}}
-
-
 def measure_gradient(config: DictConfig, model: GPT, workers: Workers, steps: int) -> dict:
     """Forward and backward of one sequence of this worker; its gradients stay in the model."""
     tokens, _ = open_data(config)
-    context = model.config.context
-    batches = WorkerBatches(tokens, context, workers.rank, workers.count, config.seed)
+    batches = WorkerBatches(tokens, model.config.context, workers.rank, workers.count, config.seed)
     inputs, targets = batches.next(1)
     timer = Phases()
 
@@ -93,54 +89,50 @@ def measure_gradient(config: DictConfig, model: GPT, workers: Workers, steps: in
     return measure(workers, timer, steps, step)
 
 
-def measure_method(config: DictConfig, model: GPT, workers: Workers, steps: int) -> dict:
-    """EF21-Muon's step with the model's gradients."""
-
-    def build_and_step() -> torch.optim.Optimizer:
-        optimizer = build_optimizer(config, model)
-        optimizer.timer = Phases()
-        optimizer.step()
-        return optimizer
-
-    optimizer, state = measure_state(model.parameters(), build_and_step)
-    return state | measure(workers, optimizer.timer, steps, optimizer.step)
-
-
-def measure_torch(
-    kind: type[torch.optim.Optimizer], module: nn.Module, workers: Workers, steps: int
+def measure_optimizer(
+    new: Callable[[], torch.optim.Optimizer], module: nn.Module, workers: Workers, steps: int
 ) -> dict:
-    """The step of one of torch's optimizers with a module's gradients, of this worker alone."""
+    """What an optimizer keeps after its first step, and its steps with a module's gradients.
+
+    One of torch's steps alone, in a single phase.
+    """
     timer = Phases()
-
-    def build_and_step() -> torch.optim.Optimizer:
-        optimizer = kind(module.parameters())
+    with Allocations() as allocations:
+        optimizer = new()
+        in_phases = hasattr(optimizer, "timer")
+        optimizer.timer = timer
         optimizer.step()
-        return optimizer
 
-    optimizer, state = measure_state(module.parameters(), build_and_step)
-
-    def step() -> None:
+    def whole_step() -> None:
         with timer("step"):
             optimizer.step()
 
-    return state | measure(workers, timer, steps, step)
+    count = sum(parameter.numel() for parameter in module.parameters())
+    state = {"state": {"state_bytes": allocations.kept, "of_parameters": count}}
+    return state | measure(workers, timer, steps, optimizer.step if in_phases else whole_step)
 
 
-def measure_all(options: argparse.Namespace, workers: Workers) -> list[dict]:
+def measure_all(options: argparse.Namespace, workers: Workers) -> Iterator[dict]:
     """The records of all ranks, on all of them."""
+    if workers.device.type != "cpu" or workers.count < 2:
+        raise RunError(
+            f"{workers.count} workers on {workers.device.type} were started: give 2 or more on "
+            "the CPU, with torchrun, and with CUDA_VISIBLE_DEVICES= where there is a GPU"
+        )
     config, *configs = (
         compose((*options.overrides, *how)).config for how in ([], *METHODS.values())
     )
     model = GPT(build(config.model, "model"), config.seed)
     # As all optimizers of several workers do: what it remembers is nobody's state.
     require_equal_parameters(list(model.named_parameters()), None, UNEQUAL)
-    arguments = workers, options.steps
-    measurements = {GRADIENT: lambda: measure_gradient(config, model, *arguments)}
-    for name, own in zip(METHODS, configs, strict=True):
-        measurements[name] = lambda own=own: measure_method(own, model, *arguments)
+    block, arguments = model.blocks[0], (workers, options.steps)
+    optimizers = {
+        name: (lambda own=own: build_optimizer(own, model), model)
+        for name, own in zip(METHODS, configs, strict=True)
+    }
     # Last, since these steps are local, and the workers part.
-    measurements[ADAMW] = lambda: measure_torch(torch.optim.AdamW, model, *arguments)
-    measurements[MUON] = lambda: measure_torch(torch.optim.Muon, model.blocks[0], *arguments)
+    optimizers[ADAMW] = lambda: torch.optim.AdamW(model.parameters()), model
+    optimizers[MUON] = lambda: torch.optim.Muon(block.parameters()), block
     facts = {
         "torch": torch.__version__,
         "processor": processor(),
@@ -151,53 +143,123 @@ def measure_all(options: argparse.Namespace, workers: Workers) -> list[dict]:
         "largest_layer": max(parameter.numel() for parameter in model.parameters()),
         "blocks": model.config.layers,
         "context": model.config.context,
+        "steps": options.steps,
+        "overrides": options.overrides,
     }
-    records = []
-    for method, measurement in measurements.items():
+    for method in (GRADIENT, *optimizers):
         start = time.perf_counter()
-        of_ranks = workers.gather(measurement())
+        if method == GRADIENT:
+            phases = measure_gradient(config, model, *arguments)
+        else:
+            phases = measure_optimizer(*optimizers[method], *arguments)
+        of_ranks = workers.gather(phases)
         workers.say(f"{method}: measured in {time.perf_counter() - start:.0f} s")
-        records += [
-            {"method": method, "phase": phase, "rank": rank} | numbers | facts
-            for rank, phases in enumerate(of_ranks)
-            for phase, numbers in phases.items()
-        ]
-    return records
+        for rank, measured in enumerate(of_ranks):
+            for phase, numbers in measured.items():
+                yield {"method": method, "phase": phase, "rank": rank} | numbers | facts
 
 
-def job(options: argparse.Namespace, workers: Workers) -> int:
-    """Measure; rank 0 writes the records and README.md."""
-    if workers.device.type != "cpu" or workers.count < 2:
-        raise RunError(
-            f"{workers.count} workers on {workers.device.type} were started: give 2 or more on "
-            "the CPU, with torchrun, and with CUDA_VISIBLE_DEVICES= where there is a GPU"
+def report(records: list[dict]) -> str:
+    facts = records[0]
+    script = f"scripts/step124m/run.py --steps={facts['steps']}"
+    overrides = shlex.join(modern_overrides(facts["overrides"]))
+    return f"""# Time and memory of a step
+
+`torchrun --standalone --nproc_per_node={facts["workers"]} {script} {overrides}`
+
+{facts["workers"]} workers, threads each: {facts["threads"]}; {facts["processor"]}, cores in all:
+{facts["cores"]}, shared with other programs; torch {facts["torch"]}. The model has
+{facts["parameters"]:,} parameters, its largest layer {facts["largest_layer"]:,}. A worker's
+gradient is of one sequence of {facts["context"]} tokens, and every method steps with the same
+gradients. What was measured on each rank is in [step124m.jsonl](step124m.jsonl).
+
+## Phases
+
+Seconds are the least of {facts["steps"]} steps, on the slower rank; of the exchange on the one that
+waits less. Peak is the most that torch's allocator has handed out, in MB beyond what is there
+before the step (parameters, and of optimizers gradients and state): temporaries, and what earlier
+phases leave for later ones, as messages. Largest is the largest single tensor, those inside of
+operators included, in MB and in float32 copies of the largest layer, with the operator that asked
+for it. Both are of the rank where they are larger. What MKL and gloo allocate themselves is not in
+them.
+
+{phase_table(records)}
+
+## Whole steps
+
+State: bytes per parameter that stay allocated after the first step, beyond parameters and
+gradients. EF21-Muon keeps 8 on every rank, M_j and G_j, and 4 in all ranks together, G; where
+messages to the workers are compressed, another 4 in all, X. Servers are placed so that their LMOs
+take equally long, and no layer is split, so that ranks differ. torch's optimizers step alone, with
+this worker's gradients; `torch.optim.Muon` steps one block of {facts["blocks"]}, and its time is
+multiplied. It does not take embeddings.
+
+{step_table(records)}
+"""
+
+
+def by_phase(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """The records of all ranks, by method and phase."""
+    grouped = {}
+    for record in records:
+        grouped.setdefault((record["method"], record["phase"]), []).append(record)
+    return grouped
+
+
+def seconds(of_ranks: list[dict]) -> float:
+    """Of a phase: a rank's time in the exchange is also that of waiting for others."""
+    which = min if of_ranks[0]["phase"] == "exchange" else max
+    return which(record["seconds"] for record in of_ranks)
+
+
+def phase_table(records: list[dict]) -> str:
+    rows = [["method", "phase", "largest is of", "s", "peak MB", "largest MB", "layers"]]
+    for (method, phase), of_ranks in by_phase(records).items():
+        if phase == "state":
+            continue
+        largest = max(of_ranks, key=lambda record: record["largest_bytes"])
+        rows.append(
+            [
+                method,
+                phase.replace("_", ", "),
+                f"`{largest['largest_operator']}`",
+                f"{seconds(of_ranks):.2f}",
+                f"{max(record['peak_bytes'] for record in of_ranks) / 1e6:.0f}",
+                f"{largest['largest_bytes'] / 1e6:.0f}",
+                f"{largest['largest_bytes'] / 4 / largest['largest_layer']:.2f}",
+            ]
         )
-    records = measure_all(options, workers)
-    if workers.first:
-        options.out.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        (options.out / log_name(options)).write_text(lines)
-        text = report(records, options)
-        (options.out / "README.md").write_text(text)
-        print(text)
-    return 0
+    return markdown(rows, text_columns=3)
+
+
+def step_table(records: list[dict]) -> str:
+    grouped, blocks = by_phase(records), records[0]["blocks"]
+    ranks = [f"state, rank {record['rank']}" for record in grouped[GRADIENT, "forward_backward"]]
+    rows = [["method", "s without the exchange", "exchange", *ranks, "mean"]]
+    for (method, phase), states in grouped.items():
+        if phase != "state":
+            continue
+        of_phases = {phase: seconds(of) for (name, phase), of in grouped.items()
+                     if name == method and phase != "state"}  # fmt: skip
+        exchange = of_phases.pop("exchange", None)
+        total, name = sum(of_phases.values()), method
+        if method == MUON:
+            total, name = blocks * total, f"{method}, times {blocks}"
+        state = [record["state_bytes"] / record["of_parameters"] for record in states]
+        rows.append(
+            [
+                name,
+                f"{total:.2f}",
+                "none" if exchange is None else f"{exchange:.2f}",
+                *(f"{number:.2f}" for number in (*state, sum(state) / len(state))),
+            ]
+        )
+    return markdown(rows)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=OUTPUT, help="folder (default %(default)s)")
-    parser.add_argument("--redraw", action="store_true", help="README.md from the records alone")
-    options = parser.parse_intermixed_args()
-    if options.redraw:
-        lines = (options.out / log_name(options)).read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        (options.out / "README.md").write_text(report(records, options))
-        return 0
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts and stops
-    workers = Workers()
-    return workers.run(lambda: job(options, workers))
+    return command(__doc__, LOG, by_ranks(measure_all), page(report), OPTIONS)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ them comes sharded.md.
 """
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -21,8 +20,9 @@ if not __package__:
 import torch
 
 from model import GPT
-from scripts.measuring import markdown
+from scripts.measuring import by_ranks
 from scripts.step124m.allocations import Allocations, Phases
+from scripts.studies import OVERRIDES, command, markdown, page
 from training.config import ROOT, build, compose
 from training.method import build_optimizer
 from training.renamed import modern_overrides
@@ -30,12 +30,12 @@ from training.sharding import new_worker_mesh, shard
 from training.weights import draw_weights
 from training.workers import Workers, exit_process
 
-OUTPUT = ROOT / "results" / "step124m"
+LOG = ROOT / "results" / "step124m" / "sharded.jsonl"
 
 
-def measure(overrides: list[str], workers: Workers) -> dict:
-    """Bytes of this rank, and what they are bounded by."""
-    config = compose((*overrides, "fsdp=true")).config
+def measure(options: argparse.Namespace, workers: Workers) -> list[dict]:
+    """Bytes of every rank, and what they are bounded by."""
+    config = compose((*options.overrides, "fsdp=true")).config
     mesh = new_worker_mesh(config.ranks_per_worker, workers)
     tokens = torch.zeros(1, config.model.context, dtype=torch.int64)
     with Allocations(shapes=False) as built:
@@ -55,7 +55,7 @@ def measure(overrides: list[str], workers: Workers) -> dict:
     state = sum(x.nbytes for of in optimizer.state.values() for x in of.values())
     (of_worker,) = optimizer.mesh.total(state)
     whole = 4 * parameters + of_worker
-    return {
+    mine = {
         "rank": workers.rank,
         "kept_bytes": built.kept,
         "state_bytes": state,
@@ -66,15 +66,15 @@ def measure(overrides: list[str], workers: Workers) -> dict:
         "workers": workers.count // ranks,
         "parameters": parameters,
         "torch": torch.__version__,
+        "overrides": options.overrides,
     }
+    return workers.gather(mine)
 
 
 def report(records: list[dict]) -> str:
-    """sharded.md."""
     facts = records[0]
-    rows = [
-        ["rank", "held, MB", "of it state", "share of the whole", "bound, MB", "step, MB beyond"]
-    ]
+    heading = ["held, MB", "of it state", "share of the whole", "bound, MB", "step, MB beyond"]
+    rows = [["rank", *heading]]
     for one in records:
         held = one["kept_bytes"]
         rows.append(
@@ -98,34 +98,12 @@ optimizer's state. A rank holds its rows of every layer, and of the layers that 
 and the state. The bound is twice the sum of a fair share of the whole and of the largest layer's
 matrix.
 
-{markdown(rows, text_columns=1)}
+{markdown(rows)}
 """
 
 
-def job(options: argparse.Namespace, workers: Workers) -> int:
-    mine = measure(options.overrides, workers) | {"overrides": options.overrides}
-    records = workers.gather(mine)
-    if workers.first:
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        (options.out / "sharded.jsonl").write_text(lines)
-        (options.out / "sharded.md").write_text(report(records))
-    workers.say(report(records))
-    return 0
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
-    parser.add_argument("--out", type=Path, default=OUTPUT, help="folder (default %(default)s)")
-    parser.add_argument("--redraw", action="store_true", help="sharded.md from the records alone")
-    options = parser.parse_intermixed_args()
-    if options.redraw:
-        lines = (options.out / "sharded.jsonl").read_text().splitlines()
-        text = report([json.loads(line) for line in lines])
-        (options.out / "sharded.md").write_text(text)
-        return 0
-    workers = Workers()
-    return workers.run(lambda: job(options, workers))
+    return command(__doc__, LOG, by_ranks(measure), page(report, "sharded.md"), OVERRIDES)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ servers' iterates X^0, ..., X^K.
 """
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -18,31 +18,29 @@ from torch import Generator, Tensor
 from ef21_muon import EF21Muon
 from ef21_muon.compressors.base import Compressor
 from ef21_muon.norms.lmo import AdaptiveRadius, Norm
-from scripts.theory.problems import Valley
 from training.workers import exit_process
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Parameters of Algorithm 1, by the names of EF21Muon; `sigma` is the noise of a gradient.
+def simulate(
+    problem,
+    rounds: int,
+    replicas: int = 1,
+    sigma: float = 0.0,
+    seed: int = 0,
+    *,
+    norm: Norm,
+    w2s: Compressor,
+    s2w: Compressor,
+    momentum: float,
+    radius: float | AdaptiveRadius,
+    first_message: str,
+) -> Tensor:
+    """X^0, ..., X^K of independent replicas, K = `rounds`: (K + 1, replicas, m, k).
 
-    The noise is Gaussian with E ||xi||_2^2 = sigma^2.
+    Gradients have Gaussian noise with E ||xi||_2^2 = sigma^2. The options are those of EF21Muon.
     """
-
-    norm: Norm
-    w2s: Compressor
-    beta: float
-    radius: float | AdaptiveRadius
-    s2w: Compressor
-    first_message: str
-    sigma: float = 0.0
-    feedback: str = "ef21"
-
-
-def simulate(problem, setting: Setting, rounds: int, replicas: int = 1, seed: int = 0) -> Tensor:
-    """X^0, ..., X^K of independent replicas, K = `rounds`: (K + 1, replicas, m, k). EF21 only."""
     random = Generator().manual_seed(seed)
-    noise = Noise(problem, setting.sigma, replicas, seed)
+    noise = Noise(problem, sigma, seed)
 
     def compress(compressor: Compressor, x: Tensor) -> Tensor:
         m, k = x.shape[-2:]
@@ -51,67 +49,73 @@ def simulate(problem, setting: Setting, rounds: int, replicas: int = 1, seed: in
         return compressor.decode(payload, m, k).view_as(x)
 
     model = shift = problem.start.repeat(replicas, 1, 1)
-    momentum = noise.gradients(shift)
-    estimates = momentum
-    if setting.first_message == "compressed":
-        estimates = compress(setting.w2s, momentum)
+    averages = noise.gradients(shift)
+    estimates = compress(w2s, averages) if first_message == "compressed" else averages
     models = [model]
     for _ in range(rounds):
         gradient = estimates.mean(0)
-        step = setting.norm.lmo(gradient)
-        radius = setting.radius
+        step = norm.lmo(gradient)
+        length = radius
         if isinstance(radius, AdaptiveRadius):
-            radius = radius(-(gradient * step).sum((1, 2)))[:, None, None]
-        model = model + radius * step  # line 3
-        shift = shift + compress(setting.s2w, model - shift)  # lines 4-5
-        momentum = momentum.lerp(noise.gradients(shift), setting.beta)  # line 9
-        estimates = estimates + compress(setting.w2s, momentum - estimates)  # lines 10-11
+            length = radius(-(gradient * step).sum((1, 2)))[:, None, None]
+        model = model + length * step  # line 3
+        shift = shift + compress(s2w, model - shift)  # lines 4-5
+        averages = averages.lerp(noise.gradients(shift), 1 - momentum)  # line 9
+        estimates = estimates + compress(w2s, averages - estimates)  # lines 10-11
         models.append(model)
     return torch.stack(models)
 
 
-def train(problem, setting: Setting, rounds: int, replicas: int = 1, seed: int = 0) -> Tensor:
+def train(
+    problem, rounds: int, replicas: int = 1, sigma: float = 0.0, seed: int = 0, **options
+) -> Tensor:
     """As `simulate`, by EF21Muon; this process is the worker of its rank, rank 0 the server too.
 
     On other ranks what is returned are the model shifts W^0, ..., W^K. Replicas are layers.
     """
-    rank = dist.get_rank()
-    noise = Noise(problem, setting.sigma, replicas, seed)
-    shift = problem.start.repeat(replicas, 1, 1)
-    parameters = [torch.nn.Parameter(layer) for layer in shift]
-    optimizer = EF21Muon(
-        parameters,
-        lr=1.0,
-        momentum=1 - setting.beta,
-        norm=setting.norm,
-        radius=setting.radius,
-        w2s=setting.w2s,
-        s2w=setting.s2w,
-        feedback=setting.feedback,
-        first_message=setting.first_message,
-        server="rank0",
-        buckets=1,
-        seed=seed,
-    )
-    models = [shift.clone()]
-    for _ in range(rounds):
-        for parameter, gradient in zip(parameters, noise.gradients(shift)[rank], strict=True):
-            parameter.grad = gradient
-        optimizer.step()
-        states = [optimizer.state[parameter] for parameter in parameters]
-        at_server = "server_model" in states[0]
-        models.append(
-            torch.stack([s["server_model"] for s in states]) if at_server else shift.clone()
-        )
+    noise, rank = Noise(problem, sigma, seed), dist.get_rank()
+    gradients = repeat(lambda points: noise.gradients(points)[rank], rounds)
+    start = problem.start.repeat(replicas, 1, 1)
+    return descend(start, gradients, server="rank0", seed=seed, **options)
+
+
+def descend(
+    start: Tensor,
+    gradients: Iterable[Callable[[Tensor], Tensor]],
+    lr: Iterable[float] = repeat(1.0),
+    **options,
+) -> Tensor:
+    """X^0, ..., X^K by EF21Muon with these options, or W^0, ..., W^K where it is no server.
+
+    Args:
+        start: (layers, m, k).
+        gradients: Of every round, a function of the parameters (layers, m, k).
+        lr: Of every round.
+    """
+    points = start.clone()
+    layers = [torch.nn.Parameter(layer) for layer in points]  # which share its memory
+    optimizer = EF21Muon(layers, buckets=1, **options)
+    models = [start]
+    for gradient, rate in zip(gradients, lr, strict=False):
+
+        def closure(gradient=gradient) -> None:
+            for layer, part in zip(layers, gradient(points), strict=True):
+                layer.grad = part
+
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step(closure)
+        at_servers = [
+            optimizer.state[layer].get("server_model", layer.detach()) for layer in layers
+        ]
+        models.append(torch.stack(at_servers))
     return torch.stack(models)
 
 
 class Noise:
     """Stochastic gradients of a problem: the same draws for the same seed on every worker."""
 
-    def __init__(self, problem, sigma: float, replicas: int, seed: int):
+    def __init__(self, problem, sigma: float, seed: int):
         self.problem, self.scale = problem, sigma / problem.start.numel() ** 0.5
-        self.shape = (replicas, *problem.start.shape)
         self.random = Generator().manual_seed(seed + 1)
 
     def gradients(self, points: Tensor) -> Tensor:
@@ -149,23 +153,3 @@ def _join(rank: int, count: int, directory: str, work: Callable, arguments: tupl
         torch.save(result, Path(directory) / "result.pt")
     dist.destroy_process_group()
     exit_process(0)
-
-
-def muon(
-    valley: Valley,
-    norm: Norm,
-    beta: float,
-    radius: Callable,
-    rounds: int,
-    lmo_feedback: bool = False,
-) -> Tensor:
-    """X^0, ..., X^K of Muon, which is EF21Muon with one worker; `radius` is a function of k."""
-    model = torch.nn.Parameter(valley.start.clone())
-    optimizer = EF21Muon([model], momentum=1 - beta, norm=norm, lmo_feedback=lmo_feedback)
-    models = [model.detach().clone()]
-    for k in range(rounds):
-        optimizer.param_groups[0]["lr"] = radius(k)
-        model.grad = valley.subgradient(model.detach())
-        optimizer.step()
-        models.append(model.detach().clone())
-    return torch.stack(models)

@@ -5,189 +5,131 @@ from dataclasses import asdict
 from math import log
 from pathlib import Path
 
-from scripts.theory.studies import (
-    CASES,
-    GEOMETRIES,
-    REPLICAS,
-    THEOREMS,
-    VARIANTS,
-    WORKERS,
-)
-from training.drawing import Figure, matplotlib
-from training.picture import COLOURS, STYLE, save
+import numpy as np
+
+from scripts.studies import fill, markdown, select
+from scripts.theory import studies
+from training.picture import COLOURS, panels
 
 TEXT = Path(__file__).with_name("report.md")
 LABELS = {"top": "top 25%", "rank": "rank 25%"}
-VARIANT_LABELS = {"none": "none", "ef14": "EF14", "ef21": "EF21"}
 LOOKS = {  # the lines lie upon each other
     "top": {"color": COLOURS[1], "marker": "o", "markersize": 8, "linewidth": 3},
     "rank": {"color": COLOURS[0], "marker": "s"},
 }
-VARIANT_COLOURS = dict(zip(VARIANTS, (COLOURS[1], COLOURS[5], COLOURS[0]), strict=True))
-LINES = ("-", "--", ":")
+NAMES = {"none": "none", "ef14": "EF14", "ef21": "EF21"}
+VARIANT_COLOURS = {"none": COLOURS[1], "ef14": COLOURS[5], "ef21": COLOURS[0]}
+LINES = ("-", "--")
+GREY = "#777777"
 
 
-def select(records: Sequence[dict], kind: str, **fields) -> list[dict]:
-    """The records of a kind with these fields."""
-    return [
-        record
-        for record in records
-        if record["record"] == kind and all(record[name] == fields[name] for name in fields)
-    ]
+def draw(records: Sequence[dict], directory: Path) -> str:
+    """Write README.md and the pictures; returns the page."""
+    (run,) = select(records, record="run")
+    values = {
+        **{"torch": run["torch"], "workers": studies.WORKERS, "replicas": studies.REPLICAS},
+        "bounds": bounds_table(records),
+        "feedback": feedback_table(records),
+        "momentum_replicas": studies.MOMENTUM_REPLICAS,
+        "momentum": momentum_table(records),
+    }
+    page = fill(TEXT.read_text(), values)
+    (directory / "README.md").write_text(page)
+    draw_bounds(records, directory / "bounds")
+    draw_feedback(records, directory / "feedback")
+    return page
 
 
 def curves(records: Sequence[dict]) -> Iterator[tuple[dict, list[dict]]]:
     """What identifies a case, and the records of its simulated horizons."""
-    for case in CASES:
-        fields = asdict(case)
-        yield fields, select(records, "bound", run="simulate", **fields)
+    for fields in map(asdict, studies.CASES):
+        yield fields, select(records, record="bound", run="simulate", **fields)
 
 
-def slope(points: Sequence[dict], name: str) -> float:
-    """d log `name` / d log K between the two longest horizons."""
-    first, second = points[-2:]
-    return log(second[name] / first[name]) / log(second["rounds"] / first["rounds"])
-
-
-def report(records: Sequence[dict]) -> str:
-    """README.md: the text of scripts/theory/report.md, with the tables."""
-    return TEXT.read_text().format(
-        torch=records[0]["torch"],
-        replicas=REPLICAS,
-        workers=WORKERS,
-        bounds=bounds_table(records),
-        feedback=feedback_table(records),
-        valley=valley_table(records),
-    )
+def slope(points: Sequence[dict], name: str = "measured") -> float:
+    """d log `name` / d log K over these horizons, by least squares."""
+    logs = [(log(point["rounds"]), log(point[name])) for point in points]
+    return np.polyfit(*zip(*logs, strict=True), 1)[0]
 
 
 def bounds_table(records: Sequence[dict]) -> str:
-    """The shortest and the longest horizon of every case in Markdown, and the slopes there."""
-    lines = [
-        "| theorem | geometry | noise | w2s | K | measured | bound | K | measured | bound "
-        "| slope | of the bound |",
-        "| --- | --- |" + 10 * " ---: |",
-    ]
+    """The shortest and the longest horizon of every case, and the slopes at the end."""
+    rows = [["theorem", "geometry", "noise", "w2s", *2 * ["K", "measured", "bound"]]]
+    rows[0] += ["slope", "of the bound"]
     for fields, points in curves(records):
-        cells = [fields["theorem"], fields["geometry"], f"{fields['sigma']:g}"]
-        cells.append(LABELS[fields["w2s"]])
+        row = [fields["theorem"], fields["geometry"], f"{fields['sigma']:g}", LABELS[fields["w2s"]]]
         for point in (points[0], points[-1]):
-            cells.append(str(point["rounds"]))
-            cells += [f"{point[name]:.3g}" for name in ("measured", "bound")]
-        cells += [f"{slope(points, name):.2f}" for name in ("measured", "bound")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            row += [str(point["rounds"]), f"{point['measured']:.3g}", f"{point['bound']:.3g}"]
+        rows.append([*row, *(f"{slope(points[-2:], name):.2f}" for name in ("measured", "bound"))])
+    return markdown(rows, text_columns=2)
 
 
 def feedback_table(records: Sequence[dict]) -> str:
-    """Gradient norms of every variant at the start and over the last tenth, in Markdown."""
-    lines = [
-        "| workers | step size | feedback | at first | rounds | least of last tenth | most |",
-        "| ---: | ---: | --- |" + 4 * " ---: |",
-    ]
-    for record in select(records, "feedback"):
+    """Gradient norms of every variant at the start and over the last tenth."""
+    rows = [["feedback", "workers", "step size", "at first", "rounds"]]
+    rows[0] += ["least of last tenth", "most"]
+    for record in select(records, record="feedback"):
         norms = record["gradient_norms"]
         last = norms[-len(norms) // 10 :]
-        cells = [str(record["workers"]), f"{record['step_size']:g}"]
-        cells += [VARIANT_LABELS[record["feedback"]], f"{norms[0]:.3g}", str(len(norms) - 1)]
-        lines.append(f"| {' | '.join(cells)} | {min(last):.2g} | {max(last):.2g} |")
-    return "\n".join(lines)
+        row = [NAMES[record["feedback"]], str(record["workers"]), f"{record['step_size']:g}"]
+        row += [f"{norms[0]:.3g}", str(len(norms) - 1), f"{min(last):.2g}", f"{max(last):.2g}"]
+        rows.append(row)
+    return markdown(rows)
 
 
-def valley_table(records: Sequence[dict]) -> str:
-    """Least values of every method and schedule in Markdown."""
-    lines = [
-        "| slope | beta | method | t^k or eta^k | f(X^0) | rounds | least f |",
-        "| ---: | ---: | --- | --- | ---: | ---: | ---: |",
-    ]
-    for record in select(records, "valley"):
-        cells = [f"{record['slope']:g}", f"{record['beta']:g}", record["method"]]
-        cells += [record["schedule"], f"{record['start']:g}", str(record["rounds"][-1])]
-        lines.append(f"| {' | '.join(cells)} | {record['least_value'][-1]:.2g} |")
-    return "\n".join(lines)
+def momentum_table(records: Sequence[dict]) -> str:
+    horizons = [f"K = {rounds}" for rounds in studies.MOMENTUM_HORIZONS]
+    rows = [["momentum", *horizons, "slope", "rate"]]
+    for kind, (_, _, rate) in studies.ORDERS.items():
+        points = select(records, momentum=kind)
+        measured = (f"{point['measured']:.3f}" for point in points)
+        rows.append([kind, *measured, f"{slope(points):.2f}", f"-{rate:.2f}"])
+    return markdown(rows)
 
 
-def bounds_figure(records: Sequence[dict]) -> Figure:
+def draw_bounds(records: Sequence[dict], stem: Path) -> None:
     """Gradient norm against K, a row for each geometry, a column for each theorem and noise."""
-    columns = list(dict.fromkeys((case.theorem, case.sigma) for case in CASES))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 5.5), layout="constrained")
-        panels = figure.subplots(len(GEOMETRIES), len(columns), sharex="col")
+    columns = list(dict.fromkeys((case.theorem, case.sigma) for case in studies.CASES))
+    with panels(stem, 11, 5.5, 2, len(columns), sharex="col") as grid:
         for fields, points in curves(records):
-            row = GEOMETRIES.index(fields["geometry"])
-            axes = panels[row][columns.index((fields["theorem"], fields["sigma"]))]
-            rounds = [point["rounds"] for point in points]
-            if fields["w2s"] == "top":  # both compressors have the same alpha
+            row = studies.GEOMETRIES.index(fields["geometry"])
+            axes = grid[row][columns.index((fields["theorem"], fields["sigma"]))]
+            rounds, label = [point["rounds"] for point in points], LABELS[fields["w2s"]]
+            first = fields["w2s"] == "top"
+            if first:  # both compressors have the same alpha
                 bound = [point["bound"] for point in points]
-                axes.plot(rounds, bound, color="#777777", linestyle="--", label="bound")
-            look = LOOKS[fields["w2s"]]
+                axes.plot(rounds, bound, color=GREY, linestyle="--", label="bound")
             measured = [point["measured"] for point in points]
-            label = LABELS[fields["w2s"]]
-            axes.plot(rounds, measured, label=label, **look)
-            (real,) = select(records, "bound", run="train", **fields)
+            axes.plot(rounds, measured, label=label, **LOOKS[fields["w2s"]])
+            (real,) = select(records, record="bound", run="train", **fields)
             look = {"color": "#000000", "marker": "x", "linestyle": "", "zorder": 3}
-            label = "EF21Muon" if fields["w2s"] == "rank" else None
+            label = None if first else "EF21Muon"
             axes.plot([real["rounds"]], [real["measured"]], label=label, **look)
             axes.set(xscale="log", yscale="log")
-        for axes, (theorem, sigma) in zip(panels[0], columns, strict=True):
+        for axes, (theorem, sigma) in zip(grid[0], columns, strict=True):
             axes.set_title(f"{theorem}, $\\sigma$ = {sigma:g}")
-            measured = "root mean square" if theorem == THEOREMS[0] else "least"
+            measured = "root mean square" if theorem == studies.THEOREMS[0] else "least"
             axes.text(0.97, 0.95, measured, ha="right", va="top", transform=axes.transAxes)
-        for axes in panels[-1]:
+        for axes in grid[-1]:
             axes.set_xlabel("K")
-        for axes, place in zip(panels[:, 0], GEOMETRIES, strict=True):
+        for axes, place in zip(grid[:, 0], studies.GEOMETRIES, strict=True):
             axes.set_ylabel(f"gradient norm, dual of {place}")
-        figure.legend(
-            *panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4
-        )
-    return figure
+        legend = grid[0, 0].get_legend_handles_labels()
+        grid[0, 0].figure.legend(*legend, loc="outside lower center", ncols=4)
 
 
-def feedback_figure(records: Sequence[dict]) -> Figure:
+def draw_feedback(records: Sequence[dict], stem: Path) -> None:
     """Gradient norm against rounds: two workers with two step sizes, and three workers."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.8), layout="constrained")
-        panels = dict(zip((2, 3), figure.subplots(1, 2), strict=True))
-        for workers, axes in panels.items():
-            drawn = select(records, "feedback", workers=workers)
+    with panels(stem, 9, 3.8, 1, 2) as pair:
+        for workers, axes in zip((2, 3), pair, strict=True):
+            drawn = select(records, record="feedback", workers=workers)
             steps = list(dict.fromkeys(record["step_size"] for record in drawn))
             for record in drawn:
                 variant, step = record["feedback"], record["step_size"]
-                label = f"{VARIANT_LABELS[variant]}, step {step:g}"
                 look = {"color": VARIANT_COLOURS[variant], "linestyle": LINES[steps.index(step)]}
-                axes.plot(record["gradient_norms"], label=label, **look)
+                axes.plot(
+                    record["gradient_norms"], label=f"{NAMES[variant]}, step {step:g}", **look
+                )
             axes.set(yscale="log", xlabel="round", title=f"{workers} workers")
             axes.legend()
-        panels[2].set_ylabel("gradient norm")
-    return figure
-
-
-def valley_figure(records: Sequence[dict]) -> Figure:
-    """The least value so far against rounds, a panel for each slope."""
-    drawn = select(records, "valley")
-    slopes = list(dict.fromkeys((record["slope"], record["beta"]) for record in drawn))
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.8), layout="constrained")
-        panels = dict(zip(slopes, figure.subplots(1, len(slopes)), strict=True))
-        for (incline, beta), axes in panels.items():
-            for record in select(records, "valley", slope=incline, beta=beta):
-                method, schedule = record["method"], record["schedule"]
-                repaired = method != "Muon"
-                place = [r["schedule"] for r in drawn[:3]].index(schedule)
-                look = {"color": COLOURS[0] if repaired else COLOURS[1], "linestyle": LINES[place]}
-                label = f"{method}, {schedule}"
-                axes.plot(record["rounds"], record["least_value"], label=label, **look)
-            title = f"slope {incline:g}, $\\beta$ = {beta:g}"
-            axes.set(xscale="log", yscale="log", xlabel="round", title=title)
-            axes.axhline(2 * incline, color="#777777", linewidth=0.8)
-        panels[slopes[0]].set_ylabel("least f so far")
-        panels[slopes[0]].legend(loc="lower left")
-    return figure
-
-
-def draw(records: Sequence[dict], directory: Path) -> None:
-    """Write README.md and the pictures, which follow from the records alone."""
-    (directory / "README.md").write_text(report(records))
-    save(bounds_figure(records), directory / "bounds")
-    save(feedback_figure(records), directory / "feedback")
-    save(valley_figure(records), directory / "lipschitz")
+        pair[0].set_ylabel("gradient norm")

@@ -28,7 +28,6 @@ class Geometry:
     rho = 1, rho_bar = sqrt(N), scale = N, stretch = 1.
     """
 
-    name: str
     norm: Norm
     rho: float
     rho_bar: float
@@ -40,45 +39,46 @@ def geometry(name: str, m: int, k: int) -> Geometry:
     """ "spectral" or "max" for m x k matrices."""
     if name == "spectral":
         r = min(m, k)
-        return Geometry(name, Spectral("svd", scaling="none"), 1.0, sqrt(r), r, sqrt(r))
-    return Geometry(name, Sign(scaling="none"), 1.0, sqrt(m * k), m * k, 1.0)
+        return Geometry(Spectral("svd", scaling="none"), 1.0, sqrt(r), r, sqrt(r))
+    return Geometry(Sign(scaling="none"), 1.0, sqrt(m * k), m * k, 1.0)
 
 
 @dataclass(frozen=True)
 class Problem:
     """weights (n,) a_j > 0 and targets (n, m, k) B_j; X^0 = 0.
 
-    `slope` is the derivative of a function phi >= 0 with phi(0) = 0, and f_j(X) is a_j times the
-    sum of phi over the entries of X - B_j, so that f_j^* = 0.
+    A kind of problem has `slope`, the derivative of a function phi >= 0 with phi(0) = 0, and f_j(X)
+    is a_j times the sum of phi over the entries of X - B_j, so that f_j^* = 0.
     """
 
     weights: Tensor
     targets: Tensor
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return tuple(self.targets.shape[1:])
-
-    @property
     def start(self) -> Tensor:
-        return torch.zeros(self.shape)
+        return torch.zeros(self.targets.shape[1:])
 
     @property
     def centre(self) -> Tensor:
         """The mean of the B_j with weights a_j, (m, k)."""
-        return torch.einsum("j,jmk->mk", self.weights / self.weights.sum(), self.targets)
+        return self.mean(self.targets) / self.weights.mean()
 
-    def slope(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    def mean(self, of_workers: Tensor) -> Tensor:
+        """The mean over j of a_j times what worker j has, (n, ...)."""
+        return torch.einsum("j,j...->...", self.weights / len(self.weights), of_workers)
 
     def gradients(self, points: Tensor) -> Tensor:
         """grad f_j at points (..., m, k) for every j: (n, ..., m, k)."""
-        return torch.einsum("j,j...->j...", self.weights, self.slope(self._differences(points)))
+        return torch.einsum("j,j...->j...", self.weights, self.slope(self.differences(points)))
 
-    def _differences(self, points: Tensor) -> Tensor:
+    def differences(self, points: Tensor) -> Tensor:
         """X - B_j at points (..., m, k) for every j: (n, ..., m, k)."""
-        batch = (1 for _ in points.shape[:-2])
-        return points - self.targets.view(len(self.targets), *batch, *self.shape)
+        return (points.unsqueeze(-3) - self.targets).movedim(-3, 0)
+
+    def shared(self, geometry: Geometry) -> dict:
+        """What both theorems need to know."""
+        workers = len(self.weights)
+        return {"rho": geometry.rho, "rho_bar": geometry.rho_bar, "workers": workers}
 
 
 class Quadratic(Problem):
@@ -97,9 +97,7 @@ class Quadratic(Problem):
             L=mean * geometry.scale,
             L_bar=float(self.weights.square().mean().sqrt()) * geometry.scale,
             delta0=mean / 2 * float((self.start - self.centre).square().sum()),
-            rho=geometry.rho,
-            rho_bar=geometry.rho_bar,
-            workers=len(self.weights),
+            **self.shared(geometry),
             **others,
         )
 
@@ -134,28 +132,25 @@ class Rippled(Problem):
         """The share of every entry in f, at points (..., m, k)."""
         places = torch.arange(0, float(self.targets.abs().max()) * 2 + 1, self.GRID).double()
         steps = torch.cumulative_trapezoid(self.slope(places), places)
-        phi = np.interp(self._differences(points).abs(), places[1:], steps)
-        return torch.einsum("j,j...->...", self.weights / len(self.weights), torch.from_numpy(phi))
+        phi = np.interp(self.differences(points).abs(), places[1:], steps)
+        return self.mean(torch.from_numpy(phi))
 
     def theorem(self, geometry: Geometry, **others: float) -> GeneralizedSmooth:
         """`others`: alpha_D, sigma."""
         low, high = self.targets.aminmax()
         grid = torch.arange(float(low), float(high) + self.GRID, self.GRID).double()
-        least = float(self.values(grid[:, None, None].expand(-1, *self.shape)).amin(0).sum())
-        mean = float(self.weights.mean())
-        spread = torch.einsum(
-            "j,jmk->mk", self.weights / len(self.weights), (self.targets - self.centre).abs()
-        )
+        grid = grid[:, None, None].expand(-1, *self.start.shape)
+        least = float(self.values(grid).amin(0).sum())
+        smooth = 7 / 4 * float(self.weights.mean())
         return GeneralizedSmooth(
-            L0=(7 / 4 * mean + float(spread.max())) * geometry.scale,
+            L0=(smooth + float(self.mean(self.differences(self.centre).abs()).max()))
+            * geometry.scale,
             L1=geometry.stretch,
-            L0_bar=7 / 4 * mean * geometry.scale,
+            L0_bar=smooth * geometry.scale,
             L1_max=geometry.stretch,
             dissimilarity=geometry.stretch**2 * least,
             delta0=float(self.values(self.start).sum()) - least,
-            rho=geometry.rho,
-            rho_bar=geometry.rho_bar,
-            workers=len(self.weights),
+            **self.shared(geometry),
             **others,
         )
 
@@ -175,31 +170,3 @@ class Pulling:
         """grad f_j at points (..., 3, 1) for every j: (3, ..., 3, 1)."""
         along = torch.einsum("ji,...iu->j...u", self.vectors, points.double())
         return 2 * torch.einsum("j...u,ji->j...iu", along, self.vectors) + points / 2
-
-
-class Valley:
-    """f(X) = |X_11 - X_22| + `slope` |X_11 + X_22| on 2 x 2 matrices: convex, Lipschitz, f^* = 0.
-
-    The subgradients are diagonal, diag(+-slope + 1, +-slope - 1) or minus that, so their polar
-    factor is +-diag(1, -1) if slope < 1, and no step of Muon without momentum, of whatever length,
-    changes X_11 + X_22. With momentum M = diag(mu + nu, mu - nu), where mu is an average of
-    +-slope and nu one of +-1 with weight beta on the newest, the same holds while |nu| > slope. If
-    beta > 1/2, |nu| >= 2 beta - 1 whatever the signs, so for slope < 2 beta - 1 it holds for ever.
-    """
-
-    start = torch.diag(torch.tensor([1.1, 0.9]))
-
-    def __init__(self, slope: float):
-        self.slope = slope
-
-    def value(self, model: Tensor) -> Tensor:
-        """f of (..., 2, 2)."""
-        first, second = model[..., 0, 0], model[..., 1, 1]
-        return (first - second).abs() + self.slope * (first + second).abs()
-
-    def subgradient(self, model: Tensor) -> Tensor:
-        """A subgradient at (2, 2)."""
-        first, second = model.diagonal()
-        across = 1.0 if first >= second else -1.0
-        along = self.slope if first >= -second else -self.slope
-        return torch.diag(torch.tensor([along + across, along - across]))

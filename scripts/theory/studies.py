@@ -1,28 +1,19 @@
-"""The studies of `scripts/theory/run.py` as records: bounds, feedback, Lipschitz functions."""
+"""Three studies of `scripts/theory/run.py` as records: bounds, feedback, kinds of momentum."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import repeat
 from math import sqrt
 
 import torch
 from torch import Tensor
 
-from ef21_muon.compressors.base import Identity
-from ef21_muon.compressors.low_rank import RankK
-from ef21_muon.compressors.rare import Scaled
-from ef21_muon.compressors.sparse import TopK
-from ef21_muon.norms.lmo import AdaptiveRadius, Euclidean, Spectral
-from scripts.theory.algorithm import (
-    Setting,
-    gradient_norms,
-    muon,
-    on_workers,
-    simulate,
-    train,
-)
+from ef21_muon.compressors import Identity, RankK, Scaled, TopK
+from ef21_muon.norms.lmo import AdaptiveRadius, Euclidean
+from scripts.theory.algorithm import descend, gradient_norms, on_workers, simulate, train
 from scripts.theory.bounds import GeneralizedSmooth, LSmooth
-from scripts.theory.problems import Pulling, Quadratic, Rippled, Valley, geometry
+from scripts.theory.problems import Pulling, Quadratic, Rippled, geometry
 
 WORKERS, SIDE = 4, 4
 HORIZONS = (16, 64, 256, 1024, 4096)
@@ -40,24 +31,14 @@ SIGMAS = {"L-smooth": 1.0, "(L0, L1)-smooth": 0.3}
 DISTANCES = {"spectral": 0.12, "max": 0.4}
 
 VARIANTS = ("none", "ef14", "ef21")
-FEEDBACK_ROUNDS = 400
-STEP_SIZES = (0.1, 0.02)
-PULLING_ROUNDS, PULLING_STEP = 200, 0.02
 
-SCHEDULES = {
-    "0.01": lambda k: 0.01,
-    "0.3 / sqrt(k + 1)": lambda k: 0.3 / sqrt(k + 1),
-    "1 / (k + 1)": lambda k: 1 / (k + 1),
+MOMENTUM_HORIZONS, MOMENTUM_REPLICAS = (64, 256, 1024, 4096, 16384), 16
+NOISE, OF_CURVATURE = 1.0, 0.5
+# By kind of momentum, powers of 1 / K: of beta, of the step, and of the rate.
+ORDERS = {
+    "polyak": (1 / 2, 3 / 4, 1 / 4),
+    **dict.fromkeys(("mvr", "hessian"), (2 / 3, 2 / 3, 1 / 3)),
 }
-VALLEYS = ((0.1, 0.6, 3000), (0.02, 0.1, 10000))  # slope, beta, rounds
-VALLEY_RUNS = [
-    (*valley, *method)
-    for valley in VALLEYS
-    for method in (
-        *(("Muon", schedule) for schedule in SCHEDULES),
-        ("error feedback", "0.3 / sqrt(k + 1)"),
-    )
-]
 
 
 @dataclass(frozen=True)
@@ -73,13 +54,11 @@ class Case:
     def problem(self) -> Quadratic | Rippled:
         """Targets are a centre, of the distance from X^0 = 0 that fits, and Gaussian spread."""
         quadratic = self.theorem == "L-smooth"
-        random = torch.Generator().manual_seed(0)
-        centre = torch.randn(SIDE, SIDE, generator=random, dtype=torch.float64)
-        spread = torch.randn(WORKERS, SIDE, SIDE, generator=random, dtype=torch.float64)
+        centre, *spread = gaussian(1 + WORKERS, seed=0)
         distance, width = (1, 0.5) if quadratic else (DISTANCES[self.geometry], 0.3)
         weights = torch.linspace(0.5, 1.5, WORKERS, dtype=torch.float64)
         kind = Quadratic if quadratic else Rippled
-        return kind(weights, distance * centre + width * spread)
+        return kind(weights, distance * centre + width * torch.stack(spread))
 
     @cached_property
     def numbers(self) -> LSmooth | GeneralizedSmooth:
@@ -98,20 +77,18 @@ class Case:
     def replicas(self) -> int:
         return 1 if self.sigma == 0 and self.w2s == "top" else REPLICAS
 
-    def setting(self, rounds: int) -> Setting:
+    def options(self, rounds: int) -> dict:
         """What the theorem prescribes for K = `rounds`."""
-        numbers = self.numbers
-        first = self.theorem == "L-smooth"
-        radius = AdaptiveRadius(1 / numbers.gamma(rounds), 0) if first else numbers.radius(rounds)
-        return Setting(
-            norm=geometry(self.geometry, SIDE, SIDE).norm,
-            w2s=COMPRESSORS[self.w2s],
-            beta=numbers.beta(rounds),
-            radius=radius,
-            s2w=DAMPING if first else Identity(),
-            first_message="full" if first else "compressed",
-            sigma=self.sigma,
-        )
+        options = {
+            "norm": geometry(self.geometry, SIDE, SIDE).norm,
+            "w2s": COMPRESSORS[self.w2s],
+            "momentum": 1 - self.numbers.beta(rounds),
+        }
+        if self.theorem == "L-smooth":
+            radius = AdaptiveRadius(1 / self.numbers.gamma(rounds), 0)
+            return options | {"radius": radius, "s2w": DAMPING, "first_message": "full"}
+        radius = self.numbers.radius(rounds)
+        return options | {"radius": radius, "s2w": Identity(), "first_message": "compressed"}
 
     def bounded(self, norms: Tensor) -> float:
         """What the theorem bounds, of ||grad f(X^k)||_* (K + 1, replicas), as a gradient norm.
@@ -129,23 +106,17 @@ class Case:
 
     def records(self, horizons: Sequence[int], run: Callable = simulate) -> list[dict]:
         """Run every horizon with its own parameters; a record each. `run`: simulate or train."""
-        problem, norm = self.problem, geometry(self.geometry, SIDE, SIDE).norm
-        shared = None
-        if self.one_run:
-            longest = max(horizons)
-            models = run(problem, self.setting(longest), longest, self.replicas)
-            shared = gradient_norms(problem, norm, models)
-        records = []
+        norms, records = {}, []
+        for rounds in (max(horizons),) if self.one_run else horizons:
+            options = self.options(rounds)
+            models = run(self.problem, rounds, self.replicas, self.sigma, **options)
+            norms[rounds] = gradient_norms(self.problem, options["norm"], models)
         for rounds in horizons:
-            norms = shared
-            if norms is None:
-                models = run(problem, self.setting(rounds), rounds, self.replicas)
-                norms = gradient_norms(problem, norm, models)
-            setting = self.setting(rounds)
+            of_run = norms.get(rounds, norms[max(horizons)])
             records.append(
                 {"record": "bound", "run": run.__name__, **asdict(self), "rounds": rounds}
-                | {"beta": setting.beta, "replicas": self.replicas}
-                | {"measured": self.bounded(norms[: rounds + 1]), "bound": self.bound(rounds)}
+                | {"beta": self.numbers.beta(rounds), "replicas": self.replicas}
+                | {"measured": self.bounded(of_run[: rounds + 1]), "bound": self.bound(rounds)}
             )
         return records
 
@@ -157,6 +128,12 @@ CASES = [
     for sigma in (0.0, SIGMAS[theorem])
     for w2s in COMPRESSORS
 ]
+
+
+def gaussian(count: int, seed: int) -> Tensor:
+    """(count, SIDE, SIDE), float64."""
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(count, SIDE, SIDE, generator=random, dtype=torch.float64)
 
 
 def simulated(case: Case) -> list[dict]:
@@ -172,9 +149,7 @@ def trained() -> list[dict]:
 
 def two_workers() -> Quadratic:
     """f_1 and f_2 of curvature 1/2 and 3/2, with distant minimisers."""
-    random = torch.Generator().manual_seed(1)
-    targets = torch.randn(2, SIDE, SIDE, generator=random, dtype=torch.float64)
-    return Quadratic(torch.tensor([0.5, 1.5], dtype=torch.float64), targets)
+    return Quadratic(torch.tensor([0.5, 1.5], dtype=torch.float64), gaussian(2, seed=1))
 
 
 def feedback(problem, kept: int, step_size: float, rounds: int) -> dict[str, list[float]]:
@@ -182,26 +157,23 @@ def feedback(problem, kept: int, step_size: float, rounds: int) -> dict[str, lis
 
     By variant of error feedback, k = 0, ..., rounds; to be called on one process per worker.
     """
+    options = {
+        "norm": Euclidean(),
+        "radius": AdaptiveRadius(1 / step_size, 0.0),
+        "w2s": TopK(kept / problem.start.numel()),
+        "momentum": 0.0,
+    }
     result = {}
     for variant in VARIANTS:
-        setting = Setting(
-            norm=Euclidean(),
-            w2s=TopK(kept / problem.start.numel()),
-            beta=1.0,
-            radius=AdaptiveRadius(1 / step_size, 0.0),
-            s2w=Identity(),
-            first_message="compressed",
-            feedback=variant,
-        )
-        models = train(problem, setting, rounds)
-        result[variant] = gradient_norms(problem, setting.norm, models)[:, 0].tolist()
+        models = train(problem, rounds, feedback=variant, **options)
+        result[variant] = gradient_norms(problem, options["norm"], models)[:, 0].tolist()
     return result
 
 
 def feedback_records() -> Iterator[dict]:
     """Two workers with two step sizes, and the three workers of `Pulling`."""
-    runs = [(2, two_workers(), 2, step, FEEDBACK_ROUNDS) for step in STEP_SIZES]
-    runs.append((3, Pulling(), 1, PULLING_STEP, PULLING_ROUNDS))
+    two = two_workers()
+    runs = ((2, two, 2, 0.1, 400), (2, two, 2, 0.02, 400), (3, Pulling(), 1, 0.02, 200))
     for workers, problem, kept, step_size, rounds in runs:
         curves = on_workers(workers, feedback, problem, kept, step_size, rounds)
         for variant, norms in curves.items():
@@ -209,14 +181,29 @@ def feedback_records() -> Iterator[dict]:
             yield what | {"feedback": variant, "gradient_norms": norms}
 
 
-def valley_record(run: tuple[float, float, int, str, str]) -> dict:
-    """The least f so far, at powers of 2^(1/4), of one of VALLEY_RUNS."""
+def momentum_record(run: tuple[str, int]) -> dict:
+    """The mean of ||grad f(X^k)||_* over k < K and replicas, with noise that changes with X."""
     torch.set_num_threads(1)
-    slope, beta, rounds, method, schedule = run
-    valley, norm = Valley(slope), Spectral("svd", scaling="none")
-    feedback = method == "error feedback"
-    values = valley.value(muon(valley, norm, beta, SCHEDULES[schedule], rounds, feedback))
-    places = sorted({min(rounds, round(2 ** (p / 4))) for p in range(56)})
-    what = {"record": "valley", "slope": slope, "beta": beta, "method": method}
-    curve = {"rounds": places, "least_value": values.cummin(0).values[places].tolist()}
-    return what | {"schedule": schedule, "start": float(values[0])} | curve
+    kind, rounds = run
+    of_beta, of_step, _ = ORDERS[kind]
+    place = geometry("spectral", SIDE, SIDE)
+    function = Rippled(torch.ones(1, dtype=torch.float64), gaussian(1, seed=0))
+    random = torch.Generator().manual_seed(0)
+
+    def samples() -> Iterator[Callable[[Tensor], Tensor]]:
+        """So that two gradients of one sample do not differ by the exact amount."""
+        for _ in range(rounds):
+            noise, curvature = torch.randn(2, MOMENTUM_REPLICAS, SIDE, SIDE, generator=random)
+            noise, curvature = NOISE / SIDE * noise, OF_CURVATURE * curvature
+            yield lambda x, n=noise, c=curvature: function.gradients(x)[0].float() + n + c * x
+
+    models = descend(
+        function.start.repeat(MOMENTUM_REPLICAS, 1, 1),
+        samples(),
+        lr=repeat(rounds**-of_step),
+        momentum=1 - rounds**-of_beta,
+        momentum_kind=kind,
+        norm=place.norm,
+    )
+    measured = float(gradient_norms(function, place.norm, models[:-1]).mean())
+    return {"record": "momentum", "momentum": kind, "rounds": rounds, "measured": measured}

@@ -3,7 +3,8 @@
 Data and starts are drawn on the CPU from seeds, so that they are the same everywhere.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,6 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ef21_muon import ALONE, EF21Muon, LocalSteps
-from ef21_muon.compressors import Compressor, Identity
 from ef21_muon.norms import Sign, Spectral
 from ef21_muon.norms.lmo import BiasRMS
 from ef21_muon.transport.agreement import fingerprint
@@ -21,7 +21,7 @@ from ef21_muon.transport.host import sender
 from training.workers import Workers
 
 Parameters = dict[str, Parameter]
-Compressors = dict[str, Compressor]  # by role
+Compressors = dict[str, str]  # specs by role
 
 STEPS, SAMPLES = 3, 16
 LR, BETA = 0.05, 0.1
@@ -36,7 +36,25 @@ SHAPES = {name: shape for layers in ROLES.values() for name, shape in layers.ite
 # a shape in common, and an LMO that works entry by entry.
 NORMS = {"hidden": Spectral(dtype=torch.float32), "heads": Sign(), "biases": BiasRMS()}
 RADII = {"hidden": 1.0, "heads": 3.0, "biases": 1.0}
-UNCOMPRESSED = dict.fromkeys(ROLES, Identity())
+UNCOMPRESSED = dict.fromkeys(ROLES, "identity")
+
+
+def orthogonal(d: Tensor) -> Tensor:
+    """sqrt(d_out / d_in) U V^T by five steps of Jordan's quintic."""
+    d_out, d_in = d.shape
+    x = d.T if d_out > d_in else d
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return (d_out / d_in) ** 0.5 * (x.T if d_out > d_in else x)
+
+
+PUBLISHED = {
+    "hidden": orthogonal,
+    "heads": lambda d: d.sign() / d.shape[1],
+    "biases": lambda d: d / d.square().mean().sqrt(),
+}
 
 
 class Scion:
@@ -55,34 +73,13 @@ class Scion:
             for name in layers:
                 x, d = self.parameters[name], self.averages[name]
                 d.mul_(1 - BETA).add_(x.grad, alpha=BETA)
-                x.mul_(1 - LR).sub_(getattr(self, role)(d), alpha=LR * RADII[role])
-
-    @staticmethod
-    def hidden(d: Tensor) -> Tensor:
-        """sqrt(d_out / d_in) U V^T by five steps of Jordan's quintic."""
-        d_out, d_in = d.shape
-        x = d.T if d_out > d_in else d
-        x = x / (x.norm() + 1e-7)
-        for _ in range(5):
-            square = x @ x.T
-            x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-        return (d_out / d_in) ** 0.5 * (x.T if d_out > d_in else x)
-
-    @staticmethod
-    def heads(d: Tensor) -> Tensor:
-        return d.sign() / d.shape[1]
-
-    @staticmethod
-    def biases(d: Tensor) -> Tensor:
-        return d / d.square().mean().sqrt()
+                x.mul_(1 - LR).sub_(PUBLISHED[role](d), alpha=LR * RADII[role])
 
 
 Build = Callable[[Parameters], Optimizer | Scion]
 
 
-def ours(
-    w2s: Compressors = UNCOMPRESSED, s2w: Compressors = UNCOMPRESSED, **options
-) -> Callable[[Parameters], EF21Muon]:
+def ours(w2s: Compressors = UNCOMPRESSED, s2w: Compressors = UNCOMPRESSED, **options) -> Build:
     """Builds an EF21Muon with these compressors and options."""
 
     def build(parameters: Parameters) -> EF21Muon:
@@ -102,19 +99,10 @@ def ours(
     return build
 
 
-def local(
-    w2s: Compressors = UNCOMPRESSED,
-    s2w: Compressors = UNCOMPRESSED,
-    sync_every: int = STEPS,
-    **options,
-) -> Callable[[Parameters], LocalSteps]:
+def local(w2s: Compressors = UNCOMPRESSED, s2w: Compressors = UNCOMPRESSED, **options) -> Build:
     """Builds local steps of EF21Muon, a round in all STEPS, with these compressors and options."""
-
-    def build(parameters: Parameters) -> LocalSteps:
-        inner = ours(process_group=ALONE)(parameters)
-        return LocalSteps(inner, sync_every, w2s=w2s, s2w=s2w, **options)
-
-    return build
+    inner, options = ours(process_group=ALONE), {"sync_every": STEPS} | options
+    return lambda parameters: LocalSteps(inner(parameters), w2s=w2s, s2w=s2w, **options)
 
 
 def start(device: torch.device) -> Parameters:
@@ -138,50 +126,30 @@ def loss(parameters: Parameters, batch: Iterable[int], step: int) -> Tensor:
     return total
 
 
-def new(workers: Workers, build: Build) -> tuple[Parameters, Optimizer | Scion]:
-    """Parameters before the first step, and an optimizer of them."""
-    parameters = start(workers.device)
-    return parameters, build(parameters)
-
-
-def descend(
+def train(
     workers: Workers,
-    parameters: Parameters,
-    optimizer: Optimizer | Scion,
+    build: Build,
     batch: Iterable[int] | None = None,
     average: bool = False,
-) -> None:
-    """Take STEPS steps on this worker's samples, or on those of a batch of workers.
+    inside: AbstractContextManager | None = None,
+) -> tuple[Parameters, Optimizer | Scion]:
+    """Parameters and optimizer after STEPS steps on this worker's samples.
 
-    `average`: with the mean of all workers' gradients.
+    batch: workers whose samples to take instead. average: with the mean of all workers' gradients.
+    inside: is entered for the steps.
     """
-    for step in range(STEPS):
-        for parameter in parameters.values():
-            parameter.grad = None
-        loss(parameters, [workers.rank] if batch is None else batch, step).backward()
-        if average:
+    parameters = start(workers.device)
+    optimizer = build(parameters)
+    with inside or nullcontext():
+        for step in range(STEPS):
             for parameter in parameters.values():
-                parameter.grad.copy_(mean_of(workers, parameter.grad))
-        optimizer.step()
-
-
-def train(workers: Workers, build: Build, **how) -> tuple[Parameters, Optimizer | Scion]:
-    """Parameters and optimizer after `descend`, which takes `how`."""
-    parameters, optimizer = new(workers, build)
-    descend(workers, parameters, optimizer, **how)
+                parameter.grad = None
+            loss(parameters, [workers.rank] if batch is None else batch, step).backward()
+            if average:
+                for parameter in parameters.values():
+                    parameter.grad.copy_(mean_of(workers, parameter.grad))
+            optimizer.step()
     return parameters, optimizer
-
-
-def constant_gradients(
-    workers: Workers, feedback: str, w2s: Compressor, steps: int
-) -> Iterator[tuple[Parameters, EF21Muon]]:
-    """Steps that all have the same gradients, without momentum and without moving."""
-    build = ours(dict.fromkeys(ROLES, w2s), feedback=feedback, momentum=0, lr=0.0)
-    parameters, optimizer = new(workers, build)
-    loss(parameters, [workers.rank], 0).backward()
-    for _ in range(steps):
-        optimizer.step()
-        yield parameters, optimizer
 
 
 class Sent(TorchDispatchMode):

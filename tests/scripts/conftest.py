@@ -1,4 +1,4 @@
-"""What tests of networks share: at their end, nothing is left."""
+"""What tests of scripts share: nothing is left of networks, and pictures are not rendered."""
 
 import os
 
@@ -18,3 +18,13 @@ def nothing_left(tmp_path, monkeypatch):
     assert not processes(f"ef21-{os.getpid()}-")
     assert not list(directory.iterdir())
     assert not processes(str(tmp_path))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures of `training.picture.panels`, by name; not rendered, which takes seconds."""
+    figures = {}
+    monkeypatch.setattr(
+        "training.picture.save", lambda figure, stem: figures.update({stem.name: figure})
+    )
+    return figures

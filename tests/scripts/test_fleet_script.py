@@ -220,6 +220,7 @@ def start(monkeypatch, capfd):
         lighthouse = SimpleNamespace(shutdown=lambda: None)
         monkeypatch.setattr(fleet, "new_lighthouse", lambda workers, port: lighthouse)
         monkeypatch.setattr(fleet, "OF_TOO_FEW", 1)
+        monkeypatch.setattr(fleet, "TICK", 0.05)
         status = fleet.start(SimpleNamespace(workers=len(workers), port=1))
         printed = capfd.readouterr()
         return status, printed.out.splitlines(), sorted(printed.err.splitlines())

@@ -6,20 +6,23 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from nodes import in_node, namespaces, processes, seconds_to_send
 from run import PATIENCE, ROOT
 
 from ef21_muon.layers import PLACEMENTS
-from scripts.count_bytes import HEADERS
+from scripts.count_bytes import HEADERS, check_launch
 from scripts.netns import ETHERNET_HEADER, MTU, JobError, Network, requirements_missing
+from training.workers import RunError, Workers
 
 MISSING = requirements_missing()
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 SCRIPTS = ROOT / "scripts"
 # 1.3 million parameters: every rank sends over 1 MB per step, whatever the placement.
+LOCAL = ["optimizer=local", "optimizer.sync_every=2"]
 WIDENED = ["model.layers=4", "model.width=160", "compressor@w2s=natural"]
 SLEEP = (
     f"import os, time; print('ready', os.environ.get('RANK'), flush=True); time.sleep({PATIENCE})"
@@ -27,12 +30,25 @@ SLEEP = (
 SHOW_LINK = "import os; os.execlp('ip', 'ip', 'link', 'show', 'eth0')"
 
 
+def count(nodes: int, overrides: list[str], out: Path, servers=PLACEMENTS, ranks=1, steps=3):
+    """The rows that scripts/count_bytes.py writes, and what it prints."""
+    batch = f"batch.global_size={nodes * ranks}"
+    options = [f"--servers={','.join(servers)}", f"--steps={steps}", f"--json={out}"]
+    script = SCRIPTS / "count_bytes.py"
+    with Network(nodes) as network:
+        printed, *_ = network.torchrun(
+            script, *options, *overrides, batch, ranks_per_node=ranks, timeout=PATIENCE
+        )
+    return json.loads(out.read_text())["rows"], printed
+
+
 @pytest.mark.parametrize(
     ("nodes", "every", "method"),
     [
         pytest.param(2, 1, [], id="2"),
-        pytest.param(3, 1, [], id="3"),
-        pytest.param(2, 2, ["optimizer=local", "optimizer.sync_every=2"], id="local"),
+        pytest.param(3, 1, [], id="3", marks=pytest.mark.slow),
+        pytest.param(2, 2, LOCAL, id="2-local", marks=pytest.mark.slow),
+        pytest.param(3, 2, LOCAL, id="3-local"),
     ],
 )
 def test_kernel_confirms_the_log(nodes, every, method, small, tmp_path, nothing_left):
@@ -41,15 +57,8 @@ def test_kernel_confirms_the_log(nodes, every, method, small, tmp_path, nothing_
     Acknowledgements of what a rank receives count as sent. A rank that receives many times what it
     sends would miss the bar by them; here the worst is `rank0`, where a worker receives 3.6 times.
     """
-    out = tmp_path / "count.json"
-    overrides = [*small, *WIDENED, f"batch.global_size={nodes}", *method]
-    servers = f"--servers={','.join(PLACEMENTS)}"
-    options = [servers, f"--steps={every * (4 - every)}", f"--json={out}"]
-    with Network(nodes) as network:
-        outputs = network.torchrun(
-            SCRIPTS / "count_bytes.py", *options, *overrides, timeout=PATIENCE
-        )
-    rows = json.loads(out.read_text())["rows"]
+    overrides, steps = [*small, *WIDENED, *method], every * (4 - every)
+    rows, printed = count(nodes, overrides, tmp_path / "count.json", steps=steps)
     expected = [(server, rank) for server in PLACEMENTS for rank in range(nodes)]
     assert [(row["server"], row["rank"]) for row in rows] == expected
     for row in rows:
@@ -58,23 +67,16 @@ def test_kernel_confirms_the_log(nodes, every, method, small, tmp_path, nothing_
         assert log < kernel < 1.03 * log, row
         assert log <= kernel - HEADERS * packets < 1.01 * log, row
         assert kernel <= packets * (MTU + ETHERNET_HEADER), "frames were counted unsegmented"
-        assert re.search(rf"{row['server']} +{row['rank']} +{log / 1e6:.3f} ", outputs[0])
+        assert re.search(rf"{row['server']} +{row['rank']} +{log / 1e6:.3f} ", printed)
 
 
+@pytest.mark.slow
 def test_a_node_of_two_ranks_sends_what_one_would(small, tmp_path, nothing_left):
     """Gradients inside a node do not cross the link, by the log and by the kernel."""
-    rows = {}
+    overrides, rows = [*small, *WIDENED], {}
     for ranks in (1, 2):
-        out = tmp_path / f"count{ranks}.json"
-        overrides = [*small, *WIDENED, "batch.global_size=4", f"ranks_per_worker={ranks}"]
-        with Network(2) as network:
-            network.torchrun(
-                SCRIPTS / "count_bytes.py",
-                *("--steps=3", f"--json={out}", *overrides),
-                ranks_per_node=ranks,
-                timeout=PATIENCE,
-            )
-        rows[ranks] = json.loads(out.read_text())["rows"]
+        own = [*overrides, f"ranks_per_worker={ranks}"]
+        rows[ranks], _ = count(2, own, tmp_path / "count.json", ["sharded"], ranks=ranks)
     assert [len(of_node) for of_node in rows.values()] == [2, 2]
     logs = [sum(row["log_bytes"] for row in of_node) for of_node in rows.values()]
     assert logs[0] == logs[1] > 2e6
@@ -82,27 +84,31 @@ def test_a_node_of_two_ranks_sends_what_one_would(small, tmp_path, nothing_left)
         assert row["log_bytes"] < row["kernel_bytes"] < 1.03 * row["log_bytes"], row
 
 
-def test_ranks_follow_the_nodes(tmp_path, nothing_left):
-    script = tmp_path / "ranks.py"
-    script.write_text("import os, sys; print(os.environ['RANK'], os.environ['WORD'], sys.argv[1])")
-    with Network(2) as network:
-        outputs = network.torchrun(
-            script, "argument", ranks_per_node=2, environment={"WORD": "word"}, timeout=PATIENCE
-        )
-    for node, output in enumerate(outputs):
-        lines = {line for line in output.splitlines() if line.endswith("argument")}
-        assert lines == {f"{rank} word argument" for rank in (2 * node, 2 * node + 1)}
+FAILS = f"""
+import os, sys, time
+from pathlib import Path
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+print(rank, os.environ["WORD"], flush=True)
+(folder / f"rank{{rank}}").touch()
+while len([*folder.glob("rank*")]) < 4:
+    time.sleep(0.01)
+if rank == "3":
+    raise SystemExit("no")
+time.sleep({PATIENCE})
+"""
 
 
-def test_a_failing_node_ends_the_job(tmp_path, nothing_left):
+def test_ranks_follow_the_nodes_and_a_failing_one_ends_the_job(tmp_path, nothing_left):
     script = tmp_path / "fails.py"
-    script.write_text(f"import os\nif os.environ['RANK'] == '1': raise SystemExit('no')\n{SLEEP}")
+    script.write_text(FAILS)
     with Network(2) as network:
         with pytest.raises(JobError, match=r"fails.py failed with status 1 on node 1\n") as caught:
-            network.torchrun(script, timeout=PATIENCE)
+            own = {"ranks_per_node": 2, "environment": {"WORD": "word"}, "timeout": PATIENCE}
+            network.torchrun(script, tmp_path, **own)
         assert not processes(str(script))
     assert caught.value.status == 1
-    assert "\nno\n" in str(caught.value)
+    said = str(caught.value).splitlines()
+    assert {"no", "2 word", "3 word"} < set(said) and "0 word" not in said
 
 
 def test_time_over(tmp_path, nothing_left):
@@ -118,7 +124,7 @@ def test_signals_to_two_commands_at_once(tmp_path, nothing_left):
     numbers = (signal.SIGTERM, signal.SIGINT)
     commands = [
         subprocess.Popen(
-            [sys.executable, SCRIPTS / "netns.py", "--nodes=2", script],
+            [sys.executable, SCRIPTS / "netns.py", "--nodes=1", script],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -129,7 +135,7 @@ def test_signals_to_two_commands_at_once(tmp_path, nothing_left):
     ]
     for command, number in zip(commands, numbers, strict=True):
         assert command.stdout.readline() == "ready 0\n", "node 0's output is shown"
-        assert len(namespaces(command.pid)) == 3
+        assert len(namespaces(command.pid)) == 2
         command.send_signal(number)
         _, errors = command.communicate(timeout=PATIENCE)
         assert command.returncode == 128 + number
@@ -139,11 +145,11 @@ def test_signals_to_two_commands_at_once(tmp_path, nothing_left):
 
 def test_an_exception_in_the_block(tmp_path, nothing_left):
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(ZeroDivisionError), Network(3, mtu=1500) as network:
+    with pytest.raises(ZeroDivisionError), Network(3) as network:
         left = in_node(network, 2, SLEEP, tmp_path)
         assert left.stdout.readline() == "ready None\n"
         assert set(network.names) < set(namespaces(os.getpid()))
-        assert " mtu 1500 " in in_node(network, 2, SHOW_LINK).communicate()[0]
+        assert f" mtu {MTU} " in in_node(network, 2, SHOW_LINK).communicate()[0]
         raise ZeroDivisionError
     assert left.wait(PATIENCE) == -signal.SIGKILL
     assert signal.getsignal(signal.SIGTERM) is handler
@@ -183,7 +189,6 @@ def test_a_process_that_does_not_end_is_named(tmp_path, monkeypatch, nothing_lef
         (["--nodes=0", "SCRIPT"], "nodes=0 is not allowed: give a whole number from 1 to 100"),
         (["--nodes=2", "--rate=fast", "SCRIPT"], "rate=fast is not allowed: give bits per second"),
         (["--nodes=2", "--delay=1", "SCRIPT"], "delay=1 is not allowed: give a time, as in 1ms"),
-        (["--nodes=2", "--mtu=64", "SCRIPT"], "mtu=64 is not allowed: give bytes from 1280"),
         (["--nodes=2", "nowhere.py"], "nowhere.py is not a file: give a Python script"),
     ],
 )
@@ -197,12 +202,9 @@ def test_errors_are_one_line(arguments, message, nothing_left):
     assert message in result.stderr
 
 
-def test_counting_needs_nodes(small):
-    result = subprocess.run(
-        [sys.executable, SCRIPTS / "count_bytes.py", *small], capture_output=True, text=True
-    )
-    assert result.returncode == 1
-    assert result.stderr == "error: several nodes are needed: start with scripts/netns.py\n"
+def test_counting_needs_nodes():
+    with pytest.raises(RunError, match=r"several nodes are needed: start with scripts/netns.py"):
+        check_launch(1, 3, Workers(alone=True))
 
 
 @pytest.mark.parametrize(

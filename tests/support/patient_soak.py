@@ -1,25 +1,11 @@
-"""scripts/soak/run.py for a machine that may be slow, or too fast for a fault to be felt.
-
-Workers wait longer for one another, though faults last no longer; and a disk that was full counts
-when a worker has said so, not when the run has ended before.
-"""
+"""scripts/soak/run.py for a machine that may be slow: workers wait longer for one another."""
 
 import sys
 
 from run import PATIENCE
 
-from scripts.soak import faults, job, run
-
-TIMEOUT = 60
-
-
-def main() -> int:
-    draws, fill, share = run.draws, faults.Soak.fill, faults.TIMEOUT / TIMEOUT
-    run.draws = lambda *which: [one | {"lasts": share * one["lasts"]} for one in draws(*which)]
-    faults.Soak.fill = lambda soak, *fault: fill(soak, *fault) and soak.errors(1)
-    faults.TIMEOUT, job.LAUNCH_SECONDS = TIMEOUT, PATIENCE
-    return run.main()
-
+from scripts.soak import rounds, run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    rounds.TIMEOUT, rounds.LAUNCH_SECONDS = 60, PATIENCE
+    sys.exit(run.main())

@@ -52,8 +52,13 @@ def launch(
     workers: int, *arguments: str, expect: int = 0, fresh: bool = False
 ) -> subprocess.CompletedProcess:
     """Run train.py under torchrun, or without it when `workers` is 0; `fresh`: see preloaded.py."""
-    torchrun = [*TORCHRUN, "--standalone", f"--nproc_per_node={workers}"]
-    command = [*(torchrun if workers else []), "train.py", *arguments]
+    torchrun = [*TORCHRUN, "--standalone", f"--nproc_per_node={workers}"] if workers else []
+    return script(*torchrun, "train.py", *arguments, expect=expect, fresh=fresh)
+
+
+def script(*command: object, expect: int = 0, fresh: bool = False) -> subprocess.CompletedProcess:
+    """Run a script of the repository with arguments, in its root, to its end."""
+    command = [*map(str, command)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true"}
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         process = start(command, fresh, cwd=ROOT, env=env, stdout=stdout, stderr=stderr)

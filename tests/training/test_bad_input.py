@@ -12,8 +12,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,6 +21,7 @@ import bad_overrides
 import pytest
 import torch
 import torch.distributed as dist
+from preloaded import start
 from run import PATIENCE, ROOT, SMALL, before_torchrun, launch
 from waiting import wait_until
 
@@ -250,24 +249,26 @@ def test_of_processes_with_the_same_rank_those_left_over_end(pristine, tmp_path)
     place = bad_inputs.MEET | {"WORLD_SIZE": "2", "MASTER_PORT": bad_inputs.free_port()}
     before = snapshot(pristine)
     more = ("--timeout=20", "steps=1", f"directory={tmp_path}/run")
-    command = [sys.executable, "train.py", *options(pristine), *more]
+    command = ["train.py", *options(pristine), *more]
+    outputs = [(tmp_path / f"{number}.txt").open("w+") for number in range(3)]
     processes = [
-        subprocess.Popen(
+        start(
             command,
             cwd=ROOT,
             env=os.environ | place | {"RANK": rank, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            stdout=output,
+            stderr=output,
         )
-        for rank in ("0", "1", "1")
+        for rank, output in zip(("0", "1", "1"), outputs, strict=True)
     ]
     failed = []
-    for process in processes:
-        errors = process.communicate(timeout=PATIENCE)[1]
+    for process, output in zip(processes, outputs, strict=True):
+        process.wait(PATIENCE)
         assert process.returncode in (0, 1)
-        if process.returncode:
-            failed.append(errors)
+        with output:
+            output.seek(0)
+            if process.returncode:
+                failed.append(output.read())
     assert failed
     for errors in failed:
         assert errors.count("error: rank ") == 1 and "Traceback" not in errors

@@ -4,8 +4,10 @@ import re
 
 import pytest
 import torch
+from hydra.errors import HydraException
 
 from model import GPT
+from training import config as configuration
 from training.config import CONFIGS, build, compose, sweep
 from training.data import share_of_batch
 from training.workers import RunError
@@ -108,3 +110,27 @@ def test_the_papers_setting_composes():
         model = GPT(build(config.model, "model"))
     assert sum(p.numel() for p in model.parameters()) == 123_568_128
     assert share_of_batch(config, 8) == 16
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "",
+        "steps=7 optimizer.lr=1e-3 model.width=64 label=null data.train='a b'",
+        "experiment=shakespeare compressor@w2s=topk w2s.fraction=0.1",
+        "w2s=topk:0.1 +norm.embedding.w2s=sign +compressor@norm.hidden.w2s=rank",
+        "~norm.hidden optimizer=local optimizer.sync_every={0:2,3:1}",
+        "steps=${seed} model.layers=${model.heads}",
+        *("stepz=1", "optimizer=none", "+steps=1", "~unheard", "w2s.k=1", "steps=[1"),
+    ],
+)
+def test_what_tests_compose_is_what_hydra_composes(overrides):
+    """See tests/support/composed.py."""
+
+    def outcome(compose):
+        try:
+            return compose(re.findall(r"(?:'[^']*'|\S)+", overrides))
+        except HydraException as error:
+            return repr(error)
+
+    assert outcome(configuration._composed) == outcome(configuration._composed.__wrapped__)

@@ -14,7 +14,7 @@ import pytest
 from preloaded import TORCHRUN, start
 from run import PATIENCE, ROOT, SUPPORT
 
-from scripts.soak.outcome import outcome
+from scripts.faults import outcome
 
 FAULTS = SUPPORT / "workers" / "faults.py"
 LOSSY = [

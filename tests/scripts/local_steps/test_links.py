@@ -4,15 +4,16 @@ import json
 
 from readme import README
 
-from scripts.local_steps.links import LINKS, report
+from scripts.local_steps.links import LOG, report
+from scripts.studies import read_records
 
 
 def test_the_table_is_drawn_from_the_log():
-    assert LINKS.with_name("README.md").read_text() == report()
+    assert LOG.with_name("README.md").read_text() == report(read_records(LOG))
 
 
 def test_the_readme_tells_how_long_training_waits():
-    lines = LINKS.read_text().splitlines()
+    lines = LOG.read_text().splitlines()
     shares = {}
     for record in map(json.loads, lines):
         share = 100 * min(record["waiting"]) / record["seconds"]

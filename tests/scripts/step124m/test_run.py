@@ -26,7 +26,7 @@ def measured(small, tmp_path_factory):
     overrides = (*small, "optimizer.server=sharded")
     torchrun(str(SCRIPT), "--steps=1", f"--out={directory}", *overrides, ranks=RANKS)
     records = {}
-    for line in (directory / f"{directory.name}.jsonl").read_text().splitlines():
+    for line in (directory / "step124m.jsonl").read_text().splitlines():
         record = json.loads(line)
         records.setdefault((record["method"], record["phase"]), []).append(record)
     return records, (directory / "README.md").read_text()

@@ -28,10 +28,10 @@ def test_two_ranks_hold_a_small_model_between_them(small, tmp_path):
 
 def test_no_rank_of_four_holds_more_of_124m_than_promised():
     """Twice the sum of a quarter of the whole and of the largest layer's matrix."""
-    found = records(sharded.OUTPUT)
+    found = records(sharded.LOG.parent)
     parameters, largest = 123_568_128, 50304 * 768
     assert len(found) == 4
     for rank in found:
         assert rank["kept_bytes"] <= 2 * (16 * parameters / 4 + 4 * largest)
     assert sum(rank["state_bytes"] for rank in found) == 12 * parameters
-    assert (sharded.OUTPUT / "sharded.md").read_text() == sharded.report(found)
+    assert sharded.LOG.with_suffix(".md").read_text() == sharded.report(found)

@@ -40,7 +40,6 @@ second_theorems = st.builds(
 )
 horizons = st.integers(1, 10**6)
 ONES = {"L": 1, "L_bar": 1, "delta0": 1, "rho": 1, "rho_bar": 1}
-SECOND_ONES = {"L0": 1, "L1": 1, "L0_bar": 1, "L1_max": 1, "dissimilarity": 1, "delta0": 1}
 
 
 def test_first_theorem_without_noise_and_compression_by_hand():
@@ -175,27 +174,3 @@ def test_rate_of_the_first_bound(sigma, order):
     numbers = LSmooth(**ONES, alpha_D=0.1, alpha_P=0.5, sigma=sigma)
     ratio = numbers.bound(10**14) / numbers.bound(10**12)
     assert ratio == pytest.approx(100**order, rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"L": 0}, "L=0 is outside the theorem: give a number above 0"),
-        ({"alpha_D": 1.5}, "alpha_D=1.5 is outside the theorem: give a number above 0, at most 1"),
-        ({"sigma": -1}, "sigma=-1 is outside the theorem: give a number of at least 0"),
-        ({"workers": 1.5}, "workers=1.5 is outside the theorem"),
-        ({"delta0": inf}, "delta0=inf is outside the theorem"),
-        ({"rho": 2}, "rho=2 exceeds rho_bar=1"),
-    ],
-)
-def test_constants_outside_the_assumptions_are_refused(wrong, message):
-    with pytest.raises(ValueError) as error:
-        LSmooth(**(ONES | wrong))
-    assert str(error.value).startswith(message)
-    assert "\n" not in str(error.value)
-
-
-def test_horizons_outside_the_assumptions_are_refused():
-    for numbers in (LSmooth(**ONES), GeneralizedSmooth(**SECOND_ONES, rho=1, rho_bar=1)):
-        with pytest.raises(ValueError, match="rounds=0 is outside the theorem"):
-            numbers.bound(0)

@@ -1,18 +1,23 @@
-"""The committed results keep the bounds, redraw, and are what is known by hand."""
+"""The committed results keep the bounds, have their slopes, redraw, and are known by hand."""
 
+from dataclasses import asdict
 from fractions import Fraction
 from math import sqrt
 
+import numpy as np
 import pytest
 import torch
 
 from ef21_muon.compressors.sparse import TopK
+from scripts.studies import read_records, select
 from scripts.theory import run as theory
+from scripts.theory import studies
+from scripts.theory.figures import slope
 from scripts.theory.problems import Pulling
-from scripts.theory.studies import CASES
 from training.config import ROOT
 
 COMMITTED = ROOT / "results" / "theory"
+RECORDS = read_records(COMMITTED / "theory.jsonl")
 
 
 def test_without_feedback_three_workers_diverge():
@@ -22,11 +27,8 @@ def test_without_feedback_three_workers_diverge():
     top = TopK(1 / 3)
     messages = top.decode(top.encode(pulling.gradients(pulling.start).float()), 3, 1)
     torch.testing.assert_close(pulling.start - step * messages.mean(0), growth * pulling.start)
-    norms = {
-        record["feedback"]: record["gradient_norms"]
-        for record in theory.read(COMMITTED / "theory.jsonl")
-        if record["record"] == "feedback" and record["workers"] == 3
-    }
+    three = select(RECORDS, record="feedback", workers=3)
+    norms = {record["feedback"]: record["gradient_norms"] for record in three}
     start = sqrt(3) * 7 / 6  # every entry of the mean gradient is (-11/2 + 9/2 + 9/2) / 3
     expected = [start * growth**k for k in range(len(norms["none"]))]
     assert norms["none"] == pytest.approx(expected, rel=1e-4)
@@ -34,18 +36,53 @@ def test_without_feedback_three_workers_diverge():
         assert norms[variant][-1] < start / 50
 
 
-def test_committed_results_keep_the_bounds_and_redraw(tmp_path):
+def test_committed_results_redraw(tmp_path, drawn):
     (tmp_path / "theory.jsonl").write_bytes((COMMITTED / "theory.jsonl").read_bytes())
     assert theory.main(["--redraw", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "README.md").read_text() == (COMMITTED / "README.md").read_text()
-    records = theory.read(COMMITTED / "theory.jsonl")
-    bounds = [record for record in records if record["record"] == "bound"]
-    assert len(bounds) == len(CASES) * 6 + 4
-    assert all(record["measured"] <= record["bound"] for record in bounds)
-    ends = {
-        (record["step_size"], record["feedback"]): record["gradient_norms"][-50:]
-        for record in records
-        if record["record"] == "feedback" and record["workers"] == 2
-    }
+    assert [len(axes.lines) for axes in drawn["bounds"].axes] == 8 * [5]
+    assert [len(axes.lines) for axes in drawn["feedback"].axes] == [6, 3]
+
+
+@pytest.mark.parametrize("case", studies.CASES, ids=str)
+def test_a_case_keeps_its_bound_and_slope_and_is_as_it_was_recorded(case):
+    points = select(RECORDS, record="bound", **asdict(case))
+    assert len(points) == 7 if case.one_run else 6
+    assert all(point["measured"] <= point["bound"] for point in points)
+    simulated = select(points, run="simulate")
+    promised = -1 / 2 if case.one_run else -1 / 4
+    if case.one_run and case.geometry == "max":
+        promised = -0.4  # on the way
+    assert slope(simulated[-2:]) <= promised + 0.05
+    (found,) = case.records([16])
+    assert found["measured"] == pytest.approx(points[0]["measured"], rel=1e-3)
+    assert found["bound"] == pytest.approx(points[0]["bound"])
+    (trained,) = select(points, run="train")
+    (same,) = select(simulated, rounds=trained["rounds"])
+    assert trained["measured"] == pytest.approx(same["measured"], rel=0.02)
+
+
+def test_feedback_of_two_workers_ends_where_it_should():
+    two = select(RECORDS, record="feedback", workers=2)
+    ends = {(r["step_size"], r["feedback"]): r["gradient_norms"][-50:] for r in two}
     assert max(ends[0.02, "ef14"]) < min(ends[0.1, "ef14"])  # its neighbourhood shrinks
     assert max(ends[0.02, "ef21"]) < min(ends[0.02, "ef14"])
+
+
+@pytest.mark.parametrize("kind", studies.ORDERS)
+def test_a_short_run_of_each_momentum_is_as_it_was_recorded(kind):
+    (recorded,) = select(RECORDS, momentum=kind, rounds=64)
+    assert studies.momentum_record((kind, 64))["measured"] == pytest.approx(
+        recorded["measured"], rel=0.01
+    )
+
+
+def test_corrected_momentum_falls_faster_by_about_what_the_rates_say():
+    page, slopes = (COMMITTED / "README.md").read_text(), {}
+    for kind in studies.ORDERS:
+        points = [(one["rounds"], one["measured"]) for one in select(RECORDS, momentum=kind)]
+        slopes[kind] = np.polyfit(*np.log(points).T, 1)[0]
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| {kind} |"))
+        assert f"| {slopes[kind]:.2f} |" in row
+    assert -0.30 < slopes["polyak"] < -0.19
+    assert all(-0.38 < slopes[kind] < -0.27 for kind in ("mvr", "hessian"))

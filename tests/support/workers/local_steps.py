@@ -22,7 +22,7 @@ from ef21_muon.values import Natural
 from scripts.verification.trials import Sent
 from training.workers import exit_process
 
-EVERY, ROUNDS, SEED = 4, 3, 5
+EVERY, ROUNDS, SEED = 4, 2, 5
 LR, MOMENTUM = 0.05, 0.5  # of torch.optim.SGD inside
 STEPS = ROUNDS * EVERY
 ADAMW = {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-8}
@@ -43,7 +43,7 @@ INNER = {
     "adamw": lambda named: torch.optim.AdamW(named, **ADAMW),
     "muon": muon,
 }
-MOVED = 6  # steps after which a case of RESUMED resumes in other objects
+MOVED = 5  # steps after which a case of RESUMED resumes in other objects
 FRACTION = 0.3
 K, CHUNK = 8, 8  # 8 of 8 x 8
 COMPRESSORS = {

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from newer_torch import OTHER_TYPES
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -164,6 +165,8 @@ def other_types(shard: bool) -> list[str]:
     case = Case(shard)
     case.bring_gradients()
     half = case.layers["half"]
+    if not OTHER_TYPES:
+        return []
     half.grad, half.grad_dtype = None, None
     half.grad = case.mean("half").float() / 3
     if shard:

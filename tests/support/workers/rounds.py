@@ -20,7 +20,7 @@ from ef21_muon.norms import Sign
 from ef21_muon.values import Natural
 from training.workers import exit_process
 
-ROUNDS = 10
+ROUNDS = 6
 LR, DECAY, BETA, SEED = 1.0, 0.9, 0.3, 11
 HEAD_RADIUS = 3.0
 FRACTION = 0.3
@@ -73,9 +73,16 @@ SCALED = {
 
 
 def pairs_of(setup):
-    """The compressors that go with it: nothing is sent back to compress where all serve all."""
-    pairs = PAIRS + STOCHASTIC_PAIRS
-    return [pair for pair in pairs if setup != "replicated" or pair[1] == "identity"]
+    """The compressors that go with it: all with sharded servers, some with the others.
+
+    Nothing is sent back to compress where all serve all.
+    """
+    return {
+        "sharded": PAIRS + STOCHASTIC_PAIRS,
+        "rank0": [PAIRS[0], PAIRS[5], PAIRS[7], STOCHASTIC_PAIRS[2]],
+        "replicated": [PAIRS[0], PAIRS[1], PAIRS[2], STOCHASTIC_PAIRS[1]],
+        "unbucketed": [PAIRS[0], PAIRS[4], PAIRS[6], STOCHASTIC_PAIRS[2]],
+    }[setup]
 
 
 def matrix_shape(name):

@@ -1,67 +1,86 @@
-"""The faults of a soak: which, when, and what each does to a run."""
+"""The rounds of a soak, the disk that they are on, and what each fault does to them."""
 
-import random
 import re
 import shutil
 import signal
-import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.netns import MTU, Network
-from scripts.soak.disk import Disk
-from scripts.soak.job import Job
-from scripts.soak.outcome import is_whole
+from scripts.faults import cut, is_whole, slow, stopped
+from scripts.netns import Job, Network, output_of
+from training.config import ROOT
 from training.log import completed
 from training.records import LOG_NAME
+from training.workers import RunError
 
 TIMEOUT = 8  # train.py's: seconds that a worker waits for another
-TELLING = r"(?:error: |ignored a damaged checkpoint|stopped as asked|resuming from)[^\r\n]*"
+LAUNCH_SECONDS = 300  # for a job that hangs in spite of it
+TELLING = r"(?m)^(?:error: |ignored a damaged checkpoint|stopped as asked|resuming from)[^\r\n]*"
+MIB = 16  # of the disk
 KINDS = ("kill", "hang", "pause", "preempt", "slow", "cut", "fill", "corrupt")
 
 
-def draws(count: int, kinds: list[str], seed: int) -> list[dict]:
-    """What is random about `count` faults, in their order: each kind as often as any other."""
-    generator = random.Random(seed)
-    order = []
-    while len(order) < count:
-        order += generator.sample(kinds, len(kinds))
-    return [
-        {
-            "kind": kind,
-            "rank": generator.randrange(2),
-            "early": generator.random() < 0.2,  # perhaps before the first step
-            "delay": round(generator.uniform(0, 4), 2),
-            "lasts": round(generator.uniform(0.5, TIMEOUT / 2), 2),
-            "place": generator.randrange(1 << 24),
-        }
-        for kind in order[:count]
-    ]
+@contextmanager
+def new_disk() -> Iterator[Path]:
+    """The folder on which a file system of `MIB` is mounted, from a file, in the context."""
+    with tempfile.TemporaryDirectory(prefix="ef21-soak-") as folder:
+        image, path = Path(folder, "image"), Path(folder, "mounted")
+        path.mkdir()
+        with image.open("wb") as file:
+            file.truncate(MIB << 20)
+        output_of("mkfs.ext4", "-q", "-m", "0", str(image))
+        try:
+            output_of("mount", "-o", "loop", str(image), str(path))
+            yield path
+        finally:
+            if path.is_mount():
+                output_of("umount", str(path))
 
 
+@contextmanager
+def full(disk: Path) -> Iterator[None]:
+    """No byte of it is free."""
+    with suppress(OSError), (disk / "ballast").open("wb", buffering=0) as ballast:
+        while True:
+            ballast.write(bytes(4096))
+    yield
+    (disk / "ballast").unlink()
+
+
+def disk_missing() -> str | None:
+    """Why none can be mounted here, in one line; None if it can."""
+    try:
+        with new_disk():
+            return None
+    except (OSError, RuntimeError) as error:
+        return f"a file system in a file cannot be mounted: {error}"
+
+
+@dataclass
 class Soak:
     """Rounds of the run that `arguments` configure, and the faults in them: `records`, one a fault.
 
-    It lies in `directory`, what its workers write is added to `output`. No fault begins after so
-    many minutes. A kind of fault is a method: it gets the job and the fault's draw, and says
-    whether it happened.
+    It lies in `directory`, what its workers write is added to `output`. No fault begins after
+    `last_start` seconds. A kind of fault is a method: it gets the job and the fault's draw, and
+    returns whether it happened.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        disk: Disk,
-        output: Path,
-        arguments: list[str],
-        draws: list[dict],
-        minutes: float,
-    ):
-        self.network, self.disk, self.output, self.draws = network, disk, output, draws
-        self.directory = disk.path / "run"
-        self.arguments = [*arguments, f"directory={self.directory}", f"--timeout={TIMEOUT}"]
+    network: Network
+    disk: Path
+    output: Path
+    arguments: list[str]
+    draws: list[dict]
+    last_start: float
+
+    def __post_init__(self):
+        self.directory = self.disk / "run"
         self.records: list[dict] = []
-        self.launches, self._settled = 0, 0
-        self.start, self.last_start = time.monotonic(), 60 * minutes
+        self.start, self.launches, self._settled = time.monotonic(), 0, 0
+        self.output.touch()
 
     def seconds(self) -> float:
         return round(time.monotonic() - self.start, 1)
@@ -76,8 +95,8 @@ class Soak:
         while not completed(self.directory):
             self.launches += 1
             if self.launches > 3 * len(self.draws) + 9:
-                raise RuntimeError(f"{self.launches} launches do not get on: {self.news()}")
-            job = Job(self.network, self.output, self.arguments)
+                raise RunError(f"{self.launches} launches do not get on: {self.news()}")
+            job = self.launch()
             try:
                 while number and self.due() and self.moment(job):
                     self.inject(job, number)
@@ -85,6 +104,14 @@ class Soak:
             finally:
                 job.kill()
         self.settle()
+
+    def launch(self) -> Job:
+        """Workers start again twice, before the job has to."""
+        own = [f"directory={self.directory}", f"--timeout={TIMEOUT}"]
+        command = [str(ROOT / "train.py"), *self.arguments, *own]
+        return Job(
+            self.network, command, 2 * [self.output], {"PET_MAX_RESTARTS": "2"}, LAUNCH_SECONDS
+        )
 
     def moment(self, job: Job) -> bool:
         """Wait for the time of the next fault; whether the job runs then."""
@@ -95,7 +122,7 @@ class Soak:
 
     def inject(self, job: Job, number: int) -> None:
         draw = self.draws[len(self.records)]
-        job.wait(until=lambda: job.worker(draw["rank"]))
+        job.wait(until=lambda: job.workers(draw["rank"]))
         self.settle()
         newest = [path.name[5:] for path in self.checkpoints()[-1:]]
         record = {"record": "fault", "round": number, "seconds": self.seconds(), "newest": newest}
@@ -127,38 +154,31 @@ class Soak:
 
     def pause(self, job: Job, draw: dict) -> bool:
         """Shorter than the timeout."""
-        happened = job.send(draw["rank"], signal.SIGSTOP)
-        job.wait(draw["lasts"])
-        return job.send(draw["rank"], signal.SIGCONT) and happened
+        with stopped(job, draw["rank"]) as happened:
+            job.wait(draw["lasts"])
+        return happened
 
     def hang(self, job: Job, draw: dict) -> bool:
         """Longer than the timeout: until another worker says so."""
-        happened = job.send(draw["rank"], signal.SIGSTOP)
-        job.wait(5 * TIMEOUT, until=lambda: self.errors(1))
-        job.send(draw["rank"], signal.SIGCONT)
+        with stopped(job, draw["rank"]) as happened:
+            self.wait_for_errors(job, 1)
         return happened
 
     def slow(self, job: Job, draw: dict) -> bool:
-        """What the node sends goes at 1 Mbit/s for a while."""
-        discipline = f"dev eth0 root tbf rate 1mbit burst {4 * MTU} latency 1s".split()
-        self._on(draw["rank"], "tc", "qdisc", "add", *discipline)
-        job.wait(draw["lasts"])
-        self._on(draw["rank"], "tc", "qdisc", "del", "dev", "eth0", "root")
+        with slow(self.network, draw["rank"]):
+            job.wait(draw["lasts"])
         return True
 
     def cut(self, job: Job, draw: dict) -> bool:
-        """The node's link is down until both workers say so."""
-        self._on(draw["rank"], "ip", "link", "set", "eth0", "down")
-        job.wait(5 * TIMEOUT, until=lambda: self.errors(2))
-        self._on(draw["rank"], "ip", "link", "set", "eth0", "up")
+        """Until both workers say so."""
+        with cut(self.network, draw["rank"]):
+            self.wait_for_errors(job, 2)
         return True
 
     def fill(self, job: Job, draw: dict) -> bool:
         """The disk is full until a worker says so."""
-        self.disk.fill()
-        job.wait(5 * TIMEOUT, until=lambda: self.errors(1))
-        self.disk.free()
-        return self.errors(1)
+        with full(self.disk):
+            return self.wait_for_errors(job, 1)
 
     def corrupt(self, job: Job, draw: dict) -> bool:
         """A bit of the newest whole checkpoint is flipped, if there is one before it."""
@@ -174,10 +194,11 @@ class Soak:
         file.write_bytes(content)
         return True
 
-    def errors(self, count: int) -> bool:
-        """Whether workers have spoken of so many errors."""
-        return sum(line.startswith("error: ") for line in self.news()) >= count
+    def wait_for_errors(self, job: Job, count: int) -> bool:
+        """Until workers have spoken of so many errors, if they do in time; whether they have."""
 
-    def _on(self, rank: int, *command: str) -> None:
-        in_node = ["ip", "netns", "exec", self.network.names[rank]]
-        subprocess.run([*in_node, *command], check=True)
+        def spoken() -> bool:
+            return sum(line.startswith("error: ") for line in self.news()) >= count
+
+        job.wait(5 * TIMEOUT, until=spoken)
+        return spoken()
