@@ -28,16 +28,7 @@ from scripts.shakespeare.axes import (
     with_band,
 )
 from scripts.shakespeare.page import page
-from scripts.shakespeare.results import (
-    BACK,
-    BOTH,
-    METHODS,
-    OURS,
-    RESULTS,
-    SENT,
-    UNCOMPRESSED,
-    Results,
-)
+from scripts.shakespeare.results import BOTH, OURS, RESULTS, SENT, UNCOMPRESSED, Results
 from scripts.shakespeare.runs import OF_WORKERS, SIZES
 from training import picture
 from training.drawing import EngFormatter, Figure, matplotlib
@@ -173,7 +164,7 @@ def rounds_figure(results: Results) -> Figure:
 def ends_figure(results: Results) -> Figure:
     """Of every setting its loss gap, by how many times fewer bytes."""
     figure, (axes,) = panels(10, 4)
-    for method in METHODS:
+    for method in study.METHODS:
         if method != UNCOMPRESSED and (members := study.of_method(results, method)):
             colour, _, style = LOOKS[method]
             axes.plot(
@@ -241,7 +232,7 @@ def directions_figure(results: Results) -> Figure:
     ]
     figure, (axes,) = panels(6, 4)
     for place, one in enumerate(shown):
-        up, down = map(one.sizes_to_target, (SENT, BACK))
+        up, down = map(one.sizes_to_target, (SENT, study.BACK))
         labels = (None, None) if place else ("to the servers", "back to the workers")
         axes.bar(place, up, color=COLOURS[0], label=labels[0])
         axes.bar(place, down, bottom=up, color=COLOURS[5], label=labels[1])

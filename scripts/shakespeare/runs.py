@@ -2,7 +2,8 @@
 
 To add a method, add a row to a list of STUDY below: a name, the family and the level that figures
 and tables show, overrides of `experiment=shakespeare`, and its seeds if they are more than seed 0.
-Then run.py trains it, and figures.py has it in its figures and in the table of all settings.
+Then run.py trains it, and figures.py has it in its figures and in the table of all settings. What
+is not ours belongs to "baselines" or "peers"; its family also gets a line in METHODS of results.py.
 
 The uncompressed run is tuned by a grid, on half the steps; the best radii and momentum, TUNED, hold
 for everything else that takes its step, as in the paper. Other baselines have grids of their own.

@@ -1,5 +1,6 @@
 """results/README.md and its figures are those of the logs, which are read by other code here."""
 
+import json
 import re
 from itertools import pairwise
 from statistics import mean
@@ -7,6 +8,7 @@ from statistics import mean
 import matplotlib.image
 import numpy as np
 import pytest
+from logs import END
 from pictures import drawn_as_committed
 from readme import README
 from study_page import (
@@ -25,8 +27,9 @@ from study_page import (
 from scripts.shakespeare import figures
 from scripts.shakespeare.figures import FIGURES
 from scripts.shakespeare.page import page
-from scripts.shakespeare.results import RESULTS, closest, fewest, read
-from scripts.shakespeare.runs import SETTINGS
+from scripts.shakespeare.results import LOGS, RESULTS, closest, fewest, read
+from scripts.shakespeare.runs import SETTINGS, Setting
+from scripts.shakespeare.runs import STUDY as STUDY_LISTS
 from training.picture import STYLE
 from training.renamed import modern_label
 
@@ -119,6 +122,21 @@ def test_a_run_that_has_not_been_made_is_named(results):
     fewer = {name: one for name, one in results.items() if name != "rank20"}
     with pytest.raises(ValueError, match="names rank20, which has not run"):
         page(fewer)
+
+
+def test_a_row_that_is_added_is_in_the_table_of_all_settings(tmp_path, monkeypatch):
+    for path in LOGS.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    run, evals = logs()["rank5-seed0"]
+    records = [run | {"label": "mine"}, *evals, END]
+    lines = (json.dumps(record | {"name": "mine-seed0"}) + "\n" for record in records)
+    (tmp_path / "new.jsonl").write_text("".join(lines))
+    monkeypatch.setitem(STUDY_LISTS, "new", [Setting("mine", "mine", "optimizer=mine")])
+    rows = table_after("All settings", page(read(tmp_path)))[1]
+    of_mine, of_rank5 = (
+        [row[1:] for row in rows if row[0] == name] for name in ("mine", "rank 5%")
+    )
+    assert of_mine == of_rank5 and len(of_mine) == 1
 
 
 def test_the_page_names_what_has_not_run():
