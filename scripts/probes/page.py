@@ -161,5 +161,5 @@ def time_figure(results: Results, found: Times) -> Figure:
         ]
         bars(axes, rows)
         axes.set_title(title, fontsize=9)
-        axes.set_ylabel(f"seconds to loss {results['identity'].target():.3f}")
+        axes.set_ylabel(f"seconds to loss {results['identity'].target:.3f}")
     return figure

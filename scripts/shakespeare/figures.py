@@ -72,7 +72,7 @@ POINTS_OF_SIZES = {
 def paper_figure(results: Results) -> Figure:
     """The paper's four panels: loss against tokens, and bytes to the target, for two families."""
     figure, axes = panels(13, 3.8, 4)
-    target = results["identity"].target()
+    target = results["identity"].target
     for (family, names), by_tokens, to_target in zip(
         PANELS.items(), axes[::2], axes[1::2], strict=True
     ):
@@ -102,7 +102,7 @@ def paper_figure(results: Results) -> Figure:
 def envelopes_figure(results: Results) -> Figure:
     """The envelope of every method; at the target, by how much ours sends and receives less."""
     figure, (axes,) = panels(9, 4.8)
-    target = results["identity"].target()
+    target = results["identity"].target
 
     def write(text: str, point: tuple, offset: tuple[int, int], colour: str) -> None:
         side = "left" if offset[0] >= 0 else "right"
@@ -150,7 +150,7 @@ def rounds_figure(results: Results) -> Figure:
         reached = [(n, size) for n, one in shown.items() if (size := one.sizes_to_target(BOTH))]
         line(to_target, reached, index, message)
         line(at_the_end, [(n, one.gap) for n, one in shown.items()], index, message)
-    target = results["identity"].target()
+    target = results["identity"].target
     to_target.set(ylabel=f"x model size (fp32), both ways, to loss {target:.3f}", yscale="log")
     to_target.yaxis.set_major_formatter("{x:g}")
     at_the_end.set_ylabel(LOSS_GAP)
@@ -193,7 +193,7 @@ def bytes_figure(results: Results) -> Figure:
             with_band(axes, one, index, SENT, None if place else family)
             last = one.sizes(one.last[SENT])
             axes.annotate(f" {one.setting.level}", (last, one.loss), fontsize=6)
-    level(axes, results["identity"].target())
+    level(axes, results["identity"].target)
     axes.set(
         xlabel="x model size (fp32), sent to the servers per worker",
         ylabel=LOSS,
@@ -240,7 +240,7 @@ def directions_figure(results: Results) -> Figure:
     axes.set_xticks(range(len(shown)), [one.short for one in shown], rotation=20, ha="right")
     axes.set_axisbelow(True)
     axes.margins(y=0.1)
-    axes.set_ylabel(f"x model size (fp32), to loss {results['identity'].target():.3f}")
+    axes.set_ylabel(f"x model size (fp32), to loss {results['identity'].target:.3f}")
     axes.legend()
     return figure
 

@@ -37,7 +37,7 @@ WORDS: dict[str, Callable[[Result], str]] = {
     "loss_of_seeds": lambda one: one.loss_text,
     "gap": lambda one: f"{round(one.gap, 1) + 0.0:+.1f} %",  # which is never -0.0
     "gap2": lambda one: f"{one.gap:+.2f} %",
-    "target": lambda one: f"{one.target():.4f}",
+    "target": lambda one: f"{one.target:.4f}",
     "bits": lambda one: f"{one.bits:.2g} bits",
     "sizes": lambda one: f"{one.moved:.3g}",
     "times": lambda one: f"{one.times_fewer:,.0f}",

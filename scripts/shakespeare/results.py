@@ -112,7 +112,7 @@ class Result:
     @property
     def bits(self) -> float:
         """Bits sent to the servers for a parameter in a step, on average."""
-        return 8 * self.last["w2s_bytes"] / self.last["step"] / self.run["parameters"]
+        return 8 * self.last[SENT] / self.last["step"] / self.run["parameters"]
 
     def sizes(self, sent: float) -> float:
         """Bytes as a multiple of the model's size in float32."""
@@ -138,23 +138,24 @@ class Result:
         """How many times fewer bytes it sends and receives in the whole run than its baseline."""
         return self.baseline.moved / self.moved
 
-    def target(self, share: float = TARGET_SHARE) -> float:
-        """The baseline's test loss at a share of its tokens, mean of its seeds."""
+    @property
+    def target(self) -> float:
+        """The baseline's test loss at TARGET_SHARE of its tokens, mean of its seeds."""
         losses = []
         for log in self.baseline.logs:
-            tokens = share * log.evals[-1]["tokens"]
+            tokens = TARGET_SHARE * log.evals[-1]["tokens"]
             losses += [record["test_loss"] for record in log.evals if record["tokens"] == tokens]
         if len(losses) < len(self.baseline.logs):
             name = self.baseline.setting.name
-            raise ValueError(f"{name} has no evaluation at {share:.0%} of its tokens")
+            raise ValueError(f"{name} has no evaluation at {TARGET_SHARE:.0%} of its tokens")
         return mean(losses)
 
-    def to_target(self, key: str, share: float = TARGET_SHARE) -> float | None:
+    def to_target(self, key: str) -> float | None:
         """The tokens, or bytes, at which the target is reached: mean of the seeds.
 
         None if one of them does not reach it.
         """
-        reached = [reach(log, self.target(share), key) for log in self.logs]
+        reached = [reach(log, self.target, key) for log in self.logs]
         return None if None in reached else mean(reached)
 
     def times_to_target(self, key: str) -> float | None:
@@ -162,9 +163,9 @@ class Result:
         reached = self.to_target(key)
         return reached and self.baseline.to_target(key) / reached
 
-    def sizes_to_target(self, key: str, share: float = TARGET_SHARE) -> float | None:
+    def sizes_to_target(self, key: str) -> float | None:
         """The bytes as multiples of the model's size."""
-        reached = self.to_target(key, share)
+        reached = self.to_target(key)
         return reached and self.sizes(reached)
 
 

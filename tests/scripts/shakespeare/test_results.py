@@ -63,7 +63,7 @@ def test_the_target_is_the_uncompressed_loss_at_three_quarters(tmp_path):
         identity_seed1=study_records([4.0, 3.0, 2.7, 1.9]),
         rank5_seed0=study_records([4.0, 3.0, 2.9, 2.1]),
     )
-    assert found["identity"].target() == found["rank5"].target() == pytest.approx(2.6)
+    assert found["identity"].target == found["rank5"].target == pytest.approx(2.6)
     assert found["rank5"].gap == pytest.approx(100 * (2.1 / 1.95 - 1))
 
 
