@@ -1,5 +1,6 @@
 """What tests share: a small data set, a vocabulary, a process group, and patience."""
 
+import gc
 import hashlib
 import os
 import subprocess
@@ -85,6 +86,12 @@ LONGEST = (
     *("test_resume", "test_faults", "test_algorithm", "test_local_steps"),
     *("soak/test_run", "gpu/test_gpu"),
 )
+
+
+def pytest_collection_finish():
+    """Let the collector, and optimizers that search for models, pass over what no test has made."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

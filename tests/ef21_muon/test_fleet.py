@@ -108,9 +108,7 @@ def test_they_continue_without_one_and_one_joins_them():
         gone.set()
         with crew.workers(url, [2], outer_momentum=0.6) as (joiner,):
             thread = joiner.start(18)
-            while joiner.fleet.members.manager is None:
-                time.sleep(0.01)
-            time.sleep(0.5)  # until the lighthouse has heard of it
+            crew.wait_until_heard_of(joiner)
             back.set()
             for one in (*threads, thread):
                 one.join(PATIENCE)

@@ -75,9 +75,18 @@ CASES = {
         adamw(shared(g, mesh)), mesh=mesh, server="rank0"
     ),
 }
-# What is saved flattened, too, and through full_state_dict().
-ALSO_FLAT, ALSO_FULL = ("sharded", "local, under way"), ("rank0", "local")
+# Cases with how a state goes from one training to the other.
+WAYS = [
+    *((case, "folder") for case in CASES),
+    *(("sharded", "flat folder"), ("local, under way", "flat folder")),
+    *(("rank0", "full state"), ("local", "full state")),
+]
 NO_TABLE = "averaged, lossless"  # on ranks that serve nothing
+
+
+def ways(ranks_per_worker: int, kind: str = "") -> list[tuple[str, str]]:
+    """All where every rank is a worker; of those of several ranks whole and sharded share them."""
+    return WAYS if ranks_per_worker == 1 else WAYS[kind == "sharded" :: 2]
 
 
 def new_model() -> nn.Module:
@@ -240,14 +249,15 @@ def refusals() -> dict[str, str]:
 
 def main():
     dist.init_process_group("gloo")
-    directory, result = Path(sys.argv[1]), {}
-    for case in CASES:
-        result[case] = resumed(case, through_folder(directory / case))
-    for case in ALSO_FLAT:
-        result[f"{case}, flat"] = resumed(case, through_folder(directory / f"{case}, flat", FLAT))
-    for case in ALSO_FULL:
-        result[f"{case}, full"] = resumed(case, through_full)
-    result["refusals"] = refusals()
+    directory, found = Path(sys.argv[1]), {}
+    for case, way in ways(int(sys.argv[2]), *sys.argv[3:]):
+        load = {
+            "folder": through_folder(directory / case),
+            "flat folder": through_folder(directory / f"{case}, flat", FLAT),
+            "full state": through_full,
+        }[way]
+        found[case, way] = resumed(case, load)
+    result = {"ways": found, "refusals": refusals()}
     torch.save(result, directory / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
