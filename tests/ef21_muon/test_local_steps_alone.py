@@ -52,8 +52,8 @@ def test_a_worker_alone_is_its_inner_optimizer_bit_for_bit(inner, sync_every):
     model, optimizer = build(inner, sync_every=sync_every)
     expected = new_model()
     for found, its in zip(
-        train(model, optimizer, 10),
-        train(expected, INNER[inner](expected.named_parameters()), 10),
+        train(model, optimizer, 12),
+        train(expected, INNER[inner](expected.named_parameters()), 12),
         strict=True,
     ):
         assert torch.equal(found, its)

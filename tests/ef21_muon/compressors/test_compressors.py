@@ -67,12 +67,11 @@ FRACTIONS = {
     "quantized rank": QuantizedRank,
 }
 KINDS = {"chunks": lambda _, values: ChunkTopK(5, 6, values), **FRACTIONS}
-# Every format alone and in three kinds, whose turns it are, so that every kind has some of each
-# sort; and every fraction.
+# Every format alone and in two of the kinds in turn, and every fraction.
 COMPRESSORS = {"identity": Identity()}
 for place, (format_name, values) in enumerate(FORMATS.items()):
     COMPRESSORS[f"quantize {format_name}"] = Quantize(values)
-    for kind in [*KINDS, *KINDS][place % len(KINDS) :][:3]:
+    for kind in [*KINDS, *KINDS][2 * place % len(KINDS) :][:2]:
         COMPRESSORS[f"{kind} {format_name}"] = KINDS[kind](0.3, values)
 for kind, make in FRACTIONS.items():
     COMPRESSORS[f"{kind} 0.05"] = make(0.05, Natural())
@@ -115,7 +114,7 @@ def test_messages_have_their_size_and_come_back_in_shape(compressor, x, seed):
     [c for c in COMPRESSORS.values() if not is_random(c)],
     ids=[name for name, c in COMPRESSORS.items() if not is_random(c)],
 )
-@settings(ALWAYS_THE_SAME, max_examples=30)
+@settings(ALWAYS_THE_SAME, max_examples=20)
 @given(x=batches())
 def test_deterministic_compressors_contract(compressor, x):
     m, n = x.shape[1:]
