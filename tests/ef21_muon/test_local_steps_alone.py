@@ -130,18 +130,12 @@ def test_global_params_swaps_w_in_and_x_back(options, dtype):
         assert torch.equal(parameters_of(model), local)
 
 
-MOMENTS = [*zip(INNER, (4, 6, 0, 3), strict=True), ("ef21_muon", 4)]
-
-
-@pytest.mark.parametrize(("inner", "steps"), MOMENTS)
+@pytest.mark.parametrize(
+    ("inner", "steps"), [*zip(INNER, (4, 6, 0, 3), strict=True), ("ef21_muon", 4)]
+)
 def test_a_saved_state_resumes_bit_for_bit(inner, steps):
-    options = {
-        "sync_every": 4,
-        "w2s": TopK(0.3, "natural"),
-        "s2w": Quantize("normal3"),
-        "sync_delay": 2,
-    }
-    options |= {"outer_momentum": 0.5, "streaming": True, "feedback": "ef21"}
+    options = {"sync_every": 4, "w2s": TopK(0.3, "natural"), "s2w": Quantize("normal3")}
+    options |= {"sync_delay": 2, "outer_momentum": 0.5, "streaming": True, "feedback": "ef21"}
     model, optimizer = build(inner, **options)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
     for step in range(steps):
