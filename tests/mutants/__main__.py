@@ -57,7 +57,9 @@ class Copy:
         for name in LINKS:
             if (ROOT / name).exists():
                 (folder / name).symlink_to((ROOT / name).resolve())
-        paths = {"PYTHONPATH": str(folder), MARK: str(folder)}
+        of_tests = folder.with_name(f"{folder.name}-temporary")
+        of_tests.mkdir()
+        paths = {"PYTHONPATH": str(folder), "TMPDIR": str(of_tests), MARK: str(folder)}
         self.environment = os.environ | {"OMP_NUM_THREADS": "1"} | paths
         self._passes: dict[str, bool] = {}  # tests without a fault
 
