@@ -2,31 +2,37 @@
 
 Every fault is put into a copy of the repository, and the tests that should notice it run there, one
 file after the other, until one fails. A test counts only if it passes in the copy without the
-fault. The records are JSON lines: another start goes on with what is left, and tries again what no
-test has noticed.
+fault. Tests run in forks of this process, which has imported what takes long. The records are JSON
+lines: another start goes on with what is left, and tries again what no test has noticed.
 """
 
 import argparse
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from importlib import import_module
+from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
+
+import pytest
 
 from tests.mutants.mutation import Mutation
 from tests.mutants.mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 LINKS = (".venv", "data/shakespeare_bytes")  # what git ignores and tests need
-PYTEST = ["-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
+OPTIONS = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
+FORK = get_context("fork")
+SLOW_TO_IMPORT = ("torch._dynamo", "torch.distributed.fsdp", "hydra", "hypothesis")
 SUITE = ["-n", "2", "--dist", "loadfile", "--ignore=tests/mutants", "tests"]
 MARK = "COPY_WITH_A_FAULT"  # the variable by which processes of a copy are known
 PASSED, NO_TESTS = 0, 5  # pytest's statuses
@@ -59,8 +65,8 @@ class Copy:
                 (folder / name).symlink_to((ROOT / name).resolve())
         of_tests = folder.with_name(f"{folder.name}-temporary")
         of_tests.mkdir()
-        paths = {"PYTHONPATH": str(folder), "TMPDIR": str(of_tests), MARK: str(folder)}
-        self.environment = os.environ | {"OMP_NUM_THREADS": "1"} | paths
+        self.environment = {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+        self.environment |= {"TMPDIR": str(of_tests), MARK: str(folder)}
         self._passes: dict[str, bool] = {}  # tests without a fault
 
     def write(self, name: str, content: bytes) -> None:
@@ -81,36 +87,45 @@ class Copy:
         finally:
             self.write(mutation.file, before)
 
-    def require_own_modules(self) -> None:
-        """Raise RuntimeError if processes of the copy import what another folder has."""
-        code = "import ef21_muon.optimizer as a, train as b; print(a.__file__, b.__file__)"
-        run = {"cwd": "/", "env": self.environment, "capture_output": True, "text": True}
-        found = subprocess.run([sys.executable, "-c", code], check=True, **run).stdout
-        own = f"{self.folder}/ef21_muon/optimizer.py {self.folder}/train.py"
-        if found.strip() != own:
-            raise RuntimeError(f"tests would not see faults: they import {found}, not {own}")
-
     def pytest(self, *arguments: str) -> Failure | None:
         """Run tests, whose file is the last of the arguments, until one fails."""
-        command = [sys.executable, *PYTEST, *arguments]
         with tempfile.TemporaryFile("w+") as output:
-            streams = {"stdout": output, "stderr": subprocess.STDOUT}
-            process = subprocess.Popen(command, cwd=self.folder, env=self.environment, **streams)
-            try:
-                status = process.wait(self.seconds)
-            except subprocess.TimeoutExpired:
-                return Failure(arguments[-1], "hangs")
-            finally:
-                self._end_processes()
-                process.wait()
+            process = FORK.Process(target=self._run_tests, args=(arguments, output))
+            process.start()
+            process.join(self.seconds)
+            hangs = process.is_alive()
+            process.kill()
+            process.join()
+            self._end_processes()
             output.seek(0)
             lines = output.read().splitlines()
-        if status in (PASSED, NO_TESTS):
+        if process.exitcode in (PASSED, NO_TESTS):
             return None
+        if hangs:
+            return Failure(arguments[-1], "hangs")
         failed = [line.split(" ", 1)[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
         if not failed:
-            return Failure(arguments[-1], f"ends with status {status}")
+            return Failure(arguments[-1], f"ends with status {process.exitcode}")
         return Failure(failed[0].partition(" - ")[0])
+
+    def _run_tests(self, arguments: tuple[str, ...], output: IO) -> None:
+        """Become a process of the copy, and end with pytest's status."""
+        sys.stdout = sys.stderr = output
+        for number in (1, 2):
+            os.dup2(output.fileno(), number)
+        os.chdir(self.folder)
+        os.environ |= self.environment
+        tempfile.tempdir = None  # which TMPDIR names from now on
+        sys.path[:] = [
+            str(self.folder),
+            *(path for path in sys.path if path not in ("", str(ROOT))),
+        ]
+        for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+            del sys.modules[name]
+        require_own_modules(self.folder)
+        status = run_pytest([*OPTIONS, *arguments])
+        output.flush()
+        sys.exit(status)
 
     def passes(self, test: str) -> bool:
         """Whether tests pass in the copy as it is, which has no fault then."""
@@ -125,6 +140,23 @@ class Copy:
             with suppress(OSError):
                 if mark in path.read_bytes().split(b"\0"):
                     os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def run_pytest(arguments: list[str]) -> int:
+    """Run pytest in this process; return its status."""
+    return int(pytest.main(arguments))
+
+
+def require_own_modules(folder: Path) -> None:
+    """Raise RuntimeError if this process, or one that it starts, imports what is elsewhere."""
+    code = "from importlib.util import find_spec; print(find_spec('ef21_muon').origin)"
+    command = [sys.executable, "-c", code]
+    there = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True).stdout
+    here = find_spec("ef21_muon").origin
+    if (there.strip(), here) != (own := f"{folder}/ef21_muon/__init__.py", own):
+        raise RuntimeError(
+            f"tests would not see faults: {here} and {there} are imported, not {own}"
+        )
 
 
 def tried(copy: Copy, mutation: Mutation, suite: bool) -> dict:
@@ -148,6 +180,19 @@ def tried(copy: Copy, mutation: Mutation, suite: bool) -> dict:
     seconds = round(time.monotonic() - start, 1)
     facts = {"fault": mutation.fault, "file": mutation.file, "noticed_by": noticed_by}
     return facts | {"seconds": seconds} | ({"broken": broken} if broken else {})
+
+
+def make_copy(folder: Path, seconds: float) -> None:
+    """Make the copy in which this process of a pool works, and import what tests do."""
+    global own_copy
+    for name in SLOW_TO_IMPORT:
+        import_module(name)
+    own_copy = Copy(folder.resolve() / str(os.getpid()), seconds)
+
+
+def tried_here(mutation: Mutation, suite: bool) -> dict:
+    """The record of a fault, from this process's own copy."""
+    return tried(own_copy, mutation, suite)
 
 
 def read(path: Path) -> dict[str, dict]:
@@ -180,24 +225,17 @@ def main() -> int:
     chosen = [one for one in MUTATIONS if arguments.only in f"{one.fault} {one.file}"]
     left = [one for one in chosen if one.fault not in noticed]
 
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        copies: queue.Queue[Copy] = queue.Queue()
-        for number in range(arguments.processes):
-            copies.put(Copy(Path(folder).resolve() / str(number), arguments.seconds))
-        copies.queue[0].require_own_modules()
-
-        def work(mutation: Mutation) -> dict:
-            copy = copies.get()
-            try:
-                return tried(copy, mutation, arguments.suite)
-            finally:
-                copies.put(copy)
-
-        with ThreadPoolExecutor(arguments.processes) as pool, path.open("a") as file:
-            for done in as_completed([pool.submit(work, one) for one in left]):
-                record = done.result()
-                print(json.dumps(record), file=file, flush=True)
-                print(f"{record['noticed_by'] or 'NO TEST'}: {record['fault']}", flush=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="mutants-") as folder,
+        ProcessPoolExecutor(
+            arguments.processes, FORK, make_copy, (Path(folder), arguments.seconds)
+        ) as pool,
+        path.open("a") as file,
+    ):
+        records = [pool.submit(tried_here, one, arguments.suite) for one in left]
+        for record in map(Future.result, as_completed(records)):
+            print(json.dumps(record), file=file, flush=True)
+            print(f"{record['noticed_by'] or 'NO TEST'}: {record['fault']}", flush=True)
     records = {one.fault: read(path)[one.fault] for one in chosen}
     path.with_suffix(".md").write_text(table(records))
     survived = sum(record["noticed_by"] is None for record in records.values())

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,6 @@ import pytest
 from tests.mutants import __main__ as mutants
 from tests.mutants.mutation import Mutation
 
-STAND_IN = """
-import subprocess, sys, time
-test, has_fault = sys.argv[-1], "BASE = 1" not in open("model.py").read()
-if "after" in test or "model" in test and has_fault:
-    sys.exit(print(f"FAILED {test}::test_it[a] - why") or 1)
-if "readme" in test and has_fault:
-    subprocess.Popen(["sleep", "1000"], start_new_session=True)
-    time.sleep(1000)
-"""
 NOTICES, PASSES, BROKEN, HANGS = "test_model.py", "test_train.py", "test_after.py", "test_readme.py"
 CASES = {
     "by the second file": (f"{PASSES} {NOTICES}", "tests/test_model.py::test_it[a]", []),
@@ -31,16 +23,30 @@ CASES = {
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
-    """Of a repository of five files."""
+    """Of a small repository."""
     root = tmp_path / "root"
     (root / "tests").mkdir(parents=True)
     subprocess.run(["git", "init", "--quiet", root], check=True)
     (root / "model.py").write_text("BASE = 10_000\n")
     for name in (NOTICES, PASSES, BROKEN, HANGS):
         (root / "tests" / name).write_text("")
+    (root / "ef21_muon").mkdir()
+    (root / "ef21_muon" / "__init__.py").write_text("")
     monkeypatch.setattr(mutants, "ROOT", root)
-    monkeypatch.setattr(mutants, "PYTEST", ["-c", STAND_IN])
+    monkeypatch.setattr(mutants, "run_pytest", stand_in)
     return mutants.Copy(tmp_path / "copy", seconds=1)
+
+
+def stand_in(arguments):
+    """Of pytest."""
+    test, has_fault = arguments[-1], "BASE = 1" not in Path("model.py").read_text()
+    if "readme" in test and has_fault:
+        subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        time.sleep(1000)
+    if "after" in test or ("model" in test and has_fault):
+        print(f"FAILED {test}::test_it[a] - why")
+        return 1
+    return 0
 
 
 def fault(tests):
@@ -77,7 +83,6 @@ def read(path):
 
 def test_another_start_goes_on(copy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mutants, "MUTATIONS", [fault(NOTICES), fault(PASSES)._replace(fault="b")])
-    monkeypatch.setattr(mutants.Copy, "require_own_modules", lambda self: None)
     monkeypatch.setattr(sys, "argv", ["mutants", "--out", str(tmp_path)])
     for _ in range(2):
         assert mutants.main() == 1
