@@ -38,12 +38,12 @@ def gaps_upwards(axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def bars(axes, rows: Sequence[tuple[str, float, str, str]], rotation: int = 40) -> None:
+def bars(axes, rows: Sequence[tuple[str, float, str, str]]) -> None:
     """Labels, heights, what is written above them, and colours."""
     for place, (_, height, text, colour) in enumerate(rows):
         axes.bar(place, height, color=colour)
         axes.annotate(text, (place, height), ha="center", va="bottom")
-    axes.set_xticks(range(len(rows)), [row[0] for row in rows], rotation=rotation, ha="right")
+    axes.set_xticks(range(len(rows)), [row[0] for row in rows], rotation=40, ha="right")
     axes.set_axisbelow(True)
 
 

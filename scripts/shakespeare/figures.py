@@ -285,12 +285,8 @@ def sizes_figure(results: Results) -> Figure:
         points = (study.of_condition(results, f"sizes/{size}-1").get(name) for size in SIZES)
         shown = {one.run["parameters"]: one for one in points if one}
         ticks |= {count: f"{count / 1e6:.1f} M" for count in shown}
-        to_target = [
-            (count, one.baseline.sizes_to_target(BOTH) / reached)
-            for count, one in shown.items()
-            if (reached := one.sizes_to_target(BOTH))
-        ]
-        line(fewer, to_target, index, words)
+        times = {count: one.times_to_target(BOTH) for count, one in shown.items()}
+        line(fewer, [(count, value) for count, value in times.items() if value], index, words)
         line(over, [(count, one.gap) for count, one in shown.items()], index, words)
     fewer.set(ylabel="times fewer bytes to the size's own target", yscale="log")
     fewer.yaxis.set_major_formatter("{x:g}")
