@@ -215,9 +215,9 @@ def test_steps_that_are_sent_or_saved_are_not_warned_of():
     silent(saved)
 
 
-# Forks itself for every end, since to import torch takes longest.
+# Forks itself for every end, since to import torch, and what steps need of it, takes longest.
 SCRIPT = """
-import os, sys, torch
+import os, sys, torch, torch._dynamo
 from ef21_muon import LocalSteps
 for number, end in enumerate(sys.argv[2:]):
     if os.fork() > 0:
