@@ -18,7 +18,7 @@ OF_COMPRESSORS = [
         INDICES,
         "torch.arange(first, first + piece.shape[1], device=indices.device)",
         "torch.arange(piece.shape[1], device=indices.device)",
-        "ef21_muon/compressors/test_bits.py",
+        "ef21_muon/compressors/test_pieces.py ef21_muon/compressors/test_bits.py",
     ),
     Mutation(
         "entries equal to the smallest that is kept are counted anew in every piece",
