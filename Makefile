@@ -6,6 +6,8 @@
 # make figures redraw figures and tables of results/ from their logs
 # make test    set up and run the whole test suite, two files at a time (ARGS go to pytest; FRESH=1
 #              starts every process of a launch anew: see tests/support/preloaded.py)
+# make mutants set up and put faults into copies of the code, one at a time: which tests notice which
+#              (an hour; ARGS="--only TEXT --suite --processes 2"; results in runs/mutants)
 # make lint    ruff, check and format, mypy, and the links in Markdown
 
 PYTHON ?= python3
@@ -14,7 +16,7 @@ NPROC ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 # One thread per worker: what torchrun would choose too, without its warning.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train fleet verify study gpu figures test lint setup data
+.PHONY: train fleet verify study gpu figures test mutants lint setup data
 
 train: setup data
 	.venv/bin/torchrun --standalone --nproc_per_node=$(NPROC) train.py $(ARGS)
@@ -50,6 +52,9 @@ figures: setup
 
 test: setup
 	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+mutants: setup
+	.venv/bin/python -m tests.mutants $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check .

@@ -1,5 +1,6 @@
 """What tests share: a small data set, a vocabulary, a process group, and patience."""
 
+import gc
 import hashlib
 import os
 import subprocess
@@ -98,6 +99,12 @@ def pytest_xdist_make_scheduler(config, log):
     from both_ends import BothEnds
 
     return BothEnds(config, log)
+
+
+def pytest_collection_finish():
+    """Let the collector, and optimizers that search for models, pass over what no test has made."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

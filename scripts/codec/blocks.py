@@ -159,23 +159,18 @@ def draw(records: Sequence[dict], directory: Path) -> str:
         """How many times less the other format loses."""
         return found[kind, one]["measured"] / found[kind, other]["measured"]
 
-    page = fill(
-        TEXT.read_text(),
-        {
-            **{"torch": run["torch"], "rounds": str(run["rounds"]), "most": f"{BLOCKS[-1]:,}"},
-            "parameters": f"{run['parameters']:,}",
-            "spike": f"{times('spike', 'int4@1blocks', most):,.0f}",
-            "less": lambda kind: f"{times(kind, 'int4@1blocks', most):.1f}",
-            "rows": f"{times('momentum', 'int4@1blocks', 'int4'):.1f}",
-            "over_rows": f"{times('momentum', 'int4', 'rowcol4'):.1f}",
-            "over_values": f"{times('momentum', 'int4@112', 'rowcol4'):.1f}",
-            "bits_rowcol": f"{found['momentum', 'rowcol4']['bits_a_value']:.2f}",
-            "bits_rows": f"{found['momentum', 'int4']['bits_a_value']:.2f}",
-            "bits_values": f"{found['momentum', 'int4@112']['bits_a_value']:.2f}",
-            "blocks": blocks_table(records),
-            "ways": ways_table(records),
-        },
-    )
+    values = run | {
+        "most": f"{BLOCKS[-1]:,}",
+        "parameters": f"{run['parameters']:,}",
+        "spike": f"{times('spike', 'int4@1blocks', most):,.0f}",
+        "less": lambda kind: f"{times(kind, 'int4@1blocks', most):.1f}",
+        "rows": f"{times('momentum', 'int4@1blocks', 'int4'):.1f}",
+        "over": lambda name: f"{times('momentum', name, 'rowcol4'):.1f}",
+        "bits": lambda name: f"{found['momentum', name]['bits_a_value']:.2f}",
+        "blocks": blocks_table(records),
+        "ways": ways_table(records),
+    }
+    page = fill(TEXT.read_text(), values)
     (directory / "blocks.md").write_text(page)
     draw_variance(found, directory / "blocks")
     return page

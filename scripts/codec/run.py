@@ -212,8 +212,7 @@ def table(records: Sequence[dict]) -> str:
 def draw(records: Sequence[dict], directory: Path) -> str:
     """Write README.md, codec.png and codec.svg; returns the table."""
     (run,) = select(records, record="run")
-    values = {name: str(value) for name, value in run.items()}
-    values |= {"table": table(records), "least": f"{LEAST_DRAWN:g}"}
+    values = run | {"table": table(records), "least": f"{LEAST_DRAWN:g}"}
     values["parameters"] = f"{run['parameters']:,}"
     values["megabytes"] = f"{run['largest_layer_bytes'] / 1e6:.1f}"
     (directory / "README.md").write_text(fill(TEXT.read_text(), values))

@@ -181,7 +181,7 @@ def grid_table(grids: dict[str, list[dict]]) -> str:
     return markdown(rows)
 
 
-def changes(without: Sequence[dict], with_: Sequence[dict]) -> dict[str, str]:
+def changes(without: Sequence[dict], with_: Sequence[dict]) -> dict[str, object]:
     """What feedback costs, or gains, from the same seeds; ± is the standard error over them."""
 
     def change(key: str, scale: float, digits: int) -> str:
@@ -192,7 +192,7 @@ def changes(without: Sequence[dict], with_: Sequence[dict]) -> dict[str, str]:
     losses, accuracies = change("test_loss", 1, 4), change("test_accuracy", 100, 2)
     before, after = (mean(one["test_loss"] for one in runs) for runs in (without, with_))
     share = f"{after / before - 1:+.0%}"
-    return {"loss": losses, "share": share, "accuracy": accuracies, "seeds": str(len(with_))}
+    return {"loss": losses, "share": share, "accuracy": accuracies, "seeds": len(with_)}
 
 
 def draw_losses(grids: dict[str, list[dict]], finals: dict[str, list[dict]], stem: Path) -> None:

@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shapes = [shape for shape in NORM_SHAPES if prod(shape) <= largest]
     values = {
         **{"processor": processor(), "torch": torch.__version__, "seconds": f"{least:g}"},
-        **{"together": str(GRAM_STEPS), "aspect": str(GRAM_ASPECT)},
+        **{"together": GRAM_STEPS, "aspect": GRAM_ASPECT},
         "largest": " x ".join(map(str, shapes[-1])),
         "forms": times_of_forms(least, largest),
         "errors": errors_of_forms(shapes[-1]),

@@ -19,7 +19,7 @@ from training.workers import RunError
 
 TIMEOUT = 8  # train.py's: seconds that a worker waits for another
 LAUNCH_SECONDS = 300  # for a job that hangs in spite of it
-TELLING = r"(?m)^(?:error: |ignored a damaged checkpoint|stopped as asked|resuming from)[^\r\n]*"
+TELLING = r"(?m)(?:^error: |ignored a damaged checkpoint|stopped as asked|resuming from)[^\r\n]*"
 MIB = 16  # of the disk
 KINDS = ("kill", "hang", "pause", "preempt", "slow", "cut", "fill", "corrupt")
 

@@ -1,7 +1,10 @@
 """What workers compare before they start: the same numbers everywhere, and nothing is changed."""
 
+from itertools import product
+
 import pytest
 import torch
+from cases import case
 from workers.unlike import COMPRESSORS, FORMATS, LOW_RANK
 
 from ef21_muon.checks.arithmetic import SIDE, digests, of_inner, of_messages, of_norms
@@ -14,21 +17,21 @@ def parameter(*shape):
     return torch.nn.Parameter(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("values", FORMATS)
 @pytest.mark.parametrize("kind", COMPRESSORS | LOW_RANK)
-def test_samples_are_messages(kind, values):
+def test_samples_are_messages(kind):
     """Alike each time, whatever torch's own generator and defaults are."""
-    compressor = (COMPRESSORS | LOW_RANK)[kind](values)
-    for m, n in [(40, 24), (24, 40), (33, 1)]:
-        message = compressor.sample(m, n)
-        assert message.shape == (1, compressor.payload_bytes(m, n))
-        assert compressor.decode(message, m, n).isfinite().all()
-        torch.rand(1)
-        torch.set_default_dtype(torch.float64)
-        try:
-            assert torch.equal(compressor.sample(m, n), message)
-        finally:
-            torch.set_default_dtype(torch.float32)
+    for values, (m, n) in product(FORMATS, [(40, 24), (24, 40), (33, 1)]):
+        with case(values, m, n):
+            compressor = (COMPRESSORS | LOW_RANK)[kind](values)
+            message = compressor.sample(m, n)
+            assert message.shape == (1, compressor.payload_bytes(m, n))
+            assert compressor.decode(message, m, n).isfinite().all()
+            torch.rand(1)
+            torch.set_default_dtype(torch.float64)
+            try:
+                assert torch.equal(compressor.sample(m, n), message)
+            finally:
+                torch.set_default_dtype(torch.float32)
 
 
 def test_numbers_fill_a_mantissa_and_are_all_there():

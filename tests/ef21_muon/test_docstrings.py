@@ -92,21 +92,21 @@ def complaints(text, taken, example):
         yield "has no example"
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_public_names(name):
-    one = PUBLIC[name]
-    assert list(complaints(inspect.getdoc(one) or "", parameters(one), example=True)) == []
+def test_public_names():
+    for name, one in PUBLIC.items():
+        found = [*complaints(inspect.getdoc(one) or "", parameters(one), example=True)]
+        assert found == [], name
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_public_methods(name):
+def test_public_methods():
     """They have a first sentence; and where there are Args, all of them."""
-    text, value = inspect.getdoc(METHODS[name]) or "", METHODS[name]
-    taken = parameters(value) if inspect.isfunction(value) and documented(text) else []
-    inherited = inspect.isfunction(value) and not value.__doc__
-    if inherited:  # by another name for an argument, it may be
-        taken = documented(text)
-    assert list(complaints(text, taken, example=False)) == []
+    for name, value in METHODS.items():
+        text = inspect.getdoc(value) or ""
+        taken = parameters(value) if inspect.isfunction(value) and documented(text) else []
+        inherited = inspect.isfunction(value) and not value.__doc__
+        if inherited:  # by another name for an argument, it may be
+            taken = documented(text)
+        assert [*complaints(text, taken, example=False)] == [], name
 
 
 def test_all_are_seen():

@@ -108,9 +108,7 @@ def test_they_continue_without_one_and_one_joins_them():
         gone.set()
         with crew.workers(url, [2], outer_momentum=0.6) as (joiner,):
             thread = joiner.start(18)
-            while joiner.fleet.members.manager is None:
-                time.sleep(0.01)
-            time.sleep(0.5)  # until the lighthouse has heard of it
+            crew.wait_until_heard_of(joiner)
             back.set()
             for one in (*threads, thread):
                 one.join(PATIENCE)
@@ -273,13 +271,13 @@ def test_who_is_lost_in_the_last_round_comes_to_the_same_end():
 def test_one_that_stands_still_in_a_message_is_not_waited_for_as_long_as_a_state_takes(monkeypatch):
     monkeypatch.setattr(members, "PATIENCE", 1.0)
     monkeypatch.setattr(members, "SLOWEST", 1.0)  # bytes a second: a state takes minutes
-    still = threading.Event()
+    pauses = iter([3])  # seconds, before the first message alone
 
     def stand_still(worker):
         if worker.number == 1 and worker.optimizer.steps == 8:
             own = worker.fleet.members
             send = own._send
-            monkeypatch.setattr(own, "_send", lambda *a: still.wait(3) or send(*a))
+            monkeypatch.setattr(own, "_send", lambda *a: time.sleep(next(pauses, 0)) or send(*a))
 
     with lighthouse(2) as url, crew.workers(url, range(2)) as workers:
         start = time.monotonic()

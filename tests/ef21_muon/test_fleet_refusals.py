@@ -2,7 +2,6 @@
 
 import logging
 import threading
-import time
 from datetime import timedelta
 
 import fleet as crew
@@ -171,11 +170,10 @@ NEWCOMERS = {
         lambda url: Worker(1, url, run=RUN),
         "there is worker 1 on localhost (process ",
     ),
-    "another run": (
-        lambda url: another_run(url, 2),
+    "another run, at a later step": (
+        lambda url: ahead_of_the_others(url, 0),
         "optimizer.lr=0.02 (theirs 0.01), steps=30 (theirs 60): start all workers alike",
     ),
-    "another run, at a later step": (lambda url: ahead_of_the_others(url, 0), "steps=30"),
     "another model": (
         lambda url: Other(2, url),
         "shape of parameter 0 of group 0=(5, 7) float32 (theirs ",
@@ -198,9 +196,7 @@ def test_who_does_not_belong_is_shown_why_and_costs_the_others_one_quorum(newcom
         reported.wait(PATIENCE)
         other = newcomer(url)
         thread = other.start(18)
-        while other.fleet.members.manager is None:
-            time.sleep(0.01)
-        time.sleep(0.5)  # until the lighthouse has heard of it
+        crew.wait_until_heard_of(other)
         come.set()
         for one in (*threads, thread):
             one.join(PATIENCE)
@@ -216,9 +212,8 @@ def test_who_does_not_belong_is_shown_why_and_costs_the_others_one_quorum(newcom
             assert torch.equal(worker.global_params[18], workers[0].global_params[18])
 
 
-@pytest.mark.parametrize("numbers", [(0, 0, 1), (0, 1, 0, 1)])
-def test_of_numbers_that_are_given_twice_from_the_start_each_counts_once(numbers):
-    with lighthouse(2) as url, crew.workers(url, numbers) as workers:
+def test_of_numbers_that_are_given_twice_from_the_start_each_counts_once():
+    with lighthouse(2) as url, crew.workers(url, (0, 1, 0, 1)) as workers:
         errors = everyone(workers, 12)
         let_in = [worker.number for worker, error in zip(workers, errors, strict=True) if not error]
         assert sorted(let_in) == [0, 1]
@@ -241,11 +236,11 @@ def test_a_worker_that_starts_again_at_once_is_not_taken_for_another():
             assert torch.equal(again.global_params[18], workers[0].global_params[18])
 
 
-@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])
-def test_state_travels_in_silence_and_never_by_a_proxy(monkeypatch, capfd, name):
-    for other in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(other, raising=False)
-    monkeypatch.setenv(name, f"http://localhost:{free_port()}")
+def test_state_travels_in_silence_and_never_by_a_proxy(monkeypatch, capfd):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://localhost:{free_port()}")
     server, client = (StateServer("localhost", timedelta(seconds=20)) for _ in range(2))
     state = {"user": {"default": {"tensors": [torch.arange(4.0)]}}}
     server.send_checkpoint([1], 3, state, timedelta(seconds=20))
@@ -257,10 +252,12 @@ def test_state_travels_in_silence_and_never_by_a_proxy(monkeypatch, capfd, name)
 
 
 @pytest.mark.parametrize(
-    "host, named",
-    [("localhost", True), ("127.0.0.1", True), ("127.0.0.2", True), ("elsewhere", False)],
+    "host, named, rank",  # which has the store, or finds none there
+    [
+        *(("localhost", True, 0), ("127.0.0.1", True, 0), ("elsewhere", False, 0)),
+        *(("127.0.0.2", True, 1), ("elsewhere", False, 1)),
+    ],
 )
-@pytest.mark.parametrize("rank", [0, 1])  # which has the store, or finds none there
 def test_where_workers_are_to_meet_is_named_if_only_one_machine_has_it(
     host, named, rank, monkeypatch
 ):

@@ -1,6 +1,7 @@
 """EF21Muon in one process: its error feedback, and its manners as a torch optimizer."""
 
 import io
+from math import inf, nan
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_the_gradient_estimate_changes_every_round(compressor):
     parameters, optimizer = build(w2s=compressor)
     before = states(parameters, optimizer, "gradient_estimate")
     assert not any(estimate.any() for estimate in before)
-    for seed in range(20):
+    for seed in range(8):
         set_gradients(parameters, seed)
         optimizer.step()
         after = states(parameters, optimizer, "gradient_estimate")
@@ -147,9 +148,12 @@ def test_bfloat16_parameters_have_float32_state(s2w):
         torch.testing.assert_close(parameter.float(), exact[name], rtol=2**-7, atol=2**-7)
 
 
-@every_compressor
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_gradient_that_is_not_finite_is_named(compressor, value):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*((name, nan) for name in COMPRESSORS), ("topk", inf), ("rank", -inf), ("nearest", inf)],
+)
+def test_a_gradient_that_is_not_finite_is_named(name, value):
+    compressor = COMPRESSORS[name]
     parameters, optimizer = build(w2s=compressor, s2w=compressor)
     for step in range(1, 6):
         set_gradients(parameters, step)

@@ -20,6 +20,7 @@ from workers.recovered import (
     LR,
     MATRICES,
     MOMENTUM,
+    MUON,
     RADII,
     SCION_LR,
     SCION_WEIGHT,
@@ -41,12 +42,15 @@ DIFFERENT = 0.2
 ADJUST_LR_FN = {"muon": "original", "moonlight": "match_rms_adamw"}
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids="{}_workers".format)
-def recorded(request, tmp_path_factory):
+WORKERS = 2
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
     """(workers, arrays of every rank)."""
     directory = tmp_path_factory.mktemp("recovered")
-    torchrun("recovered.py", directory, ranks=request.param)
-    return request.param, [np.load(directory / f"rank{r}.npz") for r in range(request.param)]
+    torchrun("recovered.py", directory, ranks=WORKERS)
+    return WORKERS, [np.load(directory / f"rank{r}.npz") for r in range(WORKERS)]
 
 
 def top_k(x):
@@ -117,9 +121,7 @@ def torch_muon(workers, scaling, nesterov, decay, momentum=MOMENTUM, start_from=
         yield {name: layer.copy() for name, layer in model.items()}
 
 
-@pytest.mark.parametrize("decay", [0.0, DECAY])
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("scaling", ADJUST_LR_FN)
+@pytest.mark.parametrize(("scaling", "nesterov", "decay"), MUON)
 def test_muon(recorded, scaling, nesterov, decay):
     workers = recorded[0]
     different = {

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from run import torchrun
-from workers.two_ranks import EXCHANGING, PLACEMENTS
+from workers.two_ranks import EXCHANGED, PLACEMENTS, UNDER_WAY
 
 RANKS = 2
 
@@ -17,8 +17,7 @@ def reports(tmp_path_factory):
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("server", PLACEMENTS)
-@pytest.mark.parametrize("method", EXCHANGING)
+@pytest.mark.parametrize(("method", "server"), EXCHANGED)
 def test_an_exchanged_compressor_continues_as_one_that_was_built_with_it(reports, method, server):
     ends = [report[f"exchanged {method} {server}"] for report in reports]
     for end in ends:
@@ -69,8 +68,7 @@ def test_servers_broadcast_by_nccl_and_send_by_gloo(reports, method):
     assert of_ranks[0] == pytest.approx(of_ranks[1], abs=1)  # a rank's is a mean, rounded down
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("server", PLACEMENTS)
+@pytest.mark.parametrize(("server", "streaming"), UNDER_WAY)
 def test_agreement_is_checked_whatever_is_under_way(reports, server, streaming):
     for report in reports:
         late, _, batches, *_, then = report[f"under way {server} {streaming}"].split()

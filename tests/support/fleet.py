@@ -4,15 +4,17 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.request import ProxyHandler, build_opener
 
 os.environ.setdefault("RUST_LOG", "error")
 
 import torch
 from torch import nn
 from torchft.coordination import LighthouseServer
+from torchft.manager import REPLICA_ID_KEY
+from waiting import wait_until
 
 from ef21_muon import LocalSteps
 from ef21_muon.fleet import Fleet
@@ -134,7 +136,17 @@ def enter(workers) -> None:
     """So that the lighthouse has heard of all before one of them asks for the others."""
     for worker in workers:
         worker.fleet.members._enter()
-    time.sleep(0.5)
+    for worker in workers:
+        wait_until_heard_of(worker)
+
+
+def wait_until_heard_of(worker) -> None:
+    """By the lighthouse, whose page has all that it hears of."""
+    members = worker.fleet.members
+    wait_until(lambda: members.manager is not None)
+    name = members.manager._store.get(REPLICA_ID_KEY).decode()
+    page, direct = f"{members.lighthouse.url}/status", build_opener(ProxyHandler({}))
+    wait_until(lambda: f"{name}: seen" in direct.open(page).read().decode())
 
 
 @contextmanager

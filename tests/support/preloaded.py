@@ -8,6 +8,7 @@ environment, and where there is a GPU, all are started instead.
 """
 
 import atexit
+import gc
 import io
 import json
 import os
@@ -128,6 +129,7 @@ def serve(path: str) -> None:
     import train  # noqa: F401
 
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has the thread alone that forks"
+    gc.freeze()  # of what is imported no fork searches, or copies, anything
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen(64)

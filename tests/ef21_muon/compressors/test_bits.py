@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from compression import ALWAYS_THE_SAME
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ef21_muon.compressors.indices import index_bytes, pack_indices, shortest, unpack_indices
@@ -19,24 +19,24 @@ def random_codes(rows, count, width, seed):
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000])
-@pytest.mark.parametrize("width", range(33))
-def test_integers_come_back(width, count):
-    codes = random_codes(3, count, width, seed=count)
-    codes[0], codes[1] = 0, (1 << width) - 1
-    packed = pack(codes, width)
-    assert packed.dtype == torch.uint8
-    assert packed.shape == (3, packed_bytes(count, width))
-    assert torch.equal(unpack(packed, count, width).long(), codes)
+def test_integers_come_back(count):
+    for width in range(33):
+        codes = random_codes(3, count, width, seed=count)
+        codes[0], codes[1] = 0, (1 << width) - 1
+        packed = pack(codes, width)
+        assert packed.dtype == torch.uint8, width
+        assert packed.shape == (3, packed_bytes(count, width)), width
+        assert torch.equal(unpack(packed, count, width).long(), codes), width
 
 
-@ALWAYS_THE_SAME
+@settings(ALWAYS_THE_SAME, max_examples=50)
 @given(st.integers(0, 32), st.integers(1, 3), st.integers(0, 70), st.integers(0, 99))
 def test_integers_of_any_count_come_back(width, rows, count, seed):
     codes = random_codes(rows, count, width, seed)
     assert torch.equal(unpack(pack(codes, width), count, width).long(), codes)
 
 
-@ALWAYS_THE_SAME
+@settings(ALWAYS_THE_SAME, max_examples=50)
 @given(st.integers(1, 7), st.integers(1, 3), st.integers(0, 70), st.integers(0, 99))
 def test_codes_are_neighbours_in_their_bytes_whatever_is_packed_at_a_time(width, rows, count, seed):
     codes = random_codes(rows, count, width, seed).to(torch.uint8)
@@ -120,7 +120,7 @@ def index_sets(draw):
     return torch.stack(rows), universe
 
 
-@ALWAYS_THE_SAME
+@settings(ALWAYS_THE_SAME, max_examples=50)
 @given(index_sets())
 def test_indices_are_elias_fano_coded(index_set):
     indices, universe = index_set

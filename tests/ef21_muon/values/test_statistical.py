@@ -16,7 +16,7 @@ def through(values, x):
     return values.decode(values.encode(x), *x.shape[1:])
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", [2, 3, 5, 8])
 @settings(ALWAYS_THE_SAME, max_examples=25)
 @given(
     x=batches(),
@@ -41,7 +41,7 @@ def test_it_agrees_with_a_loop(bits, x, by_row, span, piece):
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * largest)
 
 
-@settings(ALWAYS_THE_SAME)
+@settings(ALWAYS_THE_SAME, max_examples=40)
 @given(bits=st.integers(2, 4), rows=st.integers(1, 3), n=st.integers(1, 50), seed=st.integers(0, 9))
 def test_a_gpu_adds_up_the_same_sums(bits, rows, n, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -7,6 +7,7 @@ optimizer, and lets both go on. Writes DIRECTORY/rank{r}.pt: what of them differ
 was said of wrong calls.
 """
 
+import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,10 +77,18 @@ CASES = {
         adamw(shared(g, mesh)), mesh=mesh, server="rank0"
     ),
 }
-# What is saved flattened, too, and through full_state_dict().
-ALSO_FLAT = ("sharded", "local, under way") if flattens_tables() else ()
-ALSO_FULL = ("rank0", "local")
+# Cases with how a state goes from one training to the other.
+WAYS = [
+    *((case, "folder") for case in CASES),
+    *((case, "flat folder") for case in ("sharded", "local, under way") if flattens_tables()),
+    *(("rank0", "full state"), ("local", "full state")),
+]
 NO_TABLE = "averaged, lossless"  # on ranks that serve nothing
+
+
+def ways(ranks_per_worker: int, kind: str = "") -> list[tuple[str, str]]:
+    """All where every rank is a worker; of those of several ranks whole and sharded share them."""
+    return WAYS if ranks_per_worker == 1 else WAYS[kind == "sharded" :: 2]
 
 
 def new_model() -> nn.Module:
@@ -154,15 +163,13 @@ def leaves(name: str, value) -> dict[str, Tensor]:
 
 def differing(one: Training, other: Training) -> list[str]:
     mine, its = one.flat(), other.flat()
-    return [
-        name
-        for name in mine.keys() | its.keys()
-        if not (str(mine.get(name)) == str(its.get(name)) and same(mine[name], its[name]))
-    ]
+    return [n for n in mine.keys() | its.keys() if not same(mine.get(n), its.get(n))]
 
 
 def same(one, other) -> bool:
-    return torch.equal(one, other) if isinstance(one, Tensor) else one == other
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return type(one) is type(other) and one == other
 
 
 def resumed(case: str, load: Callable[[Training, Training], None]) -> dict:
@@ -225,7 +232,7 @@ def refusals() -> dict[str, str]:
     state = one.state()
     of_ranks = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, one.optimizer.state_dict())
-    before = str(one.flat())
+    before = copy.deepcopy(one.flat())
     result = {
         "full": said(lambda: one.state(full)),
         "full, offloaded": said(lambda: one.state(offloaded)),
@@ -236,20 +243,22 @@ def refusals() -> dict[str, str]:
         ),
         "flat without tables": said(lambda: Training(NO_TABLE).state(FLAT)),
     }
-    assert str(one.flat()) == before, "nothing has changed"
+    after = one.flat()
+    assert all(same(value, after[name]) for name, value in before.items()), "nothing has changed"
     return result
 
 
 def main():
     dist.init_process_group("gloo")
-    directory, result = Path(sys.argv[1]), {}
-    for case in CASES:
-        result[case] = resumed(case, through_folder(directory / case))
-    for case in ALSO_FLAT:
-        result[f"{case}, flat"] = resumed(case, through_folder(directory / f"{case}, flat", FLAT))
-    for case in ALSO_FULL:
-        result[f"{case}, full"] = resumed(case, through_full)
-    result["refusals"] = refusals()
+    directory, found = Path(sys.argv[1]), {}
+    for case, way in ways(int(sys.argv[2]), *sys.argv[3:]):
+        load = {
+            "folder": through_folder(directory / case),
+            "flat folder": through_folder(directory / f"{case}, flat", FLAT),
+            "full state": through_full,
+        }[way]
+        found[case, way] = resumed(case, load)
+    result = {"ways": found, "refusals": refusals()}
     torch.save(result, directory / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()

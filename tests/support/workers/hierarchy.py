@@ -41,6 +41,10 @@ CASES = {
 }
 CASES["local, senders"] = CASES["local"] | {"mean": "senders"}
 CASES["local, streaming"] = CASES["local"] | {"sync_every": 4, "streaming": True}
+# What ranks with sharded parameters run of these, and a worker of all ranks, and one rank alone.
+SHARDED = ("both ways", "replicated", "rank", "of the head", "averaged", "local")
+SHARDED += ("local, streaming",)
+OF_ONE_WORKER = ("both ways", "rank0", "of the head", "averaged", "local, senders")
 STEPS = 8
 
 
@@ -343,7 +347,8 @@ def main() -> None:
         for local in (False, True):
             results[f"missing {local}"] = missing(shard, local)
         results["overflow"] = scaled_shards() if shard else overflow(size)
-    for case in CASES:
+    one_worker = size == dist.get_world_size()
+    for case in OF_ONE_WORKER if one_worker else SHARDED if shard else CASES:
         results |= train(case, size, shard)
     np.savez(Path(sys.argv[1]) / f"rank{dist.get_rank()}.npz", **results)
     dist.destroy_process_group()

@@ -23,6 +23,10 @@ L0, L1 = 2.0, 0.5
 GAMMA, ETA, FRACTION = 0.1, 0.3, 0.25
 SHAPES = {"wide": (12, 20), "tall": (24, 8), "square": (10, 10), "head": (9, 14), "bias": (7, 1)}
 MATRICES = ("wide", "tall", "square")
+MUON = (  # scaling, nesterov, decay
+    *(("muon", False, 0.0), ("muon", False, DECAY), ("muon", True, 0.0), ("muon", True, DECAY)),
+    ("moonlight", True, DECAY),
+)
 
 
 def start(name):
@@ -44,14 +48,12 @@ def gradient(model, step, worker):
 
 
 def muon_cases():
-    for scaling in ("muon", "moonlight"):
-        for nesterov in (False, True):
-            for decay in (0.0, DECAY):
-                norm = Spectral(scaling=scaling, dtype=torch.bfloat16)
-                options = {"lr": LR, "momentum": MOMENTUM, "momentum_init": "zero"}
-                rule = {"norm": norm, "nesterov": nesterov, "weight_decay": decay}
-                groups = [{"params": MATRICES} | rule]
-                yield f"muon {scaling} {nesterov} {decay}", (groups, options)
+    for scaling, nesterov, decay in MUON:
+        norm = Spectral(scaling=scaling, dtype=torch.bfloat16)
+        options = {"lr": LR, "momentum": MOMENTUM, "momentum_init": "zero"}
+        rule = {"norm": norm, "nesterov": nesterov, "weight_decay": decay}
+        groups = [{"params": MATRICES} | rule]
+        yield f"muon {scaling} {nesterov} {decay}", (groups, options)
 
 
 def scion_case(decay):

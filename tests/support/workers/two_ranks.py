@@ -68,6 +68,14 @@ EXCHANGING = {
 }
 
 
+# Every method, and every placement.
+EXCHANGED = (
+    *(("ef21", server) for server in PLACEMENTS),
+    *(("local", "sharded"), ("averaged", "replicated")),
+)
+UNDER_WAY = (("sharded", False), ("sharded", True), ("rank0", True), ("replicated", False))
+
+
 def exchanged(make: Callable, server: str) -> dict:
     """What it gives with another compressor from step 4 on, and what one built with that gives."""
     model = new_model()
@@ -193,9 +201,8 @@ def under_way(server: str, streaming: bool) -> str:
 
 CASES = {
     **{
-        f"exchanged {method} {server}": lambda make=make, server=server: exchanged(make, server)
-        for method, make in EXCHANGING.items()
-        for server in PLACEMENTS
+        f"exchanged {method} {server}": lambda m=method, s=server: exchanged(EXCHANGING[m], s)
+        for method, server in EXCHANGED
     },
     "exchanged apart": exchanged_apart,
     **{f"bfloat16 {server}": lambda s=server: in_bfloat16(s) for server in PLACEMENTS},
@@ -207,8 +214,7 @@ CASES = {
     },
     **{
         f"under way {server} {streaming}": lambda s=server, t=streaming: under_way(s, t)
-        for server in PLACEMENTS
-        for streaming in (False, True)
+        for server, streaming in UNDER_WAY
     },
 }
 

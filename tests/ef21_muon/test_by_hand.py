@@ -1,0 +1,113 @@
+"""Steps by hand: W far behind X, gradients that are not finite, and messages that come late."""
+
+import copy
+
+import pytest
+import torch
+from one_worker import build, set_gradients
+from torch.nn import Parameter
+
+from ef21_muon import LocalSteps
+from ef21_muon.compressors import TopK
+from ef21_muon.norms import Sign
+
+
+def test_weight_decay_is_of_x_though_w_is_far_behind():
+    lr, decay = 0.1, 0.5
+    options = {"lr": lr, "weight_decay": decay, "norm": Sign("none"), "s2w": TopK(0.05)}
+    parameters, optimizer = build(shapes=("query", "key"), **options)
+    for seed in range(1, 4):
+        before = {p: optimizer.state[p]["server_model"].clone() for p in parameters.values()}
+        set_gradients(parameters, seed)
+        optimizer.step()
+        for parameter, model in before.items():
+            own = optimizer.state[parameter]
+            expected = (1 - lr * decay) * model - lr * own["server_gradient"].sign()
+            torch.testing.assert_close(own["server_model"], expected)
+    behind = [model - p.detach().view_as(model) for p, model in before.items()]
+    assert max(one.abs().max() for one in behind) > 0.1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_layer_whose_gradient_is_not_finite_stands_still_and_others_go_on(value):
+    parameters, optimizer = build(norm=Sign())
+    set_gradients(parameters, seed=1)
+    parameters["query"].grad[0, 0] = value
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer.step()
+    stands = {
+        name for name, parameter in parameters.items() if torch.equal(parameter, before[name])
+    }
+    assert stands == {"query"}
+
+
+def late(sync_every=4, sync_delay=1, outer_lr=0.5):
+    """Two entries, a step of whose inner optimizer is minus the gradient, and local steps."""
+    parameter = Parameter(torch.zeros(1, 2))
+    inner = torch.optim.SGD([parameter], lr=1.0)
+    options = {"sync_every": sync_every, "sync_delay": sync_delay, "outer_lr": outer_lr}
+    return parameter, LocalSteps(inner, **options)
+
+
+def take(parameter, optimizer, *gradients):
+    for gradient in gradients:
+        parameter.grad = torch.tensor([[gradient, 2 * gradient]])
+        optimizer.step()
+
+
+def test_a_late_message_takes_the_place_of_the_steps_that_it_is_of():
+    """After four steps W - x_j is 4; half of it arrives with the fifth, which x_j keeps."""
+    parameter, optimizer = late()
+    take(parameter, optimizer, *4 * [1.0])
+    assert parameter.tolist() == [[-4, -8]]
+    take(parameter, optimizer, 1.0)
+    assert parameter.tolist() == [[-2 - 1, -4 - 2]]
+    with optimizer.global_params():
+        assert parameter.tolist() == [[-2, -4]]
+
+
+def test_at_the_end_a_message_under_way_arrives_and_nothing_is_unsent():
+    parameter, optimizer = late()
+    take(parameter, optimizer, *4 * [1.0])
+    assert (optimizer.unsent.steps, len(optimizer.under_way)) == (4, 1)
+    optimizer.final_sync()
+    assert (optimizer.unsent.steps, optimizer.under_way) == (0, [])
+    with optimizer.global_params():
+        assert parameter.tolist() == [[-2, -4]]
+
+
+def test_what_is_under_way_when_a_state_is_loaded_does_not_arrive():
+    """But the message that the state holds."""
+    parameter, optimizer = late(sync_delay=2)
+    take(parameter, optimizer, *5 * [1.0])
+    saved = parameter.detach().clone(), copy.deepcopy(optimizer.state_dict())
+    take(parameter, optimizer, 1.0)
+    expected = parameter.detach().clone()
+    take(parameter, optimizer, *3 * [5.0])  # with the second of which a message leaves
+    with torch.no_grad():
+        parameter.copy_(saved[0])
+    optimizer.load_state_dict(saved[1])
+    take(parameter, optimizer, 1.0)
+    assert torch.equal(parameter, expected)
+
+
+def test_a_message_that_is_sent_again_after_a_restart_counts_once():
+    parameter, optimizer = late(sync_delay=2)
+    take(parameter, optimizer, *5 * [1.0])
+    other_parameter, other = late(sync_delay=2)
+    with torch.no_grad():
+        other_parameter.copy_(parameter)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.w2s_bytes == 8
+    take(other_parameter, other, 1.0)  # with which it arrives
+    assert (other.w2s_bytes, other.under_way) == (8, [])
+
+
+def test_streaming_sends_a_bucket_when_its_bytes_are_due():
+    """Of 4 steps, the first third of the bytes after 4/3 steps, which is in the second one."""
+    sizes = [5, 10]
+    layers = [Parameter(torch.zeros(1, size)) for size in sizes]
+    optimizer = LocalSteps(torch.optim.SGD(layers, lr=1.0), sync_every=4, streaming=True)
+    schedule = optimizer.schedule
+    assert [sum(b.up.size for b in bucket) for bucket in schedule.buckets] == [20, 40]
+    assert [schedule.due(step) for step in range(4)] == [[], [0], [], [1]]

@@ -1,0 +1,75 @@
+"""What is sent, counted and compared, as one process sees it: without launching any other."""
+
+import threading
+from fractions import Fraction
+from types import SimpleNamespace
+
+import pytest
+import torch
+from one_worker import build, set_gradients
+
+from ef21_muon.compressors import TopK
+from ef21_muon.compressors.base import new_generator
+from ef21_muon.transport import fixed
+from ef21_muon.transport.fixed import Traffic, Transport
+from ef21_muon.transport.host import sender, start_from_host
+
+
+def test_random_numbers_are_of_seed_rank_and_purpose():
+    def draw(*stream):
+        return torch.randint(1 << 40, (), generator=new_generator(torch.device("cpu"), *stream))
+
+    streams = [(s, r, p) for s in range(3) for r in range(3) for p in ("w2s", "s2w")]
+    assert len({draw(*stream).item() for stream in streams}) == len(streams)
+    assert draw(1, 2, "w2s") == draw(1, 2, "w2s")
+
+
+def test_an_all_gather_counts_what_goes_to_others_and_comes_from_them(monkeypatch):
+    work = SimpleNamespace(wait=lambda: None)
+    monkeypatch.setattr(fixed, "all_gather", lambda *arguments, **options: work)
+    transport = Transport()
+    transport.ranks = 3
+    parts, _ = transport._all_gather(torch.zeros(5, dtype=torch.uint8))
+    assert (len(parts), transport.traffic) == (3, Traffic(wire_tx_bytes=10, wire_rx_bytes=10))
+
+
+def test_fractions_of_a_byte_come_back():
+    traffic = Traffic(1, 2, 3, Fraction(10, 3), 4)
+    assert Traffic.from_state(traffic.state()) == traffic
+
+
+def test_a_message_by_way_of_the_host_is_of_the_moment_when_it_was_started():
+    """Also if the thread that sends has to finish another one first."""
+    started, handed = threading.Event(), []
+    message = torch.full((3,), 1.0)
+    sender().submit(started.wait)
+    arrive = start_from_host(lambda out, into: handed.append(out[0].tolist()) or [], [message], [])
+    message.fill_(2.0)
+    started.set()
+    arrive()
+    assert handed == [[1.0, 1.0, 1.0]]
+
+
+def test_a_lost_estimate_is_noticed():
+    parameters, optimizer = build(w2s=TopK(0.3))
+    for seed in range(1, 4):
+        set_gradients(parameters, seed)
+        optimizer.step()
+    optimizer.check_agreement()
+    optimizer.batches[0].up.buffer.mul_(0.9)
+    with pytest.raises(ValueError, match=r"estimate of query is not the mean of the workers'"):
+        optimizer.check_agreement()
+
+
+def test_gradients_that_were_scaled_are_unscaled_before_they_are_sent():
+    """As torch's GradScaler asks for it; an LMO alone would not notice."""
+    parameters, optimizer = build()
+    set_gradients(parameters, seed=1)
+    expected = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad *= 8
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(0.0)
+    optimizer.step()
+    for name, parameter in parameters.items():
+        found = optimizer.state[parameter]["server_gradient"]
+        torch.testing.assert_close(found, expected[name].view_as(found))
