@@ -32,7 +32,10 @@ OPTIONS = {
     "--steps": {"type": int, "default": 3, "help": "timed steps"},
 }
 WIDTH = 448
-MODEL = [f"model.width={WIDTH}", "model.heads=4", "batch.micro_size=1", "schedule.cooldown=0"]
+MODEL = [
+    *(f"model.width={WIDTH}", "model.heads=4", "batch.micro_size=1", "schedule.cooldown=0"),
+    "checkpoint.every=0",  # torch's PowerSGD keeps its state to itself
+]
 RANK = 0.15
 DDP = {
     "DDP + Muon": ["optimizer=muon"],
