@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from compression import ALWAYS_THE_SAME, batches, seeded
 from host_sync import NoHostSync
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrices import ALWAYS_THE_SAME, batches, seeded
 from run import PATIENCE
 from torch import nn
 

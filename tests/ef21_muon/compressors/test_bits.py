@@ -5,9 +5,9 @@ from unittest import mock
 
 import pytest
 import torch
-from compression import ALWAYS_THE_SAME
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrices import ALWAYS_THE_SAME
 
 from ef21_muon.compressors.indices import index_bytes, pack_indices, shortest, unpack_indices
 from ef21_muon.values.base import AT_A_TIME, pack, packed_bytes, unpack

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from compression import ALWAYS_THE_SAME, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_reference import chunk_top_k, statistical
+from matrices import ALWAYS_THE_SAME, seeded
 
 from ef21_muon.compressors import ChunkTopK, Quantize
 from ef21_muon.compressors.sparse import ChunkPlaces

@@ -9,9 +9,9 @@ import pytest
 import reference
 import torch
 from cases import case
-from compression import ALWAYS_THE_SAME, batches, lost, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrices import ALWAYS_THE_SAME, batches, lost, seeded
 
 from ef21_muon.compressors import (
     ChunkTopK,

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from compression import ALWAYS_THE_SAME, batches, lost, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrices import ALWAYS_THE_SAME, batches, lost, seeded
 
 from ef21_muon.compressors import QuantizedRank, RankK, Scaled
 from ef21_muon.values import Normal

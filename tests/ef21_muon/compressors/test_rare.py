@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from cases import case
-from compression import ALWAYS_THE_SAME, batches, lost, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrices import ALWAYS_THE_SAME, batches, lost, seeded
 
 from ef21_muon import EF21Muon
 from ef21_muon.compressors import (

@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
-from compression import ALWAYS_THE_SAME, seeded
 from hypothesis import given
 from hypothesis import strategies as st
+from matrices import ALWAYS_THE_SAME, seeded
 
 from ef21_muon import compressors, values
 from ef21_muon.compressors import (

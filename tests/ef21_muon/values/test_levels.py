@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from compression import ALWAYS_THE_SAME
 from hypothesis import given
 from hypothesis import strategies as st
+from matrices import ALWAYS_THE_SAME
 
 from ef21_muon.values import Integer, Normal
 from ef21_muon.values import levels as module

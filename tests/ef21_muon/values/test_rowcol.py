@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from compression import seeded
+from matrices import seeded
 
 from ef21_muon.compressors.base import value_format
 from ef21_muon.values import Integer, RowColumn

@@ -4,9 +4,9 @@ import local_reference
 import numpy as np
 import pytest
 import torch
-from compression import ALWAYS_THE_SAME, batches, lost, seeded
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from matrices import ALWAYS_THE_SAME, batches, lost, seeded
 
 from ef21_muon.values import Statistical, levels, value_format
 from ef21_muon.values.base import AT_A_TIME
