@@ -10,6 +10,7 @@ from one_worker import build, set_gradients
 
 from ef21_muon.compressors import TopK
 from ef21_muon.compressors.base import new_generator
+from ef21_muon.layers import assign
 from ef21_muon.transport import fixed
 from ef21_muon.transport.fixed import Traffic, Transport
 from ef21_muon.transport.host import sender, start_from_host
@@ -22,6 +23,11 @@ def test_random_numbers_are_of_seed_rank_and_purpose():
     streams = [(s, r, p) for s in range(3) for r in range(3) for p in ("w2s", "s2w")]
     assert len({draw(*stream).item() for stream in streams}) == len(streams)
     assert draw(1, 2, "w2s") == draw(1, 2, "w2s")
+
+
+def test_the_largest_layers_are_assigned_first():
+    """Else one of two ranks would have a load of 6."""
+    assert assign([1, 1, 1, 1, 4], 2) == [1, 1, 1, 1, 0]
 
 
 def test_an_all_gather_counts_what_goes_to_others_and_comes_from_them(monkeypatch):
