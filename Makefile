@@ -60,7 +60,7 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/python -m mypy ef21_muon tests/typed_user.py
-	.venv/bin/python scripts/check_links.py
+	.venv/bin/python tests/support/check_links.py
 
 setup: .venv/installed
 

@@ -21,7 +21,7 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy", "ef21_muon", "tests/typed_user.py")
-    session.run("python", "scripts/check_links.py")
+    session.run("python", "tests/support/check_links.py")
 
 
 @nox.session(python=PYTHONS)

@@ -1,26 +1,25 @@
-"""Three studies of `scripts/theory/run.py` as records: bounds, feedback, kinds of momentum."""
+"""What `scripts/theory/run.py` runs, as records: the cases of both theorems, and feedback."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import repeat
 from math import sqrt
 
 import torch
 from torch import Tensor
 
-from ef21_muon.compressors import Identity, RankK, Scaled, TopK
+from ef21_muon.compressors import Identity, Scaled, TopK
 from ef21_muon.norms.lmo import AdaptiveRadius, Euclidean
-from scripts.theory.algorithm import descend, gradient_norms, on_workers, simulate, train
+from scripts.theory.algorithm import gradient_norms, on_workers, simulate, train
 from scripts.theory.bounds import GeneralizedSmooth, LSmooth
 from scripts.theory.problems import Pulling, Quadratic, Rippled, geometry
 
 WORKERS, SIDE = 4, 4
 HORIZONS = (16, 64, 256, 1024, 4096)
 LONGEST = 16384  # added where one run gives all horizons
-REPLICAS = 8  # where noise or a compressor is random
+REPLICAS = 8  # where there is noise
 CHECKED = 64  # the horizon that is run by EF21Muon too
-COMPRESSORS = {"top": TopK(0.25), "rank": RankK(0.25)}  # alpha_D = 1/4 on 4 x 4 matrices
+TOP = TopK(0.25)  # alpha_D = 1/4 on 4 x 4 matrices
 DAMPING = Scaled(Identity(), 0.5)  # C(x) = x / 2, so alpha_P = 3/4 in every norm
 ALPHA_D, ALPHA_P = 0.25, 0.75
 THEOREMS = ("L-smooth", "(L0, L1)-smooth")
@@ -30,24 +29,15 @@ GEOMETRIES = ("spectral", "max")
 SIGMAS = {"L-smooth": 1.0, "(L0, L1)-smooth": 0.3}
 DISTANCES = {"spectral": 0.12, "max": 0.4}
 
-VARIANTS = ("none", "ef14", "ef21")
-
-MOMENTUM_HORIZONS, MOMENTUM_REPLICAS = (64, 256, 1024, 4096, 16384), 16
-NOISE, OF_CURVATURE = 1.0, 0.5
-# By kind of momentum, powers of 1 / K: of beta, of the step, and of the rate.
-ORDERS = {
-    "polyak": (1 / 2, 3 / 4, 1 / 4),
-    **dict.fromkeys(("mvr", "hessian"), (2 / 3, 2 / 3, 1 / 3)),
-}
+VARIANTS = {"none": "none", "ef14": "EF14", "ef21": "EF21"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A theorem on a problem: `w2s` is a key of COMPRESSORS, `sigma` the noise."""
+    """A theorem on a problem; `sigma` is the noise."""
 
     theorem: str
     geometry: str
-    w2s: str
     sigma: float
 
     @cached_property
@@ -75,13 +65,13 @@ class Case:
 
     @property
     def replicas(self) -> int:
-        return 1 if self.sigma == 0 and self.w2s == "top" else REPLICAS
+        return 1 if self.sigma == 0 else REPLICAS
 
     def options(self, rounds: int) -> dict:
         """What the theorem prescribes for K = `rounds`."""
         options = {
             "norm": geometry(self.geometry, SIDE, SIDE).norm,
-            "w2s": COMPRESSORS[self.w2s],
+            "w2s": TOP,
             "momentum": 1 - self.numbers.beta(rounds),
         }
         if self.theorem == "L-smooth":
@@ -122,11 +112,10 @@ class Case:
 
 
 CASES = [
-    Case(theorem, place, w2s, sigma)
+    Case(theorem, place, sigma)
     for theorem in THEOREMS
     for place in GEOMETRIES
     for sigma in (0.0, SIGMAS[theorem])
-    for w2s in COMPRESSORS
 ]
 
 
@@ -179,31 +168,3 @@ def feedback_records() -> Iterator[dict]:
         for variant, norms in curves.items():
             what = {"record": "feedback", "workers": workers, "step_size": step_size}
             yield what | {"feedback": variant, "gradient_norms": norms}
-
-
-def momentum_record(run: tuple[str, int]) -> dict:
-    """The mean of ||grad f(X^k)||_* over k < K and replicas, with noise that changes with X."""
-    torch.set_num_threads(1)
-    kind, rounds = run
-    of_beta, of_step, _ = ORDERS[kind]
-    place = geometry("spectral", SIDE, SIDE)
-    function = Rippled(torch.ones(1, dtype=torch.float64), gaussian(1, seed=0))
-    random = torch.Generator().manual_seed(0)
-
-    def samples() -> Iterator[Callable[[Tensor], Tensor]]:
-        """So that two gradients of one sample do not differ by the exact amount."""
-        for _ in range(rounds):
-            noise, curvature = torch.randn(2, MOMENTUM_REPLICAS, SIDE, SIDE, generator=random)
-            noise, curvature = NOISE / SIDE * noise, OF_CURVATURE * curvature
-            yield lambda x, n=noise, c=curvature: function.gradients(x)[0].float() + n + c * x
-
-    models = descend(
-        function.start.repeat(MOMENTUM_REPLICAS, 1, 1),
-        samples(),
-        lr=repeat(rounds**-of_step),
-        momentum=1 - rounds**-of_beta,
-        momentum_kind=kind,
-        norm=place.norm,
-    )
-    measured = float(gradient_norms(function, place.norm, models[:-1]).mean())
-    return {"record": "momentum", "momentum": kind, "rounds": rounds, "measured": measured}

@@ -9,8 +9,8 @@ from ef21_muon.compressors import Identity, RankK, TopK
 from ef21_muon.norms.lmo import AdaptiveRadius
 from scripts.theory import studies
 from scripts.theory.algorithm import gradient_norms, simulate
-from scripts.theory.figures import slope
 from scripts.theory.problems import Quadratic, geometry
+from scripts.theory.run import slope
 from scripts.theory.studies import GEOMETRIES, Case, two_workers
 
 # Without momentum and noise.
@@ -53,4 +53,4 @@ def test_a_radius_too_short_for_the_second_theorem_fails_the_checks(monkeypatch)
     monkeypatch.setattr(
         studies.GeneralizedSmooth, "radius", lambda self, k: as_prescribed(self, k) / 100
     )
-    assert not passes(Case("(L0, L1)-smooth", "max", "rank", 0.3).records((64, 256)), -1 / 4)
+    assert not passes(Case("(L0, L1)-smooth", "max", 0.3).records((64, 256)), -1 / 4)

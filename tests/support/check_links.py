@@ -1,4 +1,4 @@
-"""Check relative links and anchors in all committed Markdown: `python scripts/check_links.py`.
+"""Check relative links and anchors in all committed Markdown, as `make lint` does.
 
 Links to other hosts are not followed. Markdown in scripts/ is left out, since it is templates whose
 pages are in results/.
@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def blocks(path: Path) -> list[Token]:

@@ -1,8 +1,7 @@
-"""scripts/check_links.py, on links that lead somewhere and on links that do not."""
+"""tests/support/check_links.py, on links that lead somewhere and on links that do not."""
 
 import pytest
-
-from scripts.check_links import complaints
+from check_links import complaints
 
 PAGE = """\
 # The page
