@@ -41,10 +41,7 @@ DIRECTIONS = {
         "training",
         *LIBRARIES,
     ),
-    "scripts.probes": (  # of the study
-        *("scripts.netns", "scripts.measuring", "scripts.studies", "scripts.shakespeare"),
-        *("train", "training", *LIBRARIES),
-    ),
+    "scripts.probes": ("scripts.studies", "scripts.shakespeare", "training", *LIBRARIES),
     "tests": ("*",),
     "noxfile": (),
 }

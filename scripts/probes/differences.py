@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data.loader import WorkerBatches
-from scripts.probes.trainings import WORKERS, config_of, cosine, train, training_of
+from scripts.probes.trainings import WORKERS, config_of, train, training_of
 
 STEPS = 360  # to the cooldown
 EVERY = (1, 3, 10, 30, 60)
@@ -72,7 +72,7 @@ def measured(first: Tensor, second: Tensor) -> dict[str, float]:
     squares = torch.linalg.svdvals(first).square()
     rank = max(1, round(KEPT_RANK * len(squares)))
     return {
-        "cosine": cosine(first, second),
+        "cosine": torch.cosine_similarity(first.flatten(), second.flatten(), 0).item(),
         "stable_rank": float(squares.sum() / squares[0] / len(squares)),
         "kept": float(squares[:rank].sum() / squares.sum()),
     }

@@ -1,20 +1,17 @@
-"""results/probes/README.md and its figures: page.md with numbers from the records of probes."""
+"""results/probes/README.md and its figures: page.md with numbers from the probes and the study."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import correlation, mean
 
-from scripts.probes.steps import steps
-from scripts.probes.times import CLOSE, ENOUGH, LINKS, Times, times
-from scripts.shakespeare.axes import LOSS_GAP, bars, by_family, legend_outside, panels
+from scripts.shakespeare.axes import LOSS_GAP, by_family, legend_outside, panels
+from scripts.shakespeare.page import words
 from scripts.shakespeare.results import Results, read
-from scripts.shakespeare.tables import SETTING, of, table
-from scripts.studies import fill, read_records
+from scripts.studies import fill, select
 from training import picture
 from training.drawing import Figure, NullLocator, matplotlib
-from training.picture import COLOURS, line_look, ticks_alone
+from training.picture import line_look, ticks_alone
 
-PROBES = Path(__file__).resolve().parents[2] / "results" / "probes"
 TEXT = Path(__file__).with_name("page.md")
 KINDS = {
     "cosine": "cosine of two workers' differences",
@@ -25,30 +22,20 @@ Records = list[dict]
 Replayed = dict[str, dict]  # by setting
 
 
-def draw(directory: Path) -> list[Path]:
-    """Write the page and the figures of a folder's records into it; returns the figures' files."""
+def draw(records: Records, directory: Path) -> str:
+    """Write the page and the figures into a folder; returns the page."""
     results = read()
-    records = {path.stem: read_records(path) for path in directory.glob("*.jsonl")}
-    replayed = {one["name"]: one for one in records["replay"] if one["name"] in results}
-    found = times(results, records["network"])
-    values = {
-        **of_replay(results, replayed),
-        **of_differences(records["differences"]),
-        **of_changes(records["changes"]),
-        **steps(results, {(one["rule"], one["beta"]): one for one in records["sign_replay"]}),
-        "label": lambda name: results[name].label,
-        **of_times(results, found),
+    differences = select(records, probe="differences")
+    replayed = {
+        one["name"]: one for one in select(records, probe="replay") if one["name"] in results
     }
-    (directory / "README.md").write_text(fill(TEXT.read_text(), values))
+    values = words(results) | of_replay(results, replayed) | of_differences(differences)
+    text = fill(TEXT.read_text(), values)
+    (directory / "README.md").write_text(text)
     with matplotlib.rc_context(picture.STYLE):
-        figures = {
-            "why": why_figure(results, replayed),
-            "differences": differences_figure(records["differences"]),
-            "time": time_figure(results, found),
-        }
-        return [
-            path for name, one in figures.items() for path in picture.save(one, directory / name)
-        ]
+        picture.save(why_figure(results, replayed), directory / "why")
+        picture.save(differences_figure(differences), directory / "differences")
+    return text
 
 
 def of_replay(results: Results, replayed: Replayed) -> dict[str, str]:
@@ -68,44 +55,16 @@ def places(values: Sequence[float]) -> list[int]:
     return [order.index(value) for value in values]
 
 
-def hidden(records: Records) -> Records:
-    return [one for one in records if one["layer"].startswith("blocks")]
-
-
 def of_differences(records: Records) -> dict[str, Callable[[str], str]]:
     """Means over hidden layers, by the steps of a round."""
+    hidden = [one for one in records if one["layer"].startswith("blocks")]
 
     def at(key: str, every: str) -> float:
-        return mean(one[key] for one in hidden(records) if one["every"] == int(every))
+        return mean(one[key] for one in select(hidden, every=int(every)))
 
     return {
         "cosine_after": lambda every: f"{at('cosine', every):.2f}",
         "kept_after": lambda every: f"{at('kept', every):.0%}",
-    }
-
-
-def of_changes(records: Records) -> dict[str, str]:
-    """Means over hidden layers and steps."""
-    return {
-        "change": f"{mean(one['size'] for one in hidden(records)):.1f}",
-        "change_cosine": f"{mean(one['cosine'] for one in hidden(records)):.2f}",
-    }
-
-
-def of_times(results: Results, found: Times) -> dict[str, str]:
-    """A table by setting and link, and where the slowest link costs little."""
-    rows = [[results[name], *map(of_links.get, LINKS)] for name, of_links in found.items()]
-    links = [
-        of(place, (words, lambda time: time.text)) for place, words in enumerate(LINKS.values(), 1)
-    ]
-    slowest = next(iter(LINKS))
-    close = [row[0].label for row in rows if row[1] and row[1].is_close]
-    return {
-        "times": table([of(0, SETTING), *links], rows),
-        "close": str(CLOSE),
-        "enough": str(ENOUGH),
-        "slowest": LINKS[slowest],
-        "in_time": "; ".join(close) or "none",
     }
 
 
@@ -148,18 +107,3 @@ def differences_figure(records: Records) -> Figure:
 def role_of(record: dict) -> str:
     """The kind of a record's layer."""
     return record["layer"].removesuffix(".weight").rpartition(".")[2]
-
-
-def time_figure(results: Results, found: Times) -> Figure:
-    """Time to the target over slow links, from measured times of a step."""
-    figure, of_links = panels(4.5 * len(LINKS), 4, len(LINKS))
-    for (link, title), axes in zip(LINKS.items(), of_links, strict=True):
-        seconds = {name: of[link].seconds for name, of in found.items() if link in of}
-        rows = [
-            (results[name].short, value, f"{value:.0f} s", COLOURS[place % len(COLOURS)])
-            for place, (name, value) in enumerate(seconds.items())
-        ]
-        bars(axes, rows)
-        axes.set_title(title, fontsize=9)
-        axes.set_ylabel(f"seconds to loss {results['identity'].target:.3f}")
-    return figure

@@ -15,15 +15,24 @@ from collections.abc import Iterator, Sequence
 from statistics import mean
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from ef21_muon import EF21Muon
 from ef21_muon.compressors.base import Compressor
-from scripts.probes.trainings import ROUNDS, config_of, is_measured, worker_gradients
+from scripts.probes.trainings import WORKERS, config_of, train, training_of
 from scripts.shakespeare.results import LOCAL, OTHERS
 from scripts.shakespeare.runs import SERVER, SETTINGS
 from training.config import build
 
+LAYERS = (  # whose gradients are kept
+    "blocks.1.attention.query.weight",
+    "blocks.2.attention.value.weight",
+    "blocks.1.mlp.expand.weight",
+    "blocks.2.mlp.project.weight",
+)
+ROUNDS = 200  # all before the cooldown, at the full step
+EVERY = 5  # rounds between two that are measured, in the second half
 NOT_REPLAYED = ("feedback", "both ways", "embedding apart", SERVER, LOCAL, *OTHERS)
 
 
@@ -40,6 +49,16 @@ def records() -> Iterator[dict]:
         yield {"name": name, "error": error, "alignment": alignment}
 
 
+def worker_gradients(config: DictConfig, rounds: int) -> dict[str, list[Tensor]]:
+    """The first worker's gradients of LAYERS, each (m, n), in every round of a training."""
+    model, optimizer, workers = training_of(config)
+    gradients: dict[str, list[Tensor]] = {name: [] for name in LAYERS}
+    for _ in train(config, model, optimizer, workers, rounds):
+        for name, of_layer in gradients.items():
+            of_layer.append(WORKERS * model.get_parameter(name).grad)
+    return gradients
+
+
 def replay(gradients: Sequence[Tensor], w2s: Compressor, momentum: float) -> tuple[float, float]:
     """Send one layer's gradients: mean error of the estimator, and mean alignment."""
     layer = torch.nn.Parameter(torch.zeros_like(gradients[0]))
@@ -48,7 +67,7 @@ def replay(gradients: Sequence[Tensor], w2s: Compressor, momentum: float) -> tup
     for done, gradient in enumerate(gradients, 1):
         layer.grad = gradient
         optimizer.step()
-        if is_measured(done, len(gradients)):
+        if done > len(gradients) // 2 and done % EVERY == 0:
             state = optimizer.state[layer]
             estimate, wanted = state["gradient_estimate"], state["momentum"]
             errors.append(float((estimate - wanted).norm() / wanted.norm()))

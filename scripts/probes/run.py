@@ -1,13 +1,12 @@
-"""Measure what explains the study: `python scripts/probes/run.py [--only PROBE ...] [--redraw]`.
+"""Measure what explains the study: `python scripts/probes/run.py [--redraw]`, some minutes.
 
-The probes changes, differences, replay and sign_replay take half a minute to some minutes each.
-Their records go to results/probes. The page and the figures there are drawn from these, from
-network.jsonl, which network.py beside this file measures, and from the logs of the study.
+Records go to results/probes/probes.jsonl; README.md and figures beside it are drawn from them and
+from the logs of the study.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 if not __package__:
@@ -15,35 +14,23 @@ if not __package__:
 
 import torch
 
-from scripts.probes import changes, differences, replay, sign_replay
-from scripts.probes.page import PROBES, draw
-from scripts.studies import write_records
+from scripts.probes import differences, replay
+from scripts.probes.page import draw
+from scripts.studies import command
 
-MEASURED = {
-    "changes": changes.records,
-    "differences": differences.records,
-    "replay": replay.records,
-    "sign_replay": sign_replay.records,
-}
+LOG = Path(__file__).resolve().parents[2] / "results" / "probes" / "probes.jsonl"
+PROBES = {"differences": differences.records, "replay": replay.records}
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict]:
+    torch.set_num_threads(1)
+    for probe, records in PROBES.items():
+        for record in records():
+            yield {"probe": probe} | record
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--only", nargs="+", choices=MEASURED, default=list(MEASURED), metavar="PROBE"
-    )
-    parser.add_argument("--redraw", action="store_true", help="from the records alone")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    try:
-        for name in () if options.redraw else options.only:
-            write_records(PROBES / f"{name}.jsonl", MEASURED[name]())
-        for path in draw(PROBES):
-            print(path)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return command(__doc__ or "", LOG, measure, draw, arguments=arguments)
 
 
 if __name__ == "__main__":
