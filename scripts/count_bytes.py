@@ -3,17 +3,17 @@
     python scripts/netns.py --nodes 2 scripts/count_bytes.py [--servers rank0,sharded] [KEY=VALUE]
 
 Takes the overrides of train.py. Every node is a worker, of one rank or, with ranks_per_worker, of
-several, and has one interface for nothing but the job.
-The kernel counts whole frames: payload, headers, retransmissions, and the acknowledgements of what
-the rank received. Its counters are read while the links are quiet; what they see besides the steps
-are two barriers and the heartbeat of torchrun, some kilobytes in all.
+several, and has one interface for nothing but the job. The kernel counts whole frames: payload,
+headers, retransmissions, and the acknowledgements of what the rank received. Its counters are read
+while the links are quiet; what they see besides the steps are two barriers and the heartbeat of
+torchrun, some kilobytes in all. Prints a table and writes runs/count_bytes/count.jsonl.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
@@ -21,49 +21,39 @@ import torch.distributed as dist
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scripts.measuring import by_ranks
+from scripts.studies import OVERRIDES, command
 from train import Run
-from training.config import compose
+from training.config import ROOT, compose
 from training.report import table
 from training.workers import RunError, Workers, exit_process
 
+LOG = ROOT / "runs" / "count_bytes" / "count.jsonl"
+OPTIONS = {
+    **OVERRIDES,
+    "--servers": {"default": "", "help": "placements, with commas; as configured by default"},
+    "--steps": {"type": int, "default": 10, "help": "counted steps"},
+}
 INTERFACE = Path("/sys/class/net/eth0")
-COUNTERS = ("tx_bytes", "tx_packets", "rx_bytes")
+COUNTERS = ("tx_bytes", "tx_packets")
+COUNTED = ("log_bytes", "kernel_bytes", "kernel_packets")
 QUIET_SECONDS = 0.2
 HEADERS = 14 + 20 + 32  # bytes of a packet that are Ethernet's, IPv4's and TCP's (with timestamps)
 
 
-def count(run: Run, steps: int) -> dict:
-    """Counts per step: what the log says of this rank and what the kernel says of its node.
-
-    `log_bytes`, `kernel_bytes` and `kernel_packets` are sent, `kernel_received_bytes` received;
-    `seconds` is the time of all `steps`.
-    """
-    run.step()  # the first one makes connections
-    dist.barrier()
-    before = [run.optimizer.wire_tx_bytes, *counters_when_quiet()]
-    dist.barrier()  # none starts before all have read
-    start = time.perf_counter()
-    for _ in range(steps):
-        run.step()
-    dist.barrier()
-    seconds = time.perf_counter() - start
-    after = [run.optimizer.wire_tx_bytes, *counters_when_quiet()]
-    names = ("log_bytes", "kernel_bytes", "kernel_packets", "kernel_received_bytes")
-    counts = [(end - start) / steps for start, end in zip(before, after, strict=True)]
-    return {"rank": run.workers.rank, "seconds": seconds} | dict(zip(names, counts, strict=True))
-
-
-def counters_when_quiet() -> list[int]:
-    """The counters once nothing was sent for a while: sockets have drained, all is acknowledged."""
-    last = None
-    while (now := read_counters()) != last:
-        last = now
-        time.sleep(QUIET_SECONDS)
-    return now
-
-
-def read_counters() -> list[int]:
-    return [int((INTERFACE / "statistics" / name).read_text()) for name in COUNTERS]
+def measure(options: argparse.Namespace, workers: Workers) -> Iterator[dict]:
+    """Of every placement and node, COUNTED."""
+    for server in options.servers.split(","):
+        choice = [f"optimizer.server={server}"] if server else []
+        config = compose((*options.overrides, *choice, f"steps={options.steps + 1}")).config
+        ranks = config.ranks_per_worker
+        workers.together(lambda ranks=ranks: check_launch(ranks, options.steps, workers))
+        run = Run(config, workers)
+        own = {"server": getattr(run.optimizer, "server", "all-reduce"), "rank": workers.rank}
+        by_rank = workers.gather(own | count(run, options.steps))
+        for first in range(0, workers.count, ranks):  # of a node
+            log_bytes = sum(one["log_bytes"] for one in by_rank[first : first + ranks])
+            yield by_rank[first] | {"log_bytes": log_bytes}
 
 
 def check_launch(ranks_per_worker: int, steps: int, workers: Workers) -> None:
@@ -71,10 +61,8 @@ def check_launch(ranks_per_worker: int, steps: int, workers: Workers) -> None:
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if steps < 1:
         raise RunError(f"--steps={steps} is not allowed: give a whole number of at least 1")
-    if workers.count < 2 or workers.count == ranks_per_node:
+    if workers.count in (1, ranks_per_node) or not INTERFACE.is_dir():
         raise RunError("several nodes are needed: start with scripts/netns.py")
-    if not INTERFACE.is_dir():
-        raise RunError(f"{INTERFACE} is not there to count: start with scripts/netns.py")
     if ranks_per_worker != ranks_per_node:
         raise RunError(
             f"ranks_per_worker={ranks_per_worker} is not the number of ranks per node: set it to "
@@ -82,50 +70,43 @@ def check_launch(ranks_per_worker: int, steps: int, workers: Workers) -> None:
         )
 
 
-def count_table(rows: list[dict]) -> str:
-    """What ranks sent in MB per step, one line each; the last column leaves headers out."""
-    lines = [["server", "rank", "log", "kernel", "difference", "received", "payload alone"]]
-    for row in rows:
-        log, sent, received = row["log_bytes"], row["kernel_bytes"], row["kernel_received_bytes"]
-        payload = sent - HEADERS * row["kernel_packets"]
-        bytes_sent = [f"{log / 1e6:.3f}", f"{sent / 1e6:.3f}", f"{sent / log - 1:+.2%}"]
-        others = [f"{received / 1e6:.3f}", f"{payload / log - 1:+.2%}"]
-        lines.append([row["server"], str(row["rank"]), *bytes_sent, *others])
-    return table(lines)
+def count(run: Run, steps: int) -> dict[str, float]:
+    """COUNTED, sent per step: what the log says of this rank and what the kernel of its node."""
+    run.step()  # the first one makes connections
+    dist.barrier()
+    before = sent_when_quiet(run)
+    dist.barrier()  # none starts before all have read
+    for _ in range(steps):
+        run.step()
+    dist.barrier()
+    sent = zip(COUNTED, before, sent_when_quiet(run), strict=True)
+    return {name: (end - start) / steps for name, start, end in sent}
 
 
-def count_all(options: argparse.Namespace, workers: Workers) -> int:
-    """Count for every placement of the servers, print the table and write the numbers."""
-    rows = []
-    for server in options.servers.split(",") if options.servers else [None]:
-        choice = [f"optimizer.server={server}"] if server else []
-        config = compose((*options.overrides, *choice, f"steps={options.steps + 1}")).config
-        workers.together(
-            lambda config=config: check_launch(config.ranks_per_worker, options.steps, workers)
-        )
-        run = workers.together(lambda config=config: Run(config, workers))
-        own = {"server": getattr(run.optimizer, "server", "all-reduce")}
-        by_rank = workers.gather(own | count(run, options.steps))
-        for first in range(0, workers.count, config.ranks_per_worker):  # of a node
-            of_node = by_rank[first : first + config.ranks_per_worker]
-            rows.append(of_node[0] | {"log_bytes": sum(rank["log_bytes"] for rank in of_node)})
-    workers.say(f"MB per step on {workers.count} nodes\n\n{count_table(rows)}")
-    if options.json and workers.first:
-        facts = {"nodes": workers.count, "steps": options.steps}
-        options.json.write_text(json.dumps(facts | {"rows": rows}) + "\n")
-    return 0
+def sent_when_quiet(run: Run) -> list[int]:
+    """COUNTED, once nothing was sent for a while: sockets have drained, all is acknowledged."""
+    now, last = read_counters(), None
+    while now != last:
+        time.sleep(QUIET_SECONDS)
+        now, last = read_counters(), now
+    return [run.optimizer.wire_tx_bytes, *now]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="Hydra overrides")
-    parser.add_argument("--servers", help="placements, with commas; as configured by default")
-    parser.add_argument("--steps", type=int, default=10, help="steps (default %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here")
-    options = parser.parse_intermixed_args()
-    workers = Workers()
-    return workers.run(lambda: count_all(options, workers))
+def read_counters() -> list[int]:
+    return [int((INTERFACE / "statistics" / name).read_text()) for name in COUNTERS]
+
+
+def report(records: list[dict], folder: Path) -> str:
+    """What nodes send in MB per step, one line each; the last column leaves headers out."""
+    lines = [["server", "rank", "log", "kernel", "difference", "payload alone"]]
+    for one in records:
+        log, sent = one["log_bytes"], one["kernel_bytes"]
+        payload = sent - HEADERS * one["kernel_packets"]
+        megabytes = f"{log / 1e6:.3f}", f"{sent / 1e6:.3f}"
+        more = f"{sent / log - 1:+.2%}", f"{payload / log - 1:+.2%}"
+        lines.append([one["server"], str(one["rank"]), *megabytes, *more])
+    return f"MB per step\n\n{table(lines)}"
 
 
 if __name__ == "__main__":
-    exit_process(main())
+    exit_process(command(__doc__ or "", LOG, by_ranks(measure), report, OPTIONS))

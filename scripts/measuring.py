@@ -1,4 +1,4 @@
-"""What several benchmarks measure with: steps, the ranks of a launch, links of given rates."""
+"""What several benchmarks measure with: the ranks of a launch, links of given rates."""
 
 import argparse
 import json
@@ -6,19 +6,13 @@ import platform
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import torch.distributed as dist
-
 from scripts.netns import Network, requirements_missing
-from scripts.studies import markdown as markdown  # for folders that still take it from here
 from scripts.studies import read_records, write_records
-from train import Run
 from training.workers import RunError, Workers, exit_process
 
-WARM_UP = 4  # steps before DDP is timed: the PowerSGD hook starts to compress in the third
 UNLIMITED = "unlimited"  # in place of a link's rate
 PATIENCE = 3600  # seconds for a job over links
 
@@ -27,17 +21,6 @@ def processor() -> str:
     """The name of this machine's processor, or its architecture where the kernel gives no name."""
     name = re.search(r"^model name\s*: (.+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return name[1] if name else platform.machine()
-
-
-def time_steps(run: Run, steps: int, after_each: Callable = lambda: None) -> tuple[float, float]:
-    """Seconds and bytes handed to the network, per step."""
-    dist.barrier()
-    start, sent = time.perf_counter(), run.optimizer.wire_tx_bytes
-    for _ in range(steps):
-        run.step()
-        after_each()
-    seconds = time.perf_counter() - start
-    return seconds / steps, (run.optimizer.wire_tx_bytes - sent) / steps
 
 
 def by_ranks(measure: Callable[[argparse.Namespace, Workers], Iterable[dict]]) -> Callable:
@@ -78,26 +61,17 @@ def over_links(
                 network.torchrun(script, path, options, show=True, timeout=PATIENCE)
             except RuntimeError as error:
                 raise RunError(str(error)) from error
-            finally:
-                yield from read_records(path)
+            yield from read_records(path)
 
 
-def job(measure: Callable[[argparse.Namespace, Workers], Iterator[dict]]) -> int:
+def job(measure: Callable[[argparse.Namespace, Workers], Iterable[dict]]) -> int:
     """The main program of every rank of `over_links`, which all have to measure the same things."""
     path, options = Path(sys.argv[1]), argparse.Namespace(**json.loads(sys.argv[2]))
-    workers = Workers()
 
-    def records() -> Iterator[dict]:
+    def of_link(options: argparse.Namespace, workers: Workers) -> Iterator[dict]:
         for record in measure(options, workers):
             workers.say(json.dumps(record))
             yield {"rate": options.rate, "delay": options.delay} | record
 
-    def work() -> int:
-        if workers.first:
-            write_records(path, records())
-        else:
-            for _ in records():
-                pass
-        return 0
-
-    return workers.run(work)
+    write_records(path, by_ranks(of_link)(options))
+    return 0

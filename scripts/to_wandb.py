@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from itertools import groupby
 from pathlib import Path
 
 if not __package__:
@@ -10,17 +9,36 @@ if not __package__:
 
 from training.mirror import init
 from training.records import LOG_NAME, Log, read_log
-from training.workers import one_line
+from training.workers import RunError, one_line
 
 
 def history(log: Log) -> list[tuple[int, dict]]:
     """What train.py mirrors to wandb: for every step logged, the numbers of its records."""
-    records = sorted([*log.train, *log.evals], key=lambda record: record["step"])
-    numbers = []
-    for step, of_step in groupby(records, key=lambda record: record["step"]):
-        merged = {key: value for record in of_step for key, value in record.items()}
-        numbers.append((step, {k: v for k, v in merged.items() if k not in ("record", "step")}))
-    return numbers
+    of_steps: dict[int, dict] = {}
+    for record in (*log.train, *log.evals):
+        numbers = {k: v for k, v in record.items() if k not in ("record", "step")}
+        of_steps.setdefault(record["step"], {}).update(numbers)
+    return sorted(of_steps.items())
+
+
+def upload(log: Log, options: argparse.Namespace) -> None:
+    try:
+        run = init(
+            project=options.project,
+            mode=options.mode,
+            name=log.run["label"],
+            dir=options.run,
+            config=log.run["config"],
+            settings={"console": "off"},
+        )
+        for step, numbers in history(log):
+            run.log(numbers, step=step)
+        run.finish()
+    except Exception as error:  # of any kind that wandb, or what it uses, may raise
+        raise RunError(
+            f"wandb did not take the run ({one_line(error)}): start again when it answers, or "
+            "give --mode offline"
+        ) from error
 
 
 def main() -> int:
@@ -30,35 +48,11 @@ def main() -> int:
     parser.add_argument("--mode", choices=("online", "offline"), default="online")
     options = parser.parse_args()
     try:
-        log = read_log(options.run / LOG_NAME)
-    except ValueError as error:
+        upload(read_log(options.run / LOG_NAME), options)
+    except (ValueError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    try:
-        upload(log, options)
-    except Exception as error:  # of any kind that wandb, or what it uses, may raise
-        print(
-            f"error: wandb did not take the run ({one_line(error)}): start again when "
-            "it answers, or give --mode offline",
-            file=sys.stderr,
-        )
-        return 1
     return 0
-
-
-def upload(log: Log, options: argparse.Namespace) -> None:
-    """Raises what wandb raises."""
-    run = init(
-        project=options.project,
-        mode=options.mode,
-        name=log.run["label"],
-        dir=options.run,
-        config=log.run["config"],
-        settings={"console": "off"},
-    )
-    for step, numbers in history(log):
-        run.log(numbers, step=step)
-    run.finish()
 
 
 if __name__ == "__main__":

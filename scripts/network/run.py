@@ -12,13 +12,16 @@ results/network/network.jsonl and README.md beside it, which --redraw makes of i
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from scripts.measuring import WARM_UP, job, over_links, time_steps
+import torch.distributed as dist
+
+from scripts.measuring import job, over_links
 from scripts.studies import OVERRIDES, command, markdown, page
 from train import Run
 from training.config import ROOT, compose
@@ -36,6 +39,7 @@ MODEL = [
     *(f"model.width={WIDTH}", "model.heads=4", "batch.micro_size=1", "schedule.cooldown=0"),
     "checkpoint.every=0",  # torch's PowerSGD keeps its state to itself
 ]
+WARM_UP = 4  # steps before DDP is timed: the PowerSGD hook starts to compress in the third
 RANK = 0.15
 DDP = {
     "DDP + Muon": ["optimizer=muon"],
@@ -84,6 +88,17 @@ def measure(options: argparse.Namespace, workers: Workers) -> Iterator[dict]:
             "bytes": sent,
             "tokens": config.batch.global_size * config.model.context,
         }
+
+
+def time_steps(run: Run, steps: int, after_each: Callable = lambda: None) -> tuple[float, float]:
+    """Seconds and bytes handed to the network, per step."""
+    dist.barrier()
+    start, sent = time.perf_counter(), run.optimizer.wire_tx_bytes
+    for _ in range(steps):
+        run.step()
+        after_each()
+    seconds = time.perf_counter() - start
+    return seconds / steps, (run.optimizer.wire_tx_bytes - sent) / steps
 
 
 def time_ef21(run: Run, steps: int) -> tuple[float, float, float, list[float]]:

@@ -1,6 +1,5 @@
 """Jobs over namespaces: bytes as the kernel counts them, limits, failures, nothing left behind."""
 
-import json
 import os
 import re
 import signal
@@ -15,6 +14,7 @@ from run import PATIENCE, ROOT
 from ef21_muon.layers import PLACEMENTS
 from scripts.count_bytes import HEADERS, check_launch
 from scripts.netns import ETHERNET_HEADER, MTU, JobError, Network, requirements_missing
+from scripts.studies import read_records
 from training.workers import RunError, Workers
 
 MISSING = requirements_missing()
@@ -33,13 +33,13 @@ SHOW_LINK = "import os; os.execlp('ip', 'ip', 'link', 'show', 'eth0')"
 def count(nodes: int, overrides: list[str], out: Path, servers=PLACEMENTS, ranks=1, steps=3):
     """The rows that scripts/count_bytes.py writes, and what it prints."""
     batch = f"batch.global_size={nodes * ranks}"
-    options = [f"--servers={','.join(servers)}", f"--steps={steps}", f"--json={out}"]
+    options = [f"--servers={','.join(servers)}", f"--steps={steps}", f"--out={out}"]
     script = SCRIPTS / "count_bytes.py"
     with Network(nodes) as network:
         printed, *_ = network.torchrun(
             script, *options, *overrides, batch, ranks_per_node=ranks, timeout=PATIENCE
         )
-    return json.loads(out.read_text())["rows"], printed
+    return read_records(out / "count.jsonl"), printed
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_kernel_confirms_the_log(nodes, every, method, small, tmp_path, nothing_
     sends would miss the bar by them; here the worst is `rank0`, where a worker receives 3.6 times.
     """
     overrides, steps = [*small, *WIDENED, *method], every * (4 - every)
-    rows, printed = count(nodes, overrides, tmp_path / "count.json", steps=steps)
+    rows, printed = count(nodes, overrides, tmp_path, steps=steps)
     expected = [(server, rank) for server in PLACEMENTS for rank in range(nodes)]
     assert [(row["server"], row["rank"]) for row in rows] == expected
     for row in rows:
@@ -76,7 +76,7 @@ def test_a_node_of_two_ranks_sends_what_one_would(small, tmp_path, nothing_left)
     overrides, rows = [*small, *WIDENED], {}
     for ranks in (1, 2):
         own = [*overrides, f"ranks_per_worker={ranks}"]
-        rows[ranks], _ = count(2, own, tmp_path / "count.json", ["sharded"], ranks=ranks)
+        rows[ranks], _ = count(2, own, tmp_path, ["sharded"], ranks=ranks)
     assert [len(of_node) for of_node in rows.values()] == [2, 2]
     logs = [sum(row["log_bytes"] for row in of_node) for of_node in rows.values()]
     assert logs[0] == logs[1] > 2e6
