@@ -3,15 +3,12 @@
     python scripts/theory/run.py [--out DIR] [--redraw]
 
 The records of `scripts.theory.studies` go to theory.jsonl in DIR, and from them come README.md and
-bounds.png. Two processes at a time for most of it, three minutes of processor time.
+bounds.png. A few minutes.
 """
 
-import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from itertools import chain
 from math import log
 from pathlib import Path
 
@@ -31,10 +28,10 @@ TEXT = Path(__file__).with_name("report.md")
 
 def measure(options: object = None) -> Iterator[dict]:
     """Run all studies."""
+    torch.set_num_threads(1)
     yield {"record": "run", "schema": 1, "torch": torch.__version__}
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=spawn) as pool:
-        yield from chain.from_iterable(pool.map(studies.simulated, studies.CASES))
+    for case in studies.CASES:
+        yield from case.records(case.horizons)
     yield from studies.on_workers(studies.WORKERS, studies.trained)
     yield from studies.feedback_records()
 

@@ -44,12 +44,12 @@ def test_committed_results_redraw(tmp_path, drawn):
 @pytest.mark.parametrize("case", studies.CASES, ids=str)
 def test_a_case_keeps_its_bound_and_slope_and_is_as_it_was_recorded(case):
     points = select(RECORDS, record="bound", **asdict(case))
-    assert len(points) == 7 if case.one_run else 6
+    assert len(points) == len(case.horizons) + 1
     assert all(point["measured"] <= point["bound"] for point in points)
     simulated = select(points, run="simulate")
-    promised = -1 / 2 if case.one_run else -1 / 4
-    if case.one_run and case.geometry == "max":
-        promised = -0.4  # on the way
+    promised = -1 / 4
+    if case.horizons[-1] == studies.LONGEST:
+        promised = -1 / 2 if case.geometry == "spectral" else -0.4  # on the way
     assert theory.slope(simulated[-2:]) <= promised + 0.05
     (found,) = case.records([16])
     assert found["measured"] == pytest.approx(points[0]["measured"], rel=1e-3)
