@@ -144,10 +144,9 @@ def validation(grid: Sequence[dict], radius: float, beta: float) -> float | None
 
 def report(records: Sequence[dict]) -> str:
     """The page. Its words were written by the records."""
-    grids = {method: select(records, stage="grid", method=method) for method in METHODS}
     finals = {method: select(records, stage="final", method=method) for method in METHODS}
-    values = {"finals": final_table(finals), "grid": grid_table(grids)}
-    return fill(TEXT.read_text(), values | changes(finals["without"], finals["with"]))
+    values = {"finals": final_table(finals)} | changes(finals["without"], finals["with"])
+    return fill(TEXT.read_text(), values)
 
 
 def final_table(finals: dict[str, list[dict]]) -> str:
@@ -161,17 +160,6 @@ def final_table(finals: dict[str, list[dict]]) -> str:
             row.append(f"{mean(losses):.4f} ± {stdev(losses):.4f}")
         percents = [100 * one["test_accuracy"] for one in runs]
         rows.append([*row, f"{mean(percents):.2f} ± {stdev(percents):.2f}"])
-    return markdown(rows)
-
-
-def grid_table(grids: dict[str, list[dict]]) -> str:
-    """Validation losses, means over seeds."""
-    rows = [["hidden layers", "radius", *(f"momentum {1 - beta:g}" for beta in BETAS)]]
-    for method, grid in grids.items():
-        for radius in RADII[method]:
-            losses = [validation(grid, radius, beta) for beta in BETAS]
-            cells = ["diverged" if loss is None else f"{loss:.4f}" for loss in losses]
-            rows.append([METHODS[method], f"{radius:g}", *cells])
     return markdown(rows)
 
 

@@ -1,6 +1,6 @@
 """What `scripts/theory/run.py` runs, as records: the cases of both theorems, and feedback."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import sqrt
@@ -17,7 +17,6 @@ from scripts.theory.problems import Pulling, Quadratic, Rippled, geometry
 WORKERS, SIDE = 4, 4
 HORIZONS, LONGEST = (16, 64, 256, 1024, 4096), 16384
 REPLICAS = 8  # where there is noise
-CHECKED = 64  # the horizon that is run by EF21Muon too
 TOP = TopK(0.25)  # alpha_D = 1/4 on 4 x 4 matrices
 DAMPING = Scaled(Identity(), 0.5)  # C(x) = x / 2, so alpha_P = 3/4 in every norm
 ALPHA_D, ALPHA_P = 0.25, 0.75
@@ -93,14 +92,14 @@ class Case:
         bound = self.numbers.bound(rounds)
         return sqrt(bound) if self.theorem == "L-smooth" else bound
 
-    def records(self, horizons: Sequence[int], run: Callable = simulate) -> Iterator[dict]:
-        """Run every horizon with its own parameters; a record each. `run`: simulate or train."""
+    def records(self, horizons: Sequence[int]) -> Iterator[dict]:
+        """Simulate every horizon with its own parameters; a record each."""
         for rounds in horizons:
             options = self.options(rounds)
-            models = run(self.problem, rounds, self.replicas, self.sigma, **options)
+            models = simulate(self.problem, rounds, self.replicas, self.sigma, **options)
             norms = gradient_norms(self.problem, options["norm"], models)
             yield {
-                **{"record": "bound", "run": run.__name__, **asdict(self), "rounds": rounds},
+                **{"record": "bound", **asdict(self), "rounds": rounds},
                 **{"beta": self.numbers.beta(rounds), "replicas": self.replicas},
                 **{"measured": self.bounded(norms), "bound": self.bound(rounds)},
             }
@@ -118,11 +117,6 @@ def gaussian(count: int, seed: int) -> Tensor:
     """(count, SIDE, SIDE), float64."""
     random = torch.Generator().manual_seed(seed)
     return torch.randn(count, SIDE, SIDE, generator=random, dtype=torch.float64)
-
-
-def trained() -> list[dict]:
-    """Every case with K = CHECKED by EF21Muon, to be called on WORKERS processes."""
-    return [record for case in CASES for record in case.records([CHECKED], train)]
 
 
 def two_workers() -> Quadratic:
