@@ -6,6 +6,10 @@ One thread encodes and decodes the whole model in the batches of equal shapes th
 makes. The inputs are a momentum difference M_j - G_j, taken from a short training run that
 KEY=VALUE configures (Hydra overrides, as of train.py), and Gaussian noise of the same shapes. The
 records go to codec.jsonl in DIR, and from them come README.md, codec.png and codec.svg.
+
+Then, into blocks.jsonl and blocks.md, what more blocks and scales for rows and columns save
+dithered integers: also of numbers for which one scale is worst, one of size 1, the others
+1 / sqrt(N).
 """
 
 import argparse
@@ -29,7 +33,7 @@ from data.loader import WorkerBatches
 from ef21_muon.compressors import Compressor, from_spec
 from model import GPT
 from scripts.measuring import processor
-from scripts.studies import OVERRIDES, command, fill, markdown, select
+from scripts.studies import OVERRIDES, command, fill, markdown, page, select
 from training.config import ROOT, build, compose
 from training.data import open_data
 from training.method import build_optimizer
@@ -47,6 +51,20 @@ SPECS += [f"rank:{k}:{bits}" for k in (0.15, 0.1, 0.05) for bits in ("natural", 
 SPECS += ["rank:0.15:int3", *(f"quantized_rank:{k}" for k in (0.15, 0.1, 0.05))]
 COMPRESSORS = tuple(map(from_spec, ["identity", *SPECS]))
 FAMILIES = {"top": "top k", "random": "random k", "rank": "rank k", "quantized": "quantized rank"}
+
+# Of the page on blocks.
+BLOCKS_TEXT = Path(__file__).with_name("blocks.md")
+BLOCKS_DEFAULTS = ("experiment=shakespeare", "steps=12", "batch.global_size=8")
+BITS = (2, 3, 4, 8)
+WAYS = {
+    "1 block": "int{}@1blocks",
+    "16 blocks": "int{}@16blocks",
+    "1,024 blocks": "int{}@1024blocks",
+    "a row": "int{}",
+    "112 values": "int{}@112",  # about as many bits as the next
+    "a row and a column": "rowcol{}",
+}
+SPIKE, COPIES = "one large number", 16
 
 
 def momentum_difference(config: DictConfig) -> list[Tensor]:
@@ -82,13 +100,13 @@ def fastest(call: Callable) -> tuple[float, Any]:
 
 
 def measured(compressor: Compressor, batches: Sequence[Tensor]) -> dict:
-    """Encode and decode float32 batches (L, m, n); the fields that a codec record has of it.
+    """Encode and decode float32 batches (L, m, n); the fields that a record has of it.
 
-    Seconds are those of the whole model, for each batch the best of REPEATS. Alphas are
-    1 - ||C(x) - x||^2 / ||x||^2, of all layers together and their mean.
+    Seconds are those of the whole model, for each batch the best of REPEATS; alpha is
+    1 - ||C(x) - x||^2 / ||x||^2.
     """
     generator = torch.Generator().manual_seed(0)
-    encode_seconds, decode_seconds, payload_bytes, errors, norms = 0.0, 0.0, 0, [], []
+    encode_seconds, decode_seconds, payload_bytes, errors, norms = 0.0, 0.0, 0, 0.0, 0.0
     for x in batches:
         m, n = x.shape[1:]
         fitted = compressor.fit(m, n)
@@ -97,22 +115,15 @@ def measured(compressor: Compressor, batches: Sequence[Tensor]) -> dict:
         seconds, decoded = fastest(partial(fitted.decode, payload, m, n))
         decode_seconds += seconds
         payload_bytes += payload.numel()
-        norms += squared_norms(x)
-        errors += squared_norms(decoded - x)
-    errors, norms = torch.tensor([errors, norms], dtype=torch.float64)
+        errors += float((decoded - x).double().square().sum())
+        norms += float(x.double().square().sum())
     return {
         "encode_seconds": encode_seconds,
         "decode_seconds": decode_seconds,
         "payload_bytes": payload_bytes,
         "bits_per_parameter": 8 * payload_bytes / sum(x.numel() for x in batches),
-        "alpha": float(1 - errors.sum() / norms.sum()),
-        "alpha_layer_mean": float((1 - errors / norms).mean()),
+        "alpha": 1 - errors / norms,
     }
-
-
-def squared_norms(x: Tensor) -> list[float]:
-    """Of every matrix of (L, m, n)."""
-    return [float(matrix.double().square().sum()) for matrix in x]
 
 
 def shannon_alpha(bits_per_parameter: float) -> float:
@@ -156,13 +167,13 @@ def noise(differences: Sequence[Tensor]) -> list[Tensor]:
 def table(records: Sequence[dict]) -> str:
     """The measurements, a compressor per line; times are those of the momentum."""
     rows = [["compressor", "bits per parameter", "encode s", "decode s"]]
-    rows[0] += ["alpha, momentum", "mean of layers", "alpha, noise", "Shannon bound"]
+    rows[0] += ["alpha, momentum", "alpha, noise", "Shannon bound"]
     both = (select(records, input=kind) for kind in INPUTS)
     for momentum, noise in zip(*both, strict=True):
         bits = momentum["bits_per_parameter"]
         row = [momentum["compressor"], f"{bits:.3f}"]
         row += [f"{momentum[seconds]:.2f}" for seconds in ("encode_seconds", "decode_seconds")]
-        alphas = (momentum["alpha"], momentum["alpha_layer_mean"], noise["alpha"])
+        alphas = (momentum["alpha"], noise["alpha"])
         rows.append([*row, *(f"{alpha:.4f}" for alpha in (*alphas, shannon_alpha(bits)))])
     return markdown(rows)
 
@@ -197,9 +208,82 @@ def draw_errors(records: Sequence[dict], stem: Path) -> None:
         pair[0].legend()
 
 
+def spikes(differences: Sequence[Tensor]) -> list[Tensor]:
+    """Of the same shapes, COPIES times over, since few of their numbers are drawn."""
+    found = [torch.full_like(x, (x.shape[1] * x.shape[2]) ** -0.5) for x in differences]
+    for x in found:
+        x[:, 0, 0] = 1.0
+    return COPIES * found
+
+
+def measure_blocks(options: argparse.Namespace) -> Iterator[dict]:
+    """A record for every format and input."""
+    torch.set_num_threads(1)
+    config = compose((*BLOCKS_DEFAULTS, *options.overrides)).config
+    differences = momentum_difference(config)
+    parameters = sum(x.numel() for x in differences)
+    yield {
+        **{"record": "run", "schema": 2, "parameters": parameters, "rounds": config.steps},
+        "torch": torch.__version__,
+    }
+    of_inputs = (differences, noise(differences), spikes(differences))
+    inputs = dict(zip((*INPUTS, "spike"), of_inputs, strict=True))
+    for bits, pattern in product(BITS, WAYS.values()):
+        compressor = from_spec(f"quantize:{pattern.format(bits)}")
+        omega = max(compressor.values.omega(*x.shape[1:]) for x in differences)
+        what = {"record": "format", "format": pattern.format(bits), "omega": omega}
+        for kind, batches in inputs.items():
+            yield what | {"input": kind} | measured(compressor, batches)
+
+
+def lost(records: Sequence[dict], kind: str, name: str) -> float:
+    """||Q(x) - x||^2 / ||x||^2 of a format."""
+    (one,) = select(records, input=kind, format=name)
+    return 1 - one["alpha"]
+
+
+def blocks_table(records: Sequence[dict]) -> str:
+    rows = [["integers of", "a scale for", "bits per value", *INPUTS.values(), SPIKE, "bound"]]
+    for bits, (way, pattern) in product(BITS, WAYS.items()):
+        found = select(records, format=pattern.format(bits))
+        errors = [f"{1 - one['alpha']:.3g}" for one in found]
+        sizes, omega = f"{found[0]['bits_per_parameter']:.3f}", f"{found[0]['omega']:.3g}"
+        rows.append([f"{bits} bits", way, sizes, *errors, omega])
+    return markdown(rows, text_columns=2)
+
+
+def blocks_report(records: Sequence[dict]) -> str:
+    (run,) = select(records, record="run")
+
+    def times(kind: str, one: str, other: str) -> float:
+        """How many times less the other format loses."""
+        return lost(records, kind, one) / lost(records, kind, other)
+
+    def bits(name: str) -> str:
+        return f"{select(records, format=name)[0]['bits_per_parameter']:.2f}"
+
+    values = run | {
+        "parameters": f"{run['parameters']:,}",
+        "spike": f"{times('spike', 'int4@1blocks', 'int4@1024blocks'):,.0f}",
+        "less": lambda kind: f"{times(kind, 'int4@1blocks', 'int4@1024blocks'):.1f}",
+        "rows": f"{times('momentum', 'int4@1blocks', 'int4'):.1f}",
+        "over": lambda name: f"{times('momentum', name, 'rowcol4'):.1f}",
+        "bits": bits,
+        "table": blocks_table(records),
+    }
+    return fill(BLOCKS_TEXT.read_text(), values)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    log = ROOT / "results" / "codec" / "codec.jsonl"
-    return command(__doc__, log, measure, draw, OVERRIDES, arguments)
+    folder = ROOT / "results" / "codec"
+    studies = (
+        ("codec.jsonl", measure, draw),
+        ("blocks.jsonl", measure_blocks, page(blocks_report, "blocks.md")),
+    )
+    return max(
+        command(__doc__, folder / log, measure_, draw_, OVERRIDES, arguments)
+        for log, measure_, draw_ in studies
+    )
 
 
 if __name__ == "__main__":

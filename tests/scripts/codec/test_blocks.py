@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts.codec import blocks
+from scripts.codec import run
 from scripts.studies import read_records, select
 from training.config import ROOT
 
@@ -36,7 +36,7 @@ def test_of_one_large_number_blocks_lose_what_can_be_summed_by_hand(bits, count)
 
 
 def test_what_was_measured_is_below_the_bound():
-    assert len(FORMATS) == 3 * len(blocks.BITS) * len(blocks.WAYS)
+    assert len(FORMATS) == 3 * len(run.BITS) * len(run.WAYS)
     assert all(1 - one["alpha"] <= one["omega"] for one in FORMATS)
 
 
@@ -57,7 +57,5 @@ def test_the_headline_is_in_the_records():
     assert abs(bits["rowcol4"] - bits["int4@112"]) < 0.01
 
 
-def test_redrawing_changes_nothing(tmp_path):
-    (tmp_path / "blocks.jsonl").write_bytes((FOLDER / "blocks.jsonl").read_bytes())
-    assert blocks.main(["--redraw", "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "blocks.md").read_text() == page()
+def test_the_committed_page_is_that_of_its_records():
+    assert run.blocks_report(RECORDS) == page()

@@ -43,7 +43,8 @@ def expected_natural_alpha() -> float:
 
 def test_the_committed_page_is_that_of_its_records(tmp_path, drawn):
     folder = ROOT / "results" / "codec"
-    (tmp_path / "codec.jsonl").write_bytes((folder / "codec.jsonl").read_bytes())
+    for log in ("codec.jsonl", "blocks.jsonl"):
+        (tmp_path / log).write_bytes((folder / log).read_bytes())
     assert bench_codec.main(["--redraw", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "README.md").read_text() == (folder / "README.md").read_text()
     assert len(drawn["codec"].axes) == 2
