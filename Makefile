@@ -39,7 +39,6 @@ figures: setup
 	.venv/bin/python scripts/shakespeare/figures.py
 	.venv/bin/python scripts/probes/run.py --redraw
 	.venv/bin/python scripts/codec/run.py --redraw
-	.venv/bin/python scripts/codec/blocks.py --redraw
 	.venv/bin/python scripts/network/run.py --redraw
 	.venv/bin/python scripts/theory/run.py --redraw
 	.venv/bin/python scripts/digits/run.py --redraw

@@ -1,22 +1,24 @@
-"""Measure every compressor on the message of one worker: time, bytes, error and memory.
+"""Measure every compressor on the message of one worker: time, bytes and error.
 
-    python scripts/codec/run.py [--out DIR] [--quick] [--redraw] [KEY=VALUE ...]
+    python scripts/codec/run.py [--out DIR] [--redraw] [KEY=VALUE ...]
 
 One thread encodes and decodes the whole model in the batches of equal shapes that the optimizer
 makes. The inputs are a momentum difference M_j - G_j, taken from a short training run that
 KEY=VALUE configures (Hydra overrides, as of train.py), and Gaussian noise of the same shapes. The
-records go to codec.jsonl in DIR, and from them come README.md, codec.png and codec.svg. Linux only.
+records go to codec.jsonl in DIR, and from them come README.md, codec.png and codec.svg.
+
+Then, into blocks.jsonl and blocks.md, what more blocks and scales for rows and columns save
+dithered integers: also of numbers for which one scale is worst, one of size 1, the others
+1 / sqrt(N).
 """
 
 import argparse
-import ctypes
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,11 @@ from data.loader import WorkerBatches
 from ef21_muon.compressors import Compressor, from_spec
 from model import GPT
 from scripts.measuring import processor
-from scripts.studies import command, fill, markdown, select
+from scripts.studies import OVERRIDES, command, fill, markdown, page, select
 from training.config import ROOT, build, compose
 from training.data import open_data
-from training.drawing import Line2D
 from training.method import build_optimizer
-from training.picture import COLOURS, panels, plain_sizes
+from training.picture import line_look, panels, plain_sizes
 
 TEXT = Path(__file__).with_name("report.md")
 DEFAULTS = ("model=gpt2-124m", "model.context=256", "batch.global_size=2", "steps=5")
@@ -49,11 +50,21 @@ SPECS += ["randk:0.15:natural", "rank:0.15"]
 SPECS += [f"rank:{k}:{bits}" for k in (0.15, 0.1, 0.05) for bits in ("natural", "natural4", "int4")]
 SPECS += ["rank:0.15:int3", *(f"quantized_rank:{k}" for k in (0.15, 0.1, 0.05))]
 COMPRESSORS = tuple(map(from_spec, ["identity", *SPECS]))
-FAMILIES = {"quantize": "#000000", "top": COLOURS[1], "random": COLOURS[2], "rank": COLOURS[0]}
-FAMILIES["quantized rank"] = COLOURS[3]
-SHORT = ("identity", "natural", "sign")  # names of their own in the family of quantize
-MARKERS = "osDP^v>X<dh*p"  # of the value formats
-LEAST_DRAWN = 1e-5  # of 1 - alpha
+FAMILIES = {"top": "top k", "random": "random k", "rank": "rank k", "quantized": "quantized rank"}
+
+# Of the page on blocks.
+BLOCKS_TEXT = Path(__file__).with_name("blocks.md")
+BLOCKS_DEFAULTS = ("experiment=shakespeare", "steps=12", "batch.global_size=8")
+BITS = (2, 3, 4, 8)
+WAYS = {
+    "1 block": "int{}@1blocks",
+    "16 blocks": "int{}@16blocks",
+    "1,024 blocks": "int{}@1024blocks",
+    "a row": "int{}",
+    "112 values": "int{}@112",  # about as many bits as the next
+    "a row and a column": "rowcol{}",
+}
+SPIKE, COPIES = "one large number", 16
 
 
 def momentum_difference(config: DictConfig) -> list[Tensor]:
@@ -78,48 +89,41 @@ def momentum_difference(config: DictConfig) -> list[Tensor]:
     return differences
 
 
-def fastest(call: Callable, repeats: int) -> tuple[float, Any]:
-    """The least seconds of a call, and what it returned at last."""
+def fastest(call: Callable) -> tuple[float, Any]:
+    """The least seconds of REPEATS calls, and what the last returned."""
     best = float("inf")
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         start = time.perf_counter()
         result = call()
         best = min(best, time.perf_counter() - start)
     return best, result
 
 
-def measured(compressor: Compressor, batches: Sequence[Tensor], repeats: int) -> dict:
-    """Encode and decode float32 batches (L, m, n); the fields that a codec record has of it.
+def measured(compressor: Compressor, batches: Sequence[Tensor]) -> dict:
+    """Encode and decode float32 batches (L, m, n); the fields that a record has of it.
 
-    Seconds are those of the whole model, for each batch the best of `repeats`. Alphas are
-    1 - ||C(x) - x||^2 / ||x||^2, of all layers together and their mean.
+    Seconds are those of the whole model, for each batch the best of REPEATS; alpha is
+    1 - ||C(x) - x||^2 / ||x||^2.
     """
     generator = torch.Generator().manual_seed(0)
-    encode_seconds, decode_seconds, payload_bytes, errors, norms = 0.0, 0.0, 0, [], []
+    encode_seconds, decode_seconds, payload_bytes, errors, norms = 0.0, 0.0, 0, 0.0, 0.0
     for x in batches:
         m, n = x.shape[1:]
         fitted = compressor.fit(m, n)
-        seconds, payload = fastest(partial(fitted.encode, x, generator), repeats)
+        seconds, payload = fastest(partial(fitted.encode, x, generator))
         encode_seconds += seconds
-        seconds, decoded = fastest(partial(fitted.decode, payload, m, n), repeats)
+        seconds, decoded = fastest(partial(fitted.decode, payload, m, n))
         decode_seconds += seconds
         payload_bytes += payload.numel()
-        norms += squared_norms(x)
-        errors += squared_norms(decoded - x)
-    errors, norms = torch.tensor(errors), torch.tensor(norms)
+        errors += float((decoded - x).double().square().sum())
+        norms += float(x.double().square().sum())
     return {
         "encode_seconds": encode_seconds,
         "decode_seconds": decode_seconds,
         "payload_bytes": payload_bytes,
         "bits_per_parameter": 8 * payload_bytes / sum(x.numel() for x in batches),
-        "alpha": float(1 - errors.sum() / norms.sum()),
-        "alpha_layer_mean": float((1 - errors / norms).mean()),
+        "alpha": 1 - errors / norms,
     }
-
-
-def squared_norms(x: Tensor) -> list[float]:
-    """Of every matrix of (L, m, n)."""
-    return [float(matrix.double().square().sum()) for matrix in x]
 
 
 def shannon_alpha(bits_per_parameter: float) -> float:
@@ -127,36 +131,10 @@ def shannon_alpha(bits_per_parameter: float) -> float:
     return 1 - 4.0**-bits_per_parameter
 
 
-def extra_memory(compressor: Compressor, shapes: Sequence[torch.Size]) -> int:
-    """How far resident memory rises while a batch is encoded, in bytes, for the worst of `shapes`.
-
-    The message counts, the input does not. To be called in a process of its own.
-    """
-    torch.set_num_threads(1)
-    m_mmap_threshold = -3  # freed tensors leave resident memory at once: glibc keeps none of them
-    ctypes.CDLL(None).mallopt(m_mmap_threshold, 65536)
-    compressor.encode(torch.randn(1, 64, 64))  # loads what is loaded once
-    worst = 0
-    for shape in shapes:
-        x = torch.randn(shape)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is resident now
-        before = peak_memory()
-        compressor.fit(*shape[1:]).encode(x)
-        worst = max(worst, peak_memory() - before)
-    return worst
-
-
-def peak_memory() -> int:
-    """The most memory that was resident, in bytes."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
-
 def measure(options: argparse.Namespace) -> Iterator[dict]:
     """Yield the run record, then a codec record for every compressor and input."""
     torch.set_num_threads(1)
     config = compose((*DEFAULTS, *options.overrides)).config
-    repeats = 1 if options.quick else REPEATS
     differences = momentum_difference(config)
     yield {
         "record": "run",
@@ -164,47 +142,38 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
         "overrides": options.overrides,
         "parameters": sum(x.numel() for x in differences),
         "layers": sum(len(x) for x in differences),
-        "largest_layer_bytes": 4 * max(x[0].numel() for x in differences),
         "processor": processor(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
-        "repeats": repeats,
+        "repeats": REPEATS,
         "rounds": config.steps,
         "sequences": config.batch.global_size,
         "context": config.model.context,
         "data": config.data.name,
         "w2s": str(build(config.w2s, "w2s")),
     }
+    inputs = dict(zip(INPUTS, (differences, noise(differences)), strict=True))
+    for compressor, (kind, batches) in product(COMPRESSORS, inputs.items()):
+        what = {"record": "codec", "compressor": str(compressor), "input": kind}
+        yield what | measured(compressor, batches)
+
+
+def noise(differences: Sequence[Tensor]) -> list[Tensor]:
+    """Gaussian, of the same shapes."""
     generator = torch.Generator().manual_seed(0)
-    noise = [torch.randn(x.shape, generator=generator) for x in differences]
-    shapes = [x.shape for x in noise]
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        for compressor in COMPRESSORS:
-            what = {"record": "codec", "compressor": str(compressor)}
-            what["values"] = str(compressor.values)
-            what["extra_bytes"] = process.submit(extra_memory, compressor, shapes).result()
-            for kind, batches in zip(INPUTS, (differences, noise), strict=True):
-                yield what | {"input": kind} | measured(compressor, batches, repeats)
-
-
-def family(record: dict) -> str:
-    """The family of a codec record's compressor."""
-    first = record["compressor"].split()[0]
-    return "quantize" if first in SHORT else first.replace("quantized", "quantized rank")
+    return [torch.randn(x.shape, generator=generator) for x in differences]
 
 
 def table(records: Sequence[dict]) -> str:
     """The measurements, a compressor per line; times are those of the momentum."""
-    (run,) = select(records, record="run")
-    rows = [["compressor", "bits per parameter", "encode s", "decode s", "extra memory"]]
-    rows[0] += ["alpha, momentum", "mean of layers", "alpha, noise", "Shannon bound"]
+    rows = [["compressor", "bits per parameter", "encode s", "decode s"]]
+    rows[0] += ["alpha, momentum", "alpha, noise", "Shannon bound"]
     both = (select(records, input=kind) for kind in INPUTS)
     for momentum, noise in zip(*both, strict=True):
         bits = momentum["bits_per_parameter"]
         row = [momentum["compressor"], f"{bits:.3f}"]
         row += [f"{momentum[seconds]:.2f}" for seconds in ("encode_seconds", "decode_seconds")]
-        row.append(f"{momentum['extra_bytes'] / run['largest_layer_bytes']:.2f}")
-        alphas = (momentum["alpha"], momentum["alpha_layer_mean"], noise["alpha"])
+        alphas = (momentum["alpha"], noise["alpha"])
         rows.append([*row, *(f"{alpha:.4f}" for alpha in (*alphas, shannon_alpha(bits)))])
     return markdown(rows)
 
@@ -212,51 +181,109 @@ def table(records: Sequence[dict]) -> str:
 def draw(records: Sequence[dict], directory: Path) -> str:
     """Write README.md, codec.png and codec.svg; returns the table."""
     (run,) = select(records, record="run")
-    values = run | {"table": table(records), "least": f"{LEAST_DRAWN:g}"}
-    values["parameters"] = f"{run['parameters']:,}"
-    values["megabytes"] = f"{run['largest_layer_bytes'] / 1e6:.1f}"
+    values = run | {"table": table(records), "parameters": f"{run['parameters']:,}"}
     (directory / "README.md").write_text(fill(TEXT.read_text(), values))
     draw_errors(select(records, record="codec"), directory / "codec")
     return values["table"]
 
 
 def draw_errors(records: Sequence[dict], stem: Path) -> None:
-    """1 - alpha against bits per parameter, a panel for each input, and the bound.
-
-    Messages of one family and value format are joined. What loses next to nothing is left out.
-    """
-    drawn = [record for record in records if 1 - record["alpha"] > LEAST_DRAWN]
-    markers = dict(zip(dict.fromkeys(r["values"] for r in drawn), MARKERS, strict=False))
-    bound = {"color": "#777777", "linestyle": "--"}
-    with panels(stem, 10, 5.5, 1, 2, sharex=True, sharey=True) as pair:
+    """1 - alpha against bits per parameter, a panel for each input, and the bound."""
+    rates = [2 ** (step / 20) for step in range(-40, 61)]
+    with panels(stem, 10, 4.5, 1, 2, sharex=True, sharey=True) as pair:
         for axes, (kind, title) in zip(pair, INPUTS.items(), strict=True):
-            joined = {}
-            for r in select(drawn, input=kind):
-                point = (r["bits_per_parameter"], 1 - r["alpha"])
-                joined.setdefault((family(r), r["values"]), []).append(point)
-            for (name, values), points in joined.items():
-                look = {"color": FAMILIES[name], "marker": markers[values], "linewidth": 0.6}
-                axes.plot(*zip(*points, strict=True), **look)
-            bits = [2 ** (step / 20) for step in range(-40, 61)]
-            axes.plot(bits, [1 - shannon_alpha(rate) for rate in bits], **bound)
+            families = {}
+            for one in select(records, input=kind):
+                family = FAMILIES.get(one["compressor"].split()[0], "all entries")
+                point = (one["bits_per_parameter"], 1 - one["alpha"])
+                families.setdefault(family, []).append(point)
+            for index, (family, points) in enumerate(families.items()):
+                look = line_look(index) | {"linestyle": ""}
+                axes.plot(*zip(*points, strict=True), label=family, **look)
+            bound = [1 - shannon_alpha(rate) for rate in rates]
+            axes.plot(rates, bound, color="#777777", linestyle="--", label="Shannon")
             axes.set(title=title, xlabel="bits per parameter", xscale="log", yscale="log")
-        pair[0].set_ylabel("1 - alpha")
+        pair[0].set(ylabel="1 - alpha", ylim=(1e-5, 4))
         plain_sizes(pair[0])
-        names = dict.fromkeys(map(family, drawn))
-        handles = [Line2D([], [], color=FAMILIES[name], label=name) for name in names]
-        look = {"color": "#777777", "linestyle": ""}
-        handles += [Line2D([], [], marker=markers[name], label=name, **look) for name in markers]
-        handles.append(Line2D([], [], label="$2^{-2R}$, Shannon", **bound))
-        pair[0].figure.legend(handles=handles, loc="outside right center")
+        pair[0].legend()
+
+
+def spikes(differences: Sequence[Tensor]) -> list[Tensor]:
+    """Of the same shapes, COPIES times over, since few of their numbers are drawn."""
+    found = [torch.full_like(x, (x.shape[1] * x.shape[2]) ** -0.5) for x in differences]
+    for x in found:
+        x[:, 0, 0] = 1.0
+    return COPIES * found
+
+
+def measure_blocks(options: argparse.Namespace) -> Iterator[dict]:
+    """A record for every format and input."""
+    torch.set_num_threads(1)
+    config = compose((*BLOCKS_DEFAULTS, *options.overrides)).config
+    differences = momentum_difference(config)
+    parameters = sum(x.numel() for x in differences)
+    yield {
+        **{"record": "run", "schema": 2, "parameters": parameters, "rounds": config.steps},
+        "torch": torch.__version__,
+    }
+    of_inputs = (differences, noise(differences), spikes(differences))
+    inputs = dict(zip((*INPUTS, "spike"), of_inputs, strict=True))
+    for bits, pattern in product(BITS, WAYS.values()):
+        compressor = from_spec(f"quantize:{pattern.format(bits)}")
+        omega = max(compressor.values.omega(*x.shape[1:]) for x in differences)
+        what = {"record": "format", "format": pattern.format(bits), "omega": omega}
+        for kind, batches in inputs.items():
+            yield what | {"input": kind} | measured(compressor, batches)
+
+
+def lost(records: Sequence[dict], kind: str, name: str) -> float:
+    """||Q(x) - x||^2 / ||x||^2 of a format."""
+    (one,) = select(records, input=kind, format=name)
+    return 1 - one["alpha"]
+
+
+def blocks_table(records: Sequence[dict]) -> str:
+    rows = [["integers of", "a scale for", "bits per value", *INPUTS.values(), SPIKE, "bound"]]
+    for bits, (way, pattern) in product(BITS, WAYS.items()):
+        found = select(records, format=pattern.format(bits))
+        errors = [f"{1 - one['alpha']:.3g}" for one in found]
+        sizes, omega = f"{found[0]['bits_per_parameter']:.3f}", f"{found[0]['omega']:.3g}"
+        rows.append([f"{bits} bits", way, sizes, *errors, omega])
+    return markdown(rows, text_columns=2)
+
+
+def blocks_report(records: Sequence[dict]) -> str:
+    (run,) = select(records, record="run")
+
+    def times(kind: str, one: str, other: str) -> float:
+        """How many times less the other format loses."""
+        return lost(records, kind, one) / lost(records, kind, other)
+
+    def bits(name: str) -> str:
+        return f"{select(records, format=name)[0]['bits_per_parameter']:.2f}"
+
+    values = run | {
+        "parameters": f"{run['parameters']:,}",
+        "spike": f"{times('spike', 'int4@1blocks', 'int4@1024blocks'):,.0f}",
+        "less": lambda kind: f"{times(kind, 'int4@1blocks', 'int4@1024blocks'):.1f}",
+        "rows": f"{times('momentum', 'int4@1blocks', 'int4'):.1f}",
+        "over": lambda name: f"{times('momentum', name, 'rowcol4'):.1f}",
+        "bits": bits,
+        "table": blocks_table(records),
+    }
+    return fill(BLOCKS_TEXT.read_text(), values)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = {
-        "overrides": {"nargs": "*", "metavar": "KEY=VALUE", "help": "of the training run"},
-        "--quick": {"action": "store_true", "help": f"measure once, not best of {REPEATS}"},
-    }
-    log = ROOT / "results" / "codec" / "codec.jsonl"
-    return command(__doc__, log, measure, draw, options, arguments)
+    folder = ROOT / "results" / "codec"
+    studies = (
+        ("codec.jsonl", measure, draw),
+        ("blocks.jsonl", measure_blocks, page(blocks_report, "blocks.md")),
+    )
+    return max(
+        command(__doc__, folder / log, measure_, draw_, OVERRIDES, arguments)
+        for log, measure_, draw_ in studies
+    )
 
 
 if __name__ == "__main__":

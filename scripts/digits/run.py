@@ -3,8 +3,8 @@
 A small convolutional net learns the 1,797 digits of 8 x 8 pixels that scikit-learn ships (install
 `.[digits]`). Hidden layers take steps by one of METHODS, all others Scion's. Every method gets the
 same number of radii and momenta; of each the pair with the lowest validation loss, the mean of two
-seeds, is trained from thirty others. The records go to digits.jsonl in --out, and from them come
-README.md and digits.png (--redraw).
+seeds, is trained from thirty others. The records go to digits.jsonl in --out, and from them comes
+README.md (--redraw).
 """
 
 import sys
@@ -23,9 +23,8 @@ if not __package__:
 
 from ef21_muon import EF21Muon, param_groups
 from ef21_muon.norms import AdaptiveRadius, Euclidean
-from scripts.studies import command, fill, markdown, select
+from scripts.studies import command, fill, markdown, page, select
 from training.config import ROOT
-from training.picture import COLOURS, panels
 
 TEXT = Path(__file__).with_name("report.md")
 STEPS, BATCH, LR = 300, 64, 0.02
@@ -79,7 +78,7 @@ def train(
     torch.manual_seed(seed)
     model = net()
     optimizer = build(model, method, radius, beta)
-    (pixels, digits), curve = parts["train"], []
+    pixels, digits = parts["train"]
     order = torch.empty(0, dtype=torch.int64)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -90,9 +89,7 @@ def train(
         optimizer.zero_grad()
         functional.cross_entropy(model(pixels[chosen]), digits[chosen]).backward()
         optimizer.step()
-        if (step + 1) % (steps // 10) == 0:
-            curve.append(measured(model, parts["test"])[0])
-    record = {"method": method, "radius": radius, "beta": beta, "seed": seed, "curve": curve}
+    record = {"method": method, "radius": radius, "beta": beta, "seed": seed}
     for part, images in parts.items():
         record[f"{part}_loss"], record[f"{part}_accuracy"] = measured(model, images)
     return record
@@ -145,15 +142,11 @@ def validation(grid: Sequence[dict], radius: float, beta: float) -> float | None
     return None if None in losses else mean(losses)
 
 
-def draw(records: Sequence[dict], directory: Path) -> str:
-    """Write README.md and the picture; returns the page. Its words were written by the records."""
-    grids = {method: select(records, stage="grid", method=method) for method in METHODS}
+def report(records: Sequence[dict]) -> str:
+    """The page. Its words were written by the records."""
     finals = {method: select(records, stage="final", method=method) for method in METHODS}
-    values = {"finals": final_table(finals), "grid": grid_table(grids)}
-    page = fill(TEXT.read_text(), values | changes(finals["without"], finals["with"]))
-    (directory / "README.md").write_text(page)
-    draw_losses(grids, finals, directory / "digits")
-    return page
+    values = {"finals": final_table(finals)} | changes(finals["without"], finals["with"])
+    return fill(TEXT.read_text(), values)
 
 
 def final_table(finals: dict[str, list[dict]]) -> str:
@@ -167,17 +160,6 @@ def final_table(finals: dict[str, list[dict]]) -> str:
             row.append(f"{mean(losses):.4f} ± {stdev(losses):.4f}")
         percents = [100 * one["test_accuracy"] for one in runs]
         rows.append([*row, f"{mean(percents):.2f} ± {stdev(percents):.2f}"])
-    return markdown(rows)
-
-
-def grid_table(grids: dict[str, list[dict]]) -> str:
-    """Validation losses, means over seeds."""
-    rows = [["hidden layers", "radius", *(f"momentum {1 - beta:g}" for beta in BETAS)]]
-    for method, grid in grids.items():
-        for radius in RADII[method]:
-            losses = [validation(grid, radius, beta) for beta in BETAS]
-            cells = ["diverged" if loss is None else f"{loss:.4f}" for loss in losses]
-            rows.append([METHODS[method], f"{radius:g}", *cells])
     return markdown(rows)
 
 
@@ -195,26 +177,10 @@ def changes(without: Sequence[dict], with_: Sequence[dict]) -> dict[str, object]
     return {"loss": losses, "share": share, "accuracy": accuracies, "seeds": len(with_)}
 
 
-def draw_losses(grids: dict[str, list[dict]], finals: dict[str, list[dict]], stem: Path) -> None:
-    """Validation loss against radius, at each momentum, and test loss against steps."""
-    with panels(stem, 9, 3.6, 1, 2) as (left, right):
-        for (method, name), colour in zip(METHODS.items(), COLOURS, strict=False):
-            for beta, line in zip(BETAS, ("-", "--"), strict=True):
-                losses = [validation(grids[method], radius, beta) for radius in RADII[method]]
-                label = f"{name}, momentum {1 - beta:g}"
-                left.plot(RADII[method], losses, line, marker="o", color=colour, label=label)
-            curves = [one["curve"] for one in finals[method]]
-            means = [mean(values) for values in zip(*curves, strict=True)]
-            right.plot(range(10, 101, 10), means, marker="o", color=colour, label=name)
-        left.set(xscale="log", yscale="log", xlabel="radius", ylabel="validation loss, nats")
-        right.set(yscale="log", xlabel="% of the steps", ylabel="test loss, nats, mean of seeds")
-        left.legend(fontsize=7)
-        right.legend()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     log = ROOT / "results" / "digits" / "digits.jsonl"
-    return command(__doc__, log, lambda _: all_records(read_images()), draw, arguments=arguments)
+    measure, draw = lambda _: all_records(read_images()), page(report)
+    return command(__doc__, log, measure, draw, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,12 @@
     python scripts/theory/run.py [--out DIR] [--redraw]
 
 The records of `scripts.theory.studies` go to theory.jsonl in DIR, and from them come README.md and
-bounds.png. Two processes at a time for most of it, three minutes of processor time.
+bounds.png. A few minutes.
 """
 
-import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from itertools import chain
 from math import log
 from pathlib import Path
 
@@ -31,11 +28,10 @@ TEXT = Path(__file__).with_name("report.md")
 
 def measure(options: object = None) -> Iterator[dict]:
     """Run all studies."""
+    torch.set_num_threads(1)
     yield {"record": "run", "schema": 1, "torch": torch.__version__}
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=spawn) as pool:
-        yield from chain.from_iterable(pool.map(studies.simulated, studies.CASES))
-    yield from studies.on_workers(studies.WORKERS, studies.trained)
+    for case in studies.CASES:
+        yield from case.records(case.horizons)
     yield from studies.feedback_records()
 
 
@@ -45,17 +41,12 @@ def slope(points: Sequence[dict], name: str = "measured") -> float:
     return np.polyfit(*zip(*logs, strict=True), 1)[0]
 
 
-def of_case(records: Sequence[dict], case: studies.Case, run: str = "simulate") -> list[dict]:
-    """Of every horizon."""
-    return select(records, record="bound", run=run, **asdict(case))
-
-
 def bounds_table(records: Sequence[dict]) -> str:
     """The shortest and the longest horizon of every case, and the slopes at the end."""
     rows = [["theorem", "geometry", "noise", *2 * ["K", "measured", "bound"]]]
     rows[0] += ["slope", "of the bound"]
     for case in studies.CASES:
-        points = of_case(records, case)
+        points = select(records, record="bound", **asdict(case))
         row = [case.theorem, case.geometry, f"{case.sigma:g}"]
         for point in (points[0], points[-1]):
             row += [str(point["rounds"]), f"{point['measured']:.3g}", f"{point['bound']:.3g}"]
@@ -81,7 +72,7 @@ def draw(records: Sequence[dict], directory: Path) -> str:
     """Write README.md and the picture; returns the page."""
     (run,) = select(records, record="run")
     values = {
-        **{"torch": run["torch"], "workers": studies.WORKERS, "replicas": studies.REPLICAS},
+        **{"torch": run["torch"], "replicas": studies.REPLICAS},
         "bounds": bounds_table(records),
         "feedback": feedback_table(records),
     }
@@ -97,11 +88,10 @@ def draw_bounds(records: Sequence[dict], stem: Path) -> None:
     looks["measured"] = {"color": COLOURS[0], "marker": "o"}
     with panels(stem, 11, 5.5, 2, 4, sharex=True) as grid:
         for axes, case in zip(grid.flat, studies.CASES, strict=True):
-            points, (real,) = of_case(records, case), of_case(records, case, "train")
+            points = select(records, record="bound", **asdict(case))
             for name, look in looks.items():
                 rounds, norms = ([point[key] for point in points] for key in ("rounds", name))
                 axes.plot(rounds, norms, label=name, **look)
-            axes.plot(real["rounds"], real["measured"], "kx", label="EF21Muon", zorder=3)
             axes.set(xscale="log", yscale="log", title=f"{case.geometry}, noise {case.sigma:g}")
         for axes, theorem in zip(grid[:, 0], studies.THEOREMS, strict=True):
             axes.set_ylabel(f"gradient norm, {theorem}")

@@ -1,6 +1,6 @@
 """What `scripts/theory/run.py` runs, as records: the cases of both theorems, and feedback."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import sqrt
@@ -15,10 +15,8 @@ from scripts.theory.bounds import GeneralizedSmooth, LSmooth
 from scripts.theory.problems import Pulling, Quadratic, Rippled, geometry
 
 WORKERS, SIDE = 4, 4
-HORIZONS = (16, 64, 256, 1024, 4096)
-LONGEST = 16384  # added where one run gives all horizons
+HORIZONS, LONGEST = (16, 64, 256, 1024, 4096), 16384
 REPLICAS = 8  # where there is noise
-CHECKED = 64  # the horizon that is run by EF21Muon too
 TOP = TopK(0.25)  # alpha_D = 1/4 on 4 x 4 matrices
 DAMPING = Scaled(Identity(), 0.5)  # C(x) = x / 2, so alpha_P = 3/4 in every norm
 ALPHA_D, ALPHA_P = 0.25, 0.75
@@ -59,9 +57,9 @@ class Case:
         return self.problem.theorem(geometry(self.geometry, SIDE, SIDE), **constants)
 
     @property
-    def one_run(self) -> bool:
-        """Whether the parameters are the same for every K."""
-        return self.theorem == "L-smooth" and self.sigma == 0
+    def horizons(self) -> tuple[int, ...]:
+        """One more where the rate of a half shows late."""
+        return HORIZONS if self.sigma or self.theorem != "L-smooth" else (*HORIZONS, LONGEST)
 
     @property
     def replicas(self) -> int:
@@ -94,21 +92,17 @@ class Case:
         bound = self.numbers.bound(rounds)
         return sqrt(bound) if self.theorem == "L-smooth" else bound
 
-    def records(self, horizons: Sequence[int], run: Callable = simulate) -> list[dict]:
-        """Run every horizon with its own parameters; a record each. `run`: simulate or train."""
-        norms, records = {}, []
-        for rounds in (max(horizons),) if self.one_run else horizons:
-            options = self.options(rounds)
-            models = run(self.problem, rounds, self.replicas, self.sigma, **options)
-            norms[rounds] = gradient_norms(self.problem, options["norm"], models)
+    def records(self, horizons: Sequence[int]) -> Iterator[dict]:
+        """Simulate every horizon with its own parameters; a record each."""
         for rounds in horizons:
-            of_run = norms.get(rounds, norms[max(horizons)])
-            records.append(
-                {"record": "bound", "run": run.__name__, **asdict(self), "rounds": rounds}
-                | {"beta": self.numbers.beta(rounds), "replicas": self.replicas}
-                | {"measured": self.bounded(of_run[: rounds + 1]), "bound": self.bound(rounds)}
-            )
-        return records
+            options = self.options(rounds)
+            models = simulate(self.problem, rounds, self.replicas, self.sigma, **options)
+            norms = gradient_norms(self.problem, options["norm"], models)
+            yield {
+                **{"record": "bound", **asdict(self), "rounds": rounds},
+                **{"beta": self.numbers.beta(rounds), "replicas": self.replicas},
+                **{"measured": self.bounded(norms), "bound": self.bound(rounds)},
+            }
 
 
 CASES = [
@@ -123,17 +117,6 @@ def gaussian(count: int, seed: int) -> Tensor:
     """(count, SIDE, SIDE), float64."""
     random = torch.Generator().manual_seed(seed)
     return torch.randn(count, SIDE, SIDE, generator=random, dtype=torch.float64)
-
-
-def simulated(case: Case) -> list[dict]:
-    """The records of a case, as a process of a pool calls it."""
-    torch.set_num_threads(1)
-    return case.records((*HORIZONS, LONGEST) if case.one_run else HORIZONS)
-
-
-def trained() -> list[dict]:
-    """Every case with K = CHECKED by EF21Muon, to be called on WORKERS processes."""
-    return [record for case in CASES for record in case.records([CHECKED], train)]
 
 
 def two_workers() -> Quadratic:

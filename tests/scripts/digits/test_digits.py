@@ -1,6 +1,7 @@
 """The digits study: its report is that of its records, and its net learns."""
 
 import sys
+from math import log
 from statistics import mean, stdev
 
 import numpy as np
@@ -30,13 +31,8 @@ def finals(records, method, key):
     return np.array([one[key] for one in sorted(runs, key=lambda one: one["seed"])])
 
 
-def test_the_committed_report_is_that_of_the_records(records, tmp_path, drawn):
-    assert study.draw(records, tmp_path) == (FOLDER / "README.md").read_text()
-    left, right = drawn["digits"].axes
-    assert len(left.lines) == 2 * len(METHODS)
-    for method, line in zip(METHODS, right.lines, strict=True):
-        of_end = finals(records, method, "test_loss").mean()
-        assert line.get_ydata()[-1] == pytest.approx(of_end)
+def test_the_committed_report_is_that_of_the_records(records):
+    assert study.report(records) == (FOLDER / "README.md").read_text()
 
 
 def test_what_feedback_costs_is_in_the_records(records, page):
@@ -88,8 +84,7 @@ def test_the_net_learns_bars_that_differ_by_place(method):
     parts = dict.fromkeys(study.PARTS, (pixels, digits))
     radius = {"without": 4.0}.get(method, 64.0)
     found = study.train(parts, method, radius, 0.5, seed=0, steps=40)
-    assert len(found["curve"]) == 10
-    assert found["test_loss"] == found["curve"][-1] < 0.6 * found["curve"][0]
+    assert found["test_loss"] < 0.6 * log(8)
     if method == "with":
         assert found == study.train(parts, method, radius, 0.5, seed=0, steps=40)
 

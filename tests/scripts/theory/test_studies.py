@@ -53,4 +53,5 @@ def test_a_radius_too_short_for_the_second_theorem_fails_the_checks(monkeypatch)
     monkeypatch.setattr(
         studies.GeneralizedSmooth, "radius", lambda self, k: as_prescribed(self, k) / 100
     )
-    assert not passes(Case("(L0, L1)-smooth", "max", 0.3).records((64, 256)), -1 / 4)
+    points = list(Case("(L0, L1)-smooth", "max", 0.3).records((64, 256)))
+    assert not passes(points, -1 / 4)
