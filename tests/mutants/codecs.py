@@ -102,15 +102,15 @@ OF_COMPRESSORS = [
         BASE,
         'f"{seed}/{stream}/{purpose}"',
         'f"{seed}/{purpose}"',
-        "ef21_muon/test_fleet.py ef21_muon/test_algorithm.py",
+        "ef21_muon/transport/test_alone.py ef21_muon/test_fleet.py ef21_muon/test_algorithm.py",
     ),
     Mutation(
         "random numbers do not depend on the seed",
         BASE,
         'f"{seed}/{stream}/{purpose}"',
         'f"{stream}/{purpose}"',
-        "ef21_muon/test_optimizer.py ef21_muon/test_options.py ef21_muon/test_algorithm.py"
-        " training/test_resume.py",
+        "ef21_muon/transport/test_alone.py ef21_muon/test_optimizer.py ef21_muon/test_options.py"
+        " ef21_muon/test_algorithm.py training/test_resume.py",
     ),
     Mutation(
         "the mean over senders is over all workers",
