@@ -205,7 +205,7 @@ OF_LOGS = [
         PROGRESS,
         "own = optimizer.mesh.total(*own) if optimizer.mesh else own",
         "own = tuple(own)",
-        "training/test_sharding.py",
+        "training/test_what_is_counted.py training/test_sharding.py",
     ),
     Mutation(
         "bytes received and bytes of servers' messages are exchanged in logs",

@@ -11,7 +11,7 @@ from one_worker import build, set_gradients
 from ef21_muon.compressors import Identity, TopK
 from ef21_muon.compressors.base import new_generator
 from ef21_muon.layers import assign, form_batches
-from ef21_muon.transport import fixed
+from ef21_muon.transport import clipping, fixed
 from ef21_muon.transport.fixed import Traffic, Transport
 from ef21_muon.transport.host import sender, start_from_host
 from ef21_muon.transport.load import dry_round
@@ -69,6 +69,15 @@ def test_a_message_by_way_of_the_host_is_of_the_moment_when_it_was_started():
     started.set()
     arrive()
     assert handed == [[1.0, 1.0, 1.0]]
+
+
+def test_ranks_of_a_worker_clip_to_their_joint_norm(monkeypatch):
+    """This rank's gradient has a norm of 3, another one's of 4."""
+    monkeypatch.setattr(clipping, "place_in", lambda group: (0, 2))
+    monkeypatch.setattr(clipping.dist, "all_reduce", lambda square, group: square.add_(16))
+    gradient = torch.tensor([3.0, 0.0])
+    clipping.clip([gradient], max_norm=1.0, group=None)
+    torch.testing.assert_close(gradient, torch.tensor([0.6, 0.0]))
 
 
 def test_a_lost_estimate_is_noticed():
