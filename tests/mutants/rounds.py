@@ -20,7 +20,8 @@ OF_LOCAL_STEPS = [
         "ef21_muon/local_state.py",
         "batch.as_parameters(model - departure))",
         "batch.as_parameters(-shift))",
-        "ef21_muon/test_local_steps_alone.py ef21_muon/test_local_steps.py",
+        "ef21_muon/test_by_hand.py ef21_muon/test_local_steps_alone.py"
+        " ef21_muon/test_local_steps.py",
     ),
     Mutation(
         "a message that is under way is not in the state",
@@ -41,7 +42,7 @@ OF_LOCAL_STEPS = [
         LOCAL,
         "        self.unsent.steps = 0\n        self.schedule.discard()\n",
         "        self.unsent.steps = 0\n",
-        "ef21_muon/test_local_steps_alone.py ef21_muon/test_moments.py",
+        "ef21_muon/test_by_hand.py ef21_muon/test_local_steps_alone.py ef21_muon/test_moments.py",
     ),
     Mutation(
         "a step whose round fails is counted",
@@ -69,7 +70,8 @@ OF_LOCAL_STEPS = [
         SCHEDULE,
         "ceil(length * one / sent[-1]) - 1 if streaming",
         "max(0, int(length * one / sent[-1]) - 1) if streaming",
-        "ef21_muon/test_local_steps_alone.py ef21_muon/test_local_steps.py",
+        "ef21_muon/test_by_hand.py ef21_muon/test_local_steps_alone.py"
+        " ef21_muon/test_local_steps.py",
     ),
     Mutation(
         "messages take two ways where nothing is sent back",
@@ -83,21 +85,23 @@ OF_LOCAL_STEPS = [
         SCHEDULE,
         "range(step + 1, step + 1 + self.directions * self.sync_delay)",
         "range(step + 1, step + self.directions * self.sync_delay)",
-        "ef21_muon/test_local_steps_alone.py ef21_muon/test_local_steps.py",
+        "ef21_muon/test_by_hand.py ef21_muon/test_local_steps_alone.py"
+        " ef21_muon/test_local_steps.py",
     ),
     Mutation(
         "what is in flight does not count as unsent",
         SCHEDULE,
         "return place + in_flight",
         "return place",
-        "ef21_muon/test_local_steps_alone.py ef21_muon/test_moments.py ef21_muon/test_api.py",
+        "ef21_muon/test_by_hand.py ef21_muon/test_local_steps_alone.py ef21_muon/test_moments.py"
+        " ef21_muon/test_api.py",
     ),
     Mutation(
         "after final_sync() delivered layers count as under way",
         SCHEDULE,
         "range(max(steps - self.sync_delay, self._flushed + 1), steps)",
         "range(max(steps - self.sync_delay, 0), steps)",
-        "ef21_muon/test_local_steps_alone.py ef21_muon/test_two_ranks.py",
+        "ef21_muon/test_by_hand.py ef21_muon/test_local_steps_alone.py ef21_muon/test_two_ranks.py",
     ),
     Mutation(
         "averaged gradients without feedback pile up at the servers",
@@ -156,15 +160,16 @@ OF_STATES = [
         "ef21_muon/transport/fixed.py",
         "Fraction(count).as_integer_ratio()",
         "(int(count), 1)",
-        "ef21_muon/test_states.py ef21_muon/test_placement.py baselines/test_local_baselines.py",
+        "ef21_muon/transport/test_alone.py ef21_muon/test_states.py ef21_muon/test_placement.py"
+        " baselines/test_local_baselines.py",
     ),
     Mutation(
         "a GradScaler's scale is not undone",
         "ef21_muon/checks/guards.py",
         "torch._foreach_mul_(gradients, 1 / scale)",
         "pass",
-        "ef21_muon/test_optimizer.py ef21_muon/test_gradients.py ef21_muon/test_dtypes.py"
-        " ef21_muon/test_algorithm.py",
+        "ef21_muon/transport/test_alone.py ef21_muon/test_optimizer.py ef21_muon/test_gradients.py"
+        " ef21_muon/test_dtypes.py ef21_muon/test_algorithm.py",
     ),
 ]
 

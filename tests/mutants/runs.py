@@ -38,14 +38,14 @@ OF_DATA = [
         LOADER,
         "self.seed = [seed, worker]",
         "self.seed = [seed + worker]",
-        "data/test_loader.py training/test_what_is_logged.py",
+        "data/test_windows_apart.py data/test_loader.py training/test_what_is_logged.py",
     ),
     Mutation(
         "after an elastic restart workers draw the windows of the beginning",
         LOADER,
         "np.random.SeedSequence([*self.seed, step])",
         "np.random.SeedSequence(self.seed)",
-        "data/test_loader.py training/test_elastic.py",
+        "data/test_windows_apart.py data/test_loader.py training/test_elastic.py",
     ),
     Mutation(
         "test windows are the beginning of the test set",
@@ -127,15 +127,16 @@ OF_TRAINING = [
         GRADIENTS,
         "                loss.backward()\n",
         "                (loss * passes).backward()\n",
-        "training/test_clipping.py training/test_what_is_logged.py",
+        "training/test_what_is_counted.py training/test_clipping.py"
+        " training/test_what_is_logged.py",
     ),
     Mutation(
         "every forward pass all-reduces its gradients",
         GRADIENTS,
         "sync = nullcontext() if number == passes else self.without_sync()",
         "sync = nullcontext()",
-        "training/test_gradients.py training/test_clipping.py training/test_sharding.py"
-        " training/test_what_is_logged.py",
+        "training/test_what_is_counted.py training/test_gradients.py training/test_clipping.py"
+        " training/test_sharding.py training/test_what_is_logged.py",
     ),
     Mutation(
         "test losses are weighted by the tokens that were read, not by those that count",
@@ -177,8 +178,8 @@ OF_TRAINING = [
         "train.py",
         "            self.optimizer.final_sync()\n",
         "            pass\n",
-        "training/test_records_of_a_run.py training/test_what_is_logged.py"
-        " training/test_resume.py test_train.py",
+        "training/test_what_is_counted.py training/test_records_of_a_run.py"
+        " training/test_what_is_logged.py training/test_resume.py test_train.py",
     ),
 ]
 
@@ -190,28 +191,29 @@ OF_LOGS = [
         "            step = self.watched_step()\n",
         "            step = self.watched_step()\n"
         "            lr = self.scheduler.get_last_lr()[0]\n",
-        "training/test_what_is_logged.py test_train.py",
+        "training/test_what_is_counted.py training/test_what_is_logged.py test_train.py",
     ),
     Mutation(
         "uncompressed bytes are counted both ways twice",
         "train.py",
         "self.config.steps * 4 * self.raw_model",
         "self.config.steps * 8 * self.raw_model",
-        "training/test_records_of_a_run.py test_train.py",
+        "training/test_what_is_counted.py training/test_records_of_a_run.py test_train.py",
     ),
     Mutation(
         "bytes are those of a rank, not of the worker",
         PROGRESS,
         "own = optimizer.mesh.total(*own) if optimizer.mesh else own",
         "own = tuple(own)",
-        "training/test_sharding.py",
+        "training/test_what_is_counted.py training/test_sharding.py",
     ),
     Mutation(
         "bytes received and bytes of servers' messages are exchanged in logs",
         PROGRESS,
         'BYTES = ("w2s_bytes", "s2w_bytes", "received_bytes", "wire_tx_bytes")',
         'BYTES = ("w2s_bytes", "received_bytes", "s2w_bytes", "wire_tx_bytes")',
-        "training/test_progress.py test_train.py training/test_what_is_logged.py",
+        "training/test_what_is_counted.py training/test_progress.py test_train.py"
+        " training/test_what_is_logged.py",
     ),
     Mutation(
         "the logged loss is the sum of the workers' losses",

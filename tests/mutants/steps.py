@@ -102,8 +102,8 @@ OF_EF21_MUON = [
         OPTIMIZER,
         "model = batch.models(batch.owned).float() if model is None else model",
         "model = batch.models(batch.owned).float()",
-        "ef21_muon/test_options.py ef21_muon/test_optimizer.py ef21_muon/test_recovered.py"
-        " ef21_muon/test_algorithm.py",
+        "ef21_muon/test_by_hand.py ef21_muon/test_options.py ef21_muon/test_optimizer.py"
+        " ef21_muon/test_recovered.py ef21_muon/test_algorithm.py",
     ),
     Mutation(
         "weight decay does not follow the learning rate",
@@ -117,7 +117,8 @@ OF_EF21_MUON = [
         OPTIMIZER,
         "return still_where_broken(step, source)",
         "return step",
-        "ef21_muon/test_optimizer.py ef21_muon/test_options.py ef21_muon/test_not_finite.py",
+        "ef21_muon/test_by_hand.py ef21_muon/test_optimizer.py ef21_muon/test_options.py"
+        " ef21_muon/test_not_finite.py",
     ),
     Mutation(
         "after a state is loaded, X becomes the W that is there",

@@ -34,6 +34,7 @@ def copy(tmp_path, monkeypatch):
     (root / "ef21_muon" / "__init__.py").write_text("")
     monkeypatch.setattr(mutants, "ROOT", root)
     monkeypatch.setattr(mutants, "run_pytest", stand_in)
+    monkeypatch.delitem(sys.modules, "ef21_muon", raising=False)  # of other tests
     return mutants.Copy(tmp_path / "copy", seconds=1)
 
 

@@ -16,7 +16,7 @@ OF_PLACEMENTS = [
         LAYERS,
         "key=lambda layer: -costs[layer]",
         "key=lambda layer: costs[layer]",
-        "ef21_muon/test_placement.py",
+        "ef21_muon/transport/test_alone.py ef21_muon/test_placement.py",
     ),
     Mutation(
         "the last layer of a rank belongs to the next one",
@@ -69,21 +69,22 @@ OF_BYTES = [
         FIXED,
         "self.traffic += Traffic(received_bytes=(self.ranks - 1) * size)",
         "self.traffic += Traffic(received_bytes=self.ranks * size)",
-        "ef21_muon/test_placement.py",
+        "ef21_muon/transport/test_alone.py ef21_muon/test_placement.py",
     ),
     Mutation(
         "what servers send back counts by batches, not by layers",
         FIXED,
         "size += len(batch.params) * batch.down.size",
         "size += batch.down.size",
-        "ef21_muon/test_placement.py ef21_muon/test_optimizer.py training/test_plan.py",
+        "ef21_muon/transport/test_alone.py ef21_muon/test_placement.py ef21_muon/test_optimizer.py"
+        " training/test_plan.py",
     ),
     Mutation(
         "messages that are sent again after a restart are counted again",
         FIXED,
         "        self.traffic = counted\n",
         "",
-        "ef21_muon/test_local_steps_alone.py ef21_muon/test_moments.py"
+        "ef21_muon/test_by_hand.py ef21_muon/test_local_steps_alone.py ef21_muon/test_moments.py"
         " ef21_muon/test_local_steps.py training/test_resume.py",
     ),
     Mutation(
@@ -98,8 +99,8 @@ OF_BYTES = [
         FIXED,
         "self._count_wire((self.ranks - 1) * len(message), (self.ranks - 1) * len(message))",
         "self._count_wire(self.ranks * len(message), self.ranks * len(message))",
-        "ef21_muon/test_placement.py ef21_muon/test_local_steps.py ef21_muon/test_algorithm.py"
-        " test_train.py",
+        "ef21_muon/transport/test_alone.py ef21_muon/test_placement.py"
+        " ef21_muon/test_local_steps.py ef21_muon/test_algorithm.py test_train.py",
     ),
     Mutation(
         "averaged buffers are not counted as received",
@@ -130,7 +131,7 @@ OF_MESSAGES = [
         "ef21_muon/transport/host.py",
         "return {key: tensor.clone() for key, tensor in tensors.items()}, lambda: None",
         "return tensors, lambda: None",
-        "ef21_muon/transport/test_host.py",
+        "ef21_muon/transport/test_alone.py ef21_muon/transport/test_host.py",
     ),
     Mutation(
         "a short gradient is made as long as the clipping norm",
@@ -144,7 +145,8 @@ OF_MESSAGES = [
         "ef21_muon/transport/clipping.py",
         "        dist.all_reduce(square, group=group)\n",
         "        pass\n",
-        "training/test_clipping.py ef21_muon/transport/test_mesh.py ef21_muon/test_hierarchy.py",
+        "ef21_muon/transport/test_alone.py ef21_muon/transport/test_mesh.py"
+        " ef21_muon/test_hierarchy.py",
     ),
     Mutation(
         "the ranks of a worker add their gradients up",
@@ -152,14 +154,6 @@ OF_MESSAGES = [
         "                torch._foreach_div_(received[0], self.ranks_per_worker)\n",
         "",
         "ef21_muon/transport/test_mesh.py",
-    ),
-    Mutation(
-        "after a state is loaded, shards are not gathered anew",
-        MESH,
-        "        self._written = []\n\n    @torch.no_grad()\n    def share_parameters",
-        "        pass\n\n    @torch.no_grad()\n    def share_parameters",
-        "ef21_muon/transport/test_mesh.py ef21_muon/test_hierarchy.py"
-        " ef21_muon/test_distributed_checkpoint.py training/test_sharding.py",
     ),
     Mutation(
         "all workers take rank 0's running statistics",
@@ -180,7 +174,7 @@ OF_MESSAGES = [
         AGREEMENT,
         "(error > 1e-3 * norms)",
         "(error > 1e3 * norms)",
-        "training/test_elastic.py ef21_muon/test_two_ranks.py",
+        "ef21_muon/transport/test_alone.py training/test_elastic.py ef21_muon/test_two_ranks.py",
     ),
     Mutation(
         "a fingerprint does not see two entries that change places",

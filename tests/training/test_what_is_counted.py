@@ -1,6 +1,7 @@
 """What a run counts and logs, in this process: rates, bytes, and passes that are reduced once."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from baselines import Muon
 from ef21_muon import param_groups
 from model import GPT, GPTConfig
 from training.gradients import GradientComputation
+from training.progress import Progress
 
 PARAMETERS = 20_480
 SHORT = ("steps=5", "checkpoint.every=0", "log_every=1", "eval.every=3", "schedule.warmup=0.4")
@@ -37,8 +39,19 @@ def test_what_is_left_at_the_end_is_sent(records):
     assert sent[4] == 2 * sent[2] and records[-1]["w2s_bytes"] == 3 * sent[2]
 
 
-def test_bytes_are_told_apart(records):
-    """A worker alone is its own server: what it receives is what the server sends back."""
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_bytes_are_told_apart(ranks):
+    """What goes over the wire is this rank's, all else that of its worker's ranks together."""
+    counts = {"w2s_bytes": 1, "s2w_bytes": 2, "received_bytes": 3, "wire_tx_bytes": 4}
+    mesh = SimpleNamespace(total=lambda *own: [ranks * one for one in own]) if ranks > 1 else None
+    optimizer = SimpleNamespace(**counts, mesh=mesh)
+    workers = SimpleNamespace(device=torch.device("cpu"))
+    found = Progress(workers, optimizer, 1, lambda step: step).byte_counts()
+    assert found == {key: ranks * one for key, one in counts.items()} | {"wire_tx_bytes": 4}
+
+
+def test_the_bytes_of_a_worker_alone(records):
+    """It is its own server: what it receives is what the server sends back."""
     end = records[-1]
     assert end["received_bytes"] == end["s2w_bytes"] == 3 * 4 * PARAMETERS
     assert end["wire_tx_bytes"] == 0 < end["w2s_bytes"] < end["s2w_bytes"]

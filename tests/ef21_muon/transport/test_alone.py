@@ -8,12 +8,13 @@ import pytest
 import torch
 from one_worker import build, set_gradients
 
-from ef21_muon.compressors import TopK
+from ef21_muon.compressors import Identity, TopK
 from ef21_muon.compressors.base import new_generator
-from ef21_muon.layers import assign
-from ef21_muon.transport import fixed
+from ef21_muon.layers import assign, form_batches
+from ef21_muon.transport import clipping, fixed
 from ef21_muon.transport.fixed import Traffic, Transport
 from ef21_muon.transport.host import sender, start_from_host
+from ef21_muon.transport.load import dry_round
 
 
 def test_random_numbers_are_of_seed_rank_and_purpose():
@@ -39,6 +40,20 @@ def test_an_all_gather_counts_what_goes_to_others_and_comes_from_them(monkeypatc
     assert (len(parts), transport.traffic) == (3, Traffic(wire_tx_bytes=10, wire_rx_bytes=10))
 
 
+@pytest.mark.parametrize(
+    ("server", "received"), [("sharded", 2 * 4 * 240), ("replicated", 2 * 2 * 4 * 240)]
+)
+def test_bytes_are_those_of_all_layers_of_a_batch(server, received):
+    """Of two layers of 240 entries on three ranks; a rank's message to itself is not received."""
+    group = {"params": [torch.zeros(12, 20), torch.zeros(12, 20)]}
+    group |= {"w2s": Identity(), "s2w": Identity()}
+    (batch,) = form_batches([group], [1, 1], server, rank=0, ranks=3)
+    traffic = dry_round([batch], 0, 3)
+    sent_back = 0 if server == "replicated" else 2 * 4 * 240
+    found = traffic.w2s_bytes, traffic.s2w_bytes, traffic.received_bytes
+    assert found == (2 * 4 * 240, sent_back, received)
+
+
 def test_fractions_of_a_byte_come_back():
     traffic = Traffic(1, 2, 3, Fraction(10, 3), 4)
     assert Traffic.from_state(traffic.state()) == traffic
@@ -54,6 +69,15 @@ def test_a_message_by_way_of_the_host_is_of_the_moment_when_it_was_started():
     started.set()
     arrive()
     assert handed == [[1.0, 1.0, 1.0]]
+
+
+def test_ranks_of_a_worker_clip_to_their_joint_norm(monkeypatch):
+    """This rank's gradient has a norm of 3, another one's of 4."""
+    monkeypatch.setattr(clipping, "place_in", lambda group: (0, 2))
+    monkeypatch.setattr(clipping.dist, "all_reduce", lambda square, group: square.add_(16))
+    gradient = torch.tensor([3.0, 0.0])
+    clipping.clip([gradient], max_norm=1.0, group=None)
+    torch.testing.assert_close(gradient, torch.tensor([0.6, 0.0]))
 
 
 def test_a_lost_estimate_is_noticed():
