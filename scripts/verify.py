@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Generator
 from torch.nn import Parameter
 
 if not __package__:
@@ -171,7 +172,7 @@ def messages_are_counted(workers: Workers) -> Measurement:
         parameters, optimizer = train(workers, ours(dict.fromkeys(trials.ROLES, compressor)))
         sent = 0
         for x in map(trials.as_matrix, parameters.values()):
-            message = compressor.fit(*x.shape).encode(x[None], trials.new_generator(x.device))
+            message = compressor.fit(*x.shape).encode(x[None], Generator(x.device).manual_seed(0))
             sent += trials.STEPS * message.numel()
         difference += abs(optimizer.w2s_bytes - sent)
     return difference, 0
@@ -193,7 +194,7 @@ def decoding_agrees(workers: Workers) -> Measurement:
     decoded = []
     for compressor, shape in product(COMPRESSORS, trials.SHAPES.values()):
         x = trials.as_matrix(trials.gaussian(shape, workers.device, 0, workers.rank))
-        message = compressor.encode(x[None], trials.new_generator(workers.device))
+        message = compressor.encode(x[None], Generator(x.device).manual_seed(0))
         dist.broadcast(message, 0)
         decoded.append(compressor.decode(message, *x.shape))
     return trials.differing_on_workers(workers, decoded), 0
@@ -225,10 +226,6 @@ def verify(workers: Workers) -> int:
     return 1 if failed else 0
 
 
-def main() -> int:
-    workers = Workers()
-    return workers.run(lambda: verify(workers))
-
-
 if __name__ == "__main__":
-    exit_process(main())
+    workers = Workers()
+    exit_process(workers.run(lambda: verify(workers)))

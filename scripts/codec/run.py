@@ -236,12 +236,6 @@ def measure_blocks(options: argparse.Namespace) -> Iterator[dict]:
             yield what | {"input": kind} | measured(compressor, batches)
 
 
-def lost(records: Sequence[dict], kind: str, name: str) -> float:
-    """||Q(x) - x||^2 / ||x||^2 of a format."""
-    (one,) = select(records, input=kind, format=name)
-    return 1 - one["alpha"]
-
-
 def blocks_table(records: Sequence[dict]) -> str:
     rows = [["integers of", "a scale for", "bits per value", *INPUTS.values(), SPIKE, "bound"]]
     for bits, (way, pattern) in product(BITS, WAYS.items()):
@@ -257,10 +251,9 @@ def blocks_report(records: Sequence[dict]) -> str:
 
     def times(kind: str, one: str, other: str) -> float:
         """How many times less the other format loses."""
-        return lost(records, kind, one) / lost(records, kind, other)
-
-    def bits(name: str) -> str:
-        return f"{select(records, format=name)[0]['bits_per_parameter']:.2f}"
+        found = (select(records, input=kind, format=name)[0] for name in (one, other))
+        lost, less = (1 - record["alpha"] for record in found)
+        return lost / less
 
     values = run | {
         "parameters": f"{run['parameters']:,}",
@@ -268,7 +261,7 @@ def blocks_report(records: Sequence[dict]) -> str:
         "less": lambda kind: f"{times(kind, 'int4@1blocks', 'int4@1024blocks'):.1f}",
         "rows": f"{times('momentum', 'int4@1blocks', 'int4'):.1f}",
         "over": lambda name: f"{times('momentum', name, 'rowcol4'):.1f}",
-        "bits": bits,
+        "bits": lambda name: f"{select(records, format=name)[0]['bits_per_parameter']:.2f}",
         "table": blocks_table(records),
     }
     return fill(BLOCKS_TEXT.read_text(), values)
@@ -280,10 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("codec.jsonl", measure, draw),
         ("blocks.jsonl", measure_blocks, page(blocks_report, "blocks.md")),
     )
-    return max(
-        command(__doc__, folder / log, measure_, draw_, OVERRIDES, arguments)
-        for log, measure_, draw_ in studies
-    )
+    return max(command(__doc__, folder / log, *how, OVERRIDES, arguments) for log, *how in studies)
 
 
 if __name__ == "__main__":

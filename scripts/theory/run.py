@@ -71,11 +71,8 @@ def feedback_table(records: Sequence[dict]) -> str:
 def draw(records: Sequence[dict], directory: Path) -> str:
     """Write README.md and the picture; returns the page."""
     (run,) = select(records, record="run")
-    values = {
-        **{"torch": run["torch"], "replicas": studies.REPLICAS},
-        "bounds": bounds_table(records),
-        "feedback": feedback_table(records),
-    }
+    tables = {"bounds": bounds_table(records), "feedback": feedback_table(records)}
+    values = run | tables | {"replicas": studies.REPLICAS}
     page = fill(TEXT.read_text(), values)
     (directory / "README.md").write_text(page)
     draw_bounds(records, directory / "bounds")

@@ -194,10 +194,6 @@ def gaussian(shape: tuple[int, ...], device: torch.device, *seed: int) -> Tensor
     return torch.randn(shape, generator=Generator().manual_seed(number)).to(device)
 
 
-def new_generator(device: torch.device) -> Generator:
-    return Generator(device).manual_seed(0)
-
-
 def as_matrix(tensor: Tensor) -> Tensor:
     """As the optimizer sees it: n entries are (n, 1)."""
     return tensor.detach().reshape(len(tensor), -1)
