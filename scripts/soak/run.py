@@ -15,7 +15,7 @@ import argparse
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -133,8 +133,8 @@ def _fault(record: dict) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def main() -> int:
-    return command(__doc__, LOG, soak, draw, OPTIONS)
+def main(arguments: Sequence[str] | None = None) -> int:
+    return command(__doc__, LOG, soak, draw, OPTIONS, arguments)
 
 
 if __name__ == "__main__":
