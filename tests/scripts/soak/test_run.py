@@ -30,7 +30,7 @@ def overrides(small, tmp_path, monkeypatch):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     data = [override for override in small if override.startswith("data.")]
-    return ["--no-memory", f"--out={tmp_path}", *data]
+    return [f"--out={tmp_path}", *data]
 
 
 def left_behind(pid: int, tmp_path: Path) -> list[str]:
