@@ -221,7 +221,7 @@ class Job:
         timeout: float = math.inf,
         ranks_per_node: int = 1,
     ):
-        self._network, self._script, self._agents = network, command[0], []
+        self._network, self._agents = network, []
         self._end = time.monotonic() + timeout
         own = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "TMPDIR": network.directory}
         own["CUDA_VISIBLE_DEVICES"] = ""  # NCCL refuses nodes that share a GPU
@@ -254,13 +254,7 @@ class Job:
 
     def workers(self, node: int) -> list[int]:
         """The processes on a node that run the script."""
-        found = []
-        for process in _processes(self._network.names[node]):
-            with suppress(OSError):
-                command = Path(f"/proc/{process}/cmdline").read_bytes().decode()
-                if self._script in command and "torch.distributed.run" not in command:
-                    found.append(process)
-        return found
+        return children(self._agents[node].pid)
 
     def send(self, node: int, number: signal.Signals) -> bool:
         """A signal for the workers of a node; returns whether one was there."""
@@ -323,6 +317,13 @@ def send(processes: Iterable[int], number: signal.Signals) -> bool:
             os.kill(process, number)
             there = True
     return there
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started; none where it is gone."""
+    with suppress(OSError):
+        return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
 
 
 def _processes(*namespaces: str) -> list[int]:

@@ -91,7 +91,8 @@ def process_group(tmp_path):
     dist.destroy_process_group()
 
 
-STARTS = {"launch", "torchrun", "start", "subprocess"}  # what modules that start processes import
+# What tests that start processes ask for, or their modules import.
+STARTS = {"launch", "torchrun", "script", "start", "subprocess", "forks"}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -111,4 +112,5 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="there is no GPU"))
-    items.sort(key=lambda item: STARTS.isdisjoint(vars(item.module)))  # launches first
+    # Launches first.
+    items.sort(key=lambda item: STARTS.isdisjoint([*vars(item.module), *item.fixturenames]))

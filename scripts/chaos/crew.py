@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.fleet import GRACE, ROOT, worker_command
-from scripts.netns import Network, send
+from scripts.netns import children, send
 from scripts.studies import read_records
 from scripts.supervise import free_port
 from training.log import completed
@@ -26,26 +26,22 @@ STARTING = 180  # seconds, at most, until a worker is there again
 class Crew:
     """`workers` of a run in `directory`, whose steps take at least `pace` seconds.
 
-    What they print goes to files in the directory. With a network each is on a node of its own, the
-    lighthouse on the first one's. What is left of them ends with the context.
+    What they print goes to files in the directory. What is left of them ends with the context.
     """
 
     workers: int
     directory: Path
     overrides: list[str]
     pace: float
-    network: Network | None = None
-    ranks: int = 1
 
     def __post_init__(self):
         self.port = free_port()
-        first = self.network.addresses[0] if self.network else "localhost"
         self.options = argparse.Namespace(
             workers=self.workers,
-            ranks=self.ranks,
+            ranks=1,
             timeout=None,
             shutdown_timeout=GRACE,
-            lighthouse=f"http://{first}:{self.port}",
+            lighthouse=f"http://localhost:{self.port}",
             overrides=[*self.overrides, f"directory={self.directory}"],
         )
         self.jobs: dict[int, subprocess.Popen] = {}
@@ -66,20 +62,15 @@ class Crew:
 
     def start(self, worker: int) -> None:
         command = worker_command(self.options, worker, str(WORKER), str(self.pace))
-        if self.network:
-            command.append(f"membership.host={self.network.addresses[worker]}")
-        self.jobs[worker] = self._start(command, f"worker{worker}.txt", worker)
+        self.jobs[worker] = self._start(command, f"worker{worker}.txt")
 
     def start_lighthouse(self) -> None:
         options = [f"--workers={self.workers}", f"--port={self.port}"]
         command = [sys.executable, str(FLEET), "lighthouse", *options]
-        self.lighthouse = self._start(command, "lighthouse.txt", 0)
+        self.lighthouse = self._start(command, "lighthouse.txt")
 
-    def _start(self, command: list[str], output: str, node: int) -> subprocess.Popen:
+    def _start(self, command: list[str], output: str) -> subprocess.Popen:
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        if self.network:
-            env["GLOO_SOCKET_IFNAME"] = "eth0"
-            command = ["ip", "netns", "exec", self.network.names[node], *command]
         with (self.directory / output).open("a") as file:
             return subprocess.Popen(
                 command, stdout=file, stderr=file, env=env, cwd=ROOT, start_new_session=True
@@ -103,9 +94,7 @@ class Crew:
 
     def children(self, worker: int) -> list[int]:
         """The processes of its ranks."""
-        pid = self.jobs[worker].pid
-        path = Path(f"/proc/{pid}/task/{pid}/children")
-        return [int(text) for text in path.read_text().split()] if path.exists() else []
+        return children(self.jobs[worker].pid)
 
     def records(self, worker: int) -> list[dict]:
         """Of its log, whole ones."""

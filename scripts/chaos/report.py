@@ -1,25 +1,21 @@
-"""results/chaos/README.md, from the records of chaos, of its slow links and of its cost alone."""
+"""results/chaos/README.md, from the records of chaos alone."""
 
 from pathlib import Path
 from statistics import mean
 
 from scripts.chaos.faults import bound
 from scripts.faults import answer, hand_in
-from scripts.studies import markdown, read_records
+from scripts.studies import markdown
 from training.config import ROOT
 
 LOG = ROOT / "results" / "chaos" / "chaos.jsonl"
 
 
-def draw(_: list[dict], folder: Path) -> str:
-    """README.md, of the logs of run.py, link.py and cost.py in the folder."""
-    logs = [read_records(folder / name) for name in (LOG.name, "link.jsonl", "cost.jsonl")]
-    if not logs[0]:
-        return f"no page, since {folder} has no {LOG.name}"
-    return hand_in(*report(*logs), folder)
+def draw(records: list[dict], folder: Path) -> str:
+    return hand_in(*report(records), folder)
 
 
-def report(records: list[dict], link: list[dict], cost: list[dict]) -> tuple[str, bool]:
+def report(records: list[dict]) -> tuple[str, bool]:
     """What happened in sentences, and tables; and whether all held that is asked for."""
     first = records[0]
     faults, rounds, calm = (
@@ -52,7 +48,7 @@ A step takes {first["pace"]:g} s at least, so that {first["workers"]} machines f
 one. `kill`: SIGKILL; `lose`: with its torchrun, back later; `preempt`: SIGTERM, back \
 later; `stop`: SIGSTOP, later SIGCONT; `hang`: in Python, while it says that it lives; \
 `part`: its W becomes another; `lighthouse`: away for a while.
-{_link(link)}{_cost(cost)}"""
+"""
     return text, equal and in_time and among
 
 
@@ -95,42 +91,6 @@ def promised(fault: dict, earlier: list[dict], pace: float) -> float:
         if (one["kind"], one["round"], one["worker"]) == ("stop", fault["round"], fault["worker"])
     ]
     return bound(fault["kind"], fault["lasts"], pace + max(stood_still, default=0.0))
-
-
-def _link(records: list[dict]) -> str:
-    if not records:
-        return ""
-    first, *faults, end = records
-    outages = "\n".join(
-        f"- for {one['lasts']} s: {one['rounds_without']} rounds without it, the others waited for "
-        f"{one['longest_wait']:.1f} s at most, and all met {one['back_after_seconds']:.1f} s after "
-        "it was cut off;"
-        for one in faults
-    )
-    equal = end["equal_at_the_end"] and not end["rounds_with_two_histories"]
-    return f"""
-## Over slow links
-
-`sudo python scripts/chaos/link.py`: {first["workers"]} workers on nodes of their own, \
-{first["rate"]} with {first["delay"]} one way, one of them cut off twice:
-
-{outages}
-- the same W on all, in {end["rounds_seen"]} rounds and at the end: {answer(equal)}.
-"""
-
-
-def _cost(records: list[dict]) -> str:
-    if not records:
-        return ""
-    pairs = ", ".join(f"{one['fixed']:.1f} and {one['torchft']:.1f}" for one in records)
-    more = mean(one["torchft"] - one["fixed"] for one in records)
-    return f"""
-## When nothing happens
-
-`python scripts/chaos/cost.py`: a step with a round, of three processes on two cores, \
-takes with fixed membership and with torchft's {pairs} ms (medians in turns, on a \
-busy machine): {more:+.1f} ms in the mean.
-"""
 
 
 def _losses(losses: list[float]) -> str:

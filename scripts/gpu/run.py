@@ -5,12 +5,9 @@
     steps      a step of 124M by phases for each compressor, torch.optim.Muon and AdamW
     training   300 steps of 124M on Shakespeare in GPT-2's tokens, two workers on one GPU
 
-Records go to the folder `--out`, and from them comes README.md; it says what did not end
-in time, and leaves it out. It needs no package index: torch, numpy, matplotlib, tqdm, pytest and
-hypothesis have to be there, and the pure-Python wheels hydra-core, omegaconf and
-antlr4-python3-runtime are taken from the folder `--wheels`; the tokens are made elsewhere (`python
-data/shakespeare.py --gpt2`). On a machine without a GPU the same parts run on a tiny model, which
-proves nothing about GPUs.
+Records go to the folder `--out`, and from them comes README.md; it says what did not end in time,
+and leaves it out. The tokens are made before (`python data/shakespeare.py --gpt2`). On a machine
+without a GPU the same parts run on a tiny model, which proves nothing about GPUs.
 """
 
 import argparse
@@ -19,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +46,10 @@ SMALL = [
 ]
 KEPT = ("run", "train", "eval", "end")  # of a run's log
 LEFT_OUT = ("record", "config", "overrides")  # of a record of a run
+ENVIRONMENT = {
+    **{"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",  # seconds, after which torchrun kills its workers
+}
 MARK = "mark.cuda"  # in what a file of tests says
 
 
@@ -58,7 +58,6 @@ class Session:
     """Until when there is time, and what all parts are started with."""
 
     until: float
-    environment: dict[str, str]
     overrides: tuple[str, ...] = ()  # for the runs of `training`
     on_gpu: bool = torch.cuda.is_available()
 
@@ -66,21 +65,22 @@ class Session:
         """The record of a Python command and what it printed; no status if its time was up."""
         print(f"-- {part}: {' '.join(map(str, arguments))}", flush=True)
         start = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        try:
-            output, _ = process.communicate(timeout=max(1, self.until - start))
-            status = process.returncode
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its workers, which are sessions of their own
-            output, _ = process.communicate()
-            status = None
+        with tempfile.TemporaryFile("w+") as file:
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                env=os.environ | ENVIRONMENT,
+                stdout=file,
+                stderr=file,
+            )
+            try:
+                status = process.wait(max(1, self.until - start))
+            except subprocess.TimeoutExpired:
+                process.terminate()  # torchrun ends its workers, which are sessions of their own
+                process.wait()
+                status = None
+            file.seek(0)
+            output = file.read()
         seconds = time.monotonic() - start
         lines = output.splitlines()
         print("\n".join(lines[-40:]), flush=True)
@@ -138,7 +138,6 @@ PARTS = {"steps": steps, "tests": tests, "verify": verify, "training": training}
 OPTIONS = {
     **OVERRIDES,
     "--parts": {"nargs": "+", "choices": PARTS, "default": [*PARTS], "help": "in this order"},
-    "--wheels": {"type": Path, "metavar": "FOLDER", "help": "of wheels to take packages from"},
     "--minutes": {"type": float, "default": 9, "help": "at most"},
 }
 
@@ -153,26 +152,11 @@ def facts() -> dict:
     return found
 
 
-def environment(wheels: Path | None, folder: str) -> dict[str, str]:
-    """That of the parts, which find the wheels' packages in the folder."""
-    if wheels:
-        for wheel in sorted(wheels.glob("*.whl")):
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(folder)
-    paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
-    own = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
-    own["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "5"  # seconds, after which torchrun kills them
-    return os.environ | own
-
-
 def measure(options: argparse.Namespace) -> Iterator[dict]:
-    until = time.monotonic() + 60 * options.minutes
+    session = Session(time.monotonic() + 60 * options.minutes, options.overrides)
     yield facts()
-    with tempfile.TemporaryDirectory() as folder:
-        where = environment(options.wheels, folder)
-        session = Session(until, where, options.overrides)
-        for part in options.parts:
-            yield from PARTS[part](session)
+    for part in options.parts:
+        yield from PARTS[part](session)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,16 @@
-"""What tests of scripts share: nothing is left of networks, and pictures are not rendered."""
+"""What tests of scripts share: forks, nothing left of networks, pictures that are not rendered."""
 
 import os
 
+import preloaded
 import pytest
 from nodes import namespaces, processes
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """What this process starts of Python is a fork of one that has imported torch."""
+    monkeypatch.setattr("subprocess.Popen", preloaded.popen)
 
 
 @pytest.fixture

@@ -2,14 +2,13 @@
 
 import signal
 import socket
-import subprocess
 import sys
 import time
 from threading import Event
 from types import SimpleNamespace
 
 import pytest
-from run import PATIENCE
+from run import script
 
 from scripts import fleet
 from scripts.supervise import GRACE
@@ -272,14 +271,8 @@ def test_a_fleet_on_this_machine(small, tmp_path):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
     own = [*LOCAL, "optimizer.sync_every=2", f"directory={tmp_path}/run"]
-    command = [sys.executable, fleet.__file__, "start", "--workers=2", f"--port={port}"]
-    result = subprocess.run(
-        [*command, *small, "--timeout=600", *own],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    command = [fleet.__file__, "start", "--workers=2", f"--port={port}"]
+    result = script(*command, *small, "--timeout=600", *own)
     for line in filter(None, result.stdout.splitlines()):
         assert line.startswith("worker 0: ")
     assert result.stdout.count("  nothing  0") == 4 and "identity" not in result.stdout

@@ -18,7 +18,10 @@ from scripts.studies import read_records
 from training.workers import RunError, Workers
 
 MISSING = requirements_missing()
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+pytestmark = [
+    pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
+    pytest.mark.usefixtures("forks"),
+]
 
 SCRIPTS = ROOT / "scripts"
 # 1.3 million parameters: every rank sends over 1 MB per step, whatever the placement.

@@ -4,13 +4,17 @@ To import them takes longer than all else that most launches do, in every proces
 server imports them once, and every process that is asked for is a fork of it; torchrun's agents,
 which are torch's own, fork their workers likewise. From there on a process is as if it had been
 started: arguments, environment, folder, output, signals and exit status. With FRESH=1 in the
-environment, and where there is a GPU, all are started instead.
+environment, and where there is a GPU, all are started instead. Scripts that start processes
+themselves start forks where `popen` stands in for subprocess.Popen: workers of
+scripts/supervise.py, and agents in network namespaces of scripts/netns.py.
 """
 
 import atexit
+import ctypes
 import gc
 import io
 import json
+import math
 import os
 import resource
 import runpy
@@ -23,6 +27,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -32,6 +37,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ["-m", "torch.distributed.run"]
+SUPERVISE = str(ROOT / "scripts" / "supervise.py")
+IN_NAMESPACE = ["ip", "netns", "exec"]
+ORIGINAL, TEMPORARY = subprocess.Popen, tempfile.gettempdir()
+CLONE_NEWNET, CLONE_NEWNS, MS_SLAVE_REC, MNT_DETACH = 0x40000000, 0x20000, 0x84000, 2
 
 
 def start(arguments: list[str], fresh: bool = False, **options) -> "subprocess.Popen | Process":
@@ -39,19 +48,43 @@ def start(arguments: list[str], fresh: bool = False, **options) -> "subprocess.P
 
     What subprocess.Popen returns, or what has of it all that is used.
     """
-    if fresh or os.environ.get("FRESH") == "1" or torch.cuda.is_available():
-        return subprocess.Popen([sys.executable, *arguments], **options)
+    if fresh or not forking():
+        return ORIGINAL([sys.executable, *arguments], **options)
     return Process(arguments, **options)
+
+
+def forking() -> bool:
+    return os.environ.get("FRESH") != "1" and not torch.cuda.is_available()
+
+
+def popen(command, stdout=None, stderr=None, env=None, cwd=None, **options):
+    """In place of subprocess.Popen: a fork for Python whose output goes to a file."""
+    namespace, rest = None, [*map(str, command)]
+    if rest[:3] == IN_NAMESPACE:
+        namespace, *rest = rest[3:]
+    can_fork = rest[0] == sys.executable and (rest[1:3] == TORCHRUN or rest[1][0] != "-")
+    if can_fork and hasattr(stdout, "fileno") and forking():
+        place = cwd or Path.cwd()
+        return Process(rest[1:], place, env or dict(os.environ), stdout, stderr, namespace)
+    return ORIGINAL(command, stdout=stdout, stderr=stderr, env=env, cwd=cwd, **options)
 
 
 class Process:
     """A fork of the server, with what subprocess.Popen has."""
 
-    def __init__(self, arguments: list[str], cwd: Path, env: dict[str, str], stdout, stderr):
+    def __init__(
+        self,
+        arguments: list[str],
+        cwd: Path,
+        env: dict[str, str],
+        stdout,
+        stderr,
+        namespace: str | None = None,
+    ):
         self.args, self.returncode = arguments, None
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(_server())
-        request = json.dumps([arguments, str(cwd), env]).encode()
+        request = json.dumps([arguments, str(cwd), env, namespace]).encode()
         outputs = [stdout.fileno(), stderr.fileno()]
         socket.send_fds(self._connection, [len(request).to_bytes(8, "big")], outputs)
         self._connection.sendall(request)
@@ -62,9 +95,14 @@ class Process:
             self._connection.settimeout(timeout)
             try:
                 self.returncode = self._told()
-            except TimeoutError:
+            except (TimeoutError, BlockingIOError):
                 raise subprocess.TimeoutExpired(self.args, timeout) from None
             self._connection.close()
+        return self.returncode
+
+    def poll(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(0)
         return self.returncode
 
     def terminate(self) -> None:
@@ -84,11 +122,11 @@ class Process:
 @cache
 def _server() -> str:
     """Where the server of this process listens; it ends with this process."""
-    folder = tempfile.TemporaryDirectory(prefix="preloaded-")
+    folder = tempfile.TemporaryDirectory(prefix="preloaded-", dir=TEMPORARY)
     path = f"{folder.name}/socket"
     # One thread, also of what numpy multiplies with: a fork has no others.
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    process = subprocess.Popen(
+    process = ORIGINAL(
         [sys.executable, __file__, path],
         cwd=ROOT,
         env=os.environ | threads | {"PYTHONPATH": str(ROOT)},
@@ -155,10 +193,13 @@ def keep(connection: socket.socket) -> NoReturn:
     """Fork the process that is asked for, and report its start and its end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, outputs, _, _ = socket.recv_fds(connection, 8, 2)
-    arguments, folder, environment = json.loads(_exactly(connection, int.from_bytes(size, "big")))
+    request = json.loads(_exactly(connection, int.from_bytes(size, "big")))
+    arguments, folder, environment, namespace = request
     pid = os.fork()
     if pid == 0:
         connection.detach()  # which is closed with all files
+        if namespace:
+            enter(namespace)
         become(arguments, environment, folder, outputs)
     for number in outputs:
         os.close(number)
@@ -168,6 +209,19 @@ def keep(connection: socket.socket) -> NoReturn:
         connection.sendall(code.to_bytes(8, "big", signed=True))
     finally:
         os._exit(0)
+
+
+def enter(namespace: str) -> None:
+    """Do what `ip netns exec` does: the network, and its interfaces in /sys."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{namespace}") as file:
+        done = (
+            *(libc.setns(file.fileno(), CLONE_NEWNET), libc.unshare(CLONE_NEWNS)),
+            libc.mount(b"", b"/", b"none", ctypes.c_ulong(MS_SLAVE_REC), None),
+            libc.umount2(b"/sys", MNT_DETACH),
+            libc.mount(namespace.encode(), b"/sys", b"sysfs", ctypes.c_ulong(0), None),
+        )
+    assert not any(done), (done, os.strerror(ctypes.get_errno()))
 
 
 def become(arguments: list[str], environment: dict, folder: str, outputs: list[int]) -> NoReturn:
@@ -190,6 +244,8 @@ def become(arguments: list[str], environment: dict, folder: str, outputs: list[i
         if arguments[:2] == TORCHRUN:
             torchrun(arguments[1:])
         else:
+            supervises = arguments[0] == SUPERVISE
+            subprocess.Popen = as_supervised if supervises else ORIGINAL
             runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -217,10 +273,15 @@ def torchrun(arguments: list[str]) -> None:
     run.main()
 
 
-class Worker:
-    """A fork of this process, with what torchrun uses of subprocess.Popen."""
+def as_supervised(command: list[str], env: dict[str, str], **_) -> "Worker":
+    """In place of subprocess.Popen, for ranks of scripts/supervise.py."""
+    return Worker(command, env)
 
-    def __init__(self, command: tuple[str, ...], environment: dict[str, str]):
+
+class Worker:
+    """A fork of this process, with what torchrun and supervise.py use of subprocess.Popen."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str]):
         python, unbuffered, *arguments = command
         assert (python, unbuffered) == (sys.executable, "-u"), command
         self.args, self.returncode = command, None
@@ -238,13 +299,19 @@ class Worker:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float = math.inf) -> int:
         until = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > until:
                 raise subprocess.TimeoutExpired(self.args, timeout)
             time.sleep(0.01)
         return self.returncode
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

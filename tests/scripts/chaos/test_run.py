@@ -2,35 +2,42 @@
 
 import json
 import statistics
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
-from run import PATIENCE, ROOT
+from run import ROOT
 
+from scripts.chaos import run
 from scripts.chaos.faults import FAULTS, bound
-from scripts.chaos.report import report
-from scripts.chaos.run import details
+from scripts.chaos.report import LOG, draw, report
+from scripts.chaos.run import OPTIONS, details
 from scripts.faults import draws
+from scripts.studies import command, read_records
 from training.fleet import FACTOR, MARGIN
 
 COMMITTED = ROOT / "results" / "chaos"
 
 
-def chaos(tmp_path, small, *options) -> list[dict]:
-    data = [override for override in small if override.startswith("data.")]
-    command = [sys.executable, "scripts/chaos/run.py", "--out", tmp_path, *options]
-    command += [*data, "eval.tokens=320", "eval.every=100", "checkpoint.every=100"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
-    text = (tmp_path / "chaos.jsonl").read_text()
-    assert result.returncode in (0, 1), result.stdout + result.stderr  # losses of few steps differ
-    return [json.loads(line) for line in text.splitlines()]
+@pytest.fixture
+def chaos(tmp_path, small, forks):
+    """Records of a run with these options; its workers are forks."""
+
+    def chaos(*options) -> list[dict]:
+        data = [override for override in small if override.startswith("data.")]
+        own = [*data, "eval.tokens=320", "eval.every=100", "checkpoint.every=100"]
+        # Losses of few steps differ, which is an error.
+        command(run.__doc__, LOG, run.chaos, draw, OPTIONS, [f"--out={tmp_path}", *options, *own])
+        records = read_records(tmp_path / "chaos.jsonl")
+        assert records[-1]["record"] == "end"
+        return records
+
+    return chaos
 
 
-def test_the_run_goes_on_with_one_w(tmp_path, small):
-    options = ["--faults=2", "--kinds=kill,part", "--workers=3", "--calm=10"]
-    records = chaos(tmp_path, small, *options, "--steps=450", "--pace=0.06", "batch.global_size=3")
+def test_the_run_goes_on_with_one_w(chaos):
+    """A fault early, the other soon after it, by their seed."""
+    options = ["--faults=2", "--kinds=kill,part", "--seed=8", "--workers=3", "--calm=6"]
+    records = chaos(*options, "--steps=300", "--pace=0.06", "batch.global_size=3")
     faults, rounds = ([r for r in records if r["record"] == kind] for kind in ("fault", "round"))
     assert {one["kind"] for one in faults} == {"kill", "part"}
     assert all(one["longest_wait"] <= one["promised"] for one in faults)
@@ -43,9 +50,9 @@ def test_the_run_goes_on_with_one_w(tmp_path, small):
 
 
 @pytest.mark.slow
-def test_all_kinds_of_faults(tmp_path, small):
+def test_all_kinds_of_faults(chaos):
     options = ["--faults=7", "--workers=4", "--steps=2500", "--pace=0.05"]
-    records = chaos(tmp_path, small, *options)
+    records = chaos(*options)
     faults, rounds = ([r for r in records if r["record"] == kind] for kind in ("fault", "round"))
     assert {one["kind"] for one in faults} == set(FAULTS)
     assert all(one["longest_wait"] <= one["promised"] for one in faults)
@@ -68,11 +75,8 @@ def test_what_is_promised():
 
 
 def test_the_committed_run_holds_what_its_report_says():
-    records, link, cost = (
-        [json.loads(line) for line in (COMMITTED / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("chaos", "link", "cost")
-    )
-    text, holds = report(records, link, cost)
+    records = [json.loads(line) for line in (COMMITTED / "chaos.jsonl").read_text().splitlines()]
+    text, holds = report(records)
     assert (COMMITTED / "README.md").read_text() == text
     faults = [one for one in records if one["record"] == "fault"]
     rounds = [one for one in records if one["record"] == "round"]
@@ -91,10 +95,6 @@ def test_the_committed_run_holds_what_its_report_says():
         assert one["rounds_with_two_histories"] == 0 and one["equal_at_the_end"]
     assert len(calm) == len(rounds)
     losses, without = ([one["test_loss"] for one in some] for some in (rounds, calm))
-    cut = [one for one in link if one["record"] == "fault"]
-    assert len(cut) == 2 and all(one["longest_wait"] <= 20 for one in cut)
-    assert link[-1]["equal_at_the_end"] and link[-1]["rounds_with_two_histories"] == 0
-    assert statistics.mean(one["torchft"] - one["fixed"] for one in cost) <= 20
     assert holds == (min(without) <= statistics.mean(losses) <= max(without))
 
 
@@ -107,7 +107,7 @@ def test_a_fault_that_held_others_up_for_too_long_fails():
         | {"rounds_with_two_histories": 0, "equal_at_the_end": True, "test_loss": 2.0},
         {"record": "calm", "seed": 0, "steps": 9, "tokens": 9, "test_loss": 2.0},
     ]
-    assert report(records, [], [])[1]
+    assert report(records)[1]
     for one, key, value in (
         (fault, "longest_wait", 21.0),
         (round_, "rounds_with_two_histories", 1),
@@ -115,4 +115,4 @@ def test_a_fault_that_held_others_up_for_too_long_fails():
         (round_, "test_loss", 2.1),
     ):
         broken = [record | {key: value} if record is one else record for record in records]
-        assert not report(broken, [], [])[1]
+        assert not report(broken)[1]

@@ -11,7 +11,7 @@ from run import PATIENCE, ROOT
 
 from scripts.gpu import run
 from scripts.gpu.report import report
-from scripts.gpu.run import RUNS, Session, environment
+from scripts.gpu.run import RUNS, Session
 
 FACTS = {"record": "facts", "device": "H100", "torch": "2.9.0", "cores": 8, "cuda": "13.0"}
 
@@ -30,13 +30,13 @@ def test_every_part_runs_without_a_gpu_and_says_what_that_proves(tmp_path, small
     assert_steps_are_measured(records)
 
 
-def test_a_run_and_the_steps_are_measured_without_a_gpu(small, monkeypatch):
+def test_a_run_and_the_steps_are_measured_without_a_gpu(small, monkeypatch, forks):
     """What scripts/verify.py and tests marked `cuda` say here, others test."""
     data = [override for override in small if override.startswith("data.")]
     names = [*RUNS][:1]
     monkeypatch.setattr(run, "RUNS", {name: RUNS[name] for name in names})
     parts = ["steps", "training"]
-    options = Namespace(parts=parts, minutes=20, wheels=None, overrides=data)
+    options = Namespace(parts=parts, minutes=20, overrides=data)
     records = [json.loads(json.dumps(record)) for record in run.measure(options)]
     text = run.report(records, names)
     assert [part["status"] for part in records if part["record"] == "part"] == [0, 0]
@@ -52,11 +52,11 @@ def assert_steps_are_measured(records: list[dict]) -> None:
     assert all(record["waits"] is None for record in methods.values())
 
 
-def test_what_does_not_end_in_time_is_ended_with_its_workers(tmp_path):
+def test_what_does_not_end_in_time_is_ended_with_its_workers(tmp_path, forks):
     script = tmp_path / "sleeps.py"
     script.write_text(f"import time\ntime.sleep({PATIENCE})\n")
     start = time.monotonic()
-    session = Session(start + 5, environment(None, str(tmp_path)))
+    session = Session(start + 5)
     record, _ = session.torchrun("sleep", script)
     assert time.monotonic() - start < PATIENCE / 4
     assert record["part"] == "sleep" and record["status"] is None

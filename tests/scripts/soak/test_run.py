@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -10,11 +9,12 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from run import PATIENCE, ROOT, SUPPORT
+from run import PATIENCE, ROOT
 from waiting import wait_until
 
 from scripts.faults import draws, outcome
 from scripts.netns import requirements_missing
+from scripts.soak import rounds, run
 from scripts.soak.rounds import KINDS, disk_missing, full, new_disk
 from scripts.soak.run import details
 
@@ -22,82 +22,81 @@ MISSING = requirements_missing() or disk_missing()
 needs_root = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 SOAK = ROOT / "scripts" / "soak" / "run.py"
-PATIENT_SOAK = SUPPORT / "patient_soak.py"
 
 
 @pytest.fixture
-def start(small, tmp_path):
-    """Start a soak; its temporary files go to tmp_path/tmp, its results to tmp_path."""
+def overrides(small, tmp_path, monkeypatch):
+    """For a soak whose temporary files go to tmp_path/tmp, and its results to tmp_path."""
     (tmp_path / "tmp").mkdir()
-    processes = []
-
-    def start(script: Path, *options: str) -> subprocess.Popen:
-        data = [override for override in small if override.startswith("data.")]
-        process = subprocess.Popen(
-            [sys.executable, script, *options, "--no-memory", f"--out={tmp_path}", *data],
-            env=os.environ | {"TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        process.terminate()
-        process.wait()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    data = [override for override in small if override.startswith("data.")]
+    return [f"--out={tmp_path}", *data]
 
 
-def left_behind(process: subprocess.Popen, tmp_path: Path) -> list[str]:
+def left_behind(pid: int, tmp_path: Path) -> list[str]:
     lines = Path("/proc/mounts").read_text().splitlines()
     mounts = [line for line in lines if str(tmp_path) in line]
-    namespaces = Path("/var/run/netns").glob(f"ef21-{process.pid}-*")
+    namespaces = Path("/var/run/netns").glob(f"ef21-{pid}-*")
     return [*mounts, *map(str, namespaces), *map(str, (tmp_path / "tmp").iterdir())]
 
 
-def said_in_soak(start, tmp_path, kinds: list[str], seed: int, *overrides: str) -> list[str]:
-    """What workers say in a soak with these faults, which they have to survive."""
-    options = [f"--faults={len(kinds)}", f"--kinds={','.join(kinds)}", f"--seed={seed}"]
-    process = start(PATIENT_SOAK, *options, *overrides)
-    output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, output
-    *records, end = [json.loads(line) for line in (tmp_path / "soak.jsonl").open()]
-    faults = [record for record in records if record["record"] == "fault"]
-    assert sorted(fault["kind"] for fault in faults) == kinds
-    assert any(record["record"] == "round" for record in records)
-    assert end["equal"] and end["faults"] == len(kinds)
-    assert "**yes**" in (tmp_path / "README.md").read_text()
-    assert not left_behind(process, tmp_path)
-    return [line for fault in faults for line in fault["said"]]
+@pytest.fixture
+def said_in_soak(overrides, tmp_path, monkeypatch, forks):
+    """What workers say in a soak with these faults, which they have to survive; all are forks."""
+    # The machine may be slow: workers wait longer for one another.
+    monkeypatch.setattr(rounds, "TIMEOUT", 60)
+    monkeypatch.setattr(rounds, "LAUNCH_SECONDS", PATIENCE)
+
+    def said(kinds: list[str], seed: int, *more: str) -> list[str]:
+        options = [f"--faults={len(kinds)}", f"--kinds={','.join(kinds)}", f"--seed={seed}"]
+        assert run.main([*options, *overrides, *more]) == 0
+        *records, end = [json.loads(line) for line in (tmp_path / "soak.jsonl").open()]
+        faults = [record for record in records if record["record"] == "fault"]
+        assert sorted(fault["kind"] for fault in faults) == kinds
+        assert any(record["record"] == "round" for record in records)
+        assert end["equal"] and end["faults"] == len(kinds)
+        assert "**yes**" in (tmp_path / "README.md").read_text()
+        assert not left_behind(os.getpid(), tmp_path)
+        return [line for fault in faults for line in fault["said"]]
+
+    return said
 
 
 @needs_root
-def test_a_run_with_a_fault_equals_the_one_without(start, tmp_path):
+def test_a_run_with_a_fault_equals_the_one_without(said_in_soak):
     """One that comes soon, by its seed."""
-    said = " ".join(said_in_soak(start, tmp_path, ["corrupt"], 10, "steps=60"))
+    said = " ".join(said_in_soak(["corrupt"], 10, "steps=30"))
     assert "ignored a damaged checkpoint" in said and "resuming from" in said
 
 
 @needs_root
 @pytest.mark.slow
-def test_a_run_with_five_faults_equals_the_one_without(start, tmp_path):
-    said = " ".join(said_in_soak(start, tmp_path, ["corrupt", "fill", "kill", "pause", "slow"], 4))
+def test_a_run_with_five_faults_equals_the_one_without(said_in_soak):
+    said = " ".join(said_in_soak(["corrupt", "fill", "kill", "pause", "slow"], 4))
     for effect in ("No space left", "ignored a damaged checkpoint", "resuming from"):
         assert effect in said
 
 
 @needs_root
 @pytest.mark.slow
-def test_an_interrupted_soak_leaves_nothing(start, tmp_path):
+def test_an_interrupted_soak_leaves_nothing(overrides, tmp_path):
     """So many faults that it does not end by itself before."""
-    process, log = start(SOAK, "--faults=99"), "tmp/*/mounted/run/metrics.jsonl"
-    wait_until(lambda: process.poll() is not None or list(tmp_path.glob(log)))
-    assert process.poll() is None, process.communicate()
-    assert left_behind(process, tmp_path)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=PATIENCE)
-    assert not left_behind(process, tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, SOAK, "--faults=99", *overrides],
+        env=os.environ | {"TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        log = "tmp/*/mounted/run/metrics.jsonl"
+        wait_until(lambda: process.poll() is not None or list(tmp_path.glob(log)))
+        assert process.poll() is None, process.communicate()
+        assert left_behind(process.pid, tmp_path)
+    finally:
+        process.terminate()
+        process.communicate(timeout=PATIENCE)
+    assert not left_behind(process.pid, tmp_path)
 
 
 @needs_root
