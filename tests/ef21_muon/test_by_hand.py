@@ -9,6 +9,7 @@ from torch.nn import Parameter
 
 from ef21_muon import LocalSteps
 from ef21_muon.compressors import TopK
+from ef21_muon.inner import beginner
 from ef21_muon.norms import Sign
 
 
@@ -111,3 +112,23 @@ def test_streaming_sends_a_bucket_when_its_bytes_are_due():
     schedule = optimizer.schedule
     assert [sum(b.up.size for b in bucket) for bucket in schedule.buckets] == [20, 40]
     assert [schedule.due(step) for step in range(4)] == [[], [0], [], [1]]
+
+
+def test_an_optimizer_that_begins_anew_keeps_the_lr_of_its_schedule():
+    inner = torch.optim.SGD([Parameter(torch.zeros(2))], lr=0.1)
+    begin_anew = beginner(inner)
+    inner.param_groups[0]["lr"] = 0.05
+    begin_anew()
+    assert inner.param_groups[0]["lr"] == 0.05
+
+
+def test_a_worker_that_adopts_a_state_forgets_what_its_lost_messages_were_short_of():
+    pytest.importorskip("torchft")
+    from ef21_muon.fleet import Fleet
+
+    fleet = Fleet(0, "http://localhost:1")
+    inner = torch.optim.SGD([Parameter(torch.zeros(4, 8))], lr=0.1)
+    optimizer = LocalSteps(inner, sync_every=2, w2s=TopK(0.2), transport=fleet)
+    optimizer.batches[0].up.buffer.fill_(1.0)
+    fleet.shared.adopt(fleet.shared.state())
+    assert not optimizer.batches[0].up.buffer.any()

@@ -115,7 +115,7 @@ OF_LOCAL_STEPS = [
         "ef21_muon/inner.py",
         'if k not in ("params", "lr", "initial_lr")}',
         'if k not in ("params", "initial_lr")}',
-        "ef21_muon/test_inner.py",
+        "ef21_muon/test_by_hand.py ef21_muon/test_inner.py",
     ),
 ]
 
