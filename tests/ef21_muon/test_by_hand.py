@@ -7,7 +7,7 @@ import torch
 from one_worker import build, set_gradients
 from torch.nn import Parameter
 
-from ef21_muon import LocalSteps
+from ef21_muon import AveragedGradients, LocalSteps
 from ef21_muon.compressors import TopK
 from ef21_muon.inner import beginner
 from ef21_muon.norms import Sign
@@ -132,3 +132,13 @@ def test_a_worker_that_adopts_a_state_forgets_what_its_lost_messages_were_short_
     optimizer.batches[0].up.buffer.fill_(1.0)
     fleet.shared.adopt(fleet.shared.state())
     assert not optimizer.batches[0].up.buffer.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"w2s": "natural:nearest", "feedback": "none"}])
+def test_averaged_gradients_are_of_their_step_alone(options):
+    parameter = Parameter(torch.zeros(2))
+    optimizer = AveragedGradients(torch.optim.SGD([parameter], lr=1.0), **options)
+    for gradient in (1.0, 2.0, 4.0):
+        parameter.grad = torch.full((2,), gradient)
+        optimizer.step()
+    assert parameter.tolist() == [-7.0, -7.0]

@@ -108,7 +108,7 @@ OF_LOCAL_STEPS = [
         "ef21_muon/averaged.py",
         "                mean.zero_()\n",
         "                pass\n",
-        "ef21_muon/test_api.py ef21_muon/test_strangers.py ef21_muon/test_as_given.py",
+        "ef21_muon/test_by_hand.py ef21_muon/test_api.py ef21_muon/test_strangers.py",
     ),
     Mutation(
         "an inner optimizer that begins anew forgets the schedule's lr",
