@@ -7,8 +7,9 @@ import torch
 from one_worker import build, set_gradients
 from torch.nn import Parameter
 
-from ef21_muon import LocalSteps
+from ef21_muon import AveragedGradients, LocalSteps
 from ef21_muon.compressors import TopK
+from ef21_muon.inner import beginner
 from ef21_muon.norms import Sign
 
 
@@ -111,3 +112,33 @@ def test_streaming_sends_a_bucket_when_its_bytes_are_due():
     schedule = optimizer.schedule
     assert [sum(b.up.size for b in bucket) for bucket in schedule.buckets] == [20, 40]
     assert [schedule.due(step) for step in range(4)] == [[], [0], [], [1]]
+
+
+def test_an_optimizer_that_begins_anew_keeps_the_lr_of_its_schedule():
+    inner = torch.optim.SGD([Parameter(torch.zeros(2))], lr=0.1)
+    begin_anew = beginner(inner)
+    inner.param_groups[0]["lr"] = 0.05
+    begin_anew()
+    assert inner.param_groups[0]["lr"] == 0.05
+
+
+def test_a_worker_that_adopts_a_state_forgets_what_its_lost_messages_were_short_of():
+    pytest.importorskip("torchft")
+    from ef21_muon.fleet import Fleet
+
+    fleet = Fleet(0, "http://localhost:1")
+    inner = torch.optim.SGD([Parameter(torch.zeros(4, 8))], lr=0.1)
+    optimizer = LocalSteps(inner, sync_every=2, w2s=TopK(0.2), transport=fleet)
+    optimizer.batches[0].up.buffer.fill_(1.0)
+    fleet.shared.adopt(fleet.shared.state())
+    assert not optimizer.batches[0].up.buffer.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"w2s": "natural:nearest", "feedback": "none"}])
+def test_averaged_gradients_are_of_their_step_alone(options):
+    parameter = Parameter(torch.zeros(2))
+    optimizer = AveragedGradients(torch.optim.SGD([parameter], lr=1.0), **options)
+    for gradient in (1.0, 2.0, 4.0):
+        parameter.grad = torch.full((2,), gradient)
+        optimizer.step()
+    assert parameter.tolist() == [-7.0, -7.0]

@@ -35,7 +35,7 @@ FORK = get_context("fork")
 SLOW_TO_IMPORT = ("torch._dynamo", "torch.distributed.fsdp", "hydra", "hypothesis")
 SUITE = ["-n", "2", "--dist", "loadfile", "--ignore=tests/mutants", "tests"]
 MARK = "COPY_WITH_A_FAULT"  # the variable by which processes of a copy are known
-PASSED, NO_TESTS = 0, 5  # pytest's statuses
+PASSED, FAILED, NO_TESTS = 0, 1, 5  # pytest's statuses
 
 
 class Failure(NamedTuple):
@@ -104,6 +104,8 @@ class Copy:
         if hangs:
             return Failure(arguments[-1], "hangs")
         failed = [line.split(" ", 1)[1] for line in lines if line.startswith(("FAILED ", "ERROR "))]
+        if not failed and process.exitcode == FAILED:
+            raise RuntimeError("\n".join(lines))  # not of tests
         if not failed:
             return Failure(arguments[-1], f"ends with status {process.exitcode}")
         return Failure(failed[0].partition(" - ")[0])
@@ -152,11 +154,9 @@ def require_own_modules(folder: Path) -> None:
     code = "from importlib.util import find_spec; print(find_spec('ef21_muon').origin)"
     command = [sys.executable, "-c", code]
     there = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True).stdout
-    here = find_spec("ef21_muon").origin
-    if (there.strip(), here) != (own := f"{folder}/ef21_muon/__init__.py", own):
-        raise RuntimeError(
-            f"tests would not see faults: {here} and {there} are imported, not {own}"
-        )
+    own, found = f"{folder}/ef21_muon/__init__.py", {find_spec("ef21_muon").origin, there.strip()}
+    if found != {own}:
+        raise RuntimeError(f"faults would not be seen: {found} are imported, not {own}")
 
 
 def tried(copy: Copy, mutation: Mutation, suite: bool) -> dict:

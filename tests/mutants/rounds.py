@@ -108,14 +108,14 @@ OF_LOCAL_STEPS = [
         "ef21_muon/averaged.py",
         "                mean.zero_()\n",
         "                pass\n",
-        "ef21_muon/test_api.py ef21_muon/test_strangers.py ef21_muon/test_as_given.py",
+        "ef21_muon/test_by_hand.py ef21_muon/test_api.py ef21_muon/test_strangers.py",
     ),
     Mutation(
         "an inner optimizer that begins anew forgets the schedule's lr",
         "ef21_muon/inner.py",
         'if k not in ("params", "lr", "initial_lr")}',
         'if k not in ("params", "initial_lr")}',
-        "ef21_muon/test_inner.py",
+        "ef21_muon/test_by_hand.py ef21_muon/test_inner.py",
     ),
 ]
 

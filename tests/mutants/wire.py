@@ -219,7 +219,7 @@ OF_FLEETS = [
         "ef21_muon/fleet/shared.py",
         "                batch.up.buffer.zero_()\n",
         "                pass\n",
-        "ef21_muon/test_inner.py ef21_muon/test_fleet.py",
+        "ef21_muon/test_by_hand.py ef21_muon/test_inner.py ef21_muon/test_fleet.py",
     ),
     Mutation(
         "the end of a run sends its last round twice",
