@@ -45,7 +45,8 @@ OF_PLACEMENTS = [
         "ef21_muon/transport/load.py",
         "max_traffic = max(max_traffic, sent, received)",
         "max_traffic = max(max_traffic, sent)",
-        "ef21_muon/test_placement.py training/test_overlap.py training/test_plan.py",
+        "ef21_muon/transport/test_alone.py ef21_muon/test_placement.py training/test_overlap.py"
+        " training/test_plan.py",
     ),
     Mutation(
         "a byte on a CPU's link takes as long as ten times as many multiplications",
@@ -124,7 +125,7 @@ OF_MESSAGES = [
         FIXED,
         "parts = part.split(_lengths(batches, sizes, owner))",
         "parts = part.split(_lengths(batches, sizes, owner))[::-1]",
-        "ef21_muon/test_two_ranks.py ef21_muon/test_algorithm.py",
+        "ef21_muon/transport/test_alone.py ef21_muon/test_two_ranks.py ef21_muon/test_algorithm.py",
     ),
     Mutation(
         "a message by way of the host is not copied, so that it may change under way",

@@ -14,7 +14,7 @@ from ef21_muon.layers import assign, form_batches
 from ef21_muon.transport import clipping, fixed
 from ef21_muon.transport.fixed import Traffic, Transport
 from ef21_muon.transport.host import sender, start_from_host
-from ef21_muon.transport.load import dry_round
+from ef21_muon.transport.load import dry_round, loads
 
 
 def test_random_numbers_are_of_seed_rank_and_purpose():
@@ -52,6 +52,19 @@ def test_bytes_are_those_of_all_layers_of_a_batch(server, received):
     sent_back = 0 if server == "replicated" else 2 * 4 * 240
     found = traffic.w2s_bytes, traffic.s2w_bytes, traffic.received_bytes
     assert found == (2 * 4 * 240, sent_back, received)
+
+
+def test_the_load_of_a_placement_is_what_a_rank_receives_where_that_is_more():
+    """Rank 0 receives the messages of two others, and sends a fraction of that."""
+    group = {"params": [torch.zeros(12, 20)], "w2s": Identity(), "s2w": TopK(0.05)}
+    assert loads([group], [1], ranks=3)["rank0"].max_traffic == 2 * 4 * 240
+
+
+def test_a_message_is_split_into_the_layers_of_its_batches_in_order():
+    of_sizes = ((2, 2), (1, 3))  # layers, and bytes of each
+    batches = [SimpleNamespace(params=n * [None], owned_by=[slice(0, n)]) for n, _ in of_sizes]
+    rows = fixed._rows(torch.arange(7), batches, [size for _, size in of_sizes], 0)
+    assert [one.tolist() for one in rows] == [[[0, 1], [2, 3]], [[4, 5, 6]]]
 
 
 def test_fractions_of_a_byte_come_back():
