@@ -34,15 +34,9 @@ CASES = {
     "mvr": (TOP, "compressor@s2w=natural", "optimizer.momentum_kind=mvr"),
     "hessian": (TOP, "optimizer.momentum_kind=hessian", "batch.micro_size=2"),
     "two ranks a worker": (TOP, "ranks_per_worker=2"),
-    **{name: (f"optimizer={name}",) for name in ("adamw", "muon", "muon_fp16", "dion", "demo")},
+    **{name: (f"optimizer={name}",) for name in ("adamw", "muon", "demo")},
     "muon_greedylore": ("optimizer=muon_greedylore", "optimizer.refresh_every=3"),
-    "adamw greedylore": (
-        "optimizer=adamw",
-        "optimizer.hook=greedylore",
-        "+optimizer.refresh_every=3",
-    ),
     "dion natural": ("optimizer=dion", "optimizer.values=natural"),
-    "demo natural": ("optimizer=demo", "optimizer.values=natural"),
     "local": (*LOCAL, "compressor@s2w=natural", "optimizer.outer_momentum=0.5"),
     "local, messages under way": (*LOCAL, "optimizer.streaming=true", "optimizer.sync_delay=1"),
     "local ef21, two ranks a worker": (*LOCAL, "optimizer.feedback=ef21", "ranks_per_worker=2"),
@@ -51,7 +45,6 @@ CASES = {
     **{name: (f"optimizer={name}", "optimizer.sync_every=3") for name in ("diloco", "muloco")},
     "sparseloco": ("optimizer=sparseloco", "optimizer.sync_every={0:3,3:1}"),
     "asynchronous": (TOP, "compressor@s2w=natural"),
-    "asynchronous adamw": ("optimizer=adamw",),
 }
 for index, kind in enumerate(COMPRESSORS):
     both = f"compressor@w2s={kind}", f"compressor@s2w={COMPRESSORS[index - 1]}"
