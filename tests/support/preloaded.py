@@ -160,11 +160,14 @@ def serve(path: str) -> None:
     signal.signal(signal.SIGCHLD, reap)
     global LIBRARIES
     LIBRARIES = sys.path[2:]  # behind this folder and PYTHONPATH
+    import matplotlib.backends.backend_agg
+    import matplotlib.backends.backend_svg  # noqa: F401
     import torch._dynamo  # as every optimizer does
     import torch.distributed.fsdp
     import torch.distributed.run  # noqa: F401
 
     import train  # noqa: F401
+    import training.picture  # noqa: F401
 
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has the thread alone that forks"
     gc.freeze()  # of what is imported no fork searches, or copies, anything
