@@ -98,9 +98,8 @@ def steps(session: Session) -> Iterator[dict]:
     model = ["model=gpt2-124m", "batch.micro_size=16"] if session.on_gpu else ["model=tiny"]
     repeats = "--steps=10" if session.on_gpu else "--steps=1"
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder, "steps.jsonl")
-        part, _ = session.run("steps", "scripts/gpu/steps.py", "--out", log, repeats, *model)
-        yield from (*read_records(log), part)
+        part, _ = session.run("steps", "scripts/gpu/steps.py", "--out", folder, repeats, *model)
+        yield from (*read_records(Path(folder, "steps.jsonl")), part)
 
 
 def tests(session: Session) -> Iterator[dict]:
@@ -143,13 +142,12 @@ OPTIONS = {
 
 
 def facts() -> dict:
-    found = {"record": "facts", "torch": torch.__version__, "device": "CPU"}
-    found["cores"] = os.cpu_count()
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"device": properties.name, "memory_bytes": properties.total_memory}
-        found["cuda"] = torch.version.cuda
-    return found
+    found = {"record": "facts", "torch": torch.__version__, "cores": os.cpu_count()}
+    if not torch.cuda.is_available():
+        return found | {"device": "CPU"}
+    properties = torch.cuda.get_device_properties(0)
+    memory = {"memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    return found | {"device": properties.name} | memory
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict]:
