@@ -19,18 +19,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from statistics import mean
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts import faults
 from scripts.chaos.crew import Crew
-from scripts.chaos.faults import FAULTS, longest_wait
-from scripts.chaos.report import LOG, draw
-from scripts.faults import TINY, agreement, draws
-from scripts.studies import command
-from training.config import compose
+from scripts.chaos.faults import FAULTS, bound, longest_wait
+from scripts.faults import TINY, agreement, answer, draws, hand_in
+from scripts.studies import command, markdown, select
+from training.config import ROOT, compose
 
+LOG = ROOT / "results" / "chaos" / "chaos.jsonl"
 EVERY = 20  # steps
 OPTIONS = {
     **faults.options(FAULTS, faults=60, minutes=40),
@@ -69,10 +70,8 @@ def disturb(crew: Crew, fault: dict) -> dict:
 def chaos(options: argparse.Namespace) -> Iterator[dict]:
     """The records of all rounds with faults, then of those without."""
     start = time.monotonic()
-    last_start, last_step = (
-        start + 60 * options.minutes,
-        options.steps - options.calm / options.pace,
-    )
+    last_start = start + 60 * options.minutes
+    last_step = options.steps - options.calm / options.pace
     left = draws(options, lambda generator: details(generator, options.workers))
     rounds: list[dict] = []
     config = compose((*RUN, *options.overrides)).config
@@ -115,6 +114,82 @@ def shown(options: argparse.Namespace) -> Iterator[dict]:
     for record in chaos(options):
         print(json.dumps(record), flush=True)
         yield record
+
+
+def draw(records: list[dict], folder: Path) -> str:
+    return hand_in(*report(records), folder)
+
+
+def report(records: list[dict]) -> tuple[str, bool]:
+    """What happened in sentences, and tables; and whether all held that is asked for."""
+    first = records[0]
+    faults, rounds, calm = (select(records, record=kind) for kind in ("fault", "round", "calm"))
+    for place, fault in enumerate(faults):
+        fault["promised"] = promised(fault, faults[:place], first["pace"])
+    kinds = sorted({one["kind"] for one in faults})
+    equal = all(one["equal_at_the_end"] and not one["rounds_with_two_histories"] for one in rounds)
+    in_time = all(one["longest_wait"] <= one["promised"] for one in faults)
+    losses, without = ([one["test_loss"] for one in some] for some in (rounds, calm))
+    among = bool(losses) and min(without) <= mean(losses) <= max(without)
+    text = f"""# Chaos
+
+`python scripts/chaos/run.py --seed {first["seed"]}`: {len(faults)} faults of \
+{len(kinds)} kinds in {len(rounds)} runs of {first["workers"]} workers that come and go, \
+{sum(one["seconds"] for one in rounds) / 60:.0f} minutes.
+
+- W is the same on all workers, bit for bit, before every one of \
+{sum(one["rounds_seen"] for one in rounds):,} rounds and at the end: {answer(equal)}.
+- No worker to which nothing happened waited longer than promised: {answer(in_time)}.
+- The mean test loss, {_losses(losses)}, lies among those of as many runs without \
+faults with the same tokens, {_losses(without)} ({len(calm)} seeds): {answer(among)}.
+
+{fault_table(kinds, faults)}
+
+{loss_table(rounds, calm)}
+
+A step takes {first["pace"]:g} s at least, so that {first["workers"]} machines fit on \
+one. `kill`: SIGKILL; `lose`: with its torchrun, back later; `preempt`: SIGTERM, back \
+later; `stop`: SIGSTOP, later SIGCONT; `hang`: in Python, while it says that it lives; \
+`part`: its W becomes another; `lighthouse`: away for a while.
+"""
+    return text, equal and in_time and among
+
+
+def fault_table(kinds: list[str], faults: list[dict]) -> str:
+    heading = ["times", "longest wait of others, s", "promised, s", "all are back after, s"]
+    rows = [["fault", *heading]]
+    for kind in kinds:
+        of_kind = select(faults, kind=kind)
+        backs = [one["back_after_seconds"] for one in of_kind if one["back_after_seconds"]]
+        least, most = (pick(one["promised"] for one in of_kind) for pick in (min, max))
+        wait = f"{max(one['longest_wait'] for one in of_kind):.1f}"
+        limit = f"{least:.0f} to {most:.0f}" if least < most else f"{least:.0f}"
+        back = f"{mean(backs):.1f}" if backs else "-"
+        rows.append([kind, str(len(of_kind)), wait, limit, back])
+    return markdown(rows)
+
+
+def loss_table(rounds: list[dict], calm: list[dict]) -> str:
+    rows = [["seed", "tokens", "test loss", "steps without faults", "tokens", "test loss"]]
+    for one, other in zip(rounds, calm, strict=False):
+        left = [str(one["seed"]), f"{one['tokens']:,}", f"{one['test_loss']:.4f}"]
+        right = [f"{other['steps']:,}", f"{other['tokens']:,}", f"{other['test_loss']:.4f}"]
+        rows.append([*left, *right])
+    return markdown(rows, text_columns=0)
+
+
+def promised(fault: dict, earlier: list[dict], pace: float) -> float:
+    """Seconds that others wait at most for a fault.
+
+    One that hangs ends itself by its longest step, which is as long as it stood still in one.
+    """
+    stops = select(earlier, kind="stop", round=fault["round"], worker=fault["worker"])
+    stood_still = max((one["lasts"] for one in stops), default=0.0)
+    return bound(fault["kind"], fault["lasts"], pace + stood_still)
+
+
+def _losses(losses: list[float]) -> str:
+    return f"{mean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})" if losses else "none"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -125,20 +126,18 @@ def measure_all(options: argparse.Namespace, workers: Workers) -> Iterator[dict]
             f"{workers.count} workers on {workers.device.type} were started: give 2 or more on "
             "the CPU, with torchrun, and with CUDA_VISIBLE_DEVICES= where there is a GPU"
         )
-    config, *configs = (
-        compose((*options.overrides, *how)).config for how in ([], *METHODS.values())
-    )
+    config = compose(tuple(options.overrides)).config
     model = GPT(build(config.model, "model"), config.seed)
     # As all optimizers of several workers do: what it remembers is nobody's state.
     require_equal_parameters(list(model.named_parameters()), None, UNEQUAL)
-    block, arguments = model.blocks[0], (workers, options.steps)
-    optimizers = {
-        name: (lambda own=own: build_optimizer(own, model), model)
-        for name, own in zip(METHODS, configs, strict=True)
-    }
+    cases = {GRADIENT: partial(measure_gradient, config, model)}
+    for name, how in METHODS.items():
+        own = compose((*options.overrides, *how)).config
+        cases[name] = partial(measure_optimizer, partial(build_optimizer, own, model), model)
     # Last, since these steps are local, and the workers part.
-    optimizers[ADAMW] = lambda: torch.optim.AdamW(model.parameters()), model
-    optimizers[MUON] = lambda: torch.optim.Muon(block.parameters()), block
+    for name, new in ((ADAMW, torch.optim.AdamW), (MUON, torch.optim.Muon)):
+        module = model.blocks[0] if name == MUON else model
+        cases[name] = partial(measure_optimizer, partial(new, [*module.parameters()]), module)
     facts = {
         "torch": torch.__version__,
         "processor": processor(),
@@ -152,13 +151,9 @@ def measure_all(options: argparse.Namespace, workers: Workers) -> Iterator[dict]
         "steps": options.steps,
         "overrides": options.overrides,
     }
-    for method in (GRADIENT, *optimizers):
+    for method, measure_phases in cases.items():
         start = time.perf_counter()
-        if method == GRADIENT:
-            phases = measure_gradient(config, model, *arguments)
-        else:
-            phases = measure_optimizer(*optimizers[method], *arguments)
-        of_ranks = workers.gather(phases)
+        of_ranks = workers.gather(measure_phases(workers, options.steps))
         workers.say(f"{method}: measured in {time.perf_counter() - start:.0f} s")
         for rank, measured in enumerate(of_ranks):
             for phase, numbers in measured.items():
