@@ -22,7 +22,7 @@ import torch
 
 from ef21_muon.checks.guards import PhaseTimer
 from model import GPT
-from scripts.gpu.report import step_table
+from scripts.gpu.run import step_table
 from scripts.studies import OVERRIDES, command
 from training.config import CONFIGS, build, compose
 from training.method import build_optimizer
