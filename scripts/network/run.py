@@ -15,7 +15,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:
@@ -101,8 +101,8 @@ def measure(options: argparse.Namespace, workers: Workers) -> Iterator[dict]:
     for name, method in (DDP | METHODS).items():
         steps = WARM_UP + 2 * options.steps  # those of DDP are timed twice
         config = compose((*common, f"steps={steps}", *method)).config
-        timed = time_ddp if name in DDP else time_ef21
-        seconds, sent, compute, communication = timed(Run(config, workers), options.steps)
+        run = Run(config, workers)
+        seconds, sent, compute, communication = time_method(run, options.steps, name in DDP)
         # The rank that comes last to a step waits least: its time is the network's.
         least = [min(ranks) for ranks in zip(*workers.gather(communication), strict=True)]
         yield {
@@ -116,36 +116,28 @@ def measure(options: argparse.Namespace, workers: Workers) -> Iterator[dict]:
         }
 
 
-def time_steps(run: Run, steps: int, after_each: Callable = lambda: None) -> tuple[float, float]:
-    """Seconds and bytes handed to the network, per step."""
+def time_method(run: Run, steps: int, behind_ddp: bool) -> tuple[float, float, float, list[float]]:
+    """Per step seconds, bytes and seconds computing; of all steps those communicating."""
+    for _ in range(WARM_UP if behind_ddp else 1):
+        run.step()
+    seconds, sent, communication = time_steps(run, steps)
+    if not behind_ddp:
+        return seconds, sent, seconds - sum(communication) / steps, communication
+    with run.gradients.without_sync():
+        compute, *_ = time_steps(run, steps)
+    return seconds, sent, compute, [seconds - compute]
+
+
+def time_steps(run: Run, steps: int) -> tuple[float, float, list[float]]:
+    """Seconds and bytes handed to the network, per step; of all steps the seconds in exchanges."""
     dist.barrier()
-    start, sent = time.perf_counter(), run.optimizer.wire_tx_bytes
+    run.optimizer.timer.read()
+    start, sent, exchanges = time.perf_counter(), run.optimizer.wire_tx_bytes, []
     for _ in range(steps):
         run.step()
-        after_each()
+        exchanges.append(run.optimizer.timer.read().get("exchange", 0.0))
     seconds = time.perf_counter() - start
-    return seconds / steps, (run.optimizer.wire_tx_bytes - sent) / steps
-
-
-def time_ef21(run: Run, steps: int) -> tuple[float, float, float, list[float]]:
-    """Per step seconds, bytes and seconds computing; of all steps those communicating."""
-    run.step()
-    run.optimizer.timer.read()
-    exchange = []
-    seconds, sent = time_steps(
-        run, steps, lambda: exchange.append(run.optimizer.timer.read()["exchange"])
-    )
-    return seconds, sent, seconds - sum(exchange) / steps, exchange
-
-
-def time_ddp(run: Run, steps: int) -> tuple[float, float, float, list[float]]:
-    """The same of a baseline behind DDP."""
-    for _ in range(WARM_UP):
-        run.step()
-    seconds, sent = time_steps(run, steps)
-    with run.gradients.without_sync():
-        compute, _ = time_steps(run, steps)
-    return seconds, sent, compute, [seconds - compute]
+    return seconds / steps, (run.optimizer.wire_tx_bytes - sent) / steps, exchanges
 
 
 class Records(NoLog):
