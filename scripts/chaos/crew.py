@@ -123,9 +123,8 @@ class Crew:
         """
         until = time.monotonic() + STARTING
         while not self.is_done():
-            if any(
-                one["step"] >= step and one["messages"] == len(self.jobs) for one in self.newest()
-            ):
+            rounds = [one for one in self.newest() if one["step"] >= step]
+            if any(one["messages"] == len(self.jobs) for one in rounds):
                 return True
             if time.monotonic() > until:
                 raise RunError(f"not all workers met in {STARTING} s: see {self.directory}")

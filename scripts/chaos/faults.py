@@ -62,11 +62,8 @@ def bound(kind: str, lasts: float, longest_step: float) -> float:
 def longest_wait(crew: Crew, fault: dict) -> dict:
     """In the rounds of a fault: of workers to which nothing happened, and what is promised."""
     spared = [one for one in crew.jobs if fault["kind"] == "lighthouse" or one != fault["worker"]]
-    waits = [
-        one["seconds"]
-        for worker in spared
-        for one in crew.rounds(worker)
-        if fault["step"] < one["step"] <= fault["until_step"]
-    ]
+    rounds = (one for worker in spared for one in crew.rounds(worker))
+    steps = range(fault["step"] + 1, fault["until_step"] + 1)
+    waits = [one["seconds"] for one in rounds if one["step"] in steps]
     promised = bound(fault["kind"], fault["lasts"], crew.pace)
     return {"longest_wait": max(waits, default=0.0), "promised": round(promised, 1)}
