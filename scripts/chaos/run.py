@@ -12,7 +12,6 @@ not hold.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -110,12 +109,6 @@ def chaos(options: argparse.Namespace) -> Iterator[dict]:
     yield {"record": "end", "seconds": round(time.monotonic() - start, 1)}
 
 
-def shown(options: argparse.Namespace) -> Iterator[dict]:
-    for record in chaos(options):
-        print(json.dumps(record), flush=True)
-        yield record
-
-
 def draw(records: list[dict], folder: Path) -> str:
     return hand_in(*report(records), folder)
 
@@ -193,4 +186,4 @@ def _losses(losses: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(command(__doc__, LOG, shown, draw, OPTIONS))
+    sys.exit(command(__doc__, LOG, chaos, draw, OPTIONS))

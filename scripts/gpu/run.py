@@ -66,7 +66,7 @@ class Session:
     overrides: tuple[str, ...] = ()  # for the runs of `training`
     on_gpu: bool = torch.cuda.is_available()
 
-    def run(self, part: str, *arguments: str | Path) -> tuple[dict, str]:
+    def run(self, part: str, *arguments: str | Path) -> tuple[dict, list[str]]:
         """The record of a Python command and what it printed; no status if its time was up."""
         print(f"-- {part}: {' '.join(map(str, arguments))}", flush=True)
         start = time.monotonic()
@@ -85,16 +85,15 @@ class Session:
                 process.wait()
                 status = None
             file.seek(0)
-            output = file.read()
+            lines = file.read().splitlines()
         seconds = time.monotonic() - start
-        lines = output.splitlines()
         print("\n".join(lines[-40:]), flush=True)
         record = {"record": "part", "part": part, "status": status, "seconds": round(seconds, 1)}
         if status:  # torchrun's own lines come after it
             record["error"] = next((line for line in lines if "rror: " in line), "")
-        return record, output
+        return record, lines
 
-    def torchrun(self, part: str, *arguments: str | Path) -> tuple[dict, str]:
+    def torchrun(self, part: str, *arguments: str | Path) -> tuple[dict, list[str]]:
         launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
         return self.run(part, *launch, *arguments)
 
@@ -109,16 +108,14 @@ def steps(session: Session) -> Iterator[dict]:
 
 def tests(session: Session) -> Iterator[dict]:
     marked = sorted(p for p in (ROOT / "tests").rglob("test_*.py") if MARK in p.read_text())
-    part, output = session.run("tests", "-m", "pytest", "-q", "-m", "cuda", *marked)
-    lines = output.splitlines() or ["nothing"]
+    part, lines = session.run("tests", "-m", "pytest", "-q", "-m", "cuda", *marked)
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     yield part
-    yield {"record": "tests", "summary": lines[-1].strip("= "), "failed": failed}
+    yield {"record": "tests", "summary": (lines or ["nothing"])[-1].strip("= "), "failed": failed}
 
 
 def verify(session: Session) -> Iterator[dict]:
-    part, output = session.torchrun("verify", "scripts/verify.py")
-    lines = output.splitlines()
+    part, lines = session.torchrun("verify", "scripts/verify.py")
     summary = "".join(line for line in lines if "claims fail" in line) or "not ended"
     failed = [line for line in lines if line.endswith("FAIL")]
     yield part
@@ -172,6 +169,11 @@ def report(records: list[dict]) -> str:
     tests = [
         line for one in select(records, record="tests") for line in (one["summary"], *one["failed"])
     ]
+    claims = [
+        f"`scripts/verify.py` with two workers that share the GPU: {one['summary']}."
+        + "".join(f" `{line}`" for line in one["failed"])
+        for one in select(records, record="verify")
+    ]
     return f"""# What a GPU has shown
 
 `make gpu` on one machine: {what}.
@@ -182,7 +184,7 @@ Parts and their seconds: {lasted}.
 
 Tests marked `cuda`: {chr(10).join(tests) or "not run."}
 
-{chr(10).join(map(claims, select(records, record="verify"))) or "Claims: not run."}
+{chr(10).join(claims) or "Claims: not run."}
 
 ## A step
 
@@ -218,11 +220,6 @@ def _end(part: dict) -> str:
     failed = f" (exit {part['status']}: {part.get('error') or 'no line says why'})"
     why = {0: "", None: " (time was up)"}.get(part["status"], failed)
     return f"{part['seconds']:.0f}{why}"
-
-
-def claims(record: dict) -> str:
-    failed = "".join(f" `{line}`" for line in record["failed"])
-    return f"`scripts/verify.py` with two workers that share the GPU: {record['summary']}.{failed}"
 
 
 def step_table(steps: list[dict]) -> str:

@@ -120,7 +120,7 @@ def measure_all(options: argparse.Namespace) -> Iterator[dict]:
             loss.backward()
 
     measured = measure(forward_backward, timer, options.steps)
-    yield shown({"method": FORWARD, **measured, "tokens": tokens[0].numel()})
+    yield {"record": "step", "method": FORWARD, **measured, "tokens": tokens[0].numel()}
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     start = [parameter.detach().clone() for parameter in model.parameters()]
     optimizers = {
@@ -138,12 +138,8 @@ def measure_all(options: argparse.Namespace) -> Iterator[dict]:
             parameter.copy_(value)
 
     for name, new in optimizers.items():
-        yield shown({"method": name} | measure_method(new, put_back, options.steps))
-
-
-def shown(record: dict) -> dict:
-    print(f"{record['method']}: {record['ms']:.1f} ms {record['phases_ms']}", flush=True)
-    return {"record": "step"} | record
+        measured = measure_method(new, put_back, options.steps)
+        yield {"record": "step", "method": name} | measured
 
 
 def draw(records: list[dict], folder: Path) -> str:

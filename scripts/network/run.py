@@ -12,8 +12,10 @@ results/network/network.jsonl and README.md beside it, which --redraw makes of i
 """
 
 import argparse
+import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,14 +25,24 @@ if not __package__:
 
 import torch.distributed as dist
 
-from scripts.measuring import UNLIMITED, job, over_links
-from scripts.studies import OVERRIDES, command, fill, markdown, page
+from scripts.measuring import by_ranks
+from scripts.netns import Network, requirements_missing
+from scripts.studies import (
+    OVERRIDES,
+    command,
+    fill,
+    markdown,
+    page,
+    read_records,
+    select,
+    write_records,
+)
 from train import Run
 from training.checkpoint import Checkpoints
 from training.config import ROOT, compose
 from training.log import NoLog
 from training.renamed import modern_label
-from training.workers import Workers, exit_process
+from training.workers import RunError, Workers, exit_process
 
 LOG = ROOT / "results" / "network" / "network.jsonl"
 OPTIONS = {
@@ -46,6 +58,7 @@ MODEL = [
     *(f"model.width={WIDTH}", "model.heads=4", "batch.micro_size=1", "schedule.cooldown=0"),
     "checkpoint.every=0",  # torch's PowerSGD keeps its state to itself
 ]
+PATIENCE = 3600  # seconds for a launch
 WARM_UP = 5  # steps before others are timed: PowerSGD's hook starts to compress in the third
 RANK = 0.15
 DDP = {
@@ -85,24 +98,46 @@ RENAMED = {"a message a step": "sync every step", "stagger": "streaming"}
 
 
 def launch(options: argparse.Namespace) -> Iterator[dict]:
-    near, far = options.rates.split(","), [*options.far_rates.split(","), UNLIMITED]
+    """The records of all links, each of a launch of its own. Raises RunError if one fails."""
+    if missing := requirements_missing():
+        raise RunError(missing)
+    links = [(rate, None, False) for rate in options.rates.split(",")]
+    links += [(rate, options.delay, True) for rate in options.far_rates.split(",")]
     own = {"steps": options.steps, "overrides": options.overrides}
-    for rates, delay in ((near, None), (far, options.delay)):
-        yield from over_links(__file__, options.nodes, rates, delay, far=delay is not None, **own)
+    for rate, delay, far in [*links, (None, None, True)]:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Network(options.nodes, rate, delay) as network,
+        ):
+            path, given = Path(folder, "records.jsonl"), json.dumps(own | {"far": far})
+            try:
+                network.torchrun(__file__, path, given, show=True, timeout=PATIENCE)
+            except RuntimeError as error:
+                raise RunError(str(error)) from error
+            for record in read_records(path):
+                yield {"rate": rate or "unlimited", "delay": delay} | record
 
 
 def measure(options: argparse.Namespace, workers: Workers) -> Iterator[dict]:
     """The records of all methods of a link, on every node."""
     common = [*MODEL, f"batch.global_size={workers.count}", *options.overrides]
-    if options.far:
-        for name, (overrides, steps) in FAR.items():
-            yield {"method": name} | time_training([*TRAINING, *common, *overrides], steps, workers)
-        return
+    near, far = measure_near(common, options.steps, workers), measure_far(common, workers)
+    for record in far if options.far else near:
+        workers.say(json.dumps(record))
+        yield record
+
+
+def measure_far(common: list[str], workers: Workers) -> Iterator[dict]:
+    for name, (overrides, steps) in FAR.items():
+        yield {"method": name} | time_training([*TRAINING, *common, *overrides], steps, workers)
+
+
+def measure_near(common: list[str], timed: int, workers: Workers) -> Iterator[dict]:
     for name, method in (DDP | METHODS).items():
-        steps = WARM_UP + 2 * options.steps  # those of DDP are timed twice
+        steps = WARM_UP + 2 * timed  # those of DDP are timed twice
         config = compose((*common, f"steps={steps}", *method)).config
         run = Run(config, workers)
-        seconds, sent, compute, communication = time_method(run, options.steps, name in DDP)
+        seconds, sent, compute, communication = time_method(run, timed, name in DDP)
         # The rank that comes last to a step waits least: its time is the network's.
         least = [min(ranks) for ranks in zip(*workers.gather(communication), strict=True)]
         yield {
@@ -175,13 +210,11 @@ def time_training(overrides: list[str], steps: int, workers: Workers) -> dict:
 
 
 def report(records: list[dict]) -> str:
-    near: dict[str, list[dict]] = {}
     far = [one for one in records if "waiting" in one]
-    for one in records:
-        if "waiting" not in one:
-            near.setdefault(one["rate"], []).append(one)
+    near = [one for one in records if "waiting" not in one]
+    rates = dict.fromkeys(one["rate"] for one in near)
     values = {
-        "near": "\n\n".join(map(near_table, near.values())),
+        "near": "\n\n".join(near_table(select(near, rate=rate)) for rate in rates),
         "far": far_table(far),
         "delay": far[0]["delay"],
         "placement": far[0]["placement"],
@@ -216,7 +249,9 @@ def far_table(records: list[dict]) -> str:
 
 def main() -> int:
     if "RANK" in os.environ:
-        return job(measure)
+        path, given = sys.argv[1:]
+        write_records(Path(path), by_ranks(measure)(argparse.Namespace(**json.loads(given))))
+        return 0
     return command(__doc__, LOG, launch, page(report), OPTIONS)
 
 
