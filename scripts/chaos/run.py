@@ -5,17 +5,19 @@
 Rounds of a run of local steps by workers that come and go (scripts/fleet.py), each with a seed of
 its own, until so many faults have happened; a fault comes when all workers have met again after the
 last. Then every round's W has to be the same on all workers, bit for bit, no worker to which
-nothing happened may have waited longer than promised (faults.py), and the test loss has to lie
+nothing happened may have waited longer than promised (`bound`), and the test loss has to lie
 among those of runs without faults: as many, of the same seeds, of as many steps as have the same
 tokens. Four machines on one: a step takes at least --pace seconds. Exits with 1 if one of that does
 not hold.
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import mean
@@ -25,13 +27,51 @@ if not __package__:
 
 from scripts import faults
 from scripts.chaos.crew import Crew
-from scripts.chaos.faults import FAULTS, bound, longest_wait
-from scripts.faults import TINY, agreement, answer, draws, hand_in
+from scripts.faults import TINY, agreement, answer, draws, hand_in, stopped
+from scripts.fleet import HEARTBEAT_SECONDS
 from scripts.studies import command, markdown, select
 from training.config import ROOT, compose
+from training.fleet import FACTOR, MARGIN
 
 LOG = ROOT / "results" / "chaos" / "chaos.jsonl"
 EVERY = 20  # steps
+SLACK = 15  # seconds: a message's own patience, a quorum, and a machine that has other work
+GONE = HEARTBEAT_SECONDS + SLACK
+
+
+def sent(crew: Crew, worker: int, lasts: float, number: signal.Signals) -> None:
+    crew.send(worker, number)
+
+
+def away(crew: Crew, worker: int, lasts: float, number: signal.Signals) -> None:
+    """A machine, with all that runs there, ends by a signal, and comes back later."""
+    crew.end(worker, number)
+    time.sleep(lasts)
+    crew.start(worker)
+
+
+def stop(crew: Crew, worker: int, lasts: float) -> None:
+    with stopped(crew, worker):
+        time.sleep(lasts)
+
+
+def lighthouse(crew: Crew, worker: int, lasts: float) -> None:
+    crew.end_lighthouse()
+    time.sleep(lasts)
+    crew.start_lighthouse()
+
+
+FAULTS = {
+    "kill": partial(sent, number=signal.SIGKILL),  # it is started again, within a second
+    "lose": partial(away, number=signal.SIGKILL),
+    "preempt": partial(away, number=signal.SIGTERM),
+    "stop": stop,
+    "hang": partial(
+        sent, number=signal.SIGUSR1
+    ),  # in Python, for ever, while it says that it lives
+    "part": partial(sent, number=signal.SIGUSR2),  # its W becomes another
+    "lighthouse": lighthouse,
+}
 OPTIONS = {
     **faults.options(FAULTS, faults=60, minutes=40),
     "--workers": {"type": int, "default": 4, "help": "that come and go"},
@@ -44,6 +84,22 @@ RUN = [
     *("optimizer=local", f"optimizer.sync_every={EVERY}"),
     *("eval.every=1000", "log_every=100", "checkpoint.every=500", "check_every=0"),
 ]
+
+
+def bound(kind: str, lasts: float, longest_step: float) -> float:
+    """Seconds that a worker which nothing happened to waits at most in a round."""
+    longer = {"hang": MARGIN + FACTOR * longest_step, "lighthouse": lasts}
+    return longer.get(kind, 0) + GONE
+
+
+def longest_wait(crew: Crew, fault: dict) -> dict:
+    """In the rounds of a fault: of workers to which nothing happened, and what is promised."""
+    spared = [one for one in crew.jobs if fault["kind"] == "lighthouse" or one != fault["worker"]]
+    rounds = (one for worker in spared for one in crew.rounds(worker))
+    steps = range(fault["step"] + 1, fault["until_step"] + 1)
+    waits = [one["seconds"] for one in rounds if one["step"] in steps]
+    promised = bound(fault["kind"], fault["lasts"], crew.pace)
+    return {"longest_wait": max(waits, default=0.0), "promised": round(promised, 1)}
 
 
 def details(generator: Random, workers: int) -> dict:
