@@ -142,9 +142,5 @@ def measure_all(options: argparse.Namespace) -> Iterator[dict]:
         yield {"record": "step", "method": name} | measured
 
 
-def draw(records: list[dict], folder: Path) -> str:
-    return step_table(records)
-
-
 if __name__ == "__main__":
-    sys.exit(command(__doc__, LOG, measure_all, draw, OPTIONS))
+    sys.exit(command(__doc__, LOG, measure_all, lambda records, _: step_table(records), OPTIONS))

@@ -138,10 +138,8 @@ class Soak:
     def launch(self) -> Job:
         """Workers start again twice, before the job has to."""
         own = [f"directory={self.directory}", f"--timeout={TIMEOUT}"]
-        command = [str(ROOT / "train.py"), *self.arguments, *own]
-        return Job(
-            self.network, command, 2 * [self.output], {"PET_MAX_RESTARTS": "2"}, LAUNCH_SECONDS
-        )
+        command, again = [str(ROOT / "train.py"), *self.arguments, *own], {"PET_MAX_RESTARTS": "2"}
+        return Job(self.network, command, 2 * [self.output], again, LAUNCH_SECONDS)
 
     def moment(self, job: Job) -> bool:
         """Wait for the time of the next fault; whether the job runs then."""
