@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from scripts.netns import MTU, Network
-from scripts.studies import OVERRIDES, read_records
+from scripts.studies import OVERRIDES, read_records, select
 from training.checkpoint import read_facts
 from training.records import LOG_NAME
 from training.workers import RunError
@@ -71,23 +71,25 @@ def outcome(directory: Path) -> tuple[list[dict], dict[str, str]]:
     return log, {file.name: sha256(file) for file in last.glob("*.distcp")}
 
 
+def rounds_of(log: list[dict]) -> list[dict]:
+    """Of a worker that comes and goes, the records of its rounds."""
+    return [one for one in select(log, record="membership") if one["step"] is not None]
+
+
 def agreement(logs: list[list[dict]]) -> dict:
     """What workers that come and go have agreed on: in every round, and at the end."""
-    rounds = [one for log in logs for one in log if one["record"] == "membership"]
+    rounds = [one for log in logs for one in rounds_of(log)]
     histories: dict[int, set] = {}
     for one in rounds:
-        if one["step"] is not None:
-            histories.setdefault(one["step"], set()).add(one["state"])
+        histories.setdefault(one["step"], set()).add(one["state"])
     completed = [log[-1] for log in logs if log[-1].get("status") == "completed"]
+    ends = {(one["state"], one["test_loss"]) for one in completed}
     return {
         "rounds_seen": len(histories),
         "rounds_with_two_histories": sum(len(states) > 1 for states in histories.values()),
-        "had_another_history": sum(
-            "had another history" in one["why"] for one in rounds if one["step"] is not None
-        ),
+        "had_another_history": sum("had another history" in one["why"] for one in rounds),
         "workers_completed": len(completed),
-        "equal_at_the_end": len(completed) == len(logs)
-        and len({(one["state"], one["test_loss"]) for one in completed}) == 1,
+        "equal_at_the_end": len(completed) == len(logs) and len(ends) == 1,
         "tokens": completed[0]["tokens"],
         "test_loss": completed[0]["test_loss"],
     }

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from scripts.faults import rounds_of
 from scripts.fleet import GRACE, ROOT, worker_command
 from scripts.netns import children, send
 from scripts.studies import read_records
@@ -101,9 +102,7 @@ class Crew:
         return read_records(self.directory / f"worker{worker}" / LOG_NAME)
 
     def rounds(self, worker: int) -> list[dict]:
-        """The records of its rounds."""
-        records = self.records(worker)
-        return [one for one in records if one["record"] == "membership" and one["step"] is not None]
+        return rounds_of(self.records(worker))
 
     def newest(self) -> list[dict]:
         """The newest round of every worker that has had one."""
@@ -124,9 +123,8 @@ class Crew:
         """
         until = time.monotonic() + STARTING
         while not self.is_done():
-            if any(
-                one["step"] >= step and one["messages"] == len(self.jobs) for one in self.newest()
-            ):
+            rounds = [one for one in self.newest() if one["step"] >= step]
+            if any(one["messages"] == len(self.jobs) for one in rounds):
                 return True
             if time.monotonic() > until:
                 raise RunError(f"not all workers met in {STARTING} s: see {self.directory}")

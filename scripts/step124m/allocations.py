@@ -29,11 +29,11 @@ class Phases(PhaseTimer):
 
 @dataclass
 class Memory:
-    """Bytes beyond those that were allocated before: at most, and of the largest tensor."""
+    """Bytes beyond those that were allocated before, and what allocated the largest tensor."""
 
-    peak: int = 0
-    largest: int = 0
-    operator: str = ""  # that allocated the largest
+    peak_bytes: int = 0
+    largest_bytes: int = 0
+    largest_operator: str = ""
 
 
 class Allocations:
@@ -61,13 +61,10 @@ class Allocations:
         del self.profile
         marks = [event for event in events if event.get("cat") == "user_annotation"]
         operators = [event for event in events if event.get("cat") == "cpu_op"]
-        changes = sorted(
-            (event for event in events if event["name"] == "[memory]"),
-            key=lambda event: event["ts"],
-        )
+        changes = [event for event in events if event["name"] == "[memory]"]
         self.phases = {mark["name"]: Memory() for mark in marks}
         live, level = {}, 0
-        for change in changes:
+        for change in sorted(changes, key=lambda event: event["ts"]):
             address, size = change["args"]["Addr"], change["args"]["Bytes"]
             # Of what was allocated before, the profiler may or may not know the size.
             before, level = level, level + (size if size > 0 else -live.pop(address, 0))
@@ -75,9 +72,10 @@ class Allocations:
                 live[address] = size
             for mark in enclosing(change, marks):
                 memory = self.phases[mark["name"]]
-                memory.peak = max(memory.peak, before, level)
-                if size > memory.largest:
-                    memory.largest, memory.operator = size, caller(change, operators)
+                memory.peak_bytes = max(memory.peak_bytes, before, level)
+                if size > memory.largest_bytes:
+                    memory.largest_bytes = size
+                    memory.largest_operator = caller(change, operators)
         self.kept = level
 
 
@@ -91,7 +89,6 @@ def caller(event: dict, operators: list[dict]) -> str:
     outermost = max(enclosing(event, operators), key=lambda o: o["dur"], default=None)
     if outermost is None:
         return "none"
-    shapes = (
-        "x".join(map(str, shape)) for shape in outermost["args"].get("Input Dims", []) if shape
-    )
+    inputs = outermost["args"].get("Input Dims", [])
+    shapes = ("x".join(map(str, shape)) for shape in inputs if shape)
     return f"{outermost['name'].removeprefix('aten::')}({', '.join(shapes)})"

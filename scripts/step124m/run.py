@@ -1,13 +1,16 @@
-"""Where time and memory of a step go on CPU workers, beside torch's AdamW and Muon.
+"""Where time and memory of a step go on CPUs, beside torch's AdamW and Muon; what shards hold.
 
     torchrun --standalone --nproc_per_node=2 scripts/step124m/run.py model=gpt2-124m
+    torchrun --nproc_per_node=4 scripts/step124m/run.py --sharded model=gpt2-124m ranks_per_worker=4
 
 KEY=VALUE are Hydra overrides, as of train.py. Every worker takes the gradient of one sequence and
 steps with it, again and again, for every method. Seconds are the least of `--steps` steps; memory
 is what torch's allocator handed out in one more step, temporaries inside of operators included, as
 torch.profiler records it. torch.optim.Muon steps a single block, since its bfloat16 takes minutes
-for all of them on CPUs that lack it; the table multiplies. The records go to the folder `--out`,
-and from them comes README.md.
+for all of them on CPUs that lack it; the table multiplies. With --sharded, `fsdp=true` is given,
+and every rank steps twice with its gradient: what the allocator still has handed out then, and the
+most in the second step beyond it. The records go to the folder `--out`, and from them comes
+README.md or sharded.md.
 """
 
 import argparse
@@ -16,7 +19,9 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from statistics import mean
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -36,10 +41,17 @@ from training.config import ROOT, build, compose
 from training.data import open_data
 from training.method import build_optimizer
 from training.renamed import modern_overrides
+from training.sharding import new_worker_mesh, shard
+from training.weights import draw_weights
 from training.workers import RunError, Workers, exit_process
 
 LOG = ROOT / "results" / "step124m" / "step124m.jsonl"
-OPTIONS = {**OVERRIDES, "--steps": {"type": int, "default": 2, "help": "timed steps"}}
+SHARDED_LOG = LOG.with_name("sharded.jsonl")
+OPTIONS = {
+    **OVERRIDES,
+    "--steps": {"type": int, "default": 2, "help": "timed steps"},
+    "--sharded": {"action": "store_true", "help": "what ranks hold of a sharded model"},
+}
 # How records and tables name what is not a step of EF21-Muon.
 GRADIENT = "gradient"
 ADAMW, MUON = "`torch.optim.AdamW`", "`torch.optim.Muon`, one block"
@@ -63,12 +75,7 @@ def measure(workers: Workers, timer: PhaseTimer, steps: int, step: Callable) -> 
     with Allocations() as allocations:
         step()
     return {
-        phase: {
-            "seconds": round(min(seconds[phase] for seconds in times), 4),
-            "peak_bytes": memory.peak,
-            "largest_bytes": memory.largest,
-            "largest_operator": memory.operator,
-        }
+        phase: {"seconds": round(min(seconds[phase] for seconds in times), 4), **vars(memory)}
         for phase, memory in allocations.phases.items()
         if phase in times[0]
     }
@@ -119,20 +126,18 @@ def measure_all(options: argparse.Namespace, workers: Workers) -> Iterator[dict]
             f"{workers.count} workers on {workers.device.type} were started: give 2 or more on "
             "the CPU, with torchrun, and with CUDA_VISIBLE_DEVICES= where there is a GPU"
         )
-    config, *configs = (
-        compose((*options.overrides, *how)).config for how in ([], *METHODS.values())
-    )
+    config = compose(tuple(options.overrides)).config
     model = GPT(build(config.model, "model"), config.seed)
     # As all optimizers of several workers do: what it remembers is nobody's state.
     require_equal_parameters(list(model.named_parameters()), None, UNEQUAL)
-    block, arguments = model.blocks[0], (workers, options.steps)
-    optimizers = {
-        name: (lambda own=own: build_optimizer(own, model), model)
-        for name, own in zip(METHODS, configs, strict=True)
-    }
+    cases = {GRADIENT: partial(measure_gradient, config, model)}
+    for name, how in METHODS.items():
+        own = compose((*options.overrides, *how)).config
+        cases[name] = partial(measure_optimizer, partial(build_optimizer, own, model), model)
     # Last, since these steps are local, and the workers part.
-    optimizers[ADAMW] = lambda: torch.optim.AdamW(model.parameters()), model
-    optimizers[MUON] = lambda: torch.optim.Muon(block.parameters()), block
+    for name, new in ((ADAMW, torch.optim.AdamW), (MUON, torch.optim.Muon)):
+        module = model.blocks[0] if name == MUON else model
+        cases[name] = partial(measure_optimizer, partial(new, [*module.parameters()]), module)
     facts = {
         "torch": torch.__version__,
         "processor": processor(),
@@ -146,17 +151,51 @@ def measure_all(options: argparse.Namespace, workers: Workers) -> Iterator[dict]
         "steps": options.steps,
         "overrides": options.overrides,
     }
-    for method in (GRADIENT, *optimizers):
+    for method, measure_phases in cases.items():
         start = time.perf_counter()
-        if method == GRADIENT:
-            phases = measure_gradient(config, model, *arguments)
-        else:
-            phases = measure_optimizer(*optimizers[method], *arguments)
-        of_ranks = workers.gather(phases)
+        of_ranks = workers.gather(measure_phases(workers, options.steps))
         workers.say(f"{method}: measured in {time.perf_counter() - start:.0f} s")
         for rank, measured in enumerate(of_ranks):
             for phase, numbers in measured.items():
                 yield {"method": method, "phase": phase, "rank": rank} | numbers | facts
+
+
+def measure_sharded(options: argparse.Namespace, workers: Workers) -> list[dict]:
+    """Bytes of every rank, and what they are bounded by."""
+    config = compose((*options.overrides, "fsdp=true")).config
+    mesh = new_worker_mesh(config.ranks_per_worker, workers)
+    tokens = torch.zeros(1, config.model.context, dtype=torch.int64)
+    with Allocations(shapes=False) as built:
+        with torch.device("meta"):
+            model = GPT(build(config.model, "model"))
+        shard(model, mesh)
+        draw_weights(model, config.seed, workers)
+        optimizer = build_optimizer(config, model, mesh=mesh)
+        model(tokens, tokens).backward()
+        optimizer.step()
+    optimizer.timer = Phases()
+    model(tokens, tokens).backward()
+    with Allocations() as again:
+        optimizer.step()
+    parameters, ranks = model.config.parameter_count, config.ranks_per_worker
+    largest = max(parameter.numel() for parameter in model.parameters())
+    state = sum(x.nbytes for of in optimizer.state.values() for x in of.values())
+    (of_worker,) = optimizer.mesh.total(state)
+    whole = 4 * parameters + of_worker
+    mine = {
+        "rank": workers.rank,
+        "kept_bytes": built.kept,
+        "state_bytes": state,
+        "peak_bytes": max(memory.peak_bytes for memory in again.phases.values()),
+        "whole_bytes": whole,
+        "bound_bytes": 2 * (whole // ranks + 4 * largest),
+        "ranks": ranks,
+        "workers": workers.count // ranks,
+        "parameters": parameters,
+        "torch": torch.__version__,
+        "overrides": options.overrides,
+    }
+    return workers.gather(mine)
 
 
 def report(records: list[dict]) -> str:
@@ -198,11 +237,12 @@ multiplied. It does not take embeddings.
 """
 
 
-def by_phase(records: list[dict]) -> dict[tuple[str, str], list[dict]]:
+def by_method(records: list[dict]) -> dict[str, dict[str, list[dict]]]:
     """The records of all ranks, by method and phase."""
     grouped = {}
     for record in records:
-        grouped.setdefault((record["method"], record["phase"]), []).append(record)
+        phases = grouped.setdefault(record["method"], {})
+        phases.setdefault(record["phase"], []).append(record)
     return grouped
 
 
@@ -214,52 +254,66 @@ def seconds(of_ranks: list[dict]) -> float:
 
 def phase_table(records: list[dict]) -> str:
     rows = [["method", "phase", "largest is of", "s", "peak MB", "largest MB", "layers"]]
-    for (method, phase), of_ranks in by_phase(records).items():
-        if phase == "state":
-            continue
-        largest = max(of_ranks, key=lambda record: record["largest_bytes"])
-        rows.append(
-            [
-                method,
-                phase.replace("_", ", "),
-                f"`{largest['largest_operator']}`",
-                f"{seconds(of_ranks):.2f}",
-                f"{max(record['peak_bytes'] for record in of_ranks) / 1e6:.0f}",
-                f"{largest['largest_bytes'] / 1e6:.0f}",
-                f"{largest['largest_bytes'] / 4 / largest['largest_layer']:.2f}",
-            ]
-        )
+    for method, phases in by_method(records).items():
+        phases.pop("state", None)
+        for phase, of_ranks in phases.items():
+            largest = max(of_ranks, key=lambda record: record["largest_bytes"])
+            size, peak = largest["largest_bytes"], max(one["peak_bytes"] for one in of_ranks)
+            texts = [method, phase.replace("_", ", "), f"`{largest['largest_operator']}`"]
+            numbers = [f"{seconds(of_ranks):.2f}", f"{peak / 1e6:.0f}", f"{size / 1e6:.0f}"]
+            rows.append([*texts, *numbers, f"{size / 4 / largest['largest_layer']:.2f}"])
     return markdown(rows, text_columns=3)
 
 
 def step_table(records: list[dict]) -> str:
-    grouped, blocks = by_phase(records), records[0]["blocks"]
-    ranks = [f"state, rank {record['rank']}" for record in grouped[GRADIENT, "forward_backward"]]
+    facts = records[0]
+    ranks = [f"state, rank {rank}" for rank in range(facts["workers"])]
     rows = [["method", "s without the exchange", "exchange", *ranks, "mean"]]
-    for (method, phase), states in grouped.items():
-        if phase != "state":
+    for method, phases in by_method(records).items():
+        if method == GRADIENT:
             continue
-        of_phases = {phase: seconds(of) for (name, phase), of in grouped.items()
-                     if name == method and phase != "state"}  # fmt: skip
-        exchange = of_phases.pop("exchange", None)
-        total, name = sum(of_phases.values()), method
+        states = [one["state_bytes"] / one["of_parameters"] for one in phases.pop("state")]
+        exchange = f"{seconds(phases.pop('exchange')):.2f}" if "exchange" in phases else "none"
+        total = sum(map(seconds, phases.values()))
         if method == MUON:
-            total, name = blocks * total, f"{method}, times {blocks}"
-        state = [record["state_bytes"] / record["of_parameters"] for record in states]
-        rows.append(
-            [
-                name,
-                f"{total:.2f}",
-                "none" if exchange is None else f"{exchange:.2f}",
-                *(f"{number:.2f}" for number in (*state, sum(state) / len(state))),
-            ]
-        )
+            method, total = f"{method}, times {facts['blocks']}", facts["blocks"] * total
+        numbers = (f"{number:.2f}" for number in (*states, mean(states)))
+        rows.append([method, f"{total:.2f}", exchange, *numbers])
     return markdown(rows)
+
+
+def sharded_report(records: list[dict]) -> str:
+    facts = records[0]
+    heading = ["held, MB", "of it state", "share of the whole", "bound, MB", "step, MB beyond"]
+    rows = [["rank", *heading]]
+    for one in records:
+        held, state, bound, peak = (
+            f"{one[name] / 1e6:.0f}"
+            for name in ("kept_bytes", "state_bytes", "bound_bytes", "peak_bytes")
+        )
+        share = f"{one['kept_bytes'] / one['whole_bytes']:.2f}"
+        rows.append([str(one["rank"]), held, state, share, bound, peak])
+    launch = f"--nproc_per_node={len(records)} scripts/step124m/run.py --sharded"
+    return f"""# What a rank holds of a sharded model
+
+`torchrun --standalone {launch} {shlex.join(modern_overrides(facts["overrides"]))}`
+
+{facts["workers"]} worker(s) of {facts["ranks"]} ranks, {facts["parameters"]:,} parameters, torch
+{facts["torch"]}, CPU. A worker holds {facts["whole_bytes"] / 1e6:.0f} MB in all: parameters and the
+optimizer's state. A rank holds its rows of every layer, and of the layers that it owns a whole copy
+and the state. The bound is twice the sum of a fair share of the whole and of the largest layer's
+matrix.
+
+{markdown(rows)}
+"""
 
 
 def main() -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts and stops
-    return command(__doc__, LOG, by_ranks(measure_all), page(report), OPTIONS)
+    study = LOG, by_ranks(measure_all), page(report)
+    if "--sharded" in sys.argv:
+        study = SHARDED_LOG, by_ranks(measure_sharded), page(sharded_report, "sharded.md")
+    return command(__doc__, *study, OPTIONS)
 
 
 if __name__ == "__main__":

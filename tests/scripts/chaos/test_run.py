@@ -8,9 +8,7 @@ import pytest
 from run import ROOT
 
 from scripts.chaos import run
-from scripts.chaos.faults import FAULTS, bound
-from scripts.chaos.report import LOG, draw, report
-from scripts.chaos.run import OPTIONS, details
+from scripts.chaos.run import FAULTS, LOG, OPTIONS, bound, details, draw, report
 from scripts.faults import draws
 from scripts.studies import command, read_records
 from training.fleet import FACTOR, MARGIN

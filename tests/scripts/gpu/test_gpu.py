@@ -10,8 +10,7 @@ import pytest
 from run import PATIENCE, ROOT
 
 from scripts.gpu import run
-from scripts.gpu.report import report
-from scripts.gpu.run import RUNS, Session
+from scripts.gpu.run import RUNS, Session, report
 
 FACTS = {"record": "facts", "device": "H100", "torch": "2.9.0", "cores": 8, "cuda": "13.0"}
 
@@ -38,7 +37,7 @@ def test_a_run_and_the_steps_are_measured_without_a_gpu(small, monkeypatch, fork
     parts = ["steps", "training"]
     options = Namespace(parts=parts, minutes=20, overrides=data)
     records = [json.loads(json.dumps(record)) for record in run.measure(options)]
-    text = run.report(records, names)
+    text = report(records)
     assert [part["status"] for part in records if part["record"] == "part"] == [0, 0]
     assert "prove nothing about GPUs" in text and "Tests marked `cuda`: not run." in text
     assert f"| {names[0]} | " in text and "did not end" not in text
@@ -66,10 +65,8 @@ def test_a_wait_for_the_device_and_what_did_not_end_are_reported():
     step = {"record": "step", "method": "topk", "ms": 2.0, "phases_ms": {"encode": 1.5}}
     step |= {"peak_bytes": 3e6, "waits": "called a synchronizing CUDA operation", "tokens": 8}
     train = {"record": "training", "run": "uncompressed", "of": "train"}
-    text = report(
-        [FACTS, {"record": "part", "part": "steps", "status": None, "seconds": 9}, step, train],
-        RUNS,
-    )
+    part = {"record": "part", "part": "steps", "status": None, "seconds": 9}
+    text = report([FACTS, part, step, train])
     assert "| topk | 2.00 | 1.50 |  |  |  | 3 | called a synchronizing CUDA operation |" in text
     assert "steps 9 (time was up)" in text
     assert "| uncompressed | did not end |" in text and "| quantized rank 30 % | not run |" in text
@@ -85,12 +82,12 @@ def test_milliseconds_of_a_run_are_those_of_its_second_half():
         lines.append({"record": "training", "run": "uncompressed", "of": "train", "step": step,
                       "seconds": seconds, "phases": phases})  # fmt: skip
     end = {"record": "training", "run": "uncompressed", "of": "end", "test_loss": 3.25}
-    text = report([FACTS, *lines, end | {"w2s_bytes": 4000}], RUNS)
+    text = report([FACTS, *lines, end | {"w2s_bytes": 4000}])
     assert "| uncompressed | 3.2500 | 4,000 | 50.0 | 0.0 | 25.0 | 0.0 | 0.0 | 0.0 |" in text
 
 
 def test_the_committed_report_is_that_of_the_committed_records():
     folder = ROOT / "results/gpu"
     records = [json.loads(line) for line in (folder / "gpu.jsonl").read_text().splitlines()]
-    assert report(records, RUNS) == (folder / "README.md").read_text()
-    assert "| none |" in report(records, RUNS) and "synchroniz" not in report(records, RUNS)
+    assert report(records) == (folder / "README.md").read_text()
+    assert "| none |" in report(records) and "synchroniz" not in report(records)

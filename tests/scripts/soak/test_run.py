@@ -14,9 +14,8 @@ from waiting import wait_until
 
 from scripts.faults import draws, outcome
 from scripts.netns import requirements_missing
-from scripts.soak import rounds, run
-from scripts.soak.rounds import KINDS, disk_missing, full, new_disk
-from scripts.soak.run import details
+from scripts.soak import run
+from scripts.soak.run import KINDS, details, disk_missing, full, new_disk
 
 MISSING = requirements_missing() or disk_missing()
 needs_root = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -44,8 +43,8 @@ def left_behind(pid: int, tmp_path: Path) -> list[str]:
 def said_in_soak(overrides, tmp_path, monkeypatch, forks):
     """What workers say in a soak with these faults, which they have to survive; all are forks."""
     # The machine may be slow: workers wait longer for one another.
-    monkeypatch.setattr(rounds, "TIMEOUT", 60)
-    monkeypatch.setattr(rounds, "LAUNCH_SECONDS", PATIENCE)
+    monkeypatch.setattr(run, "TIMEOUT", 60)
+    monkeypatch.setattr(run, "LAUNCH_SECONDS", PATIENCE)
 
     def said(kinds: list[str], seed: int, *more: str) -> list[str]:
         options = [f"--faults={len(kinds)}", f"--kinds={','.join(kinds)}", f"--seed={seed}"]

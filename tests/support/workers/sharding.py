@@ -61,7 +61,7 @@ def memory(workers: Workers) -> dict:
     with Allocations(shapes=False) as memory, record_function("build"):
         model = new_model(LARGE, workers)
     size = 4 * LARGE.parameter_count
-    return {"peak": memory.phases["build"].peak / size, "kept": memory.kept / size,
+    return {"peak": memory.phases["build"].peak_bytes / size, "kept": memory.kept / size,
             "large is as whole": is_as_whole(model)}  # fmt: skip
 
 
