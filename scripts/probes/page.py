@@ -4,13 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import correlation, mean
 
-from scripts.shakespeare.axes import LOSS_GAP, by_family, legend_outside, panels
 from scripts.shakespeare.page import words
-from scripts.shakespeare.results import Results, read
+from scripts.shakespeare.results import Results, by_family, read
 from scripts.studies import fill, select
-from training import picture
-from training.drawing import Figure, NullLocator, matplotlib
-from training.picture import line_look, ticks_alone
+from training.picture import legend_outside, line_look, panels, plain_gaps, ticks_alone
 
 TEXT = Path(__file__).with_name("page.md")
 KINDS = {
@@ -32,9 +29,8 @@ def draw(records: Records, directory: Path) -> str:
     values = words(results) | of_replay(results, replayed) | of_differences(differences)
     text = fill(TEXT.read_text(), values)
     (directory / "README.md").write_text(text)
-    with matplotlib.rc_context(picture.STYLE):
-        picture.save(why_figure(results, replayed), directory / "why")
-        picture.save(differences_figure(differences), directory / "differences")
+    draw_why(results, replayed, directory / "why")
+    draw_differences(differences, directory / "differences")
     return text
 
 
@@ -68,40 +64,35 @@ def of_differences(records: Records) -> dict[str, Callable[[str], str]]:
     }
 
 
-def why_figure(results: Results, replayed: Replayed) -> Figure:
+def draw_why(results: Results, replayed: Replayed, stem: Path) -> None:
     """Final loss against what was replayed of the same compressors."""
-    figure, axes = panels(11, 4.2, 2, sharey=True)
-    for index, (family, members) in enumerate(by_family(results).items()):
-        shown = [one for one in members if one.setting.name in replayed]
-        gaps = [one.gap for one in shown]
-        for panel, key in zip(axes, ("error", "alignment"), strict=True):
-            values = [replayed[one.setting.name][key] for one in shown]
+    with panels(stem, 11, 4.2, 1, 2, sharey=True) as (by_error, by_alignment):
+        for index, (family, members) in enumerate(by_family(results).items()):
+            shown = [one for one in members if one.setting.name in replayed]
+            gaps = [one.gap for one in shown]
             look = line_look(index) | {"linestyle": "", "label": family if shown else None}
-            panel.plot(values, gaps, **look)
-    axes[0].set(xlabel="error of the estimator, ||G - M|| / ||M||", yscale="symlog")
-    axes[0].set_ylabel(LOSS_GAP)
-    axes[1].set_xlabel("alignment of the LMO's step with the uncompressed one")
-    axes[0].yaxis.set_major_formatter("{x:g}")
-    axes[0].yaxis.set_minor_locator(NullLocator())
-    legend_outside(figure, axes[1])
-    return figure
+            for axes, key in ((by_error, "error"), (by_alignment, "alignment")):
+                axes.plot([replayed[one.setting.name][key] for one in shown], gaps, **look)
+        by_error.set(xlabel="error of the estimator, ||G - M|| / ||M||", ylabel="loss gap (%)")
+        plain_gaps(by_error, linear=2)
+        by_alignment.set_xlabel("alignment of the LMO's step with the uncompressed one")
+        legend_outside(by_alignment)
 
 
-def differences_figure(records: Records) -> Figure:
+def draw_differences(records: Records, stem: Path) -> None:
     """What differences of local steps have in common, by the steps of a round and the layer."""
-    figure, of_kinds = panels(11, 3.6, len(KINDS))
-    steps = sorted({record["every"] for record in records})
-    for axes, (key, title) in zip(of_kinds, KINDS.items(), strict=True):
-        for index, role in enumerate(dict.fromkeys(map(role_of, records))):
-            values = [
-                mean(r[key] for r in records if r["every"] == every and role_of(r) == role)
-                for every in steps
-            ]
-            axes.plot(steps, values, label=role, **line_look(index))
-        axes.set(xlabel="steps per round", ylabel=title, ylim=(0, 1))
-        ticks_alone(axes, {every: str(every) for every in steps})
-    axes.legend(fontsize=7)
-    return figure
+    roles: dict[str, Records] = {}
+    for one in records:
+        roles.setdefault(role_of(one), []).append(one)
+    steps = sorted({one["every"] for one in records})
+    with panels(stem, 11, 3.6, 1, len(KINDS)) as of_kinds:
+        for axes, (key, title) in zip(of_kinds, KINDS.items(), strict=True):
+            for index, (role, members) in enumerate(roles.items()):
+                values = [mean(one[key] for one in select(members, every=n)) for n in steps]
+                axes.plot(steps, values, label=role, **line_look(index))
+            axes.set(xlabel="steps per round", ylabel=title, ylim=(0, 1))
+            ticks_alone(axes, {n: str(n) for n in steps})
+        axes.legend(fontsize=7)
 
 
 def role_of(record: dict) -> str:

@@ -266,6 +266,15 @@ def of_families(results: Results, *families: str) -> list[Result]:
     return [one for one in results.values() if one.setting.family in families]
 
 
+def by_family(results: Results) -> dict[str, list[Result]]:
+    """The settings that figures of all of them show, in the study's order."""
+    families: dict[str, list[Result]] = {}
+    for name, one in results.items():
+        if "/" not in name and one.setting.family not in ("feedback", LOCAL, *PEERS):
+            families.setdefault(one.setting.family, []).append(one)
+    return families
+
+
 def compressed(results: Results) -> list[Result]:
     """Our settings that compress and sync every step, in the study's order."""
     not_these = ("identity", LOCAL, *OTHERS)
