@@ -103,16 +103,16 @@ def line(axes, points: Line, index: int, label: str) -> None:
     axes.plot(*zip(*points, strict=True), label=label, **line_look(index))
 
 
-def with_band(axes, one: Result, index: int, key: str, label: str | None) -> None:
-    """A line for the mean over seeds, and a band from the least to the most."""
-    rows = list(zip(*(log.evals for log in one.logs), strict=True))
-    x = [row[0][key] if key == "tokens" else one.sizes(row[0][key]) for row in rows]
-    losses = [[record["test_loss"] for record in row] for row in rows]
+def by_tokens_of_seeds(axes, one: Result, index: int) -> None:
+    """A line for the mean loss over seeds, and a band from the least to the most."""
+    tokens = [record["tokens"] for record in one.logs[0].evals]
+    of_seeds = ([record["test_loss"] for record in log.evals] for log in one.logs)
+    losses = list(zip(*of_seeds, strict=True))
     look = line_look(index)
-    axes.plot(x, list(map(mean, losses)), markersize=3, label=label, **look)
+    axes.plot(tokens, list(map(mean, losses)), markersize=3, label=one.label, **look)
     if len(one.logs) > 1:
         least, most = list(map(min, losses)), list(map(max, losses))
-        axes.fill_between(x, least, most, color=look["color"], alpha=0.2, linewidth=0)
+        axes.fill_between(tokens, least, most, color=look["color"], alpha=0.2, linewidth=0)
 
 
 @figure(13, 3.8, 4)
@@ -124,7 +124,7 @@ def paper_figure(results: Results, axes) -> None:
     ):
         shown = [results[name] for name in names]
         for index, one in enumerate(shown):
-            with_band(by_tokens, one, index, "tokens", one.label)
+            by_tokens_of_seeds(by_tokens, one, index)
         level(by_tokens, target)
         by_tokens.set(xlabel="training tokens", ylabel=LOSS, yscale="log")
         by_tokens.set_ylim(0.97 * min(min(one.ends) for one in shown), 2.2)
@@ -230,28 +230,6 @@ def ends_figure(results: Results, axes) -> None:
     legend_outside(axes, fontsize=7)
 
 
-@figure(12, 6)
-def bytes_figure(results: Results, axes) -> None:
-    """Test loss against bytes, every setting of the study, with seeds as bands."""
-    shown = study.by_family(results)
-    for index, (family, members) in enumerate(shown.items()):
-        for place, one in enumerate(members):
-            with_band(axes, one, index, SENT, None if place else family)
-            last = one.sizes(one.last[SENT])
-            axes.annotate(f" {one.setting.level}", (last, one.loss), fontsize=6)
-    level(axes, results["identity"].target)
-    axes.set(
-        xlabel="x model size (fp32), sent to the servers per worker",
-        ylabel=LOSS,
-        xscale="log",
-        yscale="log",
-    )
-    axes.set_ylim(0.97 * min(min(one.ends) for ones in shown.values() for one in ones), 2.6)
-    plain_sizes(axes)
-    plain_losses(axes)
-    legend_outside(axes)
-
-
 @figure(10, 5.5)
 def rate_figure(results: Results, axes) -> None:
     """Bits per parameter and step against the loss gap."""
@@ -266,28 +244,6 @@ def rate_figure(results: Results, axes) -> None:
     plain_gaps(axes)
     plain_sizes(axes)
     legend_outside(axes)
-
-
-@figure(6, 4)
-def directions_figure(results: Results, axes) -> None:
-    """Bytes of both directions to the target, of settings with and without s2w compression."""
-    shown = [
-        one
-        for name, one in results.items()
-        if (name == "identity" or one.setting.family == "both ways" or f"{name}-both" in results)
-        and one.to_target(BOTH)
-    ]
-    for place, one in enumerate(shown):
-        up, down = map(one.sizes_to_target, (SENT, study.BACK))
-        labels = (None, None) if place else ("to the servers", "back to the workers")
-        axes.bar(place, up, color=COLOURS[0], label=labels[0])
-        axes.bar(place, down, bottom=up, color=COLOURS[5], label=labels[1])
-        axes.annotate(f"{up + down:.0f}", (place, up + down), ha="center", va="bottom")
-    axes.set_xticks(range(len(shown)), [one.short for one in shown], rotation=20, ha="right")
-    axes.set_axisbelow(True)
-    axes.margins(y=0.1)
-    axes.set_ylabel(f"x model size (fp32), to loss {results['identity'].target:.3f}")
-    axes.legend()
 
 
 @figure(10, 3.8, 2, sharey=True)

@@ -18,8 +18,8 @@ TARGET_SHARE = 0.75  # of the uncompressed run's tokens
 MORE = 1.01  # times what another method sends, that ours may send beside it
 UNCOMPRESSED_BITS = 32  # per parameter and step
 FEWER = 100  # times fewer bytes, of what ends closest to the uncompressed run
-# Bytes of evaluations: to the servers and back, and all that a worker sends and receives.
-SENT, BACK, BOTH = "w2s_bytes", "s2w_bytes", "both_bytes"
+# Bytes of evaluations: to the servers, and all that a worker sends and receives.
+SENT, BOTH = "w2s_bytes", "both_bytes"
 LOCAL = "local steps"
 # Families that are not ours: those that sync every step, and those of local steps.
 EVERY_STEP = tuple(dict.fromkeys(one.family for one in STUDY["baselines"]))
