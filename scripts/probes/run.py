@@ -43,27 +43,25 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
 def draw(records: Records, directory: Path) -> str:
     """Write the page and the figures into a folder; returns the page."""
     results = read()
-    differences = select(records, probe="differences")
-    replayed = {
-        one["name"]: one for one in select(records, probe="replay") if one["name"] in results
-    }
-    values = words(results) | of_replay(results, replayed) | of_differences(differences)
+    of_layers, of_settings = (select(records, probe=probe) for probe in PROBES)
+    replayed = {one["name"]: one for one in of_settings if one["name"] in results}
+    values = words(results) | of_replay(results, replayed) | of_differences(of_layers)
     text = fill(TEXT.read_text(), values)
     (directory / "README.md").write_text(text)
     draw_why(results, replayed, directory / "why")
-    draw_differences(differences, directory / "differences")
+    draw_differences(of_layers, directory / "differences")
     return text
 
 
 def of_replay(results: Results, replayed: Replayed) -> dict[str, str]:
     """Rank correlations of what was replayed with the final losses."""
     losses = places([results[name].loss for name in replayed])
-    by = {key: places([one[key] for one in replayed.values()]) for key in ("error", "alignment")}
-    return {
-        "replayed": str(len(replayed)),
-        "error_and_loss": f"{correlation(by['error'], losses):.2f}",
-        "alignment_and_loss": f"{correlation(by['alignment'], losses):.2f}",
-    }
+
+    def with_loss(key: str) -> str:
+        return f"{correlation(places([one[key] for one in replayed.values()]), losses):.2f}"
+
+    words = {f"{key}_and_loss": with_loss(key) for key in ("error", "alignment")}
+    return words | {"replayed": str(len(replayed))}
 
 
 def places(values: Sequence[float]) -> list[int]:

@@ -230,22 +230,6 @@ def ends_figure(results: Results, axes) -> None:
     legend_outside(axes, fontsize=7)
 
 
-@figure(10, 5.5)
-def rate_figure(results: Results, axes) -> None:
-    """Bits per parameter and step against the loss gap."""
-    for index, (family, members) in enumerate(study.by_family(results).items()):
-        points = sorted((one.bits, one.gap, one.setting.level) for one in members)
-        line(axes, [point[:2] for point in points], index, family)
-        for x, y, name in points:
-            axes.annotate(f" {name}", (x, y), fontsize=6)
-    level(axes, 0)
-    axes.set_xlabel("bits sent to the servers per parameter and step")
-    axes.set(ylabel=LOSS_GAP, xscale="log")
-    plain_gaps(axes)
-    plain_sizes(axes)
-    legend_outside(axes)
-
-
 @figure(10, 3.8, 2, sharey=True)
 def workers_figure(results: Results, pair) -> None:
     """The loss gap to as many workers uncompressed: by their number, by bytes."""

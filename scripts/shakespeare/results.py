@@ -60,10 +60,6 @@ class Result:
         return self.compared_with or self
 
     @property
-    def is_baseline(self) -> bool:
-        return self.compared_with is None
-
-    @property
     def run(self) -> dict:
         """The run record of its first seed."""
         return self.logs[0].run
