@@ -16,28 +16,11 @@ if not __package__:
 
 from scripts.shakespeare import results as study
 from scripts.shakespeare.page import page
-from scripts.shakespeare.results import (
-    BOTH,
-    OURS,
-    RESULTS,
-    SENT,
-    UNCOMPRESSED,
-    Line,
-    Result,
-    Results,
-)
+from scripts.shakespeare.results import BOTH, OURS, SENT, UNCOMPRESSED, Result, Results
 from scripts.shakespeare.runs import OF_WORKERS, SIZES
+from training import picture
 from training.drawing import EngFormatter
-from training.picture import (
-    COLOURS,
-    legend_outside,
-    line_look,
-    panels,
-    plain_gaps,
-    plain_losses,
-    plain_sizes,
-    ticks_alone,
-)
+from training.picture import COLOURS, line_look
 
 LOSS, LOSS_GAP = "test loss (nats per token)", "loss gap (%)"
 PANELS = {  # the paper's family in its first two panels, and in its last two
@@ -85,7 +68,7 @@ def figure(width: float, height: float, count: int = 1, **shared) -> Callable:
         name = draw.__name__.removesuffix("_figure")
 
         def write(results: Results, folder: Path) -> None:
-            with panels(folder / name, width, height, 1, count, **shared) as axes:
+            with picture.panels(folder / name, width, height, 1, count, **shared) as axes:
                 draw(results, axes)
 
         FIGURES[name] = write
@@ -99,7 +82,7 @@ def level(axes, value: float) -> None:
     axes.axhline(value, color="#888888", linewidth=0.8)
 
 
-def line(axes, points: Line, index: int, label: str) -> None:
+def line(axes, points: study.Line, index: int, label: str) -> None:
     axes.plot(*zip(*points, strict=True), label=label, **line_look(index))
 
 
@@ -129,7 +112,7 @@ def paper_figure(results: Results, axes) -> None:
         by_tokens.set(xlabel="training tokens", ylabel=LOSS, yscale="log")
         by_tokens.set_ylim(0.97 * min(min(one.ends) for one in shown), 2.2)
         by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
-        plain_losses(by_tokens)
+        picture.plain_losses(by_tokens)
         by_tokens.legend(loc="lower left", fontsize=6)
         reached = [(index, one) for index, one in enumerate(shown) if one.to_target(SENT)]
         for place, (index, one) in enumerate(reached):
@@ -178,8 +161,8 @@ def envelopes_figure(results: Results, axes) -> None:
         xlim=(0.01, 2500),
         ylim=(1.28, 3.3),
     )
-    plain_sizes(axes)
-    plain_losses(axes)
+    picture.plain_sizes(axes)
+    picture.plain_losses(axes)
 
 
 @figure(10, 4, 2)
@@ -202,7 +185,7 @@ def rounds_figure(results: Results, pair) -> None:
     at_the_end.set_ylabel(LOSS_GAP)
     for axes in (to_target, at_the_end):
         axes.set_xlabel("steps per round")
-        ticks_alone(axes, {steps: str(steps) for steps in sorted(ticks)})
+        picture.ticks_alone(axes, {steps: str(steps) for steps in sorted(ticks)})
     to_target.legend(fontsize=7)
 
 
@@ -224,10 +207,10 @@ def ends_figure(results: Results, axes) -> None:
     level(axes, 0)
     axes.set_xlabel("times fewer bytes that a worker sends and receives in the whole run")
     axes.set(ylabel=LOSS_GAP, xscale="log")
-    plain_gaps(axes)
-    plain_sizes(axes)
+    picture.plain_gaps(axes)
+    picture.plain_sizes(axes)
     axes.set_ylim(-1, 100)
-    legend_outside(axes, fontsize=7)
+    picture.legend_outside(axes, fontsize=7)
 
 
 @figure(10, 3.8, 2, sharey=True)
@@ -243,11 +226,11 @@ def workers_figure(results: Results, pair) -> None:
         line(by_bytes, sorted((one.moved, one.gap) for one in signs), index, f"{n} workers")
     by_number.set_xlabel("workers")
     by_number.set_ylabel(LOSS_GAP)
-    ticks_alone(by_number, {n: str(n) for n in found})
+    picture.ticks_alone(by_number, {n: str(n) for n in found})
     by_bytes.set(
         xlabel="x model size (fp32), sent and received, signs of all entries", xscale="log"
     )
-    plain_sizes(by_bytes)
+    picture.plain_sizes(by_bytes)
     for axes in (by_number, by_bytes):
         level(axes, 0)
         axes.legend(fontsize=7)
@@ -271,7 +254,7 @@ def sizes_figure(results: Results, pair) -> None:
     level(over, 0)
     for axes in (fewer, over):
         axes.set_xlabel("parameters")
-        ticks_alone(axes, ticks)
+        picture.ticks_alone(axes, ticks)
     over.legend(fontsize=7)
 
 
@@ -285,10 +268,10 @@ def summary(results: Results) -> str:
 def main() -> int:
     try:
         results = study.read()
-        (RESULTS.parent / "README.md").write_text(page(results))
-        (RESULTS / "summary.json").write_text(summary(results))
+        (study.RESULTS.parent / "README.md").write_text(page(results))
+        (study.RESULTS / "summary.json").write_text(summary(results))
         for write in FIGURES.values():
-            write(results, RESULTS)
+            write(results, study.RESULTS)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
