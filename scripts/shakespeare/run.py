@@ -5,10 +5,9 @@
 With torchrun, on two workers but where more are studied; one training at a time, or as many as have
 N processes in all, on a GPU that they share. What a run prints goes to runs/shakespeare. Runs that
 are of a GPU are left out without one, and others do not use it, but for those of larger models,
-which are in bfloat16 on either. A run that is
-in results/shakespeare/logs is skipped; one that was interrupted resumes from its checkpoint. Logs
-are cut to what is used, and not edited. The runs and their overrides are in runs.py beside this
-file.
+which are in bfloat16 on either. A run that is in results/shakespeare/logs is skipped; one that was
+interrupted resumes from its checkpoint. Logs are cut to what is used, and not edited. The runs and
+their overrides are in runs.py beside this file.
 """
 
 import argparse
