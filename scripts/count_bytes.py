@@ -35,7 +35,7 @@ OPTIONS = {
     "--steps": {"type": int, "default": 10, "help": "counted steps"},
 }
 INTERFACE = Path("/sys/class/net/eth0")
-COUNTERS = ("tx_bytes", "tx_packets")
+COUNTERS = [INTERFACE / "statistics" / name for name in ("tx_bytes", "tx_packets")]
 COUNTED = ("log_bytes", "kernel_bytes", "kernel_packets")
 QUIET_SECONDS = 0.2
 HEADERS = 14 + 20 + 32  # bytes of a packet that are Ethernet's, IPv4's and TCP's (with timestamps)
@@ -85,15 +85,11 @@ def count(run: Run, steps: int) -> dict[str, float]:
 
 def sent_when_quiet(run: Run) -> list[int]:
     """COUNTED, once nothing was sent for a while: sockets have drained, all is acknowledged."""
-    now, last = read_counters(), None
+    now, last = [], None
     while now != last:
         time.sleep(QUIET_SECONDS)
-        now, last = read_counters(), now
+        now, last = [int(path.read_text()) for path in COUNTERS], now
     return [run.optimizer.wire_tx_bytes, *now]
-
-
-def read_counters() -> list[int]:
-    return [int((INTERFACE / "statistics" / name).read_text()) for name in COUNTERS]
 
 
 def report(records: list[dict], folder: Path) -> str:

@@ -108,15 +108,10 @@ def start(options: argparse.Namespace) -> int:
     """The lighthouse and all workers on this machine; returns the exit status."""
     server = new_lighthouse(options.workers, options.port)
     asked, console, workers = Request(), Console(options.workers), []
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     for number in range(options.workers):
-        workers.append(
-            subprocess.Popen(
-                worker_command(options, number),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
-        )
+        command = worker_command(options, number)
+        workers.append(subprocess.Popen(command, start_new_session=True, **pipes))
         console.follow(number, workers[-1])
     too_few = _wait(workers, asked, console)
     for worker in workers:
@@ -132,11 +127,9 @@ def start(options: argparse.Namespace) -> int:
         print("error: fewer than a majority of the workers are left: all stop", file=sys.stderr)
         return 1
     for number, status in enumerate(statuses):
-        if status and status != FINAL:  # it has said why
+        if status not in (0, FINAL):  # which has said why
             print(f"error: worker {number} did not complete: see its log", file=sys.stderr)
-    if all(status == FINAL for status in statuses):
-        return FINAL
-    return 1 if any(statuses) else 0
+    return statuses[0] if set(statuses) in ({0}, {FINAL}) else 1
 
 
 def _wait(workers: list[subprocess.Popen], asked: Request, console: Console) -> bool:
@@ -193,9 +186,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         add("--number", type=int, required=True, help="of this worker, from 0")
         add("--lighthouse", required=True, metavar="URL")
     else:
-        add(
-            "--port", type=whole(1, 2**16 - 1), default=PORT, help="of the lighthouse (%(default)s)"
-        )
+        port = whole(1, 2**16 - 1)
+        add("--port", type=port, default=PORT, help="of the lighthouse (%(default)s)")
     if part != "lighthouse":
         ending = "for a worker to end that was asked to stop (%(default)g)"
         span = {"type": seconds, "metavar": "SECONDS"}
@@ -215,9 +207,8 @@ def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
 
     def read(text: str) -> int:
         if not text.isdecimal() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(
-                f"{text} is not allowed: give a whole number of {allowed}"
-            )
+            message = f"{text} is not allowed: give a whole number of {allowed}"
+            raise argparse.ArgumentTypeError(message)
         return int(text)
 
     return read

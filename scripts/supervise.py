@@ -129,13 +129,9 @@ def _say(text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--ranks", type=int, default=1, help="processes (%(default)s)")
-    parser.add_argument(
-        "--shutdown-timeout",
-        type=float,
-        default=GRACE,
-        metavar="SECONDS",
-        help="for processes to end that were asked to stop (%(default)s)",
-    )
+    ending = "for processes to end that were asked to stop (%(default)s)"
+    span = {"type": float, "metavar": "SECONDS", "default": GRACE}
+    parser.add_argument("--shutdown-timeout", **span, help=ending)
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGUMENT ...]")
     options = parser.parse_args()
     return supervise(options.command, options.ranks, options.shutdown_timeout)

@@ -100,13 +100,6 @@ def workers_equal_one(workers: Workers) -> Measurement:
     return trials.update_distance(found, expected), 1e-4
 
 
-@claim("local steps alone are the inner ones", "entries that differ")
-def local_steps_are_inner_ones(workers: Workers) -> Measurement:
-    expected, _ = train(workers, ours(process_group=ALONE))
-    found, _ = train(workers, local(sync_every=1, process_group=ALONE))
-    return trials.differing(found, expected), 0
-
-
 @claim("a round of local steps is their mean", "update, from the mean one", of_several=True)
 def rounds_are_means(workers: Workers) -> Measurement:
     expected, _ = train(workers, ours(process_group=ALONE))
@@ -145,24 +138,6 @@ def servers_have_the_mean(workers: Workers) -> Measurement:
             mean = trials.mean_of(workers, optimizer.state[parameter]["gradient_estimate"])
             distances.append(trials.distance(trials.server_gradient(optimizer, parameter), mean))
     return trials.largest(distances), 1e-5
-
-
-@claim("error feedback converges, top 20%", "||G - g|| after 8 steps, over without")
-def feedback_converges(workers: Workers) -> Measurement:
-    """Of constant gradients, without momentum and without moving."""
-    errors = []
-    for feedback in ("ef21", "none"):
-        parameters = trials.start(workers.device)
-        options = {"feedback": feedback, "momentum": 0, "lr": 0.0}
-        optimizer = ours(dict.fromkeys(trials.ROLES, "topk:0.2"), **options)(parameters)
-        trials.loss(parameters, [workers.rank], 0).backward()
-        for _ in range(8):
-            optimizer.step()
-        for x in parameters.values():
-            mean = trials.mean_of(workers, trials.as_matrix(x.grad))
-            errors.append(trials.distance(trials.server_gradient(optimizer, x), mean))
-    with_, without = torch.stack(errors).chunk(2)
-    return trials.largest(with_ / without), 1e-4
 
 
 @claim("w2s_bytes is the messages' sum", "bytes")

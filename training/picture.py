@@ -72,11 +72,10 @@ def build_figure(logs: Sequence[Log], labels: Sequence[str]) -> Figure:
             _plot(by_bytes, sent[start:], losses[start:], look)
 
         _describe(by_tokens, by_bytes)
-        handles = by_tokens.get_legend_handles_labels()
         if outside:
-            figure.legend(*handles, loc="outside right center")
+            legend_outside(by_tokens)
         else:
-            by_tokens.legend(*handles, loc="upper right")
+            by_tokens.legend(loc="upper right")
     return figure
 
 
@@ -101,6 +100,19 @@ def plain_sizes(axes, ticks_per_decade: Sequence[float] = (1, 2, 5)) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=ticks_per_decade))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def plain_gaps(axes, linear: float = 1) -> None:
+    """Show what may be below 0 on the vertical axis as plain numbers: straight up to `linear`."""
+    axes.set_yscale("symlog", linthresh=linear)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def legend_outside(axes, **options) -> None:
+    """The legend of a panel, to the right of the figure."""
+    handles = axes.get_legend_handles_labels()
+    axes.figure.legend(*handles, loc="outside right center", **options)
 
 
 def ticks_alone(axes, labels: dict[float, str]) -> None:

@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
@@ -106,24 +107,25 @@ def measured(compressor: Compressor, batches: Sequence[Tensor]) -> dict:
     1 - ||C(x) - x||^2 / ||x||^2.
     """
     generator = torch.Generator().manual_seed(0)
-    encode_seconds, decode_seconds, payload_bytes, errors, norms = 0.0, 0.0, 0, 0.0, 0.0
+    sums = Counter()
     for x in batches:
         m, n = x.shape[1:]
         fitted = compressor.fit(m, n)
-        seconds, payload = fastest(partial(fitted.encode, x, generator))
-        encode_seconds += seconds
-        seconds, decoded = fastest(partial(fitted.decode, payload, m, n))
-        decode_seconds += seconds
-        payload_bytes += payload.numel()
-        errors += float((decoded - x).double().square().sum())
-        norms += float(x.double().square().sum())
+        encoding, payload = fastest(partial(fitted.encode, x, generator))
+        decoding, decoded = fastest(partial(fitted.decode, payload, m, n))
+        sums.update(encode_seconds=encoding, decode_seconds=decoding)
+        sums.update(payload_bytes=payload.numel(), numbers=x.numel())
+        sums.update(error=square(decoded - x), square=square(x))
+    measures = ("encode_seconds", "decode_seconds", "payload_bytes")
     return {
-        "encode_seconds": encode_seconds,
-        "decode_seconds": decode_seconds,
-        "payload_bytes": payload_bytes,
-        "bits_per_parameter": 8 * payload_bytes / sum(x.numel() for x in batches),
-        "alpha": 1 - errors / norms,
+        **{measure: sums[measure] for measure in measures},
+        "bits_per_parameter": 8 * sums["payload_bytes"] / sums["numbers"],
+        "alpha": 1 - sums["error"] / sums["square"],
     }
+
+
+def square(x: Tensor) -> float:
+    return float(x.double().square().sum())
 
 
 def shannon_alpha(bits_per_parameter: float) -> float:
@@ -131,15 +133,16 @@ def shannon_alpha(bits_per_parameter: float) -> float:
     return 1 - 4.0**-bits_per_parameter
 
 
-def measure(options: argparse.Namespace) -> Iterator[dict]:
-    """Yield the run record, then a codec record for every compressor and input."""
+def inputs_of(overrides: Sequence[str]) -> tuple[dict, dict[str, list[Tensor]]]:
+    """The run record and the inputs, of a short training and at random."""
     torch.set_num_threads(1)
-    config = compose((*DEFAULTS, *options.overrides)).config
+    config = compose(overrides).config
     differences = momentum_difference(config)
-    yield {
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(x.shape, generator=generator) for x in differences]
+    run = {
         "record": "run",
-        "schema": 1,
-        "overrides": options.overrides,
+        "overrides": overrides,
         "parameters": sum(x.numel() for x in differences),
         "layers": sum(len(x) for x in differences),
         "processor": processor(),
@@ -152,16 +155,16 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
         "data": config.data.name,
         "w2s": str(build(config.w2s, "w2s")),
     }
-    inputs = dict(zip(INPUTS, (differences, noise(differences)), strict=True))
+    return run, dict(zip(INPUTS, (differences, noise), strict=True))
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict]:
+    """Yield the run record, then a codec record for every compressor and input."""
+    run, inputs = inputs_of((*DEFAULTS, *options.overrides))
+    yield run
     for compressor, (kind, batches) in product(COMPRESSORS, inputs.items()):
         what = {"record": "codec", "compressor": str(compressor), "input": kind}
         yield what | measured(compressor, batches)
-
-
-def noise(differences: Sequence[Tensor]) -> list[Tensor]:
-    """Gaussian, of the same shapes."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(x.shape, generator=generator) for x in differences]
 
 
 def table(records: Sequence[dict]) -> str:
@@ -180,10 +183,10 @@ def table(records: Sequence[dict]) -> str:
 
 def draw(records: Sequence[dict], directory: Path) -> str:
     """Write README.md, codec.png and codec.svg; returns the table."""
-    (run,) = select(records, record="run")
-    values = run | {"table": table(records), "parameters": f"{run['parameters']:,}"}
+    run, *codecs = records
+    values = run | {"table": table(codecs), "parameters": f"{run['parameters']:,}"}
     (directory / "README.md").write_text(fill(TEXT.read_text(), values))
-    draw_errors(select(records, record="codec"), directory / "codec")
+    draw_errors(codecs, directory / "codec")
     return values["table"]
 
 
@@ -208,9 +211,9 @@ def draw_errors(records: Sequence[dict], stem: Path) -> None:
         pair[0].legend()
 
 
-def spikes(differences: Sequence[Tensor]) -> list[Tensor]:
+def spikes(like: Sequence[Tensor]) -> list[Tensor]:
     """Of the same shapes, COPIES times over, since few of their numbers are drawn."""
-    found = [torch.full_like(x, (x.shape[1] * x.shape[2]) ** -0.5) for x in differences]
+    found = [torch.full_like(x, (x.shape[1] * x.shape[2]) ** -0.5) for x in like]
     for x in found:
         x[:, 0, 0] = 1.0
     return COPIES * found
@@ -218,19 +221,12 @@ def spikes(differences: Sequence[Tensor]) -> list[Tensor]:
 
 def measure_blocks(options: argparse.Namespace) -> Iterator[dict]:
     """A record for every format and input."""
-    torch.set_num_threads(1)
-    config = compose((*BLOCKS_DEFAULTS, *options.overrides)).config
-    differences = momentum_difference(config)
-    parameters = sum(x.numel() for x in differences)
-    yield {
-        **{"record": "run", "schema": 2, "parameters": parameters, "rounds": config.steps},
-        "torch": torch.__version__,
-    }
-    of_inputs = (differences, noise(differences), spikes(differences))
-    inputs = dict(zip((*INPUTS, "spike"), of_inputs, strict=True))
+    run, inputs = inputs_of((*BLOCKS_DEFAULTS, *options.overrides))
+    yield run
+    inputs["spike"] = spikes(inputs["noise"])
     for bits, pattern in product(BITS, WAYS.values()):
         compressor = from_spec(f"quantize:{pattern.format(bits)}")
-        omega = max(compressor.values.omega(*x.shape[1:]) for x in differences)
+        omega = max(compressor.values.omega(*x.shape[1:]) for x in inputs["noise"])
         what = {"record": "format", "format": pattern.format(bits), "omega": omega}
         for kind, batches in inputs.items():
             yield what | {"input": kind} | measured(compressor, batches)
@@ -247,13 +243,13 @@ def blocks_table(records: Sequence[dict]) -> str:
 
 
 def blocks_report(records: Sequence[dict]) -> str:
-    (run,) = select(records, record="run")
+    run, *formats = records
+    lost = {(one["input"], one["format"]): 1 - one["alpha"] for one in formats}
+    bits = {one["format"]: f"{one['bits_per_parameter']:.2f}" for one in formats}
 
     def times(kind: str, one: str, other: str) -> float:
         """How many times less the other format loses."""
-        found = (select(records, input=kind, format=name)[0] for name in (one, other))
-        lost, less = (1 - record["alpha"] for record in found)
-        return lost / less
+        return lost[kind, one] / lost[kind, other]
 
     values = run | {
         "parameters": f"{run['parameters']:,}",
@@ -261,7 +257,7 @@ def blocks_report(records: Sequence[dict]) -> str:
         "less": lambda kind: f"{times(kind, 'int4@1blocks', 'int4@1024blocks'):.1f}",
         "rows": f"{times('momentum', 'int4@1blocks', 'int4'):.1f}",
         "over": lambda name: f"{times('momentum', name, 'rowcol4'):.1f}",
-        "bits": lambda name: f"{select(records, format=name)[0]['bits_per_parameter']:.2f}",
+        "bits": bits.get,
         "table": blocks_table(records),
     }
     return fill(BLOCKS_TEXT.read_text(), values)

@@ -14,11 +14,11 @@ import copy
 from collections.abc import Iterator, Sequence
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from data.loader import WorkerBatches
-from scripts.probes.trainings import WORKERS, config_of, train, training_of
+from scripts.probes.trainings import config_of, train, training_of
 
 STEPS = 360  # to the cooldown
 EVERY = (1, 3, 10, 30, 60)
@@ -29,18 +29,14 @@ def records() -> Iterator[dict]:
     """By steps per round and layer."""
     config = config_of("identity")
     model, optimizer, workers = training_of(config)
-    for _ in train(config, model, optimizer, workers, STEPS):
-        pass
-    share = config.batch.global_size // WORKERS
+    train(config, model, optimizer, workers, STEPS)
     for every in EVERY:
         trainings = [copy.deepcopy((model, optimizer)) for _ in workers]
         models = [own for own, _ in trainings]
-        for one, windows in zip(trainings, workers, strict=True):
-            local_steps(*one, windows, every, share)
+        train_apart(config, trainings, workers, every)
         average(models)
         shared = copy.deepcopy(models[0])
-        for one, windows in zip(trainings, workers, strict=True):
-            local_steps(*one, windows, every, share)
+        train_apart(config, trainings, workers, every)
         for (name, layer), *of_workers in zip(
             shared.named_parameters(), *(own.parameters() for own in models), strict=True
         ):
@@ -48,14 +44,12 @@ def records() -> Iterator[dict]:
             yield {"every": every, "layer": name, **found}
 
 
-def local_steps(
-    model: nn.Module, optimizer: Optimizer, windows: WorkerBatches, steps: int, share: int
+def train_apart(
+    config: DictConfig, trainings: Sequence[tuple], workers: list[WorkerBatches], steps: int
 ) -> None:
-    """Steps of one worker by itself, with its share of a batch."""
-    for _ in range(steps):
-        model(*windows.next(share)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    """Steps of every worker by itself, with its share of a batch."""
+    for (model, optimizer), windows in zip(trainings, workers, strict=True):
+        train(config, model, optimizer, [windows], steps)
 
 
 @torch.no_grad()

@@ -53,9 +53,12 @@ def worker_gradients(config: DictConfig, rounds: int) -> dict[str, list[Tensor]]
     """The first worker's gradients of LAYERS, each (m, n), in every round of a training."""
     model, optimizer, workers = training_of(config)
     gradients: dict[str, list[Tensor]] = {name: [] for name in LAYERS}
-    for _ in train(config, model, optimizer, workers, rounds):
+
+    def keep() -> None:
         for name, of_layer in gradients.items():
             of_layer.append(WORKERS * model.get_parameter(name).grad)
+
+    train(config, model, optimizer, workers, rounds, see=keep)
     return gradients
 
 

@@ -1,6 +1,6 @@
 """Trainings of the study with all their workers in one process, for probes to look into."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 from omegaconf import DictConfig
 from torch.optim import Optimizer
@@ -32,14 +32,19 @@ def training_of(config: DictConfig) -> tuple[GPT, Optimizer, list[WorkerBatches]
 
 
 def train(
-    config: DictConfig, model: GPT, optimizer: Optimizer, workers: list[WorkerBatches], steps: int
-) -> Iterator[None]:
-    """Steps on the mean gradient; gives way when the first worker's share of it is there."""
+    config: DictConfig,
+    model: GPT,
+    optimizer: Optimizer,
+    workers: list[WorkerBatches],
+    steps: int,
+    see: Callable[[], object] = lambda: None,
+) -> None:
+    """Steps on the workers' mean gradient; `see` when the first one's share of it is there."""
     for _ in range(steps):
         for rank, windows in enumerate(workers):
             loss = model(*windows.next(config.batch.global_size // WORKERS))
-            (loss / WORKERS).backward()
+            (loss / len(workers)).backward()
             if rank == 0:
-                yield
+                see()
         optimizer.step()
         optimizer.zero_grad()

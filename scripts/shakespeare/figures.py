@@ -5,35 +5,24 @@ gaps to results/shakespeare/summary.json, which `dry_run=true` reads. The same l
 same files.
 """
 
-import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.shakespeare import results as study
-from scripts.shakespeare.axes import (
-    LOSS,
-    LOSS_GAP,
-    bars,
-    by_family,
-    gaps_upwards,
-    legend_outside,
-    level,
-    line,
-    panels,
-    with_band,
-)
 from scripts.shakespeare.page import page
-from scripts.shakespeare.results import BOTH, OURS, RESULTS, SENT, UNCOMPRESSED, Results
+from scripts.shakespeare.results import BOTH, OURS, SENT, UNCOMPRESSED, Result, Results
 from scripts.shakespeare.runs import OF_WORKERS, SIZES
 from training import picture
-from training.drawing import EngFormatter, Figure, matplotlib
-from training.picture import COLOURS, plain_losses, plain_sizes, ticks_alone
+from training.drawing import EngFormatter
+from training.picture import COLOURS, line_look
 
+LOSS, LOSS_GAP = "test loss (nats per token)", "loss gap (%)"
 PANELS = {  # the paper's family in its first two panels, and in its last two
     "rank": ("identity", "natural", "rank20", "rank15", "rank10", "rank5", "rank15-natural"),
     "top": ("identity", "natural", "top20", "top15", "top10", "top5", "top15-natural"),
@@ -69,39 +58,79 @@ POINTS_OF_SIZES = {
 }
 
 
-def paper_figure(results: Results) -> Figure:
+FIGURES: dict[str, Callable[[Results, Path], None]] = {}  # what writes each into a folder
+
+
+def figure(width: float, height: float, count: int = 1, **shared) -> Callable:
+    """Registers X_figure, which draws into so many panels side by side, as the figure X."""
+
+    def register(draw: Callable) -> Callable:
+        name = draw.__name__.removesuffix("_figure")
+
+        def write(results: Results, folder: Path) -> None:
+            with picture.panels(folder / name, width, height, 1, count, **shared) as axes:
+                draw(results, axes)
+
+        FIGURES[name] = write
+        return draw
+
+    return register
+
+
+def level(axes, value: float) -> None:
+    """A thin line across."""
+    axes.axhline(value, color="#888888", linewidth=0.8)
+
+
+def line(axes, points: study.Line, index: int, label: str) -> None:
+    axes.plot(*zip(*points, strict=True), label=label, **line_look(index))
+
+
+def by_tokens_of_seeds(axes, one: Result, index: int) -> None:
+    """A line for the mean loss over seeds, and a band from the least to the most."""
+    tokens = [record["tokens"] for record in one.logs[0].evals]
+    of_seeds = ([record["test_loss"] for record in log.evals] for log in one.logs)
+    losses = list(zip(*of_seeds, strict=True))
+    look = line_look(index)
+    axes.plot(tokens, list(map(mean, losses)), markersize=3, label=one.label, **look)
+    if len(one.logs) > 1:
+        least, most = list(map(min, losses)), list(map(max, losses))
+        axes.fill_between(tokens, least, most, color=look["color"], alpha=0.2, linewidth=0)
+
+
+@figure(13, 3.8, 4)
+def paper_figure(results: Results, axes) -> None:
     """The paper's four panels: loss against tokens, and bytes to the target, for two families."""
-    figure, axes = panels(13, 3.8, 4)
     target = results["identity"].target
     for (family, names), by_tokens, to_target in zip(
         PANELS.items(), axes[::2], axes[1::2], strict=True
     ):
         shown = [results[name] for name in names]
         for index, one in enumerate(shown):
-            with_band(by_tokens, one, index, "tokens", one.label)
+            by_tokens_of_seeds(by_tokens, one, index)
         level(by_tokens, target)
         by_tokens.set(xlabel="training tokens", ylabel=LOSS, yscale="log")
         by_tokens.set_ylim(0.97 * min(min(one.ends) for one in shown), 2.2)
         by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
-        plain_losses(by_tokens)
+        picture.plain_losses(by_tokens)
         by_tokens.legend(loc="lower left", fontsize=6)
-        sent = [(one, one.sizes_to_target(SENT)) for one in shown]
-        whole = sent[0][1]
-        rows = [
-            (one.label, size, f"{whole / size:.1f}x", COLOURS[index % len(COLOURS)])
-            for index, (one, size) in enumerate(sent)
-            if size
-        ]
-        bars(to_target, rows)
+        reached = [(index, one) for index, one in enumerate(shown) if one.to_target(SENT)]
+        for place, (index, one) in enumerate(reached):
+            top = (place, one.sizes_to_target(SENT))
+            times = f"{one.times_to_target(SENT):.1f}x"
+            to_target.bar(*top, color=line_look(index)["color"])
+            to_target.annotate(times, top, ha="center", va="bottom")
+        labels = [one.label for _, one in reached]
+        to_target.set_xticks(range(len(labels)), labels, rotation=40, ha="right")
+        to_target.set_axisbelow(True)
         to_target.set_ylabel(f"x model size (fp32) sent, to loss {target:.3f}")
         to_target.set_title(f"{family} family", fontsize=9)
         to_target.margins(y=0.1)
-    return figure
 
 
-def envelopes_figure(results: Results) -> Figure:
+@figure(9, 4.8)
+def envelopes_figure(results: Results, axes) -> None:
     """The envelope of every method; at the target, by how much ours sends and receives less."""
-    figure, (axes,) = panels(9, 4.8)
     target = results["identity"].target
 
     def write(text: str, point: tuple, offset: tuple[int, int], colour: str) -> None:
@@ -132,14 +161,14 @@ def envelopes_figure(results: Results) -> Figure:
         xlim=(0.01, 2500),
         ylim=(1.28, 3.3),
     )
-    plain_sizes(axes)
-    plain_losses(axes)
-    return figure
+    picture.plain_sizes(axes)
+    picture.plain_losses(axes)
 
 
-def rounds_figure(results: Results) -> Figure:
+@figure(10, 4, 2)
+def rounds_figure(results: Results, pair) -> None:
     """By message and steps per round: bytes both ways to the target, and the loss gap."""
-    figure, (to_target, at_the_end) = panels(10, 4, 2)
+    to_target, at_the_end = pair
     ticks = set()
     for index, (message, names) in enumerate(ROUNDS.items()):
         shown = {
@@ -156,14 +185,13 @@ def rounds_figure(results: Results) -> Figure:
     at_the_end.set_ylabel(LOSS_GAP)
     for axes in (to_target, at_the_end):
         axes.set_xlabel("steps per round")
-        ticks_alone(axes, {steps: str(steps) for steps in sorted(ticks)})
+        picture.ticks_alone(axes, {steps: str(steps) for steps in sorted(ticks)})
     to_target.legend(fontsize=7)
-    return figure
 
 
-def ends_figure(results: Results) -> Figure:
+@figure(10, 4)
+def ends_figure(results: Results, axes) -> None:
     """Of every setting its loss gap, by how many times fewer bytes."""
-    figure, (axes,) = panels(10, 4)
     for method in study.METHODS:
         if method != UNCOMPRESSED and (members := study.of_method(results, method)):
             colour, _, style = LOOKS[method]
@@ -178,76 +206,17 @@ def ends_figure(results: Results) -> Figure:
             )
     level(axes, 0)
     axes.set_xlabel("times fewer bytes that a worker sends and receives in the whole run")
-    gaps_upwards(axes)
+    axes.set(ylabel=LOSS_GAP, xscale="log")
+    picture.plain_gaps(axes)
+    picture.plain_sizes(axes)
     axes.set_ylim(-1, 100)
-    legend_outside(figure, axes, fontsize=7)
-    return figure
+    picture.legend_outside(axes, fontsize=7)
 
 
-def bytes_figure(results: Results) -> Figure:
-    """Test loss against bytes, every setting of the study, with seeds as bands."""
-    figure, (axes,) = panels(12, 6)
-    shown = by_family(results)
-    for index, (family, members) in enumerate(shown.items()):
-        for place, one in enumerate(members):
-            with_band(axes, one, index, SENT, None if place else family)
-            last = one.sizes(one.last[SENT])
-            axes.annotate(f" {one.setting.level}", (last, one.loss), fontsize=6)
-    level(axes, results["identity"].target)
-    axes.set(
-        xlabel="x model size (fp32), sent to the servers per worker",
-        ylabel=LOSS,
-        xscale="log",
-        yscale="log",
-    )
-    axes.set_ylim(0.97 * min(min(one.ends) for ones in shown.values() for one in ones), 2.6)
-    plain_sizes(axes)
-    plain_losses(axes)
-    legend_outside(figure, axes)
-    return figure
-
-
-def rate_figure(results: Results) -> Figure:
-    """Bits per parameter and step against the loss gap."""
-    figure, (axes,) = panels(10, 5.5)
-    for index, (family, members) in enumerate(by_family(results).items()):
-        points = sorted((one.bits, one.gap, one.setting.level) for one in members)
-        line(axes, [point[:2] for point in points], index, family)
-        for x, y, name in points:
-            axes.annotate(f" {name}", (x, y), fontsize=6)
-    level(axes, 0)
-    axes.set_xlabel("bits sent to the servers per parameter and step")
-    gaps_upwards(axes)
-    legend_outside(figure, axes)
-    return figure
-
-
-def directions_figure(results: Results) -> Figure:
-    """Bytes of both directions to the target, of settings with and without s2w compression."""
-    shown = [
-        one
-        for name, one in results.items()
-        if (name == "identity" or one.setting.family == "both ways" or f"{name}-both" in results)
-        and one.to_target(BOTH)
-    ]
-    figure, (axes,) = panels(6, 4)
-    for place, one in enumerate(shown):
-        up, down = map(one.sizes_to_target, (SENT, study.BACK))
-        labels = (None, None) if place else ("to the servers", "back to the workers")
-        axes.bar(place, up, color=COLOURS[0], label=labels[0])
-        axes.bar(place, down, bottom=up, color=COLOURS[5], label=labels[1])
-        axes.annotate(f"{up + down:.0f}", (place, up + down), ha="center", va="bottom")
-    axes.set_xticks(range(len(shown)), [one.short for one in shown], rotation=20, ha="right")
-    axes.set_axisbelow(True)
-    axes.margins(y=0.1)
-    axes.set_ylabel(f"x model size (fp32), to loss {results['identity'].target:.3f}")
-    axes.legend()
-    return figure
-
-
-def workers_figure(results: Results) -> Figure:
+@figure(10, 3.8, 2, sharey=True)
+def workers_figure(results: Results, pair) -> None:
     """The loss gap to as many workers uncompressed: by their number, by bytes."""
-    figure, (by_number, by_bytes) = panels(10, 3.8, 2, sharey=True)
+    by_number, by_bytes = pair
     found = study.by_workers(results)
     for index, name in enumerate(name for name in OF_WORKERS if name != "identity"):
         gaps = [(n, points[name].gap) for n, points in found.items()]
@@ -257,20 +226,20 @@ def workers_figure(results: Results) -> Figure:
         line(by_bytes, sorted((one.moved, one.gap) for one in signs), index, f"{n} workers")
     by_number.set_xlabel("workers")
     by_number.set_ylabel(LOSS_GAP)
-    ticks_alone(by_number, {n: str(n) for n in found})
+    picture.ticks_alone(by_number, {n: str(n) for n in found})
     by_bytes.set(
         xlabel="x model size (fp32), sent and received, signs of all entries", xscale="log"
     )
-    plain_sizes(by_bytes)
+    picture.plain_sizes(by_bytes)
     for axes in (by_number, by_bytes):
         level(axes, 0)
         axes.legend(fontsize=7)
-    return figure
 
 
-def sizes_figure(results: Results) -> Figure:
+@figure(10, 3.8, 2)
+def sizes_figure(results: Results, pair) -> None:
     """By parameters: how many times fewer bytes to each size's target, and loss gap."""
-    figure, (fewer, over) = panels(10, 3.8, 2)
+    fewer, over = pair
     ticks = {}
     for index, (name, words) in enumerate(POINTS_OF_SIZES.items()):
         points = (study.of_condition(results, f"sizes/{size}-1").get(name) for size in SIZES)
@@ -285,22 +254,8 @@ def sizes_figure(results: Results) -> Figure:
     level(over, 0)
     for axes in (fewer, over):
         axes.set_xlabel("parameters")
-        ticks_alone(axes, ticks)
+        picture.ticks_alone(axes, ticks)
     over.legend(fontsize=7)
-    return figure
-
-
-FIGURES: dict[str, Callable[[Results], Figure]] = {
-    "paper": paper_figure,
-    "envelopes": envelopes_figure,
-    "rounds": rounds_figure,
-    "ends": ends_figure,
-    "bytes": bytes_figure,
-    "rate": rate_figure,
-    "directions": directions_figure,
-    "workers": workers_figure,
-    "sizes": sizes_figure,
-}
 
 
 def summary(results: Results) -> str:
@@ -310,25 +265,13 @@ def summary(results: Results) -> str:
     return json.dumps({"loss_gap_percent": gaps}, indent=1) + "\n"
 
 
-def draw(results: Results, output: Path) -> list[Path]:
-    """Write all figures; returns the files."""
-    with matplotlib.rc_context(picture.STYLE):
-        return [
-            path
-            for name, build in FIGURES.items()
-            for path in picture.save(build(results), output / name)
-        ]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.parse_args(arguments)
+def main() -> int:
     try:
         results = study.read()
-        for path in draw(results, RESULTS):
-            print(path)
-        (RESULTS.parent / "README.md").write_text(page(results))
-        (RESULTS / "summary.json").write_text(summary(results))
+        (study.RESULTS.parent / "README.md").write_text(page(results))
+        (study.RESULTS / "summary.json").write_text(summary(results))
+        for write in FIGURES.values():
+            write(results, study.RESULTS)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

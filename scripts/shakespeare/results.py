@@ -18,8 +18,8 @@ TARGET_SHARE = 0.75  # of the uncompressed run's tokens
 MORE = 1.01  # times what another method sends, that ours may send beside it
 UNCOMPRESSED_BITS = 32  # per parameter and step
 FEWER = 100  # times fewer bytes, of what ends closest to the uncompressed run
-# Bytes of evaluations: to the servers and back, and all that a worker sends and receives.
-SENT, BACK, BOTH = "w2s_bytes", "s2w_bytes", "both_bytes"
+# Bytes of evaluations: to the servers, and all that a worker sends and receives.
+SENT, BOTH = "w2s_bytes", "both_bytes"
 LOCAL = "local steps"
 # Families that are not ours: those that sync every step, and those of local steps.
 EVERY_STEP = tuple(dict.fromkeys(one.family for one in STUDY["baselines"]))
@@ -58,10 +58,6 @@ class Result:
     @property
     def baseline(self) -> "Result":
         return self.compared_with or self
-
-    @property
-    def is_baseline(self) -> bool:
-        return self.compared_with is None
 
     @property
     def run(self) -> dict:
@@ -264,6 +260,15 @@ def lowest(results: Iterable[Result]) -> Result | None:
 def of_families(results: Results, *families: str) -> list[Result]:
     """Those of these families, in the study's order."""
     return [one for one in results.values() if one.setting.family in families]
+
+
+def by_family(results: Results) -> dict[str, list[Result]]:
+    """The settings that figures of all of them show, in the study's order."""
+    families: dict[str, list[Result]] = {}
+    for name, one in results.items():
+        if "/" not in name and one.setting.family not in ("feedback", LOCAL, *PEERS):
+            families.setdefault(one.setting.family, []).append(one)
+    return families
 
 
 def compressed(results: Results) -> list[Result]:

@@ -3,11 +3,11 @@
     python scripts/shakespeare/run.py [--only TEXT ...] [--processes N] [--list]
 
 With torchrun, on two workers but where more are studied; one training at a time, or as many as have
-N processes in all, on a GPU that they share. Runs that are of a GPU are left out without one, and
-others do not use it, but for those of larger models, which are in bfloat16 on either. A run that is
-in results/shakespeare/logs is skipped; one that was interrupted resumes from its checkpoint. Logs
-are cut to what is used, and not edited. The runs and their overrides are in runs.py beside this
-file.
+N processes in all, on a GPU that they share. What a run prints goes to runs/shakespeare. Runs that
+are of a GPU are left out without one, and others do not use it, but for those of larger models,
+which are in bfloat16 on either. A run that is in results/shakespeare/logs is skipped; one that was
+interrupted resumes from its checkpoint. Logs are cut to what is used, and not edited. The runs and
+their overrides are in runs.py beside this file.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 from omegaconf import OmegaConf
@@ -41,9 +40,8 @@ PRINTED = "printed.txt"  # in a run's directory
 POLL = 0.2  # seconds
 TOP_30 = {"_target_": "ef21_muon.compressors.TopK", "fraction": 0.3, "values": "sign"}
 KEPT = ("run", "eval", "end")  # of the records of a log
-OF_EVALS = (  # of their fields
-    *("record", "step", "tokens", "w2s_bytes", "s2w_bytes", "received_bytes", "test_loss"),
-)
+# Of their fields.
+OF_EVALS = ["record", "step", "tokens", "w2s_bytes", "s2w_bytes", "received_bytes", "test_loss"]
 
 
 @dataclass(frozen=True)
@@ -133,19 +131,21 @@ def missing_of(runs: Sequence[StudyRun]) -> list[StudyRun]:
     return [run for run in runs if run.name not in made]
 
 
-def start(run: StudyRun, output: IO | None = None) -> subprocess.Popen:
+def start(run: StudyRun) -> subprocess.Popen:
     """Its training, begun. Raises RuntimeError where its text cannot be fetched."""
     if f"data.train=data/{SHARDS.name}/" in run.setting.overrides:
         prepare(SHARDS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={run.setting.workers}", "train.py", *run.overrides]
     devices = {"CUDA_VISIBLE_DEVICES": ""} if run.setting.device == "cpu" else {}
-    environment = os.environ | devices
-    return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=environment)
+    run.directory.mkdir(parents=True, exist_ok=True)
+    with (run.directory / PRINTED).open("a") as file:
+        places = {"stdout": file, "stderr": file}
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | devices, **places)
 
 
 def finish(run: StudyRun, training: subprocess.Popen) -> None:
-    """Wait for its training, and keep the log in place of what its file has of the run.
+    """When its training has ended, keep the log in place of what its file has of the run.
 
     Raises CalledProcessError when the training failed, ValueError if it was stopped.
     """
@@ -170,10 +170,10 @@ def cut(name: str, records: Sequence[dict]) -> list[dict]:
     ]
 
 
-def train_at_once(runs: Sequence[StudyRun], processes: int) -> None:
+def train(runs: Sequence[StudyRun], processes: int) -> None:
     """Train with at most so many workers at a time, but one run at least: the first that fits.
 
-    What a run prints goes to its directory. Raises after the last one what one has failed with.
+    Raises after the last one what one has failed with.
     """
     waiting, training, failed = list(runs), {}, None
     while waiting or training:
@@ -181,18 +181,16 @@ def train_at_once(runs: Sequence[StudyRun], processes: int) -> None:
             busy = sum(run.setting.workers for run in training)
             if not training or busy + run.setting.workers <= processes:
                 waiting.remove(run)
-                run.directory.mkdir(parents=True, exist_ok=True)
-                with (run.directory / PRINTED).open("a") as output:
-                    training[run] = start(run, output)
+                training[run] = start(run)
+                print(f"{run.name}: started, {len(waiting)} to come", flush=True)
         time.sleep(POLL)
         for run in [run for run, process in training.items() if process.poll() is not None]:
             try:
                 finish(run, training.pop(run))
+                print(f"{run.name}: done", flush=True)
             except (ValueError, OSError, subprocess.CalledProcessError) as error:
                 failed = error
                 print(f"{run.name}: failed, see {run.directory / PRINTED}", flush=True)
-            else:
-                print(f"{run.name}: done", flush=True)
     if failed:
         raise failed
 
@@ -202,7 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", nargs="+", metavar="TEXT", default=[""], help="runs whose name contains a TEXT"
     )
-    parser.add_argument("--processes", type=int, metavar="N", help="workers at once, of all runs")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="workers at once, of all runs"
+    )
     parser.add_argument("--list", action="store_true", help="say what is done and what is missing")
     options = parser.parse_args(arguments)
     chosen = list(dict.fromkeys(r for text in options.only for r in RUNS if text in r.name))
@@ -217,12 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             missing = [run for run in missing if run.setting.device != "cuda"]
             if left:
                 print(f"left for a machine with a GPU: {', '.join(left)}")
-        if options.processes:
-            train_at_once(missing, options.processes)
-            return 0
-        for number, run in enumerate(missing, 1):
-            print(f"\n{run.name} ({number} of {len(missing)})", flush=True)
-            finish(run, start(run))
+        train(missing, options.processes)
     except (ValueError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -42,7 +42,7 @@ LOSS: Column = ("final loss", lambda one: f"{one.loss:.4f}")
 GAP: Column = ("loss gap", lambda one: f"{one.gap:+.2f} %")
 LOSS_AND_GAP: Column = (
     "final loss (gap)",
-    lambda one: f"{one.loss:.4f}" + ("" if one.is_baseline else f", {one.gap:+.1f} %"),
+    lambda one: f"{one.loss:.4f}" + ("" if one.baseline is one else f", {one.gap:+.1f} %"),
 )
 BITS: Column = ("bits", lambda one: f"{one.bits:.3g}")
 MOVED: Column = ("x model size", lambda one: in_figures(one.moved))

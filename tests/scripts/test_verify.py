@@ -4,12 +4,10 @@ import math
 from itertools import chain
 
 import pytest
-import torch
 from run import ROOT, torchrun
 from workers.verify_broken import BROKEN
 
-from ef21_muon import EF21Muon, layers, local_steps
-from ef21_muon.channel import Channel
+from ef21_muon import EF21Muon, layers
 from ef21_muon.norms import Spectral
 from ef21_muon.norms.lmo import BiasRMS
 from ef21_muon.transport.fixed import Transport
@@ -25,27 +23,16 @@ def wrap(patch, owner, name, change):
     patch.setattr(owner, name, lambda *arguments: change(original(*arguments)))
 
 
-def forget_the_steps(optimizer, batch, message):
-    """A round that starts from the old W again."""
-    torch._foreach_copy_(batch.params, batch.as_parameters(batch.state["global_params"]))
-
-
 def lose_all(self, batches, payloads):
     """No message comes to the servers."""
     return lambda: [[] for _ in batches]
 
 
-def remember_as_ef14(patch):
-    patch.setattr(Channel, "feedback", property(lambda self: "ef14", lambda self, _: None), False)
-
-
 BROKEN_ALONE = {
     "identity equals Muon": lambda patch: patch.setitem(Spectral.scalings, "muon", math.hypot),
     "identity equals Scion": lambda patch: patch.setitem(BiasRMS.scalings, "scion", math.hypot),
-    "local steps alone": lambda patch: patch.setattr(local_steps, "move", forget_the_steps),
     "buckets agree": lambda patch: wrap(patch, layers, "cut", lambda ranges: ranges[::-1]),
     "the servers' G": lambda patch: patch.setattr(Transport, "to_servers", lose_all),
-    "error feedback converges": remember_as_ef14,
     "w2s_bytes": lambda patch: patch.setattr(EF21Muon, "w2s_bytes", 1),
 }
 

@@ -15,7 +15,6 @@ from ef21_muon.compressors import Identity, QuantizedRank, TopK
 from model import GPT
 from scripts.probes import run as probes
 from scripts.probes.replay import LAYERS, orthogonalised, replay, worker_gradients
-from training import picture
 from training.config import build, compose
 from training.data import open_data
 
@@ -82,10 +81,8 @@ def test_what_is_measured_is_kept_and_drawn(tmp_path, monkeypatch):
     ]
 
 
-def test_the_committed_page_and_figures_are_up_to_date(tmp_path, monkeypatch):
+def test_the_committed_page_and_figures_are_up_to_date(tmp_path, drawn):
     (tmp_path / "probes.jsonl").symlink_to(RESULTS / "probes.jsonl")
-    drawn = {}
-    monkeypatch.setattr(picture, "save", lambda one, path: drawn.update({path.name: one}))
     assert probes.main(["--redraw", "--out", str(tmp_path)]) == 0
     assert (tmp_path / "README.md").read_text() == PAGE
     assert drawn.keys() == {"why", "differences"}

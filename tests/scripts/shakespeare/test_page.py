@@ -30,7 +30,6 @@ from scripts.shakespeare.page import page
 from scripts.shakespeare.results import LOGS, RESULTS, closest, fewest, read
 from scripts.shakespeare.runs import SETTINGS, Setting
 from scripts.shakespeare.runs import STUDY as STUDY_LISTS
-from training.picture import STYLE
 from training.renamed import modern_label
 
 TEXT_OF_PAGE, TEXT_OF_README = (" ".join(text.split()) for text in (PAGE, README.replace("*", "")))
@@ -103,18 +102,24 @@ def test_the_committed_page_is_up_to_date(results):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_the_committed_figures_are_up_to_date(results, name):
-    with matplotlib.rc_context(STYLE):
-        figure = FIGURES[name](results)
-    assert drawn_as_committed(figure, RESULTS / f"{name}.svg")
+def test_the_committed_figures_are_up_to_date(results, name, drawn, tmp_path):
+    FIGURES[name](results, tmp_path)
+    assert drawn.keys() == {name} and drawn_as_committed(drawn[name], RESULTS / f"{name}.svg")
     assert (RESULTS / f"{name}.png").exists()
 
 
-def test_figures_are_written_twice(results, tmp_path, monkeypatch):
+def test_all_that_is_drawn_from_the_logs_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures.study, "RESULTS", tmp_path / "study")
     monkeypatch.setattr(figures, "FIGURES", {"envelopes": FIGURES["envelopes"]})
-    written = figures.draw(results, tmp_path)
-    assert [path.name for path in written] == ["envelopes.png", "envelopes.svg"]
-    mine, theirs = (matplotlib.image.imread(d / "envelopes.png") for d in (tmp_path, RESULTS))
+    (tmp_path / "study").mkdir()
+    assert figures.main() == 0
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")}
+    assert written == {
+        "README.md",
+        *(f"study/{name}" for name in ("envelopes.png", "envelopes.svg", "summary.json")),
+    }
+    study = tmp_path / "study"
+    mine, theirs = (matplotlib.image.imread(d / "envelopes.png") for d in (study, RESULTS))
     assert mine.shape == theirs.shape and np.abs(mine - theirs).mean() < 0.01
 
 

@@ -11,7 +11,6 @@ from logs import study_records, write_study
 from study_page import logs, seeds_of
 
 from scripts.shakespeare.results import (
-    BACK,
     BOTH,
     METHODS,
     OTHERS,
@@ -46,14 +45,14 @@ def test_the_target_is_reached_where_numpy_says(tmp_path, target):
         step = np.interp(-target, [-3.0, -2.8, -2.0], [10, 20, 30])
     else:
         step = np.interp(-target, [-2.1, -1.0], [40, 50])
-    for key, of_step in (("tokens", 5), (SENT, 40), (BACK, 80), (BOTH, 120)):
+    for key, of_step in (("tokens", 5), (SENT, 40), (BOTH, 120)):
         assert reach(log, target, key) == pytest.approx(of_step * step)
 
 
 def test_a_target_below_all_losses_is_not_reached(tmp_path):
     (log,) = read_these(tmp_path, identity_seed0=study_records([3.0, 2.0]))["identity"].logs
     assert reach(log, 1.9, SENT) is None
-    assert [reach(log, 3.5, key) for key in ("tokens", SENT, BACK, BOTH)] == [50, 400, 800, 1200]
+    assert [reach(log, 3.5, key) for key in ("tokens", SENT, BOTH)] == [50, 400, 1200]
 
 
 def test_the_target_is_the_uncompressed_loss_at_three_quarters(tmp_path):

@@ -68,7 +68,6 @@ BROKEN = {
         "n workers equal one",
         "a round of local steps",
         "the servers' G",
-        "error feedback converges",
     ),
     break_agreement: (
         "placements agree",
