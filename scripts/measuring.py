@@ -16,10 +16,9 @@ def processor() -> str:
 
 
 def by_ranks(measure: Callable[[argparse.Namespace, Workers], Iterable[dict]]) -> Callable:
-    """What `studies.command` takes to measure by all ranks that torchrun has started.
+    """What `studies.command` takes to measure by all ranks, of which the first returns the records.
 
-    `measure` gives the records on every rank. The first rank goes on with them; for the others, and
-    after an error, the process ends here.
+    For the others, and after an error, the process ends here.
     """
 
     def measured(options: argparse.Namespace) -> list[dict]:

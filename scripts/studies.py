@@ -68,20 +68,18 @@ def fill(template: str, values: Mapping[str, object]) -> str:
         found = values[word]
         return listed(list(map(found, names))) if callable(found) else str(found)
 
-    return "\n\n".join(
-        wrapped(PLACE.sub(value, part)) if is_prose(part) else PLACE.sub(value, part)
-        for part in template.split("\n\n")
-    )
+    def filled(part: str) -> str:
+        text = PLACE.sub(value, part)
+        return textwrap.fill(text, 100, break_on_hyphens=False) if is_prose(part) else text
+
+    return "\n\n".join(map(filled, template.split("\n\n")))
 
 
 def is_prose(paragraph: str) -> bool:
     """Whether a paragraph of a template is sentences with places in them, to be wrapped again."""
-    alone = PLACE.fullmatch(paragraph.strip())
-    return bool(PLACE.search(paragraph)) and not alone and not paragraph.startswith(("|", "#", "!"))
-
-
-def wrapped(paragraph: str) -> str:
-    return textwrap.fill(paragraph, 100, break_on_hyphens=False)
+    if PLACE.fullmatch(paragraph.strip()) or paragraph.startswith(("|", "#", "!")):
+        return False
+    return PLACE.search(paragraph) is not None
 
 
 def listed(parts: Sequence[str]) -> str:
