@@ -129,7 +129,7 @@ def _server() -> str:
     process = ORIGINAL(
         [sys.executable, __file__, path],
         cwd=ROOT,
-        env=os.environ | threads | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | threads | {"PYTHONPATH": str(ROOT), "TMPDIR": TEMPORARY},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
