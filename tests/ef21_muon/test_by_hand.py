@@ -142,3 +142,15 @@ def test_averaged_gradients_are_of_their_step_alone(options):
         parameter.grad = torch.full((2,), gradient)
         optimizer.step()
     assert parameter.tolist() == [-7.0, -7.0]
+
+
+def test_bytes_go_on_from_those_of_a_loaded_state():
+    parameters, optimizer = build(shapes=("query", "key"), w2s=TopK(0.5))
+    others, other = build(shapes=("query", "key"), w2s=TopK(0.5))
+    set_gradients(parameters, seed=1)
+    optimizer.step()
+    sent = optimizer.w2s_bytes
+    other.load_state_dict(optimizer.state_dict())
+    set_gradients(others, seed=2)
+    other.step()
+    assert sent > 0 and other.w2s_bytes == 2 * sent

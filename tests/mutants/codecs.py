@@ -39,7 +39,7 @@ OF_COMPRESSORS = [
         SPARSE,
         "torch.randint(x.shape[1], (len(x), 1)",
         "torch.randint(max(1, x.shape[1] - 1), (len(x), 1)",
-        "ef21_muon/compressors/test_compressors.py",
+        "ef21_muon/compressors/test_pieces.py",
     ),
     Mutation(
         "strides of random walks are not coprime to the entries, so that some repeat",

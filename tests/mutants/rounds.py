@@ -132,7 +132,7 @@ OF_STATES = [
         STATE,
         '    optimizer.transport.traffic = saved["traffic"]\n',
         "",
-        "ef21_muon/test_optimizer.py ef21_muon/test_states.py ef21_muon/test_algorithm.py",
+        "ef21_muon/test_by_hand.py ef21_muon/test_optimizer.py ef21_muon/test_states.py",
     ),
     Mutation(
         "averaged buffers are not loaded",
