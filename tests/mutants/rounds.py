@@ -35,7 +35,7 @@ OF_LOCAL_STEPS = [
         LOCAL,
         "            kept.copy_(message)\n",
         "            pass\n",
-        "ef21_muon/test_local_steps_alone.py ef21_muon/test_moments.py",
+        "ef21_muon/test_local_steps.py",
     ),
     Mutation(
         "after a state is loaded, messages from before it still arrive",
