@@ -16,7 +16,7 @@ def processor() -> str:
 
 
 def by_ranks(measure: Callable[[argparse.Namespace, Workers], Iterable[dict]]) -> Callable:
-    """What `studies.command` takes to measure by all ranks, of which the first returns the records.
+    """A `measure` for `studies.command` that all ranks run; the first one returns the records.
 
     For the others, and after an error, the process ends here.
     """

@@ -327,7 +327,7 @@ def of_method(results: Results, method: str) -> list[Result]:
 
 
 def envelope(lines: Sequence[Line]) -> Line:
-    """The lowest loss that any line has reached with at most so many bytes; it ends at the lowest.
+    """The lowest loss that any line has reached with at most so many bytes, up to the lowest.
 
     Between its points a line is straight over the logarithm of bytes, which are above 0.
     """

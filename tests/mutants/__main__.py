@@ -3,7 +3,7 @@
 Every fault is put into a copy of the repository, and the tests that should notice it run there, one
 file after the other, until one fails. A test counts only if it passes in the copy without the
 fault. Tests run in forks of this process, which has imported what takes long. The records are JSON
-lines: another start goes on with what is left, and tries again what no test has noticed.
+lines: another start resumes with what is left, and repeats what no test has noticed.
 """
 
 import argparse
