@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from composed import remembered
 from hypothesis import HealthCheck, settings
 from run import PATIENCE, SMALL
+from shortcuts import take_shortcuts
 
-import training.config
+import training.picture
 from data.shards import write_shard
 
 torch.set_num_threads(1)
@@ -76,11 +76,15 @@ def small(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compositions():
-    """Hydra's, remembered in this process: see composed.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.config._composed", remembered(training.config._composed))
-        yield
+def shortcuts():
+    """Of runs in this process: see shortcuts.py."""
+    take_shortcuts()
+
+
+@pytest.fixture
+def rendered(monkeypatch):
+    """Pictures are rendered, after all."""
+    monkeypatch.setattr("training.picture.save", training.picture.save.__wrapped__)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from itertools import chain
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -216,7 +217,8 @@ def _claim(job: Job, workers: int, multirun: bool) -> Claim:
     path = Path(config.runs, job.name(workers), own)
     if again:
         return Claim(path)
-    for candidate in (path, *(path.with_name(f"{path.name}-{n}") for n in range(2, 10_000))):
+    others = (path.with_name(f"{path.name}-{number}") for number in range(2, 10_000))
+    for candidate in chain([path], others):
         with suppress(FileExistsError):
             return Claim(candidate, new=True)
     raise RunError(f"{path} and its like exist already: give another folder with runs=")

@@ -2,7 +2,7 @@
 
 An answer is one line; " ... " stands for text that is left out. SCENE is a folder with the data, an
 earlier run that was killed after its checkpoint of step 2 (`killed`), one that came to its end
-(`completed`), and a copy of configs/ that is used in place of it.
+(`completed`); where it has a copy of configs/, that is used in place of it.
 """
 
 import json
@@ -21,6 +21,7 @@ from checkpoints import rewrite_facts
 from data.shards import HEADER_ENTRIES, MAGIC, write_shard
 from model import GPT
 from training.checkpoint import Checkpoints
+from training.config import CONFIGS
 from training.gradients import GradientComputation
 from training.workers import Workers
 
@@ -153,7 +154,11 @@ CHECKPOINTS = {  # what is done to the only one of SCENE/killed, and other overr
 
 
 def config_file(content: bytes) -> Callable[[Path], None]:
-    return lambda scene: (scene / "configs/compressor/mine.yaml").write_bytes(content)
+    def prepare(scene: Path) -> None:
+        shutil.copytree(CONFIGS, scene / "configs")
+        (scene / "configs/compressor/mine.yaml").write_bytes(content)
+
+    return prepare
 
 
 def file_in_place_of_runs(scene: Path) -> None:

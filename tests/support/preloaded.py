@@ -3,10 +3,11 @@
 To import them takes longer than all else that most launches do, in every process of each. So a
 server imports them once, and every process that is asked for is a fork of it; torchrun's agents,
 which are torch's own, fork their workers likewise. From there on a process is as if it had been
-started: arguments, environment, folder, output, signals and exit status. With FRESH=1 in the
-environment, and where there is a GPU, all are started instead. Scripts that start processes
-themselves start forks where `popen` stands in for subprocess.Popen: workers of
-scripts/supervise.py, and agents in network namespaces of scripts/netns.py.
+started: arguments, environment, folder, output, signals and exit status; but compositions are
+remembered, and pictures not rendered (shortcuts.py). With FRESH=1 in the environment, and where
+there is a GPU, all are started instead. Scripts that start processes themselves start forks where
+`popen` stands in for subprocess.Popen: workers of scripts/supervise.py, and agents in network
+namespaces of scripts/netns.py.
 """
 
 import atexit
@@ -165,10 +166,12 @@ def serve(path: str) -> None:
     import torch._dynamo  # as every optimizer does
     import torch.distributed.fsdp
     import torch.distributed.run  # noqa: F401
+    from shortcuts import take_shortcuts
 
     import train  # noqa: F401
-    import training.picture  # noqa: F401
 
+    take_shortcuts()
+    compose_once([])
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has the thread alone that forks"
     gc.freeze()  # of what is imported no fork searches, or copies, anything
     listener = socket.socket(socket.AF_UNIX)
@@ -180,10 +183,24 @@ def serve(path: str) -> None:
         if sys.stdin in ready:
             return
         connection, _ = listener.accept()
+        size, outputs, _, _ = socket.recv_fds(connection, 8, 2)
+        request = json.loads(_exactly(connection, int.from_bytes(size, "big")))
+        compose_once(request[0])
         if os.fork() == 0:
             listener.close()
-            keep(connection)
+            keep(connection, outputs, *request)
         connection.close()
+        for number in outputs:
+            os.close(number)
+
+
+def compose_once(arguments: list[str]) -> None:
+    """Remember what a launch will compose, so that none of its ranks composes it again."""
+    from training import config
+
+    with suppress(Exception):  # which the launch meets, too, and reports
+        config._composed([one for one in arguments if "=" in one and one[0] != "-"])
+        gc.freeze()
 
 
 def reap(*_: object) -> None:
@@ -192,12 +209,16 @@ def reap(*_: object) -> None:
             pass
 
 
-def keep(connection: socket.socket) -> NoReturn:
+def keep(
+    connection: socket.socket,
+    outputs: list[int],
+    arguments: list[str],
+    folder: str,
+    environment: dict,
+    namespace: str | None,
+) -> NoReturn:
     """Fork the process that is asked for, and report its start and its end."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    size, outputs, _, _ = socket.recv_fds(connection, 8, 2)
-    request = json.loads(_exactly(connection, int.from_bytes(size, "big")))
-    arguments, folder, environment, namespace = request
     pid = os.fork()
     if pid == 0:
         connection.detach()  # which is closed with all files

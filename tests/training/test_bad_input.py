@@ -26,7 +26,6 @@ from run import PATIENCE, ROOT, SMALL, before_torchrun, launch
 from waiting import wait_until
 
 import train
-from training.config import CONFIGS
 from training.gradients import GradientComputation
 from training.workers import FINAL, Workers
 
@@ -38,9 +37,7 @@ def pristine(small, tmp_path_factory):
     (scene / "data").mkdir()
     for option in small[-2:]:
         shutil.copy(option.partition("=")[2], scene / "data")
-    shutil.copytree(CONFIGS, scene / "configs")
     with pytest.MonkeyPatch.context() as patch, handlers_kept():
-        patch.setattr("training.picture.draw", lambda *_: ["no picture"])
         more = (f"directory={scene}/completed", "checkpoint.every=2")
         patch.setattr("sys.argv", ["train.py", *options(scene), *more])
         assert train.main() == 0
@@ -105,7 +102,8 @@ def refuse(monkeypatch, capsys):
     def refuse(
         scene: Path, given: str, told: str, rights=nullcontext, apart_from: Path | None = None
     ) -> None:
-        monkeypatch.setattr("training.config.CONFIGS", scene / "configs")
+        if (scene / "configs").exists():
+            monkeypatch.setattr("training.config.CONFIGS", scene / "configs")
         before = snapshot(scene, apart_from)
         arguments = [*options(scene), *given.replace("SCENE", str(scene)).split()]
         monkeypatch.setattr("sys.argv", ["train.py", *arguments])

@@ -121,11 +121,12 @@ def test_the_papers_setting_composes():
         "w2s=topk:0.1 +norm.embedding.w2s=sign +compressor@norm.hidden.w2s=rank",
         "~norm.hidden optimizer=local optimizer.sync_every={0:2,3:1}",
         "steps=${seed} model.layers=${model.heads}",
-        *("stepz=1", "optimizer=none", "+steps=1", "~unheard", "w2s.k=1", "steps=[1"),
+        *("stepz=1", "optimizer=none", "+steps=1", "~unheard", "w2s.k=1", "steps=[1", "steps=1,2"),
+        *("model.width=x", "w2s=topk optimizer.momentun=1", "compressor@w2s=topk,rank"),
     ],
 )
 def test_what_tests_compose_is_what_hydra_composes(overrides):
-    """See tests/support/composed.py."""
+    """See tests/support/shortcuts.py."""
 
     def outcome(compose):
         try:

@@ -11,7 +11,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from composed import remembered
 
 import train
 import training.config
@@ -93,9 +92,5 @@ def work(workers: Workers, folder: Path, common: list[str]) -> int:
 if __name__ == "__main__":
     directory, *given = sys.argv[1:]
     workers = Workers()
-    with (
-        mock.patch("training.nodes.SEEN_WITHIN", 0.2),
-        mock.patch("training.picture.draw", return_value=["no picture"]),
-        mock.patch("training.config._composed", remembered(training.config._composed)),
-    ):
+    with mock.patch("training.nodes.SEEN_WITHIN", 0.2):
         exit_process(workers.run(lambda: work(workers, Path(directory), given)))

@@ -13,7 +13,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from composed import remembered
 from omegaconf import OmegaConf
 from run import PATIENCE
 
@@ -94,8 +93,7 @@ def run_alone(directory: Path, *overrides: str) -> None:
     handlers = [signal.getsignal(number) for number in numbers]
     job = compose(("checkpoint.every=1", *overrides))
     try:
-        with mock.patch("training.picture.draw", return_value=["no picture"]):
-            assert train.run_job(job, directory, Workers())
+        assert train.run_job(job, directory, Workers())
     finally:
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler)
@@ -209,14 +207,10 @@ def damage(what: str, job: Job, directory: Path, workers: Workers) -> None:
 
 def main() -> int:
     what, directory, *small = sys.argv[1:]
-    with (
-        mock.patch("training.picture.draw", return_value=["no picture"]),
-        mock.patch("training.config._composed", remembered(training.config._composed)),
-    ):
-        if what == "elastic":
-            return run_elastic(Path(directory), small)
-        workers = Workers(timeout=PATIENCE)
-        return workers.run(lambda: run_cases(workers, Path(directory), small))
+    if what == "elastic":
+        return run_elastic(Path(directory), small)
+    workers = Workers(timeout=PATIENCE)
+    return workers.run(lambda: run_cases(workers, Path(directory), small))
 
 
 if __name__ == "__main__":

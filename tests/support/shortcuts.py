@@ -1,21 +1,42 @@
-"""Hydra's compositions, remembered by their choice of groups, so that tests compose in no time.
+"""What runs in tests do without: composing the same again, and rendering pictures.
 
-What is chosen from groups is composed by Hydra once; values are put on a copy of that by Hydra's
-own code. What cannot be put there is left to Hydra as a whole, which then says why.
+Compositions are remembered by their choice of groups. What is chosen from groups is composed by
+Hydra once; values are put on a copy of that, or refused, by Hydra's own code. What cannot be parsed
+or chosen is left to Hydra as a whole, which then says why.
 """
 
 import copy
 from collections.abc import Callable, Iterable
 from functools import cache, wraps
+from pathlib import Path
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from training import config
+from training import config, picture
 
 PARSER = OverridesParser.create()
+
+
+def take_shortcuts() -> None:
+    """In this process, and in its forks."""
+    config._composed = remembered(config._composed)
+    picture.save = unrendered(picture.save)
+
+
+def unrendered(save: Callable[..., list[Path]]) -> Callable[..., list[Path]]:
+    """The function that does as `save`, training.picture.save, with empty files."""
+
+    @wraps(save)
+    def saved(figure: object, stem: Path) -> list[Path]:
+        files = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]
+        for file in files:
+            file.write_bytes(b"")
+        return files
+
+    return saved
 
 
 def remembered(compose: Callable[[Iterable[str]], DictConfig]) -> Callable:
@@ -32,9 +53,11 @@ def remembered(compose: Callable[[Iterable[str]], DictConfig]) -> Callable:
         try:
             result = copy.deepcopy(chosen(groups, str(config.CONFIGS)))
             values = [parsed(one) for one in overrides if one not in groups]
-            ConfigLoaderImpl._apply_overrides_to_config(values, result)
         except HydraException:
             return compose(overrides)
+        if any(one.is_sweep_override() for one in values):
+            return compose(overrides)
+        ConfigLoaderImpl._apply_overrides_to_config(values, result)
         return result
 
     return composed
