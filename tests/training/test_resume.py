@@ -3,14 +3,16 @@
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from logs import repeatable
 from run import torchrun
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from workers.resume import CASES, COMPRESSORS, run_alone
+from workers.resume import ALL_CASES, CASES, COMMON, COMPRESSORS, MORE_CASES, run_alone
 
 import training.data
 import training.resume
@@ -29,12 +31,30 @@ LAST = "checkpoints/step-00000004"
 LOCAL_CASES = ["local", "local ef21, two ranks a worker", "diloco", "muloco", "sparseloco"]
 
 
+def each(cases) -> list:
+    """Of a test's cases those of MORE_CASES are slow: their runs are another launch."""
+    return [pytest.param(one, marks=[pytest.mark.slow] * (one in MORE_CASES)) for one in cases]
+
+
 @pytest.fixture(scope="module")
 def cases(small, tmp_path_factory):
     """What `resume.py cases` leaves: two runs of two workers for every case."""
     directory = tmp_path_factory.mktemp("cases")
     torchrun("resume.py", "cases", directory, *small, ranks=2)
     return directory
+
+
+@pytest.fixture(scope="module")
+def more_cases(small, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("more-cases")
+    torchrun("resume.py", "more cases", directory, *small, ranks=2)
+    return directory
+
+
+@pytest.fixture
+def of_case(case, request) -> Path:
+    """Where the two runs of the test's case are."""
+    return request.getfixturevalue("more_cases" if case in MORE_CASES else "cases") / case
 
 
 @pytest.fixture
@@ -48,6 +68,21 @@ def run(small):
     return run
 
 
+@pytest.fixture(scope="module")
+def of_one_worker(small, tmp_path_factory):
+    """A run of one worker in this process, with all its checkpoints."""
+    directory = tmp_path_factory.mktemp("one") / "run"
+    run_alone(directory, *small, "checkpoint.keep=4")
+    return directory
+
+
+@pytest.fixture
+def whole(of_one_worker, tmp_path):
+    """The records of that run, of which tmp_path is a copy."""
+    shutil.copytree(of_one_worker, tmp_path, dirs_exist_ok=True)
+    return repeatable(tmp_path)
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -56,9 +91,9 @@ def facts(directory: Path) -> dict:
     return json.loads((directory / LAST / "checkpoint.json").read_text())
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_resumed_run_is_the_run_without_interruption(cases, case):
-    both = [cases / case / which for which in ("whole", "resumed")]
+@pytest.mark.parametrize("case", each(ALL_CASES))
+def test_a_resumed_run_is_the_run_without_interruption(of_case):
+    both = [of_case / which for which in ("whole", "resumed")]
     whole, resumed = map(repeatable, both)
     assert [r["step"] for r in whole if r["record"] == "train"] == [1, 2, 3, 4]
     assert whole == resumed
@@ -70,10 +105,12 @@ def test_a_resumed_run_is_the_run_without_interruption(cases, case):
     assert of_whole["phases"] != of_resumed["phases"]  # it was another process's work
 
 
-@pytest.mark.parametrize("case", [*(f"{kind}, sharded" for kind in COMPRESSORS), "natural, rank0"])
-def test_a_checkpoint_holds_all_state(cases, case, tmp_path):
+@pytest.mark.parametrize(
+    "case", each([*(f"{kind}, sharded" for kind in COMPRESSORS), "natural, rank0"])
+)
+def test_a_checkpoint_holds_all_state(of_case, case, tmp_path):
     """As torch's own converter reads it."""
-    dcp_to_torch_save(cases / case / "whole" / LAST, tmp_path / "tensors.pt")
+    dcp_to_torch_save(of_case / "whole" / LAST, tmp_path / "tensors.pt")
     tensors = torch.load(tmp_path / "tensors.pt", weights_only=True)
     names = [f"parameter.{layer}" for layer in LAYERS]
     names += [f"server.{layer}.server_gradient" for layer in LAYERS]
@@ -86,15 +123,15 @@ def test_a_checkpoint_holds_all_state(cases, case, tmp_path):
     assert sorted(tensors) == sorted(names)
 
 
-@pytest.mark.parametrize("case", LOCAL_CASES)
+@pytest.mark.parametrize("case", each(LOCAL_CASES))
 def test_in_the_middle_of_a_round_w_is_saved_and_tested_and_workers_are_apart(
-    cases, small, case, tmp_path
+    of_case, small, case, tmp_path
 ):
     """With rounds of three steps W after two is the model at the start."""
-    directory = cases / case / "whole"
+    directory = of_case / "whole"
     dcp_to_torch_save(directory / "checkpoints" / "step-00000002", tmp_path / "tensors.pt")
     tensors = torch.load(tmp_path / "tensors.pt", weights_only=True)
-    config = compose(tuple(small)).config
+    config = compose((*small, *COMMON)).config
     start = GPT(build(config.model, "model"), config.seed)
     for layer, parameter in start.named_parameters():
         assert torch.equal(tensors[f"parameter.{layer}"], parameter)
@@ -128,17 +165,15 @@ def test_a_checkpoint_says_what_it_is_of(cases):
     assert hashes["asynchronous"] == asynchronous and len(set(hashes.values())) == len(CASES)
 
 
-def test_a_run_that_has_all_its_steps_only_ends(run, tmp_path):
-    whole = run(tmp_path)
+def test_a_run_that_has_all_its_steps_only_ends(run, whole, tmp_path):
     log = tmp_path / "metrics.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
     assert run(tmp_path, "resume=auto") == whole
 
 
-def test_reading_ahead_changes_nothing(run, tmp_path, monkeypatch):
+def test_reading_ahead_changes_nothing(run, of_one_worker, tmp_path, monkeypatch):
     """As on CUDA, in a whole run and in one that goes on from its second step."""
-    plain, ahead = tmp_path / "plain", tmp_path / "ahead"
-    expected = run(plain)
+    expected, ahead = repeatable(of_one_worker), tmp_path / "ahead"
     monkeypatch.setattr(
         training.data, "WorkerBatches", lambda *args: Prefetched(WorkerBatches(*args))
     )
@@ -146,24 +181,21 @@ def test_reading_ahead_changes_nothing(run, tmp_path, monkeypatch):
     for step in (3, 4):
         shutil.rmtree(ahead / f"checkpoints/step-{step:08}")
     assert run(ahead, "resume=auto") == expected
-    assert facts(ahead)["data"] == facts(plain)["data"]
+    assert facts(ahead)["data"] == facts(of_one_worker)["data"]
 
 
-def test_without_a_checkpoint_the_run_starts_anew(run, tmp_path):
-    whole = run(tmp_path)
+def test_without_a_checkpoint_the_run_starts_anew(run, whole, tmp_path):
     shutil.rmtree(tmp_path / "checkpoints")
     assert run(tmp_path, "resume=auto") == whole
 
 
-def test_a_log_that_was_lost_is_refused(run, tmp_path):
-    run(tmp_path)
+def test_a_log_that_was_lost_is_refused(run, whole, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"record": "run"}\n')
     with pytest.raises(RunError, match=r"is shorter than the \d+ bytes that the checkpoint knew"):
         run(tmp_path, "resume=auto")
 
 
-def test_what_changes_the_numbers_is_refused(run, tmp_path):
-    run(tmp_path)
+def test_what_changes_the_numbers_is_refused(run, whole, tmp_path):
     before = sha256(tmp_path / "metrics.jsonl")
     changed = ("optimizer.lr=0.03", "w2s.fraction=0.2", "seed=1", "steps=8")
     message = (
@@ -180,9 +212,10 @@ def test_what_changes_the_numbers_is_refused(run, tmp_path):
     assert sha256(tmp_path / "metrics.jsonl") == before
 
 
-def test_what_does_not_change_the_numbers_is_allowed(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    whole = run(tmp_path, "checkpoint.keep=4")
+def test_what_does_not_change_the_numbers_is_allowed(run, whole, tmp_path, monkeypatch):
+    mirror, started = SimpleNamespace(log=lambda *_, **__: None, finish=lambda **_: None), []
+    wandb = SimpleNamespace(init=lambda **options: started.append(options["mode"]) or mirror)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     for step in (3, 4):
         shutil.rmtree(tmp_path / "checkpoints" / f"step-0000000{step}")
     options = ("wandb.mode=offline", "label=other", "checkpoint.every=3", "check_every=1")
@@ -190,30 +223,30 @@ def test_what_does_not_change_the_numbers_is_allowed(run, tmp_path, monkeypatch)
     assert resumed[:4] == whole[:4]  # the run, steps 1 and 2, and an evaluation
     assert [r["record"] for r in resumed[4:]] == ["train", "diagnostics", "train", "eval", "end"]
     assert resumed[-1] == whole[-1]
-    assert list(tmp_path.glob("wandb/offline-run-*"))
+    assert started == ["offline"]
 
 
 def test_another_number_of_workers_is_refused_with_a_hint(cases, run, tmp_path):
     shutil.copytree(cases / "randk, sharded" / "whole", tmp_path / "run")
-    overrides = ("schedule.warmup=0.75", *CASES["randk, sharded"])
+    overrides = (*COMMON, *CASES["randk, sharded"])
     with pytest.raises(RunError, match="2 workers, this run has 1: start as many, or give resum"):
         run(tmp_path / "run", "resume=auto", *overrides)
 
 
-def test_an_elastic_restart_needs_error_feedback_ef21(run, tmp_path):
-    ef14 = "optimizer.feedback=ef14"
-    run(tmp_path, ef14)
+def test_an_elastic_restart_needs_error_feedback_ef21(cases, run, tmp_path):
+    shutil.copytree(cases / "ef14" / "whole", tmp_path / "run")
+    place = ("resume=elastic", f"directory={tmp_path}/run")
     with pytest.raises(RunError, match=r"resume=elastic is not allowed for .*: it needs "):
-        run(tmp_path, ef14, "resume=elastic", f"directory={tmp_path}")
+        run(tmp_path / "run", *COMMON, *CASES["ef14"], *place)
 
 
-@pytest.mark.parametrize("case", ["local", "diloco", "muloco"])
+@pytest.mark.parametrize("case", each(["local", "diloco", "muloco"]))
 def test_local_steps_go_on_with_other_workers_from_the_middle_of_a_round(
-    cases, run, case, tmp_path, monkeypatch
+    of_case, run, case, tmp_path, monkeypatch
 ):
     """One worker has the mean of what two had, and the servers' state as it was."""
     directory = tmp_path / "elastic"
-    shutil.copytree(cases / case / "whole", directory)
+    shutil.copytree(of_case / "whole", directory)
     shutil.rmtree(directory / LAST)
     log = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
     (directory / "metrics.jsonl").write_text("".join(log[:-1]))
@@ -233,9 +266,8 @@ def test_local_steps_go_on_with_other_workers_from_the_middle_of_a_round(
         return facts
 
     monkeypatch.setattr(training.resume, "resume_elastic", look)
-    common = ("checkpoint.every=2", "check_every=1", "schedule.warmup=0.75")
     place = ("resume=elastic", f"directory={directory}")
-    records = run(directory, *common, *CASES[case], *place)
+    records = run(directory, *COMMON, *ALL_CASES[case], *place)
     assert seen.keys() == set(LAYERS) and [r["record"] for r in records].count("elastic") == 1
     for layer, state in seen.items():
         own = {"global_params", "server_momentum", "local_model"}

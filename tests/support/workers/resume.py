@@ -1,7 +1,7 @@
 """Runs that are resumed, go on with other workers, or are damaged.
 
 Run by torchrun as `resume.py WHAT DIRECTORY OVERRIDE...`, with overrides for small runs; see
-test_resume.py for the runs of `cases` and test_elastic.py for those of `elastic`.
+test_resume.py for the runs of `cases` and `more cases`, and test_elastic.py for those of `elastic`.
 """
 
 import os
@@ -26,30 +26,45 @@ from training.workers import RunError, Workers, exit_process
 COMPRESSORS = ("topk", "natural", "quantized_rank", "randk")
 TOP = "compressor@w2s=topk"
 LOCAL = (TOP, "optimizer=local", "optimizer.sync_every=3")  # step 2 is in the middle of a round
+
+
+def of_servers(kind: str) -> tuple[str, ...]:
+    """Sharded servers, that send with the compressor before it in COMPRESSORS."""
+    other = COMPRESSORS[COMPRESSORS.index(kind) - 1]
+    return f"compressor@w2s={kind}", f"compressor@s2w={other}", "optimizer.server=sharded"
+
+
 CASES = {
     "ef14": (TOP, "optimizer.feedback=ef14"),
-    "no feedback": (TOP, "optimizer.feedback=none"),
-    "other start": (TOP, "optimizer.momentum_init=zero", "optimizer.first_message=full"),
     "mvr": (TOP, "compressor@s2w=natural", "optimizer.momentum_kind=mvr"),
-    "hessian": (TOP, "optimizer.momentum_kind=hessian", "batch.micro_size=2"),
-    "two ranks a worker": (TOP, "ranks_per_worker=2"),
-    **{name: (f"optimizer={name}",) for name in ("adamw", "muon", "demo")},
+    "demo": ("optimizer=demo",),
     "muon_greedylore": ("optimizer=muon_greedylore", "optimizer.refresh_every=3"),
-    "dion natural": ("optimizer=dion", "optimizer.values=natural"),
     "local": (*LOCAL, "compressor@s2w=natural", "optimizer.outer_momentum=0.5"),
     "local, messages under way": (*LOCAL, "optimizer.streaming=true", "optimizer.sync_delay=1"),
+    "local, sharded model": (*LOCAL, "optimizer.outer_lr=0.9", "ranks_per_worker=2", "fsdp=true"),
+    "diloco": ("optimizer=diloco", "optimizer.sync_every=3"),
+    "asynchronous": (TOP, "compressor@s2w=natural"),
+    "randk, sharded": of_servers("randk"),
+    "natural, rank0": ("compressor@w2s=natural", "optimizer.server=rank0"),
+}
+# Each is like some of those above, but for one option.
+MORE_CASES = {
+    "no feedback": (TOP, "optimizer.feedback=none"),
+    "other start": (TOP, "optimizer.momentum_init=zero", "optimizer.first_message=full"),
+    "hessian": (TOP, "optimizer.momentum_kind=hessian", "batch.micro_size=2"),
+    "two ranks a worker": (TOP, "ranks_per_worker=2"),
+    **{name: (f"optimizer={name}",) for name in ("adamw", "muon")},
+    "dion natural": ("optimizer=dion", "optimizer.values=natural"),
     "local ef21, two ranks a worker": (*LOCAL, "optimizer.feedback=ef21", "ranks_per_worker=2"),
     "sharded model": (TOP, "compressor@s2w=natural", "ranks_per_worker=2", "fsdp=true"),
-    "local, sharded model": (*LOCAL, "optimizer.outer_lr=0.9", "ranks_per_worker=2", "fsdp=true"),
-    **{name: (f"optimizer={name}", "optimizer.sync_every=3") for name in ("diloco", "muloco")},
+    "muloco": ("optimizer=muloco", "optimizer.sync_every=3"),
     "sparseloco": ("optimizer=sparseloco", "optimizer.sync_every={0:3,3:1}"),
-    "asynchronous": (TOP, "compressor@s2w=natural"),
+    **{f"{kind}, sharded": of_servers(kind) for kind in ("topk", "natural", "quantized_rank")},
+    "natural, replicated": ("compressor@w2s=natural", "optimizer.server=replicated"),
 }
-for index, kind in enumerate(COMPRESSORS):
-    both = f"compressor@w2s={kind}", f"compressor@s2w={COMPRESSORS[index - 1]}"
-    CASES[f"{kind}, sharded"] = (*both, "optimizer.server=sharded")
-for placement in ("rank0", "replicated"):
-    CASES[f"natural, {placement}"] = ("compressor@w2s=natural", f"optimizer.server={placement}")
+ALL_CASES = CASES | MORE_CASES
+# Of all cases.
+COMMON = ("checkpoint.every=2", "check_every=1", "schedule.warmup=0.75", "eval.tokens=128")
 
 # Where runs go on from, and with how many workers and which placement.
 STARTS = {"two": (2, "sharded", "compressor@s2w=natural"), "three": (3, "sharded")}
@@ -109,11 +124,10 @@ def copy_up_to(step: int, source: Path, target: Path, workers: Workers) -> None:
     workers.gather(None)  # wait for it
 
 
-def run_cases(workers: Workers, directory: Path, small: list[str]) -> int:
+def run_cases(workers: Workers, cases: dict, directory: Path, small: list[str]) -> int:
     """For every case a run of four steps, `whole`, and one that went on from step 2, `resumed`."""
-    common = (*small, "checkpoint.every=2", "check_every=1", "schedule.warmup=0.75")
-    for case, overrides in CASES.items():
-        job = compose((*common, *overrides))
+    for case, overrides in cases.items():
+        job = compose((*small, *COMMON, *overrides))
         whole, resumed = directory / case / "whole", directory / case / "resumed"
         train.run_job(job, whole, workers)
         if case.startswith("asynchronous"):
@@ -209,8 +223,9 @@ def main() -> int:
     what, directory, *small = sys.argv[1:]
     if what == "elastic":
         return run_elastic(Path(directory), small)
-    workers = Workers(timeout=PATIENCE)
-    return workers.run(lambda: run_cases(workers, Path(directory), small))
+    workers, cases = Workers(timeout=PATIENCE), {"cases": CASES, "more cases": MORE_CASES}[what]
+    with mock.patch("train.show_picture"):
+        return workers.run(lambda: run_cases(workers, cases, Path(directory), small))
 
 
 if __name__ == "__main__":
