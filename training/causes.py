@@ -1,5 +1,6 @@
 """Errors of classes that a configuration names, in one line: what went wrong, and where."""
 
+import os
 import sysconfig
 import traceback
 from collections.abc import Iterator
@@ -89,7 +90,7 @@ def _place(error: BaseException) -> str | None:
 
 def is_installed(path: str) -> bool:
     """Whether a file belongs to Python or to an installed package."""
-    installed = {"site-packages", "dist-packages"}.intersection(Path(path).parts)
+    installed = {"site-packages", "dist-packages"}.intersection(path.split(os.sep))
     return bool(installed) or path.startswith(PYTHON)
 
 

@@ -23,29 +23,36 @@ from training.config import Job, compose
 from training.workers import RunError, Workers, exit_process
 
 # One that draws nothing, and three that draw values, sketches and places.
-COMPRESSORS = ("topk", "natural", "quantized_rank", "randk")
-TOP = "compressor@w2s=topk"
+COMPRESSORS = {
+    "topk": "topk:0.15:natural",
+    "natural": "natural",
+    "quantized_rank": "quantized_rank:0.3:normal4:normal2",
+    "randk": "randk:0.15:natural",
+}
+TOP = "w2s=topk:0.15:natural"
 LOCAL = (TOP, "optimizer=local", "optimizer.sync_every=3")  # step 2 is in the middle of a round
 
 
 def of_servers(kind: str) -> tuple[str, ...]:
-    """Sharded servers, that send with the compressor before it in COMPRESSORS."""
-    other = COMPRESSORS[COMPRESSORS.index(kind) - 1]
-    return f"compressor@w2s={kind}", f"compressor@s2w={other}", "optimizer.server=sharded"
+    """Sharded servers, which send with the compressor before it in COMPRESSORS."""
+    kinds = [*COMPRESSORS]
+    before = kinds[kinds.index(kind) - 1]
+    both = f"w2s={COMPRESSORS[kind]}", f"s2w={COMPRESSORS[before]}"
+    return (*both, "optimizer.server=sharded")
 
 
 CASES = {
     "ef14": (TOP, "optimizer.feedback=ef14"),
-    "mvr": (TOP, "compressor@s2w=natural", "optimizer.momentum_kind=mvr"),
+    "mvr": (TOP, "s2w=natural", "optimizer.momentum_kind=mvr"),
     "demo": ("optimizer=demo",),
     "muon_greedylore": ("optimizer=muon_greedylore", "optimizer.refresh_every=3"),
-    "local": (*LOCAL, "compressor@s2w=natural", "optimizer.outer_momentum=0.5"),
+    "local": (*LOCAL, "s2w=natural", "optimizer.outer_momentum=0.5"),
     "local, messages under way": (*LOCAL, "optimizer.streaming=true", "optimizer.sync_delay=1"),
     "local, sharded model": (*LOCAL, "optimizer.outer_lr=0.9", "ranks_per_worker=2", "fsdp=true"),
     "diloco": ("optimizer=diloco", "optimizer.sync_every=3"),
-    "asynchronous": (TOP, "compressor@s2w=natural"),
+    "asynchronous": (TOP, "s2w=natural"),
     "randk, sharded": of_servers("randk"),
-    "natural, rank0": ("compressor@w2s=natural", "optimizer.server=rank0"),
+    "natural, rank0": ("w2s=natural", "optimizer.server=rank0"),
 }
 # Each is like some of those above, but for one option.
 MORE_CASES = {
@@ -56,18 +63,18 @@ MORE_CASES = {
     **{name: (f"optimizer={name}",) for name in ("adamw", "muon")},
     "dion natural": ("optimizer=dion", "optimizer.values=natural"),
     "local ef21, two ranks a worker": (*LOCAL, "optimizer.feedback=ef21", "ranks_per_worker=2"),
-    "sharded model": (TOP, "compressor@s2w=natural", "ranks_per_worker=2", "fsdp=true"),
+    "sharded model": (TOP, "s2w=natural", "ranks_per_worker=2", "fsdp=true"),
     "muloco": ("optimizer=muloco", "optimizer.sync_every=3"),
     "sparseloco": ("optimizer=sparseloco", "optimizer.sync_every={0:3,3:1}"),
     **{f"{kind}, sharded": of_servers(kind) for kind in ("topk", "natural", "quantized_rank")},
-    "natural, replicated": ("compressor@w2s=natural", "optimizer.server=replicated"),
+    "natural, replicated": ("w2s=natural", "optimizer.server=replicated"),
 }
 ALL_CASES = CASES | MORE_CASES
 # Of all cases.
 COMMON = ("checkpoint.every=2", "check_every=1", "schedule.warmup=0.75", "eval.tokens=128")
 
 # Where runs go on from, and with how many workers and which placement.
-STARTS = {"two": (2, "sharded", "compressor@s2w=natural"), "three": (3, "sharded")}
+STARTS = {"two": (2, "sharded", "s2w=natural"), "three": (3, "sharded")}
 ELASTIC = {
     "two-to-three": ("two", 3, "rank0"),
     "three-to-two": ("three", 2, "replicated"),
