@@ -84,20 +84,30 @@ def resumed_from(output: str) -> list[int]:
     return [int(step) for step in re.findall(r"resuming from .*step-(\d+)", output)]
 
 
-def test_killed_workers_are_restarted_and_leave_no_trace(launch, undisturbed, tmp_path):
-    """In the middle of a step, in the middle of a checkpoint; and one that was only slow."""
-    status, output = launch(
-        2,
-        *("1:encode:1:SIGKILL", "3:exchange:0:SIGKILL", "4:write:1:SIGKILL"),
-        "5:encode:1:pause",
-        restarts=3,
-    )
-    assert status == 0, output
-    assert resumed_from(output) == [2, 2]  # and anew after the first
-    cut = re.findall("the last start was cut off([^:]*)[:,]", output)
-    assert cut == ["", " while it wrote step-00000004"]
+def test_killed_and_hung_workers_are_restarted_and_leave_no_trace(small, undisturbed, tmp_path):
+    """In the middle of a step, in the middle of a checkpoint; and one that was only slow.
+
+    Who hangs does it before the other one's patience begins, and is killed as soon as it was named.
+    """
+    hang = "3:exchange:1:SIGSTOP"
+    kills = ("4:write:1:SIGKILL", "5:exchange:0:SIGKILL")
+    faults = (hang, "3:encode:0:lose_patience", *kills, "6:encode:1:pause")
+    run = [*small, *LOSSY, f"directory={tmp_path}/run", "--timeout=1"]
+    lines, named = [], []
+    with started(2, FAULTS, tmp_path, ",".join(faults), *run, restarts=3) as (process, output):
+        for line in output:
+            lines.append(line)
+            if line.startswith("error: rank 0: lost rank 1: ") and not named:
+                named.append(line)
+                os.kill(int((tmp_path / hang).read_text()), signal.SIGKILL)
+    text = "".join(lines)
+    assert process.returncode == 0 and all((tmp_path / one).exists() for one in faults), text
+    assert "Timed out waiting 1000ms" in named[0]
+    assert resumed_from(text) == [2, 2, 4]
+    cut = re.findall("the last start was cut off([^:]*)[:,]", text)
+    assert cut == [" while it wrote step-00000004", ""], text
     for survivor, killed in ((0, 1), (1, 0)):
-        assert f"error: rank {survivor}: lost rank {killed}: see that process" in output
+        assert f"error: rank {survivor}: lost rank {killed}: see that process" in text
     assert outcome(tmp_path / "run") == undisturbed
 
 
@@ -114,8 +124,7 @@ def test_killed_while_writing_asynchronously(launch, undisturbed, tmp_path):
     assert outcome(tmp_path / "run") == undisturbed
 
 
-def test_sigterm_stops_all_workers_with_a_checkpoint(launch, undisturbed, tmp_path):
-    """To one worker; and to torchrun, which passes it on, and then says what ended it itself."""
+def test_sigterm_to_a_worker_stops_all_with_a_checkpoint(launch, undisturbed, tmp_path):
     run = tmp_path / "run"
     status, output = launch(2, "2:exchange:1:SIGTERM")
     assert status == 0, output
@@ -124,9 +133,17 @@ def test_sigterm_stops_all_workers_with_a_checkpoint(launch, undisturbed, tmp_pa
     assert stopped == {"record": "end", "status": "stopped", "step": 3}
     assert (run / "checkpoints" / "step-00000003").is_dir()
 
+    status, output = launch(2)
+    assert (status, resumed_from(output)) == (0, [3])
+    assert outcome(run) == undisturbed
+
+
+@pytest.mark.slow
+def test_sigterm_to_torchrun_stops_all_workers(launch, undisturbed, tmp_path):
+    """It passes it on, and then says what ended it itself."""
+    run = tmp_path / "run"
     status, output = launch(2, "4:encode:0:end_torchrun")
     assert "stopped as asked" in output and "SignalException" in output and status == 1
-    assert resumed_from(output) == [3]
     step = last_record(run)["step"]
     assert step < 6
 
@@ -135,36 +152,23 @@ def test_sigterm_stops_all_workers_with_a_checkpoint(launch, undisturbed, tmp_pa
     assert outcome(run) == undisturbed
 
 
+@pytest.mark.slow
 def test_sigint_to_a_process_alone(launch, tmp_path):
+    """Quick tests do it to their own process; see test_ends.py."""
     status, output = launch(0, "2:forward:0:SIGINT")
     assert status == 0, output
     assert last_record(tmp_path / "run") == {"record": "end", "status": "stopped", "step": 2}
     assert (tmp_path / "run" / "checkpoints" / "step-00000002").is_dir()
 
 
-def test_a_hung_worker_is_named_and_the_run_goes_on(small, undisturbed, tmp_path):
-    """It hangs before the other one's patience begins, and is killed as soon as it was named."""
-    fault = "3:exchange:1:SIGSTOP"
-    faults = f"{fault},3:encode:0:lose_patience"
-    run = [*small, *LOSSY, f"directory={tmp_path}/run", "--timeout=5"]
-    named = []
-    with started(2, FAULTS, tmp_path, faults, *run, restarts=1) as (process, lines):
-        for line in lines:
-            if line.startswith("error: rank 0: lost rank 1: "):
-                named.append(line)
-                os.kill(int((tmp_path / fault).read_text()), signal.SIGKILL)
-    assert process.returncode == 0 and len(named) == 1
-    assert "Timed out waiting 5000ms" in named[0]
-    assert outcome(tmp_path / "run") == undisturbed
-
-
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         ((), "the gradient of blocks.0.mlp.expand.weight was not finite at step 2"),
-        (
+        pytest.param(
             ("optimizer=diloco", "optimizer.sync_every=2"),
             "blocks.0.mlp.expand.weight is not finite after",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -42,34 +42,34 @@ def test_a_sharded_model_has_the_same_losses_bytes_and_checkpoint(small, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory):
-    """What each of four ranks of a worker tells of models that they share."""
+def two_ranks(tmp_path_factory):
+    """What each of two ranks of a worker tells of models that they share."""
     directory = tmp_path_factory.mktemp("ranks")
-    torchrun("sharding.py", directory, ranks=4)
-    return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(4)]
+    torchrun("sharding.py", directory, ranks=2)
+    return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_a_model_is_sharded_before_it_has_values(four_ranks):
+def test_a_model_is_sharded_before_it_has_values(two_ranks):
     """No rank ever has more than its rows, a layer, and the numbers of a layer's fingerprint."""
-    for rank in four_ranks:
+    for rank in two_ranks:
         assert rank["small is as whole"] and rank["large is as whole"] and rank["is of rank 0"]
-        assert rank["kept"] == pytest.approx(0.25, abs=0.01)
-        assert rank["kept"] < rank["peak"] < 0.6
+        assert rank["kept"] == pytest.approx(0.5, abs=0.01)
+        assert rank["kept"] < rank["peak"] < 0.85
 
 
-def test_gradients_of_several_passes_are_reduced_once(four_ranks):
-    for rank in four_ranks:
+def test_gradients_of_several_passes_are_reduced_once(two_ranks):
+    for rank in two_ranks:
         assert rank["scatters"] == 1 + rank["layers"]  # the root and every block
         assert rank["of every pass"] == 3 * rank["scatters"]
         assert rank["to every pass"] < 1e-6 and rank["to whole"] < 1e-6
 
 
-def test_a_sharded_model_is_compiled_in_parts(four_ranks):
+def test_a_sharded_model_is_compiled_in_parts(two_ranks):
     """In what comes before the blocks, in a block and in the head: all but the tables' two cuts.
 
     Whole or sharded, tests add graphs without gradients, of a whole batch and of the last one.
     """
-    for rank in four_ranks:
+    for rank in two_ranks:
         (whole,), parts = rank["whole"], rank["sharded"]
         before, block, head = parts
         assert before + rank["layers"] * block + head == whole - 2
@@ -79,6 +79,6 @@ def test_a_sharded_model_is_compiled_in_parts(four_ranks):
             assert rank[f"{kind}, distance"] < 1e-6
 
 
-def test_sharded_models_leave_no_groups_but_those_of_their_mesh(four_ranks):
-    for rank in four_ranks:
+def test_sharded_models_leave_no_groups_but_those_of_their_mesh(two_ranks):
+    for rank in two_ranks:
         assert len(rank["groups"]) == 6 and len({*rank["groups"]}) == 1

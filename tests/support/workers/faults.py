@@ -40,7 +40,7 @@ PLACES = {
     "hash": (Checkpoints, "_my_files"),  # all files of the checkpoint are there but the facts
     "publish": (Checkpoints, "_rename"),
 }
-PAUSE_SECONDS = 2
+PAUSE_SECONDS = 1
 
 
 def end_torchrun() -> None:

@@ -24,7 +24,7 @@ from training.sharding import new_worker_mesh, shard
 from training.weights import draw_weights
 from training.workers import Workers
 
-SMALL = GPTConfig(layers=2, width=48, heads=2, context=40, vocab_size=61)  # 61 rows of 4 ranks
+SMALL = GPTConfig(layers=2, width=48, heads=2, context=40, vocab_size=61)  # 61 rows of 2 ranks
 LARGE = GPTConfig(layers=8, width=256, heads=2, context=64, vocab_size=512)
 SEED = 3
 
