@@ -19,7 +19,7 @@ PARAMETERS = 256 * 32 + 12 * 32 * 32
 def runs(small, tmp_path_factory):
     """What `resume.py elastic` leaves."""
     directory = tmp_path_factory.mktemp("elastic")
-    longer = ("steps=8", "batch.global_size=6")
+    longer = ("steps=8", "batch.global_size=6", "eval.tokens=192")
     torchrun("resume.py", "elastic", directory, *small, *longer, ranks=3)
     return directory
 

@@ -1,11 +1,16 @@
 """Runs on unlike processors."""
 
+import pytest
 from logs import repeatable
 from unlike_machines import OTHER, train_on_all
 
 
+@pytest.mark.slow
 def test_local_steps_train_on_unlike_processors(small, tmp_path):
-    """Which draw other weights from one seed; agreement is checked after the last step."""
+    """Which draw other weights from one seed; agreement is checked after the last step.
+
+    Quick: that ranks which draw other weights take those of rank 0 (test_sharding.py).
+    """
     train_on_all(
         [{}, OTHER],
         *small,
