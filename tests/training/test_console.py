@@ -46,6 +46,10 @@ STREAMS = {
 }
 
 
+def slow(case):
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
 def end_of(run) -> dict:
     return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
 
@@ -69,7 +73,13 @@ def main(small, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("names", "what"),
     [
-        *((names, what) for names in (("stdout",), ("stderr",)) for what in STREAMS),
+        *((("stderr",), what) for what in STREAMS),
+        *((("stdout",), what) for what in ("none", "a pipe without a reader")),
+        *(
+            pytest.param(("stdout",), what, marks=pytest.mark.slow)
+            for what in [*STREAMS][1:]
+            if what != "a pipe without a reader"
+        ),
         (("stdout", "stderr"), "none"),
         (("stdout", "stderr"), "a full disk"),
     ],
@@ -91,7 +101,9 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("what", PICTURES)
+@pytest.mark.parametrize(
+    "what", ["a fault of matplotlib", "no memory", *map(slow, ("a full disk", "no fonts"))]
+)
 def test_a_run_outlives_its_picture(main, monkeypatch, capsys, what):
     def draw(*_):
         raise PICTURES[what]

@@ -48,7 +48,9 @@ def test_two_single_runs_at_once_have_a_directory_each(small, tmp_path):
         assert later.folder.name == other.folder.name
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGHUP]
+)
 def test_a_stopped_run_leaves_no_trace_in_the_log(small, tmp_path, request, number):
     """Also between two records, whose losses then are those of all steps since the first."""
     overrides = (*small, "log_every=3", "eval.every=100", "steps=6", "checkpoint.every=100")
@@ -98,7 +100,7 @@ def test_under_nohup_sighup_does_nothing(small, tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with around_steps(before=lambda run, step: os.kill(os.getpid(), signal.SIGHUP)):
-            run_alone(tmp_path, *small)
+            run_alone(tmp_path, *small, "steps=2", "checkpoint.every=0")
     finally:
         signal.signal(signal.SIGHUP, before)
     assert records(tmp_path)[-1]["status"] == "completed"
@@ -109,7 +111,7 @@ def test_the_run_record_is_on_the_disk_before_the_first_step(small, tmp_path):
         assert records(tmp_path)[0]["record"] == "run"
 
     with around_steps(before=look):
-        run_alone(tmp_path, *small)
+        run_alone(tmp_path, *small, "steps=1", "checkpoint.every=0")
 
 
 def test_a_run_that_diverges_in_its_last_step_has_failed(small, tmp_path):

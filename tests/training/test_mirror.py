@@ -60,7 +60,7 @@ def end_of(directory: Path) -> dict:
 
 
 OFFLINE = "wandb.mode=offline"
-SHORT = ("steps=2", "checkpoint.every=0", OFFLINE)
+SHORT = ("steps=2", "checkpoint.every=0", "eval.tokens=64", OFFLINE)
 LOST = "wandb stopped answering"
 FAULTS = {
     "connection lost": ("log", failing(ConnectionResetError("Connection lost")), LOST),
@@ -151,7 +151,14 @@ def test_a_wandb_that_works_has_all_numbers(small, tmp_path, fake):
 
 
 @pytest.mark.parametrize(
-    "error", [ConnectionError("no route"), TypeError("an old one"), ImportError("None found")]
+    "error",
+    [
+        ConnectionError("no route"),
+        *(
+            pytest.param(error, marks=pytest.mark.slow)
+            for error in (TypeError("an old one"), ImportError("None found"))
+        ),
+    ],
 )
 def test_what_does_not_start_is_refused_but_for_a_run_that_goes_on(
     small, tmp_path, fake, capsys, stopping, error

@@ -16,7 +16,7 @@ from model import GPT
 from training.config import build, compose, what_matters
 from training.links import LINKS
 from training.method import build_optimizer
-from training.overlap import Exchange
+from training.overlap import Exchange, _exchanges
 from training.plan import plan
 from training.study import MAP, WORKERS
 from training.traffic import groups_of, loads_by_placement
@@ -60,6 +60,19 @@ def new_optimizer(setting, *more):
 
 
 @pytest.fixture(scope="module")
+def exchanges():
+    """What all settings exchange, whatever the link."""
+    config = compose(TINY).config
+    with mock.patch("torch.cuda.is_available", return_value=True):
+        return [*_exchanges(config, GPT(build(config.model, "model")))]
+
+
+@pytest.fixture
+def known_exchanges(exchanges, monkeypatch):
+    monkeypatch.setattr("training.overlap._exchanges", lambda *_: exchanges)
+
+
+@pytest.fixture(scope="module")
 def at_this_link():
     return planned(*LINK)
 
@@ -93,8 +106,9 @@ def test_the_shortest_step_is_what_the_messages_of_all_others_take(at_this_link)
                 assert bool(waits) == (setting.name == "served6")
 
 
-def test_placements_are_those_that_auto_takes(at_this_link):
+def test_placements_are_those_that_auto_takes(at_this_link, monkeypatch):
     found = by_setting(at_this_link[5])
+    monkeypatch.setattr("training.plan.overlap", lambda *_: at_this_link[4:6])
     for setting in (MAP[0], MAP[2], BACK[0]):
         *_, placements, _, _, _ = planned(*setting.overrides(compose(TINY).config))
         for column, workers in enumerate(WORKERS):
@@ -177,7 +191,7 @@ def test_the_answer_is_hidden_and_of_the_lowest_loss(at_this_link):
         assert new_optimizer(setting, delay).sync_delay == int(delay.partition("=")[2])
 
 
-def test_for_workers_that_have_not_run_the_next_fewer_are_named(monkeypatch):
+def test_for_workers_that_have_not_run_the_next_fewer_are_named(known_exchanges, monkeypatch):
     monkeypatch.setattr("training.study.loss_gaps", lambda: {"local10-signs": 1.19})
     answer = planned("plan.step_seconds=10", "plan.mbit=100")[-1]
     assert answer.startswith(
@@ -193,6 +207,7 @@ def test_without_the_studys_summary_one_line_says_so(tmp_path, monkeypatch, at_t
     assert "results/shakespeare/summary.json is missing" in note and "\n" not in note
 
 
+@pytest.mark.usefixtures("known_exchanges")
 def test_nothing_is_hidden_behind_steps_that_are_too_short():
     *_, answer = planned("plan.step_seconds=1e-300", "plan.mbit=1e-20")
     assert answer == "8 workers: none, the steps are too short for this link"
