@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from readme import blocks
-from run import launch, script
+from run import script
+from workers.resume import run_alone
 
 import sample
 from data.loader import TestWindows
@@ -22,7 +23,7 @@ from training.workers import RunError
 @pytest.fixture(scope="module")
 def run(small, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("after") / "run"
-    launch(0, *small, "checkpoint.every=2", f"directory={directory}")
+    run_alone(directory, *small, "checkpoint.every=2")
     return directory
 
 
@@ -68,10 +69,15 @@ def test_sampling_follows_the_models_probabilities(run):
     assert ((counts[likely] - 400 * expected[likely]).abs() <= 5 * deviation + 1).all()
 
 
-def test_text_is_longer_than_the_context_and_repeats_with_the_seed(run):
-    arguments = ["sample.py", run, "To be", "--tokens", "50"]
-    first, again = (script(*arguments).stdout for _ in range(2))
-    other = script(*arguments, "--seed", "1").stdout
+def test_text_is_longer_than_the_context_and_repeats_with_the_seed(run, monkeypatch, capsys):
+    """In a process of its own, and again and otherwise in this one."""
+    arguments = ["sample.py", str(run), "To be", "--tokens", "50"]
+    first, texts = script(*arguments).stdout, []
+    for seed in ([], ["--seed", "1"]):
+        monkeypatch.setattr("sys.argv", [*arguments, *seed])
+        assert sample.main() == 0
+        texts.append(capsys.readouterr().out)
+    again, other = texts
     assert first.startswith("To be") and len(first) > 40
     assert first == again != other
 
@@ -80,7 +86,7 @@ def test_text_is_longer_than_the_context_and_repeats_with_the_seed(run):
 def padded(small, tmp_path_factory) -> Path:
     """A run whose model has room for more tokens than there are bytes."""
     directory = tmp_path_factory.mktemp("padded") / "run"
-    launch(0, *small, "steps=1", "model.vocab_size=512", f"directory={directory}")
+    run_alone(directory, *small, "steps=1", "model.vocab_size=512")
     return directory
 
 
