@@ -270,9 +270,9 @@ def test_a_fleet_that_was_asked_to_stop_has_not_completed(start):
 def forked(command: list[str], **_) -> preloaded.Process | subprocess.Popen:
     """In place of subprocess.Popen, for workers of a fleet: a fork, with pipes."""
     pipes = [os.pipe() for _ in range(2)]
-    writing = [open(end, "wb") for _, end in pipes]
+    writing = [os.fdopen(end, "wb") for _, end in pipes]
     process = preloaded.popen(command, *writing)
-    process.stdout, process.stderr = (open(end, "rb") for end, _ in pipes)
+    process.stdout, process.stderr = (os.fdopen(end, "rb") for end, _ in pipes)
     for end in writing:
         end.close()
     return process
