@@ -56,6 +56,8 @@ class Module:
 
     def __post_init__(self):
         self.tree = ast.parse(self.text)
+        self.nodes = list(ast.walk(self.tree))
+        self.imports = list(imports(self))
 
     @property
     def folder(self) -> str:
@@ -83,7 +85,7 @@ def fits(name: str, pattern: str) -> bool:
 
 def imports(module: Module) -> Iterator[str]:
     """The full names of what it imports, wherever in it."""
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -98,7 +100,7 @@ def is_short(module: Module) -> Iterator[str]:
 
 
 def has_short_functions(module: Module) -> Iterator[str]:
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = node.end_lineno - node.lineno + 1
             if lines > LINES_OF_A_FUNCTION:
@@ -116,7 +118,7 @@ def imports_downwards(module: Module) -> Iterator[str]:
         yield "has no place among the directions"
         return
     allowed = (*DIRECTIONS[max(places, key=len)], module.folder or module.name)
-    for name in imports(module):
+    for name in module.imports:
         top = name.partition(".")[0]
         if top in ROOMS | HELPERS and not any(fits(name, other) for other in allowed):
             yield f"imports {name}"
@@ -124,14 +126,14 @@ def imports_downwards(module: Module) -> Iterator[str]:
 
 def needs_torch_alone(module: Module) -> Iterator[str]:
     allowed = sys.stdlib_module_names | {"torch", "ef21_muon"} | EXTRAS.get(module.name, set())
-    for name in imports(module) if fits(module.name, "ef21_muon") else ():
+    for name in module.imports if fits(module.name, "ef21_muon") else ():
         if name.partition(".")[0] not in allowed:
             yield f"imports {name}"
 
 
 def checks_without_assert(module: Module) -> Iterator[str]:
     """Which PYTHONOPTIMIZE takes away."""
-    for node in ast.walk(module.tree):
+    for node in module.nodes:
         if isinstance(node, ast.Assert) and not fits(module.name, "tests"):
             yield f"asserts in line {node.lineno}"
 
@@ -139,7 +141,7 @@ def checks_without_assert(module: Module) -> Iterator[str]:
 def draws_by_agg(module: Module) -> Iterator[str]:
     """A notebook's MPLBACKEND ends whoever imports matplotlib elsewhere first."""
     if not fits(module.name, "tests") and module.name != "training.drawing":
-        for name in imports(module):
+        for name in module.imports:
             if name.partition(".")[0] == "matplotlib":
                 yield f"imports {name}"
 

@@ -99,7 +99,7 @@ class Session:
 
 
 def steps(session: Session) -> Iterator[dict]:
-    model = ["model=gpt2-124m", "batch.micro_size=16"] if session.on_gpu else ["model=tiny"]
+    model = ["model=gpt2-124m", "batch.micro_size=16"] if session.on_gpu else SMALL[:2]
     repeats = "--steps=10" if session.on_gpu else "--steps=1"
     with tempfile.TemporaryDirectory() as folder:
         part, _ = session.run("steps", "scripts/gpu/steps.py", "--out", folder, repeats, *model)

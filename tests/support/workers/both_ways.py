@@ -17,7 +17,7 @@ from scripts.theory.problems import geometry
 from scripts.theory.studies import GEOMETRIES, feedback, two_workers
 from training.workers import exit_process
 
-HOW = {"problem": two_workers(), "rounds": 30, "replicas": 3, "sigma": 0.5}
+HOW = {"problem": two_workers(), "rounds": 20, "replicas": 2, "sigma": 0.5}
 
 
 def options(place):

@@ -1,7 +1,7 @@
 """scripts/verify.py with ef21_muon broken in one way after another, each in a table of its own.
 
-A table has the claims that should fail. The exit status is that of the way which verify.py finds
-least fault with.
+A table has the claims that should fail, of one placement and one compressor where they are of each.
+The exit status is that of the way which verify.py finds least fault with.
 """
 
 import pytest
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ef21_muon import EF21Muon
 from ef21_muon.channel import Channel
 from ef21_muon.communicating import Communicating
+from ef21_muon.compressors import from_spec
 from ef21_muon.transport.fixed import Transport
 from ef21_muon.values.base import BFloat16
 from scripts import verify
@@ -79,12 +80,21 @@ BROKEN = {
 }
 
 
+FEWER = {
+    "PLACED": verify.PLACED[:1],
+    "LOCAL": verify.LOCAL[:1],
+    "COMPRESSORS": [from_spec("rank:0.2:bfloat16")],
+}
+
+
 def verify_broken(workers: Workers) -> int:
     statuses = []
     for breaking, starts in BROKEN.items():
         with pytest.MonkeyPatch.context() as patch:
             claims = [claim for claim in verify.CLAIMS if claim.text.startswith(starts)]
             patch.setattr(verify, "CLAIMS", claims)
+            for name, fewer in FEWER.items():
+                patch.setattr(verify, name, fewer)
             breaking(patch)
             statuses.append(verify.verify(workers))
     return min(statuses)
