@@ -16,7 +16,7 @@ from ef21_muon.compressors import Quantize, TopK
 from ef21_muon.norms import AdaptiveRadius, BiasRMS, Euclidean, RowNorm, Sign, Spectral
 from training.workers import exit_process
 
-STEPS = 14
+STEPS = 20
 LR, MOMENTUM, DECAY = 0.1, 0.8, 0.5
 SCION_LR, SCION_WEIGHT, RADII = 0.05, 0.2, {"head": 30.0, "bias": 2.0}
 L0, L1 = 2.0, 0.5
