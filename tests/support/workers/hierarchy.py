@@ -169,12 +169,13 @@ def clipped(size: int, shard: bool) -> list[float]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     first = rank // size * size
     parts = range(first * 4 // ranks, (first + size) * 4 // ranks)
-    found = []
+    module, found = sharded(Layers(), size) if shard else Layers(), []
+    model = dict(module.named_parameters())
+    mesh = WorkerMesh(model.values(), size)
     for max_norm, broken in ((1e6, ""), (0.5, ""), (0.5, "head")):
-        module = sharded(Layers(), size) if shard else Layers()
-        model = dict(module.named_parameters())
-        mesh = WorkerMesh(model.values(), size)
         mesh.max_norm = max_norm
+        for parameter in (*model.values(), *mesh.own.values()):
+            parameter.grad = None
         module(range(rank * 4 // ranks, (rank + 1) * 4 // ranks)).backward()
         expected = parameters()
         (sum(loss(expected, part) for part in parts) / len(parts)).backward()
