@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from run import script
+from run import ROOT, script
 from torch import nn
 
 import ef21_muon
@@ -226,7 +226,8 @@ exec(sys.argv[1])
 """
 
 
-def test_a_script_that_ends_with_unsent_steps_warns(tmp_path):
+def test_a_script_that_ends_with_unsent_steps_warns(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (tmp_path / "ends.py").write_text(SCRIPT)
     ends = {"": 0, "optimizer.final_sync()": 0, "raise RuntimeError('other')": 1}
     said = [script(tmp_path / "ends.py", end, expect=n).stderr for end, n in ends.items()]
