@@ -175,6 +175,12 @@ def test_rank_draws_another_sketch_for_every_matrix():
     assert not torch.equal(first, second)
 
 
+def test_a_random_walk_comes_to_every_entry_once():
+    """Whatever its stride, of entries whose number has many divisors."""
+    x, compressor = torch.randn(64, 12, 20, generator=seeded()), RandK(1.0)
+    assert torch.equal(compressor.decode(compressor.encode(x, seeded()), 12, 20), x)
+
+
 @pytest.mark.parametrize("name", REFERENCE_ROUNDING)
 @pytest.mark.parametrize("fraction", [0.05, 0.3, 1.0])
 def test_top_and_quantize_agree_with_numpy(fraction, name):
