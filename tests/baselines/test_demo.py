@@ -140,7 +140,7 @@ def test_the_basis_is_the_orthonormal_dct(size):
 
 
 @given(m=SIDES, n=SIDES, chunk=st.integers(1, 20))
-@settings(max_examples=40)
+@settings(max_examples=15)
 def test_the_transform_agrees_with_cosines_and_is_undone(m, n, chunk):
     chunks, x = chunks_of(m, n, chunk, k=1), random_matrices(m, n)
     coefficients = chunks.transform(x)
@@ -155,7 +155,7 @@ def test_the_transform_agrees_with_cosines_and_is_undone(m, n, chunk):
 
 
 @given(m=SIDES, n=SIDES, chunk=st.integers(1, 20), k=st.integers(1, 50))
-@settings(max_examples=60)
+@settings(max_examples=20)
 def test_a_message_holds_the_k_largest_of_every_chunk(m, n, chunk, k):
     chunks = chunks_of(m, n, chunk, k)
     coefficients = random_matrices(m, n).view(2, chunks.count, chunks.size)
@@ -170,6 +170,7 @@ def test_a_message_holds_the_k_largest_of_every_chunk(m, n, chunk, k):
 
 
 @given(m=SIDES, n=SIDES, chunk=st.integers(1, 20), k=st.integers(1, 50))
+@settings(max_examples=40)
 def test_indices_take_few_bytes(m, n, chunk, k):
     """At least what distinguishes the k places in every chunk, at most indices of fixed width."""
     chunks = chunks_of(m, n, chunk, k)

@@ -2,12 +2,11 @@
 
 import copy
 import gc
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
+from run import ROOT, script
 from torch import nn
 
 import ef21_muon
@@ -215,29 +214,23 @@ def test_steps_that_are_sent_or_saved_are_not_warned_of():
     silent(saved)
 
 
-# Forks itself for every end, since to import torch, and what steps need of it, takes longest.
 SCRIPT = """
-import os, sys, torch, torch._dynamo
+import sys, torch
 from ef21_muon import LocalSteps
-for number, end in enumerate(sys.argv[2:]):
-    if os.fork() > 0:
-        os.wait()
-        continue
-    os.dup2(os.open(f"{sys.argv[1]}/{number}", os.O_CREAT | os.O_WRONLY), 2)
-    layer = torch.nn.Linear(4, 4)
-    optimizer = LocalSteps(torch.optim.SGD(layer.parameters(), lr=0.1), sync_every=3)
-    for _ in range(4):
-        layer(torch.ones(4)).sum().backward()
-        optimizer.step()
-    exec(end)
-    break
+layer = torch.nn.Linear(4, 4)
+optimizer = LocalSteps(torch.optim.SGD(layer.parameters(), lr=0.1), sync_every=3)
+for _ in range(4):
+    layer(torch.ones(4)).sum().backward()
+    optimizer.step()
+exec(sys.argv[1])
 """
 
 
-def test_a_script_that_ends_with_unsent_steps_warns(tmp_path):
-    ends = ("", "optimizer.final_sync()", "raise RuntimeError('other')")
-    subprocess.run([sys.executable, "-c", SCRIPT, tmp_path, *ends], check=True)
-    said = [(tmp_path / str(number)).read_text() for number in range(len(ends))]
+def test_a_script_that_ends_with_unsent_steps_warns(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "ends.py").write_text(SCRIPT)
+    ends = {"": 0, "optimizer.final_sync()": 0, "raise RuntimeError('other')": 1}
+    said = [script(tmp_path / "ends.py", end, expect=n).stderr for end, n in ends.items()]
     assert [UNSENT.format(1) in errors for errors in said] == [True, False, False]
     assert "RuntimeError: other" in said[2]
 

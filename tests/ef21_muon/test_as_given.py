@@ -70,7 +70,7 @@ def test_a_model_that_was_loaded_stays_where_it_is(change, steps, s2w):
     change(model, other)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
-    take(model, optimizer, 20, first=steps)
+    take(model, optimizer, 6, first=steps)
     assert torch.equal(parameters_of(model), parameters_of(other))
 
 
@@ -78,7 +78,7 @@ def test_a_model_that_was_loaded_stays_where_it_is(change, steps, s2w):
 def test_a_state_and_its_model_are_loaded_in_either_order(model_first):
     model = new_model()
     optimizer = MAKE["ef21_muon"](model, s2w=TopK(0.2))
-    take(model, optimizer, 5)
+    take(model, optimizer, 3)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     other = new_model(seed=1)
     other_optimizer = MAKE["ef21_muon"](other, s2w=TopK(0.2))
@@ -88,8 +88,8 @@ def test_a_state_and_its_model_are_loaded_in_either_order(model_first):
     ]
     for one in loads if model_first else loads[::-1]:
         one()
-    take(model, optimizer, 5, first=5)
-    take(other, other_optimizer, 5, first=5)
+    take(model, optimizer, 3, first=3)
+    take(other, other_optimizer, 3, first=3)
     assert torch.equal(parameters_of(model), parameters_of(other))
 
 

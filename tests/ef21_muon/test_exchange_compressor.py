@@ -1,6 +1,7 @@
 """A compressor that takes another's place between rounds; on two ranks see test_two_ranks.py."""
 
 import copy
+from itertools import cycle
 
 import pytest
 import torch
@@ -48,13 +49,11 @@ def everything(model, optimizer):
     return [p.tolist() for p in model.parameters()], state, optimizer.traffic
 
 
-# Averaged gradients that are sent whole have no feedback, but those that were not once keep it.
-BUILT_ANEW = [
-    (m, later) for m in METHODS for later in LATER if (m, later) != ("averaged", "identity")
-]
+# Every method with one of them in turn, and one method with all.
+PAIRS = [*zip(METHODS, cycle(LATER), strict=False), ("ef21", "quantize"), ("ef21", "identity")]
 
 
-@pytest.mark.parametrize(("method", "later"), BUILT_ANEW)
+@pytest.mark.parametrize(("method", "later"), PAIRS)
 def test_it_continues_as_one_that_was_built_with_it_and_takes_over_the_state(method, later):
     exchanged, last = (rounds * EVERY.get(method, 1) for rounds in (2, 5))
     model, optimizer = trained(method, exchanged)
@@ -71,8 +70,7 @@ def test_it_continues_as_one_that_was_built_with_it_and_takes_over_the_state(met
     assert everything(model, optimizer) != everything(*trained(method, last))
 
 
-@pytest.mark.parametrize("later", LATER)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "later"), PAIRS)
 def test_bytes_are_of_the_one_that_sends(method, later):
     every = EVERY.get(method, 1)
     model, optimizer = trained(method, 2 * every)

@@ -1,8 +1,7 @@
 """Workers that come and go: threads with a lighthouse, against a plain simulation."""
 
 import copy
-import subprocess
-import sys
+import signal
 import threading
 import time
 
@@ -19,7 +18,8 @@ from fleet import (
     new_model,
     parameters_of,
 )
-from run import PATIENCE
+from preloaded import forking
+from run import PATIENCE, ROOT, script
 
 from ef21_muon import LocalSteps
 from ef21_muon.compressors import Quantize, TopK
@@ -231,41 +231,41 @@ def test_what_is_remembered_of_a_lost_message_is_forgotten():
         assert not any(batch.state["error"].any() for batch in optimizer.batches)
 
 
-def test_who_is_lost_in_the_last_round_comes_to_the_same_end():
-    """With a last round that is cut short, and one that is whole."""
-    for until in (12, 14):
-        finished = threading.Event()
-        with lighthouse(2) as url, crew.workers(url, range(3), outer_momentum=0.6) as workers:
+# A last round that is whole, and one that is cut short.
+@pytest.mark.parametrize("until", [12, 14])
+def test_who_is_lost_in_the_last_round_comes_to_the_same_end(until):
+    finished = threading.Event()
+    with lighthouse(2) as url, crew.workers(url, range(3), outer_momentum=0.6) as workers:
 
-            def end(worker, until=until, finished=finished):
-                worker.train(until)
-                worker.optimizer.final_sync()
-                finished.set()
-                worker.fleet.quorums.clear()  # as one does that has logged them
-                worker.fleet.wait_for_peers(3, PATIENCE)
+        def end(worker):
+            worker.train(until)
+            worker.optimizer.final_sync()
+            finished.set()
+            worker.fleet.quorums.clear()  # as one does that has logged them
+            worker.fleet.wait_for_peers(3, PATIENCE)
 
-            crew.enter(workers)
-            threads = [threading.Thread(target=end, args=(worker,)) for worker in workers[:2]]
+        crew.enter(workers)
+        threads = [threading.Thread(target=end, args=(worker,)) for worker in workers[:2]]
+        for thread in threads:
+            thread.start()
+        workers[2].train(until=10)
+        workers[2].fleet.leave()
+        assert finished.wait(PATIENCE)
+        time.sleep(0.5)
+        with crew.workers(url, [2], outer_momentum=0.6) as (late,):
+            end(late)
             for thread in threads:
-                thread.start()
-            workers[2].train(until=10)
-            workers[2].fleet.leave()
-            assert finished.wait(PATIENCE)
-            time.sleep(0.5)
-            with crew.workers(url, [2], outer_momentum=0.6) as (late,):
-                end(late)
-                for thread in threads:
-                    thread.join(PATIENCE)
-                found = []
-                for worker in (*workers[:2], late):
-                    assert worker.optimizer.steps == until
-                    with worker.optimizer.global_params():
-                        found.append(parameters_of(worker.model))
-                assert all(torch.equal(model, found[0]) for model in found)
-                rounds = [(0, 1, 2)] * 3 + [(0, 1)] * (-(-until // EVERY) - 3)
-                steps = [min(EVERY, until - EVERY * place) for place in range(len(rounds))]
-                synced = sum(len(who) * length for who, length in zip(rounds, steps, strict=True))
-                assert {w.fleet.synced_steps for w in (*workers[:2], late)} == {synced}
+                thread.join(PATIENCE)
+            found = []
+            for worker in (*workers[:2], late):
+                assert worker.optimizer.steps == until
+                with worker.optimizer.global_params():
+                    found.append(parameters_of(worker.model))
+            assert all(torch.equal(model, found[0]) for model in found)
+            rounds = [(0, 1, 2)] * 3 + [(0, 1)] * (-(-until // EVERY) - 3)
+            steps = [min(EVERY, until - EVERY * place) for place in range(len(rounds))]
+            synced = sum(len(who) * length for who, length in zip(rounds, steps, strict=True))
+            assert {w.fleet.synced_steps for w in (*workers[:2], late)} == {synced}
 
 
 def test_one_that_stands_still_in_a_message_is_not_waited_for_as_long_as_a_state_takes(monkeypatch):
@@ -377,9 +377,11 @@ fleet.join()
 """
 
 
-def test_a_process_that_ends_while_it_waits_for_others_ends():
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_process_that_ends_while_it_waits_for_others_ends(fresh, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "ends.py").write_text(ENDS)
+    status = -signal.SIGINT if fresh or not forking() else 1
     with lighthouse(2) as url:
-        ended = subprocess.run(
-            [sys.executable, "-c", ENDS, url], capture_output=True, text=True, timeout=PATIENCE
-        )
-    assert ended.returncode != 0 and "KeyboardInterrupt" in ended.stderr
+        ended = script(tmp_path / "ends.py", url, expect=status, fresh=fresh)
+    assert ended.stderr.splitlines()[-1] == "KeyboardInterrupt"

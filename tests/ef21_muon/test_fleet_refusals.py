@@ -20,6 +20,7 @@ from ef21_muon.fleet.admission import Card
 from ef21_muon.fleet.connections import StateServer
 from ef21_muon.transport.reach import Place, is_local
 
+SLOW = pytest.mark.slow
 RUN = {"optimizer.lr": 0.01, "steps": 60}
 
 
@@ -181,8 +182,11 @@ NEWCOMERS = {
 }
 
 
-@pytest.mark.parametrize(("newcomer", "reason"), NEWCOMERS.values(), ids=NEWCOMERS)
-def test_who_does_not_belong_is_shown_why_and_costs_the_others_one_quorum(newcomer, reason):
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=SLOW if one == "another model" else ()) for one in NEWCOMERS]
+)
+def test_who_does_not_belong_is_shown_why_and_costs_the_others_one_quorum(name):
+    newcomer, reason = NEWCOMERS[name]
     come, reported = threading.Event(), threading.Event()
 
     def wait(worker):
@@ -212,6 +216,7 @@ def test_who_does_not_belong_is_shown_why_and_costs_the_others_one_quorum(newcom
             assert torch.equal(worker.global_params[18], workers[0].global_params[18])
 
 
+@SLOW
 def test_of_numbers_that_are_given_twice_from_the_start_each_counts_once():
     with lighthouse(2) as url, crew.workers(url, (0, 1, 0, 1)) as workers:
         errors = everyone(workers, 12)

@@ -8,9 +8,11 @@ import reference
 from local_reference import AdamW, GradientDescent, LocalRounds, Muon, chunk_top_k, statistical
 from run import torchrun
 from workers import local_steps, rounds
-from workers.local_steps import CASES, EVERY, LR, MOMENTUM, RESUMED, STEPS, UNFINISHED
+from workers.local_steps import CASES, EVERY, LR, MOMENTUM, RESUMED, STEPS, runs
 
 WORKERS = (1, 3)
+# Of so many workers, what is recorded and compared with the simulation.
+WHOLE = [(workers, name) for workers in WORKERS for name in runs(workers) if "resumed" not in name]
 COMPRESSORS = {
     "identity": reference.float32,
     "topk": lambda x: reference.top_k(local_steps.FRACTION, reference.float32)(x, None),
@@ -28,11 +30,11 @@ INNER = {
     "muon": lambda: Muon(
         **local_steps.MUON,
         lmo=reference.spectral_lmo,
-        others=[name for name, shape in rounds.SHAPES.items() if len(shape) != 2],
+        others=[name for name, shape in local_steps.SHAPES.items() if len(shape) != 2],
         rest=AdamW(**local_steps.ADAMW),
     ),
 }
-START = {name: rounds.start(name) for name in rounds.SHAPES}
+START = {name: rounds.start(name) for name in local_steps.SHAPES}
 PRECISION = 1e-5  # relative, as of W so of what has changed in it
 
 
@@ -84,7 +86,7 @@ def simulate(case, layout, workers, steps=STEPS):
 
 
 def flat(model):
-    return np.concatenate([model[name].ravel() for name in rounds.SHAPES])
+    return np.concatenate([model[name].ravel() for name in local_steps.SHAPES])
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +108,7 @@ def require_near(found, expected, start):
         assert np.linalg.norm(found - expected) <= PRECISION * np.linalg.norm(size)
 
 
-@pytest.mark.parametrize("case", [*CASES, *(f"{case} unfinished" for case in UNFINISHED)])
-@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize(("workers", "case"), WHOLE)
 def test_rounds_agree_with_a_simulation(recordings, workers, case):
     arrays, layouts = recordings[workers]
     steps = STEPS - 2 if "unfinished" in case else STEPS
@@ -138,8 +139,10 @@ def test_the_mean_over_senders_is_bit_for_bit_that_of_any_placement(recordings, 
     assert not np.array_equal(of_first["replicated global"], expected)  # over all
 
 
-@pytest.mark.parametrize("case", RESUMED)
-@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize(
+    ("workers", "case"),
+    [(n, case) for n in WORKERS for case in RESUMED if f"{case} resumed" in runs(n)],
+)
 def test_a_loaded_state_resumes_bit_for_bit_from_the_middle_of_a_round(recordings, workers, case):
     """Also with messages under way, which are sent again and counted once."""
     for of_rank in recordings[workers][0]:
@@ -152,7 +155,7 @@ def test_a_loaded_state_resumes_bit_for_bit_from_the_middle_of_a_round(recording
 def test_logged_bytes_are_sent_bytes(recordings, workers):
     """Step by step, as seen by a spy; a round takes one message each way."""
     arrays, layouts = recordings[workers]
-    for case in [*CASES, *(f"{case} unfinished" for case in UNFINISHED)]:
+    for case in [name for count, name in WHOLE if count == workers]:
         message = sum(len(names) * size for names, size in layouts[case])
         messages = STEPS // CASES[case.removesuffix(" unfinished")].get("sync_every", EVERY)
         for of_rank in arrays:
@@ -167,10 +170,9 @@ def test_logged_bytes_are_sent_bytes(recordings, workers):
             assert (s2w[-1] > 0) == (workers == 1 or "replicated" not in case)
 
 
-@pytest.mark.parametrize("workers", WORKERS)
-def test_a_streaming_round_uses_the_link_evenly(recordings, workers):
+def test_a_streaming_round_uses_the_link_evenly(recordings):
     """After t of 4 steps no more than a message of a batch beyond t / 4 of the round's bytes."""
-    arrays, layouts = recordings[workers]
+    arrays, layouts = recordings[1]
     sizes = [len(names) * size for names, size in layouts["streaming"]]
     w2s = arrays[0]["streaming bytes"][:, 0]
     steps = np.arange(1, STEPS + 1) / EVERY

@@ -52,8 +52,8 @@ def test_a_worker_alone_is_its_inner_optimizer_bit_for_bit(inner, sync_every):
     model, optimizer = build(inner, sync_every=sync_every)
     expected = new_model()
     for found, its in zip(
-        train(model, optimizer, 12),
-        train(expected, INNER[inner](expected.named_parameters()), 12),
+        train(model, optimizer, 6),
+        train(expected, INNER[inner](expected.named_parameters()), 6),
         strict=True,
     ):
         assert torch.equal(found, its)
@@ -151,7 +151,7 @@ def test_a_saved_state_resumes_bit_for_bit(inner, steps):
     its_scheduler = torch.optim.lr_scheduler.LambdaLR(
         other, lambda step: 0.9**step, last_epoch=steps - 1 if steps else -1
     )
-    for step in range(steps, steps + 9):
+    for step in range(steps, steps + 7):
         for one, its_optimizer, schedule in (
             (model, optimizer, scheduler),
             (others, other, its_scheduler),

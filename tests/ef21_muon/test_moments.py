@@ -9,7 +9,7 @@ import pytest
 import torch
 from run import torchrun
 from torch import nn
-from workers.moments import SERVERS
+from workers.moments import MOMENTS as MOMENTS_OF_TWO
 
 from ef21_muon import ALONE, AveragedGradients, EF21Muon, LocalSteps
 from ef21_muon.compressors import Quantize, TopK
@@ -33,8 +33,7 @@ def reports(tmp_path_factory):
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("steps", [5, 6])
-@pytest.mark.parametrize("server", SERVERS)
+@pytest.mark.parametrize(("server", "steps"), MOMENTS_OF_TWO)
 def test_a_state_brings_two_ranks_back_whatever_is_under_way(reports, server, steps):
     assert all(report["back"][f"{server} {steps}"] for report in reports)
 
@@ -87,16 +86,16 @@ MOMENTS = {
 @pytest.mark.parametrize(
     ("inner", "options"),
     [
-        *(("sgd", options) for options in OPTIONS),
-        *(("lossy back", "compressed"), ("lossy back", "sync_delay"), ("lossless", "plain")),
+        *(("sgd", "plain"), ("sgd", "compressed")),
+        *(("lossy back", "sync_delay"), ("lossless", "plain")),
     ],
 )
 def test_no_moment_changes_the_training(inner, options):
     """Before each of the first steps, which are more than a round with all its delays."""
     trainings = {None: build(inner, options)} | {name: build(inner, options) for name in MOMENTS}
-    for step in range(12):
+    for step in range(9):
         for name, training in trainings.items():
-            if name and step < 7:
+            if name and step < 6:
                 trainings[name] = training = MOMENTS[name](*training, inner, options)
             take(*training, 1, first=step)
         expected = [*trainings[None][0].parameters()]

@@ -47,7 +47,7 @@ def test_the_gradient_estimate_changes_every_round(compressor):
     parameters, optimizer = build(w2s=compressor)
     before = states(parameters, optimizer, "gradient_estimate")
     assert not any(estimate.any() for estimate in before)
-    for seed in range(8):
+    for seed in range(3):
         set_gradients(parameters, seed)
         optimizer.step()
         after = states(parameters, optimizer, "gradient_estimate")
@@ -59,7 +59,7 @@ def test_the_gradient_estimate_converges_to_a_constant_gradient():
     """At the rate of TopK's contraction, here 1 - 1/5 in squares."""
     parameters, optimizer = build(w2s=TopK(0.2))
     set_gradients(parameters, seed=1)
-    for count in range(1, 41):
+    for count in range(1, 21):
         optimizer.step()
         for parameter, estimate in zip(
             parameters.values(), states(parameters, optimizer, "gradient_estimate"), strict=True
@@ -75,7 +75,7 @@ def test_s2w_keeps_the_servers_model_apart_but_near():
     """A step is at most 1.21 sqrt(d_out / d_in) lr sqrt(rank) long; C keeps 1/5 of X - W."""
     lr, rest = 0.1, 0.8**0.5
     parameters, optimizer = build(lr=lr, s2w=TopK(0.2))
-    for seed in range(60):
+    for seed in range(20):
         set_gradients(parameters, seed)
         optimizer.step()
         for name in ("query", "key", "kernel", "bias"):
@@ -185,8 +185,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-@pytest.mark.parametrize("seed", [0, 5])
-def test_a_loaded_state_continues_bit_for_bit(rule, seed):
+def test_a_loaded_state_continues_bit_for_bit(rule):
     parameters, optimizer = build(lr=0.3, seed=3, **rule)
     for step in range(4):
         set_gradients(parameters, step)
@@ -194,7 +193,7 @@ def test_a_loaded_state_continues_bit_for_bit(rule, seed):
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
-    other, other_optimizer = build(lr=0.1, seed=seed, **rule)
+    other, other_optimizer = build(lr=0.1, seed=5, **rule)
     with torch.no_grad():
         for parameter, copy in zip(other.values(), copies(parameters), strict=True):
             parameter.copy_(copy)

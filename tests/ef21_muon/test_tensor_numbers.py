@@ -57,7 +57,7 @@ METHODS = {
 }
 
 
-def train(model, optimizer, steps=4, scheduler=None):
+def train(model, optimizer, steps=3, scheduler=None):
     for step in range(steps):
         inputs = torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
 

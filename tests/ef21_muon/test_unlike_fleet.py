@@ -11,8 +11,15 @@ from run import PATIENCE
 from unlike_machines import NEEDS_MKL, OTHER, start_all
 from workers import unlike_fleet
 
-pytestmark = NEEDS_MKL
+from ef21_muon.compressors import RankK
+from ef21_muon.fleet import FleetRefused, shared
+
 WORKERS = 2
+
+
+def on_unlike_processors(test):
+    """Left out of most runs, since test_unlike.py shows who gets which bits."""
+    return pytest.mark.slow(NEEDS_MKL(test))
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +34,7 @@ def reports(tmp_path_factory):
     return [json.loads((directory / f"{one}.json").read_text()) for one in range(WORKERS)]
 
 
+@on_unlike_processors
 @pytest.mark.parametrize("name", unlike_fleet.TOGETHER)
 def test_with_exact_messages_all_count_and_nobody_heals(reports, name):
     first, second = (report[name] for report in reports)
@@ -38,6 +46,7 @@ def test_with_exact_messages_all_count_and_nobody_heals(reports, name):
     )
 
 
+@on_unlike_processors
 @pytest.mark.parametrize("name", ["rank", "quantized rank"])
 def test_with_low_rank_one_is_refused_and_the_other_trains(reports, name):
     (error,) = [report[name]["error"] for report in reports if "error" in report[name]]
@@ -45,6 +54,27 @@ def test_with_low_rank_one_is_refused_and_the_other_trains(reports, name):
     assert error.endswith("top_columns), or leave this one out")
     (other,) = [report[name] for report in reports if "error" not in report[name]]
     assert len(other["quorums"]) > unlike_fleet.ROUNDS
+
+
+def test_one_that_decodes_other_bits_is_refused_and_the_others_train(monkeypatch):
+    """Its fingerprints of what messages decode to are others, as on an unlike processor."""
+    with lighthouse(2) as url, crew.workers(url, range(2), w2s=RankK(0.4)) as workers:
+        digests = shared.digests
+
+        def of_unlike(messages):
+            return {name: bits + 1 for name, bits in digests(messages).items()}
+
+        monkeypatch.setattr(shared, "digests", of_unlike)
+        with crew.workers(url, [2], w2s=RankK(0.4)) as (unlike,):
+            threads = [worker.start(30) for worker in (*workers, unlike)]
+            for thread in threads:
+                thread.join(PATIENCE)
+        error = str(unlike.error)
+        assert isinstance(unlike.error, FleetRefused)
+        assert error.startswith("this worker gets other bits of w2s=") and "\n" not in error
+        assert error.endswith("top_columns), or leave this one out")
+        assert [worker.error for worker in workers] == [None, None]
+        assert torch.equal(workers[0].global_params[30], workers[1].global_params[30])
 
 
 def test_one_that_has_another_w_again_and_again_ends():

@@ -1,16 +1,16 @@
 """Workers that come and go, as threads of one process, and their lighthouse."""
 
 import os
-import subprocess
 import sys
 import threading
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
 os.environ.setdefault("RUST_LOG", "error")
 
 import torch
+from preloaded import start
+from run import ROOT, SUPPORT
 from torch import nn
 from torchft.coordination import LighthouseServer
 from torchft.manager import REPLICA_ID_KEY
@@ -24,10 +24,10 @@ DATA = 4  # inputs, of which a function is learnt
 
 
 @contextmanager
-def lighthouse(least: int):
+def lighthouse(least: int, port: int = 0):
     """Its address."""
     server = LighthouseServer(
-        bind="[::]:0",
+        bind=f"[::]:{port}",
         min_replicas=least,
         join_timeout_ms=600_000,
         quorum_tick_ms=10,
@@ -43,17 +43,10 @@ class LighthouseProcess:
     """One that can end and start again, which one in this process cannot."""
 
     def __init__(self, least: int, port: int):
-        options = {
-            "bind": f"[::]:{port}",
-            "min_replicas": least,
-            "join_timeout_ms": 600_000,
-            "quorum_tick_ms": 10,
-            "heartbeat_timeout_ms": HEARTBEAT_MS,
-        }
-        arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        self.process = subprocess.Popen(
-            [Path(sys.executable).with_name("torchft_lighthouse"), *arguments]
-        )
+        script = str(SUPPORT / "workers" / "lighthouse.py")
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)])}
+        outputs = {"stdout": sys.__stdout__, "stderr": sys.__stderr__}
+        self.process = start([script, str(least), str(port)], cwd=ROOT, env=env, **outputs)
 
     def end(self) -> None:
         self.process.kill()

@@ -275,7 +275,8 @@ def become(arguments: list[str], environment: dict, folder: str, outputs: list[i
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
         if not isinstance(end.code, int | None):
             print(end.code, file=sys.stderr)
-    except BaseException:
+    except BaseException as error:
+        sys.last_value = error
         traceback.print_exc()
         status = 1
     try:

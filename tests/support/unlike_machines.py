@@ -1,12 +1,12 @@
 """Processes whose libraries compute as they would on other machines."""
 
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from bad_inputs import free_port
+from preloaded import start
 from run import PATIENCE, ROOT, SUPPORT
 
 NEEDS_MKL = pytest.mark.skipif(
@@ -35,11 +35,15 @@ def train_on_all(environments: list[dict[str, str]], *overrides: str) -> None:
 
 
 def _start(commands: list[list], environments: list[dict[str, str]]) -> None:
+    """Libraries read how they are to compute as they start, so only a process like others forks."""
     paths = os.pathsep.join([str(ROOT), str(SUPPORT)])
+    options = {"cwd": os.getcwd(), "stdout": sys.__stdout__, "stderr": sys.__stderr__}
     processes = [
-        subprocess.Popen(
-            [sys.executable, *map(str, command)],
+        start(
+            [*map(str, command)],
+            fresh=not OTHER.keys().isdisjoint(environment),
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | environment,
+            **options,
         )
         for command, environment in zip(commands, environments, strict=True)
     ]

@@ -190,7 +190,7 @@ def test_larger_matrices_cost_more(norm, shape):
 
 
 @pytest.mark.parametrize("norm", EXACT_NORMS, ids=repr)
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(shape=st.tuples(st.integers(1, 6), st.integers(1, 6)), data=st.data())
 def test_no_point_of_the_ball_is_better(norm, shape, data):
     entries = st.lists(

@@ -16,7 +16,7 @@ from run import torchrun
 from baselines import DeMo, Dion
 from training.workers import exit_process
 
-STEPS = 12
+STEPS = 8
 LR, LR_DECAY, WEIGHT_DECAY = 0.1, 0.9, 0.3
 VALUES = ("float32", "bfloat16", "int8")
 HIDDEN = {

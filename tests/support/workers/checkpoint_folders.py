@@ -77,18 +77,26 @@ CASES = {
         adamw(shared(g, mesh)), mesh=mesh, server="rank0"
     ),
 }
+FLAT_CASES = ("sharded", "local, under way")
 # Cases with how a state goes from one training to the other.
 WAYS = [
-    *((case, "folder") for case in CASES),
-    *((case, "flat folder") for case in ("sharded", "local, under way") if flattens_tables()),
+    *((case, "folder") for case in CASES if not (flattens_tables() and case in FLAT_CASES)),
+    *((case, "flat folder") for case in FLAT_CASES if flattens_tables()),
     *(("rank0", "full state"), ("local", "full state")),
 ]
 NO_TABLE = "averaged, lossless"  # on ranks that serve nothing
 
 
+# Of workers of several ranks: whole layers, and shards.
+OF_SEVERAL = {
+    "": [("rank0", "folder"), ("local, under way", "folder"), WAYS[-3]],
+    "sharded": [("sharded", "folder"), ("averaged", "folder"), ("local", "full state")],
+}
+
+
 def ways(ranks_per_worker: int, kind: str = "") -> list[tuple[str, str]]:
-    """All where every rank is a worker; of those of several ranks whole and sharded share them."""
-    return WAYS if ranks_per_worker == 1 else WAYS[kind == "sharded" :: 2]
+    """All where every rank is a worker; of workers of several ranks some."""
+    return WAYS if ranks_per_worker == 1 else OF_SEVERAL[kind]
 
 
 def new_model() -> nn.Module:

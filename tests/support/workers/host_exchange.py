@@ -20,7 +20,7 @@ from ef21_muon.norms import Sign, Spectral
 from ef21_muon.transport import fixed as collectives
 
 SHAPES = {"query": (12, 20), "key": (12, 20), "fc": (30, 12), "head": (16, 12)}
-STEPS = 6
+STEPS = 5
 
 
 def muon(parameters: list, **options) -> EF21Muon:

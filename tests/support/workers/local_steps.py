@@ -7,13 +7,15 @@ Run by torchrun with a directory, rank r writes `rank<r>.npz` and `rank<r>.json`
 import copy
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from workers.rounds import SHAPES, loss, start
+from workers import rounds
+from workers.rounds import loss, start
 
 from ef21_muon import ALONE, EF21Muon, LocalSteps
 from ef21_muon.compressors import ChunkTopK, Identity, Quantize, TopK
@@ -22,6 +24,8 @@ from ef21_muon.values import Natural
 from scripts.verification.trials import Sent
 from training.workers import exit_process
 
+# Three batches: of three layers, of one, and of one that is no matrix.
+SHAPES = {name: rounds.SHAPES[name] for name in ("query", "key", "value", "wide", "bias")}
 EVERY, ROUNDS, SEED = 4, 2, 5
 LR, MOMENTUM = 0.05, 0.5  # of torch.optim.SGD inside
 STEPS = ROUNDS * EVERY
@@ -91,6 +95,18 @@ CASES = {
 UNFINISHED = ("both", "streaming", "streaming delay", "replicated streaming delay", "sparseloco")
 RESUMED = ("diloco", "nesterov", "ef21 delay", "streaming delay", "replicated streaming delay")
 RESUMED += ("sparseloco", "senders streaming delay")
+# What one worker alone shows of an option, which several show together with others.
+OF_ONE = ("sync every 1", "topk", "heavy ball", "none", "replicated ef21", "streaming")
+OF_ONE += ("sync_delay", "both unfinished", "streaming unfinished", "sparseloco unfinished")
+OF_ONE += ("diloco resumed", "streaming delay resumed", "sparseloco resumed")
+
+
+def runs(ranks):
+    """The names of the recordings that so many ranks make, and how."""
+    names = {case: {} for case in CASES}
+    names |= {f"{case} unfinished": {"steps": STEPS - 2} for case in UNFINISHED}
+    names |= {f"{case} resumed": {"resumed": True} for case in RESUMED}
+    return {name: how for name, how in names.items() if ranks == 1 or name not in OF_ONE}
 
 
 def new(case):
@@ -120,7 +136,8 @@ def record(case, rank, ranks, steps=STEPS, resumed=False):
     """Per step x_j, W, the optimizer's byte counts, and the bytes that were seen to leave."""
     parameters, optimizer = new(case)
     recorded = {"local": [], "global": [], "bytes": [], "seen": []}
-    spy = Sent(SimpleNamespace(count=ranks))
+    # What resumes is compared with what did not, whose bytes are seen.
+    spy = nullcontext() if resumed else Sent(SimpleNamespace(count=ranks))
     for step in range(steps):
         if resumed and step == MOVED:
             parameters, optimizer = moved(case, parameters, optimizer)
@@ -149,7 +166,7 @@ def note(recorded, parameters, optimizer, spy):
     assert np.array_equal(flat(parameters), recorded["local"][-1]), "x_j has come back"
     counts = ("w2s_bytes", "s2w_bytes", "received_bytes", "wire_tx_bytes")
     recorded["bytes"].append([getattr(optimizer, count) for count in counts])
-    recorded["seen"].append(spy.bytes)
+    recorded["seen"].append(getattr(spy, "bytes", 0))
 
 
 def flat(parameters):
@@ -159,17 +176,10 @@ def flat(parameters):
 def collect(rank, ranks):
     """Recordings of all cases as arrays named "case kind", and their batches."""
     arrays, layouts = {}, {}
-
-    def add(name, recording):
-        recorded, layouts[name] = recording
-        arrays.update({f"{name} {kind}": rows for kind, rows in recorded.items()})
-
-    for case in CASES:
-        add(case, record(case, rank, ranks))
-    for case in UNFINISHED:
-        add(f"{case} unfinished", record(case, rank, ranks, steps=STEPS - 2))
-    for case in RESUMED:
-        add(f"{case} resumed", record(case, rank, ranks, resumed=True))
+    for name, how in runs(ranks).items():
+        case = name.removesuffix(" unfinished").removesuffix(" resumed")
+        recorded, layouts[name] = record(case, rank, ranks, **how)
+        arrays |= {f"{name} {kind}": rows for kind, rows in recorded.items()}
     return arrays, layouts
 
 

@@ -15,7 +15,8 @@ from torch import nn
 from ef21_muon import ALONE, EF21Muon, LocalSteps
 from ef21_muon.compressors import TopK
 
-SERVERS = ("rank0", "sharded", "replicated")
+# Servers and steps, after some of which a message is under way.
+MOMENTS = [("rank0", 6), ("sharded", 5), ("sharded", 6), ("replicated", 6)]
 DELAYED = {"sync_every": 3, "sync_delay": 1, "w2s": TopK(0.3), "outer_momentum": 0.5}
 
 
@@ -45,11 +46,11 @@ def comes_back(server: str, steps: int) -> bool:
     take(model, optimizer, steps)
     weights, state = copy.deepcopy(model.state_dict()), optimizer.state_dict()
     ends = []
-    for more in (7, 2, 5):
+    for more in (4, 2, 5):
         take(model, optimizer, more, first=steps)
         model.load_state_dict(weights)
         optimizer.load_state_dict(state)
-        take(model, optimizer, 6, first=steps)
+        take(model, optimizer, 4, first=steps)
         ends.append(copy.deepcopy(model))
         model.load_state_dict(weights)
         optimizer.load_state_dict(state)
@@ -73,8 +74,7 @@ def loaded_apart() -> str:
 
 def main() -> None:
     dist.init_process_group("gloo")
-    moments = [(server, steps) for server in SERVERS for steps in (5, 6)]
-    back = {f"{server} {steps}": comes_back(server, steps) for server, steps in moments}
+    back = {f"{server} {steps}": comes_back(server, steps) for server, steps in MOMENTS}
     report = {"back": back, "loaded": loaded_apart()}
     path = Path(sys.argv[1]) / f"rank{dist.get_rank()}.json"
     path.write_text(json.dumps(report))

@@ -77,16 +77,16 @@ UNDER_WAY = (("sharded", False), ("sharded", True), ("rank0", True), ("replicate
 
 
 def exchanged(make: Callable, server: str) -> dict:
-    """What it gives with another compressor from step 4 on, and what one built with that gives."""
+    """What it gives with another compressor from step 2 on, and what one built with that gives."""
     model = new_model()
     optimizer = make(model.parameters(), FIRST, server)
-    train(model, optimizer, 4)
+    train(model, optimizer, 2)
     optimizer.exchange_compressor(LATER)
     other_model = copy.deepcopy(model)
     other = make(other_model.parameters(), LATER, server)
     other.load_state_dict(optimizer.state_dict())
     for one in ((model, optimizer), (other_model, other)):
-        train(*one, 4, first=4)
+        train(*one, 2, first=2)
     optimizer.check_agreement()
     return {"found": everything(model, optimizer), "built": everything(other_model, other)}
 
