@@ -360,6 +360,17 @@ def test_alone_it_is_local_steps():
             assert torch.equal(parameters_of(model), worker.global_params[12])
 
 
+@pytest.mark.parametrize(("until", "more"), [(12, 0), (13, 1)])
+def test_the_end_of_a_run_sends_what_was_not_sent(until, more):
+    """A last round that is whole was sent."""
+    with lighthouse(1) as url, crew.workers(url, [0]) as (worker,):
+        worker.train(until=until)
+        met = len(worker.fleet.quorums)
+        worker.optimizer.final_sync()
+        assert len(worker.fleet.quorums) == met + more
+        assert worker.fleet.synced_steps == until
+
+
 ENDS = """
 import sys
 import torch
