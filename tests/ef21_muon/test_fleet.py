@@ -232,7 +232,7 @@ def test_what_is_remembered_of_a_lost_message_is_forgotten():
 
 
 # A last round that is whole, and one that is cut short.
-@pytest.mark.parametrize("until", [12, 14])
+@pytest.mark.parametrize("until", [pytest.param(12, marks=pytest.mark.slow), 14])
 def test_who_is_lost_in_the_last_round_comes_to_the_same_end(until):
     finished = threading.Event()
     with lighthouse(2) as url, crew.workers(url, range(3), outer_momentum=0.6) as workers:
