@@ -232,7 +232,7 @@ def test_what_is_remembered_of_a_lost_message_is_forgotten():
 
 
 # A last round that is whole, and one that is cut short.
-@pytest.mark.parametrize("until", [12, 14])
+@pytest.mark.parametrize("until", [pytest.param(12, marks=pytest.mark.slow), 14])
 def test_who_is_lost_in_the_last_round_comes_to_the_same_end(until):
     finished = threading.Event()
     with lighthouse(2) as url, crew.workers(url, range(3), outer_momentum=0.6) as workers:
@@ -358,6 +358,17 @@ def test_alone_it_is_local_steps():
             optimizer.step()
         with optimizer.global_params():
             assert torch.equal(parameters_of(model), worker.global_params[12])
+
+
+@pytest.mark.parametrize(("until", "more"), [(12, 0), (13, 1)])
+def test_the_end_of_a_run_sends_what_was_not_sent(until, more):
+    """A last round that is whole was sent."""
+    with lighthouse(1) as url, crew.workers(url, [0]) as (worker,):
+        worker.train(until=until)
+        met = len(worker.fleet.quorums)
+        worker.optimizer.final_sync()
+        assert len(worker.fleet.quorums) == met + more
+        assert worker.fleet.synced_steps == until
 
 
 ENDS = """
