@@ -224,10 +224,10 @@ OF_FLEETS = [
     ),
     Mutation(
         "the end of a run sends its last round twice",
-        "ef21_muon/local_steps.py",
-        "            move(self, batch, shift)\n        self.last_sync = self.steps\n",
-        "            move(self, batch, shift)\n",
-        "ef21_muon/test_fleet.py",
+        "ef21_muon/transport/schedule.py",
+        "        just_sent = self.due(step)\n",
+        "        just_sent = []\n",
+        "ef21_muon/test_local_steps_alone.py ef21_muon/test_local_steps.py",
     ),
 ]
 

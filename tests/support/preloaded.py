@@ -2,12 +2,12 @@
 
 To import them takes longer than all else that most launches do, in every process of each. So a
 server imports them once, and every process that is asked for is a fork of it; torchrun's agents,
-which are torch's own, fork their workers likewise. From there on a process is as if it had been
-started: arguments, environment, folder, output, signals and exit status; but compositions are
-remembered, and pictures not rendered (shortcuts.py). With FRESH=1 in the environment, and where
-there is a GPU, all are started instead. Scripts that start processes themselves start forks where
-`popen` stands in for subprocess.Popen: workers of scripts/supervise.py, and agents in network
-namespaces of scripts/netns.py.
+which are torch's own, fork their workers likewise, before they have threads. From there on a
+process is as if it had been started: arguments, environment, folder, output, signals and exit
+status; but compositions are remembered, and pictures not rendered (shortcuts.py). With FRESH=1 in
+the environment, and where there is a GPU, all are started instead. Scripts that start processes
+themselves start forks where `popen` stands in for subprocess.Popen: workers of
+scripts/supervise.py, and agents in network namespaces of scripts/netns.py.
 """
 
 import atexit
@@ -38,6 +38,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ["-m", "torch.distributed.run"]
+PER_NODE = ("--nproc_per_node=", "--nproc-per-node=")
 SUPERVISE = str(ROOT / "scripts" / "supervise.py")
 IN_NAMESPACE = ["ip", "netns", "exec"]
 ORIGINAL, TEMPORARY = subprocess.Popen, tempfile.gettempdir()
@@ -295,7 +296,37 @@ def torchrun(arguments: list[str]) -> None:
 
     SubprocessHandler._popen = lambda handler, command, environment: Worker(command, environment)
     sys.argv[:] = arguments
+    for count in (one.partition("=")[2] for one in arguments if one.startswith(PER_NODE)):
+        for _ in range(int(count)):
+            prepare()
     run.main()
+
+
+def prepare() -> None:
+    """Fork a process that waits for what it shall become, while this one has a single thread.
+
+    A lock that another thread holds at a fork would be locked in it for ever.
+    """
+    mine, its = socket.socketpair()
+    pid = os.fork()
+    if pid:
+        its.close()
+        PREPARED.append((pid, mine))
+        return
+    mine.close()
+    for _, other in PREPARED:
+        other.close()
+    if request := its.makefile().read():
+        lead(*json.loads(request))
+    os._exit(0)
+
+
+def lead(arguments: list[str], environment: dict, folder: str) -> NoReturn:
+    """Become a worker, with a session of its own."""
+    os.setsid()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    become(arguments, environment, folder, [1, 2])
 
 
 def as_supervised(command: list[str], env: dict[str, str], **_) -> "Worker":
@@ -303,19 +334,28 @@ def as_supervised(command: list[str], env: dict[str, str], **_) -> "Worker":
     return Worker(command, env)
 
 
+PREPARED: list[tuple[int, socket.socket]] = []
+
+
 class Worker:
-    """A fork of this process, with what torchrun and supervise.py use of subprocess.Popen."""
+    """A fork of this process, prepared if there is any; it has what its users use of Popen.
+
+    They are torchrun and scripts/supervise.py.
+    """
 
     def __init__(self, command: Sequence[str], environment: dict[str, str]):
         python, unbuffered, *arguments = command
         assert (python, unbuffered) == (sys.executable, "-u"), command
         self.args, self.returncode = command, None
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.setsid()
-            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-                signal.signal(number, signal.SIG_DFL)
-            become(arguments, environment, os.getcwd(), [1, 2])
+        request = arguments, dict(environment), os.getcwd()
+        if PREPARED:
+            self.pid, connection = PREPARED.pop(0)
+            with connection:
+                connection.sendall(json.dumps(request).encode())
+        elif not (pid := os.fork()):
+            lead(*request)
+        else:
+            self.pid = pid
 
     def poll(self) -> int | None:
         if self.returncode is None:
