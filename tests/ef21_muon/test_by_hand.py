@@ -42,11 +42,11 @@ def test_a_layer_whose_gradient_is_not_finite_stands_still_and_others_go_on(valu
     assert stands == {"query"}
 
 
-def late(sync_every=4, sync_delay=1, outer_lr=0.5):
+def late(sync_every=4, sync_delay=1, outer_lr=0.5, **options):
     """Two entries, a step of whose inner optimizer is minus the gradient, and local steps."""
     parameter = Parameter(torch.zeros(1, 2))
     inner = torch.optim.SGD([parameter], lr=1.0)
-    options = {"sync_every": sync_every, "sync_delay": sync_delay, "outer_lr": outer_lr}
+    options |= {"sync_every": sync_every, "sync_delay": sync_delay, "outer_lr": outer_lr}
     return parameter, LocalSteps(inner, **options)
 
 
@@ -75,6 +75,14 @@ def test_at_the_end_a_message_under_way_arrives_and_nothing_is_unsent():
     assert (optimizer.unsent.steps, optimizer.under_way) == (0, [])
     with optimizer.global_params():
         assert parameter.tolist() == [[-2, -4]]
+
+
+def test_at_the_end_of_a_whole_round_what_its_message_left_out_is_not_sent():
+    parameter, optimizer = late(sync_every=2, sync_delay=0, outer_lr=1.0, w2s=TopK(0.5))
+    take(parameter, optimizer, *2 * [1.0])
+    optimizer.final_sync()
+    with optimizer.global_params():
+        assert parameter.tolist() == [[0, -4]]
 
 
 def test_what_is_under_way_when_a_state_is_loaded_does_not_arrive():

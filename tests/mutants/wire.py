@@ -227,7 +227,7 @@ OF_FLEETS = [
         "ef21_muon/transport/schedule.py",
         "        just_sent = self.due(step)\n",
         "        just_sent = []\n",
-        "ef21_muon/test_local_steps_alone.py ef21_muon/test_local_steps.py",
+        "ef21_muon/test_by_hand.py",
     ),
 ]
 
