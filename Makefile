@@ -4,7 +4,7 @@
 # make study   run what is missing of results/shakespeare (hours; safe to stop and start)
 # make gpu     set up and run what a GPU has to show (ARGS="--minutes 9"; see results/gpu)
 # make figures redraw figures and tables of results/ from their logs
-# make test    set up and run the whole test suite, two files at a time (ARGS go to pytest; FRESH=1
+# make test    set up and run the test suite, two files at a time (ARGS go to pytest; FRESH=1
 #              starts every process of a launch anew: see tests/support/preloaded.py)
 # make mutants set up and put faults into copies of the code, one at a time: which tests notice which
 #              (an hour; ARGS="--only TEXT --suite --processes 2"; results in runs/mutants)

@@ -16,7 +16,6 @@ from hypothesis import HealthCheck, settings
 from run import PATIENCE, SMALL
 from shortcuts import take_shortcuts
 
-import training.picture
 from data.shards import write_shard
 
 torch.set_num_threads(1)
@@ -79,12 +78,6 @@ def small(tmp_path_factory) -> list[str]:
 def shortcuts():
     """Of runs in this process: see shortcuts.py."""
     take_shortcuts()
-
-
-@pytest.fixture
-def rendered(monkeypatch):
-    """Pictures are rendered, after all."""
-    monkeypatch.setattr("training.picture.save", training.picture.save.__wrapped__)
 
 
 @pytest.fixture

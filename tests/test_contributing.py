@@ -54,7 +54,6 @@ def run(folder, small, tmp_path, monkeypatch):
     """Run train.py in this process; returns the first and the last record of the log."""
     numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
     handlers = [signal.getsignal(number) for number in numbers]
-    monkeypatch.setattr("training.picture.draw", lambda *_: ["no picture"])
 
     def run(command: str) -> tuple[dict, dict]:
         overrides = [

@@ -10,7 +10,7 @@ os.environ.setdefault("RUST_LOG", "error")
 
 import torch
 from preloaded import start
-from run import ROOT, SUPPORT
+from run import PATHS, ROOT, SUPPORT
 from torch import nn
 from torchft.coordination import LighthouseServer
 from torchft.manager import REPLICA_ID_KEY
@@ -44,7 +44,7 @@ class LighthouseProcess:
 
     def __init__(self, least: int, port: int):
         script = str(SUPPORT / "workers" / "lighthouse.py")
-        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(SUPPORT)])}
+        env = os.environ | {"PYTHONPATH": PATHS}
         outputs = {"stdout": sys.__stdout__, "stderr": sys.__stderr__}
         self.process = start([script, str(least), str(port)], cwd=ROOT, env=env, **outputs)
 

@@ -4,7 +4,7 @@ To import them takes longer than all else that most launches do, in every proces
 server imports them once, and every process that is asked for is a fork of it; torchrun's agents,
 which are torch's own, fork their workers likewise, before they have threads. From there on a
 process is as if it had been started: arguments, environment, folder, output, signals and exit
-status; but compositions are remembered, and pictures not rendered (shortcuts.py). With FRESH=1 in
+status; but compositions are remembered, and runs draw no pictures (shortcuts.py). With FRESH=1 in
 the environment, and where there is a GPU, all are started instead. Scripts that start processes
 themselves start forks where `popen` stands in for subprocess.Popen: workers of
 scripts/supervise.py, and agents in network namespaces of scripts/netns.py.
@@ -41,6 +41,7 @@ TORCHRUN = ["-m", "torch.distributed.run"]
 PER_NODE = ("--nproc_per_node=", "--nproc-per-node=")
 SUPERVISE = str(ROOT / "scripts" / "supervise.py")
 IN_NAMESPACE = ["ip", "netns", "exec"]
+PREPARED: list[tuple[int, socket.socket]] = []  # processes that wait for what they shall become
 ORIGINAL, TEMPORARY = subprocess.Popen, tempfile.gettempdir()
 CLONE_NEWNET, CLONE_NEWNS, MS_SLAVE_REC, MNT_DETACH = 0x40000000, 0x20000, 0x84000, 2
 
@@ -170,9 +171,10 @@ def serve(path: str) -> None:
     from shortcuts import take_shortcuts
 
     import train  # noqa: F401
+    from training import config
 
     take_shortcuts()
-    compose_once([])
+    config._composed([])
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has the thread alone that forks"
     gc.freeze()  # of what is imported no fork searches, or copies, anything
     listener = socket.socket(socket.AF_UNIX)
@@ -199,9 +201,11 @@ def compose_once(arguments: list[str]) -> None:
     """Remember what a launch will compose, so that none of its ranks composes it again."""
     from training import config
 
-    with suppress(Exception):  # which the launch meets, too, and reports
-        config._composed([one for one in arguments if "=" in one and one[0] != "-"])
-        gc.freeze()
+    overrides = [one for one in arguments if "=" in one and one[0] != "-"]
+    if overrides:
+        with suppress(Exception):  # which the launch meets, too, and reports
+            config._composed(overrides)
+            gc.freeze()
 
 
 def reap(*_: object) -> None:
@@ -332,9 +336,6 @@ def lead(arguments: list[str], environment: dict, folder: str) -> NoReturn:
 def as_supervised(command: list[str], env: dict[str, str], **_) -> "Worker":
     """In place of subprocess.Popen, for ranks of scripts/supervise.py."""
     return Worker(command, env)
-
-
-PREPARED: list[tuple[int, socket.socket]] = []
 
 
 class Worker:

@@ -9,6 +9,7 @@ from preloaded import TORCHRUN, start
 
 SUPPORT = Path(__file__).resolve().parent
 ROOT = SUPPORT.parents[1]
+PATHS = os.pathsep.join([str(ROOT), str(SUPPORT)])  # what workers import from
 PATIENCE = 1200  # seconds to wait for what must come: it bounds a failure, and decides nothing else
 SMALL = [
     "model.layers=1",
@@ -33,8 +34,7 @@ def torchrun(worker: str, *arguments, ranks: int) -> str:
         *(*TORCHRUN, "--standalone", f"--nproc_per_node={ranks}"),
         *(str(SUPPORT / "workers" / worker), *map(str, arguments)),
     ]
-    paths = os.pathsep.join([str(ROOT), str(SUPPORT)])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
     with tempfile.TemporaryFile("w+") as output:
         process = start(command, cwd=Path.cwd(), env=env, stdout=output, stderr=output)
         try:

@@ -1,4 +1,4 @@
-"""What runs in tests do without: composing the same again, and rendering pictures.
+"""What runs in tests do without: composing the same again, and drawing pictures.
 
 Compositions are remembered by their choice of groups. What is chosen from groups is composed by
 Hydra once; values are put on a copy of that, or refused, by Hydra's own code. What cannot be parsed
@@ -6,7 +6,7 @@ or chosen is left to Hydra as a whole, which then says why.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, wraps
 from pathlib import Path
 
@@ -23,20 +23,15 @@ PARSER = OverridesParser.create()
 def take_shortcuts() -> None:
     """In this process, and in its forks."""
     config._composed = remembered(config._composed)
-    picture.save = unrendered(picture.save)
+    picture.draw = leave_empty_pictures
 
 
-def unrendered(save: Callable[..., list[Path]]) -> Callable[..., list[Path]]:
-    """The function that does as `save`, training.picture.save, with empty files."""
-
-    @wraps(save)
-    def saved(figure: object, stem: Path) -> list[Path]:
-        files = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]
-        for file in files:
-            file.write_bytes(b"")
-        return files
-
-    return saved
+def leave_empty_pictures(_: Sequence[Path], folder: Path) -> list[Path]:
+    """In place of training.picture.draw, for runs: they import it when they have ended."""
+    files = [folder / f"test_loss.{suffix}" for suffix in ("png", "svg")]
+    for file in files:
+        file.write_bytes(b"")
+    return files
 
 
 def remembered(compose: Callable[[Iterable[str]], DictConfig]) -> Callable:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from bad_inputs import free_port
 from preloaded import start
-from run import PATIENCE, ROOT, SUPPORT
+from run import PATHS, PATIENCE, ROOT, SUPPORT
 
 NEEDS_MKL = pytest.mark.skipif(
     not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() == "DEFAULT",
@@ -36,13 +36,12 @@ def train_on_all(environments: list[dict[str, str]], *overrides: str) -> None:
 
 def _start(commands: list[list], environments: list[dict[str, str]]) -> None:
     """Libraries read how they are to compute as they start, so only a process like others forks."""
-    paths = os.pathsep.join([str(ROOT), str(SUPPORT)])
     options = {"cwd": os.getcwd(), "stdout": sys.__stdout__, "stderr": sys.__stderr__}
     processes = [
         start(
             [*map(str, command)],
             fresh=not OTHER.keys().isdisjoint(environment),
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | environment,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS} | environment,
             **options,
         )
         for command, environment in zip(commands, environments, strict=True)

@@ -59,7 +59,6 @@ def main(small, tmp_path, monkeypatch):
     """train.py in this process; returns its status and the end record."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("training.picture.draw", lambda *_: ["no picture"])
     short = ("steps=2", "checkpoint.every=0", f"directory={tmp_path}/run")
     monkeypatch.setattr("sys.argv", ["train.py", *small, *short])
 

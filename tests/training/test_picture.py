@@ -84,7 +84,7 @@ def test_equal_labels_get_their_directories(tmp_path):
     assert unique_labels(logs[1:], runs[1:]) == ["rank 15% natural", "sign"]
 
 
-def test_same_logs_give_the_same_bytes_and_leave_the_settings_alone(rendered, tmp_path):
+def test_same_logs_give_the_same_bytes_and_leave_the_settings_alone(tmp_path):
     write_log(tmp_path / "run", RUN, *EVALS, END)
     first = draw([tmp_path / "run"], tmp_path / "first")
     before = dict(matplotlib.rcParams)
@@ -119,7 +119,7 @@ def test_pictures_need_no_backend_that_the_environment_names(tmp_path, backend, 
     assert where.exists()
 
 
-def test_a_picture_that_fails_leaves_the_earlier_one(rendered, tmp_path, monkeypatch):
+def test_a_picture_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
     write_log(tmp_path, RUN, *EVALS, END)
     before = [path.read_bytes() for path in draw([tmp_path], tmp_path)]
     names = {path.name for path in tmp_path.iterdir()}

@@ -78,7 +78,7 @@ def of_one_worker(small, tmp_path_factory):
 
 @pytest.fixture
 def whole(of_one_worker, tmp_path):
-    """The records of that run, of which tmp_path is a copy."""
+    """The records of that run, whose folder is copied to tmp_path."""
     shutil.copytree(of_one_worker, tmp_path, dirs_exist_ok=True)
     return repeatable(tmp_path)
 

@@ -44,15 +44,15 @@ def test_a_sharded_model_has_the_same_losses_bytes_and_checkpoint(small, tmp_pat
     assert watched["layers"].keys() == models[0].keys()  # of both ranks of a worker
 
 
-def told_by_two(directory: Path, *what: str) -> list[dict]:
-    """What each of two ranks of a worker tells of models that they share."""
+def reports_of_two(directory: Path, *what: str) -> list[dict]:
+    """What two ranks of a worker report of models that they share."""
     torchrun("sharding.py", directory, *what, ranks=2)
     return [json.loads((directory / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    return told_by_two(tmp_path_factory.mktemp("ranks"))
+    return reports_of_two(tmp_path_factory.mktemp("ranks"))
 
 
 def test_a_model_is_sharded_before_it_has_values(two_ranks):
@@ -79,7 +79,7 @@ def test_a_sharded_model_is_compiled_in_parts(request, tmp_path, ranks):
     """
     if ranks == 1:
         request.getfixturevalue("process_group")
-    for rank in told_by_two(tmp_path, "graphs") if ranks == 2 else [graphs(Workers())]:
+    for rank in reports_of_two(tmp_path, "graphs") if ranks == 2 else [graphs(Workers())]:
         (whole,), parts = rank["whole"], rank["sharded"]
         before, block, head = parts
         assert before + SMALL.layers * block + head == whole - 2

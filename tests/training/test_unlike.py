@@ -9,7 +9,7 @@ from unlike_machines import OTHER, train_on_all
 def test_local_steps_train_on_unlike_processors(small, tmp_path):
     """Which draw other weights from one seed; agreement is checked after the last step.
 
-    Quick: that ranks which draw other weights take those of rank 0 (test_sharding.py).
+    A quick test in test_sharding.py shows that ranks take the weights of rank 0.
     """
     train_on_all(
         [{}, OTHER],

@@ -108,7 +108,7 @@ def test_the_committed_figures_are_up_to_date(results, name, drawn, tmp_path):
     assert (RESULTS / f"{name}.png").exists()
 
 
-def test_all_that_is_drawn_from_the_logs_is_written(rendered, tmp_path, monkeypatch):
+def test_all_that_is_drawn_from_the_logs_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(figures.study, "RESULTS", tmp_path / "study")
     monkeypatch.setattr(figures, "FIGURES", {"envelopes": FIGURES["envelopes"]})
     (tmp_path / "study").mkdir()

@@ -15,7 +15,7 @@ from torch import nn
 from ef21_muon import ALONE, EF21Muon, LocalSteps
 from ef21_muon.compressors import TopK
 
-# Servers and steps, after some of which a message is under way.
+# Where servers are, and the steps before a state is taken: some leave a message under way.
 MOMENTS = [("rank0", 6), ("sharded", 5), ("sharded", 6), ("replicated", 6)]
 DELAYED = {"sync_every": 3, "sync_delay": 1, "w2s": TopK(0.3), "outer_momentum": 0.5}
 

@@ -228,12 +228,11 @@ def damage(what: str, job: Job, directory: Path, workers: Workers) -> None:
 
 def main() -> int:
     what, directory, *small = sys.argv[1:]
-    with mock.patch("train.show_picture"):
-        if what == "elastic":
-            return run_elastic(Path(directory), small)
-        workers = Workers(timeout=PATIENCE)
-        cases = {"cases": CASES, "more cases": MORE_CASES}[what]
-        return workers.run(lambda: run_cases(workers, cases, Path(directory), small))
+    if what == "elastic":
+        return run_elastic(Path(directory), small)
+    workers = Workers(timeout=PATIENCE)
+    cases = {"cases": CASES, "more cases": MORE_CASES}[what]
+    return workers.run(lambda: run_cases(workers, cases, Path(directory), small))
 
 
 if __name__ == "__main__":
